@@ -1,0 +1,60 @@
+"""deltatune: packed, compiled fine-tuning of hybrid language models.
+
+Importing this package loads no torch and has no effect; every public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltatune import ops
+    from deltatune.compile import CompileOptions, CompileReport
+    from deltatune.data.collate import PackedCollator
+    from deltatune.data.packing import pack
+    from deltatune.preparation import Prepared, prepare
+    from deltatune.sequences import Sequences
+    from deltatune.verification import VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileOptions",
+    "CompileReport",
+    "PackedCollator",
+    "Prepared",
+    "Sequences",
+    "VerifyReport",
+    "__version__",
+    "ops",
+    "pack",
+    "prepare",
+    "verify",
+]
+
+_HOMES = {
+    "CompileOptions": "deltatune.compile",
+    "CompileReport": "deltatune.compile",
+    "PackedCollator": "deltatune.data.collate",
+    "Prepared": "deltatune.preparation",
+    "Sequences": "deltatune.sequences",
+    "VerifyReport": "deltatune.verification",
+    "pack": "deltatune.data.packing",
+    "prepare": "deltatune.preparation",
+    "verify": "deltatune.verification",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "ops":
+        return importlib.import_module("deltatune.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deltatune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
