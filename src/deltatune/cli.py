@@ -1,0 +1,170 @@
+"""The command line: parses arguments, loads the one command that was asked for, and turns errors into one line.
+
+Exit status: 0 done; 1 a leak was found, or the program failed (with a traceback); 2 the user's input is at fault (one
+line, a traceback only with ``--debug``); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+from deltatune.config.errors import UserError
+
+__all__ = ["main"]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_PACKAGE = Path(__file__).parent
+# what the extra `train` installs, by import name
+_TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich", "yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    try:
+        args = _parser().parse_args(argv)
+    except UserError as error:
+        return _fail(error, debug=False)
+    try:
+        command = importlib.import_module(f"deltatune.commands.{args.command}")
+        status: int = command.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_users(error):
+            raise
+        return _fail(error, debug=args.debug)
+    return status
+
+
+def _fail(error: Exception, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {_one_line(error)}\n")
+    return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is about the input rather than a fault of this program.
+
+    Ours say so. A bare ValueError or ImportError counts when our own code raised it, where it is a check; from the
+    inside of a library it is a surprise, and its traceback is needed. An OSError is the machine's or the path's.
+    """
+    if isinstance(error, UserError | OSError):
+        return True
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES:
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES:
+        return f"the package {error.name} is missing: pip install 'deltatune[train]'"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports its errors as all others are reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from deltatune import __version__
+
+    parser = _Parser(prog="deltatune", description="Packed, compiled fine-tuning of hybrid language models.")
+    parser.add_argument("--version", action="version", version=f"deltatune {__version__}")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_train(commands)
+    _add_preprocess(commands)
+    _add_plan(commands)
+    _add_verify(commands)
+    _add_doctor(commands)
+    _add_merge(commands)
+    return parser
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def _add(commands: _Commands, name: str, summary: str, *, recipe: bool = False) -> _Parser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if recipe:
+        parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
+        parser.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated",
+        )
+    return parser
+
+
+def _add_train(commands: _Commands) -> None:
+    parser = _add(commands, "train", "Fine-tune a model as a recipe says.", recipe=True)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="go on from the last checkpoint of training.output_dir, or from the one in DIR",
+    )
+
+
+def _add_preprocess(commands: _Commands) -> None:
+    parser = _add(commands, "preprocess", "Tokenise and pack a recipe's data, and report on it.", recipe=True)
+    parser.add_argument("--show", type=_count, default=0, metavar="N", help="print N samples, trained tokens coloured")
+
+
+def _add_plan(commands: _Commands) -> None:
+    _add(commands, "plan", "Say what a run would do, without loading weights.", recipe=True)
+
+
+def _add_verify(commands: _Commands) -> None:
+    parser = _add(commands, "verify", "Prove that packed documents stay independent in a checkpoint's model.")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a model name on the Hugging Face Hub")
+    parser.add_argument("--lengths", type=_lengths, metavar="A,B,...", help="lengths of the probe's documents")
+    parser.add_argument("--tolerance", type=float, help="largest relative difference between packed and alone")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="float32 by default")
+    parser.add_argument("--device", default="cpu", help="where to run; cpu by default")
+    parser.add_argument("--stock", action="store_true", help="probe the model as it ships, unprepared")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with it")
+
+
+def _add_doctor(commands: _Commands) -> None:
+    parser = _add(commands, "doctor", "Show versions, devices and the kernels that would run here.")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiler's smoke test")
+
+
+def _add_merge(commands: _Commands) -> None:
+    parser = _add(commands, "merge", "Merge an adapter into its base model and save a plain checkpoint.")
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the folder of a trained adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the merged checkpoint goes; must be new")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the merged weights; the base's by default")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _lengths(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if len(parts) < 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected at least two lengths, such as 5,1,70,7; got {text!r}")
+    return [int(part) for part in parts]

@@ -1,0 +1,231 @@
+"""Compiling decoder layers, or the whole text model, without a graph break; counting what the compiler did."""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from deltatune.config.inductor import INDUCTOR_OPTIONS
+
+__all__ = ["CompileOptions", "CompileReport", "GraphBreakError", "Graphs", "graphs_of", "validate_checkpointing"]
+
+Forward = Callable[..., Any]
+
+
+class GraphBreakError(RuntimeError):
+    """A layer could not be captured as one graph; the message holds the compiler's reason."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How ``prepare`` compiles a model.
+
+    Attributes:
+        scope: ``"layer"`` compiles each decoder layer (one graph for each type of layer, whatever the depth);
+            ``"model"`` the whole text model as one graph (slower to compile, fuses across layers).
+        strict: a graph break or too many recompiles stop the run; otherwise they are counted and reported.
+        options: Inductor settings for these graphs alone, keys of ``deltatune.config.inductor.INDUCTOR_OPTIONS``; the
+            process's own settings are never touched.
+        dynamic: as ``torch.compile``: None makes a dimension dynamic once it has changed, False keeps shapes static.
+        backend: ``"inductor"``, or ``"aot_eager"``: the same graphs without generated code, for debugging and tests.
+
+    Raises:
+        ValueError: an unknown scope or backend, options beside ``"aot_eager"``, a key outside the list, a value of the wrong type, or a setting that the
+            installed torch does not have.
+    """
+
+    scope: Literal["layer", "model"] = "layer"
+    strict: bool = True
+    options: Mapping[str, bool] = field(default_factory=dict)
+    dynamic: bool | None = None
+    backend: Literal["inductor", "aot_eager"] = "inductor"
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("layer", "model"):
+            raise ValueError(f"compile scope must be 'layer' or 'model', got {self.scope!r}")
+        if self.backend not in ("inductor", "aot_eager"):
+            raise ValueError(f"compile backend must be 'inductor' or 'aot_eager', got {self.backend!r}")
+        if self.options and self.backend != "inductor":
+            raise ValueError(f"compile options are Inductor's and cannot act with backend={self.backend!r}")
+        for key, value in self.options.items():
+            _check_option(key, value)
+        if self.options.get("triton.cudagraphs"):
+            warnings.warn(
+                "triton.cudagraphs with packing: document boundaries are read on the CPU inside the attention and "
+                "delta rule ops, so a graph cannot be replayed for another batch and Inductor skips cudagraphs",
+                stacklevel=3,
+            )
+
+
+def _check_option(key: str, value: object) -> None:
+    if key not in INDUCTOR_OPTIONS:
+        raise ValueError(f"compile option {key!r} is not supported; choose from {', '.join(INDUCTOR_OPTIONS)}")
+    expected = INDUCTOR_OPTIONS[key].type
+    if not isinstance(value, expected):
+        raise ValueError(f"compile option {key} must be {expected.__name__}, got {value!r}")
+    import torch._inductor.config as inductor_config
+
+    if key not in inductor_config._config:  # type: ignore[attr-defined,unused-ignore]
+        raise ValueError(f"compile option {key} does not exist in torch {torch.__version__}; remove it")
+
+
+def validate_checkpointing(checkpointing: str | float, compile: CompileOptions | None) -> None:
+    """Checks an activation checkpointing setting.
+
+    Raises:
+        ValueError: neither ``"none"``, ``"layer"`` nor a share in [0, 1], or a share without compile.
+    """
+    if checkpointing in ("none", "layer"):
+        return
+    if isinstance(checkpointing, str) or isinstance(checkpointing, bool) or not 0 <= checkpointing <= 1:
+        raise ValueError(
+            f"checkpointing must be 'none', 'layer' or a number from 0 to 1 (the share of activations that may "
+            f"stay), got {checkpointing!r}"
+        )
+    if compile is None:
+        raise ValueError(
+            f"checkpointing={checkpointing} is the compiler's own choice of what to recompute and needs compile; "
+            "pass compile=CompileOptions(), or checkpointing='layer'"
+        )
+
+
+@dataclass
+class CompileReport:
+    """What the compiler did so far.
+
+    Attributes:
+        graphs: name of a layer type -> graphs compiled for it, in every mode (training, evaluation) it ran in.
+        breaks: reasons of graph breaks; always empty under ``strict``, which stops instead.
+        recompiles: reasons for every graph after a layer type's first.
+        seconds: time spent compiling.
+    """
+
+    graphs: dict[str, int] = field(default_factory=dict)
+    breaks: list[str] = field(default_factory=list)
+    recompiles: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as saved with a run."""
+        return {
+            "graphs": dict(self.graphs),
+            "breaks": list(self.breaks),
+            "recompiles": list(self.recompiles),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+class Graphs:
+    """The compiled functions of one prepared model, made when first called, one for each name.
+
+    Each name gets a code object of its own: the compiler keeps its cache and its recompile limit with the code object,
+    so two models in one process, or two types of layer, never count against each other.
+    """
+
+    def __init__(self, options: CompileOptions, checkpointing: str | float) -> None:
+        self.options = options
+        self.checkpointing = checkpointing
+        self.report = CompileReport()
+        self._functions: dict[tuple[str, Forward], Forward] = {}
+
+    def run(self, name: str, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """``forward(module, *args, **kwargs)``, compiled.
+
+        Raises:
+            GraphBreakError: a graph break, or more recompiles than the compiler allows, under ``strict``.
+        """
+        function = self._functions.get((name, forward))
+        if function is None:
+            function = self._functions[name, forward] = self._compile(name, forward)
+        broken = _num_breaks()
+        try:
+            result = function(module, *args, **kwargs)
+        except torch._dynamo.exc.UncapturedHigherOrderOpError as error:
+            raise GraphBreakError(f"{name} does not compile as one graph: {error}") from error
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            raise GraphBreakError(f"{name} does not compile as one graph: {error}") from error
+        if _num_breaks() != broken:
+            reasons = torch._dynamo.utils.counters["graph_break"]
+            self.report.breaks.extend(f"{name}: {reason}" for reason in list(reasons)[-(_num_breaks() - broken) :])
+        return result
+
+    def _compile(self, name: str, forward: Forward) -> Forward:
+        function = _fresh_code(_entry(forward, self.checkpointing), name)
+        backend = functools.partial(self._backend, name, function.__code__)
+        compiled: Forward = torch.compile(
+            function, fullgraph=self.options.strict, dynamic=self.options.dynamic, backend=backend
+        )
+        return compiled
+
+    def _backend(self, name: str, code: types.CodeType, graph: Any, inputs: Any, **_: Any) -> Any:
+        from torch._functorch import config as functorch_config
+        from torch._inductor.compile_fx import compile_fx
+
+        started = time.perf_counter()
+        budget = self.checkpointing if isinstance(self.checkpointing, float | int) else 1.0
+        with functorch_config.patch(activation_memory_budget=float(budget)):
+            if self.options.backend == "inductor":
+                compiled = compile_fx(graph, inputs, config_patches=dict(self.options.options))
+            else:
+                compiled = torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+        self.report.seconds += time.perf_counter() - started
+        count = self.report.graphs.get(name, 0)
+        self.report.graphs[name] = count + 1
+        if count:
+            reasons = torch._dynamo.utils.guard_failures.get(code) or ["no reason given by the compiler"]
+            self.report.recompiles.append(f"{name}: {reasons[-1]}")
+        return compiled
+
+
+def _entry(forward: Forward, checkpointing: str | float) -> types.FunctionType:
+    """The function that is traced; checkpointing of whole layers happens inside the graph."""
+    if checkpointing == "layer":
+
+        def checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not (module.training and torch.is_grad_enabled()):
+                return forward(module, *args, **kwargs)
+            return torch.utils.checkpoint.checkpoint(
+                functools.partial(forward, module, **kwargs), *args, use_reentrant=False
+            )
+
+        return checkpointed
+
+    def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs)
+
+    return plain
+
+
+_serial = 0
+
+
+def _fresh_code(function: types.FunctionType, name: str) -> types.FunctionType:
+    global _serial
+    _serial += 1
+    code = function.__code__.replace(co_name=f"{name}_{_serial}")
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def _num_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+# Compiled functions cannot be copied or pickled, so they live beside the model and are made again for a copy.
+_graphs: weakref.WeakKeyDictionary[object, Graphs] = weakref.WeakKeyDictionary()
+
+
+def graphs_of(owner: object, options: CompileOptions, checkpointing: str | float) -> Graphs:
+    """The compiled functions that belong to ``owner`` (what a prepared model's layers share)."""
+    graphs = _graphs.get(owner)
+    if graphs is None:
+        graphs = _graphs[owner] = Graphs(options, checkpointing)
+    return graphs

@@ -1,0 +1,12 @@
+"""The one exception that means: the recipe or the input is at fault, not the program."""
+
+from __future__ import annotations
+
+__all__ = ["UserError"]
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what was expected, what came, and the remedy.
+
+    The command line prints it as one line and exits with status 2.
+    """

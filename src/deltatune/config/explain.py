@@ -1,0 +1,94 @@
+"""Pydantic's findings as one line each: where, what was expected, what came, and the nearest name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from deltatune.config.names import nearest
+from deltatune.config.paths import dotted, known_keys
+
+__all__ = ["explain", "shown"]
+
+Path = tuple[str | int, ...]
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "model_type": "a section (a mapping of keys)",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "too_short": "at least {min_length} entries",
+    "string_too_short": "text that is not empty",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "finite_number": "a finite number",
+}
+
+
+def explain(error: ValidationError, data: Any, lines: Mapping[Path, int], name: str) -> str:
+    """All findings in one line, each with the line of ``name`` it stands on where there is one."""
+    found: dict[Path, list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False, include_context=True):
+        found.setdefault(_real_path(details["loc"], data), []).append(details)
+    # a union reports every alternative: where one of them got further, only that one is what was meant
+    deepest = [path for path in found if not any(other != path and other[: len(path)] == path for other in found)]
+    return "; also: ".join(f"{_place(path, lines, name)}{_finding(path, found[path])}" for path in deepest)
+
+
+def _real_path(loc: Sequence[str | int], data: Any) -> Path:
+    """``loc`` without the names of union members, which are no part of the file."""
+    path: list[str | int] = []
+    value = data
+    for position, part in enumerate(loc):
+        if isinstance(value, Mapping) and part in value:
+            value = value[str(part)]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        elif position != len(loc) - 1 or part not in known_keys(path):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _place(path: Path, lines: Mapping[Path, int], name: str) -> str:
+    while path and path not in lines:
+        path = path[:-1]
+    return f"{name}:{lines[path]}: " if path else f"{name}: "
+
+
+def _finding(path: Path, findings: list[ErrorDetails]) -> str:
+    first = findings[0]
+    if first["type"] == "missing":
+        return f"{dotted(path)} is missing"
+    if first["type"] == "extra_forbidden":
+        keys = known_keys(path[:-1])
+        return f"{dotted(path)}: unknown key{nearest(str(path[-1]), keys)}; expected one of {', '.join(keys)}"
+    keys_at_fault = [finding for finding in findings if finding["loc"][-1:] == ("[key]",)]
+    if keys_at_fault:
+        allowed = _expected(keys_at_fault[0])
+        choices = allowed.replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{dotted(path)}: unknown key{nearest(str(path[-1]), choices)}; expected {allowed}"
+    expected = " or ".join(dict.fromkeys(_expected(finding) for finding in findings))
+    return f"{dotted(path) or 'the recipe'}: expected {expected}, got {shown(first['input'])}"
+
+
+def _expected(finding: ErrorDetails) -> str:
+    if finding["type"] in _EXPECTED:
+        return _EXPECTED[finding["type"]].format(**finding.get("ctx", {}))
+    return finding["msg"].removeprefix("Input should be ")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a recipe, cut short where it is long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,151 @@
+"""Reading a recipe: YAML, overrides, schema, rules. Every fault is one line that names its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltatune.config.errors import UserError
+from deltatune.config.yaml_text import dump_yaml, parse_document, parse_value
+
+try:
+    import pydantic
+except ModuleNotFoundError as error:
+    raise UserError("reading recipes needs pydantic: pip install 'deltatune[train]'") from error
+
+from deltatune.config.explain import explain, shown
+from deltatune.config.names import nearest
+from deltatune.config.paths import dotted, known_keys, names_free_mapping
+from deltatune.config.rules import check_recipe, check_training_names
+from deltatune.config.schema import Recipe
+
+__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe that may run, and what its reader should know.
+
+    Attributes:
+        recipe: validated, with every default filled in.
+        warnings: one line each.
+    """
+
+    recipe: Recipe
+    warnings: list[str]
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, training_names: Iterable[str] | None = None
+) -> LoadedRecipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: ``"a.b=value"`` each, the value in YAML; a number in the path is a position in a list.
+        training_names: the field names of the installed ``transformers.TrainingArguments``; without them, names that
+            the schema does not list are left unchecked.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key, a wrong type, or a violated rule.
+    """
+    path = Path(path)
+    document = parse_document(_read(path), str(path))
+    if document.data is None:
+        raise UserError(f"{path}: the recipe is empty; it needs at least model.name_or_path and data.train")
+    data = apply_overrides(document.data, overrides)
+    # a value that --set replaced no longer stands on its line
+    lines = {} if overrides else document.lines
+    try:
+        recipe = Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, data, lines, str(path))) from error
+    try:
+        if training_names is not None:
+            check_training_names(recipe.training, training_names)
+        return LoadedRecipe(recipe, check_recipe(recipe))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; ``load_recipe`` reads it back as the same recipe."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def apply_overrides(data: Any, overrides: Sequence[str]) -> Any:
+    """A copy of ``data`` with each ``key=value`` applied in turn.
+
+    Raises:
+        UserError: no ``=``, an unknown key, a position that the list does not have, or a path through a plain value.
+    """
+    data = copy.deepcopy(data)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {override}: expected key=value, such as --set training.max_steps=100")
+        _assign(data, _parts(key.strip()), parse_value(text, f"--set {key}"), f"--set {override}")
+    return data
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such recipe") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: expected a YAML file, got a folder") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a YAML file, got bytes that are no UTF-8 text") from error
+
+
+def _parts(key: str) -> list[str | int]:
+    parts: list[str | int] = []
+    words = key.split(".")
+    while words:
+        if parts and names_free_mapping(parts):
+            return [*parts, ".".join(words)]
+        word = words.pop(0)
+        parts.append(int(word) if word.isdigit() else word)
+    return parts
+
+
+def _assign(data: Any, parts: list[str | int], value: Any, override: str) -> None:
+    parent = data
+    for depth, part in enumerate(parts):
+        _check_step(parent, parts[: depth + 1], override)
+        if depth == len(parts) - 1:
+            _put(parent, part, value)
+            return
+        if _missing(parent, part) or (parent[part] is True and known_keys(parts[: depth + 1])):
+            # `compile: true` is the section with its defaults
+            _put(parent, part, [] if isinstance(parts[depth + 1], int) else {})
+        parent = parent[part]
+
+
+def _check_step(parent: Any, parts: list[str | int], override: str) -> None:
+    part, where = parts[-1], dotted(parts[:-1])
+    if isinstance(parent, dict):
+        keys = known_keys(parts[:-1])
+        # TrainingArguments has more names than the section lists; they are checked with the rest of the recipe
+        if keys and part not in keys and where != "training":
+            raise UserError(f"{override}: unknown key {dotted(parts)}{nearest(str(part), keys)}")
+    elif isinstance(parent, list):
+        if not isinstance(part, int) or part > len(parent):
+            raise UserError(f"{override}: {where} is a list of {len(parent)}; expected a position up to {len(parent)}")
+    else:
+        raise UserError(f"{override}: {where} is {shown(parent)} in the recipe; set {where} itself first")
+
+
+def _missing(parent: Any, part: str | int) -> bool:
+    return part >= len(parent) if isinstance(parent, list) and isinstance(part, int) else part not in parent
+
+
+def _put(parent: Any, part: str | int, value: Any) -> None:
+    if isinstance(parent, list) and part == len(parent):
+        parent.append(value)
+    else:
+        parent[part] = value

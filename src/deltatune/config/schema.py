@@ -1,0 +1,359 @@
+"""The recipe: one frozen model per section. The docstring under each field is its entry in docs/config.md."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+__all__ = [
+    "CompileSection",
+    "DataSection",
+    "LoraSection",
+    "ModelSection",
+    "PackingSection",
+    "Recipe",
+    "Source",
+    "TrainingSection",
+    "VerifySection",
+]
+
+# YAML already gives types, so nothing is guessed: "true" in quotes is no flag, 1.0 no count, true no number
+Flag = Annotated[bool, Strict()]
+Integer = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
+# transformers' own convention: a whole number of steps, or below 1 a share of them
+Steps = Count | Annotated[float, Strict(), Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+OpName = Literal[
+    "causal_conv",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "grouped_mm",
+    "linear_cross_entropy",
+    "rms_norm_rope",
+    "varlen_attention",
+]
+ColumnRole = Literal["messages", "tools", "prompt", "completion", "text"]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class ModelSection(Section):
+    """The checkpoint to start from."""
+
+    name_or_path: Text
+    """A folder with a checkpoint, or a name on the Hugging Face Hub."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The dtype the weights are loaded in; `auto` takes the checkpoint's own."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a model on the Hub."""
+
+    trust_remote_code: Flag = False
+    """Run model code that comes with the checkpoint."""
+
+    tokenizer: Text | None = None
+    """Another folder or Hub name for the tokenizer; the checkpoint's own by default."""
+
+    chat_template: Text | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters, in PEFT's own names. Leave the section out to train every weight."""
+
+    r: Count = 16
+    """Rank of the adapters."""
+
+    lora_alpha: Count = 32
+    """The adapter's output is scaled by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`)."""
+
+    lora_dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapter."""
+
+    target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "all-linear"
+    """Module name endings as a list, one regular expression over full names, or `all-linear` (every linear layer
+    but the head). A target that matches nothing is an error."""
+
+    exclude_modules: Text | tuple[Text, ...] | None = None
+    """Names, or one regular expression, that `target_modules` shall not match."""
+
+    modules_to_save: tuple[Text, ...] | None = None
+    """Modules trained fully and saved beside the adapter, such as `lm_head`."""
+
+    layers_to_transform: tuple[Integer, ...] | None = None
+    """Indices of the decoder layers that get adapters; all by default."""
+
+    rank_pattern: dict[Text, Count] = Field(default_factory=dict)
+    """Ranks that differ from `r`, by module name or regular expression."""
+
+    alpha_pattern: dict[Text, Count] = Field(default_factory=dict)
+    """Alphas that differ from `lora_alpha`, by module name or regular expression."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train as well."""
+
+    use_rslora: Flag = False
+    """Scale by `lora_alpha / sqrt(r)`."""
+
+    use_dora: Flag = False
+    """Weight-decomposed adapters; they run on PEFT's own layers."""
+
+    init_lora_weights: Flag | Text = True
+    """PEFT's initialisation of A and B by name; `true` starts at the base model exactly."""
+
+    adapter_dtype: Literal["float32", "model"] = "float32"
+    """The dtype of A and B; `model` takes the base weights' and halves the optimizer's memory at some precision."""
+
+    impl: Literal["auto", "fused", "stock"] = "auto"
+    """`fused` folds the adapter into the base product, `stock` is PEFT's layer; `auto` fuses where it can."""
+
+    def peft_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``peft.LoraConfig``; ``adapter_dtype`` and ``impl`` are ours and left out."""
+        values = self.model_dump(exclude={"adapter_dtype", "impl"}, exclude_none=True)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+class Source(Section):
+    """One data set: a file, a folder of files, or a name on the Hugging Face Hub."""
+
+    path: Text
+    """A JSONL or Parquet file, a pattern of such files, or the name of a data set on the Hub."""
+
+    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
+    """What a row holds: `messages`, `prompt` and `completion`, or `text`; `auto` looks at the columns."""
+
+    split: Text = "train"
+    """The split of a data set on the Hub, slices such as `train[:5%]` included."""
+
+    name: Text | None = None
+    """The configuration of a data set on the Hub."""
+
+    columns: dict[ColumnRole, Text] = Field(default_factory=dict)
+    """Columns that go by another name, such as `{messages: conversation}`."""
+
+    limit: Count | None = None
+    """Use the first so many rows only."""
+
+
+class DataSection(Section):
+    """What to train on, and which of its tokens."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """The training data, one entry per source."""
+
+    eval: tuple[Source, ...] = ()
+    """Held-out data, packed the same way; `training.eval_strategy` says when it is used."""
+
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
+
+    overlong: Literal["error", "split", "truncate", "drop"] = "error"
+    """What to do with a document longer than `packing.tokens_per_batch`. `error` by default, because each other
+    choice loses context or data: cut into independent documents, keep the beginning, or leave out. All are counted."""
+
+    cache_dir: Text | None = None
+    """Where tokenised data is kept; the cache of the `datasets` package by default."""
+
+    num_proc: Count | None = None
+    """Processes that tokenise; one by default."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables handed to the chat template, such as `{enable_thinking: false}`."""
+
+
+class PackingSection(Section):
+    """How documents are packed. A batch is one pack: a row of whole documents without padding between them."""
+
+    tokens_per_batch: Annotated[int, Strict(), Field(ge=2)] = 4096
+    """Tokens of a pack, and so of a batch on one device. Multiples of 64 suit the kernels."""
+
+
+class CompileSection(Section):
+    """How the model is compiled. `compile: false` runs it eagerly, `compile: true` takes the defaults below."""
+
+    scope: Literal["layer", "model"] = "layer"
+    """One graph per kind of decoder layer, compiled once whatever the depth, or the whole text model as one graph."""
+
+    strict: Flag = True
+    """Stop at a graph break, with its reason; otherwise it is reported and the run goes on."""
+
+    options: dict[str, Flag] = Field(default_factory=dict)
+    """Inductor settings, for this model's graphs only."""
+
+
+class TrainingSection(Section):
+    """The training loop, in the names of `transformers.TrainingArguments`.
+
+    The fields below are the usual ones; any other TrainingArguments name may be given as well. Names that have no
+    effect here, or another home in the recipe, are refused.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    output_dir: Text = "outputs"
+    """Where checkpoints, the resolved recipe and the trained model go."""
+
+    num_train_epochs: Annotated[float, Strict(), Field(gt=0)] = 3.0
+    """Passes over the data, unless `max_steps` is given."""
+
+    max_steps: Integer = -1
+    """Optimizer steps to run; -1 counts epochs instead."""
+
+    gradient_accumulation_steps: Count = 1
+    """Packs per device in one optimizer step; the loss is divided once, by all their trained tokens."""
+
+    learning_rate: Annotated[float, Strict(), Field(ge=0)] = 5e-5
+    """The peak learning rate."""
+
+    lr_scheduler_type: Text = "linear"
+    """The learning-rate schedule, such as `linear`, `cosine` or `constant`."""
+
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Arguments of the schedule."""
+
+    warmup_steps: Steps | Literal[0] = 0
+    """Steps of linear warm-up; a number below 1 is a share of all steps."""
+
+    optim: Text = "adamw_torch_fused"
+    """The optimizer, by transformers' name."""
+
+    weight_decay: Annotated[float, Strict(), Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+
+    adam_beta1: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+
+    adam_beta2: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.999
+    """Decay of Adam's second moment."""
+
+    adam_epsilon: Annotated[float, Strict(), Field(gt=0)] = 1e-8
+    """Adam's term against division by zero."""
+
+    max_grad_norm: Annotated[float, Strict(), Field(ge=0)] = 1.0
+    """Gradients are clipped to this norm; 0 clips nothing."""
+
+    seed: Integer = 42
+    """Seed of initialisation, dropout and, unless `data_seed` is given, the order of the data."""
+
+    data_seed: Integer | None = None
+    """Seed of the order of the data."""
+
+    bf16: Flag = False
+    """Autocast to bfloat16; for float32 weights."""
+
+    fp16: Flag = False
+    """Autocast to float16 with a loss scaler; for float32 weights."""
+
+    use_cpu: Flag = False
+    """Stay on the CPU though an accelerator is there."""
+
+    logging_steps: Steps = 10
+    """Steps between log lines; a number below 1 is a share of all steps."""
+
+    logging_first_step: Flag = False
+    """Log the first step as well."""
+
+    report_to: Text | tuple[Text, ...] = "none"
+    """Trackers to log to, such as `wandb` or `tensorboard`."""
+
+    run_name: Text | None = None
+    """The run's name in a tracker."""
+
+    disable_tqdm: Flag | None = None
+    """Show no progress bar."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When `data.eval` is evaluated."""
+
+    eval_steps: Steps | None = None
+    """Steps between evaluations; `logging_steps` by default."""
+
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    """When checkpoints are written."""
+
+    save_steps: Steps = 500
+    """Steps between checkpoints; a number below 1 is a share of all steps."""
+
+    save_total_limit: Count | None = None
+    """Checkpoints to keep; all by default."""
+
+    save_only_model: Flag = False
+    """Leave optimizer and random state out of checkpoints; a run cannot resume from them."""
+
+    load_best_model_at_end: Flag = False
+    """Return to the checkpoint with the best evaluation when training ends."""
+
+    dataloader_num_workers: Annotated[int, Strict(), Field(ge=0)] = 0
+    """Processes that collate batches."""
+
+    dataloader_pin_memory: Flag = True
+    """Collate into pinned memory, which copies to an accelerator faster."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included."""
+        values = self.model_dump(exclude_none=True)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+class VerifySection(Section):
+    """The independence probe at the start of a run: no document may see another."""
+
+    enabled: Flag = True
+    """Probe before the first step; a leak stops the run."""
+
+    lengths: Annotated[tuple[Count, ...], Field(min_length=2)] | None = None
+    """Lengths of the probe's documents, in tokens; a set of awkward ones by default."""
+
+    tolerance: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """Largest relative difference between packed and alone; by dtype by default. Gradients that cross documents
+    must be zero exactly, whatever is set here."""
+
+
+def _compile_switch(value: object) -> object:
+    if value is True:
+        return {}
+    return None if value is False else value
+
+
+class Recipe(Section):
+    """A fine-tuning run."""
+
+    model: ModelSection
+    """The checkpoint to start from."""
+
+    data: DataSection
+    """What to train on."""
+
+    packing: PackingSection = PackingSection()
+    """How documents are packed."""
+
+    lora: LoraSection | None = None
+    """Low-rank adapters; without this section every weight trains."""
+
+    compile: Annotated[CompileSection | None, BeforeValidator(_compile_switch)] = None
+    """`true`, `false`, or a section; false by default."""
+
+    checkpointing: Literal["none", "layer", "auto"] | Share = "none"
+    """What backward recomputes: nothing; every layer; or, as a number (with `compile` only), the share of a layer's
+    activations that may stay in memory. `auto` picks the least recomputation that fits the device."""
+
+    kernels: Literal["auto"] | dict[OpName, Text] = "auto"
+    """The implementation of each op: `auto`, or a mapping such as `{gated_delta_rule: fla}` for some of them.
+    Naming one that cannot run here is an error."""
+
+    training: TrainingSection = TrainingSection()
+    """The training loop."""
+
+    verify: VerifySection = VerifySection()
+    """The independence probe at the start of the run."""

@@ -1,0 +1,116 @@
+"""Reading YAML as people mean it: ``no`` is a word, ``1e-4`` a number, a key given twice an error."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from deltatune.config.errors import UserError
+
+try:
+    import yaml
+except ModuleNotFoundError as error:
+    raise UserError("reading recipes needs pyyaml: pip install 'deltatune[train]'") from error
+
+__all__ = ["Document", "dump_yaml", "parse_document", "parse_value"]
+
+Path = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars by YAML 1.2's core schema: 1.1 turns ``no`` into false, ``1e-4`` into text and ``12:30`` into 750."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    # 0o17 and 0x1f name their base; a plain 010 is ten
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed file: its values, and the line (from 1) that each key stands on."""
+
+    data: Any
+    lines: dict[Path, int]
+
+
+def parse_document(text: str, name: str) -> Document:
+    """Parses one YAML document.
+
+    Raises:
+        UserError: broken YAML, with file and line; a key given twice; a key that is no text.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        lines: dict[Path, int] = {}
+        if node is None:
+            return Document(None, lines)
+        _index(node, (), lines, name)
+        return Document(loader.construct_document(node), lines)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{name}{line}: broken YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: broken YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_value(text: str, name: str) -> Any:
+    """The value in ``--set key=value``."""
+    return parse_document(text, name).data
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML that ``parse_document`` reads back as it was, keys in their order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+_YAML_1_1 = yaml.SafeDumper.yaml_implicit_resolvers
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what this module's loader would read as something other than text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    # plain text must be unambiguous to YAML 1.1 readers too
+    first: [*_YAML_1_1.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*_YAML_1_1, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def _index(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for position, item in enumerate(node.value):
+            lines[(*path, position)] = item.start_mark.line + 1
+            _index(item, (*path, position), lines, name)
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str) or key_node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise UserError(f"{name}:{line}: a key must be text, got {key}")
+            if (*path, key) in lines:
+                raise UserError(f"{name}:{line}: {'.'.join(map(str, (*path, key)))} is given twice")
+            lines[(*path, key)] = line
+            _index(value_node, (*path, key), lines, name)

@@ -1,0 +1,1 @@
+"""From rows in a file to packed batches: sources, chat rendering, packing, collating."""

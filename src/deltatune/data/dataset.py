@@ -1,0 +1,198 @@
+"""Documents to packs, with an account of what was cut, left out and filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltatune.data.documents import Documents
+from deltatune.data.errors import DataError
+from deltatune.data.packing import pack
+from deltatune.data.sample import Sample
+
+__all__ = ["Overlong", "PackedDataset", "PackingReport", "pack_documents"]
+
+Overlong = Literal["error", "split", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: rows read.
+        documents: documents in the packs, parts of split ones counted singly.
+        tokens: their tokens.
+        trained_tokens: those that are targets; a document's first token never is.
+        packs: packs made.
+        tokens_per_batch: tokens a pack has room for.
+        fill: ``tokens / (packs * tokens_per_batch)``.
+        longest: tokens of the longest document before anything was cut.
+        split: documents that were cut into several.
+        truncated: documents of which only the beginning was kept.
+        dropped: documents left out for their length.
+        unlabelled: documents or parts left out because cutting left them without a target.
+    """
+
+    rows: int
+    documents: int
+    tokens: int
+    trained_tokens: int
+    packs: int
+    tokens_per_batch: int
+    fill: float
+    longest: int
+    split: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    unlabelled: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rows:,} rows -> {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} of them trained; longest document {self.longest:,} tokens",
+            f"{self.packs:,} packs of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full",
+        ]
+        cut = [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.split, "split"),
+                (self.truncated, "truncated"),
+                (self.dropped, "dropped for length"),
+                (self.unlabelled, "left out because the cut left no trained token"),
+            )
+            if count
+        ]
+        return "\n".join([*lines, *(["over-long documents: " + ", ".join(cut)] if cut else [])])
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """Documents or parts of them: ``[start, end)`` in the flat arrays of a source, and its number."""
+
+    source: NDArray[np.int64]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self.end - self.start
+
+
+class PackedDataset:
+    """A map-style data set whose items are packs: lists of samples that fit in one batch together.
+
+    Its order is that of the packs and never changes; a sampler shuffles. Use it with a batch size of 1 and
+    ``PackedCollator(tokens_per_batch=...)``.
+
+    Attributes:
+        report: what became of the rows.
+    """
+
+    def __init__(
+        self, documents: Sequence[Documents], pieces: _Pieces, packs: list[list[int]], report: PackingReport
+    ) -> None:
+        self._documents = documents
+        self._pieces = pieces
+        self._packs = packs
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        return [self._sample(piece) for piece in self._packs[index]]
+
+    def _sample(self, piece: int) -> Sample:
+        pieces = self._pieces
+        documents = self._documents[int(pieces.source[piece])]
+        return documents.sample(int(pieces.start[piece]), int(pieces.end[piece]))
+
+
+def pack_documents(
+    documents: Sequence[Documents], *, tokens_per_batch: int, overlong: Overlong = "error", seed: int = 0
+) -> PackedDataset:
+    """Packs the documents of all sources together.
+
+    Args:
+        documents: one entry per source, from ``tokenize``.
+        tokens_per_batch: the capacity of a pack.
+        overlong: what to do with a document longer than that: an ``error``, ``split`` it into independent documents,
+            ``truncate`` it to its beginning, or ``drop`` it. A part without a target is left out and counted.
+        seed: decides which of several documents of one length share a pack.
+
+    Raises:
+        DataError: an over-long document under ``error``, named; or nothing left to train on.
+    """
+    counts = {"split": 0, "truncated": 0, "dropped": 0, "unlabelled": 0}
+    parts = []
+    for number, source in enumerate(documents):
+        start, end = _cut(source, tokens_per_batch, overlong, counts)
+        parts.append(_Pieces(np.full(start.size, number), start, end))
+    pieces = _Pieces(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("source", "start", "end")))
+    if pieces.start.size == 0:
+        raise DataError(
+            f"no document is left to train on: all are longer than packing.tokens_per_batch={tokens_per_batch}; raise "
+            "it, or set data.overlong to split or truncate"
+        )
+    # equal lengths lie together after packing: mixing first keeps neighbours in the file from sharing every pack
+    order = np.random.default_rng(seed).permutation(pieces.start.size)
+    packs = [order[members].tolist() for members in pack(pieces.lengths[order], tokens_per_batch)]
+    tokens = int(pieces.lengths.sum())
+    report = PackingReport(
+        rows=sum(len(source.source) for source in documents),
+        documents=pieces.start.size,
+        tokens=tokens,
+        trained_tokens=sum(
+            int(_num_trained(source, pieces.start[pieces.source == number], pieces.end[pieces.source == number]).sum())
+            for number, source in enumerate(documents)
+        ),
+        packs=len(packs),
+        tokens_per_batch=tokens_per_batch,
+        fill=tokens / (len(packs) * tokens_per_batch),
+        longest=max(int(source.lengths.max()) for source in documents),
+        **counts,
+    )
+    return PackedDataset(documents, pieces, packs, report)
+
+
+def _cut(
+    documents: Documents, capacity: int, overlong: Overlong, counts: dict[str, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the pieces of one source begin and end, none longer than the capacity."""
+    starts, ends = np.asarray(documents.offsets[:-1]), np.asarray(documents.offsets[1:])
+    too_long = np.flatnonzero(ends - starts > capacity)
+    if not too_long.size:
+        return starts, ends
+    if overlong == "error":
+        first = int(too_long[0])
+        raise DataError(
+            f"{documents.where(first)} has {documents.lengths[first]} tokens, more than "
+            f"packing.tokens_per_batch={capacity} ({too_long.size} such documents in {documents.source.name}); raise "
+            "it, or set data.overlong to split, truncate or drop"
+        )
+    fitting = ends - starts <= capacity
+    counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] += too_long.size
+    if overlong == "drop":
+        return starts[fitting], ends[fitting]
+    last = starts + 1 if overlong == "truncate" else ends
+    cuts = [np.arange(starts[i], last[i], capacity) for i in too_long]
+    cut_starts = np.concatenate(cuts)
+    cut_ends = np.minimum(cut_starts + capacity, np.repeat(ends[too_long], [cut.size for cut in cuts]))
+    trained = _num_trained(documents, cut_starts, cut_ends) > 0
+    counts["unlabelled"] += int((~trained).sum())
+    return np.concatenate([starts[fitting], cut_starts[trained]]), np.concatenate([ends[fitting], cut_ends[trained]])
+
+
+def _num_trained(documents: Documents, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Targets of each piece: trained tokens after its first."""
+    spans = zip((starts + 1).tolist(), ends.tolist(), strict=True)
+    return np.array([np.count_nonzero(documents.trained[start:end]) for start, end in spans], dtype=np.int64)

@@ -1,0 +1,207 @@
+"""Tokenised documents: flat arrays that live on disk, cached under what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import deltatune
+from deltatune.data.chat import Renderer
+from deltatune.data.errors import DataError
+from deltatune.data.messages import Layout
+from deltatune.data.sample import IGNORE_INDEX, Sample
+from deltatune.data.sources import Rows
+
+__all__ = ["Documents", "tokenize"]
+
+_ROWS_PER_TASK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """All documents of one source.
+
+    Attributes:
+        tokens: int32 ``[N]``, the documents one after the other.
+        trained: bool ``[N]``, whether a token is a target.
+        offsets: int64 ``[D + 1]``, where each document begins.
+        rows: int64 ``[D]``, the row each document came from.
+        source: the rows, for their names in errors.
+    """
+
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    source: Rows
+
+    def __len__(self) -> int:
+        return self.rows.size
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64 ``[D]``."""
+        return np.diff(self.offsets)
+
+    def sample(self, start: int, end: int) -> Sample:
+        """Tokens ``start`` to ``end`` of the flat arrays as a sample."""
+        ids = self.tokens[start:end].astype(np.int64)
+        return Sample(ids, np.where(self.trained[start:end], ids, IGNORE_INDEX))
+
+    def where(self, document: int) -> str:
+        """The row of a document, in words."""
+        return self.source.where(int(self.rows[document]))
+
+
+def tokenize(
+    rows: Rows,
+    layout: Layout,
+    renderer: Renderer,
+    *,
+    num_proc: int = 1,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Documents:
+    """Renders and tokenises every row, or takes the result of an earlier run from the cache.
+
+    The cache key covers the rows, the tokenizer, the template and its variables, the layout and this version, and not
+    the pack's capacity: over-long documents are dealt with when packs are made.
+
+    Args:
+        rows: from ``load_rows``.
+        layout: from ``resolve_format``.
+        renderer: tokenizer, template, and which tokens train.
+        num_proc: processes that tokenise.
+        cache_dir: where results are kept, each in a folder that appears whole or not at all; ``None`` keeps nothing.
+        progress: called with the rows done and the rows in all.
+
+    Raises:
+        DataError: the first row that cannot be rendered or trains nothing, named.
+    """
+    folder = None if cache_dir is None else cache_dir / _fingerprint(rows, layout, renderer)
+    if folder is not None and folder.is_dir():
+        if progress is not None:
+            progress(len(rows), len(rows))
+        return _load(folder, rows)
+    parts = list(_parts(rows, layout, renderer, num_proc, progress))
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "trained", "rows")}
+    lengths = np.concatenate([part["lengths"] for part in parts])
+    arrays["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    if folder is None:
+        return Documents(**arrays, source=rows)
+    _save(folder, arrays)
+    return _load(folder, rows)
+
+
+Part = dict[str, NDArray[Any]]
+
+
+def _parts(
+    rows: Rows, layout: Layout, renderer: Renderer, num_proc: int, progress: Callable[[int, int], None] | None
+) -> Iterator[Part]:
+    total = len(rows)
+    starts = range(0, total, _ROWS_PER_TASK)
+    task = _Task(rows, layout, renderer)
+    if num_proc == 1 or len(starts) == 1:
+        yield from _counted(map(task, starts), total, progress)
+        return
+    with multiprocessing.Pool(min(num_proc, len(starts)), _start_worker, (task,)) as pool:
+        yield from _counted(pool.imap(_work, starts), total, progress)
+
+
+def _counted(parts: Iterator[Part], total: int, progress: Callable[[int, int], None] | None) -> Iterator[Part]:
+    for number, part in enumerate(parts, start=1):
+        if progress is not None:
+            progress(min(number * _ROWS_PER_TASK, total), total)
+        yield part
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Tokenises the rows from ``start`` on."""
+
+    rows: Rows
+    layout: Layout
+    renderer: Renderer
+
+    def __call__(self, start: int) -> Part:
+        samples: list[Sample] = []
+        row_of: list[int] = []
+        for index, row in enumerate(self.rows.read(start, start + _ROWS_PER_TASK), start):
+            rendered = self.renderer.render(row, self.layout, self.rows.where(index))
+            samples += rendered
+            row_of += [index] * len(rendered)
+        return {
+            "tokens": np.concatenate([sample.input_ids for sample in samples]).astype(np.int32),
+            "trained": np.concatenate([sample.labels != IGNORE_INDEX for sample in samples]),
+            "lengths": np.array([len(sample) for sample in samples], dtype=np.int64),
+            "rows": np.array(row_of, dtype=np.int64),
+        }
+
+
+_worker_task: list[_Task] = []
+
+
+def _start_worker(task: _Task) -> None:
+    # each worker is one of several: threads inside them would only compete
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_task[:] = [task]
+
+
+def _work(start: int) -> Part:
+    return _worker_task[0](start)
+
+
+def _fingerprint(rows: Rows, layout: Layout, renderer: Renderer) -> str:
+    tokenizer = renderer.tokenizer
+    made_from = {
+        "deltatune": deltatune.__version__,
+        "rows": rows.identity,
+        "layout": [layout.format, dict(layout.columns)],
+        "train_on": renderer.train_on,
+        "chat_template": renderer.chat_template or tokenizer.chat_template,
+        "template_kwargs": dict(renderer.template_kwargs),
+        "special_tokens": tokenizer.special_tokens_map,
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+    }
+    content = json.dumps(made_from, sort_keys=True, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _save(folder: Path, arrays: Part) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"cannot write the cache of tokenised data: {error}; set data.cache_dir") from error
+    try:
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # another process finished the same work first; its result is as good
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(folder: Path, rows: Rows) -> Documents:
+    # plain arrays over the mapped files: slicing a np.memmap costs several times as much
+    arrays = {
+        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+        for name in ("tokens", "trained", "offsets", "rows")
+    }
+    return Documents(**arrays, source=rows)

@@ -1,0 +1,155 @@
+"""Lengths to packs: best-fit decreasing, placed in bulk over the distinct lengths. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["fill", "pack"]
+
+Indices = NDArray[np.int64]
+
+
+def pack(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> list[list[int]]:
+    """Packs documents of these lengths into as few bins of ``capacity`` tokens as best-fit decreasing finds.
+
+    The longest document goes first, each into the fullest bin that still has room, a new bin where none has. Lengths
+    are small integers with many repeats, so all documents of one length are placed together: a bin with ``r`` tokens
+    left takes ``r // length`` of them at once, which is what placing them one by one would do. Time is close to linear
+    in the number of documents.
+
+    Args:
+        lengths: tokens of each document, integers in ``0..capacity``; an empty document is placed too (first bin).
+        capacity: tokens a bin holds, >= 1.
+
+    Returns:
+        The bins, each the ascending indices of its documents; every index exactly once, no bin over the capacity. The
+        same input always gives the same bins.
+
+    Raises:
+        ValueError: ``capacity`` below 1, lengths that are not one-dimensional integers, a negative length, or a length
+            above ``capacity``.
+    """
+    counts = _checked_lengths(lengths, capacity)
+    if counts.size == 0:
+        return []
+    order = np.argsort(-counts, kind="stable")
+    bin_of = np.zeros(counts.size, dtype=np.int64)  # empty documents stay in bin 0
+    bin_of[order] = _best_fit_decreasing(counts[order], capacity)
+    by_bin = np.argsort(bin_of, kind="stable")
+    ends = np.cumsum(np.bincount(bin_of)).tolist()
+    members = by_bin.tolist()
+    return [members[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def fill(packs: Iterable[Sequence[int]], lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> float:
+    """The share of the packs' tokens that documents take, 0..1; 0 without packs."""
+    counts = np.asarray(lengths, dtype=np.int64)
+    used = [int(counts[np.asarray(members, dtype=np.int64)].sum()) for members in packs]
+    return sum(used) / (len(used) * capacity) if used else 0.0
+
+
+def _checked_lengths(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> Indices:
+    if capacity < 1:
+        raise ValueError(f"capacity must be at least 1 token, got {capacity}")
+    counts = np.asarray(lengths)
+    if counts.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer):
+        raise ValueError(f"lengths must be one-dimensional integers, got {counts.dtype} of shape {counts.shape}")
+    counts = counts.astype(np.int64)
+    shortest, longest = int(counts.argmin()), int(counts.argmax())
+    if counts[shortest] < 0:
+        raise ValueError(f"lengths must be >= 0, got {counts[shortest]} at index {shortest}")
+    if counts[longest] > capacity:
+        raise ValueError(
+            f"document {longest} holds {counts[longest]} tokens, more than the capacity of {capacity}; "
+            "split or truncate it, or raise the capacity"
+        )
+    return counts
+
+
+def _best_fit_decreasing(descending: Indices, capacity: int) -> Indices:
+    """The bin of each document, for lengths in descending order."""
+    bins = np.zeros(descending.size, dtype=np.int64)
+    open_bins = _OpenBins(capacity)
+    num_bins = 0
+    lengths, starts = np.unique(-descending, return_index=True)
+    ends = np.append(starts[1:], descending.size)
+    for negative, start, end in zip(lengths.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        length, at = -negative, start
+        while length and at < end:
+            room = open_bins.best_fit(length)
+            each = (room or capacity) // length
+            wanted = -(-(end - at) // each)
+            if room:
+                chosen = open_bins.take(room, wanted)
+            else:
+                chosen = np.arange(num_bins, num_bins + wanted)
+                num_bins += wanted
+                room = capacity
+            placed = min(end - at, chosen.size * each)
+            bins[at : at + placed] = np.repeat(chosen, each)[:placed]
+            at += placed
+            full, rest = divmod(placed, each)
+            open_bins.put(room - each * length, chosen[:full])
+            open_bins.put(room - rest * length, chosen[full:])
+    return bins
+
+
+class _OpenBins:
+    """Bins by the tokens they have left, with the fullest bin that fits in about sqrt(capacity) / 64 word operations.
+
+    Which amounts of room occur is a two-level bit set: ``_blocks`` has a bit per block of ``2**_shift`` amounts, each
+    entry of ``_bits`` a bit per amount.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._shift = max(1, capacity.bit_length() // 2)
+        self._bits = [0] * ((capacity >> self._shift) + 1)
+        self._blocks = 0
+        self._bins: dict[int, list[Indices]] = {}
+
+    def best_fit(self, length: int) -> int:
+        """The least room >= ``length`` that some bin has; 0 if none has."""
+        block, offset = length >> self._shift, length & ((1 << self._shift) - 1)
+        here = self._bits[block] >> offset
+        if here:
+            return length + _lowest_bit(here)
+        later = self._blocks >> (block + 1)
+        if not later:
+            return 0
+        block += 1 + _lowest_bit(later)
+        return (block << self._shift) + _lowest_bit(self._bits[block])
+
+    def put(self, room: int, bins: Indices) -> None:
+        if room == 0 or bins.size == 0:
+            return
+        self._bins.setdefault(room, []).append(bins)
+        block = room >> self._shift
+        self._bits[block] |= 1 << (room & ((1 << self._shift) - 1))
+        self._blocks |= 1 << block
+
+    def take(self, room: int, wanted: int) -> Indices:
+        """Removes up to ``wanted`` of the bins with this much room, the latest put first."""
+        groups, taken = self._bins[room], []
+        while groups and wanted:
+            group = groups.pop()
+            if group.size > wanted:
+                groups.append(group[wanted:])
+                group = group[:wanted]
+            taken.append(group)
+            wanted -= group.size
+        if not groups:
+            del self._bins[room]
+            block = room >> self._shift
+            self._bits[block] &= ~(1 << (room & ((1 << self._shift) - 1)))
+            if not self._bits[block]:
+                self._blocks &= ~(1 << block)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1

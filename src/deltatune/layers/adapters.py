@@ -1,0 +1,22 @@
+"""Reading a module's weights through what PEFT may have wrapped around it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["trained_copy"]
+
+
+def trained_copy(module: nn.Module) -> nn.Module:
+    """The module whose weights act in a forward: PEFT's active copy where ``modules_to_save`` made one.
+
+    The wrapper PEFT puts there forwards attribute reads to the original, frozen module, so a fused op that read
+    ``wrapper.weight`` would silently ignore what is trained.
+    """
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    active = [name for name in getattr(module, "active_adapters", []) if name in copies]
+    if getattr(module, "disable_adapters", False) or not active:
+        return module.get_submodule("original_module")
+    return copies[active[0]]

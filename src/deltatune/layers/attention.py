@@ -1,0 +1,93 @@
+"""Causal attention inside documents: q and k normalised and rotated, then variable-length attention."""
+
+# B rows, T tokens a row, N query heads, M key-value heads, D head dim
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune import ops
+from deltatune.layers.adapters import trained_copy
+from deltatune.layers.reclass import Swapped
+from deltatune.sequences import Sequences
+
+__all__ = ["Attention", "GatedAttention"]
+
+
+class Attention(Swapped):
+    """Attention with RMS-normalised q and k (Qwen3): ``W_o attend(rope(norm(q)), rope(norm(k)), v)``."""
+
+    #: the norm multiplies by ``1 + weight``
+    unit_offset = False
+
+    head_dim: int
+    scaling: float
+    q_norm: nn.Module
+    k_norm: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, E] -> [B, T, E]``; without ``sequences`` (a cached call) the stock forward."""
+        if sequences is None:
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            return stock
+        q, gate = self.project_q(hidden_states)
+        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        cos, sin = position_embeddings
+        out = ops.varlen_attention(
+            self.norm_and_rotate(q, self.q_norm, cos, sin),
+            self.norm_and_rotate(k, self.k_norm, cos, sin),
+            v,
+            sequences=sequences,
+            scale=self.scaling,
+            window=getattr(self, "sliding_window", None),
+            impl=self._deltatune.kernels["varlen_attention"],
+        ).flatten(-2)
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
+        return self.o_proj(out), None
+
+    def project_q(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(q [B, T, N, D], output gate [B, T, N * D] or None)``."""
+        return self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)), None
+
+    def norm_and_rotate(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        """RMS norm over each head of ``[B, T, heads, D]``, then rotary embedding."""
+        norm = trained_copy(norm)
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        return ops.rms_norm_rope(
+            x,
+            norm.weight,  # type: ignore[arg-type]
+            cos,
+            sin,
+            eps=eps,  # type: ignore[arg-type]
+            unit_offset=self.unit_offset,
+            impl=self._deltatune.kernels["rms_norm_rope"],
+        )
+
+
+class GatedAttention(Attention):
+    """Attention whose query projection also makes an output gate (Qwen3-Next, Qwen3.5); norms are ``1 + weight``."""
+
+    unit_offset = True
+
+    def project_q(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
+        q, gate = self.q_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        return q, gate.flatten(-2)

@@ -1,0 +1,74 @@
+"""Variable-length attention as an entry of transformers' attention interface, for families without own layers."""
+
+# B rows, T tokens a row, N query heads, M key-value heads, D head dim
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune import ops
+from deltatune.sequences import Sequences
+
+__all__ = ["NAME", "register"]
+
+#: No "flash" in the name: transformers would look for the flash-attn package when a model is built with it.
+NAME = "deltatune_varlen"
+
+
+def register() -> None:
+    """Adds the entry, new names only: models that use another implementation never see it."""
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    if NAME not in AttentionInterface().valid_keys():
+        AttentionInterface.register(NAME, packed_attention)
+        # a cached call builds the mask that its stock attention reads
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    sequences: Sequences | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``query [B, N, T, D]``, ``key``, ``value [B, M, T, D]`` -> ``[B, T, N, D]``.
+
+    Raises:
+        ValueError: dropout, soft-capped logits, attention sinks or attention that is not causal.
+    """
+    if sequences is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        extra = {} if sliding_window is None else {"sliding_window": sliding_window}
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra, **kwargs
+        )
+        return output
+    unsupported = {
+        "attention dropout": dropout,
+        "soft-capped attention logits": kwargs.get("softcap"),
+        "attention sinks": kwargs.get("s_aux") is not None,
+        "attention that is not causal": kwargs.get("is_causal", getattr(module, "is_causal", True)) is False,
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise ValueError(f"{feature} cannot be honoured on packed documents; {type(module).__name__} asks for it")
+    out = ops.varlen_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        sequences=sequences,
+        scale=scaling,
+        window=sliding_window,
+    )
+    return out, None

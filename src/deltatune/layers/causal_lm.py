@@ -1,0 +1,161 @@
+"""The model with its head: one loss that never builds the whole logits."""
+
+# B rows, T tokens a row, N = B * T, E hidden size
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deltatune import ops
+from deltatune.door import METADATA, admit
+from deltatune.layers.adapters import trained_copy
+from deltatune.layers.decoder import Hidden, catch_hidden, is_cached_call
+from deltatune.layers.reclass import Swapped, stock_class
+from deltatune.sequences import Sequences
+
+__all__ = ["CausalLM", "next_token_targets"]
+
+#: Tokens whose logits exist at a time where the head is not a plain linear layer.
+_HEAD_CHUNK = 1024
+
+
+class CausalLM(Swapped):
+    """A causal language model whose ``labels=`` are honest about documents.
+
+    The loss is the stock model's, ``sum_i -log p(label_{i+1} | tokens <= i) / n`` with ``n`` the number of trained
+    targets or ``num_items_in_batch``, except that the first token of a document is never a target of the document
+    before it. Logits are built for the chunk at hand only: with ``labels``, ``.logits`` is None unless
+    ``output_logits=True`` or ``logits_to_keep`` asks for them. Without ``labels`` the stock forward answers.
+    """
+
+    @classmethod
+    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """A forward with the stock signature and ours added, for those who inspect it."""
+        own = [
+            inspect.Parameter("sequences", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Sequences | None),
+            inspect.Parameter("output_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None),
+        ]
+        signature = inspect.signature(stock.forward)
+        parameters = list(signature.parameters.values())
+        position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        parameters[position:position] = own
+
+        @functools.wraps(stock.forward)
+        def forward(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(signature.bind_partial(self, *args, **_flat(kwargs)))
+
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return {"forward": forward}
+
+    def _forward(self, bound: inspect.BoundArguments) -> Any:
+        call = _named(bound)
+        sequences = call.pop("sequences", None)
+        wants_logits = call.pop("output_logits", None)
+        if is_cached_call(self, {**call, "sequences": sequences}):
+            return super().forward(**call)
+        tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("pass input_ids [B, T] or inputs_embeds [B, T, E]")
+        entry = admit(
+            {**call, "sequences": sequences}, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device
+        )
+        for name in METADATA:
+            call.pop(name, None)
+        call["sequences"], call["use_cache"] = entry.sequences, False
+        if call.get("attention_mask") is not None:
+            call["attention_mask"] = entry.padding_mask
+        if call.get("position_ids") is None and not _has_media(call):
+            call["position_ids"] = entry.position_ids
+        if call.get("labels") is None and call.get("shift_labels") is None:
+            return super().forward(**call)
+        return self._with_loss(call, wants_logits)
+
+    def _with_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
+        labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
+        num_items = call.pop("num_items_in_batch", None)
+        as_tuple = call.pop("return_dict", None) is False
+        keep = call.get("logits_to_keep", 0)
+        if not wants_logits and isinstance(keep, int) and keep == 0:
+            call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
+        with catch_hidden() as hidden:
+            output = super().forward(**call)
+        assert hidden.state is not None and hidden.sequences is not None, "the text model was not prepared"
+        targets = next_token_targets(labels, shifted, hidden.sequences)
+        loss = self._loss(hidden, targets, output)
+        count = (targets != -100).sum() if num_items is None else num_items
+        output.loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        aux_loss = getattr(output, "aux_loss", None)
+        if isinstance(aux_loss, Tensor):
+            output.loss = output.loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
+        if output.logits is not None and output.logits.shape[1] == 0:
+            output.logits = None
+        # the stock output lists the loss first
+        output = type(output)(**{"loss": output.loss, **{k: v for k, v in output.items() if k != "loss"}})
+        return output.to_tuple() if as_tuple else output
+
+    def _loss(self, hidden: Hidden, targets: Tensor, output: Any) -> Tensor:
+        assert hidden.state is not None
+        head = trained_copy(self.get_output_embeddings())
+        state = hidden.state.flatten(0, -2)
+        if type(head) is nn.Linear and head.bias is None and not _is_sharded(head.weight):
+            return ops.linear_cross_entropy(
+                state, head.weight, targets.flatten(), impl=self._deltatune.kernels["linear_cross_entropy"]
+            )
+        return _chunked_loss(head, state, targets.flatten())
+
+
+def next_token_targets(labels: Tensor | None, shift_labels: Tensor | None, sequences: Sequences) -> Tensor:
+    """The target of every position ``[B, T]``: the next token's label inside the document, -100 elsewhere.
+
+    ``labels`` are aligned with the tokens, ``shift_labels`` already with the positions that predict them.
+    """
+    given = labels if shift_labels is None else shift_labels
+    assert given is not None
+    last = torch.ones_like(sequences.positions, dtype=torch.bool)
+    last[:-1] = sequences.positions[1:] == 0
+    flat = given.reshape(-1)
+    targets = flat if shift_labels is not None else F.pad(flat, (0, 1), value=-100)[1:]
+    return targets.masked_fill(last.to(targets.device), -100).view(given.shape)
+
+
+def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy through a head that is not a plain linear layer, one chunk's logits at a time."""
+
+    def chunk_loss(state: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head(state).float(), target, ignore_index=-100, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for state, target in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
+        total = total + checkpoint(chunk_loss, state, target, use_reentrant=False)
+    return total
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
+
+
+def _has_media(call: dict[str, Any]) -> bool:
+    return any(call.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
+
+
+def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "self"}
+
+
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Keyword arguments of a bound call, without ``self``."""
+    call = dict(bound.arguments)
+    call.pop("self", None)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            call.update(call.pop(name, {}))
+    return call

@@ -1,0 +1,40 @@
+"""The routed experts of a mixture-of-experts layer, as two grouped matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from deltatune.layers.reclass import Swapped
+
+__all__ = ["Experts"]
+
+
+class Experts(Swapped):
+    """``sum_k w_k * down_e(act(gate_e(x)) * up_e(x))`` over a token's experts ``e``, traceable and order-independent.
+
+    Every token's result is bitwise the same whatever other tokens are routed where, which the stock loop over experts
+    does not give, and the number of tokens an expert gets never reaches the graph.
+    """
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    act_fn: Any
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[N, E], [N, k], [N, k] -> [N, E]``; the stock forward inside a cached call."""
+        if self._deltatune.cached:
+            stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+            return stock
+        from deltatune.ops._grouped_mm.experts import moe_experts
+
+        return moe_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            act=self.act_fn,
+            impl=self._deltatune.kernels["grouped_mm"],
+        )

@@ -1,0 +1,109 @@
+"""The Gated DeltaNet layer: projections, short convolution, gated delta rule, gated norm, output projection."""
+
+# B rows, T tokens a row, H key heads, G value heads, K key dim, V value dim
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltatune import ops
+from deltatune.layers.adapters import trained_copy
+from deltatune.layers.reclass import Swapped
+from deltatune.sequences import Sequences
+
+__all__ = ["GatedDeltaNet", "InterleavedGatedDeltaNet"]
+
+
+class GatedDeltaNet(Swapped):
+    """Gated DeltaNet with one projection each for qkv, gate, write strength and decay (Qwen3.5).
+
+    ``mixed = silu(conv(x W_qkv))`` with the window cut at every document's start, ``g = -exp(A_log) softplus(a + dt)``,
+    ``beta = sigmoid(b)``, ``y = W_o (rmsnorm(delta_rule(q, k, v, g, beta)) * silu(z))``. Source: Yang et al., Gated
+    Delta Networks (2024); parameter names of transformers' modules.
+    """
+
+    num_v_heads: int
+    num_k_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    key_dim: int
+    value_dim: int
+    activation: str
+    A_log: Tensor
+    dt_bias: Tensor
+    conv1d: nn.Module
+    norm: nn.Module
+    out_proj: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``[B, T, E] -> [B, T, E]``; without ``sequences`` (a cached call) the stock forward."""
+        if sequences is None:
+            stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+            return stock
+        kernels = self._deltatune.kernels
+        mixed, z, b, a = self.project(hidden_states)
+        conv = trained_copy(self.conv1d)
+        mixed = ops.causal_conv(
+            mixed,
+            conv.weight.squeeze(1),  # type: ignore[operator]
+            conv.bias,  # type: ignore[arg-type]
+            activation="silu",
+            sequences=sequences,
+            impl=kernels["causal_conv"],
+        )
+        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
+        out = ops.gated_delta_rule(
+            q.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
+            k.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
+            v.unflatten(-1, (self.num_v_heads, self.head_v_dim)),
+            g,
+            b.sigmoid(),
+            sequences=sequences,
+            impl=kernels["gated_delta_rule"],
+        )
+        norm = trained_copy(self.norm)
+        out = ops.gated_rms_norm(
+            out,
+            z.unflatten(-1, (self.num_v_heads, self.head_v_dim)),
+            norm.weight,  # type: ignore[arg-type]
+            eps=norm.variance_epsilon,  # type: ignore[arg-type]
+            impl=kernels["gated_rms_norm"],
+        )
+        projected: Tensor = self.out_proj(out.flatten(-2))
+        return projected
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(mixed qkv [B, T, 2HK + GV], z [B, T, GV], b [B, T, G], a [B, T, G])``."""
+        return (
+            self.in_proj_qkv(hidden_states),
+            self.in_proj_z(hidden_states),
+            self.in_proj_b(hidden_states),
+            self.in_proj_a(hidden_states),
+        )
+
+
+class InterleavedGatedDeltaNet(GatedDeltaNet):
+    """Gated DeltaNet whose projections interleave q, k, v, z and b, a by key head (Qwen3-Next)."""
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As the base class, from ``[B, T, H * (2K + 2GV/H)]`` and ``[B, T, H * 2G/H]``."""
+        heads, group = self.num_k_heads, self.num_v_heads // self.num_k_heads
+        width = group * self.head_v_dim
+        qkvz = self.in_proj_qkvz(hidden_states).unflatten(-1, (heads, -1))
+        q, k, v, z = qkvz.split([self.head_k_dim, self.head_k_dim, width, width], dim=-1)
+        b, a = self.in_proj_ba(hidden_states).unflatten(-1, (heads, -1)).split([group, group], dim=-1)
+        mixed = torch.cat([q.flatten(-2), k.flatten(-2), v.flatten(-2)], dim=-1)
+        return mixed, z.flatten(-2), b.flatten(-2), a.flatten(-2)

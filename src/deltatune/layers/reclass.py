@@ -1,0 +1,92 @@
+"""Turning one instance of a stock module into one of ours, and back.
+
+The stock object stays: Parameters, hooks, adapters and references to it notice nothing. Only its ``__class__`` becomes
+a subclass of the stock class, made once for each pair of stock class and layer, so ``isinstance``, recorders and
+``super().forward()`` keep working.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deltatune.compile import CompileOptions
+
+__all__ = ["ModelState", "Swapped", "stock_class", "swap", "unswap"]
+
+
+@dataclass(eq=False)
+class ModelState:
+    """What the layers of one prepared model share; plain data, so a deepcopy or pickle of the model carries it.
+
+    Attributes:
+        kernels: op name -> implementation that runs.
+        mask_form: what the stock text model takes in place of a mask it would build: ``"mapping"`` or ``"4d"``.
+        layer_types: the names such a mapping is asked for.
+        compile: how the layers are compiled; None runs them eagerly.
+        checkpointing: ``"none"``, ``"layer"`` or the share of activations that may stay.
+        stock_attention: the attention implementation that the config named before, where it was replaced.
+        cached: True while a call with a key-value cache runs, which keeps the stock path whole.
+    """
+
+    kernels: dict[str, str]
+    mask_form: str
+    layer_types: tuple[str, ...]
+    compile: CompileOptions | None = None
+    checkpointing: str | float = "none"
+    stock_attention: str | None = None
+    cached: bool = False
+
+
+class Swapped(nn.Module):
+    """Base of every layer that ``swap`` puts in front of a stock class."""
+
+    _deltatune: ModelState
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
+        layer, stock = _parts(type(self))
+        return _blank, (stock, layer), self.__getstate__()  # type: ignore[attr-defined,unused-ignore]
+
+
+def swap(module: nn.Module, layer: type[Swapped], state: ModelState) -> None:
+    """Makes ``module`` an instance of ``layer`` in front of its own class."""
+    assert not isinstance(module, Swapped), f"{type(module).__name__} is swapped already"
+    module.__class__ = _subclass(type(module), layer)
+    module.__dict__["_deltatune"] = state
+
+
+def unswap(module: nn.Module) -> None:
+    """Gives ``module`` its stock class back."""
+    if isinstance(module, Swapped):
+        module.__class__ = stock_class(module)
+        del module.__dict__["_deltatune"]
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class a swapped module had, or the one a stock module has."""
+    return _parts(type(module))[1] if isinstance(module, Swapped) else type(module)
+
+
+def _parts(swapped: type) -> tuple[type[Swapped], type[nn.Module]]:
+    for cls in swapped.__mro__:
+        if "_swap_parts" in cls.__dict__:
+            parts: tuple[type[Swapped], type[nn.Module]] = cls.__dict__["_swap_parts"]
+            return parts
+    raise AssertionError(f"{swapped.__name__} was not made by swap()")
+
+
+@functools.cache
+def _subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
+    # transformers keys its recorders and the saved config's architecture on the printed name of the class
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
+    names.update(layer.class_attributes(stock) if hasattr(layer, "class_attributes") else {})
+    return type(stock.__name__, (layer, stock), names)
+
+
+def _blank(stock: type[nn.Module], layer: type[Swapped]) -> nn.Module:
+    cls = _subclass(stock, layer)
+    return cls.__new__(cls)

@@ -1,0 +1,113 @@
+"""What a family declares, and how a model's family is found."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from deltatune.layers.reclass import Swapped, stock_class
+
+__all__ = ["Experimental", "Family", "Feature", "Supported", "Swap", "Unsupported", "count_layers", "count_sparse"]
+
+
+@dataclass(frozen=True)
+class Supported:
+    """Held by the laws."""
+
+
+@dataclass(frozen=True)
+class Experimental:
+    """Works, with a known limit."""
+
+    limit: str
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Refused, with the reason."""
+
+    reason: str
+
+
+Feature = Supported | Experimental | Unsupported
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A stock class and the layer its instances become.
+
+    Attributes:
+        stock: class name in the family's module.
+        layer: what ``prepare`` puts in front of it.
+        expected: how many instances a text config implies; None where any number is right.
+    """
+
+    stock: str
+    layer: type[Swapped]
+    expected: Callable[[Any], int] | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: the name users know it by.
+        model_type: ``model_type`` of its text config.
+        module: the transformers module that defines its classes.
+        swaps: which stock module becomes which of our layers; the text model, its decoder layers and the model with
+            the head are found by structure and not listed.
+        ops: the ops its layers call.
+        mask_form: what its text model takes in place of a mask; see ``ModelState``.
+        features: what works there.
+        refusals: checks of a text config, each returning why the model cannot be prepared, or None.
+    """
+
+    name: str
+    model_type: str
+    module: str
+    swaps: tuple[Swap, ...]
+    ops: tuple[str, ...]
+    mask_form: str
+    features: Mapping[str, Feature] = field(default_factory=dict)
+    refusals: tuple[Callable[[Any], str | None], ...] = ()
+
+    def stock_classes(self) -> dict[str, type[nn.Module]]:
+        """The classes named in ``swaps``."""
+        module = importlib.import_module(self.module)
+        return {swap.stock: getattr(module, swap.stock) for swap in self.swaps}
+
+    def find(self, text_model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+        """Instances of every stock class, swapped already or not: class name -> (path, module)."""
+        classes = self.stock_classes()
+        found: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name in classes}
+        for path, module in text_model.named_modules():
+            for name, cls in classes.items():
+                if stock_class(module) is cls:
+                    found[name].append((path, module))
+        return found
+
+
+def count_layers(*kinds: str) -> Callable[[Any], int]:
+    """Decoder layers of these ``layer_types``; every layer where a config has none."""
+
+    def expected(config: Any) -> int:
+        types = getattr(config, "layer_types", None)
+        if types is None:
+            return int(config.num_hidden_layers)
+        return sum(kind in kinds for kind in types)
+
+    return expected
+
+
+def count_sparse(config: Any) -> int:
+    """Decoder layers whose MLP is a mixture of experts."""
+    dense = getattr(config, "mlp_only_layers", None) or []
+    step = getattr(config, "decoder_sparse_step", 1) or 1
+    if not config.num_experts:
+        return 0
+    return sum(i not in dense and (i + 1) % step == 0 for i in range(config.num_hidden_layers))

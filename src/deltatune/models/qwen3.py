@@ -1,0 +1,16 @@
+"""Qwen3: dense decoders with normalised q and k."""
+
+from deltatune.layers.attention import Attention
+from deltatune.models.family import Family, Supported, Swap, count_layers
+from deltatune.models.refusals import attention_dropout
+
+FAMILY = Family(
+    name="qwen3",
+    model_type="qwen3",
+    module="transformers.models.qwen3.modeling_qwen3",
+    swaps=(Swap("Qwen3Attention", Attention, count_layers("full_attention", "sliding_attention")),),
+    ops=("rms_norm_rope", "varlen_attention", "linear_cross_entropy"),
+    mask_form="mapping",
+    features={"packing": Supported(), "compile": Supported(), "sliding_window": Supported()},
+    refusals=(attention_dropout,),
+)

@@ -1,0 +1,47 @@
+"""Qwen3.5 and Qwen3.6: Gated DeltaNet beside gated attention, dense or with experts."""
+
+from deltatune.layers.attention import GatedAttention
+from deltatune.layers.experts import Experts
+from deltatune.layers.gated_delta_net import GatedDeltaNet
+from deltatune.models.family import Experimental, Family, Supported, Swap, count_layers, count_sparse
+from deltatune.models.qwen3_moe import ROUTER_LOSS
+from deltatune.models.refusals import attention_dropout, delta_net_activation
+
+_OPS = (
+    "causal_conv",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "rms_norm_rope",
+    "varlen_attention",
+    "linear_cross_entropy",
+)
+_IMAGES = Experimental("the vision tower stays stock; boundaries must be passed beside three-row positions")
+
+DENSE = Family(
+    name="qwen3_5",
+    model_type="qwen3_5_text",
+    module="transformers.models.qwen3_5.modeling_qwen3_5",
+    swaps=(
+        Swap("Qwen3_5GatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
+        Swap("Qwen3_5Attention", GatedAttention, count_layers("full_attention")),
+    ),
+    ops=_OPS,
+    mask_form="mapping",
+    features={"packing": Supported(), "compile": Supported(), "images": _IMAGES},
+    refusals=(attention_dropout, delta_net_activation),
+)
+
+MOE = Family(
+    name="qwen3_5_moe",
+    model_type="qwen3_5_moe_text",
+    module="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
+    swaps=(
+        Swap("Qwen3_5MoeGatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
+        Swap("Qwen3_5MoeAttention", GatedAttention, count_layers("full_attention")),
+        Swap("Qwen3_5MoeExperts", Experts, count_sparse),
+    ),
+    ops=(*_OPS, "grouped_mm"),
+    mask_form="mapping",
+    features={"packing": Supported(), "compile": Supported(), "images": _IMAGES, "router_loss": ROUTER_LOSS},
+    refusals=(attention_dropout, delta_net_activation),
+)

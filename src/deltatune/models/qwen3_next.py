@@ -1,0 +1,31 @@
+"""Qwen3-Next: Gated DeltaNet with interleaved projections, gated attention, routed and shared experts."""
+
+from deltatune.layers.attention import GatedAttention
+from deltatune.layers.experts import Experts
+from deltatune.layers.gated_delta_net import InterleavedGatedDeltaNet
+from deltatune.models.family import Family, Supported, Swap, count_layers, count_sparse
+from deltatune.models.qwen3_moe import ROUTER_LOSS
+from deltatune.models.refusals import attention_dropout, delta_net_activation
+
+FAMILY = Family(
+    name="qwen3_next",
+    model_type="qwen3_next",
+    module="transformers.models.qwen3_next.modeling_qwen3_next",
+    swaps=(
+        Swap("Qwen3NextGatedDeltaNet", InterleavedGatedDeltaNet, count_layers("linear_attention")),
+        Swap("Qwen3NextAttention", GatedAttention, count_layers("full_attention")),
+        Swap("Qwen3NextExperts", Experts, count_sparse),
+    ),
+    ops=(
+        "causal_conv",
+        "gated_delta_rule",
+        "gated_rms_norm",
+        "rms_norm_rope",
+        "varlen_attention",
+        "grouped_mm",
+        "linear_cross_entropy",
+    ),
+    mask_form="mapping",
+    features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},
+    refusals=(attention_dropout, delta_net_activation),
+)

@@ -1,0 +1,228 @@
+"""The specification: the gated delta rule in chunks (the WY form), forward and backward, from the inputs alone.
+
+Written per chunk with ``D_ij = exp(sum of g over j < t <= i)`` for ``j <= i``, ``a_i = exp(sum of g over t <= i)``,
+``z_i = exp(sum of g over t > i)``, the state S at the chunk's beginning and S' at its end::
+
+    A    = strictly lower part of beta_i D_ij (k_i . k_j)
+    U    = (I + A)^-1 (beta V - beta a K S)       the values that the delta rule really writes
+    P    = D * (Q K^T)
+    O    = a Q S + P U
+    S'   = a_C S + (z K)^T U
+
+Everything but the two lines that carry S is done for all chunks of all documents at once; the scan over S takes as
+many steps as the longest document has chunks. Exponents are sums of g, never differences of such sums: they are
+at most 0 whatever the decay, and lose nothing where a strong decay is followed by a weak one.
+"""
+
+# B batch, T tokens, H key heads, G value heads, K key dim, V value dim; n chunks of C tokens
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltatune.ops._gated_delta_rule.chunks import Chunks, cut_into_chunks
+
+__all__ = ["backward", "forward"]
+
+L2_EPS = 1e-6
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens_cpu: Tensor,
+    *,
+    scale: float,
+    qk_l2norm: bool,
+) -> Tensor:
+    """``o`` like ``v``; see ``deltatune.ops.gated_delta_rule`` for shapes."""
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
+        c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
+        states, updates = _scan(chunks, c)
+        o = c.p @ updates
+        o[chunks.firsts :] += (c.a * c.q)[chunks.firsts :] @ states
+        chunks.scatter(o, out)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens_cpu: Tensor,
+    *,
+    scale: float,
+    qk_l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g and beta, each like its input; the forward pass is run again.
+
+    ``dX`` below is the gradient of X. The state's own gradient is scanned from the last chunk to the first::
+
+        dU = P^T dO + z K dS'
+        dS = (a Q)^T dO + a_C dS' - W^T dU          with W = (I + A)^-1 (beta a K)
+    """
+    inputs = (q, k, v, g, beta)
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
+        c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
+        dq, dk, dv, dg, dbeta = _chunk_gradients(chunks, c, chunks.gather(grad).to(c.v.dtype))
+        dq, dk = _sum_groups(dq * scale, q.shape[2]), _sum_groups(dk, k.shape[2])
+        if qk_l2norm:
+            dq, dk = _normalise_backward(chunks.gather(q), dq), _normalise_backward(chunks.gather(k), dk)
+        for chunked, out in zip((dq, dk, dv, dg, dbeta), grads, strict=True):
+            chunks.scatter(chunked, out)
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+def _chunk_gradients(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the q, k, v, g and beta of ``_Prepared``."""
+    states, updates = _scan(chunks, c)
+    du, dstates = _scan_backward(chunks, c, do)
+    later, before = slice(chunks.firsts, None), chunks.before  # chunks that begin with a state, chunks that pass one on
+
+    # (I + A) U = beta (V - a K S)
+    dr = torch.linalg.solve_triangular(c.system.mT, du, upper=True, unitriangular=True)
+    dv = c.beta * dr
+    dbeta = (dr * c.v).sum(-1)
+    dp, d_system = (do @ updates.mT).tril(), -(dr @ updates.mT).tril(-1)
+    dbeta += (d_system * c.d * c.kk).sum(-1)
+    d_system = c.beta * d_system
+
+    # P = D * QK, A = beta D * KK below the diagonal
+    dd = dp * c.qk + d_system * c.kk
+    dqk, dkk = dp * c.d, d_system * c.d
+    dq = dqk @ c.k
+    dk = dqk.mT @ c.q + (dkk + dkk.mT) @ c.k
+
+    # a Q S in O, and beta a K S
+    ks, qs = c.k[later] @ states, c.q[later] @ states
+    dbeta[later] -= (dr[later] * c.a[later] * ks).sum(-1)
+    da = torch.zeros_like(dbeta)
+    da[later] = (do[later] * qs).sum(-1) - (dv[later] * ks).sum(-1)
+    dq[later] += (c.a * do)[later] @ states.mT
+    dk[later] -= (c.a * dv)[later] @ states.mT
+
+    # S' = a_C S + (z K)^T U
+    dzk = torch.zeros_like(dk).index_copy_(0, before, updates[before] @ dstates.mT)
+    dk += c.z * dzk
+    inner = chunks.links[0][1].stop - chunks.firsts if chunks.links else 0  # the chunks before these have no state
+    carried = before[inner:]
+    da[carried, :, -1] += (states[carried - chunks.firsts] * dstates[inner:]).sum((-2, -1))
+    return dq, dk, dv, _decay_backward(c, dd, da, (c.k * dzk).sum(-1)), dbeta
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What a chunk computes without knowing the state, in the accumulation dtype, for every value head."""
+
+    q: Tensor  # [n, G, C, K], normalised and scaled
+    k: Tensor  # [n, G, C, K], normalised
+    v: Tensor  # [n, G, C, V]
+    beta: Tensor  # [n, G, C, 1]
+    a: Tensor  # [n, G, C, 1]
+    z: Tensor  # [n, G, C, 1]
+    d: Tensor  # [n, G, C, C], zero above the diagonal
+    qk: Tensor  # [n, G, C, C]
+    kk: Tensor  # [n, G, C, C]
+    p: Tensor  # [n, G, C, C]
+    system: Tensor  # I + A, [n, G, C, C]
+    u: Tensor  # (I + A)^-1 beta V, [n, G, C, V]
+    w: Tensor  # (I + A)^-1 beta a K, [n, G, C, K]
+
+
+def _prepare(
+    chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, qk_l2norm: bool
+) -> _Prepared:
+    acc_dtype = _acc_dtype(q, k, v)
+    group = v.shape[2] // k.shape[2]
+    q_, k_, v_, g_, beta_ = (chunks.gather(x).to(acc_dtype) for x in (q, k, v, g, beta))
+    if qk_l2norm:
+        q_, k_ = _normalise(q_)[0], _normalise(k_)[0]
+    q_, k_ = (x.repeat_interleave(group, dim=1) for x in (q_ * scale, k_))
+    beta_ = beta_.unsqueeze(-1)
+
+    exponents = _segment_sums(g_)
+    d = exponents.exp().tril()
+    a, z = g_.cumsum(-1).exp().unsqueeze(-1), d[..., -1, :].unsqueeze(-1)
+    qk, kk = q_ @ k_.mT, k_ @ k_.mT
+    system = (beta_ * d * kk).tril(-1) + torch.eye(d.shape[-1], dtype=acc_dtype, device=d.device)
+    right = torch.cat([beta_ * v_, beta_ * a * k_], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split([v_.shape[-1], k_.shape[-1]], dim=-1)
+    return _Prepared(q_, k_, v_, beta_, a, z, d, qk, kk, d * qk, system, u, w)
+
+
+def _acc_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _segment_sums(g: Tensor) -> Tensor:
+    """``[..., C]`` to ``[..., C, C]``: the sum of g over ``j < t <= i`` at (i, j), 0 where that is empty."""
+    return g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+    return x * inverse, inverse
+
+
+def _scan(chunks: Chunks, c: _Prepared) -> tuple[Tensor, Tensor]:
+    """S of every chunk that is not its document's first, ``[n - firsts, G, K, V]``, and U, ``[n, G, C, V]``."""
+    updates = c.u.clone()
+    zk = (c.z * c.k).mT
+    states = [updates.new_empty(0, updates.shape[1], c.k.shape[-1], updates.shape[-1])]
+    for before, after in chunks.links:
+        state = zk[before] @ updates[before]
+        if before.start >= chunks.firsts:
+            state += c.a[before, :, -1:] * states[-1][: state.shape[0]]
+        updates[after] -= c.w[after] @ state
+        states.append(state)
+    return torch.cat(states), updates
+
+
+def _scan_backward(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, Tensor]:
+    """``dU`` ``[n, G, C, V]``, and dS of every chunk that is not its document's first, ``[n - firsts, G, K, V]``."""
+    du = c.p.mT @ do
+    aq, zk = (c.a * c.q).mT, c.z * c.k
+    dstates = [aq.new_empty(0, aq.shape[1], aq.shape[2], do.shape[-1])]
+    for before, after in reversed(chunks.links):
+        dstate = aq[after] @ do[after] - c.w[after].mT @ du[after]
+        going_on = dstates[-1].shape[0]
+        dstate[:going_on] += c.a[after, :, -1:][:going_on] * dstates[-1]
+        du[before] += zk[before] @ dstate
+        dstates.append(dstate)
+    return du, torch.cat(dstates[::-1])
+
+
+def _decay_backward(c: _Prepared, dd: Tensor, da: Tensor, dz: Tensor) -> Tensor:
+    """The gradient of g ``[n, G, C]``: every sum of g that a token's g is part of passes its gradient on."""
+    dd[..., -1, :] += dz  # z is the last row of D
+    sums = (dd * c.d).tril(-1)
+    from_segments = _reverse_cumsum(sums, -2).tril(-1).sum(-1)
+    return from_segments + _reverse_cumsum(da * c.a.squeeze(-1), -1)
+
+
+def _reverse_cumsum(x: Tensor, dim: int) -> Tensor:
+    return x.flip(dim).cumsum(dim).flip(dim)
+
+
+def _sum_groups(x: Tensor, key_heads: int) -> Tensor:
+    """The gradient of a key head is the sum over the value heads that read it: ``[n, G, C, K]`` to ``[n, H, C, K]``."""
+    n, heads, *rest = x.shape
+    return x.reshape(n, key_heads, heads // key_heads, *rest).sum(2)
+
+
+def _normalise_backward(x: Tensor, dy: Tensor) -> Tensor:
+    """``dx = (dy - y (y . dy)) * rsqrt(sum x^2 + eps)`` with ``y = x * rsqrt(sum x^2 + eps)``."""
+    y, inverse = _normalise(x.to(dy.dtype))
+    return (dy - y * (y * dy).sum(-1, keepdim=True)) * inverse

@@ -1,0 +1,1 @@
+"""One matrix per group of rows: the experts of a mixture."""

@@ -1,0 +1,66 @@
+"""Grouped matrix products: documentation, validation and choice."""
+
+# R rows, G groups, K input width, N output width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltatune.ops._autocast import autocast
+from deltatune.ops._choice import Candidate, Choice, choose
+from deltatune.ops._grouped_mm import torch_grouped
+from deltatune.ops._grouped_mm.op import multiply
+from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
+
+__all__ = ["choose_grouped_mm", "grouped_mm"]
+
+
+def choose_grouped_mm(
+    device: torch.device | str, dtype: torch.dtype, *, weight_shape: torch.Size | None = None, impl: str = "auto"
+) -> Choice:
+    """The implementation that ``grouped_mm`` takes for inputs of this kind, and why.
+
+    Raises:
+        ValueError: ``impl`` is unknown or cannot run here.
+    """
+    refusal = torch_grouped.refusal(torch.device(device), dtype, weight_shape)
+    return choose(
+        "grouped_mm",
+        impl,
+        (Candidate("torch", "F.grouped_mm runs on this device", refusal), Candidate("reference", refusal or "")),
+    )
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto") -> Tensor:
+    """``y_r = weight_g x_r`` for every row r, g being the group the row belongs to.
+
+    Args:
+        x: ``[R, K]``, the rows of group 0 first, then those of group 1, and so on.
+        weight: ``[G, N, K]``, one matrix a group, oriented as in ``torch.nn.functional.linear``.
+        offsets: int32 ``[G]``, where each group ends: group g holds rows ``offsets[g - 1]`` to ``offsets[g]``, none
+            where they are equal. Rows past the last group give zeros and take no gradient.
+        impl: ``"torch"``: ``torch.nn.functional.grouped_mm``, bf16 on NVIDIA GPUs, widths multiples of 8.
+            ``"reference"``: anywhere; a row's result and gradient do not depend on the other rows or on its place among
+            them by a single bit (on a GPU it waits for ``offsets``). ``"auto"``: the first that can run.
+
+    Returns:
+        ``[R, N]`` in the dtype of ``x``, accumulated in fp32 (fp64 for fp64).
+
+    Under autocast ``x`` and ``weight`` are cast to its dtype first. Gradients are those of first order; a frozen weight
+    costs none, and then ``x`` is not kept for backward.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, or an ``impl`` that cannot run here.
+    """
+    op = "grouped_mm"
+    x, weight = autocast(x, weight)
+    bind_shapes(op, x=(x, "R K"), weight=(weight, "G N K"), offsets=(offsets, "G"))
+    check_floating(op, x=x)
+    check_same_device(op, x=x, weight=weight, offsets=offsets)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"{op}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
+    if offsets.dtype != torch.int32:
+        raise ValueError(f"{op}: offsets must be int32, got {offsets.dtype}")
+    choice = choose_grouped_mm(x.device, x.dtype, weight_shape=weight.shape, impl=impl)
+    return multiply(x, weight, offsets, choice.impl)

@@ -1,0 +1,1 @@
+"""The output head and its loss, without the logits of the pack."""

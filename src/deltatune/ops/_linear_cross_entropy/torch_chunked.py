@@ -1,0 +1,33 @@
+"""``torch.nn.functional.linear_cross_entropy`` of torch 2.13: the one place that knows its options."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["loss", "missing", "rounds_loss"]
+
+_function = getattr(F, "linear_cross_entropy", None)
+_options_type = getattr(nn, "LinearCrossEntropyOptions", None)
+# Without options it builds all the logits; without allow_retain_graph its warning breaks a compiled graph.
+_options = None if _options_type is None else _options_type(allow_retain_graph=True)
+
+
+def missing() -> str | None:
+    """Why this torch cannot run it, with the remedy; None where it can."""
+    if _function is None or _options is None:
+        return f"torch {torch.__version__} has no chunked F.linear_cross_entropy; install torch >= 2.13"
+    return None
+
+
+def rounds_loss(dtype: torch.dtype) -> bool:
+    """Its result has the dtype of its input: 8 bits of a loss summed over the whole pack in bf16."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The summed loss of ``hidden`` ``[S, E]``, in its dtype."""
+    assert _function is not None
+    result: Tensor = _function(hidden, weight, labels, reduction="sum", ignore_index=ignore_index, options=_options)
+    return result

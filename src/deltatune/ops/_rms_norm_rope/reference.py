@@ -1,0 +1,34 @@
+"""The specification, with the rounding order of the stock modules."""
+
+# B batch, T tokens, N heads, D head dim, R rotary dim
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["rms_norm_rope"]
+
+
+def rms_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """``rotate(RMSNorm(x) * weight)``, with ``rotate(a, b) = (a cos - b sin, b cos + a sin)`` on halves of R dims."""
+    return _rotate(_rms_norm(x, weight, eps, unit_offset), cos.unsqueeze(2), sin.unsqueeze(2))
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if unit_offset:
+        # (1 + w) is taken in fp32: in bf16 it would lose every w below 2^-8
+        return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+    return weight * normed.to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotary = cos.shape[-1]
+    turning, passing = x[..., :rotary], x[..., rotary:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, passing.to(turned.dtype)], dim=-1)

@@ -1,0 +1,261 @@
+"""prepare(model): plan, check, apply; a report of all of it; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltatune import ops
+from deltatune.compile import CompileOptions, CompileReport, graphs_of, validate_checkpointing
+from deltatune.layers import attention_interface, capture
+from deltatune.layers.causal_lm import CausalLM
+from deltatune.layers.decoder import DecoderLayer, TextModel
+from deltatune.layers.reclass import ModelState, Swapped, stock_class, swap, unswap
+from deltatune.models.family import Family
+from deltatune.models.registry import family_of
+from deltatune.report import KernelRow, PrepareReport, SwapRow, TrainableRow
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One kind of module and what it becomes."""
+
+    stock: str
+    layer: type[Swapped]
+    expected: int | None
+    modules: tuple[nn.Module, ...]
+
+
+class Prepared:
+    """A prepared model: what was done to it, and how to undo it.
+
+    Attributes:
+        model: the model that was given to ``prepare``.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, state: ModelState, swaps: list[SwapRow]) -> None:
+        self.model = model
+        self._family, self._state, self._swaps = family, state, swaps
+
+    @property
+    def report(self) -> PrepareReport:
+        """What runs now: trainable parameters and compile counts are read when this is called."""
+        device, dtype = _device_and_dtype(self.model)
+        return PrepareReport(
+            family=self._family.name,
+            features={name: _feature_text(feature) for name, feature in self._family.features.items()},
+            swaps=self._swaps,
+            kernels=_kernel_rows(self._family, self._state.kernels, device, dtype),
+            trainable=_trainable_rows(self.model),
+            total_parameters=sum(p.numel() for p in self.model.parameters()),
+            checkpointing=self._state.checkpointing,
+            compile=self._state.compile,
+            compile_report=self.compile_report,
+            lora=_lora_text(self.model),
+        )
+
+    @property
+    def compile_report(self) -> CompileReport | None:
+        """Graphs, breaks, recompiles and seconds so far; None without compile."""
+        if self._state.compile is None:
+            return None
+        return graphs_of(self._state, self._state.compile, self._state.checkpointing).report
+
+    def revert(self) -> None:
+        """The model as it was: classes and configs; adapters and weights stay as they are now."""
+        base = _base(self.model)
+        if _text_model(base).__dict__.get("_deltatune") is self._state:
+            _revert(base)
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    kernels: str | Mapping[str, str] = "auto",
+    compile: CompileOptions | None = None,
+    checkpointing: str | float = "none",
+    lora: str = "auto",
+) -> Prepared:
+    """Makes a transformers model keep packed documents apart, and compiles its layers without a graph break.
+
+    The model is changed in place: instances of known stock classes become our subclasses of them and share their
+    Parameters. It works before or after PEFT's ``get_peft_model``, and again on a prepared model (which starts over);
+    it comes before ``fully_shard`` and before DistributedDataParallel. Adapters added later are honoured.
+
+    Args:
+        model: a ``*ForCausalLM`` or ``*ForConditionalGeneration``, a bare text model, or a PeftModel around one.
+        kernels: ``"auto"``, or op name -> implementation; an op that is left out is ``"auto"``.
+        compile: how to compile; None runs eagerly.
+        checkpointing: ``"none"``; ``"layer"`` recomputes every layer in backward; a number from 0 to 1 lets the
+            compiler keep that share of a layer's activations.
+        lora: ``"auto"`` or ``"stock"``: adapters run as PEFT's own layers.
+
+    Raises:
+        ValueError: a model that cannot be kept leak-free (with the reason), an unknown kernel or one that cannot run
+            here, a checkpointing setting that cannot act, or modules that are not as the config says.
+    """
+    base = _base(model)
+    text_model = _text_model(base)
+    _refuse_wrapped(model)
+    validate_checkpointing(checkpointing, compile)
+    _validate_lora(lora)
+    family = family_of(text_model)
+    for refusal in family.refusals:
+        reason = refusal(text_model.config)
+        if reason is not None:
+            raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
+    requests = _kernel_requests(family, kernels)
+    _kernel_rows(family, requests, *_device_and_dtype(model))  # raises for a kernel that cannot run
+    _revert(base)
+    plan = _plan(base, text_model, family)
+    layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
+    state = ModelState(requests, family.mask_form, layer_types, compile, checkpointing)
+    if not family.swaps:
+        attention_interface.register()
+        state.stock_attention = text_model.config._attn_implementation
+        text_model.config._attn_implementation_internal = attention_interface.NAME
+    for planned in plan:
+        for module in planned.modules:
+            swap(module, planned.layer, state)
+    swaps = [SwapRow(p.stock, p.layer.__name__, p.expected, len(p.modules)) for p in plan]
+    return Prepared(model, family, state, swaps)
+
+
+def _revert(base: nn.Module) -> None:
+    """Gives every swapped module its stock class back; nothing on a model that is not prepared."""
+    text_model = _text_model(base)
+    state = text_model.__dict__.get("_deltatune")
+    if state is None:
+        return
+    if state.stock_attention is not None:
+        text_model.config._attn_implementation_internal = state.stock_attention
+    capture.forget_capture_hooks(text_model)
+    for module in base.modules():
+        unswap(module)
+
+
+def _plan(base: nn.Module, text_model: nn.Module, family: Family) -> list[_Planned]:
+    """Every module to swap, checked against what the config implies."""
+    plan = []
+    found = family.find(text_model) if family.swaps else {}
+    for declared in family.swaps:
+        modules = tuple(module for _, module in found[declared.stock])
+        expected = None if declared.expected is None else declared.expected(text_model.config)
+        if expected is not None and len(modules) != expected:
+            raise ValueError(
+                f"{type(base).__name__}: expected {expected} {declared.stock} from its config, found {len(modules)}; "
+                "modules that were replaced by other tools cannot be kept leak-free"
+            )
+        if modules:
+            plan.append(_Planned(declared.stock, declared.layer, expected, modules))
+    layers = tuple(text_model.layers)  # type: ignore[arg-type]
+    by_class: dict[str, list[nn.Module]] = {}
+    for layer in layers:
+        by_class.setdefault(type(layer).__name__, []).append(layer)
+    for name, modules_of in by_class.items():
+        expected = int(text_model.config.num_hidden_layers) if len(by_class) == 1 else None
+        plan.append(_Planned(name, DecoderLayer, expected, tuple(modules_of)))
+    plan.append(_Planned(type(text_model).__name__, TextModel, 1, (text_model,)))
+    if base is not text_model:
+        plan.append(_Planned(type(base).__name__, CausalLM, 1, (base,)))
+    return plan
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The transformers model inside whatever PEFT put around it."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def _text_model(base: nn.Module) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"prepare takes a transformers or PEFT model, got {type(base).__name__}")
+    if base.config.is_encoder_decoder:
+        raise ValueError(f"{type(base).__name__} is an encoder-decoder; only decoders can be prepared")
+    decoder: nn.Module = base.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
+        raise ValueError(f"{type(base).__name__} has no text model with a list of decoder layers")
+    if base is not decoder and base.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(base).__name__} has no language-model head; prepare a *ForCausalLM, a *ForConditionalGeneration "
+            "or the bare text model"
+        )
+    return decoder
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule | FullyShardedDataParallel):
+            raise ValueError("prepare(model) comes before fully_shard(model): its layers are sharded already")
+
+
+def _validate_lora(lora: str) -> None:
+    if lora not in ("auto", "stock", "fused"):
+        raise ValueError(f"lora must be 'auto', 'fused' or 'stock', got {lora!r}")
+    if lora == "fused":
+        raise ValueError("lora='fused' has no implementation yet; use lora='auto', which runs PEFT's own layers")
+
+
+def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[str, str]:
+    requests = dict.fromkeys(family.ops, "auto")
+    if isinstance(kernels, str):
+        if kernels != "auto":
+            raise ValueError(f"kernels must be 'auto' or a mapping of op names, got {kernels!r}")
+        return requests
+    for op, impl in kernels.items():
+        if op not in requests:
+            raise ValueError(f"kernels: {op!r} is not an op of {family.name}; expected one of {', '.join(requests)}")
+        requests[op] = impl
+    return requests
+
+
+def _kernel_rows(
+    family: Family, requests: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> list[KernelRow]:
+    rows = []
+    for op in family.ops:
+        choice = getattr(ops, f"choose_{op}")(device, dtype, impl=requests[op])
+        rows.append(KernelRow(op, choice.impl, choice.reason))
+    return rows
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta":
+            return parameter.device, parameter.dtype
+    parameter = next(model.parameters())
+    return torch.device("cpu"), parameter.dtype
+
+
+def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
+    """Trainable parameters by the kind of module that owns them, layer numbers left out."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            tensors, elements = counts.get(kind, (0, 0))
+            counts[kind] = (tensors + 1, elements + parameter.numel())
+    return [TrainableRow(kind, tensors, elements) for kind, (tensors, elements) in counts.items()]
+
+
+def _feature_text(feature: object) -> str:
+    detail = getattr(feature, "limit", None) or getattr(feature, "reason", None)
+    name = type(feature).__name__.lower()
+    return f"{name}: {detail}" if detail else name
+
+
+def _lora_text(model: nn.Module) -> str | None:
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return None
+    return f"adapters {', '.join(adapters)} run as PEFT's own layers"

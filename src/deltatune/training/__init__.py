@@ -1,0 +1,1 @@
+"""Training: transformers.Trainer on packed batches, its metrics, its memory estimate, and what comes out."""

@@ -1,0 +1,128 @@
+"""LoRA by PEFT, with every name in the recipe checked against the model: nothing that matches nothing is ignored."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from deltatune.config.errors import UserError
+from deltatune.config.schema import LoraSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["add_adapters"]
+
+
+def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
+    """The model with LoRA adapters, everything else frozen.
+
+    ``all-linear`` means the text model's linear layers: those of a vision or audio tower would never train on text.
+    Adapters are kept in float32, or in the base weights' dtype with ``adapter_dtype: model``.
+
+    Raises:
+        UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
+            out of range, or a combination that PEFT refuses.
+        ImportError: peft is missing.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install 'deltatune[train]'") from error
+    arguments = section.peft_arguments()
+    _check_names(model, section)
+    towers = _towers(model)
+    if section.target_modules == "all-linear" and towers and section.exclude_modules is None:
+        arguments["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
+    try:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=section.adapter_dtype == "float32")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora: {' '.join(str(error).split())}") from error
+    return adapted
+
+
+def _check_names(model: nn.Module, section: LoraSection) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    if section.target_modules != "all-linear":
+        _each_matches("lora.target_modules", section.target_modules, names, model)
+    if section.exclude_modules is not None:
+        _each_matches("lora.exclude_modules", section.exclude_modules, names, model)
+    if section.modules_to_save is not None:
+        _each_matches("lora.modules_to_save", section.modules_to_save, names, model)
+    for field in ("rank_pattern", "alpha_pattern"):
+        _each_matches(f"lora.{field}", tuple(getattr(section, field)), names, model, _matches_pattern)
+    count = _num_layers(model)
+    for index in section.layers_to_transform or ():
+        if not 0 <= index < count:
+            raise UserError(f"lora.layers_to_transform: {index} is no layer; the model has layers 0 to {count - 1}")
+
+
+def _each_matches(
+    field: str,
+    wanted: str | tuple[str, ...],
+    names: list[str],
+    model: nn.Module,
+    matches: Callable[[str, str], bool] | None = None,
+) -> None:
+    """One string is a regular expression over full names; of several each is the ending of a name."""
+    expression = isinstance(wanted, str)
+    test = matches or (_matches_expression if expression else _matches_ending)
+    for entry in (wanted,) if isinstance(wanted, str) else wanted:
+        try:
+            found = any(test(entry, name) for name in names)
+        except re.error as error:
+            raise UserError(f"{field}: {entry!r} is no regular expression: {error}") from error
+        if not found:
+            raise UserError(f"{field}: {entry!r} matches no module{_nearest(entry, model)}")
+
+
+def _matches_expression(entry: str, name: str) -> bool:
+    return re.fullmatch(entry, name) is not None
+
+
+def _matches_ending(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _matches_pattern(entry: str, name: str) -> bool:
+    # PEFT's own reading of rank_pattern: the end of a name, or a regular expression for it
+    return re.match(rf"(.*\.)?({entry})$", name) is not None
+
+
+def _nearest(entry: str, model: nn.Module) -> str:
+    linear = _unique(name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module))
+    wanted = re.sub(r"\W+", " ", entry).split()
+    close = difflib.get_close_matches(wanted[-1] if wanted else entry, linear, n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(close)}" if close else f"; linear layers here: {', '.join(linear)}"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _num_layers(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Names of the outermost modules outside the text model that hold linear layers, the head aside."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    outside = [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head and prefix and not name.startswith(f"{prefix}.")
+    ]
+    depth = prefix.count(".") + 1
+    return _unique(".".join(name.split(".")[:depth]) for name in outside)

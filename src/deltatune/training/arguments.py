@@ -1,0 +1,80 @@
+"""``training:`` of the recipe as transformers.TrainingArguments, with what a packed loop needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from deltatune.config.errors import UserError
+from deltatune.config.rules import check_training_names
+from deltatune.config.schema import TrainingSection
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["training_arguments"]
+
+# What the packed loop depends on; the recipe's rules refuse other values, each with its reason. A name that the
+# installed transformers does not have is left out.
+_FIXED: Final[Mapping[str, object]] = {
+    "average_tokens_across_devices": True,
+    "logging_nan_inf_filter": False,
+    "per_device_eval_batch_size": 1,
+    "per_device_train_batch_size": 1,
+    "prediction_loss_only": True,
+    "remove_unused_columns": False,
+}
+
+# every trained parameter takes part in every step: looking for others costs a walk of the graph
+_DEFAULTS: Final[Mapping[str, object]] = {"ddp_find_unused_parameters": False}
+
+_ORDERS: Final = ("random", "sequential")
+
+
+def training_arguments(section: TrainingSection) -> TrainingArguments:
+    """TrainingArguments from the recipe's names and values.
+
+    Raises:
+        UserError: an unknown name, a value that TrainingArguments refuses, an order of data that packs do not have,
+            or several visible GPUs in one process.
+        ImportError: accelerate is missing.
+    """
+    arguments_class = _arguments_class()
+    known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    check_training_names(section, known)
+    values = {**_DEFAULTS, **section.arguments(), **_FIXED}
+    _check_order(values)
+    if values.get("use_cpu") or not torch.accelerator.is_available():
+        values["dataloader_pin_memory"] = False
+    try:
+        arguments = arguments_class(**{name: value for name, value in values.items() if name in known})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training: {error}") from error
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start a process for each with "
+            f"torchrun --nproc-per-node {arguments.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments
+
+
+def _arguments_class() -> type[TrainingArguments]:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'deltatune[train]'") from error
+    from transformers import TrainingArguments
+
+    return TrainingArguments  # type: ignore[no-any-return]
+
+
+def _check_order(values: Mapping[str, Any]) -> None:
+    order = values.get("train_sampling_strategy", "random")
+    if order not in _ORDERS:
+        raise UserError(
+            f"training.train_sampling_strategy: {order} cannot act here, since packs are all of one length; "
+            f"choose one of {', '.join(_ORDERS)}"
+        )

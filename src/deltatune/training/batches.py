@@ -1,0 +1,180 @@
+"""From packs to batches: the order of an epoch, which rank gets which pack, and what each batch holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from deltatune.data.collate import PackedCollator
+from deltatune.data.sample import IGNORE_INDEX, Sample
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["PACK_COUNTS", "CountingCollator", "PackCounts", "PackOrder", "pack_loader"]
+
+PACK_COUNTS = "pack_counts"
+"""The key of a batch under which its ``PackCounts`` travel; the trainer takes it out before the model is called."""
+
+
+@dataclass(frozen=True)
+class PackCounts:
+    """What a batch holds, counted on the CPU before it moves, so that no metric ever waits for the device.
+
+    Attributes:
+        trained: targets, that is labels other than -100 that the loss sees after its shift.
+        tokens: tokens of documents, padding excluded.
+        capacity: token slots of the batch, padding included.
+        squares: sum of squared document lengths; attention's work is proportional to it.
+        packs: packs of the batch.
+    """
+
+    trained: int = 0
+    tokens: int = 0
+    capacity: int = 0
+    squares: int = 0
+    packs: int = 0
+
+    def __add__(self, other: PackCounts) -> PackCounts:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return PackCounts(*(left + right for left, right in pairs))
+
+
+class PackSource(Protocol):
+    """A data set of packs: what ``deltatune.data.dataset.PackedDataset`` offers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sequence[Sample]: ...
+
+
+class PackOrder(Sampler[list[int]]):
+    """Indices of one rank's packs, batch by batch; a function of seed, epoch and rank alone.
+
+    An epoch is cut into rounds of ``num_ranks * batch_size`` packs and every rank takes its slice of each round, so
+    all ranks run the same number of batches and every pack is seen exactly once. In a ragged last round a rank may
+    get fewer packs, or none at all: an empty list, from which ``CountingCollator`` makes a batch without targets.
+
+    Args:
+        num_packs: packs of the data set.
+        batch_size: packs of a batch.
+        seed: of the permutation; epoch ``e`` uses ``seed + e``. ``None`` keeps the order of the data set.
+        num_ranks: data-parallel ranks.
+        rank: this one.
+        drop_last: leave a ragged last round out.
+    """
+
+    def __init__(
+        self,
+        num_packs: int,
+        *,
+        batch_size: int = 1,
+        seed: int | None = None,
+        num_ranks: int = 1,
+        rank: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        assert 0 <= rank < num_ranks
+        self.num_packs = num_packs
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.seed = seed
+        self.num_ranks = num_ranks
+        self.rank = rank
+        self.epoch = 0
+        # accelerate looks for set_epoch on the sampler of a wrapped batch sampler, as after skipping at a resume
+        self.sampler: Any = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_round = self.num_ranks * self.batch_size
+        return self.num_packs // per_round if self.drop_last else -(-self.num_packs // per_round)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        per_round = self.num_ranks * self.batch_size
+        for number in range(len(self)):
+            packs = order[number * per_round : (number + 1) * per_round]
+            yield packs[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+    def _order(self) -> list[int]:
+        if self.seed is None:
+            return list(range(self.num_packs))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order: list[int] = torch.randperm(self.num_packs, generator=generator).tolist()
+        return order
+
+
+class CountingCollator:
+    """Packs to a batch: ``PackedCollator`` on their samples, plus the ``PackCounts`` of what it holds.
+
+    Several packs become one row of ``packs_per_batch * tokens_per_batch`` tokens, so that shapes never change; no pack
+    at all becomes a row of padding, which adds nothing to the loss of a rank that has run out of packs.
+    """
+
+    def __init__(self, *, tokens_per_batch: int, pad_token_id: int, packs_per_batch: int = 1) -> None:
+        total = tokens_per_batch * packs_per_batch
+        self._collate = PackedCollator(tokens_per_batch=total, pad_token_id=pad_token_id)
+        self._collate_padding = PackedCollator(tokens_per_batch=total, pad_token_id=pad_token_id, allow_unlabelled=True)
+
+    def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, object]:
+        """The batch of these packs: ``input_ids``, ``labels``, ``position_ids``, ``sequences`` and the counts."""
+        samples = [sample for pack in packs for sample in pack]
+        batch = self._collate(samples) if samples else self._collate_padding([self._padding()])
+        labels = batch["labels"]
+        assert isinstance(labels, torch.Tensor)
+        # of the boundaries only what the door reads first: the stock names would be copied to the device for nothing
+        kept = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "sequences")}
+        counts = PackCounts(
+            trained=int((labels != IGNORE_INDEX).sum()),
+            tokens=sum(len(sample) for sample in samples),
+            capacity=labels.numel(),
+            squares=sum(len(sample) ** 2 for sample in samples),
+            packs=len(packs),
+        )
+        return {**kept, PACK_COUNTS: counts}
+
+    def _padding(self) -> Sample:
+        token = torch.full((1,), self._collate.pad_token_id).numpy()
+        return Sample(token, torch.full((1,), IGNORE_INDEX).numpy())
+
+
+def pack_loader(
+    source: PackSource, order: PackOrder, collator: CountingCollator, args: TrainingArguments
+) -> DataLoader[Any]:
+    """A loader of one rank's batches, on the rank's device.
+
+    accelerate moves the batches and keeps its end-of-epoch books; it is told that there is one process, because
+    ``order`` has already given every rank its packs: accelerate's own sharding repeats the first packs on a ragged
+    epoch, and its dispatch would read everything on rank 0.
+    """
+    from accelerate.data_loader import prepare_data_loader
+
+    workers = args.dataloader_num_workers
+    loader: DataLoader[Any] = DataLoader(
+        source,  # type: ignore[arg-type]
+        batch_sampler=order,
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
+    )
+    prepared: DataLoader[Any] = prepare_data_loader(
+        loader,
+        device=args.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        # pinned memory alone makes such a copy overlap with the step before it
+        non_blocking=args.dataloader_pin_memory,
+    )
+    return prepared

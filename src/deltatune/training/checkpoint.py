@@ -1,0 +1,207 @@
+"""Checkpoints on disk: told from other folders, loaded as the class they were saved from, with nothing missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltatune.config.errors import UserError
+from deltatune.config.schema import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+__all__ = [
+    "empty_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "model_class",
+    "reload_weights",
+    "resume_point",
+]
+
+_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder, or of a model on the Hub.
+
+    Raises:
+        UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
+    """
+    from transformers import AutoConfig
+
+    path = Path(section.name_or_path).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(_no_checkpoint(path))
+    if path.is_file() or (not path.exists() and _looks_like_path(section.name_or_path)):
+        raise UserError(
+            f"model.name_or_path: {section.name_or_path} is no folder; expected a checkpoint folder "
+            "(config.json and weights) or a model name on the Hugging Face Hub"
+        )
+    try:
+        return AutoConfig.from_pretrained(_location(section), **_origin(section))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name_or_path: cannot read {section.name_or_path}: {_first_line(error)}") from error
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class a checkpoint was saved from, so that its parameter names stay those of the checkpoint.
+
+    Raises:
+        UserError: an architecture that is no causal language model.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and name.endswith(_SUFFIXES):
+            return found
+        if found is not None:
+            raise UserError(f"model.name_or_path: {name} has no language-model head; expected one of *{_SUFFIXES[0]}")
+    return transformers.AutoModelForCausalLM
+
+
+def load_model(section: ModelSection, config: PreTrainedConfig | None = None) -> nn.Module:
+    """The model with its weights, in ``section.dtype``, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
+    """
+    config = load_config(section) if config is None else config
+    loader = model_class(config)
+    dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
+    try:
+        model, info = loader.from_pretrained(
+            _location(section), config=config, dtype=dtype, output_loading_info=True, **_origin(section)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.name_or_path: {section.name_or_path} lacks {len(missing)} weights of {type(model).__name__}, "
+            f"such as {missing[0]}; they would start at random"
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def empty_model(section: ModelSection) -> nn.Module:
+    """The model on the meta device: every module and shape, no weights; what ``deltatune plan`` looks at."""
+    config = load_config(section)
+    loader = model_class(config)
+    dtype = (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
+    make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
+    with torch.device("meta"):
+        model = make(config, dtype=dtype)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the recipe's chat template where one is given.
+
+    Raises:
+        UserError: no tokenizer there, or a template file that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name = section.tokenizer or section.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(section))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load a tokenizer from {name}: {_first_line(error)}; set model.tokenizer") from error
+    if section.chat_template is not None:
+        template = Path(section.chat_template).expanduser()
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"model.chat_template: cannot read {template}: {error.strerror}") from error
+    return tokenizer
+
+
+def reload_weights(model: nn.Module, folder: Path) -> None:
+    """Puts a saved checkpoint's weights into ``model``, every one of them.
+
+    Goes through ``from_pretrained``, because some families are saved under other names and shapes than their modules
+    have (experts one by one, say).
+
+    Raises:
+        UserError: weights that are missing or of another shape.
+    """
+    saved = load_model(ModelSection(name_or_path=str(folder)))
+    try:
+        model.load_state_dict(saved.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder} is no checkpoint of this model: {_first_line(error)}") from error
+
+
+def resume_point(output_dir: Path, resume: str | bool | None) -> Path | None:
+    """The checkpoint to resume from: a given folder, or for ``True`` the last complete one of ``output_dir``.
+
+    The Trainer's state is the last file written, so a folder without it was interrupted while saving.
+
+    Raises:
+        UserError: nothing there to resume from.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is not True:
+        folder = Path(resume).expanduser()
+        if not _is_complete(folder):
+            raise UserError(f"{folder} is no complete training checkpoint: it holds no trainer_state.json")
+        return folder
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _step(path))]
+    for _, path in sorted(found, reverse=True):
+        if _is_complete(path):
+            return path
+    raise UserError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
+
+
+def _step(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _location(section: ModelSection) -> str:
+    path = Path(section.name_or_path).expanduser()
+    return str(path) if path.exists() else section.name_or_path
+
+
+def _origin(section: ModelSection) -> dict[str, Any]:
+    origin: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if section.revision is not None:
+        origin["revision"] = section.revision
+    return origin
+
+
+def _looks_like_path(name: str) -> bool:
+    # a Hub name is owner/name or name
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _no_checkpoint(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return (
+            f"model.name_or_path: {path} is an adapter, not a model; merge it first "
+            f"(deltatune merge {path} OUTPUT) or name its base model"
+        )
+    return f"model.name_or_path: {path} is no checkpoint: it holds no config.json; expected config.json and weights"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,160 @@
+"""What comes out of a run: an adapter or a model that stock transformers and PEFT load, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltatune.config.errors import UserError
+from deltatune.config.schema import ModelSection
+from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["merge_adapter", "save_trained", "staged", "write_json"]
+
+# Readers tell an adapter or a model by these files, so they are moved into place last.
+_MARKERS = ("adapter_config.json", "config.json")
+
+
+def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path) -> list[str]:
+    """Saves the adapter of a PEFT model, or the whole model, with its tokenizer, into ``output_dir``.
+
+    Files are written to a folder beside them and moved in when all are there; an older model in the folder is
+    replaced, checkpoints and records stay.
+
+    Returns:
+        the names of the files.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder:
+        _save(model, tokenizer, Path(folder))
+        paths = sorted(Path(folder).iterdir(), key=lambda path: (path.name in _MARKERS, path.name))
+        for path in paths:
+            os.replace(path, output_dir / path.name)
+    return [path.name for path in paths]
+
+
+def merge_adapter(
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Path:
+    """Adds an adapter to its base model's weights and saves a model that needs no PEFT.
+
+    Args:
+        adapter_dir: a folder that PEFT's ``save_pretrained`` wrote.
+        output_dir: where the model goes; must not exist, or be empty.
+        base: the base model, where it is no longer where the adapter says.
+        dtype: of the merged weights: ``auto`` (the base model's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run model code that comes with the base model.
+
+    Returns:
+        the folder of the merged model.
+
+    Raises:
+        UserError: a folder that holds no adapter, a base model that cannot be found, or an output folder in use.
+    """
+    adapter, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
+    recorded = _adapter_base(adapter)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another output folder")
+    name = base or recorded
+    if not name:
+        raise UserError(f"{adapter} names no base model; pass it with --base")
+    section = ModelSection.model_validate(
+        {"name_or_path": name, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    )
+    try:
+        config = load_config(section)
+    except UserError as error:
+        raise UserError(f"the adapter's base model: {error}; pass another with --base") from error
+    merged = _merged(load_model(section, config), adapter)
+    tokenizer = _tokenizer_of(adapter, section)
+    with staged(output) as folder:
+        _save(merged, tokenizer, folder)
+    return output
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield folder
+        # mkdtemp makes folders private; a model is not
+        folder.chmod(0o755)
+        if path.is_dir():
+            path.rmdir()
+        folder.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    save: Any = model.save_pretrained
+    save(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def _adapter_base(adapter: Path) -> str | None:
+    """The base model an adapter names."""
+    marker = adapter / "adapter_config.json"
+    if not marker.is_file():
+        raise UserError(f"{adapter} is no adapter: it holds no adapter_config.json")
+    if not any((adapter / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise UserError(f"{adapter} is no adapter: it holds no adapter_model.safetensors")
+    try:
+        recorded = json.loads(marker.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{marker} is no JSON object: {error}") from error
+    return None if recorded is None else str(recorded)
+
+
+def _merged(model: nn.Module, adapter: Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("merging needs peft: pip install 'deltatune[train]'") from error
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{adapter} does not fit its base model: {' '.join(str(error).split())[:300]}") from error
+    with torch.no_grad():
+        merged = adapted.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, nn.Module)
+    return merged
+
+
+def _tokenizer_of(adapter: Path, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer, which has its chat template; the base model's where it was saved without."""
+    if (adapter / "tokenizer_config.json").is_file():
+        section = section.model_copy(update={"tokenizer": str(adapter)})
+    return load_tokenizer(section)

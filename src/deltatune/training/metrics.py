@@ -1,0 +1,180 @@
+"""What a run achieves: tokens per second, fill, memory, MFU, recompiles; counted on the CPU, read when logging."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deltatune.training.batches import PackCounts
+from deltatune.training.flops import StepFlops, peak_flops
+
+__all__ = ["Meter", "MeterReading", "peak_memory_gib"]
+
+WARM_UP_STEPS = 2
+"""Steps left out of the steady rate: they compile, and the allocator and the autotuners settle in them."""
+
+
+@dataclass(frozen=True)
+class MeterReading:
+    """Counts over a stretch of time. Seconds exclude evaluation and checkpoints; counts are of all ranks."""
+
+    counts: PackCounts
+    seconds: float
+    steps: int
+
+    def rates(self) -> dict[str, float]:
+        """Trained and document tokens per second, and the share of token slots that held documents."""
+        if not self.counts.capacity or self.seconds <= 0:
+            return {}
+        return {
+            "trained_tokens_per_second": round(self.counts.trained / self.seconds, 1),
+            "tokens_per_second": round(self.counts.tokens / self.seconds, 1),
+            "fill": round(self.counts.tokens / self.counts.capacity, 4),
+        }
+
+
+class Meter:
+    """Adds up what training steps hold and how long they take.
+
+    Adding costs a few integer additions and never waits for the device. Reading is for logging steps, where the
+    Trainer has just waited for the loss: there it makes one small reduction over ranks, if there are several.
+
+    Args:
+        model: the model that trains; its matrices give the FLOPs.
+        device: where it trains.
+        dtype: of its matrix products.
+        recompiles: graphs compiled after the first ones, so far; None where nothing is compiled.
+        reduce: sums a tensor over ranks; None for one rank.
+        num_ranks: data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        recompiles: Callable[[], int] | None = None,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        num_ranks: int = 1,
+    ) -> None:
+        self.flops = StepFlops.of(model)
+        self._device = device
+        self._peak = peak_flops(device, dtype)
+        self._recompiles = recompiles
+        self._reduce = reduce
+        self._num_ranks = num_ranks
+        self._window = PackCounts()
+        self._window_start = self._start = time.perf_counter()
+        self._window_paused = self._paused = 0.0
+        self._window_steps = 0
+        self._total = PackCounts()
+        self._steps = 0
+        self._warm: tuple[float, float, PackCounts] | None = None
+
+    def start(self) -> None:
+        """Begins to count time: call before the first batch is fetched."""
+        self._window_start = self._start = time.perf_counter()
+
+    def add(self, counts: PackCounts) -> None:
+        """The batches of one optimizer step on this rank."""
+        self._window += counts
+
+    def step(self) -> None:
+        """An optimizer step is done (launched, on an asynchronous device)."""
+        self._window_steps += 1
+        self._steps += 1
+        if self._steps == WARM_UP_STEPS:
+            # the only wait outside logging: without it the steady rate would begin inside the warm-up
+            self._synchronize()
+            self._warm = (time.perf_counter(), self._paused, self._total + self._window)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluation and checkpoints: time that is not training's."""
+        self._synchronize()
+        begin = time.perf_counter()
+        yield
+        self._synchronize()
+        self._paused += time.perf_counter() - begin
+
+    def window(self) -> dict[str, float]:
+        """Metrics since the last call, for a log line."""
+        now = time.perf_counter()
+        seconds = now - self._window_start - (self._paused - self._window_paused)
+        reading = MeterReading(self._over_ranks(self._window), seconds, self._window_steps)
+        self._total += self._window
+        self._window, self._window_start, self._window_paused = PackCounts(), now, self._paused
+        self._window_steps = 0
+        return {**reading.rates(), **self._utilization(reading), **self._state()}
+
+    def summary(self) -> dict[str, float]:
+        """Metrics of the whole run; ``steady_`` ones leave out the first steps, which compile."""
+        self._synchronize()
+        now, total = time.perf_counter(), self._total + self._window
+        whole = MeterReading(self._over_ranks(total), now - self._start - self._paused, self._steps)
+        metrics: dict[str, float] = {
+            "steps": whole.steps,
+            "seconds": round(whole.seconds, 3),
+            "packs": whole.counts.packs,
+            "trained_tokens": whole.counts.trained,
+            "tokens": whole.counts.tokens,
+            **whole.rates(),
+            **self._state(),
+        }
+        if self._warm is not None and self._steps > WARM_UP_STEPS:
+            began, paused_before, before = self._warm
+            steady = _difference(total, before)
+            seconds = now - began - (self._paused - paused_before)
+            reading = MeterReading(self._over_ranks(steady), seconds, self._steps - WARM_UP_STEPS)
+            metrics |= {f"steady_{name}": value for name, value in reading.rates().items() if name != "fill"}
+            metrics |= self._utilization(reading)
+        return metrics
+
+    def _utilization(self, reading: MeterReading) -> dict[str, float]:
+        if self._peak is None or reading.seconds <= 0 or not reading.counts.tokens:
+            return {}
+        return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._num_ranks), 4)}
+
+    def _state(self) -> dict[str, float]:
+        state: dict[str, float] = {"peak_memory_gib": peak_memory_gib(self._device)}
+        if self._recompiles is not None:
+            state["recompiles"] = self._recompiles()
+        return state
+
+    def _over_ranks(self, counts: PackCounts) -> PackCounts:
+        if self._reduce is None:
+            return counts
+        fields = [counts.trained, counts.tokens, counts.capacity, counts.squares, counts.packs]
+        summed = self._reduce(torch.tensor(fields, dtype=torch.int64, device=self._device))
+        return PackCounts(*(int(value) for value in summed.tolist()))
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far: of the allocator on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    # kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+def _difference(total: PackCounts, part: PackCounts) -> PackCounts:
+    return PackCounts(
+        trained=total.trained - part.trained,
+        tokens=total.tokens - part.tokens,
+        capacity=total.capacity - part.capacity,
+        squares=total.squares - part.squares,
+        packs=total.packs - part.packs,
+    )

@@ -1,0 +1,96 @@
+"""One progress bar for a run, in the terminal; one line per log entry where there is none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+__all__ = ["ProgressBar", "format_metrics"]
+
+# metric -> (label, format); what is not here stays in the logs and out of the terminal
+_SHOWN = {
+    "loss": ("loss", "{:.4f}"),
+    "eval_loss": ("eval loss", "{:.4f}"),
+    "learning_rate": ("lr", "{:.1e}"),
+    "tokens_per_second": ("tok/s", "{:,.0f}"),
+    "fill": ("fill", "{:.1%}"),
+    "mfu": ("mfu", "{:.1%}"),
+    "peak_memory_gib": ("peak GiB", "{:.2f}"),
+}
+
+
+def format_metrics(logs: dict[str, Any]) -> str:
+    """A log entry on one line: loss, rates and memory.
+
+    >>> format_metrics({"loss": 1.25, "fill": 0.5, "epoch": 1})
+    'loss 1.2500 · fill 50.0%'
+    """
+    return " · ".join(f"{label} {form.format(logs[name])}" for name, (label, form) in _SHOWN.items() if name in logs)
+
+
+class ProgressBar(TrainerCallback):  # type: ignore[misc]
+    """Steps done and to go, with the last log entry beside them; evaluations get a line of their own.
+
+    Args:
+        console: where to draw; the standard output by default. Where that is no terminal, log entries become lines.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Draws the bar, at the step a run resumes from."""
+        if not state.is_world_process_zero:
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = self._console or Console()
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, metrics="")
+        self._progress.start()
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """One step further."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """The entry beside the bar; on a line of its own for an evaluation, or where there is no bar."""
+        if self._progress is None or self._console is None or not logs:
+            return
+        line = format_metrics(logs)
+        if "loss" in logs and self._console.is_terminal:
+            self._progress.update(self._task, metrics=line)
+        elif line:
+            self._console.print(f"step {state.global_step}/{state.max_steps} · {line}", highlight=False)
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Leaves the finished bar in the terminal."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

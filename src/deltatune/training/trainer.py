@@ -1,0 +1,261 @@
+"""transformers.Trainer on packs: one loss for all devices and micro-batches, honest evaluation, exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, PackSource, pack_loader
+from deltatune.training.checkpoint import reload_weights
+from deltatune.training.metrics import Meter
+from deltatune.training.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+__all__ = ["PackedTrainer"]
+
+Batch = dict[str, Any]
+
+
+class PackedTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose batches are packs, for a prepared model.
+
+    The loss of an optimizer step is ``sum(nll) / n``, with ``n`` the trained tokens of all its micro-batches on all
+    ranks: four packs in one batch, in four accumulated ones, or on four ranks give the same loss and gradients.
+    Evaluation is ``sum(nll) / trained tokens`` over the whole set. No step waits for the device; log lines do.
+
+    Args:
+        model: a prepared model, with or without PEFT adapters.
+        args: as ``deltatune.training.arguments.training_arguments`` builds them.
+        train_dataset: packs, each a list of samples.
+        eval_dataset: packs of held-out data, or several such sets by name.
+        tokens_per_batch: tokens of a pack, >= the longest pack.
+        pad_token_id: fills the rest of a pack.
+        processing_class: the tokenizer, saved with every checkpoint.
+        callbacks: further callbacks.
+        recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: PackSource | None,
+        eval_dataset: PackSource | Mapping[str, PackSource] | None = None,
+        tokens_per_batch: int,
+        pad_token_id: int,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        recompiles: Callable[[], int] | None = None,
+    ) -> None:
+        self._tokens_per_batch = tokens_per_batch
+        self._pad_token_id = pad_token_id
+        self._evaluated_nll = torch.zeros(())
+        self._evaluated_tokens = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collator(args.per_device_train_batch_size),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
+        self.model_accepts_loss_kwargs = True
+        self.meter = Meter(
+            model,
+            device=args.device,
+            dtype=_compute_dtype(model, args),
+            recompiles=recompiles,
+            reduce=self._sum_over_ranks if args.world_size > 1 else None,
+            num_ranks=args.world_size,
+        )
+        self.add_callback(_MeterSteps(self.meter))
+        for stock in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar())
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's packs in the order of seed and epoch; see ``PackOrder``."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset, got None")
+        in_order = getattr(self.args, "train_sampling_strategy", "random") == "sequential"
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self._loader(
+            self.train_dataset,
+            packs_per_batch=self.args.per_device_train_batch_size,
+            seed=None if in_order else seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | PackSource | None = None) -> DataLoader[Any]:
+        """This rank's packs of an evaluation set, in their own order."""
+        source = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(source, str):
+            source = self.eval_dataset[source]
+        if source is None:
+            raise ValueError("evaluation needs an eval_dataset, got None")
+        return self._loader(source, packs_per_batch=self.args.per_device_eval_batch_size)
+
+    def _loader(
+        self, source: PackSource, *, packs_per_batch: int, seed: int | None = None, drop_last: bool = False
+    ) -> DataLoader[Any]:
+        order = PackOrder(
+            len(source),
+            batch_size=packs_per_batch,
+            seed=seed,
+            num_ranks=self.args.world_size,
+            rank=self.args.process_index,
+            drop_last=drop_last,
+        )
+        return pack_loader(source, order, self._collator(packs_per_batch), self.args)
+
+    def _collator(self, packs_per_batch: int) -> CountingCollator:
+        return CountingCollator(
+            tokens_per_batch=self._tokens_per_batch, pad_token_id=self._pad_token_id, packs_per_batch=packs_per_batch
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one optimizer step and the trained tokens in them, on all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counts = sum((_take_counts(batch) for batch in batches), PackCounts())
+        self.meter.add(counts)
+        # the counts are known on the CPU, so the device fills in a number and nobody waits
+        trained = torch.full((), counts.trained, dtype=torch.int64, device=device)
+        if self.args.world_size > 1:
+            trained = self._sum_over_ranks(trained)
+        # a step of padding alone has loss 0 and no gradient, rather than 0 / 0
+        return batches, trained.clamp(min=1)
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """``sum(nll of this micro-batch) / num_items_in_batch``, times the ranks that DDP and FSDP average over."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Batch) -> float:
+        """Model FLOPs of the batch's matrices, for the Trainer's ``total_flos``; no walk over the model per step."""
+        return self.meter.flops.per_token * float(inputs["input_ids"].numel())
+
+    # Evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Adds the batch's summed loss and trained tokens to the evaluation; returns its mean."""
+        del prediction_loss_only, ignore_keys
+        counts = _take_counts(inputs)
+        one = torch.ones((), device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nll = model(**inputs, num_items_in_batch=one).loss.detach().float()
+        self._evaluated_nll = self._evaluated_nll + nll.double()
+        self._evaluated_tokens += counts.trained
+        return nll / max(counts.trained, 1), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's loop; its mean of batch means becomes ``sum(nll) / trained tokens`` over all ranks."""
+        self._evaluated_nll = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._evaluated_tokens = 0
+        with self.meter.paused():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        sums = torch.stack([self._evaluated_nll, torch.full_like(self._evaluated_nll, self._evaluated_tokens)])
+        if self.args.world_size > 1:
+            sums = self._sum_over_ranks(sums)
+        nll, tokens = sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens if tokens else float("nan")
+        output.metrics[f"{metric_key_prefix}_trained_tokens"] = int(tokens)
+        return output
+
+    # Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the meter's window to training log lines, and drops rates that call a pack a sample."""
+        if "loss" in logs:
+            logs.update(self.meter.window())
+        for name in [name for name in logs if name.endswith("_samples_per_second")]:
+            del logs[name]
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.meter.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if hasattr(target, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            # the stock way loads tensors by the names on disk, which for some families are not the module's names,
+            # and goes on without those it cannot place
+            reload_weights(target, Path(resume_from_checkpoint))
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(value, reduction="sum")
+        return summed
+
+
+class _MeterSteps(TrainerCallback):  # type: ignore[misc]
+    """Tells the meter when training begins and when a step is done."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def on_train_begin(self, *_: Any, **_kwargs: Any) -> None:
+        self._meter.start()
+
+    def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
+        self._meter.step()
+
+
+def _take_counts(batch: Batch) -> PackCounts:
+    counts = batch.pop(PACK_COUNTS)
+    assert isinstance(counts, PackCounts)
+    return counts
+
+
+def _compute_dtype(model: nn.Module, args: TrainingArguments) -> torch.dtype:
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16:
+        return torch.float16
+    # the widest share of the weights: adapters may be kept in float32 beside a 16-bit base
+    sizes: dict[torch.dtype, int] = {}
+    for weight in model.parameters():
+        sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])

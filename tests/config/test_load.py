@@ -1,0 +1,145 @@
+import pytest
+
+from deltatune.config.errors import UserError
+from deltatune.config.load import dump_recipe, load_recipe
+
+MINIMAL = "model: {name_or_path: m}\ndata:\n  train:\n    - path: a.jsonl\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text, *overrides):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, overrides).recipe
+
+    return load
+
+
+# text -> what the one line must hold, the line number included where there is one
+BAD = {
+    "": "the recipe is empty",
+    "# nothing\n": "the recipe is empty",
+    "- 3\n": "expected a section (a mapping of keys), got [3]",
+    "model: [\n": "recipe.yaml:2: broken YAML",
+    "model: m\n\tdata: 3\n": "recipe.yaml:2: broken YAML",
+    MINIMAL + "model: {}\n": "recipe.yaml:5: model is given twice",
+    MINIMAL + "training:\n  seed: 1\n  seed: 2\n": "recipe.yaml:7: training.seed is given twice",
+    MINIMAL + "1: 2\n": "recipe.yaml:5: a key must be text, got 1",
+    MINIMAL + "trainin: {}\n": "recipe.yaml:5: trainin: unknown key (did you mean training?)",
+    MINIMAL
+    + "packing:\n  token_per_batch: 5\n": "6: packing.token_per_batch: unknown key (did you mean tokens_per_batch?)",
+    MINIMAL + "lora: {target_module: [q_proj]}\n": "lora.target_module: unknown key (did you mean target_modules?)",
+    "model: {name_or_path: m}\ndata: {train: [{pth: a}]}\n": "data.train.0.path is missing",
+    "model: {name_or_path: m}\n": "data is missing",
+    "model: {name_or_path: m}\ndata: {train: []}\n": "data.train: expected at least 1 entries, got []",
+    "model: {name_or_path: ''}\ndata: {train: [{path: a}]}\n": "model.name_or_path: expected text that is not empty",
+    MINIMAL + "training: {bf16: yes}\n": 'recipe.yaml:5: training.bf16: expected true or false, got "yes"',
+    MINIMAL + "training: {learning_rate: fast}\n": 'training.learning_rate: expected a number, got "fast"',
+    MINIMAL + "training: {learning_rate: .inf}\n": "training.learning_rate: expected a finite number",
+    MINIMAL + "training: {save_steps: 1.5}\n": "training.save_steps: expected a whole number or a number below 1",
+    MINIMAL + "lora: {r: 0}\n": "lora.r: expected a number of at least 1, got 0",
+    MINIMAL + "lora: {r: 8.0}\n": "lora.r: expected a whole number, got 8.0",
+    MINIMAL + "packing: 4096\n": "packing: expected a section (a mapping of keys), got 4096",
+    MINIMAL + "packing: {tokens_per_batch: 4k}\n": 'packing.tokens_per_batch: expected a whole number, got "4k"',
+    MINIMAL + "checkpointing: 1.5\n": "checkpointing: expected 'none', 'layer' or 'auto' or a number of at most 1",
+    MINIMAL + "checkpointing: true\n": "checkpointing: expected 'none', 'layer' or 'auto' or a number, got true",
+    MINIMAL + "kernels: {gated_delta: fla}\n": "kernels.gated_delta: unknown key (did you mean gated_delta_rule?)",
+    MINIMAL + "compile: {scope: layers}\n": "compile.scope: expected 'layer' or 'model', got \"layers\"",
+    MINIMAL
+    + "compile: {options: {shape_padding: 1}}\n": "compile.options.shape_padding: expected true or false, got 1",
+}
+
+
+@pytest.mark.parametrize(("text", "named"), BAD.items(), ids=range(len(BAD)))
+def test_a_bad_recipe_is_one_line_that_names_its_place(load, text, named) -> None:
+    with pytest.raises(UserError) as caught:
+        load(text)
+    message = str(caught.value)
+    assert named in message
+    assert "recipe.yaml" in message
+    assert "\n" not in message
+
+
+def test_two_faults_are_both_named(load) -> None:
+    with pytest.raises(UserError, match=r"lora\.r: .*packing\.tokens_per_batch: "):
+        load(MINIMAL + "lora: {r: 0}\npacking: {tokens_per_batch: x}\n")
+
+
+def test_words_and_numbers_mean_what_people_mean(load) -> None:
+    training = load(MINIMAL + "training: {eval_strategy: no, learning_rate: 1e-4, run_name: off, seed: 010}\n").training
+    assert (training.eval_strategy, training.learning_rate, training.run_name, training.seed) == ("no", 1e-4, "off", 10)
+
+
+@pytest.mark.parametrize(("text", "scope"), [("true", "layer"), ("{scope: model}", "model"), ("{}", "layer")])
+def test_compile_is_a_switch_or_a_section(load, text, scope) -> None:
+    section = load(MINIMAL + f"compile: {text}\n").compile
+    assert section is not None
+    assert section.scope == scope
+
+
+@pytest.mark.parametrize("text", ["", "compile: false\n", "compile: null\n"])
+def test_compile_is_off_by_default(load, text) -> None:
+    assert load(MINIMAL + text).compile is None
+
+
+def test_overrides_set_one_key_each(load) -> None:
+    recipe = load(
+        MINIMAL + "compile: true\n",
+        "training.max_steps=5",
+        "data.train.0.path=b.jsonl",
+        "data.train.1.path=c.jsonl",
+        "compile.options.triton.cudagraphs=true",
+        "lora.target_modules=[q_proj, v_proj]",
+        "data.chat_template_kwargs.a.b=1",
+        "training.adam_beta1=0.8",
+    )
+    assert recipe.training.max_steps == 5
+    assert [source.path for source in recipe.data.train] == ["b.jsonl", "c.jsonl"]
+    assert recipe.compile is not None
+    assert recipe.compile.options == {"triton.cudagraphs": True}
+    assert recipe.lora is not None
+    assert recipe.lora.target_modules == ("q_proj", "v_proj")
+    assert recipe.data.chat_template_kwargs == {"a.b": 1}
+    assert recipe.training.adam_beta1 == 0.8
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("training.max_steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("modl.name_or_path=x", "unknown key modl (did you mean model?)"),
+        ("data.train.0.pth=x", "unknown key data.train.0.pth (did you mean path?)"),
+        ("data.train.7.path=x", "data.train is a list of 1"),
+        ("data.train.first.path=x", "data.train is a list of 1"),
+        ("compile.scope=model", "compile is false in the recipe"),
+        ("lora.r=[", "broken YAML"),
+        ("training.seed=x", 'training.seed: expected a whole number, got "x"'),
+    ],
+)
+def test_a_bad_override_is_one_line(load, override, named) -> None:
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL + "compile: false\n", override)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_resolved_recipe_is_read_back_as_itself(load) -> None:
+    recipe = load(
+        MINIMAL + "training: {max_steps: 7, learning_rate: 1e-5, run_name: '1e-4', torch_empty_cache_steps: 3}\n"
+        "compile: {options: {shape_padding: true}}\nlora: {target_modules: [q_proj]}\nverify: {lengths: [3, 1]}\n"
+        "checkpointing: 0.5\nkernels: {causal_conv: reference}\n"
+    )
+    assert load(dump_recipe(recipe)) == recipe
+    assert recipe.training.run_name == "1e-4"
+
+
+def test_no_such_file(tmp_path) -> None:
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match="got a folder"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_recipe(tmp_path / "binary.yaml")

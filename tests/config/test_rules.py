@@ -1,0 +1,190 @@
+"""Every rule, with a recipe that breaks it and one that is next to it and does not."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deltatune.config.errors import UserError
+from deltatune.config.load import load_recipe
+from deltatune.config.refused import REFUSED_TRAINING_NAMES, refusal
+from deltatune.config.rules import ERROR_RULES, WARNING_RULES, check_training_names
+from deltatune.config.schema import TrainingSection
+
+BASE = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+
+# rule -> (broken, what the message must name, mended)
+CASES = {
+    "checkpointing_share_needs_compile": (
+        "checkpointing: 0.5",
+        "set compile: true",
+        "{checkpointing: 0.5, compile: true}",
+    ),
+    "inductor_options_are_known": (
+        "compile: {options: {shape_paddin: true}}",
+        "did you mean shape_padding?",
+        "compile: {options: {shape_padding: true}}",
+    ),
+    "training_names_can_act": (
+        "training: {gradient_checkpointing: true}",
+        "use checkpointing",
+        "checkpointing: layer",
+    ),
+    "evaluation_needs_data": (
+        "training: {eval_strategy: epoch}",
+        "data.eval",
+        "{training: {eval_strategy: epoch}, data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}}",
+    ),
+    "evaluation_data_needs_strategy": (
+        "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}",
+        "training.eval_strategy",
+        "{training: {eval_strategy: steps}, data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}}",
+    ),
+    "steps_need_their_strategy": (
+        "training: {save_strategy: epoch, save_steps: 50}",
+        "save_strategy",
+        "training: {save_strategy: steps, save_steps: 50}",
+    ),
+    "length_of_training_is_said_once": (
+        "training: {max_steps: 10, num_train_epochs: 2}",
+        "num_train_epochs",
+        "training: {max_steps: 10}",
+    ),
+    "max_steps_is_a_count": ("training: {max_steps: 0}", "at least 1", "training: {max_steps: -1}"),
+    "one_autocast_dtype": ("training: {bf16: true, fp16: true}", "exclude", "training: {bf16: true}"),
+    "loss_scaler_needs_full_precision_weights": (
+        "{model: {name_or_path: m, dtype: float16}, training: {fp16: true}}",
+        "float32",
+        "{model: {name_or_path: m, dtype: float16}, training: {fp16: true}, lora: {}}",
+    ),
+    "best_checkpoint_needs_evaluation": (
+        "training: {load_best_model_at_end: true}",
+        "needs evaluations",
+        "{training: {load_best_model_at_end: true, eval_strategy: steps}, "
+        "data: {train: [{path: a}], eval: [{path: b}]}}",
+    ),
+    "dora_runs_on_stock_layers": (
+        "lora: {use_dora: true, impl: fused}",
+        "lora.impl",
+        "lora: {use_dora: true, impl: stock}",
+    ),
+    "chat_settings_need_chat_data": (
+        "data: {train: [{path: a, format: text}], train_on: last}",
+        "data.train_on",
+        "data: {train: [{path: a, format: text}, {path: b, format: chat}], train_on: last}",
+    ),
+    "columns_fit_the_format": (
+        "data: {train: [{path: a, format: chat, columns: {text: body}}]}",
+        "data.train.0.columns.text",
+        "data: {train: [{path: a, format: text, columns: {text: body}}]}",
+    ),
+    "probe_settings_need_the_probe": (
+        "verify: {enabled: false, lengths: [3, 4]}",
+        "verify.lengths",
+        "verify: {lengths: [3, 4]}",
+    ),
+    "cudagraphs_copy_boundaries": (
+        "compile: {options: {triton.cudagraphs: true}}",
+        "boundaries",
+        "compile: {options: {triton.cudagraphs: false}}",
+    ),
+    "search_directions_need_the_search": (
+        "compile: {options: {coordinate_descent_check_all_directions: true}}",
+        "coordinate_descent_tuning",
+        "compile: {options: {coordinate_descent_check_all_directions: true, coordinate_descent_tuning: true}}",
+    ),
+    "packs_fill_whole_chunks": (
+        "packing: {tokens_per_batch: 1000}",
+        "multiple of 64",
+        "packing: {tokens_per_batch: 1024}",
+    ),
+    "low_precision_weights_train_in_place": (
+        "model: {name_or_path: m, dtype: bfloat16}",
+        "float32",
+        "{model: {name_or_path: m, dtype: bfloat16}, lora: {}}",
+    ),
+    "evaluation_data_is_held_out": (
+        "{training: {eval_strategy: steps}, data: {train: [{path: a}], eval: [{path: a}]}}",
+        "not held out",
+        "{training: {eval_strategy: steps}, data: {train: [{path: a}], eval: [{path: a, split: test}]}}",
+    ),
+}
+
+
+def recipe_file(folder: Path, change: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(BASE | yaml.safe_load(change)))
+    return path
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.__name__ for rule in (*ERROR_RULES, *WARNING_RULES)} == set(CASES)
+
+
+@pytest.mark.parametrize("rule", ERROR_RULES, ids=lambda rule: rule.__name__)
+def test_a_broken_rule_stops_the_recipe(rule, tmp_path) -> None:
+    broken, named, mended = CASES[rule.__name__]
+    with pytest.raises(UserError, match=r"recipe\.yaml") as caught:
+        load_recipe(recipe_file(tmp_path, broken))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
+
+
+@pytest.mark.parametrize("rule", WARNING_RULES, ids=lambda rule: rule.__name__)
+def test_a_warning_is_given_and_goes_away(rule, tmp_path) -> None:
+    broken, named, mended = CASES[rule.__name__]
+    (warning,) = load_recipe(recipe_file(tmp_path, broken)).warnings
+    assert named in warning
+    assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
+
+
+def test_all_broken_rules_are_named_at_once(tmp_path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file(tmp_path, "{checkpointing: 0.5, training: {eval_strategy: steps, max_steps: 0}}"))
+    assert all(name in str(caught.value) for name in ("checkpointing", "data.eval", "max_steps"))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_TRAINING_NAMES))
+def test_refused_names_say_what_to_do_instead(name) -> None:
+    accepted, remedy = REFUSED_TRAINING_NAMES[name]
+    assert refusal(name, object()) == remedy
+    if accepted is not None:
+        assert refusal(name, accepted) is None
+
+
+def test_accepted_names_are_accepted() -> None:
+    assert refusal("per_device_train_batch_size", 1) is None
+    assert refusal("per_device_train_batch_size", 8) is not None
+    assert refusal("train_sampling_strategy", "group_by_length") is not None
+    assert refusal("train_sampling_strategy", "sequential") is None
+
+
+@pytest.fixture(scope="module")
+def transformers_names() -> set[str]:
+    from transformers import TrainingArguments
+
+    return {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_the_sections_own_names_are_transformers_names(transformers_names) -> None:
+    assert set(TrainingSection.model_fields) <= transformers_names
+    assert not set(TrainingSection.model_fields) & set(REFUSED_TRAINING_NAMES)
+
+
+def test_defaults_are_transformers_defaults(transformers_names) -> None:
+    from transformers import TrainingArguments
+
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    ours = TrainingSection().model_dump()
+    differing = {name for name, value in ours.items() if value != theirs[name]}
+    assert differing == {"output_dir", "logging_steps"}
+
+
+def test_other_names_must_be_transformers_names(transformers_names) -> None:
+    check_training_names(
+        TrainingSection.model_validate({"adam_beta1": 0.8, "torch_empty_cache_steps": 4}), transformers_names
+    )
+    with pytest.raises(UserError, match=r"training.adam_bta1: unknown \(did you mean adam_beta1\?\)"):
+        check_training_names(TrainingSection.model_validate({"adam_bta1": 0.8}), transformers_names)

@@ -1,0 +1,74 @@
+import subprocess
+import sys
+
+import pydantic
+import pytest
+
+from deltatune.config.reference import reference_page
+from deltatune.config.schema import (
+    CompileSection,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PackingSection,
+    Recipe,
+    Source,
+    TrainingSection,
+    VerifySection,
+)
+
+SECTIONS = [
+    CompileSection,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PackingSection,
+    Recipe,
+    Source,
+    TrainingSection,
+    VerifySection,
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_is_documented(section) -> None:
+    assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_never_change(section) -> None:
+    assert section.model_config["frozen"]
+    assert section.model_config["extra"] == ("allow" if section is TrainingSection else "forbid")
+
+
+def test_a_field_cannot_be_assigned() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        PackingSection().tokens_per_batch = 3  # type: ignore[misc]
+
+
+def test_config_imports_no_torch() -> None:
+    code = "import sys, deltatune.config.load, deltatune.config.reference; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_lora_arguments_are_pefts() -> None:
+    peft = pytest.importorskip("peft")
+    section = LoraSection.model_validate({"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}})
+    config = peft.LoraConfig(**section.peft_arguments())
+    assert (config.r, config.target_modules, config.rank_pattern) == (4, {"q_proj"}, {"k_proj": 2})
+
+
+def test_training_arguments_hold_names_beyond_the_section() -> None:
+    section = TrainingSection.model_validate({"torch_empty_cache_steps": 4, "report_to": ["wandb"]})
+    arguments = section.arguments()
+    assert arguments["torch_empty_cache_steps"] == 4
+    assert arguments["report_to"] == ["wandb"]
+    assert None not in arguments.values()
+
+
+def test_the_reference_page_names_every_key() -> None:
+    page = reference_page()
+    for section in SECTIONS:
+        for name in section.model_fields:
+            assert f"`{name}`" in page
+    assert "PydanticUndefined" not in page

@@ -1,0 +1,150 @@
+"""The causal convolution against torch's own, run on every document alone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deltatune.ops import causal_conv, choose_causal_conv
+from deltatune.sequences import Sequences
+
+LENGTHS = ([5, 1, 70, 7], [3, 2, 1, 63, 64, 65], [1 + n % 3 for n in range(200)], [2])
+
+
+def make_inputs(tokens, *, batch=1, channels=6, width=4, bias=True, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, tokens, channels), (channels, width)] + [(channels,)] * bias
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def conv_of_each_document(x, weight, bias=None, *, activation="silu", lengths):
+    outputs = []
+    for document in x.flatten(0, 1).split(lengths):
+        padded = F.pad(document.T.unsqueeze(0), (weight.shape[1] - 1, 0))
+        outputs.append(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[-1])[0].T)
+    y = torch.cat(outputs).reshape(x.shape)
+    return F.silu(y) if activation == "silu" else y
+
+
+def run(function, inputs, **kwargs):
+    y = function(*inputs, **kwargs)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "edges", "tiny", "shorter than the width"])
+def test_each_document_is_convolved_alone(lengths, activation, bias, width):
+    inputs = make_inputs(sum(lengths), width=width, bias=bias, dtype=torch.float64)
+    got = run(causal_conv, inputs, activation=activation, sequences=Sequences.from_lengths(lengths))
+    expected = run(conv_of_each_document, inputs, activation=activation, lengths=lengths)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_without_sequences_each_row_is_one_document():
+    inputs = make_inputs(9, batch=3, dtype=torch.float64)
+    for x, y in zip(run(causal_conv, inputs), run(conv_of_each_document, inputs, lengths=[9] * 3), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_with_documents_of_their_own_and_padding():
+    ids = torch.tensor([[1] * 5 + [2] * 2 + [0] * 3, [1] * 1 + [2] * 8 + [0] * 1])
+    inputs = make_inputs(10, batch=2, dtype=torch.float64)
+    got = run(causal_conv, inputs, sequences=Sequences.from_document_ids(ids))
+    for x, y in zip(got, run(conv_of_each_document, inputs, lengths=[5, 2, 3, 1, 8, 1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_reaches_no_other_document():
+    lengths = [5, 1, 2, 7]
+    x, weight, bias = make_inputs(sum(lengths))
+    y = causal_conv(x, weight, bias, sequences=Sequences.from_lengths(lengths))
+    for document, packed in enumerate(y.split(lengths, 1)):
+        (grad,) = torch.autograd.grad(packed.square().sum(), [x], retain_graph=True)
+        reached = [bool(part.count_nonzero()) for part in grad.split(lengths, 1)]
+        assert reached == [other == document for other in range(len(lengths))]
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan, math.inf])
+def test_changing_a_document_leaves_the_others_bit_identical(value):
+    sequences = Sequences.from_lengths([5, 2, 7])
+    x, weight, bias = make_inputs(14)
+    changed = x.detach().clone()
+    changed[:, 5:7] = value
+    before, after = (
+        run(causal_conv, [x.requires_grad_(), weight, bias], sequences=sequences)[:2] for x in (x, changed)
+    )
+    for a, b in zip(before, after, strict=True):
+        assert not torch.equal(a[:, 5:7], b[:, 5:7])
+        assert torch.equal(a[:, :5], b[:, :5])
+        assert torch.equal(a[:, 7:], b[:, 7:])
+
+
+def test_bf16_is_rounded_once():
+    inputs = [x.detach() for x in make_inputs(70, channels=64, dtype=torch.bfloat16)]
+    got = causal_conv(*inputs)
+    exact = causal_conv(*(x.float() for x in inputs))
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, exact.bfloat16())
+
+
+def test_non_contiguous_inputs():
+    x, weight, bias = make_inputs(20)
+    strided = x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(causal_conv(strided, weight.T.contiguous().T, bias), causal_conv(x, weight, bias))
+
+
+def test_compiles_whole_and_only_once_for_any_documents():
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_conv, fullgraph=True)
+    inputs = make_inputs(83)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([5, 1, 70, 7], [83], [1] * 83):
+            sequences = Sequences.from_lengths(lengths)
+            got = run(compiled, inputs, sequences=sequences)
+            for x, y in zip(got, run(causal_conv, inputs, sequences=sequences), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_gradient_reaches_no_other_document():
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_conv, fullgraph=True)
+    x, weight, bias = make_inputs(12)
+    y = compiled(x, weight, bias, sequences=Sequences.from_lengths([5, 7]))
+    (grad,) = torch.autograd.grad(y[:, 5:].sum(), [x])
+    assert grad[:, :5].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swish", True])
+def test_other_activations_are_refused(activation):
+    with pytest.raises(ValueError, match="is not supported; expected one of 'silu', None"):
+        causal_conv(*make_inputs(5), activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(5, 6)}, r"x must have 3 dims; expected x \[B, T, D\], weight \[D, W\], bias \[D\]"),
+        ({"weight": torch.zeros(6, 1, 4)}, "weight must have 2 dims"),
+        ({"weight": torch.zeros(5, 4)}, "weight has D=5 where 6 is expected"),
+        ({"bias": torch.zeros(4)}, "bias has D=4 where 6 is expected"),
+        ({"x": torch.zeros(1, 5, 6, dtype=torch.int32)}, "x must be floating point"),
+        ({"sequences": Sequences.from_lengths([4])}, r"describe 4 tokens but the input holds B\*T = 1\*5 = 5"),
+        ({"impl": "triton"}, "unknown impl='triton'; expected 'auto' or one of 'reference'"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change, message):
+    x, weight, bias = make_inputs(5)
+    with pytest.raises(ValueError, match=message):
+        causal_conv(**{"x": x, "weight": weight, "bias": bias} | change)
+
+
+def test_the_choice_says_what_runs():
+    choice = choose_causal_conv(torch.device("cpu"), torch.float32)
+    assert choice.impl == "reference"
+    assert "plain torch on cpu" in choice.reason
