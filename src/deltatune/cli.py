@@ -126,6 +126,7 @@ def _add_train(commands: _Commands) -> None:
 def _add_preprocess(commands: _Commands) -> None:
     parser = _add(commands, "preprocess", "Tokenise and pack a recipe's data, and report on it.", recipe=True)
     parser.add_argument("--show", type=_count, default=0, metavar="N", help="print N samples, trained tokens coloured")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
 
 
 def _add_plan(commands: _Commands) -> None:

@@ -149,8 +149,6 @@ class Graphs:
         broken = _num_breaks()
         try:
             result = function(module, *args, **kwargs)
-        except torch._dynamo.exc.UncapturedHigherOrderOpError as error:
-            raise GraphBreakError(f"{name} does not compile as one graph: {error}") from error
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise GraphBreakError(f"{name} does not compile as one graph: {error}") from error
         if _num_breaks() != broken:
@@ -159,7 +157,9 @@ class Graphs:
         return result
 
     def _compile(self, name: str, forward: Forward) -> Forward:
-        function = _fresh_code(_entry(forward, self.checkpointing), name)
+        # under scope="model" the layers checkpoint themselves while they are traced
+        whole = self.checkpointing == "layer" and self.options.scope == "layer"
+        function = _fresh_code(_checkpointed(forward) if whole else _plain(forward), name)
         backend = functools.partial(self._backend, name, function.__code__)
         compiled: Forward = torch.compile(
             function, fullgraph=self.options.strict, dynamic=self.options.dynamic, backend=backend
@@ -186,19 +186,20 @@ class Graphs:
         return compiled
 
 
-def _entry(forward: Forward, checkpointing: str | float) -> types.FunctionType:
-    """The function that is traced; checkpointing of whole layers happens inside the graph."""
-    if checkpointing == "layer":
+def _checkpointed(forward: Forward) -> types.FunctionType:
+    """The function that is traced: a layer whose recomputation is part of its graph."""
 
-        def checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not (module.training and torch.is_grad_enabled()):
-                return forward(module, *args, **kwargs)
-            return torch.utils.checkpoint.checkpoint(
-                functools.partial(forward, module, **kwargs), *args, use_reentrant=False
-            )
+    def checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return forward(module, *args, **kwargs)
+        return torch.utils.checkpoint.checkpoint(
+            functools.partial(forward, module, **kwargs), *args, use_reentrant=False
+        )
 
-        return checkpointed
+    return checkpointed
 
+
+def _plain(forward: Forward) -> types.FunctionType:
     def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs)
 

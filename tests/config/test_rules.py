@@ -36,11 +36,6 @@ CASES = {
         "data.eval",
         "{training: {eval_strategy: epoch}, data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}}",
     ),
-    "evaluation_data_needs_strategy": (
-        "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}",
-        "training.eval_strategy",
-        "{training: {eval_strategy: steps}, data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}}",
-    ),
     "steps_need_their_strategy": (
         "training: {save_strategy: epoch, save_steps: 50}",
         "save_strategy",

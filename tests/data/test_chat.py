@@ -72,6 +72,9 @@ def test_end_of_turn_right_after_a_generation_block_trains(make_tokenizer, conve
 {%- else %}{{- message.content }}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"""
     tokenizer = make_tokenizer(template)
     assert trained_stretches(render_one(Renderer(tokenizer), {"messages": conversation}), tokenizer) == ANSWERS
+    conversation[4]["content"] = ""
+    sample = render_one(Renderer(tokenizer), {"messages": conversation})
+    assert trained_stretches(sample, tokenizer) == [ANSWERS[0], "<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "marked_tokenizer"])
@@ -129,13 +132,13 @@ def test_template_variables_move_the_empty_reasoning_into_the_prompt(thinking_to
 def test_a_prompt_that_the_turn_does_not_continue_is_named(make_tokenizer, conversation):
     template = """{%- for message in messages %}{{- message.role + ': ' + message.content + '<|im_end|>' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- 'assistant: <think>' }}{%- endif %}"""
-    with pytest.raises(DataError, match=r"line 1: the template asks for message 2 .*enable_thinking: false"):
+    with pytest.raises(DataError, match=r"line 1: the template asks for message 2 .*enable_thinking: true or false"):
         render_one(Renderer(make_tokenizer(template)), {"messages": conversation})
 
 
 def test_a_refusing_template_is_quoted(make_tokenizer, conversation):
     tokenizer = make_tokenizer("{{ raise_exception('no system turns here') }}")
-    with pytest.raises(DataError, match="line 1: the chat template cannot render .*no system turns here"):
+    with pytest.raises(DataError, match=r"line 1: the chat template cannot render .*no system turns here"):
         render_one(Renderer(tokenizer), {"messages": conversation})
 
 
@@ -150,7 +153,7 @@ def test_another_template_may_be_given(make_tokenizer, tokenizer, conversation):
 
 
 def test_tools_reach_the_template(make_tokenizer):
-    template = """{%- if tools %}{{- 'tools: ' + (tools | map(attribute='name') | join(',')) + '<|im_end|>' }}{%- endif %}
+    template = """{%- for tool in tools or [] %}{{- 'tool: ' + tool.name + '<|im_end|>' }}{%- endfor %}
 {%- for message in messages %}{{- message.role + ':' + message.content }}
 {%- for call in message.tool_calls or [] %}{{- call.function.arguments | tojson }}{%- endfor %}
 {{- '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
@@ -163,7 +166,7 @@ def test_tools_reach_the_template(make_tokenizer):
         "tools": '[{"name": "add"}]',
     }
     sample = render_one(Renderer(tokenizer), row)
-    assert tokenizer.decode(sample.input_ids).startswith("tools: add<|im_end|>")
+    assert tokenizer.decode(sample.input_ids).startswith("tool: add<|im_end|>")
     assert trained_stretches(sample, tokenizer) == ['{"a": 2}<|im_end|>']
 
 

@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 
@@ -223,7 +221,7 @@ class TestCache:
         monkeypatch.setattr(np, "save", save_after_the_other)
         documents = tokenize(texts, TEXT, Renderer(tokenizer), cache_dir=cache)
         assert len(documents) == 700
-        assert len(os.listdir(cache)) == 1
+        assert len(list(cache.iterdir())) == 1
 
 
 def test_report_prints_what_was_cut():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from deltatune.commands.quiet import quiet_libraries
 from deltatune.training.export import merge_adapter
 
 __all__ = ["run"]
 
 
+@quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Merges ``args.adapter`` into its base and writes ``args.output``."""
     folder = merge_adapter(

@@ -42,6 +42,7 @@ def explain(error: ValidationError, data: Any, lines: Mapping[Path, int], name: 
         found.setdefault(_real_path(details["loc"], data), []).append(details)
     # a union reports every alternative: where one of them got further, only that one is what was meant
     deepest = [path for path in found if not any(other != path and other[: len(path)] == path for other in found)]
+    deepest.sort(key=lambda path: lines.get(path, 0))
     return "; also: ".join(f"{_place(path, lines, name)}{_finding(path, found[path])}" for path in deepest)
 
 

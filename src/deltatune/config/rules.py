@@ -59,13 +59,6 @@ def evaluation_needs_data(recipe: Recipe) -> str | None:
     return None
 
 
-def evaluation_data_needs_strategy(recipe: Recipe) -> str | None:
-    """Held-out data that nobody looks at."""
-    if recipe.data.eval and recipe.training.eval_strategy == "no":
-        return "data.eval is never evaluated; set training.eval_strategy to steps or epoch, or leave data.eval out"
-    return None
-
-
 def steps_need_their_strategy(recipe: Recipe) -> str | None:
     """``eval_steps`` and ``save_steps`` act with the strategy ``steps`` alone."""
     for kind in ("eval", "save"):
@@ -213,7 +206,6 @@ ERROR_RULES: tuple[Rule, ...] = (
     inductor_options_are_known,
     training_names_can_act,
     evaluation_needs_data,
-    evaluation_data_needs_strategy,
     steps_need_their_strategy,
     length_of_training_is_said_once,
     max_steps_is_a_count,

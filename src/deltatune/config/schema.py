@@ -153,7 +153,7 @@ class DataSection(Section):
     """The training data, one entry per source."""
 
     eval: tuple[Source, ...] = ()
-    """Held-out data, packed the same way; `training.eval_strategy` says when it is used."""
+    """Held-out data, packed the same way: evaluated after training, and during it as `training.eval_strategy` says."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
@@ -274,7 +274,7 @@ class TrainingSection(Section):
     """Show no progress bar."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    """When `data.eval` is evaluated."""
+    """When `data.eval` is evaluated during training; it always is afterwards."""
 
     eval_steps: Steps | None = None
     """Steps between evaluations; `logging_steps` by default."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -126,7 +127,7 @@ class Renderer:
     def _encode(self, text: str, spans: list[Span], *, extend_to_eos: bool = False, trim: bool = False) -> Sample:
         """Tokens of a rendered conversation; those that lie inside a span train.
 
-        ``trim`` leaves out what a template writes between the end-of-turn token and the next header (a newline), which
+        ``trim`` leaves out whitespace that a template writes between the end-of-turn token and the next header, which
         no model is asked for; ``extend_to_eos`` adds an end-of-sequence token that directly follows a span.
         """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -138,22 +139,18 @@ class Renderer:
         for start, end in spans:
             inside = np.flatnonzero((starts >= start) & (ends <= end))
             if trim:
-                inside = self._up_to_end_of_turn(inside, ids, text[start:end], starts - start)
+                last = next((i for i in inside[::-1] if not text[starts[i] : ends[i]].isspace()), None)
+                if last is not None and int(ids[last]) in self._control_tokens:
+                    inside = inside[inside <= last]
             trained[inside] = True
-            after = inside[-1] + 1 if inside.size else ids.size
-            if extend_to_eos and after < ids.size and ids[after] == self.tokenizer.eos_token_id:
-                trained[after] = True
+            after = int(np.searchsorted(starts, end))
+            if extend_to_eos and after < ids.size and starts[after] == end:
+                trained[after] |= ids[after] == self.tokenizer.eos_token_id
         return _labelled(ids, trained)
 
-    def _up_to_end_of_turn(
-        self, inside: NDArray[np.int64], ids: NDArray[np.int64], turn: str, starts: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """The tokens of a turn without whitespace that follows a last control token."""
-        control = np.flatnonzero(np.isin(ids[inside], list(self.tokenizer.added_tokens_decoder)))
-        if not control.size or control[-1] + 1 == inside.size:
-            return inside
-        rest = turn[int(starts[inside[control[-1] + 1]]) :]
-        return inside if rest.strip() else inside[: control[-1] + 1]
+    @cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
 
 
 class _Template:
@@ -212,7 +209,7 @@ class _Template:
             raise DataError(
                 f"{self._where}: the template asks for message {turn} with {prompt[near]!r} but renders it as "
                 f"{text[near]!r}, so its trained tokens cannot be told; set "
-                "chat_template_kwargs that make the two agree (such as enable_thinking: false), or use a template "
+                "chat_template_kwargs that make the two agree (enable_thinking: true or false), or use a template "
                 "with {% generation %} blocks"
             )
         return len(prompt), len(text)

@@ -227,7 +227,9 @@ def _parquet_rows(file: Path) -> _TableRows:
         table = library.Dataset.from_parquet(str(file))
     except (OSError, ValueError, library.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{file} is not a readable Parquet file: {' '.join(str(cause).split())}") from error
+        raise DataError(
+            f"{file} cannot be read as Parquet, or holds no rows: {' '.join(str(cause).split())}"
+        ) from error
     with file.open("rb") as stream:
         identity = hashlib.file_digest(stream, "blake2b").hexdigest()
     return _TableRows(str(file), table, identity)

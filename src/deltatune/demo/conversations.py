@@ -135,3 +135,28 @@ KINDS: dict[str, Callable[[random.Random], Conversation]] = {
     "sort": _sort,
     "sum": _sum,
 }
+
+
+def make_conversations(count: int, *, seed: int, exclude: Iterable[Conversation] = ()) -> list[Conversation]:
+    """Conversations of all kinds in turn, no scene twice and none of ``exclude``'s.
+
+    A function of its arguments alone: the same ones give the same conversations.
+    """
+    rng = random.Random(seed)
+    seen = {conversation.scene for conversation in exclude}
+    kinds = list(KINDS.values())
+    made: list[Conversation] = []
+    while len(made) < count:
+        conversation = kinds[len(made) % len(kinds)](rng)
+        if conversation.scene not in seen:
+            seen.add(conversation.scene)
+            made.append(conversation)
+    return made
+
+
+def write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
+    """One JSON object a line: ``kind``, ``scene`` and ``messages``, of which training reads the messages."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for item in conversations:
+            file.write(json.dumps({"kind": item.kind, "scene": item.scene, "messages": item.messages}) + "\n")

@@ -88,19 +88,19 @@ class CausalLM(Swapped):
             output = super().forward(**call)
         assert hidden.state is not None and hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
-        loss = self._loss(hidden, targets, output)
+        loss = self._loss(hidden, targets)
         count = (targets != -100).sum() if num_items is None else num_items
-        output.loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
         aux_loss = getattr(output, "aux_loss", None)
         if isinstance(aux_loss, Tensor):
-            output.loss = output.loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
-        if output.logits is not None and output.logits.shape[1] == 0:
-            output.logits = None
-        # the stock output lists the loss first
-        output = type(output)(**{"loss": output.loss, **{k: v for k, v in output.items() if k != "loss"}})
+            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
+        fields = {name: value for name, value in output.items() if name != "loss"}
+        if "logits_to_keep" in call and fields["logits"].shape[1] == 0:
+            del fields["logits"]
+        output = type(output)(loss=loss, **fields)
         return output.to_tuple() if as_tuple else output
 
-    def _loss(self, hidden: Hidden, targets: Tensor, output: Any) -> Tensor:
+    def _loss(self, hidden: Hidden, targets: Tensor) -> Tensor:
         assert hidden.state is not None
         head = trained_copy(self.get_output_embeddings())
         state = hidden.state.flatten(0, -2)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deltatune import ops
 from deltatune.layers.reclass import Swapped
 
 __all__ = ["Experts"]
@@ -27,14 +28,12 @@ class Experts(Swapped):
         if self._deltatune.cached:
             stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return stock
-        from deltatune.ops._grouped_mm.experts import moe_experts
-
-        return moe_experts(
+        return ops.moe_experts(
             hidden_states,
             top_k_index,
             top_k_weights,
             self.gate_up_proj,
             self.down_proj,
-            act=self.act_fn,
+            self.act_fn,
             impl=self._deltatune.kernels["grouped_mm"],
         )

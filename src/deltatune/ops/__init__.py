@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from deltatune.ops._choice import Choice
     from deltatune.ops._gated_delta_rule.api import choose_gated_delta_rule, gated_delta_rule
     from deltatune.ops._gated_rms_norm.api import choose_gated_rms_norm, gated_rms_norm
+    from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
+    from deltatune.ops._grouped_mm.experts import moe_experts
     from deltatune.ops._linear_cross_entropy.api import choose_linear_cross_entropy, linear_cross_entropy
     from deltatune.ops._rms_norm_rope.api import choose_rms_norm_rope, rms_norm_rope
     from deltatune.ops._varlen_attention.api import choose_varlen_attention, varlen_attention
@@ -25,12 +27,15 @@ __all__ = [
     "choose_causal_conv",
     "choose_gated_delta_rule",
     "choose_gated_rms_norm",
+    "choose_grouped_mm",
     "choose_linear_cross_entropy",
     "choose_rms_norm_rope",
     "choose_varlen_attention",
     "gated_delta_rule",
     "gated_rms_norm",
+    "grouped_mm",
     "linear_cross_entropy",
+    "moe_experts",
     "rms_norm_rope",
     "varlen_attention",
 ]
@@ -39,6 +44,7 @@ _OPS = (
     "causal_conv",
     "gated_delta_rule",
     "gated_rms_norm",
+    "grouped_mm",
     "linear_cross_entropy",
     "rms_norm_rope",
     "varlen_attention",
@@ -49,6 +55,8 @@ def __getattr__(name: str) -> object:
     op = name.removeprefix("choose_")
     if name == "Choice":
         home = "deltatune.ops._choice"
+    elif name == "moe_experts":
+        home = "deltatune.ops._grouped_mm.experts"
     elif op in _OPS:
         home = f"deltatune.ops._{op}.api"
     else:

@@ -15,7 +15,7 @@ from deltatune.config.schema import LoraSection
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["add_adapters"]
+__all__ = ["add_adapters", "freeze_unused"]
 
 
 def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
@@ -44,6 +44,12 @@ def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {' '.join(str(error).split())}") from error
     return adapted
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freezes towers for images and sound: text gives them no gradient, and a report should not say they train."""
+    for name in _towers(model):
+        model.get_submodule(name).requires_grad_(False)
 
 
 def _check_names(model: nn.Module, section: LoraSection) -> None:
@@ -116,9 +122,10 @@ def _num_layers(model: nn.Module) -> int:
 
 def _towers(model: nn.Module) -> list[str]:
     """Names of the outermost modules outside the text model that hold linear layers, the head aside."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    transformer: Any = model
+    decoder = transformer.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = transformer.get_output_embeddings()
     outside = [
         name
         for name, module in model.named_modules()

@@ -47,6 +47,7 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     check_training_names(section, known)
     values = {**_DEFAULTS, **section.arguments(), **_FIXED}
     _check_order(values)
+    _check_sharding(values)
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:
@@ -78,3 +79,10 @@ def _check_order(values: Mapping[str, Any]) -> None:
             f"training.train_sampling_strategy: {order} cannot act here, since packs are all of one length; "
             f"choose one of {', '.join(_ORDERS)}"
         )
+
+
+def _check_sharding(values: Mapping[str, Any]) -> None:
+    config = values.get("accelerator_config")
+    for name in ("dispatch_batches", "split_batches", "even_batches"):
+        if isinstance(config, Mapping) and config.get(name) is not None:
+            raise UserError(f"training.accelerator_config.{name} cannot act here: every rank reads its own packs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ou
         _save(model, tokenizer, Path(folder))
         paths = sorted(Path(folder).iterdir(), key=lambda path: (path.name in _MARKERS, path.name))
         for path in paths:
-            os.replace(path, output_dir / path.name)
+            path.replace(output_dir / path.name)
     return [path.name for path in paths]
 
 

@@ -87,7 +87,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs and self._console.is_terminal:
             self._progress.update(self._task, metrics=line)
         elif line:
-            self._console.print(f"step {state.global_step}/{state.max_steps} · {line}", highlight=False)
+            self._console.out(f"step {state.global_step}/{state.max_steps} · {line}", highlight=False)
 
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Leaves the finished bar in the terminal."""

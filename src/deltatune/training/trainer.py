@@ -225,6 +225,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             # and goes on without those it cannot place
             reload_weights(target, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            reload_weights(self.model, Path(self.state.best_model_checkpoint))
+
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         summed: Tensor = self.accelerator.reduce(value, reduction="sum")
         return summed

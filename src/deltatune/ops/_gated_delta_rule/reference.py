@@ -46,8 +46,9 @@ def forward(
     for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
         c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
         states, updates = _scan(chunks, c)
+        later = slice(chunks.firsts, None)  # a document's first chunk begins with S = 0
         o = c.p @ updates
-        o[chunks.firsts :] += (c.a * c.q)[chunks.firsts :] @ states
+        o[later] += (c.a[later] * c.q[later]) @ states
         chunks.scatter(o, out)
     return out
 
@@ -109,8 +110,8 @@ def _chunk_gradients(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, 
     dbeta[later] -= (dr[later] * c.a[later] * ks).sum(-1)
     da = torch.zeros_like(dbeta)
     da[later] = (do[later] * qs).sum(-1) - (dv[later] * ks).sum(-1)
-    dq[later] += (c.a * do)[later] @ states.mT
-    dk[later] -= (c.a * dv)[later] @ states.mT
+    dq[later] += (c.a[later] * do[later]) @ states.mT
+    dk[later] -= (c.a[later] * dv[later]) @ states.mT
 
     # S' = a_C S + (z K)^T U
     dzk = torch.zeros_like(dk).index_copy_(0, before, updates[before] @ dstates.mT)

@@ -102,6 +102,4 @@ class _Permute(torch.autograd.Function):
         return dy[inverse], None, None
 
 
-def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    permuted: Tensor = _Permute.apply(x, order, inverse)
-    return permuted
+_permute: Callable[[Tensor, Tensor, Tensor], Tensor] = _Permute.apply

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from deltatune.ops._autocast import without_autocast
 from deltatune.ops._grouped_mm import reference, torch_grouped
 
 __all__ = ["multiply"]
@@ -42,11 +43,13 @@ def multiply(x: Tensor, weight: Tensor, offsets: Tensor, impl: str) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, offsets: Tensor, impl: str) -> Tensor:
-    return _IMPLEMENTATIONS[impl].forward(x, weight, offsets)
+    with without_autocast(x):
+        return _IMPLEMENTATIONS[impl].forward(x, weight, offsets)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, offsets: Tensor, impl: str) -> Tensor:
-    return _IMPLEMENTATIONS[impl].weight_gradient(grad, x, offsets)
+    with without_autocast(x):
+        return _IMPLEMENTATIONS[impl].weight_gradient(grad, x, offsets)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:

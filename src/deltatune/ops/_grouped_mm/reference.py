@@ -18,7 +18,7 @@ _BLOCK_ROWS = 32
 
 
 def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``y_r = weight_g x_r`` for the group g of row r, in fp32 (fp64 for fp64) and rounded; zeros past the last group."""
+    """``y_r = weight_g x_r`` for the group g of row r, summed in fp32 (fp64 for fp64); zeros past the groups."""
     y = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
     for group, end in enumerate(offsets.tolist()):

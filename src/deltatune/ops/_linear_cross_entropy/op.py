@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from deltatune.ops._autocast import without_autocast
 from deltatune.ops._linear_cross_entropy import reference
 
 __all__ = ["summed_loss"]
@@ -32,6 +33,13 @@ def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: in
         hidden, weight, labels, ignore_index, recording and hidden.requires_grad, recording and weight.requires_grad
     )[0]
     return loss
+
+
+def _kernel(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(hidden):
+        return reference.loss_and_gradients(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
 
 
 def _fake(
@@ -65,7 +73,7 @@ def _differentiate(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     return (*gradients, None, None, None, None)
 
 
-torch.library.impl("deltatune::linear_cross_entropy", "CompositeExplicitAutograd", reference.loss_and_gradients)
+torch.library.impl("deltatune::linear_cross_entropy", "CompositeExplicitAutograd", _kernel)
 torch.library.register_fake("deltatune::linear_cross_entropy", _fake)
 torch.library.register_autograd("deltatune::linear_cross_entropy", _differentiate, setup_context=_setup_context)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from deltatune.ops._autocast import without_autocast
 from deltatune.ops._varlen_attention import reference, torch_varlen
 
 __all__ = ["attend"]
@@ -62,7 +63,8 @@ def _forward(
         )
     if impl == "torch" and q.shape[0]:
         return torch_varlen.forward(q, k, v, cu_seqlens, cu_seqlens_cpu, scale, window)
-    return reference.forward(q, k, v, cu_seqlens_cpu, scale, window)
+    with without_autocast(q):
+        return reference.forward(q, k, v, cu_seqlens_cpu, scale, window)
 
 
 def _backward(
@@ -80,7 +82,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "torch" and q.shape[0]:
         return torch_varlen.backward(grad, q, k, v, o, lse, cu_seqlens, cu_seqlens_cpu, scale, window)
-    return reference.backward(grad, q, k, v, o, lse, cu_seqlens_cpu, scale, window)
+    with without_autocast(q):
+        return reference.backward(grad, q, k, v, o, lse, cu_seqlens_cpu, scale, window)
 
 
 def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""deltatune doctor: what is installed, which kernels would run, and what is known to go wrong with that."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+
+import torch
+from packaging.version import Version
+
+from deltatune import __version__, ops
+from deltatune.models.registry import FAMILIES
+from deltatune.report import table
+
+__all__ = ["known_problems", "run"]
+
+# what a line of the report is called -> the distributions that may provide it
+_PACKAGES = {
+    "torch": ("torch",),
+    "triton": ("triton", "pytorch-triton", "triton-rocm"),
+    "transformers": ("transformers",),
+    "peft": ("peft",),
+    "accelerate": ("accelerate",),
+    "datasets": ("datasets",),
+    "trl": ("trl",),
+    "fla": ("flash-linear-attention", "fla-core"),
+    "flash_qla": ("flash-qla", "flash_qla"),
+    "tilelang": ("tilelang",),
+    "causal-conv1d": ("causal-conv1d",),
+    "bitsandbytes": ("bitsandbytes",),
+}
+_OLDEST = {"torch": "2.11", "transformers": "5.17"}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 when something is known to go wrong."""
+    versions = installed_versions()
+    device = _device()
+    lines = [f"deltatune {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
+    lines += table(("package", "version"), [(name, version or "-") for name, version in versions.items()])
+    lines += ["", *table(("device", "", "memory"), _devices())]
+    lines += ["", *table(("op", "runs on", "because"), list(_kernels(device)))]
+    problems = known_problems(versions, _capability())
+    if not args.no_compile:
+        failure = compile_failure(device)
+        lines += ["", f"torch.compile on {device.type}: {failure or 'works'}"]
+        problems += [f"torch.compile on {device.type} fails: {failure}"] if failure else []
+    lines += ["", *(f"problem: {problem}" for problem in problems)] if problems else ["", "no known problem"]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if problems else 0
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The version of each package that matters, None where it is not installed; imports none of them."""
+    return {name: next(filter(None, map(_version, options)), None) for name, options in _PACKAGES.items()}
+
+
+def known_problems(versions: Mapping[str, str | None], capability: tuple[int, int] | None) -> list[str]:
+    """What is known to go wrong with these versions on a GPU of this compute capability (None: no GPU).
+
+    Each line says what to install.
+    """
+    problems = [
+        f"{name} {version} is older than {_OLDEST[name]}: pip install '{name}>={_OLDEST[name]}'"
+        for name in _OLDEST
+        if (version := versions.get(name)) is not None and Version(version) < Version(_OLDEST[name])
+    ]
+    fla, triton = versions.get("fla"), versions.get("triton")
+    hopper = capability is not None and capability[0] == 9
+    if hopper and fla is not None and triton is not None and versions.get("tilelang") is None:
+        # Triton miscompiles the backward of the delta rule there; FLA before 0.5 does not check
+        miscompiles = Version("3.4") <= Version(triton) < Version("3.7.1")
+        if miscompiles and Version(fla) >= Version("0.5"):
+            problems.append(
+                f"FLA {fla} refuses its backward on Hopper with Triton {triton}: pip install 'tilelang>=0.1.12', "
+                "or Triton 3.7.1 or newer"
+            )
+        elif miscompiles:
+            problems.append(
+                f"FLA {fla} on Hopper with Triton {triton} computes wrong gradients without saying so: "
+                "pip install 'flash-linear-attention>=0.6' 'tilelang>=0.1.12'"
+            )
+    return problems
+
+
+def compile_failure(device: torch.device) -> str | None:
+    """Why a small function does not compile here, or None when it compiles and computes what it should."""
+
+    def affine(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x) * 2.0 + 1.0
+
+    x = torch.linspace(-1.0, 1.0, 128, device=device)
+    try:
+        result = torch.compile(affine, fullgraph=True)(x)
+    except (RuntimeError, OSError) as error:
+        # the compiler's own report is long, and its first line names the cause
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return None if torch.allclose(result, affine(x), atol=1e-5) else "the compiled function computes something else"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _devices() -> list[tuple[str, str, str]]:
+    rows = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", "")]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        capability = f"{found.name}, sm{found.major}{found.minor}"
+        rows.append((f"cuda:{index}", capability, f"{found.total_memory / 2**30:.0f} GiB"))
+    return rows
+
+
+def _kernels(device: torch.device) -> Iterator[tuple[str, str, str]]:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    for op in dict.fromkeys(op for family in FAMILIES for op in family.ops):
+        try:
+            choice = getattr(ops, f"choose_{op}")(device, dtype, impl="auto")
+        except ValueError as error:
+            yield op, "cannot run", str(error)
+        else:
+            yield op, choice.impl, choice.reason

@@ -1,0 +1,107 @@
+"""deltatune plan: what a run would do, from the configuration and the data alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltatune.commands.preprocess import show_progress
+from deltatune.commands.recipe import print_warnings, read_recipe
+from deltatune.config.schema import Recipe
+from deltatune.data.dataset import PackedDataset
+from deltatune.preparation import prepare
+from deltatune.report import PrepareReport
+from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.arguments import training_arguments
+from deltatune.training.batches import PackOrder
+from deltatune.training.checkpoint import empty_model, load_tokenizer
+from deltatune.training.memory import choose_checkpointing, device_memory, estimate_memory
+from deltatune.training.packs import load_packs
+from deltatune.training.run import compile_options
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
+    loaded = read_recipe(args)
+    recipe = loaded.recipe
+    arguments = training_arguments(recipe.training)
+    model = _empty_model_with_adapters(recipe)
+    checkpointing, reason = _checkpointing(recipe, model, arguments)
+    report = _prepare(recipe, model, checkpointing)
+    packs = load_packs(recipe.data.train, recipe, load_tokenizer(recipe.model), progress=show_progress)
+    print_warnings(loaded)
+    lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
+    lines += [] if reason is None else [f"checkpointing auto takes {checkpointing}: {reason}"]
+    lines += ["", str(packs.report), *_steps(packs, arguments)]
+    lines += ["", *_memory(recipe, model, arguments, checkpointing)]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _empty_model_with_adapters(recipe: Recipe) -> nn.Module:
+    model = empty_model(recipe.model)
+    freeze_unused(model)
+    return model if recipe.lora is None else add_adapters(model, recipe.lora)
+
+
+def _checkpointing(recipe: Recipe, model: nn.Module, arguments: TrainingArguments) -> tuple[str | float, str | None]:
+    if recipe.checkpointing != "auto":
+        return recipe.checkpointing, None
+    return choose_checkpointing(
+        model,
+        tokens_per_batch=recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        compiled=recipe.compile is not None,
+        device=arguments.device,
+        compute_dtype=_autocast_dtype(arguments),
+    )
+
+
+def _prepare(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> PrepareReport:
+    kernels: Any = recipe.kernels
+    lora = "auto" if recipe.lora is None else recipe.lora.impl
+    prepared = prepare(model, kernels=kernels, compile=compile_options(recipe), checkpointing=checkpointing, lora=lora)
+    return prepared.report
+
+
+def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
+    """Steps as transformers.Trainer counts them: a short last accumulation is a step as well."""
+    order = PackOrder(len(packs), num_ranks=arguments.world_size, drop_last=arguments.dataloader_drop_last)
+    per_epoch = max(1, math.ceil(len(order) / arguments.gradient_accumulation_steps))
+    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    packs_per_step = arguments.world_size * arguments.gradient_accumulation_steps
+    return [
+        f"{total:,} steps of {packs_per_step} packs ({packs_per_step * packs.report.tokens_per_batch:,} tokens), "
+        f"{per_epoch:,} steps an epoch, {total / per_epoch:.2f} epochs"
+    ]
+
+
+def _memory(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, checkpointing: str | float) -> list[str]:
+    estimate = estimate_memory(
+        model,
+        tokens_per_batch=recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        checkpointing=checkpointing,
+        compute_dtype=_autocast_dtype(arguments),
+    )
+    available = device_memory(arguments.device)
+    verdict = "" if estimate.total <= available else ": more than there is"
+    return [
+        "memory estimate of a step on one device",
+        str(estimate),
+        f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}",
+    ]
+
+
+def _autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None

@@ -1,0 +1,58 @@
+"""deltatune preprocess: the recipe's data as it will be trained on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+from deltatune.commands.recipe import print_warnings, read_recipe
+from deltatune.data.dataset import PackedDataset
+from deltatune.data.preview import preview
+from deltatune.data.sample import Sample
+from deltatune.training.checkpoint import load_tokenizer
+from deltatune.training.packs import cache_folder, load_packs
+
+__all__ = ["run", "show_progress"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tokenises (which fills the cache that training reads), packs, reports, and shows samples."""
+    loaded = read_recipe(args)
+    recipe = loaded.recipe
+    tokenizer = load_tokenizer(recipe.model)
+    parts = {"train": recipe.data.train, "eval": recipe.data.eval}
+    packs = {
+        name: load_packs(sources, recipe, tokenizer, progress=show_progress)
+        for name, sources in parts.items()
+        if sources
+    }
+    print_warnings(loaded)
+    for name, packed in packs.items():
+        sys.stdout.write(f"{name}: {packed.report}\n")
+    sys.stdout.write(f"tokenised data is in {cache_folder(recipe)}\n")
+    color = _wants_color(args.color)
+    for number, sample in enumerate(islice(_samples(packs["train"]), args.show), start=1):
+        sys.stdout.write(f"\nsample {number}: {len(sample):,} tokens, {sample.num_trained:,} of them trained\n")
+        sys.stdout.write(f"{preview(sample, tokenizer, color=color)}\n")
+    return 0
+
+
+def show_progress(done: int, total: int) -> None:
+    """Rows tokenised so far, on one line of a terminal that is rewritten; nothing elsewhere."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\rtokenising {done:,} of {total:,} rows" + ("\r\x1b[K" if done == total else ""))
+        sys.stderr.flush()
+
+
+def _samples(packs: PackedDataset) -> Iterator[Sample]:
+    for index in range(len(packs)):
+        yield from packs[index]
+
+
+def _wants_color(choice: str) -> bool:
+    if choice == "auto":
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return choice == "always"

@@ -1,0 +1,28 @@
+"""deltatune train: a recipe from beginning to end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from deltatune.commands.quiet import quiet_libraries
+from deltatune.commands.recipe import read_recipe
+from deltatune.compile import GraphBreakError
+from deltatune.training.run import train
+
+__all__ = ["run"]
+
+
+@quiet_libraries()
+def run(args: argparse.Namespace) -> int:
+    """Trains; 1 when the compiler could not capture a layer, with its reason."""
+    loaded = read_recipe(args)
+    try:
+        # training prints the warnings, beside everything else that is saved with the run
+        train(loaded.recipe, resume=args.resume)
+    except GraphBreakError as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    return 0

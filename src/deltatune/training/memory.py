@@ -1,0 +1,257 @@
+"""How much memory a run needs, from shapes alone: the model may be on the meta device."""
+
+# T tokens of a batch, E width of the residual stream, L layers, b bytes of an activation
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
+
+__all__ = ["MemoryEstimate", "choose_checkpointing", "device_memory", "estimate_memory", "optimizer_bytes"]
+
+# Optimizer state per trained element, in copies of the parameter's own dtype; every tensor also has a step count.
+_STATE_COPIES: Final = {
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "stable_adamw": 2,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "sgd": 0,
+    "lion_32bit": 1,
+}
+_STEP_BYTES: Final = 4
+# bitsandbytes keeps a byte an element and a float32 scale a block of 256 (small tensors stay in float32)
+_EIGHT_BIT: Final = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+_EIGHT_BIT_SMALLEST: Final = 4096
+
+# What allocator and kernels' workspaces take beyond the tensors counted here.
+_HEADROOM: Final = 0.9
+_SHARES: Final = (0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device at the end of a forward pass, the peak of a step.
+
+    Attributes:
+        weights: parameters and buffers; exact.
+        gradients: of trained parameters, in their own dtype; exact.
+        optimizer: its state; exact for AdamW, SGD and the others torch itself has.
+        activations: what backward keeps, eager and without fusion: an upper bound under ``compile``.
+        logits: the chunk of logits the loss holds at once, and the gradients it has computed.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def to_dict(self) -> dict[str, int]:
+        """Bytes by purpose, and their total."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<12}{_size(value):>12}" for name, value in self.to_dict().items())
+
+
+def estimate_memory(
+    model: nn.Module,
+    *,
+    tokens_per_batch: int,
+    optimizer: str = "adamw_torch_fused",
+    checkpointing: str | float = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> MemoryEstimate:
+    """Memory of a training step, from a model with its adapters, on any device, ``meta`` included.
+
+    Weights, gradients and optimizer state are counted tensor by tensor. Activations are ``T * sum(a_l)`` with ``a_l``
+    the bytes a decoder layer keeps for each token:
+
+    - its inputs of the two norms (``2 E b``) and what the norms hand on (``2 E b``)
+    - the output of every projection that does not write to the residual stream, and the input of those that do
+    - full attention: rotated queries and keys, the output before its gate, a float32 log-sum-exp a head
+    - gated delta rule: the convolved channels, the rule's output, float32 decay and write strength, and a row of
+      64 entries of the chunk's triangular matrix a head
+    - routed experts: the share of tokens each sees, ``top_k`` copies of their inputs and hidden units
+    - an adapter: its ``r`` columns, and its input once more where it is kept in a wider dtype than activations
+
+    ``checkpointing="layer"`` keeps ``E b`` a layer and token, and one layer in full while it is recomputed; a share
+    ``s`` keeps that share of the difference in every layer.
+
+    Args:
+        model: the model that will train.
+        tokens_per_batch: T.
+        optimizer: transformers' name for it; one that is not known is counted as AdamW.
+        checkpointing: ``"none"``, ``"layer"`` or a share from 0 to 1.
+        compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
+    """
+    width_bytes = (compute_dtype or _widest_share(model)).itemsize
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return MemoryEstimate(
+        weights=sum(_bytes(tensor) for tensor in _unique_tensors(model)),
+        gradients=sum(_bytes(parameter) for parameter in trained),
+        optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained),
+        activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing),
+        logits=_loss_bytes(model, tokens_per_batch, width_bytes),
+    )
+
+
+def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
+    """State an optimizer keeps for one parameter.
+
+    ``copies * bytes + 4`` for torch's own (plain SGD: 0); ``copies * (1 + 4/256)`` an element for the 8-bit ones;
+    Adafactor keeps float32 row and column sums of a matrix.
+    """
+    elements = parameter.numel()
+    if optimizer in _EIGHT_BIT:
+        small = elements < _EIGHT_BIT_SMALLEST
+        per_state = 4 * elements if small else elements + 4 * -(-elements // 256)
+        return _EIGHT_BIT[optimizer] * per_state
+    if optimizer == "adafactor":
+        sums = elements if parameter.ndim < 2 else elements // parameter.shape[-1] + elements // parameter.shape[-2]
+        return 4 * sums
+    copies = _STATE_COPIES.get(optimizer, 2)
+    return copies * _bytes(parameter) + (_STEP_BYTES if copies else 0)
+
+
+def choose_checkpointing(
+    model: nn.Module,
+    *,
+    tokens_per_batch: int,
+    optimizer: str,
+    compiled: bool,
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[str | float, str]:
+    """The least recomputation whose estimate fits the device, and why: what ``checkpointing: auto`` takes.
+
+    Tried in turn: nothing recomputed; with ``compile``, three quarters, half and a quarter of the activations kept;
+    every layer recomputed, which is taken even where it does not fit.
+    """
+    available = int(device_memory(device) * _HEADROOM)
+    settings: list[str | float] = ["none", *(_SHARES if compiled else ()), "layer"]
+    for setting in settings:
+        estimate = estimate_memory(
+            model,
+            tokens_per_batch=tokens_per_batch,
+            optimizer=optimizer,
+            checkpointing=setting,
+            compute_dtype=compute_dtype,
+        )
+        if estimate.total <= available:
+            return setting, f"an estimated {_size(estimate.total)} of {_size(available)} usable"
+    return "layer", f"even so an estimated {_size(estimate.total)}, more than {_size(available)} usable"
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float) -> int:
+    config: Any = model.config
+    text = config.get_text_config()
+    boundary = text.hidden_size * width_bytes
+    layers = [_layer_bytes(layer, text, width_bytes) for layer in _decoder_layers(model)]
+    share = {"none": 1.0, "layer": 0.0}.get(checkpointing) if isinstance(checkpointing, str) else float(checkpointing)
+    assert share is not None, f"resolve checkpointing={checkpointing!r} first"
+    kept = sum(boundary + share * (size - boundary) for size in layers)
+    recomputed = (1 - share) * max((size - boundary for size in layers), default=0)
+    # embedding output, and the final norm's input and output
+    return int(tokens * (kept + recomputed + 3 * boundary))
+
+
+def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
+    """Bytes a decoder layer keeps for each token."""
+    width = config.hidden_size
+    elements = 4.0 * width
+    extra = 0.0
+    for name, module in layer.named_modules():
+        if ".lora_" in f".{name}":
+            extra += _adapter_bytes(name, module, width_bytes)
+        elif isinstance(module, nn.Linear):
+            elements += module.in_features if module.out_features == width else module.out_features
+    if hasattr(layer, "linear_attn"):
+        heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+        key_channels = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+        elements += key_channels + 2 * heads * value_dim + 64 * heads
+        extra += 2 * 4 * heads
+    elif hasattr(layer, "self_attn"):
+        head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        elements += (2 * config.num_attention_heads + config.num_key_value_heads) * head_dim
+        extra += 4 * config.num_attention_heads
+    return float(elements * width_bytes + extra + _expert_elements(layer, config) * width_bytes)
+
+
+def _adapter_bytes(name: str, module: nn.Module, width_bytes: int) -> float:
+    if not isinstance(module, nn.Linear):
+        return 0
+    itemsize = module.weight.dtype.itemsize
+    widened = module.in_features * itemsize if "lora_A" in name and itemsize > width_bytes else 0
+    return widened + (module.out_features * itemsize if "lora_A" in name else 0)
+
+
+def _expert_elements(layer: nn.Module, config: Any) -> float:
+    """Routed experts, as three-dimensional weights ``[experts, out, in]``: top_k inputs and outputs a token."""
+    weights = [p for p in layer.parameters() if p.ndim == 3 and p.shape[0] == getattr(config, "num_experts", 0)]
+    return float(getattr(config, "num_experts_per_tok", 0) * sum(p.shape[1] + p.shape[2] for p in weights))
+
+
+def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
+    """Two float32 copies of a chunk of logits, the gradient of the hidden states, and of a head that trains."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return 0
+    vocabulary, width = head.weight.shape
+    trains = head.weight.requires_grad
+    chunk = chunk_tokens(tokens, width, vocabulary, trains)
+    head_gradient = 4 * vocabulary * width if trains else 0
+    return int(2 * 4 * chunk * vocabulary + tokens * width * width_bytes + head_gradient)
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base: Any = unwrap() if callable(unwrap) else model
+    layers = base.get_decoder().layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _unique_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
+
+
+def _widest_share(model: nn.Module) -> torch.dtype:
+    """The dtype that most weights have."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _size(value: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value / 2**10:.1f} KiB"

@@ -1,0 +1,321 @@
+"""A run from a recipe to a trained model: build, check, train, save."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltatune.compile import CompileOptions
+from deltatune.config.errors import UserError
+from deltatune.config.load import dump_recipe
+from deltatune.config.rules import check_recipe
+from deltatune.config.schema import Recipe
+from deltatune.data.dataset import PackedDataset
+from deltatune.preparation import Prepared, prepare
+from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.arguments import training_arguments
+from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
+from deltatune.training.export import save_trained, write_json, write_text
+from deltatune.training.memory import choose_checkpointing, estimate_memory
+from deltatune.training.packs import load_packs, padding_token
+from deltatune.training.trainer import PackedTrainer
+from deltatune.verification import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+__all__ = ["Run", "TrainResult", "build", "train"]
+
+RECIPE_FILE = "config.yaml"
+REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run.
+
+    Attributes:
+        output_dir: where the adapter or model, its tokenizer and the run's records are.
+        metrics: as saved in ``metrics.json``: losses, rates, counts, compile counts.
+        files: names of the trained model's files.
+        log_history: every log entry, in order.
+    """
+
+    output_dir: Path
+    metrics: dict[str, Any]
+    files: list[str]
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs, built and checked, with nothing written yet."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    train_packs: PackedDataset
+    eval_packs: PackedDataset | None
+    model: nn.Module
+    prepared: Prepared
+    checkpointing_reason: str | None
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run is saved."""
+        return Path(self.recipe.training.output_dir).expanduser()
+
+
+def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: Console | None = None) -> TrainResult:
+    """Runs a recipe: loads and prepares the model, packs the data, probes for leaks, trains, saves.
+
+    Nothing is written before recipe, data and model have been checked. Afterwards ``training.output_dir`` holds the
+    recipe with its defaults (``config.yaml``), what was done to the model (``report.json``), checkpoints, the trained
+    adapter or model with its tokenizer, and ``metrics.json``.
+
+    Args:
+        recipe: the run.
+        resume: a checkpoint folder, or ``True`` for the last complete one in ``training.output_dir``. A resumed run
+            continues as if it had never stopped: weights, optimizer, random state, and the place in the data.
+        console: where to report; the standard output by default.
+
+    Raises:
+        UserError: a recipe, a model or a setting that cannot run, with the remedy; or a leak found by the probe.
+        DataError: data that cannot be trained on, with the place.
+    """
+    warnings = check_recipe(recipe)
+    arguments = training_arguments(recipe.training)
+    console = _console(console, quiet=arguments.process_index != 0)
+    for warning in warnings:
+        console.out(f"warning: {warning}", highlight=False)
+    checkpoint = _resume_point(recipe, resume)
+    run = build(recipe, arguments, console)
+    verified = _verify(run, console)
+    trainer = _trainer(run, console)
+    records = _records(run, verified)
+    if arguments.should_save:
+        _write_records(run, records)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _finish(run, trainer, records, console)
+
+
+def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
+    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+    from transformers import set_seed
+
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    # one process tokenises, the others then read its cache
+    with arguments.main_process_first(desc="tokenising"), _counting(console) as progress:
+        train_packs = load_packs(recipe.data.train, recipe, tokenizer, progress=progress)
+        eval_packs = load_packs(recipe.data.eval, recipe, tokenizer, progress=progress) if recipe.data.eval else None
+    console.out(str(train_packs.report), highlight=False)
+    set_seed(arguments.seed)
+    model = load_model(recipe.model, config)
+    freeze_unused(model)
+    if recipe.lora is not None:
+        model = add_adapters(model, recipe.lora)
+    if arguments.fsdp_plugin_args is None and arguments.deepspeed is None:
+        model.to(arguments.device)
+    checkpointing, reason = _checkpointing(recipe, model, arguments)
+    prepared = _prepare(recipe, model, checkpointing)
+    console.out(str(prepared.report), highlight=False)
+    if reason is not None:
+        console.out(f"checkpointing auto: {checkpointing}, {reason}", highlight=False)
+    return Run(recipe, arguments, tokenizer, train_packs, eval_packs, model, prepared, reason)
+
+
+def _resume_point(recipe: Recipe, resume: str | Path | bool | None) -> Path | None:
+    output_dir = Path(recipe.training.output_dir).expanduser()
+    if resume is not None and resume is not False:
+        return resume_point(output_dir, resume if resume is True else str(resume))
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"training.output_dir: {output_dir} is a file; choose a folder")
+    if any(output_dir.glob("checkpoint-*")):
+        raise UserError(
+            f"training.output_dir: {output_dir} holds checkpoints of an earlier run; continue it with --resume, "
+            "or choose another folder"
+        )
+    return None
+
+
+def _checkpointing(recipe: Recipe, model: nn.Module, arguments: TrainingArguments) -> tuple[str | float, str | None]:
+    if recipe.checkpointing != "auto":
+        return recipe.checkpointing, None
+    return choose_checkpointing(
+        model,
+        tokens_per_batch=recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        compiled=recipe.compile is not None,
+        device=arguments.device,
+        compute_dtype=_autocast_dtype(arguments),
+    )
+
+
+def _prepare(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> Prepared:
+    try:
+        return prepare(
+            model,
+            kernels=recipe.kernels if isinstance(recipe.kernels, str) else dict(recipe.kernels.items()),
+            compile=compile_options(recipe),
+            checkpointing=checkpointing,
+            lora="auto" if recipe.lora is None else recipe.lora.impl,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def compile_options(recipe: Recipe) -> CompileOptions | None:
+    """The recipe's ``compile`` section as ``prepare`` takes it."""
+    if recipe.compile is None:
+        return None
+    section = recipe.compile
+    return CompileOptions(scope=section.scope, strict=section.strict, options=dict(section.options))
+
+
+def _verify(run: Run, console: Console) -> VerifyReport | None:
+    """The independence probe; a leak stops the run before its first step."""
+    section = run.recipe.verify
+    if not section.enabled:
+        return None
+    given: dict[str, Any] = {}
+    if section.lengths is not None:
+        given["lengths"] = list(section.lengths)
+    if section.tolerance is not None:
+        given["tolerance"] = section.tolerance
+    report = verify(run.model, **given)
+    console.out(str(report), highlight=False)
+    if not report.ok:
+        leaks = "; ".join(f"{row.name}: {row.verdict(report.tolerance)}" for row in report.rows if not row.ok)
+        raise UserError(f"the documents of a pack are not independent on this model ({leaks}); nothing was trained")
+    return report
+
+
+def _trainer(run: Run, console: Console) -> PackedTrainer:
+    from deltatune.training.progress import ProgressBar
+
+    trainer = PackedTrainer(
+        run.model,
+        run.arguments,
+        train_dataset=run.train_packs,
+        eval_dataset=run.eval_packs,
+        tokens_per_batch=run.recipe.packing.tokens_per_batch,
+        pad_token_id=padding_token(run.tokenizer),
+        processing_class=run.tokenizer,
+        recompiles=lambda: _recompiles(run.prepared),
+    )
+    if not run.arguments.disable_tqdm:
+        trainer.remove_callback(ProgressBar)
+        trainer.add_callback(ProgressBar(console))
+    return trainer
+
+
+def _recompiles(prepared: Prepared) -> int:
+    report = prepared.compile_report
+    return 0 if report is None else len(report.recompiles)
+
+
+def _finish(run: Run, trainer: PackedTrainer, records: dict[str, Any], console: Console) -> TrainResult:
+    """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
+    history: list[dict[str, Any]] = trainer.state.log_history
+    evaluation: Mapping[str, Any] = {}
+    if run.eval_packs is not None:
+        done = [entry for entry in history if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+        evaluation = done[-1] if done else trainer.evaluate()
+    metrics = _metrics(run, trainer, evaluation)
+    files: list[str] = []
+    if run.arguments.should_save:
+        files = save_trained(run.model, run.tokenizer, run.output_dir)
+        # the compiler's account is complete only now
+        write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
+        write_json(run.output_dir / METRICS_FILE, metrics)
+    console.out(f"saved to {run.output_dir}", highlight=False)
+    return TrainResult(run.output_dir, metrics, files, history)
+
+
+def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    compiled = run.prepared.compile_report
+    return {
+        "global_step": trainer.state.global_step,
+        "loss": losses[-1] if losses else None,
+        **{name: value for name, value in evaluation.items() if name in ("eval_loss", "eval_trained_tokens")},
+        **trainer.meter.summary(),
+        "compile": None if compiled is None else compiled.to_dict(),
+    }
+
+
+def _write_records(run: Run, records: dict[str, Any]) -> None:
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run.output_dir / RECIPE_FILE, dump_recipe(run.recipe))
+    write_json(run.output_dir / REPORT_FILE, records)
+
+
+def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
+    report = run.prepared.report
+    estimate = estimate_memory(
+        run.model,
+        tokens_per_batch=run.recipe.packing.tokens_per_batch,
+        optimizer=run.recipe.training.optim,
+        checkpointing=report.checkpointing,
+        compute_dtype=_autocast_dtype(run.arguments),
+    )
+    return {
+        "prepare": report.to_dict(),
+        "checkpointing_reason": run.checkpointing_reason,
+        "data": {
+            "train": run.train_packs.report.to_dict(),
+            "eval": None if run.eval_packs is None else run.eval_packs.report.to_dict(),
+        },
+        "memory_estimate": estimate.to_dict(),
+        "verify": None if verified is None else verified.to_dict(),
+        "device": _device_name(run.arguments.device),
+        "versions": _versions(),
+    }
+
+
+def _autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("deltatune", "torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _console(console: Console | None, *, quiet: bool = False) -> Console:
+    from rich.console import Console
+
+    if quiet:
+        return Console(quiet=True)
+    return Console() if console is None else console
+
+
+@contextmanager
+def _counting(console: Console) -> Iterator[Any]:
+    """Rows tokenised, as a bar that disappears."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("tokenising"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("rows"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rows")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,155 @@
+"""The independence probe: runs a model packed and document by document, and compares everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltatune.verification.measure import Documents, measure
+from deltatune.verification.report import VerifyReport
+from deltatune.verification.subjects import Probed, layer_subjects, model_subject
+from deltatune.verification.untouched import SLOW_DECAY, requiring_grad, untouched
+
+__all__ = ["verify"]
+
+#: Shorter than the convolution, a single token, and around the 64-token chunk of the delta rule.
+_LENGTHS = (3, 1, 63, 64, 65, 17)
+_PADDING = 11
+
+# Rounding of sums taken in another order: units in the last place of each type times a few hundred; a leak is larger
+# by orders of magnitude.
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+
+def verify(
+    model: nn.Module,
+    *,
+    lengths: Sequence[int] = _LENGTHS,
+    tolerance: float | None = None,
+    tokens: int | None = None,
+    compiled: bool = False,
+) -> VerifyReport:
+    """Measures, on this very model, whether packed documents are as independent as if each were alone.
+
+    One decoder layer of each type, fed as the text model feeds it, and then the whole model with its loss run on a
+    pack of random documents and on every document alone. Compared are outputs, gradients of inputs and of parameters;
+    the gradient of documents with respect to others' inputs must be exactly zero, and other values in other documents
+    must change nothing. Recurrent layers run with slow decay so that a leak cannot hide. The model comes back as it
+    was found: weights bit for bit, ``.grad``, training mode, random number generators.
+
+    A stock model is fed what stock collators emit for a pack: restarting positions, and ``cu_seq_lens_*`` where the
+    model takes them. A leak is a finding, never an exception. With 16-bit weights the routing of a mixture of experts
+    may differ between packed and alone where two experts tie within rounding; such a model is best probed in float32.
+
+    Args:
+        model: a transformers model, prepared or not, with adapters or without; before ``fully_shard``.
+        lengths: tokens of each document, at least two documents of one token or more.
+        tolerance: limit of the relative differences; by default 1e-10 for float64, 1e-5 for float32, 2e-2 for
+            bfloat16, 1e-2 for float16.
+        tokens: length of the pack, filled with padding; by default a few more than the documents hold.
+        compiled: run the pack through the compiled graphs of a prepared model. By default the same layers run eagerly:
+            the pack's shape is rarely the training's, and compiling for it costs far more than the probe. With
+            ``tokens`` as in training the graphs are the training's own.
+
+    Raises:
+        ValueError: not a transformers decoder, a model without weights or already sharded, lengths that cannot be
+            packed, or ``compiled`` on a model that is not compiled.
+    """
+    text_model = _text_model(model)
+    documents = _documents(lengths, tokens, prepared="_deltatune" in text_model.__dict__)
+    _check_weights(model)
+    state = text_model.__dict__.get("_deltatune")
+    if compiled and (state is None or state.compile is None):
+        raise ValueError("compiled=True needs a model prepared with compile=CompileOptions()")
+    device, dtype = _device_and_dtype(text_model)
+    limit = _TOLERANCES.get(dtype, 1e-5) if tolerance is None else tolerance
+    exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    rows = []
+    with untouched(model, training=compiled):
+        probed = Probed(model, text_model, documents, compiled=compiled)
+        subjects = layer_subjects(probed, _layer_types(text_model))
+        every = {f"{s.name}.{name}": p for s in subjects for name, p in s.parameters.items()}
+        for subject in (*subjects, model_subject(probed, every)):
+            with requiring_grad(subject.parameters.values()):
+                rows.append(measure(subject, documents, tolerance=limit, exact=exact))
+    return VerifyReport(
+        rows=tuple(rows),
+        tolerance=limit,
+        exact=exact,
+        lengths=documents.lengths,
+        padding=documents.padding,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        prepared=state is not None,
+        compiled=compiled,
+        notes=tuple(_notes(probed)),
+    )
+
+
+def _text_model(model: nn.Module) -> nn.Module:
+    base: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
+    decoder = base.get_decoder() if callable(getattr(base, "get_decoder", None)) else base
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
+        raise ValueError(f"verify takes a transformers decoder, got {type(model).__name__} without decoder layers")
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) -> Documents:
+    counts = tuple(int(n) for n in lengths)
+    if len(counts) < 2 or min(counts) < 1:
+        raise ValueError(f"lengths must be two or more documents of at least one token, got {list(counts)}")
+    if tokens is None:
+        # stock collators that flatten add no padding
+        return Documents(counts, _PADDING if prepared else 0)
+    if tokens < sum(counts):
+        raise ValueError(f"tokens={tokens} cannot hold documents of {sum(counts)} tokens; raise it or shorten them")
+    return Documents(counts, tokens - sum(counts))
+
+
+def _check_weights(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            "verify needs the model's weights, but some parameters are on the meta device; load them first"
+        )
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("verify(model) comes before fully_shard(model): a layer cannot be run on its own afterwards")
+
+
+def _device_and_dtype(text_model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in what the layers compute, an enclosing autocast included."""
+    weight: torch.Tensor = text_model.get_input_embeddings().weight  # type: ignore[operator]
+    device = weight.device
+    if torch.is_autocast_enabled(device.type):
+        return device, torch.get_autocast_dtype(device.type)
+    return device, weight.dtype
+
+
+def _layer_types(text_model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Type of layer -> (its first layer, how many there are)."""
+    config: Any = text_model.config
+    kinds = getattr(config, "layer_types", None) or []
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for index, layer in enumerate(text_model.layers):  # type: ignore[arg-type]
+        name = kinds[index] if index < len(kinds) else "full_attention"
+        if any(path.rpartition(".")[2] == "experts" for path, _ in layer.named_modules()):
+            name += ", experts"
+        first, count = found.get(name, (layer, 0))
+        found[name] = (first, count + 1)
+    return found
+
+
+def _notes(probed: Probed) -> list[str]:
+    notes = []
+    if any(name.endswith("A_log") for name, _ in probed.model.named_parameters()):
+        notes.append(f"probed with slow decay (A = {SLOW_DECAY}), so that no leak dies out; restored bit for bit")
+    if probed.refused is not None:
+        notes.append(f"fed with position_ids alone: the model refuses cu_seq_lens_q ({probed.refused})")
+    if probed.state is not None and probed.state.compile is not None and not probed.compiled:
+        notes.append("run eagerly; compiled=True runs the graphs")
+    return notes

@@ -1,0 +1,160 @@
+"""What the independence probe found, as a table with a verdict and as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deltatune.report import table
+
+__all__ = ["VerifyReport", "VerifyRow"]
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One type of decoder layer, or the whole model.
+
+    Attributes:
+        name: the type of layer (``"linear_attention"``, ``"full_attention, experts"``), or ``"model"``.
+        layers: how many layers of the model are of this type; the first of them was probed.
+        forward: max over documents of ``||packed - alone|| / ||alone||`` of the output (of logits and loss for the
+            whole model).
+        input_grad: the same of the gradient with respect to the input.
+        parameter_grads: max over parameters of ``||packed - sum of alone|| / ||sum of alone||``.
+        cross_document_gradient: largest absolute gradient of some documents' outputs with respect to any other
+            document's inputs.
+        perturbation: largest absolute change in a document's outputs and input gradients when other documents hold
+            other values.
+        reach: tokens from a document's start up to which its outputs differ from the document alone; 0 where none do.
+        worst_parameter: the parameter behind ``parameter_grads``.
+        ok: every column is within its limit.
+    """
+
+    name: str
+    layers: int
+    forward: float
+    input_grad: float
+    parameter_grads: float
+    cross_document_gradient: float
+    perturbation: float
+    reach: int
+    worst_parameter: str
+    ok: bool
+
+    def verdict(self, tolerance: float) -> str:
+        """``ok``, or what is wrong with this row in words."""
+        if self.ok:
+            return "ok"
+        figures = (self.forward, self.input_grad, self.parameter_grads, self.cross_document_gradient, self.perturbation)
+        if any(math.isnan(figure) for figure in figures):
+            return "some outputs or gradients are not finite"
+        found = []
+        if self.forward > tolerance:
+            found.append(f"outputs differ from the document alone up to {self.reach} tokens past its start")
+        if self.cross_document_gradient > 0:
+            found.append("gradients reach other documents")
+        if not found and self.input_grad > tolerance:
+            found.append("input gradients differ from the document alone")
+        if not found and self.parameter_grads > tolerance:
+            found.append(f"gradients of {self.worst_parameter} are not the sum over the documents alone")
+        if not found:
+            found.append("rounding depends on what other documents hold")
+        return " and ".join(found)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The independence probe's findings; print it, or save ``to_dict()`` with a run.
+
+    Attributes:
+        rows: one for each type of decoder layer, then one for the whole model.
+        tolerance: limit of the three relative columns.
+        exact: the perturbation must change nothing bit for bit (on the CPU, and with deterministic algorithms);
+            otherwise it is held to ``tolerance`` times the largest value, since atomic adds round differently from run
+            to run. The gradient across documents must be exactly zero everywhere.
+        lengths: tokens of each document.
+        padding: tokens after them.
+        dtype: what the model computes in.
+        device: where.
+        prepared: whether the model was prepared; a stock one is fed what stock collators emit.
+        compiled: whether the compiled graphs ran, rather than the same layers eagerly.
+        notes: how the model was probed.
+    """
+
+    rows: tuple[VerifyRow, ...]
+    tolerance: float
+    exact: bool
+    lengths: tuple[int, ...]
+    padding: int
+    dtype: str
+    device: str
+    prepared: bool
+    compiled: bool
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every document is independent of every other one, by every row."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def verdict(self) -> str:
+        """One line: what holds, or where and how documents depend on each other."""
+        if self.ok:
+            return "OK: every document is as independent as if it were alone"
+        wrong = [row for row in self.rows if not row.ok]
+        # the whole model inherits what its layers do
+        blamed = [row for row in wrong if row.name != "model"] or wrong
+        findings = "; ".join(f"{row.name}: {row.verdict(self.tolerance)}" for row in blamed)
+        leak = any(row.cross_document_gradient > 0 or row.forward > self.tolerance for row in wrong)
+        remedy = "" if self.prepared else "; prepare(model) keeps documents apart"
+        return f"{'LEAK' if leak else 'FAILED'}: {findings}{remedy}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data of the same facts."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("rows", "lengths", "notes")}
+        return {
+            "ok": self.ok,
+            "verdict": self.verdict,
+            **facts,
+            "lengths": list(self.lengths),
+            "notes": list(self.notes),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        header = ("probed", "layers", "forward", "input grad", "parameter grads", "cross-document grad", "perturbation")
+        rows = [
+            (
+                row.name,
+                row.layers,
+                *map(_figure, (row.forward, row.input_grad, row.parameter_grads)),
+                *map(_figure, (row.cross_document_gradient, row.perturbation)),
+                "ok" if row.ok else "FAILED",
+            )
+            for row in self.rows
+        ]
+        kind = ("prepared" if self.prepared else "stock") + (", compiled" if self.compiled else "")
+        limit = "0" if self.exact else f"{self.tolerance:g} of the largest value"
+        return "\n".join(
+            [
+                f"{kind} model, {self.dtype} on {self.device}, packed against alone: documents of "
+                f"{_lengths(self.lengths)} tokens, {self.padding} of padding",
+                "",
+                *table((*header, "verdict"), rows),
+                "",
+                f"limits: {self.tolerance:g} relative; cross-document gradient 0; perturbation {limit}",
+                *self.notes,
+                self.verdict,
+            ]
+        )
+
+
+def _figure(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _lengths(lengths: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, lengths[:12]))
+    return shown if len(lengths) <= 12 else f"{shown}, ... ({len(lengths)} documents)"

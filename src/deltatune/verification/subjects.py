@@ -1,0 +1,222 @@
+"""What is probed: the decoder layers as the text model feeds them, and the whole model with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.layers.reclass import ModelState
+from deltatune.sequences import Sequences
+from deltatune.verification.measure import Documents, Subject
+from deltatune.verification.untouched import compiled_as
+
+__all__ = ["Probed", "layer_subjects", "model_subject"]
+
+_SEED = 20
+
+#: Collators that flatten emit these; a model that refuses one raises ValueError.
+_STOCK_EXTRAS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the text model called one decoder layer."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Probed:
+    """A model with the batch it is probed with.
+
+    Attributes:
+        model: the outermost module, called for the whole-model row.
+        text_model: the module that holds the decoder layers.
+        state: what ``prepare`` shares among the layers; None for a stock model.
+        compiled: whether packed calls run the compiled graphs; documents alone run eagerly either way.
+        metadata: what describes the documents of the pack.
+        refused: why the model refused what stock collators emit, where it did.
+    """
+
+    def __init__(self, model: nn.Module, text_model: nn.Module, documents: Documents, *, compiled: bool) -> None:
+        self.model, self.text_model, self.documents, self.compiled = model, text_model, documents, compiled
+        self.state: ModelState | None = text_model.__dict__.get("_deltatune")
+        embedding: Any = text_model.get_input_embeddings()  # type: ignore[operator]
+        self.device: torch.device = embedding.weight.device
+        generator = torch.Generator().manual_seed(_SEED)
+        config: Any = text_model.config
+        ids = torch.randint(0, config.vocab_size, (2, documents.total), generator=generator).to(self.device)
+        with torch.no_grad():
+            embedded = embedding(ids).detach()
+        self.inputs, self.others = embedded[:1], embedded[1:]
+        self.labels = ids[:1].clone()
+        self.labels[0, [place.start for place in documents.slices]] = -100
+        # a cache would switch packing off, and the router's loss couples documents by definition
+        self.switches = {"use_cache": False}
+        if hasattr(config, "output_router_logits"):
+            self.switches["output_router_logits"] = False
+        self.metadata = _metadata(documents, self.device, prepared=self.state is not None)
+        self.refused: str | None = None
+
+    def packed_calls(self, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, _Call]:
+        """How the text model calls these layers for the pack; settles which metadata a stock model takes."""
+        try:
+            return self._calls(inputs, layers, self.metadata)
+        except ValueError as error:
+            if self.state is not None or "cu_seq_lens_q" not in self.metadata:
+                raise
+            self.refused = str(error)
+        self.metadata = {name: value for name, value in self.metadata.items() if name not in _STOCK_EXTRAS}
+        return self._calls(inputs, layers, self.metadata)
+
+    def alone_calls(self, layers: Mapping[str, nn.Module]) -> list[dict[str, _Call]]:
+        """How the text model calls these layers for every document alone."""
+        places = self.documents.slices[: len(self.documents.lengths)]
+        return [self._calls(self.inputs[:, place], layers, {}) for place in places]
+
+    def _calls(self, inputs: Tensor, layers: Mapping[str, nn.Module], metadata: dict[str, Any]) -> dict[str, _Call]:
+        calls: dict[str, _Call] = {}
+        with ExitStack() as stack:
+            stack.enter_context(compiled_as(self.state, compiled=False))
+            stack.enter_context(torch.no_grad())
+            for name, layer in layers.items():
+                hook = layer.register_forward_pre_hook(_recorder(calls, name), with_kwargs=True)
+                stack.callback(hook.remove)
+            self.text_model(inputs_embeds=inputs, **self.switches, **metadata)
+        return calls
+
+
+def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -> list[Subject]:
+    """One subject for each type of layer: name -> (layer, how many)."""
+    layers = {name: layer for name, (layer, _) in types.items()}
+    packed = probed.packed_calls(probed.inputs, layers)
+    others = probed.packed_calls(probed.others, layers)
+    alone = probed.alone_calls(layers)
+    compiled = probed.compiled and probed.state is not None and _scope(probed.state) == "layer"
+    generator = torch.Generator().manual_seed(_SEED)
+    subjects = []
+    for name, (layer, count) in types.items():
+        weights = torch.randn(packed[name].hidden.shape, generator=generator).to(packed[name].hidden)
+        places = probed.documents.slices
+        subjects.append(
+            Subject(
+                name=name,
+                layers=count,
+                inputs=packed[name].hidden,
+                others=others[name].hidden,
+                parameters=_parameters(layer, trained_only=compiled),
+                packed=_run_layer(probed, layer, packed[name], weights, compiled),
+                alone=_alone_layer(probed, layer, [calls[name] for calls in alone], weights, places),
+            )
+        )
+    return subjects
+
+
+def model_subject(probed: Probed, fallback: Mapping[str, nn.Parameter]) -> Subject:
+    """The whole model: logits, and the loss of ``labels=`` where it has a head.
+
+    Args:
+        probed: the model and its batch.
+        fallback: parameters to differentiate where none is trained.
+    """
+    trained = {name: p for name, p in probed.model.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+    def alone(document: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _run_model(probed, {}, probed.labels[:, probed.documents.slices[document]], compiled=False)
+
+    return Subject(
+        name="model",
+        layers=len(probed.text_model.layers),  # type: ignore[arg-type]
+        inputs=probed.inputs,
+        others=probed.others,
+        parameters=trained or fallback,
+        packed=_run_model(probed, probed.metadata, probed.labels, compiled=probed.compiled),
+        alone=alone,
+    )
+
+
+def _metadata(documents: Documents, device: torch.device, *, prepared: bool) -> dict[str, Any]:
+    sequences = Sequences.from_lengths(documents.lengths, total=documents.total, device=device)
+    position_ids = sequences.positions.view(1, -1).long()
+    if prepared:
+        return {"position_ids": position_ids, "sequences": sequences}
+    boundaries = sequences.cu_seqlens[: sequences.num_sequences + 1]
+    longest = sequences.max_length
+    return {
+        "position_ids": position_ids,
+        **dict(zip(_STOCK_EXTRAS, (boundaries, boundaries, longest, longest), strict=True)),
+    }
+
+
+def _recorder(calls: dict[str, _Call], name: str) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        calls[name] = _Call(hidden.detach(), args[1:], rest)
+
+    return record
+
+
+def _run_layer(
+    probed: Probed, layer: nn.Module, call: _Call, weights: Tensor, compiled: bool
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The layer, and a random linear function of its output."""
+
+    def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+        with compiled_as(probed.state, compiled=compiled):
+            output = layer(inputs, *call.args, **call.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        return output, (output * weights.masked_fill(~trained[:, None], 0)).sum()
+
+    return run
+
+
+def _alone_layer(
+    probed: Probed, layer: nn.Module, calls: list[_Call], weights: Tensor, places: list[slice]
+) -> Callable[[int], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    def alone(document: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _run_layer(probed, layer, calls[document], weights[:, places[document]], compiled=False)
+
+    return alone
+
+
+def _run_model(
+    probed: Probed, metadata: dict[str, Any], labels: Tensor, *, compiled: bool
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Logits and the summed loss; without a head, hidden states and a fixed function of them."""
+    headless = probed.model.get_output_embeddings() is None  # type: ignore[operator]
+
+    def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+        call = {"inputs_embeds": inputs, **metadata, **probed.switches, "return_dict": True}
+        if not headless:
+            # one item: the loss comes out as a sum, whatever the number of targets
+            call |= {"labels": labels.masked_fill(~trained, -100), "num_items_in_batch": 1}
+            if probed.state is not None:
+                call["output_logits"] = True
+        with compiled_as(probed.state, compiled=compiled):
+            output = probed.model(**call)
+        if not headless:
+            return output.logits, output.loss
+        hidden = output.last_hidden_state
+        return hidden, hidden.square().sum(-1).masked_fill(~trained, 0).sum()
+
+    return run
+
+
+def _parameters(layer: nn.Module, *, trained_only: bool) -> dict[str, nn.Parameter]:
+    """A compiled layer keeps what it trains: another ``requires_grad`` is another graph."""
+    return {
+        name: p
+        for name, p in layer.named_parameters()
+        if p.is_floating_point() and (p.requires_grad or not trained_only)
+    }
+
+
+def _scope(state: ModelState) -> str | None:
+    return None if state.compile is None else state.compile.scope

@@ -1,0 +1,140 @@
+"""Whatever is wrong with the input: exit status 2, one line, no traceback, nothing written."""
+
+import json
+import shutil
+
+import pytest
+
+from deltatune.cli import main
+
+USER = {"role": "user", "content": "hello"}
+ASSISTANT = {"role": "assistant", "content": "hi"}
+GOOD = {"messages": [USER, ASSISTANT]}
+
+# rows -> the file named, and what else the line must hold
+BAD_ROWS = {
+    "empty file": ([], "rows.jsonl"),
+    "broken line": ([GOOD, '{"messages": ['], "2"),
+    "not an object": ([GOOD, GOOD, "[1]"], "3"),
+    "no messages": ([GOOD, {"messages": None}], "messages"),
+    "empty conversation": ([GOOD, {"messages": []}], "2"),
+    "missing column": ([{"text_": "x"}], "text_"),
+    "unknown role": ([{"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}], "robot"),
+    "no assistant": ([GOOD, {"messages": [USER]}], "assistant"),
+    "too long": ([GOOD, {"messages": [USER, {"role": "assistant", "content": "x" * 500}]}], "tokens_per_batch=128"),
+}
+
+
+@pytest.fixture
+def fails(capsys, tmp_path):
+    def fails(*argv, status=2):
+        capsys.readouterr()  # what building the input printed
+        assert main([str(word) for word in argv]) == status
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1, message
+        assert "Traceback" not in message
+        assert not (tmp_path / "output").exists()
+        return message
+
+    return fails
+
+
+@pytest.mark.parametrize("command", ["preprocess", "train"])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(fails, write_recipe, write_rows, tmp_path, case, command) -> None:
+    rows, named = BAD_ROWS[case]
+    message = fails(command, write_recipe(write_rows(*rows)))
+    assert "rows.jsonl" in message
+    assert named in message.replace("rows.jsonl", "", 1) or case == "empty file"
+    assert not any((tmp_path / "cache").glob("*")) or case == "too long"
+
+
+@pytest.mark.parametrize(
+    ("row", "source"),
+    [
+        ({"prompt": "x", "completion": ""}, {"format": "prompt_completion"}),
+        ({"text": ""}, {"format": "text"}),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, {"format": "chat", "columns": {"messages": "m"}}),
+    ],
+)
+def test_samples_without_labels_and_missing_columns(fails, write_recipe, write_rows, row, source) -> None:
+    path = write_rows(row)
+    assert "rows.jsonl" in fails("train", write_recipe(data={"train": [{"path": str(path), **source}]}))
+
+
+def test_no_such_data(fails, write_recipe, tmp_path) -> None:
+    assert "nothing.jsonl" in fails("train", write_recipe(data={"train": [{"path": str(tmp_path / "nothing.jsonl")}]}))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainin.max_steps=3", "did you mean training?"),
+        ("training.maximum_steps=3", "did you mean max_steps?"),
+        ("training.optim=adamv", "adamv"),
+        ("training.lr_scheduler_type=cosin", "cosin"),
+        ("lora.target_modules=[q_prj]", "q_proj"),
+        ("checkpointing=0.5", "compile"),
+        ("kernels={gated_delta_rule: flash_qla}", "flash_qla"),
+        ("kernels={gated_delta_rule: fast}", "fast"),
+        ("compile={options: {shape_paddin: true}}", "shape_padding"),
+        ("model.name_or_path=/no/such/folder", "/no/such/folder"),
+        ("packing.tokens_per_batch=0", "at least 2"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_bad_settings(fails, write_recipe, command, override, named) -> None:
+    assert named in fails(command, write_recipe(), "--set", override)
+
+
+def test_no_recipe(fails, tmp_path) -> None:
+    assert "no such recipe" in fails("train", tmp_path / "nothing.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "the recipe is empty" in fails("plan", tmp_path / "empty.yaml")
+
+
+def test_nothing_to_resume(fails, write_recipe) -> None:
+    assert "resume" in fails("train", write_recipe(), "--resume")
+
+
+@pytest.mark.parametrize("command", ["verify", "train", "plan"])
+def test_a_folder_that_is_no_checkpoint(fails, write_recipe, tmp_path, command) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    arguments = [folder] if command == "verify" else [write_recipe(model={"name_or_path": str(folder)})]
+    assert "config.json" in fails(command, *arguments)
+
+
+@pytest.mark.parametrize("command", ["verify", "train", "plan"])
+def test_an_unsupported_model(fails, write_recipe, checkpoint, tmp_path, command) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    folder = tmp_path / "mamba"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(folder)
+    sections = {"model": {"name_or_path": str(folder)}, "lora": None}
+    arguments = [folder] if command == "verify" else [write_recipe(**sections)]
+    assert "Mamba" in fails(command, *arguments)
+
+
+def test_an_unknown_model_type(fails, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+    assert "unheard_of" in fails("verify", tmp_path)
+
+
+def test_a_device_that_is_not_there(fails, checkpoint) -> None:
+    assert "--device" in fails("verify", checkpoint, "--device", "cuda:63")
+    assert "--device" in fails("verify", checkpoint, "--device", "abacus")
+
+
+def test_merging_what_is_no_adapter(fails, checkpoint, tmp_path) -> None:
+    assert "adapter" in fails("merge", checkpoint, "--output", tmp_path / "output")
+
+
+def test_debug_shows_where(capsys, tmp_path) -> None:
+    assert main(["train", str(tmp_path / "nothing.yaml"), "--debug"]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" in message
+    assert message.splitlines()[-1].startswith("error: ")

@@ -1,0 +1,252 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
+from deltatune.ops._grouped_mm.experts import moe_experts
+
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SIZES = {"mixed": [5, 1, 0, 70, 7], "first empty": [0, 33, 32], "one": [64], "all empty": [0, 0]}
+
+
+def inputs(sizes: list[int], width=24, out=40, past=3, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    x = torch.randn(sum(sizes) + past, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(len(sizes), out, width, generator=generator).to(dtype).requires_grad_()
+    return x, weight, torch.tensor(sizes).cumsum(0).int()
+
+
+def oracle(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets.tolist()
+    products = [x[a:b].double() @ w.double().T for a, b, w in zip([0, *ends], ends, weight, strict=False)]
+    past = x.shape[0] - ends[-1]
+    return torch.cat([*products, torch.zeros(past, weight.shape[1], dtype=torch.double, device=x.device)])
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    found, expected = found.detach().double(), expected.detach().double()
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
+)
+def test_equals_a_product_per_group(sizes, dtype, tolerance):
+    x, weight, offsets = inputs(sizes, dtype=dtype)
+    found, expected = grouped_mm(x, weight, offsets), oracle(x, weight, offsets)
+    assert_close(found, expected, tolerance)
+    grad = torch.randn_like(found)
+    grads = torch.autograd.grad(found, (x, weight), grad)
+    for got, want in zip(grads, torch.autograd.grad(expected, (x, weight), grad.double()), strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("width", "out"), [(24, 40), (64, 33), (100, 17), (257, 128), (512, 96)])
+def test_a_row_does_not_depend_on_its_place_or_its_neighbours(dtype, width, out):
+    x, weight, _ = inputs([70], width, out, past=0, dtype=dtype)
+    x, weight = x.detach(), weight.detach()
+
+    def row_and_gradient(before: int, after: int) -> tuple[Tensor, Tensor]:
+        rows = torch.cat([x[:before], x[69:], x[before : before + after]]).requires_grad_()
+        y = grouped_mm(rows, weight, torch.tensor([rows.shape[0]], dtype=torch.int32))
+        (grad,) = torch.autograd.grad(y.square().sum(), rows)
+        return y[before], grad[before]
+
+    alone = row_and_gradient(0, 0)
+    for before, after in ((0, 1), (1, 0), (5, 40), (31, 0), (32, 5), (60, 7)):
+        for got, want in zip(row_and_gradient(before, after), alone, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_frozen_weight_costs_no_gradient_and_keeps_no_rows():
+    x, weight, offsets = inputs([5, 9], past=0)
+    weight.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = grouped_mm(x, weight, offsets)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert x.shape not in kept
+    assert counter.get_total_flops() == 2 * 14 * 24 * 40
+
+
+def test_flops():
+    x, weight, offsets = inputs([5, 9], past=0)
+    with FlopCounterMode(display=False) as counter:
+        grouped_mm(x, weight, offsets).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 14 * 24 * 40
+
+
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_opcheck(weight_grad):
+    x, weight, offsets = inputs([5, 0, 4])
+    weight.requires_grad_(weight_grad)
+    torch.library.opcheck(torch.ops.deltatune.grouped_mm.default, (x, weight, offsets, "reference"))
+    grad = torch.randn(x.shape[0], weight.shape[1])
+    torch.library.opcheck(
+        torch.ops.deltatune.grouped_mm_weight_gradient.default, (grad, x.detach(), offsets, "reference")
+    )
+
+
+def test_non_contiguous_inputs():
+    x, weight, offsets = inputs([5, 9], past=0)
+    assert_close(grouped_mm(x[:, ::2], weight[..., ::2], offsets), oracle(x[:, ::2], weight[..., ::2], offsets), 1e-6)
+    y = grouped_mm(x, weight.mT.contiguous().mT, offsets)
+    assert torch.equal(y, grouped_mm(x, weight, offsets))
+    y.sum().backward()  # an expanded gradient
+
+
+def test_autocast_casts_the_inputs_and_nothing_inside():
+    x, weight, offsets = inputs([5, 9])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped_mm(x, weight, offsets)
+    assert torch.equal(y, grouped_mm(x.bfloat16(), weight.bfloat16(), offsets))
+
+
+def test_bad_arguments():
+    x, weight, offsets = inputs([5, 9])
+    with pytest.raises(ValueError, match="expected x"):
+        grouped_mm(x[:, :3], weight, offsets)
+    with pytest.raises(ValueError, match="expected x"):
+        grouped_mm(x, weight, offsets[:1])
+    with pytest.raises(ValueError, match="must be int32"):
+        grouped_mm(x, weight, offsets.long())
+    with pytest.raises(ValueError, match="share a dtype"):
+        grouped_mm(x.half(), weight, offsets)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        grouped_mm(x, weight, offsets, impl="torch")
+    assert "NVIDIA GPU" in choose_grouped_mm("cpu", torch.bfloat16).reason
+
+
+# T tokens, k experts a token goes to, X experts, H hidden width, I width of an expert
+
+
+def mixture(tokens=50, top_k=3, experts=8, hidden=32, inner=24, dtype=torch.float32, device="cpu") -> tuple:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).to(device, dtype).requires_grad_()
+    index = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.to(device)
+    weights = torch.rand(tokens, top_k, generator=generator).to(device, dtype).requires_grad_()
+    gate_up = (torch.randn(experts, 2 * inner, hidden, generator=generator) * 0.2).to(device, dtype).requires_grad_()
+    down = (torch.randn(experts, hidden, inner, generator=generator) * 0.2).to(device, dtype).requires_grad_()
+    return x, index, weights, gate_up, down
+
+
+def expert_by_expert(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    x, weights, gate_up, down = (t.double() for t in (x, weights, gate_up, down))
+    y = torch.zeros_like(x)
+    for expert in range(down.shape[0]):
+        gate, up = (x @ gate_up[expert].T).chunk(2, dim=-1)
+        share = (weights * (index == expert)).sum(-1, keepdim=True)
+        y = y + share * ((F.silu(gate) * up) @ down[expert].T)
+    return y
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(50, 3, 8), (1, 2, 4), (65, 1, 1), (63, 4, 4), (7, 2, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+)
+def test_experts_equal_one_expert_after_the_other(tokens, top_k, experts, dtype, tolerance):
+    arguments = mixture(tokens, top_k, experts, dtype=dtype)
+    trained = [arguments[i] for i in (0, 2, 3, 4)]
+    found, expected = moe_experts(*arguments, F.silu), expert_by_expert(*arguments)
+    assert found.dtype == dtype
+    assert_close(found, expected, tolerance)
+    grad = torch.randn_like(found)
+    grads = torch.autograd.grad(found, trained, grad)
+    for got, want in zip(grads, torch.autograd.grad(expected, trained, grad.double()), strict=True):
+        assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_other_tokens_and_their_routing_change_no_bit(compiled, threads):
+    """Enough elements that elementwise loops are split between threads, in the middle of a row."""
+    experts = torch.compile(moe_experts, fullgraph=True) if compiled else moe_experts
+    x, index, weights, gate_up, down = (t.detach() for t in mixture(451, inner=56))
+    kept = torch.rand(451) < 0.6
+    frozen_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def result_and_gradients(x: Tensor, index: Tensor, weights: Tensor) -> list[Tensor]:
+        x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = experts(x, index, weights, gate_up, down, F.silu)
+        return [t[kept] for t in (y, *torch.autograd.grad(y.square().sum(), (x, weights)))]
+
+    try:
+        before = result_and_gradients(x, index, weights)
+        for expert in (0, 5):
+            other_x, other_index = x.clone(), index.clone()
+            other_x[~kept] = float("nan")
+            other_index[~kept] = torch.tensor([expert, 1, 2])
+            for old, new in zip(before, result_and_gradients(other_x, other_index, weights), strict=True):
+                assert torch.equal(old, new)
+    finally:
+        torch.set_num_threads(frozen_threads)
+
+
+def test_experts_in_one_graph_whatever_the_routing():
+    x, _, weights, gate_up, down = mixture()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def layer(x, index, weights):
+        return checkpoint(moe_experts, 2 * x, index, weights, gate_up, down, F.silu, use_reentrant=False)
+
+    routings = [
+        torch.rand(50, 8).topk(3).indices,
+        torch.tensor([[7, 0, 1]]).expand(50, 3),
+        torch.arange(3).expand(50, 3),
+    ]
+    for i, index in enumerate(r.contiguous() for r in routings):
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            found = layer(x, index, weights)
+            grads = torch.autograd.grad(found.square().sum(), (x, weights, gate_up, down))
+        expected = expert_by_expert(2 * x, index, weights, gate_up, down)
+        assert_close(found, expected, 2e-6)
+        wanted = torch.autograd.grad(expected.square().sum(), (x, weights, gate_up, down))
+        for got, want in zip(grads, wanted, strict=True):
+            assert_close(got, want, 5e-6)
+
+
+def test_experts_that_do_not_fit():
+    x, index, weights, gate_up, down = mixture()
+    with pytest.raises(ValueError, match="twice the width"):
+        moe_experts(x, index, weights, gate_up[:, 1:], down, F.silu)
+    with pytest.raises(ValueError, match="expected hidden"):
+        moe_experts(x, index[1:], weights, gate_up, down, F.silu)
+
+
+@pytest.mark.parametrize("impl", [pytest.param(i, marks=CUDA) for i in ("torch", "reference")])
+def test_cuda_grouped_mm(impl):
+    sizes = [5, 1, 0, 70, 7, 300]
+    x, weight, offsets = (t.detach().cuda() for t in inputs(sizes, 64, 128, past=5, dtype=torch.bfloat16))
+    x.requires_grad_()
+    weight.requires_grad_()
+    found, expected = grouped_mm(x, weight, offsets, impl=impl), oracle(x, weight, offsets)
+    assert choose_grouped_mm("cuda", torch.bfloat16, weight_shape=weight.shape).impl == "torch"
+    assert_close(found, expected, 4e-3)
+    assert not found[sum(sizes) :].any()
+    grad = torch.randn_like(found)
+    grads = torch.autograd.grad(found, (x, weight), grad)
+    for got, want in zip(grads, torch.autograd.grad(expected, (x, weight), grad.double()), strict=True):
+        assert_close(got, want, 4e-3)
+    found = grouped_mm(x, weight, offsets, impl=impl)
+    found.sum().backward()  # an expanded gradient
+    assert not weight.grad[2].any()
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(c, marks=CUDA) for c in (False, True)])
+def test_cuda_experts(compiled):
+    arguments = mixture(300, hidden=64, inner=32, dtype=torch.bfloat16, device="cuda")
+    trained = [arguments[i] for i in (0, 2, 3, 4)]
+    experts = torch.compile(moe_experts, fullgraph=True) if compiled else moe_experts
+    found, expected = experts(*arguments, F.silu), expert_by_expert(*arguments)
+    assert_close(found, expected, 2e-2)
+    grads = torch.autograd.grad(found.float().square().sum(), trained)
+    for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), trained), strict=True):
+        assert_close(got, want, 3e-2)

@@ -1,0 +1,281 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from deltatune.ops import choose_linear_cross_entropy, linear_cross_entropy
+from deltatune.ops._linear_cross_entropy import reference, torch_chunked
+
+needs_torch_213 = pytest.mark.skipif(torch_chunked.missing() is not None, reason="needs torch >= 2.13")
+IMPLS = [pytest.param("torch", marks=needs_torch_213), "reference"]
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def inputs(tokens=33, width=16, vocabulary=200, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(2, tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator) * 0.3).to(device, dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (2, tokens), generator=generator).to(device)
+    labels[:, : tokens // 3] = -100
+    return hidden, weight, labels
+
+
+def oracle(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
+    logits = hidden.double() @ weight.double().T
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), **options)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("tokens", [1, 2, 65])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_equals_cross_entropy(impl, reduction, tokens, dtype, tolerance):
+    hidden, weight, labels = inputs(tokens, dtype=dtype)
+    found = linear_cross_entropy(hidden, weight, labels, reduction=reduction, impl=impl)
+    expected = oracle(hidden, weight, labels, reduction=reduction)
+    assert found.dtype == dtype
+    assert found.shape == ()
+    assert relative_error(found, expected) < tolerance
+    # an upstream gradient other than one
+    grads = torch.autograd.grad(found * 3, (hidden, weight))
+    for got, want in zip(grads, torch.autograd.grad(expected * 3, (hidden, weight)), strict=True):
+        assert relative_error(got, want) < tolerance
+
+
+def test_bf16_loses_no_more_than_its_inputs_did():
+    hidden, weight, labels = inputs(dtype=torch.bfloat16)
+    found = linear_cross_entropy(hidden, weight, labels)
+    expected = oracle(hidden, weight, labels, reduction="sum")
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-6
+    grads = torch.autograd.grad(found, (hidden, weight))
+    for got, want in zip(grads, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert relative_error(got, want) < 3e-3
+
+
+@needs_torch_213
+def test_torch_in_bf16_is_widened_to_fp32_when_named():
+    hidden, weight, labels = inputs(dtype=torch.bfloat16)
+    found = linear_cross_entropy(hidden, weight, labels, impl="torch")
+    assert found.dtype == torch.float32
+    assert relative_error(found, oracle(hidden, weight, labels, reduction="sum")) < 4e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_label_that_counts(impl):
+    hidden, weight, labels = inputs()
+    labels.fill_(-100)
+    loss = linear_cross_entropy(hidden, weight, labels, impl=impl)
+    assert loss.item() == 0
+    for grad in torch.autograd.grad(loss, (hidden, weight)):
+        assert not grad.any()
+    assert linear_cross_entropy(hidden, weight, labels, reduction="mean", impl=impl).isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignore_index_may_be_a_token(impl):
+    hidden, weight, labels = inputs()
+    labels[labels == -100] = 7
+    found = linear_cross_entropy(hidden, weight, labels, ignore_index=7, impl=impl)
+    assert relative_error(found, oracle(hidden, weight, labels, ignore_index=7, reduction="sum")) < 2e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_int32_labels_and_strided_hidden(impl):
+    hidden, weight, labels = inputs()
+    strided = hidden.transpose(0, 1)
+    found = linear_cross_entropy(strided, weight, labels.T.int(), impl=impl)
+    assert relative_error(found, oracle(hidden, weight, labels, reduction="sum")) < 2e-6
+    found.backward()
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_no_tokens():
+    hidden, weight, labels = inputs(0)
+    loss = linear_cross_entropy(hidden, weight, labels, impl="reference")
+    loss.backward()
+    assert loss.item() == 0
+    assert not weight.grad.any()
+
+
+def test_ignored_tokens_may_hold_anything():
+    hidden, weight, labels = inputs()
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, impl="reference"), hidden)[0]
+    poisoned = hidden.detach().masked_fill((labels == -100).unsqueeze(-1), float("nan")).requires_grad_()
+    loss = linear_cross_entropy(poisoned, weight.detach(), labels, impl="reference")
+    (grad,) = torch.autograd.grad(loss, poisoned)
+    assert torch.equal(grad[labels != -100], expected[labels != -100])
+    assert not grad[labels == -100].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_losses_before_two_backwards(impl):
+    first, second = inputs(33), inputs(34)
+    losses = [linear_cross_entropy(*batch, impl=impl) for batch in (first, second)]
+    for loss, batch in zip(losses, (first, second), strict=True):
+        grads = torch.autograd.grad(loss, batch[:2], retain_graph=True)
+        again = torch.autograd.grad(loss, batch[:2])
+        wanted = torch.autograd.grad(oracle(*batch, reduction="sum"), batch[:2])
+        for got, repeated, want in zip(grads, again, wanted, strict=True):
+            assert torch.equal(got, repeated)
+            assert relative_error(got, want) < 2e-6
+
+
+class Shapes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor):
+                self.seen.append((func.overloadpacket.__name__, tuple(x.shape)))
+        return out
+
+
+@pytest.mark.parametrize("hidden_grad", [True, False])
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_frozen_inputs_cost_no_product(hidden_grad, weight_grad):
+    tokens, width, vocabulary = 64, 16, 200
+    hidden, weight, labels = (x.detach() for x in inputs(tokens // 2, width, vocabulary))
+    with Shapes() as shapes:
+        reference.loss_and_gradients(hidden.flatten(0, 1), weight, labels.flatten(), -100, hidden_grad, weight_grad)
+    products = [shape for name, shape in shapes.seen if "mm" in name]
+    assert products.count((16, vocabulary)) == 4
+    assert products.count((16, width)) == 4 * hidden_grad
+    assert products.count((vocabulary, width)) == 4 * weight_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_frozen_head_gets_no_gradient(impl):
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden, weight.requires_grad_(False), labels, impl=impl).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_no_grad_computes_the_loss_alone():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear_cross_entropy(*inputs(64, 16, 200), impl="reference")
+    assert counter.get_total_flops() == 2 * 128 * 16 * 200
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(*inputs(64, 16, 200), impl="reference").backward()
+    assert counter.get_total_flops() == 3 * 2 * 128 * 16 * 200
+
+
+@pytest.mark.parametrize("tokens", [4, 5, 64, 1000])
+def test_a_chunk_is_at_most_a_quarter_of_the_tokens(tokens):
+    assert reference.chunk_tokens(tokens, 16, 200, weight_grad=True) <= -(-tokens // 4)
+    assert reference.chunk_tokens(16384, 2048, 248320, weight_grad=False) * 248320 * 4 <= 2**28
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_the_logits_of_the_pack_are_never_held(impl, weight_grad):
+    """The largest allocation, forward and backward, stays below half the logits."""
+    tokens, width, vocabulary = 512, 8, 2000
+    hidden, weight, labels = inputs(tokens // 2, width, vocabulary)
+    weight.requires_grad_(weight_grad)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        linear_cross_entropy(hidden, weight, labels, impl=impl).backward()
+    largest = max(event.cpu_memory_usage for event in trace.events() if event.name == "[memory]")
+    assert 0 < largest < tokens * vocabulary * 4 / 2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_fullgraph(impl, weight_grad):
+    hidden, weight, labels = inputs()
+    weight.requires_grad_(weight_grad)
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def head(hidden, weight, labels):
+        return linear_cross_entropy(2 * hidden, weight, labels, reduction="mean", impl=impl)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (labels, labels.roll(5)):
+            found = head(hidden, weight, batch)
+            expected = oracle(2 * hidden, weight, batch)
+            assert relative_error(found, expected) < 2e-6
+            grads = torch.autograd.grad(found, wanted)
+            for got, want in zip(grads, torch.autograd.grad(expected, wanted), strict=True):
+                assert relative_error(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_opcheck(weight_grad):
+    hidden, weight, labels = inputs(10)
+    weight.requires_grad_(weight_grad)
+    args = (hidden.detach()[0].requires_grad_(), weight, labels[0], -100, True, weight_grad)
+    torch.library.opcheck(torch.ops.deltatune.linear_cross_entropy.default, args)
+
+
+def test_autocast_casts_the_inputs_and_nothing_inside():
+    hidden, weight, labels = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(found, linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels))
+    found.backward()
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(9, 5)}, r"expected hidden \[..., E\]"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \[3\]"),
+        ({"labels": torch.zeros(2, 3)}, "labels must be integers"),
+        ({"hidden": torch.zeros(2, 3, 4).half()}, "share a dtype"),
+        ({"reduction": "none"}, "'sum' or 'mean', got 'none'"),
+        ({"impl": "liger"}, "'auto' or one of"),
+        ({"labels": torch.full((2, 3), 9)}, r"in \[0, 9\), got some in \[9, 9\]"),
+        ({"labels": torch.full((2, 3), -1)}, r"got some in \[-1, -1\]"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {
+        "hidden": torch.zeros(2, 3, 4),
+        "weight": torch.zeros(9, 4),
+        "labels": torch.zeros(2, 3, dtype=torch.long),
+        "impl": "reference",
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**(arguments | change))
+
+
+def test_choice_says_why():
+    assert "16-bit" in choose_linear_cross_entropy("cpu", torch.bfloat16).reason
+    exact = choose_linear_cross_entropy("cpu", torch.float32)
+    assert exact.impl == ("reference" if torch_chunked.missing() else "torch")
+
+
+def test_a_torch_without_the_function_runs_the_reference(monkeypatch):
+    monkeypatch.setattr(torch_chunked, "_function", None)
+    choice = choose_linear_cross_entropy("cpu", torch.float32)
+    assert choice.impl == "reference"
+    assert "install torch >= 2.13" in choice.reason
+    with pytest.raises(ValueError, match="install torch >= 2.13"):
+        linear_cross_entropy(*inputs(), impl="torch")
+
+
+@pytest.mark.parametrize("weight_grad", [pytest.param(w, marks=CUDA) for w in (True, False)])
+def test_cuda_bf16(weight_grad):
+    hidden, weight, labels = inputs(500, 64, 4000, dtype=torch.bfloat16, device="cuda")
+    weight.requires_grad_(weight_grad)
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+    found = linear_cross_entropy(hidden, weight, labels, impl="reference")
+    expected = oracle(hidden, weight, labels, reduction="sum")
+    assert relative_error(found, expected) < 1e-5
+    for got, want in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        assert relative_error(got, want) < 5e-3

@@ -1,0 +1,224 @@
+"""One graph a layer type, no breaks, nothing new after the second batch; scoped Inductor options."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import FAMILIES, documents, tiny_model
+
+from deltatune import CompileOptions, Sequences, prepare
+from deltatune.compile import GraphBreakError
+from deltatune.config.inductor import INDUCTOR_OPTIONS
+
+TOTAL = 96
+TYPES = {"qwen3": 1, "qwen3_moe": 1, "qwen3_next": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
+TARGETS = ["q_proj", "v_proj", "out_proj", "in_proj_qkv", "in_proj_qkvz"]
+# the same graphs as Inductor's, without the C++ compiler
+TRACED = CompileOptions(backend="aot_eager")
+
+
+def batches(count: int) -> list[dict[str, Any]]:
+    """Packs of one shape with ever other documents."""
+    packs = []
+    for i in range(count):
+        lengths = [max(1, 40 - 9 * (i % 5)), *([3 + i % 4] * (1 + i)), 1]
+        docs = torch.cat(documents(lengths, seed=i))[:TOTAL]
+        tokens = torch.nn.functional.pad(docs, (0, TOTAL - len(docs)))[None]
+        labels = tokens.masked_fill(torch.arange(TOTAL) >= len(docs), -100)
+        packs.append({"input_ids": tokens, "labels": labels, "sequences": Sequences.from_lengths(lengths, total=TOTAL)})
+    return packs
+
+
+def train(model: Any, count: int) -> list[torch.Tensor]:
+    losses = []
+    for batch in batches(count):
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def assert_same_training(model: Any, reference: Any, count: int) -> None:
+    for ours, theirs in zip(train(model, count), train(reference, count), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm().clamp_min(1e-6), name
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer", 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_a_layer_type(family: str, checkpointing: str | float) -> None:
+    model = tiny_model(family, layers=4).train()
+    reference = copy.deepcopy(model)
+    prepare(reference)
+    prepared = prepare(model, compile=TRACED, checkpointing=checkpointing)
+    assert_same_training(model, reference, 2)
+    report = prepared.compile_report
+    assert report is not None
+    assert list(report.graphs.values()) == [1] * TYPES[family]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(model, 10)
+    assert list(report.graphs.values()) == [1] * TYPES[family]
+    assert report.breaks == [] and report.recompiles == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_a_layer_type_with_adapters(family: str, when: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+    reference = peft.get_peft_model(tiny_model(family, layers=4), config).train()
+    state = {name: value.clone() for name, value in reference.state_dict().items()}
+    prepare(reference)
+    model = tiny_model(family, layers=4)
+    if when == "before":
+        model = peft.get_peft_model(model, config)
+    prepared = prepare(model, compile=TRACED)
+    if when == "after":
+        model = peft.get_peft_model(model, config)
+    model.load_state_dict(state)
+    model.train()
+    assert_same_training(model, reference, 3)
+    report = prepared.compile_report
+    assert report is not None
+    assert list(report.graphs.values()) == [1] * TYPES[family]
+    assert report.breaks == []
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_moe"])
+def test_the_whole_text_model_is_one_graph(family: str, checkpointing: str) -> None:
+    model = tiny_model(family).train()
+    reference = copy.deepcopy(model)
+    prepare(reference)
+    options = CompileOptions(scope="model", backend="aot_eager")
+    prepared = prepare(model, compile=options, checkpointing=checkpointing)
+    assert_same_training(model, reference, 3)
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.graphs == {"text_model": 1}
+
+
+def test_inductor_with_scoped_options() -> None:
+    from torch._inductor import config as inductor_config
+
+    model = tiny_model("qwen3_5").train()
+    reference = copy.deepcopy(model)
+    prepare(reference)
+    before = {key: copy.deepcopy(getattr(inductor_config, key)) for key in INDUCTOR_OPTIONS if "." not in key}
+    options = CompileOptions(options={"shape_padding": False, "epilogue_fusion": False, "fx_graph_cache": False})
+    prepared = prepare(model, compile=options, checkpointing="layer")
+    assert_same_training(model, reference, 3)
+    assert prepared.compile_report is not None
+    assert list(prepared.compile_report.graphs.values()) == [1, 1]
+    assert {key: getattr(inductor_config, key) for key in before} == before
+
+
+def test_layer_scope_compiles_nothing_else() -> None:
+    model = tiny_model("qwen3_5").train()
+    prepared = prepare(model, compile=TRACED)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    train(model, 2)
+    assert prepared.compile_report is not None
+    names = list(prepared.compile_report.graphs)
+    assert all("attention" in name for name in names)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == len(names)
+
+
+def test_hidden_states_beside_compiled_layers() -> None:
+    model = tiny_model("qwen3_5")
+    reference = copy.deepcopy(model)
+    prepare(reference)
+    prepared = prepare(model, compile=TRACED)
+    batch = batches(1)[0]
+    train(model, 1)
+    ours = model(**batch, output_hidden_states=True).hidden_states
+    theirs = reference(**batch, output_hidden_states=True).hidden_states
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    train(model, 1)
+    assert prepared.compile_report is not None and prepared.compile_report.breaks == []
+
+
+def test_router_logits_are_refused_beside_compiled_layers() -> None:
+    model = tiny_model("qwen3_moe")
+    prepare(model, compile=TRACED)
+    with pytest.raises(ValueError, match="output_router_logits is recorded inside"):
+        model(**batches(1)[0], output_router_logits=True)
+
+
+def break_the_layer(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    mlp.forward = broken
+
+
+def test_a_break_stops_a_strict_run_with_its_reason() -> None:
+    model = tiny_model("qwen3")
+    break_the_layer(model)
+    prepare(model, compile=TRACED)
+    with pytest.raises(GraphBreakError, match="graph_break"):
+        train(model, 1)
+
+
+def test_a_break_is_counted_otherwise() -> None:
+    model = tiny_model("qwen3")
+    break_the_layer(model)
+    prepared = prepare(model, compile=CompileOptions(backend="aot_eager", strict=False))
+    train(model, 1)
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.breaks
+
+
+def test_a_recompile_is_reported_with_its_reason() -> None:
+    model = tiny_model("qwen3")
+    prepared = prepare(model, compile=TRACED)
+    train(model, 1)
+    model.eval()
+    with torch.no_grad():
+        model(**batches(1)[0])
+    report = prepared.compile_report
+    assert report is not None
+    assert len(report.recompiles) == 1 and "grad" in report.recompiles[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scope": "everything"}, "'layer' or 'model'"),
+        ({"options": {"max_autotune": True}}, "not supported; choose from coordinate_descent_tuning"),
+        ({"options": {"shape_padding": "yes"}}, "must be bool"),
+        ({"options": {"shape_padding": True}, "backend": "aot_eager"}, "cannot act"),
+        ({"backend": "eager"}, "'inductor' or 'aot_eager'"),
+    ],
+)
+def test_bad_options_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompileOptions(**arguments)
+
+
+def test_every_allowed_option_exists_in_torch() -> None:
+    CompileOptions(options={key: False for key in INDUCTOR_OPTIONS})
+
+
+def test_an_option_torch_no_longer_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config as inductor_config
+
+    monkeypatch.delitem(inductor_config._config, "decompose_mem_bound_mm")
+    with pytest.raises(ValueError, match="does not exist in torch"):
+        CompileOptions(options={"decompose_mem_bound_mm": True})
+
+
+def test_cudagraphs_warn_with_the_reason() -> None:
+    with pytest.warns(UserWarning, match="boundaries are read on the CPU"):
+        CompileOptions(options={"triton.cudagraphs": True})

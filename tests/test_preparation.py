@@ -1,0 +1,342 @@
+"""The door, the report, revert, adapters before and after, copies, generation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, HYBRIDS, documents, tiny_model
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from deltatune import Sequences, prepare
+
+LENGTHS = [5, 1, 30, 7]
+TARGETS = ["q_proj", "v_proj", "out_proj", "in_proj_qkv", "in_proj_qkvz"]
+
+
+def lora(model: Any, **changes: Any) -> Any:
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **changes)
+    return peft.get_peft_model(model, config)
+
+
+def packed_call(**extra: Any) -> dict[str, Any]:
+    return {"input_ids": torch.cat(documents(LENGTHS))[None], "sequences": Sequences.from_lengths(LENGTHS), **extra}
+
+
+def forms() -> dict[str, dict[str, Any]]:
+    sequences = Sequences.from_lengths(LENGTHS)
+    cu = torch.tensor([0, 5, 6, 36, 43], dtype=torch.int32)
+    positions = sequences.positions.long()[None]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None]
+    return {
+        "sequences": {"sequences": sequences},
+        "cu_seq_lens": {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 30, "max_length_k": 30},
+        "indexed_mask": {"attention_mask": ids + 1},
+        "seq_idx": {"seq_idx": ids.int()},
+        "position_ids": {"position_ids": positions},
+        "positions_and_ones": {"position_ids": positions, "attention_mask": torch.ones(1, 43, dtype=torch.long)},
+        "four_rows": {"position_ids": positions.expand(4, 1, -1)},
+        "use_cache": {"position_ids": positions, "use_cache": True},
+        "all": {"sequences": sequences, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "seq_idx": ids.int(),
+                "position_ids": positions},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", forms())
+@pytest.mark.parametrize("training", [True, False])
+def test_every_form_of_metadata_gives_the_same_logits(form: str, training: bool) -> None:
+    model = tiny_model("qwen3_5").train(training)
+    prepare(model)
+    call = forms()[form]
+    expected = model(**packed_call()).logits
+    assert torch.equal(model(packed_call()["input_ids"], **call).logits, expected)
+
+
+def test_padded_rows_match_their_documents() -> None:
+    model = tiny_model("qwen3_5")
+    stock = copy.deepcopy(model)
+    prepare(model)
+    docs = documents([9, 4])
+    tokens, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    for row, doc in enumerate(docs):  # one row padded on the left
+        tokens[row, 9 - len(doc) :], mask[row, 9 - len(doc) :] = doc, 1
+    logits = model(tokens, attention_mask=mask).logits
+    for row, doc in enumerate(docs):
+        torch.testing.assert_close(logits[row, 9 - len(doc) :], stock(doc[None]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 40], dtype=torch.int32)}, "end at the number of tokens"),
+        ({"attention_mask": torch.ones(1, 1, 43, 43)}, r"must be \[B, T\]"),
+        ({"position_ids": torch.zeros(3, 1, 43, dtype=torch.long)}, "no document boundaries"),
+        ({"sequences": Sequences.from_lengths([42])}, "42 tokens"),
+        ({"output_attentions": True}, "output_attentions"),
+        (
+            {"sequences": Sequences.from_lengths([40, 3]), "position_ids": Sequences.from_lengths(LENGTHS).positions[None]},
+            "contradict",
+        ),
+    ],
+)
+def test_bad_metadata_is_refused(call: dict[str, Any], message: str) -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model)
+    with pytest.raises(ValueError, match=message):
+        model(packed_call()["input_ids"], **call)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_revert_leaves_nothing_behind(family: str) -> None:
+    model = tiny_model(family)
+    (tokens,) = documents([40])
+    before = model(tokens[None]).logits
+    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    config = copy.deepcopy(model.config)
+    attention, masks = dict(AttentionInterface()), dict(AttentionMaskInterface())
+    prepared = prepare(model)
+    model(**packed_call(), labels=packed_call()["input_ids"]).loss.backward()
+    prepared.revert()
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+    assert model.config.to_dict() == config.to_dict()
+    assert model.config._attn_implementation == config._attn_implementation
+    assert {name: AttentionInterface()[name] for name in attention} == attention
+    assert {name: AttentionMaskInterface()[name] for name in masks} == masks
+    assert torch.equal(model(tokens[None]).logits, before)
+
+
+def test_revert_keeps_adapters_added_in_between() -> None:
+    model = tiny_model("qwen3_5")
+    stock = copy.deepcopy(model)
+    prepared = prepare(model)
+    adapted = lora(model)
+    expected = lora(stock)
+    expected.load_state_dict(adapted.state_dict())
+    prepared.revert()
+    (tokens,) = documents([40])
+    assert torch.equal(adapted(tokens[None]).logits, expected(tokens[None]).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_before_and_after_prepare_agree(family: str) -> None:
+    before, after = lora(tiny_model(family)), tiny_model(family)
+    prepare(before)
+    prepare(after)
+    after = lora(after)
+    after.load_state_dict(before.state_dict())
+    labels = packed_call()["input_ids"]
+    losses = []
+    for model in (before, after):
+        loss = model(**packed_call(labels=labels)).loss
+        loss.backward()
+        losses.append(loss)
+    assert torch.equal(*losses)
+    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
+        if a.requires_grad:
+            assert a.grad is not None and torch.equal(a.grad, b.grad), name
+            assert "lora_B" in name or bool(a.grad.abs().sum() > 0), name
+
+
+def test_modules_to_save_train_their_copy() -> None:
+    model = lora(tiny_model("qwen3_5"), modules_to_save=["lm_head", "q_norm", "conv1d"])
+    prepare(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    assert len(names) == 3
+    model(**packed_call(labels=packed_call()["input_ids"])).loss.backward()
+    for name in names:
+        assert model.get_parameter(name).grad.abs().sum() > 0, name
+    reference = lora(tiny_model("qwen3_5"), modules_to_save=["lm_head", "q_norm", "conv1d"])
+    reference.load_state_dict(model.state_dict())
+    (doc,) = documents([40])
+    torch.testing.assert_close(model(doc[None]).logits, reference(doc[None]).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_on_the_head_counts_in_the_loss() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    stock = peft.get_peft_model(tiny_model("qwen3_5"), config)
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (doc,) = documents([40])
+    torch.testing.assert_close(
+        model(doc[None], labels=doc[None]).loss, stock(doc[None], labels=doc[None]).loss, rtol=1e-6, atol=0
+    )
+
+
+def test_prepare_twice_and_two_models() -> None:
+    first, second = tiny_model("qwen3_5"), tiny_model("qwen3_5", seed=1)
+    expected = {seed: tiny_model("qwen3_5", seed=seed) for seed in (0, 1)}
+    prepare(first)
+    prepare(second)
+    prepare(first)
+    for seed, model in enumerate((first, second)):
+        prepare(expected[seed])
+        assert torch.equal(model(**packed_call()).logits, expected[seed](**packed_call()).logits)
+
+
+def test_deepcopy_and_pickle() -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model)
+    expected = model(**packed_call()).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(**packed_call()).logits, expected)
+        prepare(copied).revert()
+        assert type(copied) is transformers.Qwen3_5ForCausalLM
+    assert torch.equal(model(**packed_call()).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_the_stock_model(family: str) -> None:
+    model = tiny_model(family).eval()
+    stock = copy.deepcopy(model)
+    prepare(model)
+    tokens = torch.stack(documents([12, 12]))
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0  # padded on the left, as generation wants it
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+    ours, theirs = model.generate(tokens, **kwargs), stock.generate(tokens, **kwargs)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
+
+
+def test_a_cache_that_is_asked_for_is_returned() -> None:
+    model = tiny_model("qwen3_5").eval()
+    prepare(model)
+    (tokens,) = documents([12])
+    first = model(tokens[None, :8], use_cache=True)
+    rest = model(tokens[None, 8:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(rest.logits, model(tokens[None]).logits[:, 8:], rtol=1e-4, atol=1e-5)
+
+
+def test_loss_conventions_of_the_stock_model() -> None:
+    stock = tiny_model("qwen3_5")
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (tokens,) = documents([40])
+    labels = tokens.clone()
+    labels[:11] = -100
+    for extra in ({}, {"num_items_in_batch": torch.tensor(7)}, {"num_items_in_batch": 7}):
+        theirs = stock(tokens[None], labels=labels[None], **extra)
+        ours = model(tokens[None], labels=labels[None], **extra)
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
+        assert ours.logits is None
+    asked = model(tokens[None], labels=labels[None], output_logits=True)
+    torch.testing.assert_close(asked.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    as_tuple = model(tokens[None], labels=labels[None], return_dict=False)
+    assert torch.equal(as_tuple[0], asked.loss)
+
+
+def test_hidden_states_are_recorded() -> None:
+    model = tiny_model("qwen3_5")
+    stock = copy.deepcopy(model)
+    prepare(model)
+    (tokens,) = documents([40])
+    ours = model(tokens[None], output_hidden_states=True).hidden_states
+    theirs = stock(tokens[None], output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_router_loss_counts() -> None:
+    stock = tiny_model("qwen3_moe")
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (tokens,) = documents([40])
+    call = {"input_ids": tokens[None], "labels": tokens[None], "output_router_logits": True}
+    torch.testing.assert_close(model(**call).loss, stock(**call).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_checkpointing_changes_no_gradient(checkpointing: str) -> None:
+    reference, model = tiny_model("qwen3_5"), tiny_model("qwen3_5").train()
+    prepare(reference)
+    prepare(model, checkpointing=checkpointing)
+    labels = packed_call()["input_ids"]
+    for m in (reference, model):
+        m(**packed_call(labels=labels)).loss.backward()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "message"),
+    [
+        (lambda: tiny_model("qwen3_5", attention_dropout=0.1), {}, "attention_dropout"),
+        (lambda: tiny_model("qwen3_5", hidden_act="gelu"), {}, "'silu'"),
+        (lambda: torch.nn.Linear(2, 2), {}, "transformers or PEFT model"),
+        (lambda: tiny_model("qwen3_5"), {"checkpointing": 0.5}, "needs compile"),
+        (lambda: tiny_model("qwen3_5"), {"checkpointing": "some"}, "'none', 'layer'"),
+        (lambda: tiny_model("qwen3_5"), {"kernels": {"gated_delta_rule": "magic"}}, "unknown impl='magic'"),
+        (lambda: tiny_model("qwen3"), {"kernels": {"gated_delta_rule": "reference"}}, "not an op of qwen3"),
+        (lambda: tiny_model("qwen3_5"), {"lora": "fused"}, "no implementation yet"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused(build: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(build(), **arguments)
+
+
+def test_an_unknown_recurrent_model_is_refused_by_name() -> None:
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="Mamba"):
+        prepare(transformers.MambaForCausalLM(config))
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+def test_the_report_counts_swaps(hybrid: str) -> None:
+    report = prepare(tiny_model(hybrid, layers=4)).report
+    rows = {row.layer: (row.expected, row.found) for row in report.swaps}
+    assert rows["GatedAttention"] == (2, 2)
+    assert rows["DecoderLayer"] == (4, 4)
+    text = str(report)
+    assert "gated_delta_rule" in text and "reference" in text
+    assert report.to_dict()["trainable_parameters"] == report.total_parameters
+
+
+def test_saved_weights_and_architecture_are_stock(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_5")
+    keys = list(model.state_dict())
+    prepare(model)
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.Qwen3_5ForCausalLM
+    (tokens,) = documents([40])
+    torch.testing.assert_close(loaded(tokens[None]).logits, model(tokens[None]).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral"])
+def test_another_dense_decoder(kind: str) -> None:
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    extra = {"mistral": {"sliding_window": 6}, "gemma2": {}}.get(kind, {})
+    config = transformers.AutoConfig.for_model(kind, **values, **extra)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if kind == "gemma2":
+        prepare(model)
+        with pytest.raises(ValueError, match="soft-capped"):
+            model(**packed_call())
+        return
+    stock = copy.deepcopy(model)
+    prepared = prepare(model)
+    assert prepared.report.family == "any"
+    packed = model(**packed_call()).logits[0].split(LENGTHS)
+    for part, doc in zip(packed, documents(LENGTHS), strict=True):
+        torch.testing.assert_close(part, stock(doc[None], use_cache=False).logits[0], rtol=1e-4, atol=1e-5)
+    tokens = torch.stack(documents([12, 12]))
+    generate = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    generate["attention_mask"] = torch.ones_like(tokens)
+    assert torch.equal(model.generate(tokens, **generate), stock.generate(tokens, **generate))
+    prepared.revert()
+    assert model.config._attn_implementation == stock.config._attn_implementation

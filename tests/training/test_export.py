@@ -1,0 +1,106 @@
+"""Saving and merging: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from training_cases import byte_tokenizer, save_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltatune import prepare
+from deltatune.config.errors import UserError
+from deltatune.training.export import merge_adapter, save_trained, staged
+from tiny import tiny_model
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter with weights of its own, saved from a prepared model."""
+    base = save_checkpoint(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "in_proj_qkv"])
+    )
+    prepare(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_trained(model, byte_tokenizer(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model: object) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=torch.arange(3, 30)[None], use_cache=False).logits
+    return found
+
+
+def test_a_merged_model_equals_base_and_adapter(tmp_path: Path, adapter: Path) -> None:
+    merged = merge_adapter(adapter, tmp_path / "deep" / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, str(adapter)))
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), expected, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(merged).chat_template == byte_tokenizer().chat_template
+
+
+def test_a_moved_base_is_named_by_hand(tmp_path: Path, adapter: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"the adapter's base model: .*pass another with --base"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merge_adapter(adapter, tmp_path / "merged", base=str(tmp_path / "elsewhere"), dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(UserError, match=r"base is no adapter: it holds no adapter_config.json"):
+        merge_adapter(tmp_path / "base", tmp_path / "merged")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no adapter_model.safetensors"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, adapter: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", tiny_model("qwen3_5", vocab_size=259, hidden_size=48))
+    with pytest.raises(UserError, match=r"does not fit its base model"):
+        merge_adapter(adapter, tmp_path / "merged", base=str(other))
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path: Path, adapter: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists and is not empty"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path) -> None:
+    model = tiny_model("qwen3", layers=1)
+    save_trained(model, None, tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+
+    class Failing:
+        def save_pretrained(self, folder: str) -> None:
+            (Path(folder) / "config.json").write_text(json.dumps({}))
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_trained(Failing(), None, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), staged(tmp_path / "x") as folder:
+        (folder / "half").write_text("")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with staged(tmp_path / "x") as folder:
+        (folder / "whole").write_text("")
+        assert not (tmp_path / "x").exists()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["whole"]

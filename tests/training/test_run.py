@@ -1,0 +1,171 @@
+"""A run from rows in a file to an adapter or a model that stock libraries load; and runs that must not start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from training_cases import make_recipe, save_checkpoint, write_conversations
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from deltatune.config.errors import UserError
+from deltatune.data.errors import DataError
+from deltatune.training import run as run_module
+from deltatune.training.export import merge_adapter
+from deltatune.training.run import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "base")
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def losses(result: Any) -> list[float]:
+    return [entry["loss"] for entry in result.log_history if "loss" in entry]
+
+
+def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(tmp_path: Path, checkpoint: Path) -> None:
+    held_out = write_conversations(tmp_path / "eval.jsonl", 12, first=40)
+    recipe = make_recipe(
+        tmp_path,
+        checkpoint,
+        compile=True,
+        data={"eval": [{"path": str(held_out)}]},
+        training={"eval_strategy": "epoch", "gradient_accumulation_steps": 2},
+    )
+    console = Console(record=True, width=40, file=(tmp_path / "screen.txt").open("w"))
+    result = train(recipe, console=console)
+    screen = console.export_text()
+    assert screen.index("family qwen3_5") < screen.index("OK: every document") < screen.index("step 1/6")
+    assert losses(result)[-1] < losses(result)[0]
+
+    output = tmp_path / "output"
+    report, metrics = (json.loads((output / name).read_text()) for name in ("report.json", "metrics.json"))
+    assert report["prepare"]["compile"]["breaks"] == []
+    assert sum(report["prepare"]["compile"]["graphs"].values()) >= 2, "one graph for each type of layer"
+    assert report["verify"]["ok"]
+    assert metrics == result.metrics
+    assert metrics["global_step"] == 6
+    assert metrics["eval_loss"] < losses(result)[0]
+    assert metrics["trained_tokens"] > 0
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, str(output)))
+    merged_dir = merge_adapter(output, tmp_path / "merged")
+    merged = logits(AutoModelForCausalLM.from_pretrained(merged_dir))
+    assert (adapted - before).abs().max() > 0.1, "the adapter does something"
+    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
+    ids = AutoTokenizer.from_pretrained(merged_dir).apply_chat_template(
+        [{"role": "user", "content": "1 + 1?"}], tokenize=False
+    )
+    assert ids.startswith("<|im_start|>user")
+
+
+def test_every_weight_trains_without_a_lora_section(tmp_path: Path, checkpoint: Path) -> None:
+    recipe = make_recipe(tmp_path, checkpoint, lora=None)
+    result = train(recipe, console=QUIET)
+    assert losses(result)[-1] < losses(result)[0]
+    stock = load_file(checkpoint / "model.safetensors")
+    trained = load_file(tmp_path / "output" / "model.safetensors")
+    assert trained.keys() == stock.keys()
+    assert {name for name, value in trained.items() if torch.equal(value, stock[name])} == set()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    assert type(reloaded).__name__ == type(AutoModelForCausalLM.from_pretrained(checkpoint)).__name__
+    assert logits(reloaded).isfinite().all()
+
+
+@pytest.mark.parametrize("lora", [{"r": 4, "lora_dropout": 0.2}, None], ids=["adapter", "full"])
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path, checkpoint: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1}
+    whole = make_recipe(tmp_path, checkpoint, lora=lora, training=saved)
+    uninterrupted = train(whole, console=QUIET)
+    parts = make_recipe(tmp_path, checkpoint, lora=lora, training={**saved, "output_dir": str(tmp_path / "parts")})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_trainer", stopping_after(3, run_module._trainer))
+        train(parts, console=QUIET)
+    # an interrupted save leaves a folder without the Trainer's state, which is written last
+    (tmp_path / "parts" / "checkpoint-5").mkdir()
+    resumed = train(parts, resume=True, console=QUIET)
+    assert losses(resumed) == losses(uninterrupted)
+    assert len(losses(resumed)) == 6
+    name = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    expected, found = load_file(tmp_path / "output" / name), load_file(tmp_path / "parts" / name)
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def stopping_after(step: int, build: Any) -> Any:
+    """Builds trainers that stop at this step, as a killed process would after its last checkpoint."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step >= step
+
+    def building(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Stop())
+        return trainer
+
+    return building
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name_or_path": "/no/such/folder"}}, r"/no/such/folder is no folder.*checkpoint folder"),
+        ({"data": {"train": [{"path": "/no/such/rows.jsonl"}]}}, r"/no/such/rows.jsonl does not exist"),
+        ({"lora": {"target_modules": ["qkv_prj"]}}, r"lora.target_modules: 'qkv_prj' matches no module"),
+        ({"packing": {"tokens_per_batch": 24}}, r"more than packing.tokens_per_batch=24"),
+        ({"kernels": {"gated_delta_rule": "fla"}}, r"fla"),
+        ({"checkpointing": 0.5}, r"checkpointing: 0.5 .* compile: true"),
+        ({"training": {"learning_rat": 0.1}}, r"training.learning_rat: unknown \(did you mean learning_rate\?\)"),
+        ({"training": {"optim": "adam"}}, r"training: .*adam"),
+    ],
+)
+def test_a_run_that_cannot_start_writes_nothing(
+    tmp_path: Path, checkpoint: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((UserError, DataError), match=message):
+        train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_leak_stops_the_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltatune.training.run import verify
+
+    def strict(model: Any, **options: Any) -> Any:
+        return verify(model, **{**options, "tolerance": 1e-30})
+
+    monkeypatch.setattr(run_module, "verify", strict)
+    with pytest.raises(UserError, match=r"not independent on this model \(.*linear_attention.*nothing was trained"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_earlier_runs_checkpoints_are_not_mixed_with_new_ones(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "output" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds checkpoints of an earlier run; continue it with --resume"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    with pytest.raises(UserError, match=r"holds no complete checkpoint"):
+        train(make_recipe(tmp_path, checkpoint), resume=True, console=QUIET)
+    with pytest.raises(UserError, match=r"is no complete training checkpoint"):
+        train(make_recipe(tmp_path, checkpoint), resume=tmp_path / "nowhere", console=QUIET)
