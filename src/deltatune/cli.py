@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error, debug=False)
     try:
+        if "recipe" in args:
+            # before the command, and with it torch, is imported: a typo costs no seconds
+            args.loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
         command = importlib.import_module(f"deltatune.commands.{args.command}")
         status: int = command.run(args)
     except KeyboardInterrupt:

@@ -74,6 +74,11 @@ CASES = {
         "data.train.0.columns.text",
         "data: {train: [{path: a, format: text, columns: {text: body}}]}",
     ),
+    "hub_settings_need_the_hub": (
+        "data: {train: [{path: a.jsonl, split: test}]}",
+        "data.train.0.split",
+        "data: {train: [{path: owner/a, split: test}]}",
+    ),
     "probe_settings_need_the_probe": (
         "verify: {enabled: false, lengths: [3, 4]}",
         "verify.lengths",

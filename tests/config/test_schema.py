@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pydantic
 import pytest
@@ -64,6 +65,13 @@ def test_training_arguments_hold_names_beyond_the_section() -> None:
     assert arguments["torch_empty_cache_steps"] == 4
     assert arguments["report_to"] == ["wandb"]
     assert None not in arguments.values()
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), (
+        "run python -m deltatune.config.reference > docs/config.md"
+    )
 
 
 def test_the_reference_page_names_every_key() -> None:

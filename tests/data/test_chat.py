@@ -57,13 +57,21 @@ def test_any_content_trains_exactly(name, content, request):
     assert trained.tolist() == tokenizer(content + "<|im_end|>", add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "marked_tokenizer"])
-def test_trimmed_offsets_make_no_difference(name, conversation, make_tokenizer, request):
-    exact = request.getfixturevalue(name)
-    trimmed = make_tokenizer(exact.chat_template, trim_offsets=True)
-    conversation[2]["content"] = "Four\n\n plus two \n"
-    expected, given = (render_one(Renderer(t), {"messages": conversation}) for t in (exact, trimmed))
-    assert np.array_equal(given.labels, expected.labels)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_no_token_reaches_across_the_beginning_of_a_turn(trim_offsets, make_tokenizer, conversation):
+    # the prompt ends in a space, which would merge with the word after it
+    template = """{%- for message in messages %}{{- message.role + ': ' + message.content + '<|im_end|>' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}"""
+    tokenizer = make_tokenizer(template, trim_offsets=trim_offsets)
+    assert tokenizer.tokenize(" Paris") == ["ĠParis"]
+    conversation[2]["content"] = "\nFour\n\n plus two \n "
+    sample = render_one(Renderer(tokenizer), {"messages": conversation})
+    assert trained_stretches(sample, tokenizer) == ["\nFour\n\n plus two \n <|im_end|>", "Paris<|im_end|>"]
+    prompt = tokenizer.apply_chat_template(conversation[:4], add_generation_prompt=True, return_dict=False)
+    trained = (sample.labels != IGNORE_INDEX).tolist()
+    assert sample.input_ids[: len(prompt)].tolist() == prompt
+    assert trained[len(prompt) - 1] is False
+    assert all(trained[len(prompt) :])
 
 
 def test_end_of_turn_right_after_a_generation_block_trains(make_tokenizer, conversation):

@@ -90,10 +90,10 @@ def test_scale_and_normalisation(options):
     assert max(errors.values()) < 1e-13, errors
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 65, 1000])
-def test_without_sequences_each_row_is_one_document(tokens):
-    inputs = make_inputs(tokens, batch=2, heads=(1, 2))
-    errors = relative_errors(run(gated_delta_rule, inputs), run(recurrence, inputs, [tokens, tokens]))
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (2, 63), (3, 65), (1, 1000)])
+def test_without_sequences_each_row_is_one_document(batch, tokens):
+    inputs = make_inputs(tokens, batch=batch, heads=(1, 2))
+    errors = relative_errors(run(gated_delta_rule, inputs), run(recurrence, inputs, [tokens] * batch))
     assert max(errors.values()) < 1e-6, errors
 
 
@@ -172,6 +172,15 @@ def test_bf16_error_is_within_twice_that_of_the_fp32_recurrence():
     in_fp32 = run(recurrence, [x.detach().float().requires_grad_() for x in inputs], lengths, dtype=torch.float32)
     budget = relative_errors([x.bfloat16() for x in in_fp32], exact)
     assert all(got[name] <= 2 * budget[name] for name in got), (got, budget)
+
+
+def test_autocast_rounds_nothing_inside():
+    inputs = make_inputs(70)
+    expected = run(gated_delta_rule, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(gated_delta_rule, inputs)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_each_gradient_has_the_dtype_of_its_input():
@@ -292,9 +301,9 @@ def test_the_graph_does_not_grow_with_the_tokens(tokens):
 
 def test_trains_at_4096_tokens_within_seconds():
     inputs = make_inputs(4096, heads=(4, 4), dims=(64, 64))
-    started = time.perf_counter()
+    started = time.process_time()  # the work done, not the wait for a busy machine
     gated_delta_rule(*inputs).sum().backward()
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("lengths", [[1] * 64, [64]])

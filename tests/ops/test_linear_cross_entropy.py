@@ -63,11 +63,13 @@ def test_bf16_loses_no_more_than_its_inputs_did():
 
 
 @needs_torch_213
-def test_torch_in_bf16_is_widened_to_fp32_when_named():
+def test_torch_in_bf16_runs_when_named_and_gives_the_rounded_loss_in_fp32():
     hidden, weight, labels = inputs(dtype=torch.bfloat16)
     found = linear_cross_entropy(hidden, weight, labels, impl="torch")
     assert found.dtype == torch.float32
-    assert relative_error(found, oracle(hidden, weight, labels, reduction="sum")) < 4e-3
+    assert found == found.bfloat16()
+    # the sum is kept in 8 bits: a chunk's share and the total each lose up to one part in 256
+    assert relative_error(found, oracle(hidden, weight, labels, reduction="sum")) < 2 / 256
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -188,7 +190,7 @@ def test_the_logits_of_the_pack_are_never_held(impl, weight_grad):
     weight.requires_grad_(weight_grad)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         linear_cross_entropy(hidden, weight, labels, impl=impl).backward()
-    largest = max(event.cpu_memory_usage for event in trace.events() if event.name == "[memory]")
+    largest = max(event.self_cpu_memory_usage for event in trace.events())
     assert 0 < largest < tokens * vocabulary * 4 / 2
 
 
@@ -198,6 +200,7 @@ def test_fullgraph(impl, weight_grad):
     hidden, weight, labels = inputs()
     weight.requires_grad_(weight_grad)
     wanted = [x for x in (hidden, weight) if x.requires_grad]
+    torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def head(hidden, weight, labels):
@@ -265,7 +268,7 @@ def test_a_torch_without_the_function_runs_the_reference(monkeypatch):
     choice = choose_linear_cross_entropy("cpu", torch.float32)
     assert choice.impl == "reference"
     assert "install torch >= 2.13" in choice.reason
-    with pytest.raises(ValueError, match="install torch >= 2.13"):
+    with pytest.raises(ValueError, match=r"install torch >= 2\.13"):
         linear_cross_entropy(*inputs(), impl="torch")
 
 

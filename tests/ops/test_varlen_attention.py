@@ -314,8 +314,9 @@ def test_choice_says_why():
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("window", [None, 2, 33])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("impl", [pytest.param(i, marks=CUDA) for i in ("torch", "reference")])
+@pytest.mark.parametrize(
+    ("dim", "impl"), [pytest.param(*c, marks=CUDA) for c in ((64, "torch"), (256, "torch"), (80, "reference"))]
+)
 def test_cuda_equals_dense_attention(lengths, window, dim, impl):
     q, k, v = inputs(sum(lengths), dim=dim, dtype=torch.bfloat16, device="cuda")
     sequences = Sequences.from_lengths(lengths, device="cuda")

@@ -47,7 +47,7 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(tmp_path: Path, 
         checkpoint,
         compile=True,
         data={"eval": [{"path": str(held_out)}]},
-        training={"eval_strategy": "epoch", "gradient_accumulation_steps": 2},
+        training={"eval_strategy": "epoch", "gradient_accumulation_steps": 2, "disable_tqdm": False},
     )
     console = Console(record=True, width=40, file=(tmp_path / "screen.txt").open("w"))
     result = train(recipe, console=console)
@@ -71,7 +71,7 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(tmp_path: Path, 
     merged_dir = merge_adapter(output, tmp_path / "merged")
     merged = logits(AutoModelForCausalLM.from_pretrained(merged_dir))
     assert (adapted - before).abs().max() > 0.1, "the adapter does something"
-    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
+    assert torch.linalg.vector_norm(merged - adapted) < 1e-5 * torch.linalg.vector_norm(adapted)
     ids = AutoTokenizer.from_pretrained(merged_dir).apply_chat_template(
         [{"role": "user", "content": "1 + 1?"}], tokenize=False
     )

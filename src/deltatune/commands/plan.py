@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from deltatune.commands.preprocess import show_progress
-from deltatune.commands.recipe import print_warnings, read_recipe
+from deltatune.commands.quiet import quiet_libraries
+from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.preparation import prepare
@@ -30,16 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+@quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
-    loaded = read_recipe(args)
+    loaded: LoadedRecipe = args.loaded
     recipe = loaded.recipe
     arguments = training_arguments(recipe.training)
     model = _empty_model_with_adapters(recipe)
     checkpointing, reason = _checkpointing(recipe, model, arguments)
     report = _prepare(recipe, model, checkpointing)
     packs = load_packs(recipe.data.train, recipe, load_tokenizer(recipe.model), progress=show_progress)
-    print_warnings(loaded)
+    sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += [] if reason is None else [f"checkpointing auto takes {checkpointing}: {reason}"]
     lines += ["", str(packs.report), *_steps(packs, arguments)]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
 
-from deltatune.commands.recipe import print_warnings, read_recipe
+from transformers import TrainingArguments
+
+from deltatune.commands.quiet import quiet_libraries
+from deltatune.config.load import LoadedRecipe
+from deltatune.config.rules import check_training_names
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.preview import preview
 from deltatune.data.sample import Sample
@@ -18,10 +23,12 @@ from deltatune.training.packs import cache_folder, load_packs
 __all__ = ["run", "show_progress"]
 
 
+@quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Tokenises (which fills the cache that training reads), packs, reports, and shows samples."""
-    loaded = read_recipe(args)
+    loaded: LoadedRecipe = args.loaded
     recipe = loaded.recipe
+    check_training_names(recipe.training, [field.name for field in dataclasses.fields(TrainingArguments)])
     tokenizer = load_tokenizer(recipe.model)
     parts = {"train": recipe.data.train, "eval": recipe.data.eval}
     packs = {
@@ -29,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         for name, sources in parts.items()
         if sources
     }
-    print_warnings(loaded)
+    sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
     for name, packed in packs.items():
         sys.stdout.write(f"{name}: {packed.report}\n")
     sys.stdout.write(f"tokenised data is in {cache_folder(recipe)}\n")
@@ -54,5 +61,6 @@ def _samples(packs: PackedDataset) -> Iterator[Sample]:
 
 def _wants_color(choice: str) -> bool:
     if choice == "auto":
-        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        # the conventions of no-color.org and force-color.org
+        return not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR")))
     return choice == "always"

@@ -1,8 +1,9 @@
-"""Keeping the libraries' progress bars out of logs and pipes."""
+"""Keeping what libraries tell each other out of the command's output."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,15 @@ __all__ = ["quiet_libraries"]
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars of transformers (loading weights) unless someone watches: an error is to be the only line."""
+    """So that an error is the only line: no loading bars unless someone watches, no deprecations among libraries."""
     shown = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with warnings.catch_warnings():
+        # PEFT asks transformers for attributes that the latter is renaming
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()

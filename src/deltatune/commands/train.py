@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.commands.recipe import read_recipe
 from deltatune.compile import GraphBreakError
+from deltatune.config.load import LoadedRecipe
 from deltatune.training.run import train
 
 __all__ = ["run"]
@@ -16,7 +16,7 @@ __all__ = ["run"]
 @quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Trains; 1 when the compiler could not capture a layer, with its reason."""
-    loaded = read_recipe(args)
+    loaded: LoadedRecipe = args.loaded
     try:
         # training prints the warnings, beside everything else that is saved with the run
         train(loaded.recipe, resume=args.resume)

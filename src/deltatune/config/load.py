@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 from deltatune.config.explain import explain, shown
 from deltatune.config.names import nearest
 from deltatune.config.paths import dotted, known_keys, names_free_mapping
-from deltatune.config.rules import check_recipe, check_training_names
+from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
@@ -38,16 +38,15 @@ class LoadedRecipe:
     warnings: list[str]
 
 
-def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, training_names: Iterable[str] | None = None
-) -> LoadedRecipe:
-    """Reads and checks a recipe.
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Reads and checks a recipe, without torch or transformers.
+
+    What needs them is checked where they are used: TrainingArguments' names beyond those of the schema
+    (``rules.check_training_names``), targets of adapters, kernels.
 
     Args:
         path: a YAML file.
         overrides: ``"a.b=value"`` each, the value in YAML; a number in the path is a position in a list.
-        training_names: the field names of the installed ``transformers.TrainingArguments``; without them, names that
-            the schema does not list are left unchecked.
 
     Raises:
         UserError: no such file, broken YAML, an unknown key, a wrong type, or a violated rule.
@@ -64,8 +63,6 @@ def load_recipe(
     except pydantic.ValidationError as error:
         raise UserError(explain(error, data, lines, str(path))) from error
     try:
-        if training_names is not None:
-            check_training_names(recipe.training, training_names)
         return LoadedRecipe(recipe, check_recipe(recipe))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -146,6 +146,16 @@ def columns_fit_the_format(recipe: Recipe) -> str | None:
     return None
 
 
+def hub_settings_need_the_hub(recipe: Recipe) -> str | None:
+    """A file has no splits and no configurations."""
+    for where, source in _sources(recipe):
+        if source.path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
+            for name in ("split", "name"):
+                if _differs(source, name):
+                    return f"{where}.{name} cannot act on a file ({source.path}); leave it out"
+    return None
+
+
 def probe_settings_need_the_probe(recipe: Recipe) -> str | None:
     """Settings of a probe that is off."""
     given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
@@ -215,6 +225,7 @@ ERROR_RULES: tuple[Rule, ...] = (
     dora_runs_on_stock_layers,
     chat_settings_need_chat_data,
     columns_fit_the_format,
+    hub_settings_need_the_hub,
     probe_settings_need_the_probe,
 )
 WARNING_RULES: tuple[Rule, ...] = (

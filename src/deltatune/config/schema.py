@@ -128,13 +128,13 @@ class Source(Section):
     """One data set: a file, a folder of files, or a name on the Hugging Face Hub."""
 
     path: Text
-    """A JSONL or Parquet file, a pattern of such files, or the name of a data set on the Hub."""
+    """A JSONL, JSON or Parquet file, a folder or a pattern of such files, or the name of a data set on the Hub."""
 
     format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
     """What a row holds: `messages`, `prompt` and `completion`, or `text`; `auto` looks at the columns."""
 
     split: Text = "train"
-    """The split of a data set on the Hub, slices such as `train[:5%]` included."""
+    """The split of a data set on the Hub."""
 
     name: Text | None = None
     """The configuration of a data set on the Hub."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = ["Renderer", "Sample", "TrainOn"]
 
 TrainOn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
+Indices = NDArray[np.int64]
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -96,11 +98,11 @@ class Renderer:
         trained = np.arange(ids.size) >= (0 if self.train_on == "all" else head.size)
         return _labelled(ids, trained)
 
-    def _ids(self, text: str, *, special: bool) -> NDArray[np.int64]:
+    def _ids(self, text: str, *, special: bool) -> Indices:
         encoded = self.tokenizer(text, add_special_tokens=special, verbose=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
-    def _with_eos(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _with_eos(self, ids: Indices) -> Indices:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise DataError("the tokenizer has no eos_token, so a text would have no end; set one and save it again")
@@ -130,11 +132,15 @@ class Renderer:
         ``trim`` leaves out whitespace that a template writes between the end-of-turn token and the next header, which
         no model is asked for; ``extend_to_eos`` adds an end-of-sequence token that directly follows a span.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        # a tokenizer that trims offsets gives whitespace tokens none: they begin where the token before ended
-        starts = np.where(starts < ends, starts, np.concatenate([[0], ends[:-1]]))
+        ids, starts, ends = self._tokens(text)
+        # an offset may leave out the space that its token begins with, so a token reaches back to the one before it
+        reaches = np.concatenate([[0], ends])[: ends.size]
+        across = sorted({start for start, _ in spans if ((reaches < start) & (start < ends)).any()})
+        if across:
+            # a token across the seam is one the model could never write after this prompt
+            pieces = [(at, self._tokens(text[at:to])) for at, to in pairwise([0, *across, len(text)])]
+            ids = np.concatenate([piece[0] for _, piece in pieces])
+            starts, ends = (np.concatenate([at + piece[side] for at, piece in pieces]) for side in (1, 2))
         trained = np.zeros(ids.size, dtype=bool)
         for start, end in spans:
             inside = np.flatnonzero((starts >= start) & (ends <= end))
@@ -147,6 +153,14 @@ class Renderer:
             if extend_to_eos and after < ids.size and starts[after] == end:
                 trained[after] |= ids[after] == self.tokenizer.eos_token_id
         return _labelled(ids, trained)
+
+    def _tokens(self, text: str) -> tuple[Indices, Indices, Indices]:
+        """Ids of a text, and the characters where each token begins and ends."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        # a tokenizer that trims offsets gives whitespace tokens none: they begin where the token before ended
+        starts = np.where(starts < ends, starts, np.concatenate([[0], ends])[: ends.size])
+        return np.asarray(encoded["input_ids"], dtype=np.int64), starts, ends
 
     @cached_property
     def _control_tokens(self) -> frozenset[int]:
@@ -253,7 +267,7 @@ def _of_turns(spans: list[Span], turns: list[int], wanted: list[int], where: str
     return [spans[turns.index(turn)] for turn in wanted]
 
 
-def _labelled(ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> Sample:
+def _labelled(ids: Indices, trained: NDArray[np.bool_]) -> Sample:
     return Sample(ids, np.where(trained, ids, IGNORE_INDEX))
 
 

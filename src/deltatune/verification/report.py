@@ -26,6 +26,8 @@ class VerifyRow:
             document's inputs.
         perturbation: largest absolute change in a document's outputs and input gradients when other documents hold
             other values.
+        limits: of the first three columns: the tolerance, or more where a model is measured
+            to amplify rounding (a nudge of its inputs by a quarter of the tolerance changes documents alone by this).
         reach: tokens from a document's start up to which its outputs differ from the document alone; 0 where none do.
         worst_parameter: the parameter behind ``parameter_grads``.
         ok: every column is within its limit.
@@ -38,11 +40,18 @@ class VerifyRow:
     parameter_grads: float
     cross_document_gradient: float
     perturbation: float
+    limits: tuple[float, float, float]
     reach: int
     worst_parameter: str
     ok: bool
 
-    def verdict(self, tolerance: float) -> str:
+    @property
+    def leaks(self) -> bool:
+        """Whether documents depend on each other by more than rounding."""
+        return self.cross_document_gradient > 0 or self.forward > self.limits[0]
+
+    @property
+    def verdict(self) -> str:
         """``ok``, or what is wrong with this row in words."""
         if self.ok:
             return "ok"
@@ -50,17 +59,23 @@ class VerifyRow:
         if any(math.isnan(figure) for figure in figures):
             return "some outputs or gradients are not finite"
         found = []
-        if self.forward > tolerance:
+        if self.forward > self.limits[0]:
             found.append(f"outputs differ from the document alone up to {self.reach} tokens past its start")
         if self.cross_document_gradient > 0:
             found.append("gradients reach other documents")
-        if not found and self.input_grad > tolerance:
+        if not found and self.input_grad > self.limits[1]:
             found.append("input gradients differ from the document alone")
-        if not found and self.parameter_grads > tolerance:
+        if not found and self.parameter_grads > self.limits[2]:
             found.append(f"gradients of {self.worst_parameter} are not the sum over the documents alone")
         if not found:
             found.append("rounding depends on what other documents hold")
         return " and ".join(found)
+
+    @property
+    def limits_line(self) -> str:
+        """The row's own limits in words."""
+        limits = ", ".join(f"{limit:.1e}" for limit in self.limits)
+        return f"{self.name}: amplifies rounding, measured on documents alone; limits {limits}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class VerifyReport:
 
     Attributes:
         rows: one for each type of decoder layer, then one for the whole model.
-        tolerance: limit of the three relative columns.
+        tolerance: limit of the three relative columns; see ``VerifyRow.limits``.
         exact: the perturbation must change nothing bit for bit (on the CPU, and with deterministic algorithms);
             otherwise it is held to ``tolerance`` times the largest value, since atomic adds round differently from run
             to run. The gradient across documents must be exactly zero everywhere.
@@ -106,8 +121,8 @@ class VerifyReport:
         wrong = [row for row in self.rows if not row.ok]
         # the whole model inherits what its layers do
         blamed = [row for row in wrong if row.name != "model"] or wrong
-        findings = "; ".join(f"{row.name}: {row.verdict(self.tolerance)}" for row in blamed)
-        leak = any(row.cross_document_gradient > 0 or row.forward > self.tolerance for row in wrong)
+        findings = "; ".join(f"{row.name}: {row.verdict}" for row in blamed)
+        leak = any(row.leaks for row in wrong)
         remedy = "" if self.prepared else "; prepare(model) keeps documents apart"
         return f"{'LEAK' if leak else 'FAILED'}: {findings}{remedy}"
 
@@ -145,6 +160,7 @@ class VerifyReport:
                 *table((*header, "verdict"), rows),
                 "",
                 f"limits: {self.tolerance:g} relative; cross-document gradient 0; perturbation {limit}",
+                *(row.limits_line for row in self.rows if max(row.limits) > self.tolerance),
                 *self.notes,
                 self.verdict,
             ]

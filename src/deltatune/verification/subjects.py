@@ -56,7 +56,9 @@ class Probed:
             embedded = embedding(ids).detach()
         self.inputs, self.others = embedded[:1], embedded[1:]
         self.labels = ids[:1].clone()
-        self.labels[0, [place.start for place in documents.slices]] = -100
+        if self.state is None:
+            # as collators that flatten do; a prepared model keeps a document's first token from being a target itself
+            self.labels[0, [place.start for place in documents.slices]] = -100
         # a cache would switch packing off, and the router's loss couples documents by definition
         self.switches = {"use_cache": False}
         if hasattr(config, "output_router_logits"):
@@ -71,7 +73,7 @@ class Probed:
         except ValueError as error:
             if self.state is not None or "cu_seq_lens_q" not in self.metadata:
                 raise
-            self.refused = str(error)
+            self.refused = str(error).partition("\n")[0]
         self.metadata = {name: value for name, value in self.metadata.items() if name not in _STOCK_EXTRAS}
         return self._calls(inputs, layers, self.metadata)
 
@@ -138,6 +140,7 @@ def model_subject(probed: Probed, fallback: Mapping[str, nn.Parameter]) -> Subje
         parameters=trained or fallback,
         packed=_run_model(probed, probed.metadata, probed.labels, compiled=probed.compiled),
         alone=alone,
+        has_loss=_has_head(probed),
     )
 
 
@@ -155,7 +158,7 @@ def _metadata(documents: Documents, device: torch.device, *, prepared: bool) -> 
 
 
 def _recorder(calls: dict[str, _Call], name: str) -> Callable[..., None]:
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
         calls[name] = _Call(hidden.detach(), args[1:], rest)
@@ -190,18 +193,17 @@ def _run_model(
     probed: Probed, metadata: dict[str, Any], labels: Tensor, *, compiled: bool
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Logits and the summed loss; without a head, hidden states and a fixed function of them."""
-    headless = probed.model.get_output_embeddings() is None  # type: ignore[operator]
 
     def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
         call = {"inputs_embeds": inputs, **metadata, **probed.switches, "return_dict": True}
-        if not headless:
+        if _has_head(probed):
             # one item: the loss comes out as a sum, whatever the number of targets
             call |= {"labels": labels.masked_fill(~trained, -100), "num_items_in_batch": 1}
             if probed.state is not None:
                 call["output_logits"] = True
         with compiled_as(probed.state, compiled=compiled):
             output = probed.model(**call)
-        if not headless:
+        if _has_head(probed):
             return output.logits, output.loss
         hidden = output.last_hidden_state
         return hidden, hidden.square().sum(-1).masked_fill(~trained, 0).sum()
@@ -216,6 +218,10 @@ def _parameters(layer: nn.Module, *, trained_only: bool) -> dict[str, nn.Paramet
         for name, p in layer.named_parameters()
         if p.is_floating_point() and (p.requires_grad or not trained_only)
     }
+
+
+def _has_head(probed: Probed) -> bool:
+    return probed.model.get_output_embeddings() is not None  # type: ignore[operator]
 
 
 def _scope(state: ModelState) -> str | None:

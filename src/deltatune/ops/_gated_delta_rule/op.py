@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from deltatune.ops._autocast import without_autocast
 from deltatune.ops._gated_delta_rule import reference
 from deltatune.ops._gated_delta_rule.chunks import CHUNK_SIZES
 
@@ -70,7 +71,8 @@ def _forward(
 ) -> Tensor:
     boundaries = _boundaries(v, cu_seqlens_cpu)
     forward = _IMPLEMENTATIONS[impl].forward
-    return forward(q, k, v, g, beta, boundaries, scale=scale, qk_l2norm=qk_l2norm)
+    with without_autocast(v):
+        return forward(q, k, v, g, beta, boundaries, scale=scale, qk_l2norm=qk_l2norm)
 
 
 def _backward(
@@ -88,7 +90,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     boundaries = _boundaries(v, cu_seqlens_cpu)
     backward = _IMPLEMENTATIONS[impl].backward
-    return backward(grad, q, k, v, g, beta, boundaries, scale=scale, qk_l2norm=qk_l2norm)
+    with without_autocast(v):
+        return backward(grad, q, k, v, g, beta, boundaries, scale=scale, qk_l2norm=qk_l2norm)
 
 
 def _boundaries(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:

@@ -51,8 +51,8 @@ def linear_cross_entropy(
         ignore_index: the label of a token that counts for nothing.
         reduction: ``"sum"``, 0 where no label counts; or ``"mean"`` over the tokens that count, NaN where none does, as
             in ``torch.nn.functional.cross_entropy``.
-        impl: ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose result is rounded to
-            the dtype of ``hidden`` before it is widened. ``"reference"``: anywhere, logits and loss in fp32.
+        impl: ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose loss is summed
+            and rounded in the dtype of ``hidden`` before it is widened: up to 0.8% off in bf16. ``"reference"``: anywhere, logits and loss in fp32.
             ``"auto"``: torch's for fp32 and fp64, otherwise the reference.
 
     Returns:

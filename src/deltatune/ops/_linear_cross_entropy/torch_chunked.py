@@ -22,7 +22,7 @@ def missing() -> str | None:
 
 
 def rounds_loss(dtype: torch.dtype) -> bool:
-    """Its result has the dtype of its input: 8 bits of a loss summed over the whole pack in bf16."""
+    """It sums the loss in the dtype of its input: in bf16, 0.8% off on packs of 1024 tokens, where fp32 is 1e-7 off."""
     return dtype in (torch.float16, torch.bfloat16)
 
 

@@ -1,0 +1,48 @@
+import shutil
+
+import torch
+
+from deltatune.cli import main
+
+
+def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
+    assert main(["plan", str(write_recipe())]) == 0
+    page = capsys.readouterr().out
+    for expected in (
+        "Qwen3_5GatedDeltaNet",
+        "gated_delta_rule",
+        "trainable 1,088 of ",
+        "self_attn.q_proj.lora_A",
+        "24 rows -> 24 documents",
+        "2 steps of 1 packs (128 tokens)",
+        "memory estimate",
+        "optimizer",
+    ):
+        assert expected in page
+    assert not (tmp_path / "output").exists()
+
+
+def test_plan_loads_no_weights(write_recipe, monkeypatch, checkpoint, tmp_path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(torch.nn.Linear, "forward", None)
+    assert main(["plan", str(write_recipe(model={"name_or_path": str(bare)}))]) == 0
+
+
+def test_plan_counts_steps_by_epochs_and_accumulation(capsys, write_recipe) -> None:
+    recipe = write_recipe(training={"num_train_epochs": 2, "gradient_accumulation_steps": 4, "use_cpu": True})
+    assert main(["plan", str(recipe)]) == 0
+    # 24 documents of about 30 tokens: 6 packs of 128, so 2 steps an epoch, the second of 2 packs
+    assert "4 steps of 4 packs (512 tokens), 2 steps an epoch, 2.00 epochs" in capsys.readouterr().out
+
+
+def test_plan_of_full_training_with_automatic_checkpointing(capsys, write_recipe) -> None:
+    assert main(["plan", str(write_recipe(lora=None, checkpointing="auto", compile=True))]) == 0
+    page = capsys.readouterr().out
+    assert "(100.00%)" in page
+    assert "checkpointing auto takes none" in page
+
+
+def test_plan_gives_warnings(capsys, write_recipe) -> None:
+    assert main(["plan", str(write_recipe()), "--set", "packing.tokens_per_batch=100"]) == 0
+    assert "warning: packing.tokens_per_batch: 100 is no multiple of 64" in capsys.readouterr().out

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from deltatune.cli import main
+from deltatune.commands import train as command
+from deltatune.compile import GraphBreakError
+from deltatune.config.load import load_recipe
+
+
+@pytest.fixture
+def trained(write_recipe, tmp_path):
+    assert main(["train", str(write_recipe())]) == 0
+    return tmp_path / "output"
+
+
+def test_train_then_merge(trained, checkpoint, tmp_path, capsys) -> None:
+    from transformers import AutoModelForCausalLM
+
+    merged = tmp_path / "merged"
+    assert main(["merge", str(trained), "--output", str(merged)]) == 0
+    base, model = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (checkpoint, merged))
+    assert base.keys() == model.keys()
+    changed = {name for name in base if not torch.equal(base[name], model[name])}
+    assert changed
+    assert all(name.endswith(("q_proj.weight", "in_proj_qkv.weight")) for name in changed)
+    # a second merge into the same folder would mix two models
+    assert main(["merge", str(trained), "--output", str(merged)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_the_resolved_recipe_runs_again(trained) -> None:
+    recipe = load_recipe(trained / "config.yaml").recipe
+    assert recipe.training.max_steps == 2
+    assert recipe.packing.tokens_per_batch == 128
+
+
+def test_a_graph_break_is_one_line_and_not_the_users_fault(monkeypatch, capsys, write_recipe) -> None:
+    def breaks(recipe, resume=None):
+        raise GraphBreakError("layer 0:\nunsupported call")
+
+    monkeypatch.setattr(command, "train", breaks)
+    assert main(["train", str(write_recipe())]) == 1
+    assert capsys.readouterr().err == "error: layer 0: unsupported call\n"
