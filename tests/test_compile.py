@@ -8,11 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, documents, tiny_model
 
 from deltatune import CompileOptions, Sequences, prepare
 from deltatune.compile import GraphBreakError
 from deltatune.config.inductor import INDUCTOR_OPTIONS
+from tiny import FAMILIES, documents, tiny_model
 
 TOTAL = 96
 TYPES = {"qwen3": 1, "qwen3_moe": 1, "qwen3_next": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
@@ -66,7 +66,8 @@ def test_one_graph_a_layer_type(family: str, checkpointing: str | float) -> None
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(model, 10)
     assert list(report.graphs.values()) == [1] * TYPES[family]
-    assert report.breaks == [] and report.recompiles == []
+    assert report.breaks == []
+    assert report.recompiles == []
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -142,7 +143,8 @@ def test_hidden_states_beside_compiled_layers() -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     train(model, 1)
-    assert prepared.compile_report is not None and prepared.compile_report.breaks == []
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.breaks == []
 
 
 def test_router_logits_are_refused_beside_compiled_layers() -> None:
@@ -189,7 +191,8 @@ def test_a_recompile_is_reported_with_its_reason() -> None:
         model(**batches(1)[0])
     report = prepared.compile_report
     assert report is not None
-    assert len(report.recompiles) == 1 and "grad" in report.recompiles[0].lower()
+    assert len(report.recompiles) == 1
+    assert "grad" in report.recompiles[0].lower()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_bad_options_are_refused(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_every_allowed_option_exists_in_torch() -> None:
-    CompileOptions(options={key: False for key in INDUCTOR_OPTIONS})
+    CompileOptions(options=dict.fromkeys(INDUCTOR_OPTIONS, False))
 
 
 def test_an_option_torch_no_longer_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, HYBRIDS, documents, tiny_model
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from deltatune import Sequences, prepare
+from tiny import FAMILIES, HYBRIDS, documents, tiny_model
 
 LENGTHS = [5, 1, 30, 7]
 TARGETS = ["q_proj", "v_proj", "out_proj", "in_proj_qkv", "in_proj_qkvz"]
@@ -81,7 +81,10 @@ def test_padded_rows_match_their_documents() -> None:
         ({"sequences": Sequences.from_lengths([42])}, "42 tokens"),
         ({"output_attentions": True}, "output_attentions"),
         (
-            {"sequences": Sequences.from_lengths([40, 3]), "position_ids": Sequences.from_lengths(LENGTHS).positions[None]},
+            {
+                "sequences": Sequences.from_lengths([40, 3]),
+                "position_ids": Sequences.from_lengths(LENGTHS).positions[None],
+            },
             "contradict",
         ),
     ],
@@ -299,7 +302,8 @@ def test_the_report_counts_swaps(hybrid: str) -> None:
     assert rows["GatedAttention"] == (2, 2)
     assert rows["DecoderLayer"] == (4, 4)
     text = str(report)
-    assert "gated_delta_rule" in text and "reference" in text
+    assert "gated_delta_rule" in text
+    assert "reference" in text
     assert report.to_dict()["trainable_parameters"] == report.total_parameters
 
 

@@ -1,12 +1,379 @@
-"""The independence probe: passes where documents are independent, and fails in the right row and column."""
-
 from __future__ import annotations
 
 import copy
 import json
-import sys
+from collections.abc import Callable
+from typing import Any
 
+import peft
 import pytest
 import torch
+from torch import Tensor, nn
 
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent))
+import deltatune.layers.causal_lm
+from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
+from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
+
+LENGTHS = (3, 1, 66, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prepared_models_are_independent(family: str) -> None:
+    model = tiny_model(family)
+    prepare(model)
+    report = verify(model)
+    assert report.ok, str(report)
+    assert report.prepared
+    assert report.exact
+    for row in report.rows:
+        assert max(row.forward, row.input_grad, row.parameter_grads) < 1e-5
+        assert row.cross_document_gradient == row.perturbation == 0
+    kinds = {"linear_attention", "full_attention"} if family in HYBRIDS else {"full_attention"}
+    assert {row.name.partition(",")[0] for row in report.rows} == kinds | {"model"}
+    assert all(("experts" in row.name) == ("qwen3" != family != "qwen3_5") for row in report.rows[:-1])
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_stock_hybrid_leaks_in_its_recurrent_layers(family: str) -> None:
+    report = verify(tiny_model(family), lengths=LENGTHS)
+    assert not report.ok
+    assert not report.prepared
+    failed = {row.name.partition(",")[0] for row in report.rows if not row.ok}
+    assert failed == {"linear_attention", "model"}
+    linear = report.rows[0]
+    assert linear.forward > 0.1
+    assert linear.cross_document_gradient > 0.1
+    assert linear.perturbation > 0.1
+    assert report.verdict.startswith("LEAK: linear_attention")
+    assert "prepare(model)" in report.verdict
+
+
+def test_a_stock_decoder_with_attention_alone_is_independent_without_a_cache() -> None:
+    report = verify(tiny_model("qwen3"), lengths=LENGTHS)
+    assert report.ok, str(report)
+    assert not report.prepared
+    assert report.padding == 0
+
+
+@pytest.mark.parametrize("adapters_first", [True, False])
+def test_adapters(adapters_first: bool) -> None:
+    model = tiny_model("qwen3_5")
+    if not adapters_first:
+        prepare(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
+    if adapters_first:
+        prepare(wrapped)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    report = verify(wrapped, lengths=LENGTHS)
+    assert report.ok, str(report)
+    assert "lora" in report.rows[-1].worst_parameter
+
+
+def test_conditional_generation_and_a_bare_text_model() -> None:
+    model = tiny_conditional()
+    assert not verify(model, lengths=LENGTHS).ok
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    assert report.ok, str(report)
+    bare = tiny_model("qwen3_5").model
+    prepare(bare)
+    report = verify(bare, lengths=LENGTHS)
+    assert report.ok, str(report)
+    assert report.rows[-1].forward > 0
+
+
+def test_frozen_model_is_probed_all_the_same() -> None:
+    model = tiny_model("qwen3").requires_grad_(False)
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    assert report.ok, str(report)
+    assert all(row.parameter_grads > 0 for row in report.rows)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_compiled_graphs_can_be_probed() -> None:
+    model = tiny_model("qwen3", layers=1)
+    prepared = prepare(model, compile=CompileOptions())
+    eager = verify(model, lengths=LENGTHS)
+    assert eager.ok
+    assert not eager.compiled
+    compile_report = prepared.compile_report
+    assert compile_report is not None
+    assert not compile_report.graphs, "the default probe must not compile"
+    report = verify(model, lengths=LENGTHS, tokens=96, compiled=True)
+    assert report.ok, str(report)
+    assert report.compiled
+    assert report.padding == 96 - sum(LENGTHS)
+    assert list(compile_report.graphs.values()) == [1]
+
+
+Break = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Break], VerifyReport]:
+    """Verifies a prepared hybrid one of whose ops is replaced."""
+
+    def run(op: str, wrapper: Break) -> VerifyReport:
+        model = tiny_model("qwen3_5")
+        prepare(model)
+        monkeypatch.setattr(ops, op, wrapper(getattr(ops, op)))
+        return verify(model, lengths=LENGTHS)
+
+    return run
+
+
+def _rows(report: VerifyReport) -> dict[str, Any]:
+    return {row.name: row for row in report.rows}
+
+
+def test_a_convolution_that_ignores_boundaries_is_found(broken: Callable[..., VerifyReport]) -> None:
+    def ignore(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, sequences=None, **kwargs: op(*args, **kwargs)
+
+    report = broken("causal_conv", ignore)
+    rows = _rows(report)
+    assert not report.ok
+    assert rows["full_attention"].ok
+    linear = rows["linear_attention"]
+    assert min(linear.forward, linear.cross_document_gradient, linear.perturbation) > 1e-3
+    assert report.verdict.startswith("LEAK: linear_attention: ")
+    assert "full_attention" not in report.verdict
+
+
+def test_the_delta_rule_that_ignores_boundaries_is_found_however_fast_the_model_forgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("qwen3_5")
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            nn.init.constant_(parameter, 6.0)
+    prepare(model)
+    op = ops.gated_delta_rule
+    monkeypatch.setattr(ops, "gated_delta_rule", lambda *args, sequences=None, **kwargs: op(*args, **kwargs))
+    report = verify(model, lengths=LENGTHS)
+    assert _rows(report)["linear_attention"].cross_document_gradient > 1e-3
+    assert all(bool((p == 6.0).all()) for name, p in model.named_parameters() if name.endswith("A_log"))
+
+
+def test_attention_that_ignores_boundaries_is_found(broken: Callable[..., VerifyReport]) -> None:
+    def ignore(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, sequences=None, **kwargs: op(*args, **kwargs)
+
+    rows = _rows(broken("varlen_attention", ignore))
+    assert rows["linear_attention"].ok
+    assert not rows["full_attention"].ok
+    assert rows["full_attention"].cross_document_gradient > 1e-3
+
+
+class _ShiftedGradient(torch.autograd.Function):
+    """Identity whose gradient moves one token on, over boundaries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad + 1e-3 * grad.roll(1, dims=1)
+
+
+def test_a_leak_in_backward_alone_is_found(broken: Callable[..., VerifyReport]) -> None:
+    row = _rows(broken("causal_conv", lambda op: lambda *a, **k: _ShiftedGradient.apply(op(*a, **k))))[
+        "linear_attention"
+    ]
+    assert row.forward < 1e-5
+    assert row.input_grad > 1e-5
+    assert row.cross_document_gradient > 0
+    assert row.verdict == "gradients reach other documents"
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def test_a_wrong_weight_gradient_of_packs_is_found(broken: Callable[..., VerifyReport]) -> None:
+    def scale(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrong(x: Tensor, weight: Tensor, *args: Any, sequences: Sequences, **kwargs: Any) -> Tensor:
+            scaled = _ScaledGradient.apply(weight, 1.01 if sequences.num_sequences > 1 else 1.0)
+            return op(x, scaled, *args, sequences=sequences, **kwargs)
+
+        return wrong
+
+    report = broken("causal_conv", scale)
+    row = _rows(report)["linear_attention"]
+    assert row.parameter_grads == pytest.approx(0.01, rel=1e-2)
+    assert max(row.forward, row.input_grad) < 1e-5
+    assert row.cross_document_gradient == row.perturbation == 0
+    assert "conv1d" in row.worst_parameter
+    assert report.verdict.startswith("FAILED")
+    assert "conv1d" in report.verdict
+
+
+def test_an_influence_below_the_tolerance_is_found_by_the_perturbation(broken: Callable[..., VerifyReport]) -> None:
+    def faint(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return op(x, *args, **kwargs) + 1e-8 * x.detach().sum().sin()
+
+        return wrong
+
+    row = _rows(broken("causal_conv", faint))["linear_attention"]
+    assert row.forward < 1e-5
+    assert row.cross_document_gradient == 0
+    assert row.perturbation > 0
+    assert not row.ok
+    assert row.verdict == "rounding depends on what other documents hold"
+
+
+def test_values_that_are_not_finite_fail(broken: Callable[..., VerifyReport]) -> None:
+    report = broken("causal_conv", lambda op: lambda *a, **k: op(*a, **k) * float("nan"))
+    assert not report.ok
+    assert "not finite" in report.verdict
+    str(report)
+
+
+def test_a_loss_across_a_boundary_is_found_in_the_model_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    prepare(model)
+
+    def unmasked(labels: Tensor, shift_labels: None, sequences: Sequences) -> Tensor:
+        return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+    monkeypatch.setattr(deltatune.layers.causal_lm, "next_token_targets", unmasked)
+    rows = _rows(verify(model, lengths=LENGTHS))
+    assert rows["full_attention"].ok
+    assert not rows["model"].ok
+    assert rows["model"].cross_document_gradient > 0
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_the_model_is_left_as_found(prepared: bool) -> None:
+    model = tiny_model("qwen3_5")
+    if prepared:
+        prepare(model, compile=CompileOptions(), checkpointing="layer")
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.weight.grad = None
+    for parameter in model.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    trained = [p.requires_grad for p in model.parameters()]
+    addresses = [p.data_ptr() for p in model.parameters()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    config = model.config.to_dict()
+    torch.manual_seed(11)
+    rng = torch.get_rng_state()
+    verify(model, lengths=LENGTHS)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert model.config.to_dict() == config
+    assert all(bool((p.grad == 1).all()) for p in model.model.parameters())
+    assert model.lm_head.weight.grad is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_model_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model, compile=CompileOptions())
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(ops, "varlen_attention", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        verify(model, lengths=LENGTHS)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model._deltatune.compile is not None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_it_works_without_gradients_around_it() -> None:
+    model = tiny_model("qwen3")
+    prepare(model)
+    with torch.no_grad():
+        assert verify(model, lengths=LENGTHS).ok
+
+
+def test_many_tiny_documents() -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model)
+    report = verify(model, lengths=[1 + i % 3 for i in range(60)])
+    assert report.ok, str(report)
+    assert "60 documents" in str(report)
+
+
+def test_a_model_that_amplifies_rounding_is_not_called_a_leak() -> None:
+    model = tiny_model("qwen3_5", layers=12)
+    prepare(model)
+    report = verify(model, lengths=LENGTHS, tolerance=1e-6)
+    row = report.rows[-1]
+    assert max(row.forward, row.input_grad, row.parameter_grads) > 1e-6
+    assert max(row.limits) > 1e-6
+    assert report.ok, str(report)
+    assert "amplifies rounding" in str(report)
+
+
+def test_bfloat16_has_a_budget_of_its_own_and_no_leak_hides_in_it() -> None:
+    model = tiny_model("qwen3_5", dtype=torch.bfloat16)
+    assert not verify(model, lengths=LENGTHS).ok
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    assert report.ok, str(report)
+    assert report.dtype == "bfloat16"
+    assert report.tolerance == 2e-2
+
+
+def test_report_prints_and_saves() -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    text = str(report)
+    assert "linear_attention" in text
+    assert "slow decay" in text
+    assert text.endswith("OK: every document is as independent as if it were alone")
+    saved = json.loads(json.dumps(report.to_dict()))
+    assert saved["ok"] is True
+    assert saved["lengths"] == list(LENGTHS)
+    assert [row["name"] for row in saved["rows"]] == ["linear_attention", "full_attention", "model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": [5]}, "two or more"),
+        ({"lengths": [5, 0]}, "at least one token"),
+        ({"lengths": [5, 6], "tokens": 10}, "tokens=10 cannot hold"),
+        ({"compiled": True}, "prepared with compile"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    model = tiny_model("qwen3")
+    prepare(model)
+    with pytest.raises(ValueError, match=message):
+        verify(model, **arguments)
+
+
+def test_what_is_no_decoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear without decoder layers"):
+        verify(nn.Linear(2, 2))
+    with torch.device("meta"):
+        model = copy.deepcopy(tiny_model("qwen3").config)
+        empty = type(tiny_model("qwen3"))(model)
+    with pytest.raises(ValueError, match="meta device"):
+        verify(empty)

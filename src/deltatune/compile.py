@@ -39,8 +39,8 @@ class CompileOptions:
         backend: ``"inductor"``, or ``"aot_eager"``: the same graphs without generated code, for debugging and tests.
 
     Raises:
-        ValueError: an unknown scope or backend, options beside ``"aot_eager"``, a key outside the list, a value of the wrong type, or a setting that the
-            installed torch does not have.
+        ValueError: an unknown scope or backend, options beside ``"aot_eager"``, a key outside the list, a value of the
+            wrong type, or a setting that the installed torch does not have.
     """
 
     scope: Literal["layer", "model"] = "layer"
@@ -78,7 +78,7 @@ def _check_option(key: str, value: object) -> None:
         raise ValueError(f"compile option {key} does not exist in torch {torch.__version__}; remove it")
 
 
-def validate_checkpointing(checkpointing: str | float, compile: CompileOptions | None) -> None:
+def validate_checkpointing(checkpointing: str | float, options: CompileOptions | None) -> None:
     """Checks an activation checkpointing setting.
 
     Raises:
@@ -86,12 +86,12 @@ def validate_checkpointing(checkpointing: str | float, compile: CompileOptions |
     """
     if checkpointing in ("none", "layer"):
         return
-    if isinstance(checkpointing, str) or isinstance(checkpointing, bool) or not 0 <= checkpointing <= 1:
+    if isinstance(checkpointing, str | bool) or not 0 <= checkpointing <= 1:
         raise ValueError(
             f"checkpointing must be 'none', 'layer' or a number from 0 to 1 (the share of activations that may "
             f"stay), got {checkpointing!r}"
         )
-    if compile is None:
+    if options is None:
         raise ValueError(
             f"checkpointing={checkpointing} is the compiler's own choice of what to recompute and needs compile; "
             "pass compile=CompileOptions(), or checkpointing='layer'"
@@ -174,7 +174,7 @@ class Graphs:
         budget = self.checkpointing if isinstance(self.checkpointing, float | int) else 1.0
         with functorch_config.patch(activation_memory_budget=float(budget)):
             if self.options.backend == "inductor":
-                compiled = compile_fx(graph, inputs, config_patches=dict(self.options.options))
+                compiled: Any = compile_fx(graph, inputs, config_patches=dict(self.options.options))
             else:
                 compiled = torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
         self.report.seconds += time.perf_counter() - started
@@ -186,7 +186,7 @@ class Graphs:
         return compiled
 
 
-def _checkpointed(forward: Forward) -> types.FunctionType:
+def _checkpointed(forward: Forward) -> Forward:
     """The function that is traced: a layer whose recomputation is part of its graph."""
 
     def checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ def _checkpointed(forward: Forward) -> types.FunctionType:
     return checkpointed
 
 
-def _plain(forward: Forward) -> types.FunctionType:
+def _plain(forward: Forward) -> Forward:
     def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs)
 
@@ -209,8 +209,9 @@ def _plain(forward: Forward) -> types.FunctionType:
 _serial = 0
 
 
-def _fresh_code(function: types.FunctionType, name: str) -> types.FunctionType:
+def _fresh_code(function: Forward, name: str) -> types.FunctionType:
     global _serial
+    assert isinstance(function, types.FunctionType)
     _serial += 1
     code = function.__code__.replace(co_name=f"{name}_{_serial}")
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

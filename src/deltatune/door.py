@@ -169,7 +169,8 @@ class _Batch:
             rows = rows.expand(self.rows, -1)
         if tuple(rows.shape) != (self.rows, self.tokens):
             raise ValueError(
-                f"position_ids must be [{self.rows}, {self.tokens}] like the tokens, got {tuple(self.position_ids.shape)}"
+                f"position_ids must be [{self.rows}, {self.tokens}] like the tokens, "
+                f"got {tuple(self.position_ids.shape)}"
             )
         return rows.cpu()
 
@@ -235,12 +236,14 @@ class _Batch:
 
 def _boundaries(call: Mapping[str, Any]) -> Tensor | None:
     """``cu_seq_lens_q`` of the call, once it agrees with what came beside it."""
-    cu_q, cu_k = call.get("cu_seq_lens_q"), call.get("cu_seq_lens_k")
+    cu_q: Tensor | None = call.get("cu_seq_lens_q")
+    cu_k: Tensor | None = call.get("cu_seq_lens_k")
     if cu_q is None:
         return cu_k
     if call.get("sequences") is None and cu_k is not None and cu_k is not cu_q and not torch.equal(cu_q, cu_k):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; documents attend to themselves, so pass the same")
-    return cu_q.reshape(-1) if isinstance(cu_q, Tensor) else torch.as_tensor(cu_q)
+    boundaries: Tensor = torch.as_tensor(cu_q).reshape(-1)
+    return boundaries
 
 
 def _changes(ids: Tensor) -> Tensor:

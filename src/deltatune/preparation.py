@@ -140,7 +140,7 @@ def _revert(base: nn.Module) -> None:
         unswap(module)
 
 
-def _plan(base: nn.Module, text_model: nn.Module, family: Family) -> list[_Planned]:
+def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
     """Every module to swap, checked against what the config implies."""
     plan = []
     found = family.find(text_model) if family.swaps else {}
@@ -154,9 +154,8 @@ def _plan(base: nn.Module, text_model: nn.Module, family: Family) -> list[_Plann
             )
         if modules:
             plan.append(_Planned(declared.stock, declared.layer, expected, modules))
-    layers = tuple(text_model.layers)  # type: ignore[arg-type]
     by_class: dict[str, list[nn.Module]] = {}
-    for layer in layers:
+    for layer in text_model.layers:
         by_class.setdefault(type(layer).__name__, []).append(layer)
     for name, modules_of in by_class.items():
         expected = int(text_model.config.num_hidden_layers) if len(by_class) == 1 else None
@@ -173,14 +172,14 @@ def _base(model: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else model
 
 
-def _text_model(base: nn.Module) -> nn.Module:
+def _text_model(base: nn.Module) -> Any:
     from transformers import PreTrainedModel
 
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"prepare takes a transformers or PEFT model, got {type(base).__name__}")
     if base.config.is_encoder_decoder:
         raise ValueError(f"{type(base).__name__} is an encoder-decoder; only decoders can be prepared")
-    decoder: nn.Module = base.get_decoder()
+    decoder = base.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
         raise ValueError(f"{type(base).__name__} has no text model with a list of decoder layers")
     if base is not decoder and base.get_output_embeddings() is None:

@@ -170,13 +170,20 @@ class Sequences:
         """Tokens of each document before the repeated tail, from the CPU copy."""
         return [int(n) for n in self.cu_seqlens_cpu[: self.num_sequences + 1].diff()]
 
-    def to(self, *args: object, **kwargs: object) -> Sequences:
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | Tensor | None = None,
+        *_: object,
+        non_blocking: bool = False,
+        **__: object,
+    ) -> Sequences:
         """Moves to a device; ``cu_seqlens_cpu`` stays, and a dtype is ignored: boundaries are integers.
 
-        Takes what ``Tensor.to`` takes (device, ``non_blocking``), so loaders that move batches move it too.
+        Takes what ``Tensor.to`` takes, so loaders that move batches move it too.
         """
-        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is None or device == self.cu_seqlens.device:
+        if isinstance(device, Tensor):
+            device = device.device
+        if device is None or isinstance(device, torch.dtype) or torch.device(device) == self.cu_seqlens.device:
             return self
         return Sequences(
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
@@ -186,7 +193,7 @@ class Sequences:
             num_sequences=self.num_sequences,
         )
 
-    def pin_memory(self, device: torch.device | str | None = None) -> Sequences:
+    def pin_memory(self) -> Sequences:
         """Pins the CPU tensors that a later ``.to()`` will copy; called by ``DataLoader(pin_memory=True)``."""
         if self.cu_seqlens.device.type != "cpu":
             return self

@@ -14,7 +14,7 @@ def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
         "trainable 1,088 of ",
         "self_attn.q_proj.lora_A",
         "24 rows -> 24 documents",
-        "2 steps of 1 packs (128 tokens)",
+        "2 steps of 1 pack (128 tokens)",
         "memory estimate",
         "optimizer",
     ):
@@ -46,3 +46,11 @@ def test_plan_of_full_training_with_automatic_checkpointing(capsys, write_recipe
 def test_plan_gives_warnings(capsys, write_recipe) -> None:
     assert main(["plan", str(write_recipe()), "--set", "packing.tokens_per_batch=100"]) == 0
     assert "warning: packing.tokens_per_batch: 100 is no multiple of 64" in capsys.readouterr().out
+
+
+def test_plan_reads_evaluation_data_too(capsys, write_recipe, write_rows) -> None:
+    good, bad = write_rows({"text": "held out"}, name="eval.jsonl"), write_rows("{", name="bad.jsonl")
+    assert main(["plan", str(write_recipe()), "--set", f"data.eval.0.path={good}"]) == 0
+    assert "evaluation\n1 rows -> 1 documents" in capsys.readouterr().out
+    assert main(["plan", str(write_recipe()), "--set", f"data.eval.0.path={bad}"]) == 2
+    assert "bad.jsonl" in capsys.readouterr().err

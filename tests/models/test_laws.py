@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, documents, tiny_conditional, tiny_model
 
 from deltatune import Sequences, prepare
+from tiny import FAMILIES, documents, tiny_conditional, tiny_model
 
 LENGTHS = {
     "short": [5, 1, 70, 7],

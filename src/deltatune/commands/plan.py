@@ -40,11 +40,14 @@ def run(args: argparse.Namespace) -> int:
     model = _empty_model_with_adapters(recipe)
     checkpointing, reason = _checkpointing(recipe, model, arguments)
     report = _prepare(recipe, model, checkpointing)
-    packs = load_packs(recipe.data.train, recipe, load_tokenizer(recipe.model), progress=show_progress)
+    tokenizer = load_tokenizer(recipe.model)
+    packs = load_packs(recipe.data.train, recipe, tokenizer, progress=show_progress)
+    held_out = load_packs(recipe.data.eval, recipe, tokenizer, progress=show_progress) if recipe.data.eval else None
     sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += [] if reason is None else [f"checkpointing auto takes {checkpointing}: {reason}"]
     lines += ["", str(packs.report), *_steps(packs, arguments)]
+    lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]
     lines += ["", *_memory(recipe, model, arguments, checkpointing)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
@@ -81,10 +84,11 @@ def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
     order = PackOrder(len(packs), num_ranks=arguments.world_size, drop_last=arguments.dataloader_drop_last)
     per_epoch = max(1, math.ceil(len(order) / arguments.gradient_accumulation_steps))
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-    packs_per_step = arguments.world_size * arguments.gradient_accumulation_steps
+    per_step = arguments.world_size * arguments.gradient_accumulation_steps
     return [
-        f"{total:,} steps of {packs_per_step} packs ({packs_per_step * packs.report.tokens_per_batch:,} tokens), "
-        f"{per_epoch:,} steps an epoch, {total / per_epoch:.2f} epochs"
+        f"{total:,} steps of {per_step} {'pack' if per_step == 1 else 'packs'} "
+        f"({per_step * packs.report.tokens_per_batch:,} tokens), {per_epoch:,} steps an epoch, "
+        f"{total / per_epoch:.2f} epochs"
     ]
 
 

@@ -48,6 +48,7 @@ _SHAPE: Final[dict[str, Any]] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "max_position_embeddings": 2048,
+    "initializer_range": 0.06,
     "tie_word_embeddings": True,
     "rope_parameters": {
         "rope_type": "default",

@@ -25,6 +25,10 @@ class Attention(Swapped):
 
     head_dim: int
     scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
 

@@ -9,7 +9,7 @@ from torch import nn
 __all__ = ["forget_capture_hooks", "keep_capture_hooks_outside"]
 
 
-def keep_capture_hooks_outside(text_model: nn.Module, call: dict[str, Any], scope: str) -> None:
+def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str) -> None:
     """Makes ``output_hidden_states`` work beside compiled layers.
 
     The first call that asks for a recorded output makes transformers put a forward hook on every module of a recordable
@@ -21,7 +21,8 @@ def keep_capture_hooks_outside(text_model: nn.Module, call: dict[str, Any], scop
     """
     config = text_model.config
     wanted = [
-        name for name in ("output_hidden_states", "output_router_logits")
+        name
+        for name in ("output_hidden_states", "output_router_logits")
         if call.get(name, getattr(config, name, False))
     ]
     outside = [] if scope == "model" else ["output_hidden_states"]
@@ -34,13 +35,13 @@ def keep_capture_hooks_outside(text_model: nn.Module, call: dict[str, Any], scop
     if wanted:
         _install(text_model)
     if getattr(text_model, "_output_capturing_hooks_installed", False):
-        for layer in text_model.layers:  # type: ignore[union-attr]
+        for layer in text_model.layers:
             for module in layer.modules():
                 if module is not layer or scope == "model":
                     _remove_capture_hooks(module)
 
 
-def _install(text_model: nn.Module) -> None:
+def _install(text_model: Any) -> None:
     from transformers.utils import output_capturing
 
     output_capturing.maybe_install_capturing_hooks(text_model)
@@ -52,7 +53,7 @@ def _remove_capture_hooks(module: nn.Module) -> None:
             del module._forward_hooks[key]
 
 
-def forget_capture_hooks(text_model: nn.Module) -> None:
+def forget_capture_hooks(text_model: Any) -> None:
     """Takes every recording hook off, so that transformers puts them on afresh when it needs them."""
     if not getattr(text_model, "_output_capturing_hooks_installed", False):
         return

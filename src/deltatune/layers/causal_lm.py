@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from deltatune import ops
 from deltatune.door import METADATA, admit
 from deltatune.layers.adapters import trained_copy
 from deltatune.layers.decoder import Hidden, catch_hidden, is_cached_call
-from deltatune.layers.reclass import Swapped, stock_class
+from deltatune.layers.reclass import Swapped
 from deltatune.sequences import Sequences
 
 __all__ = ["CausalLM", "next_token_targets"]
@@ -34,6 +35,9 @@ class CausalLM(Swapped):
     before it. Logits are built for the chunk at hand only: with ``labels``, ``.logits`` is None unless
     ``output_logits=True`` or ``logits_to_keep`` asks for them. Without ``labels`` the stock forward answers.
     """
+
+    get_output_embeddings: Callable[[], nn.Module]
+    router_aux_loss_coef: float
 
     @classmethod
     def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class CausalLM(Swapped):
             call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
         with catch_hidden() as hidden:
             output = super().forward(**call)
-        assert hidden.state is not None and hidden.sequences is not None, "the text model was not prepared"
+        assert hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
         loss = self._loss(hidden, targets)
         count = (targets != -100).sum() if num_items is None else num_items
@@ -104,9 +108,12 @@ class CausalLM(Swapped):
         assert hidden.state is not None
         head = trained_copy(self.get_output_embeddings())
         state = hidden.state.flatten(0, -2)
-        if type(head) is nn.Linear and head.bias is None and not _is_sharded(head.weight):
+        if _is_plain_linear(head):
             return ops.linear_cross_entropy(
-                state, head.weight, targets.flatten(), impl=self._deltatune.kernels["linear_cross_entropy"]
+                state,
+                cast("Tensor", head.weight),
+                targets.flatten(),
+                impl=self._deltatune.kernels["linear_cross_entropy"],
             )
         return _chunked_loss(head, state, targets.flatten())
 
@@ -132,15 +139,17 @@ def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(state).float(), target, ignore_index=-100, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for state, target in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
+    for state, target in zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True):
         total = total + checkpoint(chunk_loss, state, target, use_reentrant=False)
     return total
 
 
-def _is_sharded(weight: Tensor) -> bool:
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether a head is its weight alone: no bias, no adapter around it, no shards."""
     from torch.distributed.tensor import DTensor
 
-    return isinstance(weight, DTensor)
+    bias: Tensor | None = getattr(head, "bias", None)
+    return type(head) is nn.Linear and bias is None and not isinstance(head.weight, DTensor)
 
 
 def _has_media(call: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +54,8 @@ def _label(layer: nn.Module) -> str:
 
 class TextModel(Swapped):
     """The text model: resolves boundaries, keeps the stock model from building a mask, and feeds the layers."""
+
+    get_input_embeddings: Callable[[], nn.Module]
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """As the stock text model, with ``sequences`` and every other form of metadata the door admits."""

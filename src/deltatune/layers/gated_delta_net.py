@@ -37,6 +37,10 @@ class GatedDeltaNet(Swapped):
     dt_bias: Tensor
     conv1d: nn.Module
     norm: nn.Module
+    in_proj_qkv: nn.Module
+    in_proj_z: nn.Module
+    in_proj_b: nn.Module
+    in_proj_a: nn.Module
     out_proj: nn.Module
 
     def forward(
@@ -63,12 +67,12 @@ class GatedDeltaNet(Swapped):
             sequences=sequences,
             impl=kernels["causal_conv"],
         )
-        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         out = ops.gated_delta_rule(
-            q.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
-            k.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
-            v.unflatten(-1, (self.num_v_heads, self.head_v_dim)),
+            _heads(q, self.head_k_dim),
+            _heads(k, self.head_k_dim),
+            _heads(v, self.head_v_dim),
             g,
             b.sigmoid(),
             sequences=sequences,
@@ -77,7 +81,7 @@ class GatedDeltaNet(Swapped):
         norm = trained_copy(self.norm)
         out = ops.gated_rms_norm(
             out,
-            z.unflatten(-1, (self.num_v_heads, self.head_v_dim)),
+            _heads(z, self.head_v_dim),
             norm.weight,  # type: ignore[arg-type]
             eps=norm.variance_epsilon,  # type: ignore[arg-type]
             impl=kernels["gated_rms_norm"],
@@ -98,12 +102,19 @@ class GatedDeltaNet(Swapped):
 class InterleavedGatedDeltaNet(GatedDeltaNet):
     """Gated DeltaNet whose projections interleave q, k, v, z and b, a by key head (Qwen3-Next)."""
 
+    in_proj_qkvz: nn.Module
+    in_proj_ba: nn.Module
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As the base class, from ``[B, T, H * (2K + 2GV/H)]`` and ``[B, T, H * 2G/H]``."""
         heads, group = self.num_k_heads, self.num_v_heads // self.num_k_heads
         width = group * self.head_v_dim
         qkvz = self.in_proj_qkvz(hidden_states).unflatten(-1, (heads, -1))
-        q, k, v, z = qkvz.split([self.head_k_dim, self.head_k_dim, width, width], dim=-1)
-        b, a = self.in_proj_ba(hidden_states).unflatten(-1, (heads, -1)).split([group, group], dim=-1)
+        q, k, v, z = torch.split(qkvz, [self.head_k_dim, self.head_k_dim, width, width], dim=-1)
+        b, a = torch.split(self.in_proj_ba(hidden_states).unflatten(-1, (heads, -1)), [group, group], dim=-1)
         mixed = torch.cat([q.flatten(-2), k.flatten(-2), v.flatten(-2)], dim=-1)
         return mixed, z.flatten(-2), b.flatten(-2), a.flatten(-2)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(*x.shape[:-1], -1, head_dim)

@@ -7,7 +7,6 @@ a subclass of the stock class, made once for each pair of stock class and layer,
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +45,15 @@ class Swapped(nn.Module):
 
     _deltatune: ModelState
 
+    @classmethod
+    def class_attributes(cls, _stock: type[nn.Module]) -> dict[str, Any]:
+        """Attributes of the subclass that depend on the stock class."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
         layer, stock = _parts(type(self))
-        return _blank, (stock, layer), self.__getstate__()  # type: ignore[attr-defined,unused-ignore]
+        return _blank, (stock, layer), self.__dict__.copy()
 
 
 def swap(module: nn.Module, layer: type[Swapped], state: ModelState) -> None:
@@ -62,8 +66,9 @@ def swap(module: nn.Module, layer: type[Swapped], state: ModelState) -> None:
 def unswap(module: nn.Module) -> None:
     """Gives ``module`` its stock class back."""
     if isinstance(module, Swapped):
-        module.__class__ = stock_class(module)
+        stock = stock_class(module)
         del module.__dict__["_deltatune"]
+        module.__class__ = stock  # type: ignore[assignment]
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
@@ -79,12 +84,19 @@ def _parts(swapped: type) -> tuple[type[Swapped], type[nn.Module]]:
     raise AssertionError(f"{swapped.__name__} was not made by swap()")
 
 
-@functools.cache
+_subclasses: dict[tuple[type[nn.Module], type[Swapped]], type[nn.Module]] = {}
+
+
 def _subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
+    if (stock, layer) not in _subclasses:
+        _subclasses[stock, layer] = _make_subclass(stock, layer)
+    return _subclasses[stock, layer]
+
+
+def _make_subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
     # transformers keys its recorders and the saved config's architecture on the printed name of the class
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
-    names.update(layer.class_attributes(stock) if hasattr(layer, "class_attributes") else {})
-    return type(stock.__name__, (layer, stock), names)
+    return type(stock.__name__, (layer, stock), names | layer.class_attributes(stock))
 
 
 def _blank(stock: type[nn.Module], layer: type[Swapped]) -> nn.Module:

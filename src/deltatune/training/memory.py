@@ -81,11 +81,13 @@ def estimate_memory(
     Weights, gradients and optimizer state are counted tensor by tensor. Activations are ``T * sum(a_l)`` with ``a_l``
     the bytes a decoder layer keeps for each token:
 
-    - its inputs of the two norms (``2 E b``) and what the norms hand on (``2 E b``)
-    - the output of every projection that does not write to the residual stream, and the input of those that do
+    - its inputs of the two norms (``2 E b``), what the norms hand on (``2 E b``), and what they scale where their
+      weights train (``2 E b``)
+    - the output of every projection that does not write to the residual stream, and the input of those that do; the
+      activated gate of the MLP
     - full attention: rotated queries and keys, the output before its gate, a float32 log-sum-exp a head
-    - gated delta rule: the convolved channels, the rule's output, float32 decay and write strength, and a row of
-      64 entries of the chunk's triangular matrix a head
+    - gated delta rule: the convolved channels, the rule's output, the norm and the activated gate after it, float32
+      decay and write strength, and a row of 64 entries of the chunk's triangular matrix a head
     - routed experts: the share of tokens each sees, ``top_k`` copies of their inputs and hidden units
     - an adapter: its ``r`` columns, and its input once more where it is kept in a wider dtype than activations
 
@@ -180,17 +182,19 @@ def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpoin
 def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
     """Bytes a decoder layer keeps for each token."""
     width = config.hidden_size
-    elements = 4.0 * width
+    elements = (6.0 if _norms_train(layer) else 4.0) * width
     extra = 0.0
     for name, module in layer.named_modules():
         if ".lora_" in f".{name}":
             extra += _adapter_bytes(name, module, width_bytes)
         elif isinstance(module, nn.Linear):
             elements += module.in_features if module.out_features == width else module.out_features
+            # silu(gate), beside the gate itself
+            elements += module.out_features if "gate_proj" in name else 0
     if hasattr(layer, "linear_attn"):
         heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
         key_channels = 2 * config.linear_num_key_heads * config.linear_key_head_dim
-        elements += key_channels + 2 * heads * value_dim + 64 * heads
+        elements += key_channels + 4 * heads * value_dim + 64 * heads
         extra += 2 * 4 * heads
     elif hasattr(layer, "self_attn"):
         head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -210,19 +214,25 @@ def _adapter_bytes(name: str, module: nn.Module, width_bytes: int) -> float:
 def _expert_elements(layer: nn.Module, config: Any) -> float:
     """Routed experts, as three-dimensional weights ``[experts, out, in]``: top_k inputs and outputs a token."""
     weights = [p for p in layer.parameters() if p.ndim == 3 and p.shape[0] == getattr(config, "num_experts", 0)]
-    return float(getattr(config, "num_experts_per_tok", 0) * sum(p.shape[1] + p.shape[2] for p in weights))
+    widths = sum(p.shape[1] + p.shape[2] for p in weights)
+    return float(getattr(config, "num_experts_per_tok", 0) * widths)
+
+
+def _norms_train(layer: nn.Module) -> bool:
+    return any("layernorm" in name and weight.requires_grad for name, weight in layer.named_parameters())
 
 
 def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
-    """Two float32 copies of a chunk of logits, the gradient of the hidden states, and of a head that trains."""
+    """A chunk of float32 logits, its gradient in the narrower dtype, that of the hidden states, and of the head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return 0
     vocabulary, width = head.weight.shape
     trains = head.weight.requires_grad
-    chunk = chunk_tokens(tokens, width, vocabulary, trains)
+    # the gradient of float32 logits takes their place
+    entry = 4 + (width_bytes if width_bytes < 4 else 0)
     head_gradient = 4 * vocabulary * width if trains else 0
-    return int(2 * 4 * chunk * vocabulary + tokens * width * width_bytes + head_gradient)
+    return int(entry * chunk_tokens(tokens, vocabulary) * vocabulary + tokens * width * width_bytes + head_gradient)
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

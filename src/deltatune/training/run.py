@@ -101,11 +101,15 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
     checkpoint = _resume_point(recipe, resume)
     run = build(recipe, arguments, console)
     verified = _verify(run, console)
-    trainer = _trainer(run, console)
     records = _records(run, verified)
+    config: Any = run.model.config
+    use_cache = config.use_cache
+    trainer = _trainer(run, console)
     if arguments.should_save:
         _write_records(run, records)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # the Trainer switches the cache off for its own steps; what is saved shall generate with one
+    config.use_cache = use_cache
     return _finish(run, trainer, records, console)
 
 

@@ -39,7 +39,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto"
         x: ``[R, K]``, the rows of group 0 first, then those of group 1, and so on.
         weight: ``[G, N, K]``, one matrix a group, oriented as in ``torch.nn.functional.linear``.
         offsets: int32 ``[G]``, where each group ends: group g holds rows ``offsets[g - 1]`` to ``offsets[g]``, none
-            where they are equal. Rows past the last group give zeros and take no gradient.
+            where they are equal. The last one is R: every row belongs to a group (the reference checks that; on a GPU
+            checking would wait for it).
         impl: ``"torch"``: ``torch.nn.functional.grouped_mm``, bf16 on NVIDIA GPUs, widths multiples of 8.
             ``"reference"``: anywhere; a row's result and gradient do not depend on the other rows or on its place among
             them by a single bit (on a GPU it waits for ``offsets``). ``"auto"``: the first that can run.
@@ -51,7 +52,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto"
     costs none, and then ``x`` is not kept for backward.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, or an ``impl`` that cannot run here.
+        ValueError: shapes, dtypes or devices that do not fit each other, or an ``impl`` that cannot run here;
+            offsets that do not end at R, with the reference.
     """
     op = "grouped_mm"
     x, weight = autocast(x, weight)

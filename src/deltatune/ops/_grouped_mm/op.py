@@ -90,7 +90,6 @@ torch.library.register_autograd("deltatune::grouped_mm_weight_gradient", _refuse
 
 @register_flop_formula(torch.ops.deltatune.grouped_mm)
 def _forward_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
-    """As if every row belonged to a group, as it does where all the experts are on one device."""
     return 2 * x_shape[0] * x_shape[1] * weight_shape[1]
 
 

@@ -18,10 +18,16 @@ _BLOCK_ROWS = 32
 
 
 def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``y_r = weight_g x_r`` for the group g of row r, summed in fp32 (fp64 for fp64); zeros past the groups."""
-    y = x.new_zeros(x.shape[0], weight.shape[1])
+    """``y_r = weight_g x_r`` for the group g of row r, summed in fp32 (fp64 for fp64)."""
+    ends = offsets.tolist()
+    if (ends[-1] if ends else 0) != x.shape[0]:
+        raise ValueError(
+            f"grouped_mm: offsets must end at the number of rows: expected {x.shape[0]}, got {ends[-1:]}; "
+            "give every row a group"
+        )
+    y = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
-    for group, end in enumerate(offsets.tolist()):
+    for group, end in enumerate(ends):
         if end > start:
             y[start:end] = _product_in_blocks(x[start:end], weight[group])
         start = end

@@ -33,11 +33,10 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
 
 
 def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``[R, N]``, zeros past the last group, where torch leaves memory as it was."""
+    """``[R, N]``, accumulated in fp32; rows past the last group, if there were any, would stay unwritten."""
     assert _function is not None
     y: Tensor = _function(_aligned(x), weight.mT, offs=offsets)
-    covered = torch.arange(x.shape[0], device=x.device) < offsets[-1]
-    return y.masked_fill_(~covered.unsqueeze(1), 0)
+    return y
 
 
 def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ def choose_linear_cross_entropy(device: torch.device | str, dtype: torch.dtype, 
     """
     del device  # both implementations run on every device
     refusal = torch_chunked.missing()
-    own = Candidate("reference", refusal or "torch's own rounds the summed loss to the 16-bit dtype of its input")
+    rounds = torch_chunked.rounds_loss(dtype)
+    why = "torch's own rounds the summed loss to the 16-bit dtype of its input" if rounds else refusal or ""
+    own = Candidate("reference", why)
     theirs = Candidate("torch", "torch's own chunked function", refusal)
-    first, second = (own, theirs) if torch_chunked.rounds_loss(dtype) else (theirs, own)
+    first, second = (own, theirs) if rounds else (theirs, own)
     return choose("linear_cross_entropy", impl, (first, second))
 
 
@@ -51,9 +53,9 @@ def linear_cross_entropy(
         ignore_index: the label of a token that counts for nothing.
         reduction: ``"sum"``, 0 where no label counts; or ``"mean"`` over the tokens that count, NaN where none does, as
             in ``torch.nn.functional.cross_entropy``.
-        impl: ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose loss is summed
-            and rounded in the dtype of ``hidden`` before it is widened: up to 0.8% off in bf16. ``"reference"``: anywhere, logits and loss in fp32.
-            ``"auto"``: torch's for fp32 and fp64, otherwise the reference.
+        impl: ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose loss is summed and
+            rounded in the dtype of ``hidden`` before it is widened: up to 0.8% off in bf16. ``"reference"``: anywhere,
+            logits and loss in fp32. ``"auto"``: torch's for fp32 and fp64, otherwise the reference.
 
     Returns:
         An fp32 scalar (fp64 for fp64).

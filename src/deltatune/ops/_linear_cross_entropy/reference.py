@@ -13,17 +13,20 @@ from torch import Tensor
 
 __all__ = ["chunk_tokens", "loss_and_gradients"]
 
-_CHUNK_ELEMENTS = 2**26  # 256 MiB of fp32 logits
+_CHUNK_ELEMENTS = 2**28  # 1 GiB of fp32 logits
+_ROW_TILE = 128
 
 
-def chunk_tokens(tokens: int, width: int, vocabulary: int, weight_grad: bool) -> int:
-    """Tokens whose logits are held at once: at most a quarter of all.
+def chunk_tokens(tokens: int, vocabulary: int) -> int:
+    """Tokens whose logits are held at once: 1 GiB of logits, but at most a quarter of all.
 
-    Every chunk reads the whole weight, so chunks are as large as memory allows: 256 MiB of logits, or half the size of
-    the weight's gradient where that is held anyway.
+    Every chunk reads the whole weight, and the product for ``dhidden`` has only chunk times width results to spread
+    over a GPU: small chunks are slow. Whole tiles of rows where there is room for them.
     """
-    affordable = max(_CHUNK_ELEMENTS // vocabulary, width // 2 if weight_grad else 0, 1)
-    return min(affordable, -(-tokens // 4))
+    affordable = max(_CHUNK_ELEMENTS // vocabulary, 1)
+    if affordable > _ROW_TILE:
+        affordable -= affordable % _ROW_TILE
+    return max(min(affordable, -(-tokens // 4)), 1)
 
 
 def loss_and_gradients(
@@ -37,32 +40,40 @@ def loss_and_gradients(
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
     accumulation = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     valid = labels != ignore_index
-    targets = labels.where(valid, 0)
+    targets = labels.where(valid, 0).unsqueeze(1)
     _check_targets(targets, vocabulary)
     losses = hidden.new_zeros(tokens, dtype=accumulation)
     dhidden = hidden.new_empty(tokens if hidden_grad else 0, width)
     dweight = weight.new_zeros(vocabulary if weight_grad else 0, width, dtype=accumulation)
     factor = _factor(weight, accumulation)
-    step = chunk_tokens(tokens, width, vocabulary, weight_grad) if tokens else 1
+    step = chunk_tokens(tokens, vocabulary)
     for start in range(0, tokens, step):
         chunk = slice(start, min(start + step, tokens))
-        rows = hidden[chunk].to(factor.dtype)
-        target = targets[chunk].unsqueeze(1)
+        # what an ignored token holds must not reach the others through the products, not even as 0 * NaN
+        rows = hidden[chunk].masked_fill(~valid[chunk].unsqueeze(1), 0).to(factor.dtype)
         logits = _product(rows, factor.mT, accumulation)
-        logits -= logits.amax(1, keepdim=True)
-        picked = logits.gather(1, target).squeeze(1)
-        total = logits.exp_().sum(1)
-        losses[chunk] = torch.where(valid[chunk], total.log() - picked, 0)
-        if not (hidden_grad or weight_grad):
-            continue
-        dlogits = logits.div_(total.unsqueeze(1))
-        dlogits.scatter_add_(1, target, dlogits.new_full((1, 1), -1).expand_as(target))
-        dlogits = dlogits.masked_fill_(~valid[chunk].unsqueeze(1), 0).to(factor.dtype)
+        losses[chunk], dlogits = _softmax_loss(logits, targets[chunk], valid[chunk], factor.dtype)
         if hidden_grad:
             dhidden[chunk] = dlogits @ factor
         if weight_grad:
             _add_product(dweight, dlogits.mT, rows)
     return losses.sum(), dhidden, dweight.to(weight.dtype)
+
+
+def _softmax_loss(logits: Tensor, target: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``-log p[target]`` and ``p - onehot`` in ``dtype``, both zero for a token that is not valid; eats the logits.
+
+    The target's entry is computed apart: rounded to 16 bits first, ``p - 1`` would have no correct digit near p = 1.
+    """
+    logits -= logits.amax(1, keepdim=True)
+    picked = logits.gather(1, target)
+    total = logits.exp_().sum(1, keepdim=True)
+    kept = valid.unsqueeze(1)
+    dlogits = torch.empty_like(logits, dtype=dtype) if dtype != logits.dtype else logits
+    torch.mul(logits, kept / total, out=dlogits)
+    loss = total.log() - picked
+    dlogits.scatter_(1, target, (torch.expm1(-loss) * kept).to(dtype))
+    return (loss * kept).squeeze(1), dlogits
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
