@@ -57,6 +57,8 @@ def admit(call: Mapping[str, Any], *, rows: int, tokens: int, device: torch.devi
     position_ids = batch.position_ids
     if position_ids is None:
         position_ids = sequences.positions.view(rows, tokens).long()
+    elif position_ids.ndim == 1:
+        position_ids = position_ids.unsqueeze(0)
     return Entry(sequences, position_ids, batch.padding_mask, source)
 
 
@@ -69,7 +71,7 @@ class _Batch:
         self.cu_seqlens = _boundaries(call)
         self.seq_idx = self._ids("seq_idx", call.get("seq_idx"))
         self.mask = self._mask(call.get("attention_mask"))
-        self.indexed = self.mask is not None and self.sequences is None and int(self.mask.max()) > 1
+        self.indexed = self.mask is not None and bool((self.mask > 1).any())
         self.padding_mask = None if self.mask is None else self._shaped(call["attention_mask"]) != 0
         self.position_ids = call.get("position_ids")
         self.mrope = self.position_ids is not None and self.position_ids.ndim == 3 and self.position_ids.shape[0] == 3
@@ -214,10 +216,10 @@ class _Batch:
                 f"attention_mask must be [B, T] (0/1, or 0 for padding and 1..N for documents), got {got}; a mask of "
                 "pairs cannot be honoured by the recurrent layers: describe documents with sequences= or cu_seq_lens_q="
             )
-        mask = self._shaped(mask).cpu()
-        if mask.is_floating_point():
-            raise ValueError(f"attention_mask must hold integers or booleans, got {mask.dtype}")
-        return mask.long()
+        shaped = self._shaped(mask)
+        if shaped.is_floating_point():
+            raise ValueError(f"attention_mask must hold integers or booleans, got {shaped.dtype}")
+        return shaped.cpu().long()
 
     def _ids(self, name: str, ids: Tensor | None) -> Tensor | None:
         if ids is None:
@@ -236,14 +238,13 @@ class _Batch:
 
 def _boundaries(call: Mapping[str, Any]) -> Tensor | None:
     """``cu_seq_lens_q`` of the call, once it agrees with what came beside it."""
-    cu_q: Tensor | None = call.get("cu_seq_lens_q")
-    cu_k: Tensor | None = call.get("cu_seq_lens_k")
-    if cu_q is None:
-        return cu_k
-    if call.get("sequences") is None and cu_k is not None and cu_k is not cu_q and not torch.equal(cu_q, cu_k):
+    given = [call.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    cu_q, cu_k = (None if cu is None else torch.as_tensor(cu).reshape(-1) for cu in given)
+    if cu_q is None or cu_k is None:
+        return cu_k if cu_q is None else cu_q
+    if call.get("sequences") is None and given[0] is not given[1] and not torch.equal(cu_q, cu_k):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; documents attend to themselves, so pass the same")
-    boundaries: Tensor = torch.as_tensor(cu_q).reshape(-1)
-    return boundaries
+    return cu_q
 
 
 def _changes(ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from deltatune.config.errors import UserError
 from deltatune.data.errors import DataError
 from deltatune.training import run as run_module
 from deltatune.training.export import merge_adapter
-from deltatune.training.run import train
+from deltatune.training.run import train, verify
 
 QUIET = Console(quiet=True)
 
@@ -87,6 +87,7 @@ def test_every_weight_trains_without_a_lora_section(tmp_path: Path, checkpoint: 
     assert trained.keys() == stock.keys()
     assert {name for name, value in trained.items() if torch.equal(value, stock[name])} == set()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    assert reloaded.config.use_cache, "the Trainer's own setting is not the model's"
     assert type(reloaded).__name__ == type(AutoModelForCausalLM.from_pretrained(checkpoint)).__name__
     assert logits(reloaded).isfinite().all()
 
@@ -111,6 +112,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     expected, found = load_file(tmp_path / "output" / name), load_file(tmp_path / "parts" / name)
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    again = train(parts, resume=True, console=QUIET)
+    assert again.metrics["steps"] == 0
+    assert json.loads((tmp_path / "parts" / "metrics.json").read_text()) == resumed.metrics, "a finished run's figures"
 
 
 def stopping_after(step: int, build: Any) -> Any:
@@ -150,13 +154,11 @@ def test_a_run_that_cannot_start_writes_nothing(
 
 
 def test_a_leak_stops_the_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltatune.training.run import verify
-
     def strict(model: Any, **options: Any) -> Any:
         return verify(model, **{**options, "tolerance": 1e-30})
 
     monkeypatch.setattr(run_module, "verify", strict)
-    with pytest.raises(UserError, match=r"not independent on this model \(.*linear_attention.*nothing was trained"):
+    with pytest.raises(UserError, match=r"verify: .*linear_attention.*; nothing was trained"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output").exists()
 

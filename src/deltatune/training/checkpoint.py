@@ -179,7 +179,8 @@ def _is_complete(folder: Path) -> bool:
 
 def _location(section: ModelSection) -> str:
     path = Path(section.name_or_path).expanduser()
-    return str(path) if path.exists() else section.name_or_path
+    # absolute, because an adapter records where its base model is
+    return str(path.resolve()) if path.exists() else section.name_or_path
 
 
 def _origin(section: ModelSection) -> dict[str, Any]:

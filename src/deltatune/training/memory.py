@@ -232,7 +232,9 @@ def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
     # the gradient of float32 logits takes their place
     entry = 4 + (width_bytes if width_bytes < 4 else 0)
     head_gradient = 4 * vocabulary * width if trains else 0
-    return int(entry * chunk_tokens(tokens, vocabulary) * vocabulary + tokens * width * width_bytes + head_gradient)
+    return int(
+        entry * chunk_tokens(tokens, vocabulary, trains) * vocabulary + tokens * width * width_bytes + head_gradient
+    )
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -102,15 +102,13 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
     run = build(recipe, arguments, console)
     verified = _verify(run, console)
     records = _records(run, verified)
-    config: Any = run.model.config
-    use_cache = config.use_cache
-    trainer = _trainer(run, console)
-    if arguments.should_save:
-        _write_records(run, records)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # the Trainer switches the cache off for its own steps; what is saved shall generate with one
-    config.use_cache = use_cache
-    return _finish(run, trainer, records, console)
+    with _cache_setting_kept(run.model):
+        trainer = _trainer(run, console)
+        if arguments.should_save:
+            _write_records(run, records)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        evaluation = _last_evaluation(run, trainer)
+    return _finish(run, trainer, evaluation, records, console)
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
@@ -129,7 +127,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     freeze_unused(model)
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
-    if arguments.fsdp_plugin_args is None and arguments.deepspeed is None:
+    if not arguments.fsdp and not arguments.deepspeed:
         model.to(arguments.device)
     checkpointing, reason = _checkpointing(recipe, model, arguments)
     prepared = _prepare(recipe, model, checkpointing)
@@ -200,8 +198,7 @@ def _verify(run: Run, console: Console) -> VerifyReport | None:
     report = verify(run.model, **given)
     console.out(str(report), highlight=False)
     if not report.ok:
-        leaks = "; ".join(f"{row.name}: {row.verdict(report.tolerance)}" for row in report.rows if not row.ok)
-        raise UserError(f"the documents of a pack are not independent on this model ({leaks}); nothing was trained")
+        raise UserError(f"verify: {report.verdict}; nothing was trained")
     return report
 
 
@@ -229,20 +226,46 @@ def _recompiles(prepared: Prepared) -> int:
     return 0 if report is None else len(report.recompiles)
 
 
-def _finish(run: Run, trainer: PackedTrainer, records: dict[str, Any], console: Console) -> TrainResult:
+@contextmanager
+def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
+    """The Trainer switches ``use_cache`` off for its own steps; the model that is saved shall generate with one."""
+    config: Any = model.config
+    had, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if had:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
+
+
+def _last_evaluation(run: Run, trainer: PackedTrainer) -> Mapping[str, Any]:
+    """The evaluation after the last step, made now if the schedule did not."""
+    if run.eval_packs is None:
+        return {}
+    step = trainer.state.global_step
+    done = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    metrics: Mapping[str, Any] = done[-1] if done else trainer.evaluate()
+    return metrics
+
+
+def _finish(
+    run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any], console: Console
+) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     history: list[dict[str, Any]] = trainer.state.log_history
-    evaluation: Mapping[str, Any] = {}
-    if run.eval_packs is not None:
-        done = [entry for entry in history if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
-        evaluation = done[-1] if done else trainer.evaluate()
     metrics = _metrics(run, trainer, evaluation)
     files: list[str] = []
     if run.arguments.should_save:
         files = save_trained(run.model, run.tokenizer, run.output_dir)
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
-        write_json(run.output_dir / METRICS_FILE, metrics)
+        # a finished run that is resumed has nothing to measure: the figures of its training stay
+        if metrics["steps"] or not (run.output_dir / METRICS_FILE).exists():
+            write_json(run.output_dir / METRICS_FILE, metrics)
+    if not metrics["steps"]:
+        console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
     console.out(f"saved to {run.output_dir}", highlight=False)
     return TrainResult(run.output_dir, metrics, files, history)
 

@@ -13,17 +13,16 @@ from torch import Tensor
 
 __all__ = ["chunk_tokens", "loss_and_gradients"]
 
-_CHUNK_ELEMENTS = 2**28  # 1 GiB of fp32 logits
+# Elements of the fp32 logits of a chunk, 256 MiB or 1 GiB. One H200, 16384 tokens, vocabulary 248320, width 2048, ms:
+# 101 / 100 / 93 for 256 / 512 / 1024 tokens under a frozen weight; 201 / 151 / 130 where its gradient is summed, which
+# every chunk reads and writes whole.
+_CHUNK_ELEMENTS = {False: 2**26, True: 2**28}
 _ROW_TILE = 128
 
 
-def chunk_tokens(tokens: int, vocabulary: int) -> int:
-    """Tokens whose logits are held at once: 1 GiB of logits, but at most a quarter of all.
-
-    Every chunk reads the whole weight, and the product for ``dhidden`` has only chunk times width results to spread
-    over a GPU: small chunks are slow. Whole tiles of rows where there is room for them.
-    """
-    affordable = max(_CHUNK_ELEMENTS // vocabulary, 1)
+def chunk_tokens(tokens: int, vocabulary: int, weight_grad: bool) -> int:
+    """Tokens whose logits are held at once: whole tiles of rows where there is room, and at most a quarter of all."""
+    affordable = max(_CHUNK_ELEMENTS[weight_grad] // vocabulary, 1)
     if affordable > _ROW_TILE:
         affordable -= affordable % _ROW_TILE
     return max(min(affordable, -(-tokens // 4)), 1)
@@ -46,34 +45,30 @@ def loss_and_gradients(
     dhidden = hidden.new_empty(tokens if hidden_grad else 0, width)
     dweight = weight.new_zeros(vocabulary if weight_grad else 0, width, dtype=accumulation)
     factor = _factor(weight, accumulation)
-    step = chunk_tokens(tokens, vocabulary)
+    step = chunk_tokens(tokens, vocabulary, weight_grad)
     for start in range(0, tokens, step):
         chunk = slice(start, min(start + step, tokens))
-        # what an ignored token holds must not reach the others through the products, not even as 0 * NaN
-        rows = hidden[chunk].masked_fill(~valid[chunk].unsqueeze(1), 0).to(factor.dtype)
-        logits = _product(rows, factor.mT, accumulation)
-        losses[chunk], dlogits = _softmax_loss(logits, targets[chunk], valid[chunk], factor.dtype)
+        ignored = ~valid[chunk].unsqueeze(1)
+        # as zeros, ignored tokens add nothing to dweight, not even 0 * NaN
+        rows = hidden[chunk].masked_fill(ignored, 0).to(factor.dtype)
+        losses[chunk], dlogits = _softmax_loss(_product(rows, factor.mT, accumulation), targets[chunk], factor.dtype)
         if hidden_grad:
-            dhidden[chunk] = dlogits @ factor
+            dhidden[chunk] = (dlogits @ factor).masked_fill_(ignored, 0)
         if weight_grad:
             _add_product(dweight, dlogits.mT, rows)
-    return losses.sum(), dhidden, dweight.to(weight.dtype)
+    return losses.masked_fill_(~valid, 0).sum(), dhidden, dweight.to(weight.dtype)
 
 
-def _softmax_loss(logits: Tensor, target: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``-log p[target]`` and ``p - onehot`` in ``dtype``, both zero for a token that is not valid; eats the logits.
+def _softmax_loss(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``-log p[target]`` and ``p - onehot`` in ``dtype``.
 
     The target's entry is computed apart: rounded to 16 bits first, ``p - 1`` would have no correct digit near p = 1.
     """
-    logits -= logits.amax(1, keepdim=True)
-    picked = logits.gather(1, target)
-    total = logits.exp_().sum(1, keepdim=True)
-    kept = valid.unsqueeze(1)
-    dlogits = torch.empty_like(logits, dtype=dtype) if dtype != logits.dtype else logits
-    torch.mul(logits, kept / total, out=dlogits)
-    loss = total.log() - picked
-    dlogits.scatter_(1, target, (torch.expm1(-loss) * kept).to(dtype))
-    return (loss * kept).squeeze(1), dlogits
+    log_p = logits.log_softmax(1)
+    picked = log_p.gather(1, target)
+    dlogits = torch.exp(log_p, out=log_p if dtype == log_p.dtype else torch.empty_like(log_p, dtype=dtype))
+    dlogits.scatter_(1, target, picked.expm1().to(dtype))
+    return -picked.squeeze(1), dlogits
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:

@@ -1,0 +1,109 @@
+"""Checkpoints: what is one, what is none, and that nothing starts at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_cases import save_checkpoint
+
+from deltatune.config.errors import UserError
+from deltatune.config.schema import ModelSection
+from deltatune.training.checkpoint import (
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    reload_weights,
+    resume_point,
+)
+from tiny import FAMILIES, tiny_conditional, tiny_model
+
+
+def section(path: Path | str, **values: Any) -> ModelSection:
+    return ModelSection(name_or_path=str(path), **values)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "conditional"])
+def test_a_checkpoint_loads_as_the_class_it_was_saved_from(tmp_path: Path, name: str) -> None:
+    saved = tiny_conditional() if name == "conditional" else tiny_model(name)
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(section(tmp_path))
+    assert type(loaded) is type(saved)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in saved.state_dict().items())
+    empty = empty_model(section(tmp_path, dtype="bfloat16"))
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert [p.shape for p in empty.parameters()] == [p.shape for p in saved.parameters()]
+    assert next(empty.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_come_in_the_dtype_asked_for(tmp_path: Path, dtype: Any) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    assert {p.dtype for p in load_model(section(tmp_path, dtype=dtype)).parameters()} == {getattr(torch, dtype)}
+
+
+def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no checkpoint: it holds no config.json"):
+        load_config(section(tmp_path))
+    with pytest.raises(UserError, match=r"is no folder; expected a checkpoint folder"):
+        load_config(section(tmp_path / "nowhere"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter, not a model; merge it first"):
+        load_config(section(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read"):
+        load_config(section(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UserError, match=r"no_such_model"):
+        load_config(section(tmp_path))
+
+
+def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights .* such as model.layers.1.mlp.up_proj.weight"):
+        load_model(section(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot load"):
+        load_model(section(tmp_path))
+
+
+def test_a_headless_model_is_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3").model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"Qwen3Model has no language-model head"):
+        load_model(section(tmp_path))
+
+
+def test_weights_of_another_model_do_not_reload(tmp_path: Path) -> None:
+    tiny_model("qwen3", layers=3).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is no checkpoint of this model"):
+        reload_weights(tiny_model("qwen3", layers=2), tmp_path)
+
+
+def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", tiny_model("qwen3"))
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    chosen = load_tokenizer(section(tmp_path / "base", chat_template=str(tmp_path / "mine.jinja")))
+    assert chosen.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+    with pytest.raises(UserError, match=r"model.chat_template: cannot read"):
+        load_tokenizer(section(tmp_path / "base", chat_template=str(tmp_path / "none.jinja")))
+    with pytest.raises(UserError, match=r"cannot load a tokenizer from .*; set model.tokenizer"):
+        load_tokenizer(section(tmp_path / "base", tokenizer=str(tmp_path / "nothing")))
+
+
+def test_the_last_complete_checkpoint_is_where_a_run_resumes(tmp_path: Path) -> None:
+    assert resume_point(tmp_path, None) is None
+    for step in (9, 10, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step, state in ((9, "{}"), (10, "{}"), (200, '{"half')):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert resume_point(tmp_path, True) == tmp_path / "checkpoint-10"
+    assert resume_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    with pytest.raises(UserError, match="no complete training checkpoint"):
+        resume_point(tmp_path, str(tmp_path / "checkpoint-200"))

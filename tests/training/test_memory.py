@@ -1,0 +1,116 @@
+"""The memory estimate against tensors that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deltatune import prepare
+from deltatune.config.schema import LoraSection
+from deltatune.training import memory
+from deltatune.training.adapters import add_adapters
+from deltatune.training.memory import choose_checkpointing, estimate_memory, optimizer_bytes
+from tiny import FAMILIES, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(
+        value.numel() * value.dtype.itemsize
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch_fused", lambda p: torch.optim.AdamW(p, fused=True)),
+        ("adamw_torch", torch.optim.AdamW),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1)),
+        ("adagrad", torch.optim.Adagrad),
+    ],
+)
+def test_weights_gradients_and_optimizer_are_exact(name: str, make: Any, dtype: torch.dtype) -> None:
+    model = add_adapters(tiny_model("qwen3_5", dtype=dtype), LoraSection(r=4, adapter_dtype="model"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    estimate = estimate_memory(model, tokens_per_batch=64, optimizer=name)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert estimate.weights == sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+    assert estimate.gradients == sum(p.grad.numel() * p.grad.dtype.itemsize for p in trained)
+    assert estimate.optimizer == state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adafactor"])
+def test_compact_optimizers_take_less(name: str) -> None:
+    matrix = torch.empty(512, 1024, device="meta")
+    assert optimizer_bytes(matrix, name) < optimizer_bytes(matrix, "adamw_torch") / 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_activations_are_near_what_backward_keeps(family: str, adapters: bool) -> None:
+    model = tiny_model(family, layers=4, hidden_size=64, head_dim=32)
+    if adapters:
+        model = add_adapters(model, LoraSection(r=4))
+    prepare(model)
+    kept = saved_bytes(model.train(), 256)
+    assert estimate_memory(model, tokens_per_batch=256).activations == pytest.approx(kept, rel=0.25)
+
+
+def saved_bytes(model: Any, tokens: int) -> int:
+    """Bytes of the storages that backward holds on to, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(1, 90, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_the_meta_device_gives_the_same_estimate() -> None:
+    model = tiny_model("qwen3_5_moe", layers=4)
+    real = estimate_memory(model, tokens_per_batch=512)
+    assert estimate_memory(model.to("meta"), tokens_per_batch=512) == real
+
+
+def test_checkpointing_orders_as_it_recomputes() -> None:
+    model = tiny_model("qwen3_5", layers=8)
+    settings: list[str | float] = ["none", 0.75, 0.5, 0.25, "layer"]
+    sizes = [estimate_memory(model, tokens_per_batch=512, checkpointing=s).activations for s in settings]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("room", "compiled", "expected"),
+    [("none", True, "none"), (0.5, True, 0.5), (0.5, False, "layer"), ("layer", True, "layer"), (None, True, "layer")],
+)
+def test_auto_takes_the_least_recomputation_that_fits(
+    monkeypatch: pytest.MonkeyPatch, room: str | float | None, compiled: bool, expected: str | float
+) -> None:
+    model = tiny_model("qwen3_5", layers=8)
+    fits = 0 if room is None else estimate_memory(model, tokens_per_batch=512, checkpointing=room).total
+    monkeypatch.setattr(memory, "device_memory", lambda device: int(fits / 0.9) + 2)
+    setting, reason = choose_checkpointing(
+        model, tokens_per_batch=512, optimizer="adamw_torch_fused", compiled=compiled, device=CPU
+    )
+    assert setting == expected
+    assert "usable" in reason
