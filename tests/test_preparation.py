@@ -145,7 +145,8 @@ def test_adapters_before_and_after_prepare_agree(family: str) -> None:
     assert torch.equal(*losses)
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         if a.requires_grad:
-            assert a.grad is not None and torch.equal(a.grad, b.grad), name
+            assert a.grad is not None, name
+            assert torch.equal(a.grad, b.grad), name
             assert "lora_B" in name or bool(a.grad.abs().sum() > 0), name
 
 

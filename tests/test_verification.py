@@ -204,7 +204,7 @@ class _ScaledGradient(torch.autograd.Function):
 def test_a_wrong_weight_gradient_of_packs_is_found(broken: Callable[..., VerifyReport]) -> None:
     def scale(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrong(x: Tensor, weight: Tensor, *args: Any, sequences: Sequences, **kwargs: Any) -> Tensor:
-            scaled = _ScaledGradient.apply(weight, 1.01 if sequences.num_sequences > 1 else 1.0)
+            scaled = _ScaledGradient.apply(weight, 1.01 if int((sequences.positions == 0).sum()) > 1 else 1.0)
             return op(x, scaled, *args, sequences=sequences, **kwargs)
 
         return wrong

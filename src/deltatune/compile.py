@@ -86,6 +86,11 @@ def validate_checkpointing(checkpointing: str | float, options: CompileOptions |
     """
     if checkpointing in ("none", "layer"):
         return
+    if checkpointing == "auto":
+        raise ValueError(
+            "checkpointing='auto' weighs memory against the tokens of a batch, which only a training run knows; "
+            "set it in a recipe, or pass 'none', 'layer' or a number here"
+        )
     if isinstance(checkpointing, str | bool) or not 0 <= checkpointing <= 1:
         raise ValueError(
             f"checkpointing must be 'none', 'layer' or a number from 0 to 1 (the share of activations that may "

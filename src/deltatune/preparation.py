@@ -229,11 +229,12 @@ def _kernel_rows(
 
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta":
-            return parameter.device, parameter.dtype
-    parameter = next(model.parameters())
-    return torch.device("cpu"), parameter.dtype
+    """Where the model runs; a model without storage will run on the accelerator, where there is one."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    if parameter.device.type != "meta":
+        return parameter.device, parameter.dtype
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu"), parameter.dtype
 
 
 def _trainable_rows(model: nn.Module) -> list[TrainableRow]:

@@ -170,6 +170,20 @@ class Sequences:
         """Tokens of each document before the repeated tail, from the CPU copy."""
         return [int(n) for n in self.cu_seqlens_cpu[: self.num_sequences + 1].diff()]
 
+    def static(self) -> Sequences:
+        """The same boundaries with integers that depend on the token total alone, as layers take them.
+
+        ``max_length`` becomes the total and the repeated tail counts as empty documents, so that a tracer which guards
+        on the integers of its inputs still sees one value for every batch of a shape.
+        """
+        return Sequences(
+            cu_seqlens=self.cu_seqlens,
+            cu_seqlens_cpu=self.cu_seqlens_cpu,
+            positions=self.positions,
+            max_length=self.total,
+            num_sequences=self.cu_seqlens.numel() - 1,
+        )
+
     def to(
         self,
         device: torch.device | str | int | torch.dtype | Tensor | None = None,

@@ -10,13 +10,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltatune import __version__
 from deltatune.data.chat import Renderer
 from deltatune.data.errors import DataError
 from deltatune.data.messages import Layout
@@ -166,7 +166,7 @@ def _work(start: int) -> Part:
 def _fingerprint(rows: Rows, layout: Layout, renderer: Renderer) -> str:
     tokenizer = renderer.tokenizer
     made_from = {
-        "deltatune": version("deltatune"),
+        "deltatune": __version__,
         "rows": rows.identity,
         "layout": [layout.format, dict(layout.columns)],
         "train_on": renderer.train_on,

@@ -74,7 +74,7 @@ class TextModel(Swapped):
         call["position_ids"] = entry.position_ids
         call["use_cache"] = False
         call["past_key_values"] = None
-        call["sequences"] = entry.sequences
+        call["sequences"] = entry.sequences.static()
         call["inputs_embeds"] = self._embeddings(input_ids, kwargs.get("inputs_embeds"))
         output = self._run(call)
         cell = _hidden.get()

@@ -199,7 +199,7 @@ def _no_checkpoint(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return (
             f"model.name_or_path: {path} is an adapter, not a model; merge it first "
-            f"(deltatune merge {path} OUTPUT) or name its base model"
+            f"(deltatune merge {path} --output OUTPUT) or name its base model"
         )
     return f"model.name_or_path: {path} is no checkpoint: it holds no config.json; expected config.json and weights"
 

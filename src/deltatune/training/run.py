@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from deltatune import __version__
 from deltatune.compile import CompileOptions
 from deltatune.config.errors import UserError
 from deltatune.config.load import dump_recipe
@@ -320,8 +321,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("deltatune", "torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention"):
+    found = {"python": platform.python_version(), "deltatune": __version__}
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
