@@ -9,9 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
-
-from deltatune import CompileOptions, prepare
 from trainer_cases import (
     BATCH,
     Record,
@@ -25,6 +22,9 @@ from trainer_cases import (
     samples,
     training_values,
 )
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from deltatune import CompileOptions, prepare
 
 # every set of the collator's options that says where documents begin
 OPTIONS: dict[str, dict[str, Any]] = {

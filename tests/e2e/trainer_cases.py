@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tiny import VOCAB, documents, tiny_model
 
@@ -21,6 +22,7 @@ TARGETS = ["q_proj", "v_proj", "out_proj", "in_proj_qkv", "gate_proj"]
 
 Features = list[dict[str, Any]]
 Gradients = dict[str, torch.Tensor]
+Loss = Callable[[Any, Features], torch.Tensor]
 
 
 def samples() -> Features:
@@ -54,10 +56,14 @@ def training_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 class Record(transformers.TrainerCallback):
-    """The gradients of every optimizer step."""
+    """The weights a run begins with, and the gradients of every optimizer step."""
 
     def __init__(self) -> None:
+        self.start: dict[str, torch.Tensor] = {}
         self.gradients: list[Gradients] = []
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -95,13 +101,13 @@ def loss_alone(model: Any, features: Features) -> torch.Tensor:
     return total / count
 
 
-def train_alone(model: Any, batches: list[Features]) -> tuple[list[float], list[Gradients]]:
+def train_alone(model: Any, batches: list[Features], loss_of: Loss = loss_alone) -> tuple[list[float], list[Gradients]]:
     """Gradient descent on the documents of these batches, unpacked: losses and gradients of every step."""
     model.train()
     values, gradients = [], []
     for features in batches[:STEPS]:
         model.zero_grad(set_to_none=True)
-        loss = loss_alone(model, features)
+        loss = loss_of(model, features)
         loss.backward()
         values.append(loss.item())
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -112,9 +118,11 @@ def train_alone(model: Any, batches: list[Features]) -> tuple[list[float], list[
     return values, gradients
 
 
-def assert_same_training(trainer: Any, record: Record, stock: Any, batches: list[Features]) -> None:
+def assert_same_training(
+    trainer: Any, record: Record, stock: Any, batches: list[Features], loss_of: Loss = loss_alone
+) -> None:
     """The trainer's losses, gradients and final weights are those of the documents trained one by one."""
-    values, gradients = train_alone(stock, batches)
+    values, gradients = train_alone(stock, batches, loss_of)
     assert len(record.gradients) == STEPS
     torch.testing.assert_close(losses(trainer), values, rtol=1e-5, atol=0)
     for ours, theirs in zip(record.gradients, gradients, strict=True):
@@ -133,6 +141,7 @@ def lora(**changes: Any) -> peft.LoraConfig:
 def tokenizer() -> Any:
     """One word a token, as many as the small models know."""
     words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(VOCAB)}, unk_token="<0>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<1>", pad_token="<0>")
 
 

@@ -53,6 +53,8 @@ class CausalLM(Swapped):
 
         @functools.wraps(stock.forward)
         def forward(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, CausalLM):  # a wrapper put on the instance kept this method beyond revert()
+                return stock.forward(self, *args, **kwargs)
             return self._forward(signature.bind_partial(self, *args, **_flat(kwargs)))
 
         forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

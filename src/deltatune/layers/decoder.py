@@ -55,6 +55,7 @@ def _label(layer: nn.Module) -> str:
 class TextModel(Swapped):
     """The text model: resolves boundaries, keeps the stock model from building a mask, and feeds the layers."""
 
+    config: Any
     get_input_embeddings: Callable[[], nn.Module]
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -62,7 +63,7 @@ class TextModel(Swapped):
         if is_cached_call(self, kwargs):
             with _stock_path(self):
                 return super().forward(input_ids=input_ids, **_without_sequences(kwargs))
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:

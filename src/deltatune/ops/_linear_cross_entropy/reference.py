@@ -13,9 +13,9 @@ from torch import Tensor
 
 __all__ = ["chunk_tokens", "loss_and_gradients"]
 
-# Elements of the fp32 logits of a chunk, 256 MiB or 1 GiB. One H200, 16384 tokens, vocabulary 248320, width 2048, ms:
-# 101 / 100 / 93 for 256 / 512 / 1024 tokens under a frozen weight; 201 / 151 / 130 where its gradient is summed, which
-# every chunk reads and writes whole.
+# Elements of the fp32 logits of a chunk, 256 MiB or 1 GiB. Forward and backward in ms for 256 / 512 / 1024 tokens on
+# one H200 with torch 2.11 (16384 tokens, vocabulary 248320, width 2048, bf16): 82 / 85 / 76 under a frozen weight,
+# where the peak grows from 0.8 to 2.9 GiB; 181 / 133 / 114 where every chunk reads and writes the weight's gradient.
 _CHUNK_ELEMENTS = {False: 2**26, True: 2**28}
 _ROW_TILE = 128
 
