@@ -181,7 +181,7 @@ def preferences() -> list[dict[str, str]]:
     ]
 
 
-BETA = 0.5
+BETA = 0.1
 
 
 def preference_alone(model: Any, rows: list[dict[str, Any]], reference: Any = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tiny import VOCAB, documents, tiny_model
 
 LENGTHS = [5, 1, 30, 7, 12, 9, 3, 40, 2, 17, 4, 6]
-BATCH, STEPS, RATE = 4, 3, 0.01
+BATCH, STEPS, RATE = 4, 3, 0.002
 TARGETS = ["q_proj", "v_proj", "out_proj", "in_proj_qkv", "gate_proj"]
 
 Features = list[dict[str, Any]]

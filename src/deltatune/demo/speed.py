@@ -93,7 +93,7 @@ def compare(
             timing.losses.append(loss)
             if number >= warm_up:
                 timing.seconds.append(seconds)
-                timing.trained += sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in pack)
+                timing.trained += sum(sample.num_trained for sample in pack)
                 timing.tokens += sum(map(len, pack))
                 timing.slots += batch["input_ids"].numel()
     return sides[0][3], sides[1][3]

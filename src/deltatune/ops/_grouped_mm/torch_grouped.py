@@ -15,20 +15,20 @@ _MAX_GROUPS = 1023
 
 
 def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) -> str | None:
-    """Why this implementation cannot run for a weight ``[G, N, K]`` here, with the remedy; None where it can."""
+    """Why this implementation cannot run for a weight ``[G, N, K]`` here; None where it can."""
     if _function is None:
-        return f"torch {torch.__version__} has no F.grouped_mm; install torch >= 2.11, or use impl='reference'"
+        return f"torch {torch.__version__} has no F.grouped_mm; install torch >= 2.11"
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"F.grouped_mm needs an NVIDIA GPU, the inputs are on {device.type}; use impl='reference'"
+        return f"F.grouped_mm needs an NVIDIA GPU, the inputs are on {device.type}"
     if dtype != torch.bfloat16:
-        return f"F.grouped_mm takes bfloat16, not {dtype}; cast, or use impl='reference'"
+        return f"F.grouped_mm takes bfloat16, not {dtype}; cast"
     if shape is not None and (shape[0] > _MAX_GROUPS or shape[1] % 8 or shape[2] % 8):
         return (
             f"F.grouped_mm takes up to {_MAX_GROUPS} groups and widths that are multiples of 8, "
-            f"got a weight {list(shape)}; use impl='reference'"
+            f"got a weight {list(shape)}"
         )
     if torch.cuda.get_device_properties(device).major < 8:
-        return "F.grouped_mm needs an Ampere GPU or newer; use impl='reference'"
+        return "F.grouped_mm needs an Ampere GPU or newer"
     return None
 
 

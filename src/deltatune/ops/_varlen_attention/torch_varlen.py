@@ -40,18 +40,17 @@ _GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in _argument_na
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
-    """Why this implementation cannot run here, with the remedy; None where it can."""
+    """Why this implementation cannot run here; None where it can."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"torch's varlen attention needs an NVIDIA GPU, the inputs are on {device.type}; use impl='reference'"
+        return f"torch's varlen attention needs an NVIDIA GPU, the inputs are on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"torch's varlen attention takes float16 and bfloat16, not {dtype}; cast, or use impl='reference'"
+        return f"torch's varlen attention takes float16 and bfloat16, not {dtype}; cast"
     if head_dim is not None and (head_dim % 8 or head_dim > _MAX_HEAD_DIM):
         return (
-            f"torch's varlen attention takes a head_dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, got {head_dim}; "
-            "use impl='reference'"
+            f"torch's varlen attention takes a head_dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, got {head_dim}"
         )
     if torch.cuda.get_device_properties(device).major < 8:
-        return "torch's varlen attention needs an Ampere GPU or newer; use impl='reference'"
+        return "torch's varlen attention needs an Ampere GPU or newer"
     return _SIGNATURE_PROBLEM
 
 
