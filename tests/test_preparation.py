@@ -290,6 +290,16 @@ def test_what_cannot_be_prepared_is_refused(build: Any, arguments: dict[str, Any
         prepare(build(), **arguments)
 
 
+def test_checkpointing_twice_is_refused() -> None:
+    model = tiny_model("qwen3_5")
+    model.gradient_checkpointing_enable()
+    prepare(model)  # the stock way alone is fine
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        prepare(model, checkpointing="layer")
+    model.gradient_checkpointing_disable()
+    prepare(model, checkpointing="layer")
+
+
 def test_an_unknown_recurrent_model_is_refused_by_name() -> None:
     config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
     with pytest.raises(ValueError, match="Mamba"):

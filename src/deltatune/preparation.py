@@ -104,6 +104,11 @@ def prepare(
     text_model = _text_model(base)
     _refuse_wrapped(model)
     validate_checkpointing(checkpointing, compile)
+    if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
+        raise ValueError(
+            "the model checkpoints its layers already and every layer would be recomputed twice; call "
+            "model.gradient_checkpointing_disable(), or leave checkpointing='none'"
+        )
     _validate_lora(lora)
     family = family_of(text_model)
     for refusal in family.refusals:

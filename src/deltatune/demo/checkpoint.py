@@ -48,7 +48,7 @@ _SHAPE: Final[dict[str, Any]] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "max_position_embeddings": 2048,
-    "initializer_range": 0.06,
+    "initializer_range": 0.09,
     "tie_word_embeddings": True,
     "rope_parameters": {
         "rope_type": "default",
@@ -62,6 +62,7 @@ _SHAPE: Final[dict[str, Any]] = {
 # A head forgets by a factor exp(-A softplus(a + dt_bias)) a token. The stock draw, A up to 16, gives random heads a
 # memory of a token or less; trained ones remember for hundreds. Rates on a logarithmic scale span both.
 _SLOWEST_DECAY, _FASTEST_DECAY = 0.01, 2.0
+_EMBEDDING_STD, _CONV_STD = 0.3, 0.5
 
 
 def save_checkpoint(folder: Path, conversations: Iterable[Conversation], *, seed: int = 0) -> None:
@@ -117,10 +118,20 @@ def _random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3_5ForCausalLM(config)
+        _widen(model)
     model.generation_config = GenerationConfig(**tokens)
+    return model
+
+
+def _widen(model: Any) -> None:
+    """Draws some weights at scales that suit a model this narrow, which the stock ones do not."""
     ends = math.log(_SLOWEST_DECAY), math.log(_FASTEST_DECAY)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):
                 weight.copy_(torch.linspace(*ends, weight.numel()))
-    return model
+            elif name.endswith("embed_tokens.weight"):
+                weight.normal_(std=_EMBEDDING_STD)
+            elif name.endswith("conv1d.weight"):
+                # four taps, each of which should be heard
+                weight.normal_(std=_CONV_STD)

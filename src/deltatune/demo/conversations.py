@@ -7,18 +7,12 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["KINDS", "Conversation", "make_conversations", "read_conversations", "write_conversations"]
+__all__ = ["KINDS", "Conversation", "make_conversations", "write_conversations"]
 
-NAMES = (
-    "Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Noah", "Olga", "Pia",
-)  # fmt: skip
-COLOURS = ("red", "blue", "green", "yellow", "black", "white", "pink", "brown", "grey", "purple")
-THINGS = ("kite", "boat", "hat", "bike", "drum", "lamp", "cup", "coat", "ball", "bag", "chair", "book")
-PLACES = ("kitchen", "garden", "attic", "cellar", "hall", "garage", "office", "barn", "library", "tower")
-FRUITS = ("pears", "plums", "figs", "lemons", "apples", "limes", "dates", "peaches", "cherries", "melons")
-NUMBERS = range(1, 21)
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo")
+FRUITS = ("pears", "plums", "figs", "lemons", "apples", "limes", "dates", "peaches")
+CITIES = ("Rome", "Oslo", "Paris", "Cairo", "Lima", "Delhi", "Tokyo", "Berlin")
 
 Turn = tuple[str, str]
 
@@ -47,49 +41,32 @@ class Conversation:
         return messages
 
 
-def _recall(rng: random.Random) -> Conversation:
-    """Who has which thing in which colour."""
+def _likes(rng: random.Random) -> Conversation:
+    """Who likes what."""
     count = rng.randint(2, 4)
-    rows = list(
-        zip(rng.sample(NAMES, count), rng.sample(COLOURS, count), rng.sample(THINGS, count), strict=True)
-    )
-    scene = " ".join(f"{name} has a {colour} {thing}." for name, colour, thing in rows)
-    turns = []
-    for name, colour, thing in rng.sample(rows, rng.randint(1, count)):
-        turns.append(
-            rng.choice(
-                [
-                    (f"What colour is the {thing} of {name}?", f"The {thing} of {name} is {colour}."),
-                    (f"Who has the {thing}?", f"The {thing} is with {name}."),
-                    (f"What does {name} have?", f"{name} has a {colour} {thing}."),
-                ]
-            )
-        )
-    return Conversation("recall", scene, tuple(turns))
+    likes = dict(zip(rng.sample(NAMES, count), rng.sample(FRUITS, count), strict=True))
+    scene = f"Today {_and([f'{name} likes {fruit}' for name, fruit in likes.items()])}."
+    turns = [(f"What does {name} like?", f"I read that {name} likes {likes[name]}.") for name in rng.sample([*likes], 2)]
+    return Conversation("likes", scene, tuple(turns))
 
 
 def _places(rng: random.Random) -> Conversation:
-    """Where things are, also after one has been moved."""
+    """Where people are, also after some have moved."""
     count = rng.randint(2, 4)
-    things, places = rng.sample(THINGS, count), rng.sample(PLACES, count + 1)
-    where = dict(zip(things, places, strict=False))
-    scene = " ".join(f"The {thing} is in the {place}." for thing, place in where.items())
-    turns = []
-    asked = rng.choice(things)
-    turns.append((f"Where is the {asked}?", f"The {asked} is in the {where[asked]}."))
-    moved, name = rng.choice(things), rng.choice(NAMES)
-    where[moved] = places[-1]
-    asked = rng.choice([moved, rng.choice(things)])
-    turns.append(
-        (
-            f"{name} takes the {moved} to the {places[-1]}. Where is the {asked} now?",
-            f"The {asked} is in the {where[asked]}.",
-        )
-    )
-    return Conversation("places", scene, tuple(turns[: rng.randint(1, 2)]))
+    places = dict(zip(rng.sample(NAMES, count), rng.sample(CITIES, count), strict=True))
+    scene = f"Today {_and([f'{name} is in {city}' for name, city in places.items()])}."
+    asked = rng.choice([*places])
+    turns = [(f"Where is {asked}?", f"I read that {asked} is in {places[asked]}.")]
+    for _ in range(rng.randint(1, 2)):
+        moved, city = rng.choice([*places]), rng.choice(CITIES)
+        places[moved] = city
+        asked = rng.choice([moved, rng.choice([*places])])
+        question = f"Then {moved} goes to {city}. Where is {asked} now?"
+        turns.append((question, f"I read that {asked} is in {places[asked]}."))
+    return Conversation("places", scene, tuple(turns))
 
 
-def _list(rng: random.Random) -> Conversation:
+def _lists(rng: random.Random) -> Conversation:
     """First, last, next and backwards in a short list."""
     items = rng.sample(FRUITS, rng.randint(3, 5))
     scene = f"{rng.choice(NAMES)} buys {', '.join(items)}."
@@ -100,41 +77,14 @@ def _list(rng: random.Random) -> Conversation:
         (f"What comes after {items[position]}?", f"After {items[position]} come {items[position + 1]}."),
         ("Say that backwards.", f"Backwards: {', '.join(reversed(items))}."),
     ]
-    return Conversation("list", scene, tuple(rng.sample(turns, rng.randint(1, 3))))
+    return Conversation("lists", scene, tuple(rng.sample(turns, rng.randint(2, 3))))
 
 
-def _sort(rng: random.Random) -> Conversation:
-    """Three or four numbers in order."""
-    numbers = rng.sample(NUMBERS, rng.randint(3, 4))
-    scene = f"The numbers are {', '.join(map(str, numbers))}."
-    ordered = sorted(numbers)
-    turns = [
-        ("Sort them.", f"Sorted: {', '.join(map(str, ordered))}."),
-        ("Which is the largest?", f"The largest is {ordered[-1]}."),
-        ("Which is the smallest?", f"The smallest is {ordered[0]}."),
-    ]
-    return Conversation("sort", scene, tuple(rng.sample(turns, rng.randint(1, 2))))
+def _and(parts: list[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _sum(rng: random.Random) -> Conversation:
-    """Adding and taking away small numbers."""
-    name, fruit = rng.choice(NAMES), rng.choice(FRUITS)
-    start, change = rng.randint(2, 9), rng.randint(1, 9)
-    if rng.random() < 0.5:
-        change = min(change, start - 1)
-        scene, left = f"{name} has {start} {fruit} and eats {change} of them.", start - change
-    else:
-        scene, left = f"{name} has {start} {fruit} and picks {change} more.", start + change
-    return Conversation("sum", scene, ((f"How many {fruit} does {name} have?", f"{name} has {left} {fruit}."),))
-
-
-KINDS: dict[str, Callable[[random.Random], Conversation]] = {
-    "recall": _recall,
-    "places": _places,
-    "list": _list,
-    "sort": _sort,
-    "sum": _sum,
-}
+KINDS: dict[str, Callable[[random.Random], Conversation]] = {"likes": _likes, "places": _places, "lists": _lists}
 
 
 def make_conversations(count: int, *, seed: int, exclude: Iterable[Conversation] = ()) -> list[Conversation]:
