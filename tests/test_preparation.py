@@ -239,6 +239,19 @@ def test_loss_conventions_of_the_stock_model() -> None:
     assert torch.equal(as_tuple[0], asked.loss)
 
 
+def test_logits_that_are_scaled_after_the_head_count_in_the_loss() -> None:
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "logits_scaling": 3.0}
+    torch.manual_seed(0)
+    stock = transformers.GraniteForCausalLM(transformers.GraniteConfig(**values))
+    model = copy.deepcopy(stock)
+    prepared = prepare(model)
+    (tokens,) = documents([40])
+    ours, theirs = model(tokens[None], labels=tokens[None]), stock(tokens[None], labels=tokens[None])
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
+    assert "scaled or capped" in str(prepared.report)
+
+
 def test_hidden_states_are_recorded() -> None:
     model = tiny_model("qwen3_5")
     stock = copy.deepcopy(model)

@@ -58,6 +58,7 @@ class Prepared:
             compile=self._state.compile,
             compile_report=self.compile_report,
             lora=_lora_text(self.model),
+            head=self._state.head,
         )
 
     @property
@@ -122,6 +123,7 @@ def prepare(
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
     state = ModelState(requests, family.mask_form, layer_types, compile, checkpointing)
     if not family.swaps:
+        state.head = "unknown"
         attention_interface.register()
         state.stock_attention = text_model.config._attn_implementation
         text_model.config._attn_implementation_internal = attention_interface.NAME

@@ -53,6 +53,7 @@ class PrepareReport:
     compile: CompileOptions | None
     compile_report: CompileReport | None
     lora: str | None
+    head: str
 
     @property
     def trainable_parameters(self) -> int:
@@ -80,6 +81,7 @@ class PrepareReport:
             "checkpointing": self.checkpointing,
             "compile": compiled,
             "lora": self.lora,
+            "head": self.head,
         }
 
     def __str__(self) -> str:
@@ -94,6 +96,8 @@ class PrepareReport:
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
         if self.lora is not None:
             lines.append(f"lora: {self.lora}")
+        if self.head == "transformed":
+            lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
         lines += ["", f"checkpointing {self.checkpointing}", self._compile_line()]
         return "\n".join(lines)
 

@@ -52,7 +52,7 @@ class CausalLM(Swapped):
         parameters[position:position] = own
 
         @functools.wraps(stock.forward)
-        def forward(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(self, CausalLM):  # a wrapper put on the instance kept this method beyond revert()
                 return stock.forward(self, *args, **kwargs)
             return self._forward(signature.bind_partial(self, *args, **_flat(kwargs)))
@@ -87,24 +87,36 @@ class CausalLM(Swapped):
         labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
         num_items = call.pop("num_items_in_batch", None)
         as_tuple = call.pop("return_dict", None) is False
-        keep = call.get("logits_to_keep", 0)
-        if not wants_logits and isinstance(keep, int) and keep == 0:
-            call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
+        state, keep = self._deltatune, call.get("logits_to_keep", 0)
+        asked = bool(wants_logits) or not (isinstance(keep, int) and keep == 0)
+        if state.head == "unknown":
+            state.head = self._head_kind(call)
+        if not asked and state.head == "linear":
+            call["logits_to_keep"] = _positions([], call)
         with catch_hidden() as hidden:
             output = super().forward(**call)
         assert hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
-        loss = self._loss(hidden, targets)
+        loss = self._loss(hidden, targets) if state.head == "linear" else _loss_of_logits(output.logits, targets)
         count = (targets != -100).sum() if num_items is None else num_items
         loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
         aux_loss = getattr(output, "aux_loss", None)
         if isinstance(aux_loss, Tensor):
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
         fields = {name: value for name, value in output.items() if name != "loss"}
-        if "logits_to_keep" in call and fields["logits"].shape[1] == 0:
+        if not asked:
             del fields["logits"]
         output = type(output)(loss=loss, **fields)
         return output.to_tuple() if as_tuple else output
+
+    @torch.no_grad()
+    def _head_kind(self, call: dict[str, Any]) -> str:
+        """Whether logits are the head's output alone, seen on one token; some models scale or cap them afterwards."""
+        with catch_hidden() as hidden:
+            logits = super().forward(**{**call, "logits_to_keep": _positions([0], call)}).logits
+        assert hidden.state is not None, "the text model was not prepared"
+        plain = self.get_output_embeddings()(hidden.state[:, :1])
+        return "linear" if torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-5) else "transformed"
 
     def _loss(self, hidden: Hidden, targets: Tensor) -> Tensor:
         assert hidden.state is not None
@@ -132,6 +144,14 @@ def next_token_targets(labels: Tensor | None, shift_labels: Tensor | None, seque
     flat = given.reshape(-1)
     targets = flat if shift_labels is not None else F.pad(flat, (0, 1), value=-100)[1:]
     return targets.masked_fill(last.to(targets.device), -100).view(given.shape)
+
+
+def _loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _positions(indices: list[int], call: dict[str, Any]) -> Tensor:
+    return torch.tensor(indices, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
 
 
 def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
