@@ -1,0 +1,144 @@
+"""What the documentation points to exists, and its code parses."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deltatune import cli
+from deltatune.config.inductor import INDUCTOR_OPTIONS
+from deltatune.config.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND_LINE = re.compile(r"^(?:\.venv/bin/)?deltatune ([^#\n]+)", re.MULTILINE)
+_COMMAND_IN_TEXT = re.compile(r"`deltatune ([^`\n]+)`")
+_RECIPE = re.compile(r"\brecipes/[\w.-]+\.yaml")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in _FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    broken = []
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_python_parses(page: Path) -> None:
+    for code in blocks(page, "python"):
+        ast.parse(code)
+
+
+def test_code_imports_public_names() -> None:
+    import deltatune
+
+    imported = {
+        alias.name
+        for page in PAGES
+        for code in blocks(page, "python")
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and node.module == "deltatune"
+        for alias in node.names
+    }
+    assert imported
+    assert imported <= set(deltatune.__all__)
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words after ``deltatune`` in every command line of a page's shell blocks."""
+    return [line.split() for code in blocks(page, "bash") for line in _COMMAND_LINE.findall(code)]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """The name and arguments of every ``deltatune`` command, in blocks and in sentences."""
+    for page in PAGES:
+        in_text = _COMMAND_IN_TEXT.findall(page.read_text(encoding="utf-8"))
+        for name, *words in command_lines(page) + [line.split() for line in in_text]:
+            if name != "--help":
+                yield name, words
+
+
+def test_commands_and_their_options_exist() -> None:
+    parser = cli._parser()
+    choices = next(action.choices for action in parser._actions if action.dest == "command")
+    assert isinstance(choices, dict)
+    found = list(commands())
+    assert {name for name, _ in found} == set(choices), "the docs name every command and no other"
+    for name, words in found:
+        options = {option for action in choices[name]._actions for option in action.option_strings}
+        assert {word for word in words if word.startswith("--")} <= options, name
+
+
+def test_complete_command_lines_parse() -> None:
+    lines = command_lines(ROOT / "README.md")
+    assert lines
+    for line in lines:
+        cli._parser().parse_args(line)
+
+
+def test_recipes_exist() -> None:
+    named = {name for page in PAGES for name in _RECIPE.findall(page.read_text(encoding="utf-8"))}
+    assert named
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
+    recipes = blocks(ROOT / "README.md", "yaml")
+    assert recipes
+    for text in recipes:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        assert load_recipe(tmp_path / "recipe.yaml").warnings == []
+
+
+def test_every_compile_option_is_described() -> None:
+    text = (ROOT / "docs" / "compile.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", text, re.MULTILINE))
+    assert {key: rows.get(key) for key in INDUCTOR_OPTIONS} == {k: o.doc for k, o in INDUCTOR_OPTIONS.items()}
+
+
+def test_every_family_and_its_experimental_features_are_in_the_readme() -> None:
+    from deltatune.models.family import Experimental
+    from deltatune.models.registry import ANY, FAMILIES
+
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    words = {"router_loss": "router loss"}
+    for family in (*FAMILIES, ANY):
+        experimental = [name for name, feature in family.features.items() if isinstance(feature, Experimental)]
+        assert all(words.get(name, name) in rows[family.name] for name in experimental), family.name
+        assert ("experimental" in rows[family.name]) == bool(experimental), family.name
+    assert rows.keys() == {family.name for family in (*FAMILIES, ANY)}
+
+
+def test_every_implementation_of_an_op_is_listed() -> None:
+    from deltatune.models.registry import FAMILIES
+
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = [row for row in text.splitlines() if row.startswith("| `")]
+    for op in {op for family in FAMILIES for op in family.ops}:
+        row = next(row for row in rows if f"`{op}`" in row)
+        source = (ROOT / "src" / "deltatune" / "ops" / f"_{op}" / "api.py").read_text(encoding="utf-8")
+        for impl in re.findall(r'Candidate\(\s*"(\w+)"', source):
+            assert f"`{impl}`" in row, (op, impl)
