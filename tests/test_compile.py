@@ -182,17 +182,31 @@ def test_a_break_is_counted_otherwise() -> None:
     assert prepared.compile_report.breaks
 
 
+def test_evaluation_has_a_graph_of_its_own() -> None:
+    model = tiny_model("qwen3")
+    prepared = prepare(model, compile=TRACED)
+    train(model, 1)
+    with torch.no_grad():
+        model.eval()(**batches(1)[0])
+    model.train()
+    train(model, 1)
+    report = prepared.compile_report
+    assert report is not None
+    assert report.graphs == {"layer_Qwen3MLP": 1, "layer_Qwen3MLP (no grad)": 1}
+    assert report.recompiles == []
+
+
 def test_a_recompile_is_reported_with_its_reason() -> None:
     model = tiny_model("qwen3")
     prepared = prepare(model, compile=TRACED)
     train(model, 1)
-    model.eval()
-    with torch.no_grad():
-        model(**batches(1)[0])
+    (tokens,) = documents([50])
+    model(tokens[None], labels=tokens[None]).loss.backward()
     report = prepared.compile_report
     assert report is not None
+    assert report.graphs == {"layer_Qwen3MLP": 2}
     assert len(report.recompiles) == 1
-    assert "grad" in report.recompiles[0].lower()
+    assert "size mismatch" in report.recompiles[0]
 
 
 @pytest.mark.parametrize(

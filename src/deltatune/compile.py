@@ -8,17 +8,22 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 
 __all__ = ["CompileOptions", "CompileReport", "GraphBreakError", "Graphs", "graphs_of", "validate_checkpointing"]
 
 Forward = Callable[..., Any]
+
+#: Ends the names of graphs that take no gradient.
+EVALUATION = " (no grad)"
 
 
 class GraphBreakError(RuntimeError):
@@ -108,7 +113,8 @@ class CompileReport:
     """What the compiler did so far.
 
     Attributes:
-        graphs: name of a layer type -> graphs compiled for it, in every mode (training, evaluation) it ran in.
+        graphs: name of a layer type -> graphs compiled for it; calls without gradients (evaluation) have graphs of
+            their own, under the name with ``EVALUATION`` behind it.
         breaks: reasons of graph breaks; always empty under ``strict``, which stops instead.
         recompiles: reasons for every graph after a layer type's first.
         seconds: time spent compiling.
@@ -148,12 +154,15 @@ class Graphs:
         Raises:
             GraphBreakError: a graph break, or more recompiles than the compiler allows, under ``strict``.
         """
+        if not torch.is_grad_enabled():
+            name += EVALUATION
         function = self._functions.get((name, forward))
         if function is None:
             function = self._functions[name, forward] = self._compile(name, forward)
         broken = _num_breaks()
         try:
-            result = function(module, *args, **kwargs)
+            with _whole_under_ddp():
+                result = function(module, *args, **kwargs)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise GraphBreakError(f"{name} does not compile as one graph: {error}") from error
         if _num_breaks() != broken:
@@ -209,6 +218,17 @@ def _plain(forward: Forward) -> Forward:
         return forward(module, *args, **kwargs)
 
     return plain
+
+
+def _whole_under_ddp() -> AbstractContextManager[None]:
+    """Keeps the compiler from cutting a graph along the gradient buckets of a DistributedDataParallel around it.
+
+    The cut exists so that gradients travel while backward runs; between layers they do so anyway.
+    """
+    if DistributedDataParallel._active_ddp_module is None:
+        return nullcontext()
+    whole: AbstractContextManager[None] = torch._dynamo.config.patch(optimize_ddp=False)
+    return whole
 
 
 _serial = 0
