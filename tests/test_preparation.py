@@ -311,6 +311,16 @@ def test_checkpointing_twice_is_refused() -> None:
         prepare(model, checkpointing="layer")
     model.gradient_checkpointing_disable()
     prepare(model, checkpointing="layer")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing=False in a trainer's"):
+        model.train()(**packed_call())
+
+
+def test_a_forward_that_was_replaced_before_is_warned_of() -> None:
+    model = tiny_model("qwen3_5")
+    model.forward = model.forward
+    with pytest.warns(UserWarning, match="replaced on this model before prepare"):
+        prepare(model)
 
 
 def test_an_unknown_recurrent_model_is_refused_by_name() -> None:

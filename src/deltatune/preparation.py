@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from deltatune import ops
 from deltatune.compile import CompileOptions, CompileReport, graphs_of, validate_checkpointing
 from deltatune.layers import attention_interface, capture
 from deltatune.layers.causal_lm import CausalLM
-from deltatune.layers.decoder import DecoderLayer, TextModel
+from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
 from deltatune.layers.reclass import ModelState, Swapped, stock_class, swap, unswap
 from deltatune.models.family import Family
 from deltatune.models.registry import family_of
@@ -69,7 +70,12 @@ class Prepared:
         return graphs_of(self._state, self._state.compile, self._state.checkpointing).report
 
     def revert(self) -> None:
-        """The model as it was: classes and configs; adapters and weights stay as they are now."""
+        """The model as it was: classes and configs; adapters and weights stay as they are now.
+
+        Raises:
+            ValueError: a model that was sharded since, whose classes are FSDP2's.
+        """
+        _refuse_sharded(self.model, "revert() comes")
         base = _base(self.model)
         if _text_model(base).__dict__.get("_deltatune") is self._state:
             _revert(base)
@@ -103,13 +109,10 @@ def prepare(
     """
     base = _base(model)
     text_model = _text_model(base)
-    _refuse_wrapped(model)
+    _refuse_sharded(model, "prepare(model) comes")
     validate_checkpointing(checkpointing, compile)
     if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
-        raise ValueError(
-            "the model checkpoints its layers already and every layer would be recomputed twice; call "
-            "model.gradient_checkpointing_disable(), or leave checkpointing='none'"
-        )
+        raise ValueError(TWICE)
     _validate_lora(lora)
     family = family_of(text_model)
     for refusal in family.refusals:
@@ -122,6 +125,12 @@ def prepare(
     plan = _plan(base, text_model, family)
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
     state = ModelState(requests, family.mask_form, layer_types, compile, checkpointing)
+    if "forward" in base.__dict__:
+        warnings.warn(
+            f"{type(base).__name__}.forward was replaced on this model before prepare, so a loss from labels= is that "
+            "function's; boundaries are kept all the same. Prepare the model before it is given to a trainer",
+            stacklevel=2,
+        )
     if not family.swaps:
         state.head = "unknown"
         attention_interface.register()
@@ -197,12 +206,12 @@ def _text_model(base: nn.Module) -> Any:
     return decoder
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     for module in model.modules():
         if isinstance(module, FSDPModule | FullyShardedDataParallel):
-            raise ValueError("prepare(model) comes before fully_shard(model): its layers are sharded already")
+            raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
 
 
 def _validate_lora(lora: str) -> None:

@@ -25,6 +25,7 @@ from trainer_cases import (
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from deltatune import CompileOptions, prepare
+from tiny import FAMILIES, tiny_model
 
 # every set of the collator's options that says where documents begin
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -65,6 +66,15 @@ def test_training_is_that_of_lone_documents(options: dict[str, Any], tmp_path: P
     stock = copy.deepcopy(model)
     prepare(model)
     trainer, record, remembering = run(model, tmp_path, flattening(**options))
+    assert_same_training(trainer, record, stock, remembering.batches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    stock = copy.deepcopy(model)
+    prepare(model)
+    trainer, record, remembering = run(model, tmp_path, flattening())
     assert_same_training(trainer, record, stock, remembering.batches)
 
 

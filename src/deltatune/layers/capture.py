@@ -30,7 +30,8 @@ def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str
     if refused:
         raise ValueError(
             f"{refused[0]} is recorded inside the compiled graph (scope={scope!r}) and cannot be returned; "
-            f"leave it off, or prepare the model without compile"
+            "leave it off (TRL turns router logits on unless SFTConfig(router_aux_loss_coef=0.0)), or prepare the "
+            "model without compile"
         )
     if wanted:
         _install(text_model)

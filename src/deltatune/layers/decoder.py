@@ -19,7 +19,14 @@ from deltatune.layers.capture import keep_capture_hooks_outside
 from deltatune.layers.reclass import Swapped, stock_class
 from deltatune.sequences import Sequences
 
-__all__ = ["DecoderLayer", "Hidden", "TextModel", "catch_hidden", "is_cached_call"]
+__all__ = ["TWICE", "DecoderLayer", "Hidden", "TextModel", "catch_hidden", "is_cached_call"]
+
+#: What is wrong with two kinds of checkpointing at once.
+TWICE = (
+    "the model checkpoints its layers the stock way and prepare(checkpointing=...) does too, so every layer would be "
+    "recomputed twice; call model.gradient_checkpointing_disable() (gradient_checkpointing=False in a trainer's "
+    "arguments), or leave checkpointing='none'"
+)
 
 #: Keyword arguments that no layer may see: they change from batch to batch and would be guarded on.
 _NOT_FOR_LAYERS = frozenset({*METADATA, "num_items_in_batch", "labels", "shift_labels"})
@@ -36,6 +43,8 @@ class DecoderLayer(Swapped):
         if sequences is None:
             return super().forward(hidden_states, *args, **kwargs)
         state, forward = self._deltatune, stock_class(self).forward
+        if state.checkpointing != "none" and getattr(self, "gradient_checkpointing", False):
+            raise ValueError(TWICE)
         kwargs["sequences"] = sequences
         if state.compile is not None and state.compile.scope == "layer":
             graphs = graphs_of(state, state.compile, state.checkpointing)

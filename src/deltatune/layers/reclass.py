@@ -27,8 +27,8 @@ class ModelState:
         layer_types: the names such a mapping is asked for.
         compile: how the layers are compiled; None runs them eagerly.
         checkpointing: ``"none"``, ``"layer"`` or the share of activations that may stay.
-        head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps them
-            afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
+        head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps
+            them afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
         stock_attention: the attention implementation that the config named before, where it was replaced.
         cached: True while a call with a key-value cache runs, which keeps the stock path whole.
     """
