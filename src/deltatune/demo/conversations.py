@@ -46,8 +46,10 @@ def _likes(rng: random.Random) -> Conversation:
     count = rng.randint(2, 4)
     likes = dict(zip(rng.sample(NAMES, count), rng.sample(FRUITS, count), strict=True))
     scene = f"Today {_and([f'{name} likes {fruit}' for name, fruit in likes.items()])}."
-    turns = [(f"What does {name} like?", f"I read that {name} likes {likes[name]}.") for name in rng.sample([*likes], 2)]
-    return Conversation("likes", scene, tuple(turns))
+    turns = [
+        (f"What does {name} like?", f"I read that {name} likes {likes[name]}.") for name in rng.sample([*likes], 2)
+    ]
+    return Conversation("likes", scene, tuple(rng.sample(turns, rng.randint(1, count))))
 
 
 def _places(rng: random.Random) -> Conversation:
@@ -57,7 +59,7 @@ def _places(rng: random.Random) -> Conversation:
     scene = f"Today {_and([f'{name} is in {city}' for name, city in places.items()])}."
     asked = rng.choice([*places])
     turns = [(f"Where is {asked}?", f"I read that {asked} is in {places[asked]}.")]
-    for _ in range(rng.randint(1, 2)):
+    for _ in range(rng.randint(0, 3)):
         moved, city = rng.choice([*places]), rng.choice(CITIES)
         places[moved] = city
         asked = rng.choice([moved, rng.choice([*places])])
@@ -68,7 +70,7 @@ def _places(rng: random.Random) -> Conversation:
 
 def _lists(rng: random.Random) -> Conversation:
     """First, last, next and backwards in a short list."""
-    items = rng.sample(FRUITS, rng.randint(3, 5))
+    items = rng.sample(FRUITS, rng.randint(3, 4))
     scene = f"{rng.choice(NAMES)} buys {', '.join(items)}."
     position = rng.randrange(len(items) - 1)
     turns = [
@@ -77,7 +79,7 @@ def _lists(rng: random.Random) -> Conversation:
         (f"What comes after {items[position]}?", f"After {items[position]} come {items[position + 1]}."),
         ("Say that backwards.", f"Backwards: {', '.join(reversed(items))}."),
     ]
-    return Conversation("lists", scene, tuple(rng.sample(turns, rng.randint(2, 3))))
+    return Conversation("lists", scene, tuple(rng.sample(turns, rng.randint(1, 4))))
 
 
 def _and(parts: list[str]) -> str:

@@ -38,8 +38,8 @@ def show_answers(console: Console, before: Sequence[Answer], after: Sequence[Ans
         table.add_column(overflow="fold")
         for message in old.conversation.messages[:-1]:
             table.add_row(message["role"], Text(message["content"]))
-        table.add_row("before", Text(old.text.strip() or "(nothing)", style=_style(old)))
-        table.add_row("after", Text(new.text.strip() or "(nothing)", style=_style(new)))
+        table.add_row("before", Text(_printable(old.text), style=_style(old)))
+        table.add_row("after", Text(_printable(new.text), style=_style(new)))
         if not new.right:
             table.add_row("right", Text(new.expected))
         console.print(table)
@@ -60,17 +60,21 @@ def show_scores(console: Console, before: Sequence[Answer], after: Sequence[Answ
 
 def show_run(console: Console, metrics: dict[str, Any]) -> None:
     """Fill, graphs and rates of the training run."""
-    compiled = metrics["compile"]
     rows = {
         "packs": f"{metrics['packs']:,} trained on, {metrics['fill']:.1%} full",
-        "graphs": ", ".join(f"{name} {count}" for name, count in compiled["graphs"].items()),
-        "graph breaks": str(len(compiled["breaks"])),
-        "recompiles": str(len(compiled["recompiles"])),
-        "compiling": f"{compiled['seconds']:.0f} s",
         "training": f"{metrics['seconds']:.0f} s in all, compiling included",
-        "rate": f"{metrics['steady_tokens_per_second']:,.0f} tokens/s, "
-        f"{metrics['steady_trained_tokens_per_second']:,.0f} of them trained (after the first steps)",
     }
+    if "steady_tokens_per_second" in metrics:
+        rows["rate"] = (
+            f"{metrics['steady_tokens_per_second']:,.0f} tokens/s, "
+            f"{metrics['steady_trained_tokens_per_second']:,.0f} of them trained (after the first steps)"
+        )
+    compiled = metrics["compile"]
+    if compiled is not None:
+        rows["graphs"] = ", ".join(f"{name} {count}" for name, count in compiled["graphs"].items())
+        rows["graph breaks"] = str(len(compiled["breaks"]))
+        rows["recompiles"] = str(len(compiled["recompiles"]))
+        rows["compiling"] = f"{compiled['seconds']:.0f} s"
     table = Table(box=None, show_header=False, padding=(0, 1))
     for name, value in rows.items():
         table.add_row(Text(name, style="dim"), Text(value))
@@ -79,9 +83,7 @@ def show_run(console: Console, metrics: dict[str, Any]) -> None:
 
 def show_speed(console: Console, packed: Timing, padded: Timing) -> None:
     """Both ways beside each other, the faster one's factor below."""
-    table = _table(
-        console, "the same documents", "fill", "median step", "trained tokens/s", "tokens/s", "first loss", "last loss"
-    )
+    table = _table(console, "the same documents", "fill", "median step", "trained tokens/s", "tokens/s")
     for name, timing in (("packed, compiled (deltatune)", packed), ("padded, eager (stock)", padded)):
         table.add_row(
             name,
@@ -89,12 +91,15 @@ def show_speed(console: Console, packed: Timing, padded: Timing) -> None:
             f"{timing.median_ms:.0f} ms",
             f"{timing.trained_per_second:,.0f}",
             f"{timing.tokens_per_second:,.0f}",
-            f"{timing.losses[0]:.4f}",
-            f"{timing.losses[-1]:.4f}",
         )
     console.print(table)
     factor = packed.trained_per_second / padded.trained_per_second
     console.print(Text(f"{factor:.2f} times the stock model's trained tokens per second", style="bold"))
+
+
+def _printable(text: str) -> str:
+    """An untrained model writes any bytes, those that drive a terminal included."""
+    return "".join(character if character.isprintable() else "·" for character in text.strip()) or "(nothing)"
 
 
 def _style(answer: Answer) -> str:

@@ -1,22 +1,20 @@
-"""The same documents, step by step, through the packed and compiled model and through the stock one, padded."""
+"""The same documents through the packed and compiled model and through the stock one, padded."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from deltatune.data.collate import PackedCollator
 from deltatune.data.sample import IGNORE_INDEX, Sample
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-__all__ = ["Timing", "compare", "padded_batch"]
+__all__ = ["Timing", "compare", "padded_batch", "shuffled_batches"]
 
 Batch = dict[str, Any]
 
@@ -30,14 +28,12 @@ class Timing:
         tokens: their document tokens, the same for both ways.
         slots: tokens that went through the model, padding included.
         seconds: of each timed step: forward, backward, optimizer.
-        losses: of every step, the untimed ones first.
     """
 
     trained: int = 0
     tokens: int = 0
     slots: int = 0
     seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
 
     @property
     def trained_per_second(self) -> float:
@@ -70,33 +66,64 @@ def compare(
     learning_rate: float,
     warm_up: int = 3,
 ) -> tuple[Timing, Timing]:
-    """Trains both models on the same documents in the same order, a step of each in turn.
+    """Trains both models on the same documents, a step of each in turn.
 
-    A step takes the documents of one pack: the prepared model gets them as that pack, the stock model as one batch of
-    rows padded to the longest. Both have an AdamW of their own with equal settings, start from equal weights, and so
-    should show equal losses. The first ``warm_up`` packs compile and warm caches and are not timed.
+    The prepared model gets them pack by pack. The stock model gets them in shuffled order, as many batches as there
+    are packs, each padded to its longest document: what a collator that pads makes of them. Both have an AdamW of
+    their own with equal settings. The first ``warm_up`` packs compile and warm caches and are not timed; their
+    documents stay among themselves.
 
     Returns:
         the prepared model's timing and the stock model's.
     """
     collate = PackedCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id)
-    sides: list[tuple[torch.nn.Module, Optimizer, Callable[[Sequence[Sample]], Batch], Timing]] = []
-    for model, batch_of in ((prepared, collate), (stock, lambda pack: padded_batch(pack, pad_token_id))):
-        model.train()
-        sides.append((model, torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True), batch_of, Timing()))
-    for number, pack in enumerate(packs):
-        for model, optimizer, batch_of, timing in sides:
-            batch = batch_of(pack)
-            began = time.perf_counter()
-            loss = _step(model, optimizer, batch)
-            seconds = time.perf_counter() - began
-            timing.losses.append(loss)
-            if number >= warm_up:
-                timing.seconds.append(seconds)
-                timing.trained += sum(sample.num_trained for sample in pack)
-                timing.tokens += sum(map(len, pack))
-                timing.slots += batch["input_ids"].numel()
-    return sides[0][3], sides[1][3]
+    mixed = [*shuffled_batches(packs[:warm_up]), *shuffled_batches(packs[warm_up:])]
+    sides = (
+        _Side(prepared, learning_rate, list(packs), collate),
+        _Side(stock, learning_rate, mixed, lambda batch: padded_batch(batch, pad_token_id)),
+    )
+    for number in range(len(packs)):
+        for side in sides:
+            side.step(number, timed=number >= warm_up)
+    return sides[0].timing, sides[1].timing
+
+
+class _Side:
+    """A model, its optimizer, and how it takes its documents."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        learning_rate: float,
+        batches: list[Sequence[Sample]],
+        collate: Callable[[Sequence[Sample]], Batch],
+    ) -> None:
+        self.timing = Timing()
+        self._model = model.train()
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+        self._batches = batches
+        self._collate = collate
+
+    def step(self, number: int, *, timed: bool) -> None:
+        samples = self._batches[number]
+        batch = self._collate(samples)
+        began = time.perf_counter()
+        self._model(**batch, use_cache=False).loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        if timed:
+            self.timing.seconds.append(seconds)
+            self.timing.trained += sum(sample.num_trained for sample in samples)
+            self.timing.tokens += sum(map(len, samples))
+            self.timing.slots += batch["input_ids"].numel()
+
+
+def shuffled_batches(packs: Sequence[Sequence[Sample]], *, seed: int = 0) -> list[Sequence[Sample]]:
+    """The documents of these packs in random order, in as many batches, of equal numbers of documents within one."""
+    documents = [sample for pack in packs for sample in pack]
+    random.Random(seed).shuffle(documents)
+    return [documents[number :: len(packs)] for number in range(len(packs))]
 
 
 def padded_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
@@ -112,11 +139,3 @@ def padded_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         batch["labels"][row, : len(sample)] = torch.from_numpy(sample.labels)
         batch["attention_mask"][row, : len(sample)] = 1
     return batch
-
-
-def _step(model: torch.nn.Module, optimizer: Optimizer, batch: Batch) -> float:
-    loss = model(**batch, use_cache=False).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
