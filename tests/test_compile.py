@@ -192,8 +192,28 @@ def test_evaluation_has_a_graph_of_its_own() -> None:
     train(model, 1)
     report = prepared.compile_report
     assert report is not None
-    assert report.graphs == {"layer_Qwen3MLP": 1, "layer_Qwen3MLP (no grad)": 1}
+    assert report.graphs == {"full_attention_Qwen3MLP": 1, "full_attention_Qwen3MLP (no grad)": 1}
     assert report.recompiles == []
+
+
+def test_windows_and_full_attention_are_types_of_their_own() -> None:
+    model = tiny_model("qwen3", layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    prepared = prepare(model, compile=TRACED)
+    train(model, 3)
+    report = prepared.compile_report
+    assert report is not None
+    assert sorted(report.graphs.values()) == [1, 1]
+    assert report.recompiles == []
+
+
+def test_the_recompile_limit_names_reason_and_remedy() -> None:
+    model = tiny_model("qwen3", layers=1)
+    prepare(model, compile=CompileOptions(backend="aot_eager", dynamic=False))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in (10, 20):
+            model(documents([length])[0][None])
+        with pytest.raises(GraphBreakError, match=r"one shape \[B, T\]"):
+            model(documents([30])[0][None])
 
 
 def test_a_recompile_is_reported_with_its_reason() -> None:
@@ -204,7 +224,7 @@ def test_a_recompile_is_reported_with_its_reason() -> None:
     model(tokens[None], labels=tokens[None]).loss.backward()
     report = prepared.compile_report
     assert report is not None
-    assert report.graphs == {"layer_Qwen3MLP": 2}
+    assert report.graphs == {"full_attention_Qwen3MLP": 2}
     assert len(report.recompiles) == 1
     assert "size mismatch" in report.recompiles[0]
 
@@ -217,6 +237,9 @@ def test_a_recompile_is_reported_with_its_reason() -> None:
         ({"options": {"shape_padding": "yes"}}, "must be bool"),
         ({"options": {"shape_padding": True}, "backend": "aot_eager"}, "cannot act"),
         ({"backend": "eager"}, "'inductor' or 'aot_eager'"),
+        ({"strict": "yes"}, "compile strict"),
+        ({"dynamic": "x"}, "compile dynamic"),
+        ({"options": None}, "must be a mapping"),
     ],
 )
 def test_bad_options_are_refused(arguments: dict[str, Any], message: str) -> None:

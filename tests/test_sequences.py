@@ -55,8 +55,11 @@ def test_capacity() -> None:
     _check(Sequences.from_lengths([2, 0, 0, 0, 0, 0, 1], capacity=7), [2, 0, 0, 0, 0, 0, 1])
     with pytest.raises(ValueError, match="2 documents exceed the capacity of 1; pass capacity=2"):
         Sequences.from_lengths([2, 3], capacity=1)
-    with pytest.raises(ValueError, match="exceed the capacity"):
-        Sequences.from_lengths([0, 0, 0, 1])
+    crowded = Sequences.from_lengths([0, 0, 0, 1])  # more documents than tokens: the empty ones are left out
+    _check(crowded, [1])
+    assert crowded.cu_seqlens.shape == Sequences.from_lengths([1]).cu_seqlens.shape
+    with pytest.raises(ValueError, match="whole numbers"):
+        Sequences.from_lengths([2.5])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,10 @@ def test_moving_ignores_a_dtype() -> None:
 
 
 def test_pinning_leaves_the_copy_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = Sequences.from_lengths([3, 2])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert sequences.pin_memory() is sequences
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     pinned: list[int] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.numel()) or self.clone())
     sequences = Sequences.from_lengths([3, 2])

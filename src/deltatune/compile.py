@@ -57,6 +57,11 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if self.scope not in ("layer", "model"):
             raise ValueError(f"compile scope must be 'layer' or 'model', got {self.scope!r}")
+        for name, allowed in (("strict", (True, False)), ("dynamic", (None, True, False))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"compile {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"compile options must be a mapping of Inductor settings, got {self.options!r}")
         if self.backend not in ("inductor", "aot_eager"):
             raise ValueError(f"compile backend must be 'inductor' or 'aot_eager', got {self.backend!r}")
         if self.options and self.backend != "inductor":
@@ -96,7 +101,7 @@ def validate_checkpointing(checkpointing: str | float, options: CompileOptions |
             "checkpointing='auto' weighs memory against the tokens of a batch, which only a training run knows; "
             "set it in a recipe, or pass 'none', 'layer' or a number here"
         )
-    if isinstance(checkpointing, str | bool) or not 0 <= checkpointing <= 1:
+    if isinstance(checkpointing, bool) or not isinstance(checkpointing, float | int) or not 0 <= checkpointing <= 1:
         raise ValueError(
             f"checkpointing must be 'none', 'layer' or a number from 0 to 1 (the share of activations that may "
             f"stay), got {checkpointing!r}"
@@ -163,7 +168,13 @@ class Graphs:
         try:
             with _whole_under_ddp():
                 result = function(module, *args, **kwargs)
-        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            last = self.report.recompiles[-1] if self.report.recompiles else str(error)
+            raise GraphBreakError(
+                f"{name} was compiled {self.report.graphs.get(name, 0)} times, the most the compiler allows (last: "
+                f"{last}); keep batches at one shape [B, T], or leave CompileOptions(dynamic=None)"
+            ) from error
+        except torch._dynamo.exc.Unsupported as error:
             raise GraphBreakError(f"{name} does not compile as one graph: {error}") from error
         if _num_breaks() != broken:
             reasons = torch._dynamo.utils.counters["graph_break"]
@@ -197,6 +208,8 @@ class Graphs:
         if count:
             reasons = torch._dynamo.utils.guard_failures.get(code) or ["no reason given by the compiler"]
             self.report.recompiles.append(f"{name}: {reasons[-1]}")
+        if count + 1 == torch._dynamo.config.recompile_limit and not self.options.strict:
+            self.report.breaks.append(f"{name}: compiled {count + 1} times, the limit; what differs again runs eagerly")
         return compiled
 
 

@@ -73,7 +73,8 @@ class _Batch:
         self.mask = self._mask(call.get("attention_mask"))
         self.indexed = self.mask is not None and bool((self.mask > 1).any())
         self.padding_mask = None if self.mask is None else self._shaped(call["attention_mask"]) != 0
-        self.position_ids = call.get("position_ids")
+        positions = call.get("position_ids")
+        self.position_ids = None if positions is None else torch.as_tensor(positions)
         self.mrope = self.position_ids is not None and self.position_ids.ndim == 3 and self.position_ids.shape[0] == 3
 
     def primary(self) -> tuple[str, Sequences]:
@@ -88,7 +89,7 @@ class _Batch:
             return "attention_mask", Sequences.from_document_ids(self.mask)
         if self.seq_idx is not None:
             return "seq_idx", Sequences.from_document_ids(self.seq_idx + 1)
-        if self.mrope and self.mask is None:
+        if self.mrope and (self.mask is None or self._time_goes_back()):
             assert self.position_ids is not None
             text_positions(self.position_ids)  # raises: three rows hold no boundaries
         starts = self._position_starts()
@@ -97,6 +98,13 @@ class _Batch:
         if self.mask is not None:
             return "attention_mask", Sequences._from_starts(self._one_document_a_row())
         return "rows", Sequences.from_lengths([self.tokens] * self.rows)
+
+    def _time_goes_back(self) -> bool:
+        """Whether the temporal row of mRoPE positions decreases between real tokens, which no one document does."""
+        assert self.position_ids is not None
+        assert self.mask is not None
+        back = self.position_ids[0].cpu().diff(dim=-1) < 0
+        return bool((back & (self.mask[:, 1:] != 0) & (self.mask[:, :-1] != 0)).any())
 
     def check_rows(self, source: str, sequences: Sequences) -> None:
         """No document may span two rows."""
@@ -210,6 +218,11 @@ class _Batch:
     def _mask(self, mask: Any) -> Tensor | None:
         if mask is None:
             return None
+        if isinstance(mask, dict):
+            raise ValueError(
+                "the model around the text model built masks of its own, which cannot be honoured beside documents; "
+                "prepare and call the text model or its *ForCausalLM"
+            )
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -217,13 +230,14 @@ class _Batch:
                 "pairs cannot be honoured by the recurrent layers: describe documents with sequences= or cu_seq_lens_q="
             )
         shaped = self._shaped(mask)
-        if shaped.is_floating_point():
-            raise ValueError(f"attention_mask must hold integers or booleans, got {shaped.dtype}")
+        if shaped.is_floating_point() and not torch.equal(shaped, shaped.round()):
+            raise ValueError(f"attention_mask must hold whole numbers or booleans, got fractions in {shaped.dtype}")
         return shaped.cpu().long()
 
     def _ids(self, name: str, ids: Tensor | None) -> Tensor | None:
         if ids is None:
             return None
+        ids = torch.as_tensor(ids)
         if ids.numel() != self.size:
             raise ValueError(f"{name} must be [{self.rows}, {self.tokens}] like the tokens, got {tuple(ids.shape)}")
         return ids.reshape(self.rows, self.tokens).cpu().long()
@@ -242,9 +256,14 @@ def _boundaries(call: Mapping[str, Any]) -> Tensor | None:
     cu_q, cu_k = (None if cu is None else torch.as_tensor(cu).reshape(-1) for cu in given)
     if cu_q is None or cu_k is None:
         return cu_k if cu_q is None else cu_q
-    if call.get("sequences") is None and given[0] is not given[1] and not torch.equal(cu_q, cu_k):
+    if call.get("sequences") is None and given[0] is not given[1] and not _same(cu_q, cu_k):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; documents attend to themselves, so pass the same")
     return cu_q
+
+
+def _same(cu_q: Tensor, cu_k: Tensor) -> bool:
+    """Equal up to empty documents."""
+    return torch.equal(torch.unique_consecutive(cu_q), torch.unique_consecutive(cu_k))
 
 
 def _changes(ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def prepare(
         ValueError: a model that cannot be kept leak-free (with the reason), an unknown kernel or one that cannot run
             here, a checkpointing setting that cannot act, or modules that are not as the config says.
     """
+    if compile is not None and not isinstance(compile, CompileOptions):
+        raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
     base = _base(model)
     text_model = _text_model(base)
     _refuse_sharded(model, "prepare(model) comes")
@@ -116,7 +119,7 @@ def prepare(
     _validate_lora(lora)
     family = family_of(text_model)
     for refusal in family.refusals:
-        reason = refusal(text_model.config)
+        reason = refusal(text_model)
         if reason is not None:
             raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
     requests = _kernel_requests(family, kernels)
@@ -134,8 +137,10 @@ def prepare(
     if not family.swaps:
         state.head = "unknown"
         attention_interface.register()
-        state.stock_attention = text_model.config._attn_implementation
-        text_model.config._attn_implementation_internal = attention_interface.NAME
+        state.stock_config = text_model.config
+        ours = copy.copy(text_model.config)
+        ours._attn_implementation_internal = attention_interface.NAME
+        _set_config(text_model, ours)
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
@@ -149,11 +154,19 @@ def _revert(base: nn.Module) -> None:
     state = text_model.__dict__.get("_deltatune")
     if state is None:
         return
-    if state.stock_attention is not None:
-        text_model.config._attn_implementation_internal = state.stock_attention
+    if state.stock_config is not None:
+        _set_config(text_model, state.stock_config)
     capture.forget_capture_hooks(text_model)
     for module in base.modules():
         unswap(module)
+
+
+def _set_config(text_model: Any, config: Any) -> None:
+    """Replaces the config of the text model and of what reads it there; another model may share the object."""
+    before = text_model.config
+    for module in text_model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = config
 
 
 def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
@@ -162,10 +175,12 @@ def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
     found = family.find(text_model) if family.swaps else {}
     for declared in family.swaps:
         modules = tuple(module for _, module in found[declared.stock])
+        # PEFT's modules_to_save keeps a trained copy beside the original
+        places = sum(".modules_to_save." not in path for path, _ in found[declared.stock])
         expected = None if declared.expected is None else declared.expected(text_model.config)
-        if expected is not None and len(modules) != expected:
+        if expected is not None and places != expected:
             raise ValueError(
-                f"{type(base).__name__}: expected {expected} {declared.stock} from its config, found {len(modules)}; "
+                f"{type(base).__name__}: expected {expected} {declared.stock} from its config, found {places}; "
                 "modules that were replaced by other tools cannot be kept leak-free"
             )
         if modules:

@@ -56,7 +56,10 @@ class Sequences:
         Raises:
             ValueError: a negative length, lengths longer than ``total``, or more documents than ``capacity``.
         """
-        counts = torch.as_tensor(lengths if isinstance(lengths, Tensor) else list(lengths), dtype=torch.int64).cpu()
+        given = torch.as_tensor(lengths if isinstance(lengths, Tensor) else list(lengths)).cpu()
+        counts = given.long()
+        if not torch.equal(counts.to(given.dtype), given):
+            raise ValueError(f"document lengths must be whole numbers, got {given.tolist()}")
         if counts.ndim != 1:
             raise ValueError(f"lengths must be one-dimensional, got shape {tuple(counts.shape)}")
         if counts.numel() and int(counts.min()) < 0:
@@ -146,6 +149,10 @@ class Sequences:
         """``boundaries``: int64 ``[S + 1]`` on the CPU, checked by the caller."""
         num_sequences, total = boundaries.numel() - 1, int(boundaries[-1])
         room = total + 1 if capacity is None else capacity
+        if num_sequences > room and capacity is None:
+            # more documents than tokens: what the shape has no room for are empty ones
+            boundaries = torch.cat([boundaries[:1], boundaries[1:][boundaries.diff() > 0]])
+            num_sequences = boundaries.numel() - 1
         if num_sequences > room:
             raise ValueError(f"{num_sequences} documents exceed the capacity of {room}; pass capacity={num_sequences}")
         lengths = boundaries.diff()
@@ -208,8 +215,11 @@ class Sequences:
         )
 
     def pin_memory(self) -> Sequences:
-        """Pins the CPU tensors that a later ``.to()`` will copy; called by ``DataLoader(pin_memory=True)``."""
-        if self.cu_seqlens.device.type != "cpu":
+        """Pins the CPU tensors that a later ``.to()`` will copy; called by ``DataLoader(pin_memory=True)``.
+
+        Without an accelerator there is nothing to pin for.
+        """
+        if self.cu_seqlens.device.type != "cpu" or not torch.accelerator.is_available():
             return self
         return Sequences(
             cu_seqlens=self.cu_seqlens.pin_memory(),

@@ -95,10 +95,12 @@ class PackedCollator:
         if self.allow_unlabelled:
             return
         for index, document in enumerate(documents):
-            if bool((document.labels == IGNORE_INDEX).all()):
+            # a document's first token is nobody's target; a document of one token is legal all the same
+            targets = document.labels[1:] if len(document) > 1 else document.labels
+            if bool((targets == IGNORE_INDEX).all()):
                 raise ValueError(
-                    f"sample {index} of {len(document)} tokens trains nothing: all its labels are {IGNORE_INDEX}; "
-                    "drop it, or pass allow_unlabelled=True"
+                    f"sample {index} of {len(document)} tokens trains nothing: all its labels are {IGNORE_INDEX} after "
+                    "the first token, which nothing predicts; drop it, or pass allow_unlabelled=True"
                 )
 
 

@@ -32,7 +32,7 @@ __all__ = ["main", "make_files", "run"]
 RECIPE = Path("recipes/demo.yaml")
 HELD_OUT_FILE = "held_out.jsonl"
 NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 8000, 200, 4
-NUM_TIMED, NUM_WARM_UP = 40, 4
+NUM_TIMED, NUM_WARM_UP = 30, 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +107,10 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Products this small gain little from a second core, and lose much whenever something else runs on it."""
+    """Threads wait for each other at every small product: two crawl whenever something else has one of the cores.
+
+    It also makes the run repeat itself bit for bit.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -186,8 +189,8 @@ def _speed(recipe: Recipe, console: Console) -> None:
     prepare(prepared, compile=compile_options(recipe))
     console.print(
         f"\nAgainst the stock model: {NUM_TIMED} training steps of each in turn, after {NUM_WARM_UP} to warm up.\n"
-        "A step is forward, backward and AdamW. Both see the same documents: one model as packs, the other in shuffled\n"
-        "batches, each padded to its longest document.",
+        "A step is forward, backward and AdamW. Both see the same documents: one model as packs, the other in\n"
+        "shuffled batches, each padded to its longest document.",
         markup=False,
     )
     packed, padded = compare(

@@ -62,6 +62,7 @@ _SHAPE: Final[dict[str, Any]] = {
 # A head forgets by a factor exp(-A softplus(a + dt_bias)) a token. The stock draw, A up to 16, gives random heads a
 # memory of a token or less; trained ones remember for hundreds. Rates on a logarithmic scale span both.
 _SLOWEST_DECAY, _FASTEST_DECAY = 0.01, 2.0
+# with these a recall task is learned in fewer steps than with the stock ones
 _EMBEDDING_STD, _CONV_STD = 0.3, 0.5
 
 

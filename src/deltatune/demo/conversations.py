@@ -46,9 +46,7 @@ def _likes(rng: random.Random) -> Conversation:
     count = rng.randint(2, 4)
     likes = dict(zip(rng.sample(NAMES, count), rng.sample(FRUITS, count), strict=True))
     scene = f"Today {_and([f'{name} likes {fruit}' for name, fruit in likes.items()])}."
-    turns = [
-        (f"What does {name} like?", f"I read that {name} likes {likes[name]}.") for name in rng.sample([*likes], 2)
-    ]
+    turns = [(f"What does {name} like?", f"I read that {name} likes {fruit}.") for name, fruit in likes.items()]
     return Conversation("likes", scene, tuple(rng.sample(turns, rng.randint(1, count))))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["trained_copy"]
+__all__ = ["readable", "trained_copy"]
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
@@ -20,3 +20,18 @@ def trained_copy(module: nn.Module) -> nn.Module:
     if getattr(module, "disable_adapters", False) or not active:
         return module.get_submodule("original_module")
     return copies[active[0]]
+
+
+def readable(module: nn.Module) -> nn.Module:
+    """``trained_copy`` of a module whose weights a fused op reads.
+
+    Raises:
+        ValueError: an adapter around the module, which the op would ignore.
+    """
+    module = trained_copy(module)
+    if hasattr(module, "base_layer"):
+        raise ValueError(
+            f"{type(module).__name__} adapts a module whose weights a fused op reads, and would be ignored; leave "
+            "norms and convolutions out of the adapter, or train them whole with modules_to_save"
+        )
+    return module

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import ops
-from deltatune.layers.adapters import trained_copy
+from deltatune.layers.adapters import readable
 from deltatune.layers.reclass import Swapped
 from deltatune.sequences import Sequences
 
@@ -73,7 +73,7 @@ class Attention(Swapped):
 
     def norm_and_rotate(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         """RMS norm over each head of ``[B, T, heads, D]``, then rotary embedding."""
-        norm = trained_copy(norm)
+        norm = readable(norm)
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         return ops.rms_norm_rope(
             x,

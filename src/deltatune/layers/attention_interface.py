@@ -44,8 +44,15 @@ def packed_attention(
     """``query [B, N, T, D]``, ``key``, ``value [B, M, T, D]`` -> ``[B, T, N, D]``.
 
     Raises:
-        ValueError: dropout, soft-capped logits, attention sinks or attention that is not causal.
+        ValueError: dropout, soft-capped logits, attention sinks, attention that is not causal, a mask or a window that
+            variable-length attention would drop, or layers that do not hand boundaries on.
     """
+    whole = key.shape[2]
+    if sequences is None and attention_mask is not None and attention_mask.shape[-1] == 1 < whole:
+        raise ValueError(
+            f"the layers of this model do not hand their keyword arguments on to {type(module).__name__}, so it cannot "
+            "learn where documents begin; the model cannot be prepared"
+        )
     if sequences is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -59,6 +66,8 @@ def packed_attention(
         "soft-capped attention logits": kwargs.get("softcap"),
         "attention sinks": kwargs.get("s_aux") is not None,
         "attention that is not causal": kwargs.get("is_causal", getattr(module, "is_causal", True)) is False,
+        "a mask of the model's own making": attention_mask is not None and attention_mask.shape[-1] == whole > 1,
+        "a sliding window that only a mask expresses": sliding_window is None and _has_window(module),
     }
     for feature, present in unsupported.items():
         if present:
@@ -72,3 +81,12 @@ def packed_attention(
         window=sliding_window,
     )
     return out, None
+
+
+def _has_window(module: nn.Module) -> bool:
+    """Whether the config gives this layer a sliding window."""
+    config: Any = getattr(module, "config", None)
+    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if types and index is not None:
+        return bool(types[index] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None and bool(getattr(config, "use_sliding_window", True))

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from deltatune import ops
 from deltatune.door import METADATA, admit
 from deltatune.layers.adapters import trained_copy
-from deltatune.layers.decoder import Hidden, catch_hidden, is_cached_call
-from deltatune.layers.reclass import Swapped
+from deltatune.layers.cached import is_cached_call, stock_path
+from deltatune.layers.decoder import Hidden, catch_hidden
+from deltatune.layers.reclass import Swapped, named_forward
 from deltatune.sequences import Sequences
 
 __all__ = ["CausalLM", "next_token_targets"]
@@ -37,35 +36,20 @@ class CausalLM(Swapped):
     """
 
     get_output_embeddings: Callable[[], nn.Module]
+    loss_function: Callable[..., Tensor]
     router_aux_loss_coef: float
 
     @classmethod
     def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
-        """A forward with the stock signature and ours added, for those who inspect it."""
-        own = [
-            inspect.Parameter("sequences", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Sequences | None),
-            inspect.Parameter("output_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None),
-        ]
-        signature = inspect.signature(stock.forward)
-        parameters = list(signature.parameters.values())
-        position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters[position:position] = own
+        """The stock signature, with ``sequences`` and ``output_logits``."""
+        return {"forward": named_forward(stock, ("sequences", "output_logits"))}
 
-        @functools.wraps(stock.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(self, CausalLM):  # a wrapper put on the instance kept this method beyond revert()
-                return stock.forward(self, *args, **kwargs)
-            return self._forward(signature.bind_partial(self, *args, **_flat(kwargs)))
-
-        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return {"forward": forward}
-
-    def _forward(self, bound: inspect.BoundArguments) -> Any:
-        call = _named(bound)
-        sequences = call.pop("sequences", None)
+    def _forward(self, call: dict[str, Any]) -> Any:
         wants_logits = call.pop("output_logits", None)
-        if is_cached_call(self, {**call, "sequences": sequences}):
-            return super().forward(**call)
+        if is_cached_call(self, call):
+            with stock_path(self):
+                return super().forward(**call)
+        sequences = call.pop("sequences", None)
         tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if tokens is None:
             raise ValueError("pass input_ids [B, T] or inputs_embeds [B, T, E]")
@@ -84,20 +68,18 @@ class CausalLM(Swapped):
         return self._with_loss(call, wants_logits)
 
     def _with_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
+        if not self._has_stock_loss(call):
+            return super().forward(**_with_masked_labels(call))
         labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
         num_items = call.pop("num_items_in_batch", None)
         as_tuple = call.pop("return_dict", None) is False
-        state, keep = self._deltatune, call.get("logits_to_keep", 0)
+        keep = call.get("logits_to_keep", 0)
         asked = bool(wants_logits) or not (isinstance(keep, int) and keep == 0)
-        if state.head == "unknown":
-            state.head = self._head_kind(call)
-        if not asked and state.head == "linear":
-            call["logits_to_keep"] = _positions([], call)
-        with catch_hidden() as hidden:
-            output = super().forward(**call)
+        output, hidden = self._stock_output(call, whole=asked)
         assert hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
-        loss = self._loss(hidden, targets) if state.head == "linear" else _loss_of_logits(output.logits, targets)
+        linear = self._deltatune.head == "linear"
+        loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
         count = (targets != -100).sum() if num_items is None else num_items
         loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
         aux_loss = getattr(output, "aux_loss", None)
@@ -109,14 +91,35 @@ class CausalLM(Swapped):
         output = type(output)(loss=loss, **fields)
         return output.to_tuple() if as_tuple else output
 
-    @torch.no_grad()
-    def _head_kind(self, call: dict[str, Any]) -> str:
-        """Whether logits are the head's output alone, seen on one token; some models scale or cap them afterwards."""
+    def _has_stock_loss(self, call: dict[str, Any]) -> bool:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        return self.loss_function is ForCausalLMLoss and "ignore_index" not in call
+
+    def _stock_output(self, call: dict[str, Any], *, whole: bool) -> tuple[Any, Hidden]:
+        """The stock forward without labels: with the whole logits where they are needed, else with none.
+
+        A head that may be followed by something else keeps the first token's logits of its first call: where they are
+        not the head's own output, the model scales or caps them and every loss takes the whole logits.
+        """
+        state = self._deltatune
+        if whole or state.head == "transformed":
+            return self._caught(call)
+        kept = [0] if state.head == "unknown" else []
+        positions = torch.tensor(kept, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
+        output, hidden = self._caught({**call, "logits_to_keep": positions})
+        if state.head == "unknown":
+            assert hidden.state is not None, "the text model was not prepared"
+            with torch.no_grad():
+                plain = torch.equal(output.logits, self.get_output_embeddings()(hidden.state[:, :1]))
+            state.head = "linear" if plain else "transformed"
+            if not plain:
+                return self._caught(call)
+        return output, hidden
+
+    def _caught(self, call: dict[str, Any]) -> tuple[Any, Hidden]:
         with catch_hidden() as hidden:
-            logits = super().forward(**{**call, "logits_to_keep": _positions([0], call)}).logits
-        assert hidden.state is not None, "the text model was not prepared"
-        plain = self.get_output_embeddings()(hidden.state[:, :1])
-        return "linear" if torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-5) else "transformed"
+            return super().forward(**call), hidden
 
     def _loss(self, hidden: Hidden, targets: Tensor) -> Tensor:
         assert hidden.state is not None
@@ -146,12 +149,20 @@ def next_token_targets(labels: Tensor | None, shift_labels: Tensor | None, seque
     return targets.masked_fill(last.to(targets.device), -100).view(given.shape)
 
 
+def _with_masked_labels(call: dict[str, Any]) -> dict[str, Any]:
+    """The call of a loss that is not the stock one, which then sees no target across a document's start."""
+    ignored, positions = call.get("ignore_index", -100), call["sequences"].positions
+    masked = dict(call)
+    if call.get("labels") is not None:
+        masked["labels"] = call["labels"].masked_fill((positions == 0).view(call["labels"].shape), ignored)
+    if call.get("shift_labels") is not None:
+        last = (positions == 0).roll(-1).view(call["shift_labels"].shape)
+        masked["shift_labels"] = call["shift_labels"].masked_fill(last, ignored)
+    return masked
+
+
 def _loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-
-
-def _positions(indices: list[int], call: dict[str, Any]) -> Tensor:
-    return torch.tensor(indices, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
 
 
 def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -176,17 +187,3 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 def _has_media(call: dict[str, Any]) -> bool:
     return any(call.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
-
-
-def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != "self"}
-
-
-def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Keyword arguments of a bound call, without ``self``."""
-    call = dict(bound.arguments)
-    call.pop("self", None)
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            call.update(call.pop(name, {}))
-    return call

@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from deltatune.compile import graphs_of
 from deltatune.door import METADATA, admit
+from deltatune.layers import attention_interface
+from deltatune.layers.cached import is_cached_call, stock_path
 from deltatune.layers.capture import keep_capture_hooks_outside
-from deltatune.layers.reclass import Swapped, stock_class
+from deltatune.layers.reclass import Swapped, named_forward, stock_class
 from deltatune.sequences import Sequences
 
-__all__ = ["TWICE", "DecoderLayer", "Hidden", "TextModel", "catch_hidden", "is_cached_call"]
+__all__ = ["TWICE", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
 
 #: What is wrong with two kinds of checkpointing at once.
 TWICE = (
@@ -56,9 +58,17 @@ class DecoderLayer(Swapped):
 
 def _label(layer: nn.Module) -> str:
     kinds = (getattr(layer, name, None) for name in ("block_type", "layer_type", "attention_type"))
-    kind = next((kind for kind in kinds if isinstance(kind, str)), "layer")
+    kind = next((kind for kind in kinds if isinstance(kind, str)), None) or _configured_type(layer)
     mlp = getattr(layer, "mlp", None)
     return kind if mlp is None else f"{kind}_{stock_class(mlp).__name__}"
+
+
+def _configured_type(layer: nn.Module) -> str:
+    """The layer's entry in ``config.layer_types``: windows and full attention are different graphs."""
+    attention = getattr(layer, "self_attn", None)
+    types = getattr(getattr(attention, "config", None), "layer_types", None)
+    index = getattr(attention, "layer_idx", None)
+    return str(types[index]) if types and index is not None and index < len(types) else "layer"
 
 
 class TextModel(Swapped):
@@ -67,30 +77,46 @@ class TextModel(Swapped):
     config: Any
     get_input_embeddings: Callable[[], nn.Module]
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    @classmethod
+    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """The stock signature, with ``sequences``."""
+        return {"forward": named_forward(stock, ("sequences",))}
+
+    def _forward(self, given: dict[str, Any]) -> Any:
         """As the stock text model, with ``sequences`` and every other form of metadata the door admits."""
-        if is_cached_call(self, kwargs):
-            with _stock_path(self):
-                return super().forward(input_ids=input_ids, **_without_sequences(kwargs))
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
-        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        rows, length = tokens.shape[:2]
-        entry = admit(kwargs, rows=rows, tokens=length, device=tokens.device)
-        call = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_LAYERS}
+        if is_cached_call(self, given):
+            with stock_path(self):
+                return super().forward(**given)
+        self._refuse(given)
+        input_ids, inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
+        tokens = inputs_embeds if input_ids is None else input_ids
+        assert tokens is not None
+        entry = admit(given, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device)
+        call = {name: value for name, value in given.items() if name not in _NOT_FOR_LAYERS}
         call["attention_mask"] = self._no_mask(tokens.device)
         call["position_ids"] = entry.position_ids
         call["use_cache"] = False
         call["past_key_values"] = None
         call["sequences"] = entry.sequences.static()
-        call["inputs_embeds"] = self._embeddings(input_ids, kwargs.get("inputs_embeds"))
+        call["inputs_embeds"] = self._embeddings(input_ids, inputs_embeds)
+        call["input_ids"] = None
         output = self._run(call)
         cell = _hidden.get()
         if cell is not None:
             cell.state, cell.sequences = output[0], entry.sequences
         return output
+
+    def _refuse(self, given: dict[str, Any]) -> None:
+        if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
+            raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
+        if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
+        replaced = self._deltatune.stock_config is not None
+        if replaced and self.config._attn_implementation != attention_interface.NAME:
+            raise ValueError(
+                f"the attention implementation was set to {self.config._attn_implementation!r} after prepare, which "
+                "knows no documents; call prepare(model) again"
+            )
 
     def _run(self, call: dict[str, Any]) -> Any:
         state = self._deltatune
@@ -117,39 +143,6 @@ class TextModel(Swapped):
         if self._deltatune.mask_form == "mapping":
             return dict.fromkeys(self._deltatune.layer_types)
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
-def is_cached_call(model: nn.Module, call: dict[str, Any]) -> bool:
-    """Whether a call reads or fills a key-value cache, and so keeps the stock path whole.
-
-    ``generate`` passes ``past_key_values``. A caller who asks for ``use_cache=True`` outside training gets the cache
-    too, unless the call carries boundaries: a cache of packed documents would be of no use.
-    """
-    if call.get("past_key_values") is not None:
-        return True
-    if not call.get("use_cache") or model.training or any(call.get(name) is not None for name in METADATA):
-        return False
-    mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask > 1).any()):
-        return False
-    if not isinstance(positions, Tensor) or positions.shape[-1] < 2:
-        return True
-    text = positions[0] if positions.ndim == 3 else positions
-    return bool((text[..., 1:] > text[..., :-1]).all()) or (isinstance(mask, Tensor) and not bool(mask.all()))
-
-
-def _without_sequences(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in call.items() if name != "sequences"}
-
-
-@contextmanager
-def _stock_path(model: TextModel) -> Iterator[None]:
-    state = model._deltatune
-    before, state.cached = state.cached, True
-    try:
-        yield
-    finally:
-        state.cached = before
 
 
 @dataclass

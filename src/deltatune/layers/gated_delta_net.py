@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune import ops
-from deltatune.layers.adapters import trained_copy
+from deltatune.layers.adapters import readable
 from deltatune.layers.reclass import Swapped
 from deltatune.sequences import Sequences
 
@@ -58,7 +58,7 @@ class GatedDeltaNet(Swapped):
             return stock
         kernels = self._deltatune.kernels
         mixed, z, b, a = self.project(hidden_states)
-        conv = trained_copy(self.conv1d)
+        conv = readable(self.conv1d)
         mixed = ops.causal_conv(
             mixed,
             conv.weight.squeeze(1),  # type: ignore[operator]
@@ -78,7 +78,7 @@ class GatedDeltaNet(Swapped):
             sequences=sequences,
             impl=kernels["gated_delta_rule"],
         )
-        norm = trained_copy(self.norm)
+        norm = readable(self.norm)
         out = ops.gated_rms_norm(
             out,
             _heads(z, self.head_v_dim),

@@ -7,6 +7,9 @@ a subclass of the stock class, made once for each pair of stock class and layer,
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import nn
 
 from deltatune.compile import CompileOptions
 
-__all__ = ["ModelState", "Swapped", "stock_class", "swap", "unswap"]
+__all__ = ["ModelState", "Swapped", "named_forward", "stock_class", "swap", "unswap"]
 
 
 @dataclass(eq=False)
@@ -29,7 +32,7 @@ class ModelState:
         checkpointing: ``"none"``, ``"layer"`` or the share of activations that may stay.
         head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps
             them afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
-        stock_attention: the attention implementation that the config named before, where it was replaced.
+        stock_config: the text model's own config, where a copy that names our attention stands in for it.
         cached: True while a call with a key-value cache runs, which keeps the stock path whole.
     """
 
@@ -39,7 +42,7 @@ class ModelState:
     compile: CompileOptions | None = None
     checkpointing: str | float = "none"
     head: str = "linear"
-    stock_attention: str | None = None
+    stock_config: Any = None
     cached: bool = False
 
 
@@ -53,10 +56,41 @@ class Swapped(nn.Module):
         """Attributes of the subclass that depend on the stock class."""
         return {}
 
+    def _forward(self, call: dict[str, Any]) -> Any:
+        """What ``named_forward`` calls, with all arguments by name."""
+        raise NotImplementedError
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
         layer, stock = _parts(type(self))
         return _blank, (stock, layer), self.__dict__.copy()
+
+
+def named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..., Any]:
+    """A forward with the stock signature and more keyword arguments, that calls ``self._forward(**call)``.
+
+    Trainers and PEFT inspect the signature, and callers may pass the stock arguments by position.
+    """
+    signature = inspect.signature(stock.forward)
+    parameters = list(signature.parameters.values())
+    position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters[position:position] = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra
+    ]
+    ours = signature.replace(parameters=parameters)
+    rest = parameters[-1].name if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else ""
+
+    @functools.wraps(stock.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Swapped):  # a wrapper put on the instance kept this method beyond revert()
+            return stock.forward(self, *args, **kwargs)
+        call = dict(ours.bind_partial(self, *args, **kwargs).arguments)
+        del call["self"]
+        call.update(call.pop(rest, {}))
+        return self._forward(call)
+
+    forward.__signature__ = ours  # type: ignore[attr-defined]
+    return forward
 
 
 def swap(module: nn.Module, layer: type[Swapped], state: ModelState) -> None:

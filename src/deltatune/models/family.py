@@ -64,7 +64,7 @@ class Family:
         ops: the ops its layers call.
         mask_form: what its text model takes in place of a mask; see ``ModelState``.
         features: what works there.
-        refusals: checks of a text config, each returning why the model cannot be prepared, or None.
+        refusals: checks of a text model, each returning why it cannot be prepared, or None.
     """
 
     name: str

@@ -43,7 +43,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     if path.is_file() or (not path.exists() and _looks_like_path(section.name_or_path)):
         raise UserError(
             f"model.name_or_path: {section.name_or_path} is no folder; expected a checkpoint folder "
-            "(config.json and weights) or a model name on the Hugging Face Hub"
+            "(config.json and weights) or a model name (owner/name) on the Hugging Face Hub"
         )
     try:
         return AutoConfig.from_pretrained(_location(section), **_origin(section))
@@ -191,8 +191,8 @@ def _origin(section: ModelSection) -> dict[str, Any]:
 
 
 def _looks_like_path(name: str) -> bool:
-    # a Hub name is owner/name or name
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    # no model that can be prepared goes by the short names of the Hub's first years
+    return name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def _no_checkpoint(path: Path) -> str:

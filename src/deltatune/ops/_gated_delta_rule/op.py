@@ -6,35 +6,36 @@ where documents begin, which is data: the kernels read that from the CPU copy, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deltatune.ops._autocast import without_autocast
-from deltatune.ops._gated_delta_rule import reference
+from deltatune.ops._gated_delta_rule import fla, flash_qla, library, reference
 from deltatune.ops._gated_delta_rule.chunks import CHUNK_SIZES
+from deltatune.ops._gated_delta_rule.documents import Documents, documents_of, rows_as_documents
+from deltatune.ops._gated_delta_rule.library import Results, results_like
 
 __all__ = ["gated_delta_rule"]
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, "
-    "float scale, bool qk_l2norm, str impl"
-)
+_LIBRARIES = {"fla": fla, "flash_qla": flash_qla}
 
+_OPTIONS = "Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, float scale, bool qk_l2norm, str impl"
+_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 
-class _Implementation(NamedTuple):
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-
-
-_IMPLEMENTATIONS = {"reference": _Implementation(reference.forward, reference.backward)}
-
-torch.library.define("deltatune::gated_delta_rule", f"({_INPUTS}) -> Tensor")
+# Forward returns what its implementation keeps for backward beside o (see ``library.Results``; the reference keeps
+# nothing), and backward takes that after q, k, v, g and beta, with q and k normalised where forward normalised them.
 torch.library.define(
-    "deltatune::gated_delta_rule_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "deltatune::gated_delta_rule",
+    f"(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})",
+)
+torch.library.define(
+    "deltatune::gated_delta_rule_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+    f"Tensor q_rstd, Tensor k_rstd, Tensor decay, Tensor solved, {_OPTIONS}) -> ({_GRADS})",
 )
 
 
@@ -53,7 +54,7 @@ def gated_delta_rule(
     """Calls the op; inputs are validated and ``impl`` is chosen by ``api``."""
     o: Tensor = torch.ops.deltatune.gated_delta_rule(
         q, k, v, g, beta, cu_seqlens, cu_seqlens_cpu, scale, qk_l2norm, impl
-    )
+    )[0]
     return o
 
 
@@ -68,11 +69,15 @@ def _forward(
     scale: float,
     qk_l2norm: bool,
     impl: str,
-) -> Tensor:
-    boundaries = _boundaries(v, cu_seqlens_cpu)
-    forward = _IMPLEMENTATIONS[impl].forward
+) -> Results:
+    _check_total(v, cu_seqlens_cpu)
+    inputs = (q, k, v, g, beta)
     with without_autocast(v):
-        return forward(q, k, v, g, beta, boundaries, scale=scale, qk_l2norm=qk_l2norm)
+        if impl in _LIBRARIES:
+            documents = _documents(v, cu_seqlens_cpu)
+            return library.forward(_LIBRARIES[impl], *inputs, documents, scale=scale, qk_l2norm=qk_l2norm)
+        o = reference.forward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
+    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=False)._replace(o=o)
 
 
 def _backward(
@@ -82,34 +87,60 @@ def _backward(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    q_rstd: Tensor,
+    k_rstd: Tensor,
+    decay: Tensor,
+    solved: Tensor,
     _cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
     scale: float,
     qk_l2norm: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    boundaries = _boundaries(v, cu_seqlens_cpu)
-    backward = _IMPLEMENTATIONS[impl].backward
+    _check_total(v, cu_seqlens_cpu)
+    inputs = (grad, q, k, v, g, beta)
     with without_autocast(v):
-        return backward(grad, q, k, v, g, beta, boundaries, scale=scale, qk_l2norm=qk_l2norm)
+        if impl in _LIBRARIES:
+            kept = (q_rstd, k_rstd, decay, solved, _documents(v, cu_seqlens_cpu))
+            return library.backward(_LIBRARIES[impl], *inputs, *kept, scale=scale, qk_l2norm=qk_l2norm)
+        return reference.backward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
+
+
+def _check_total(v: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
+    """Reading the last entry is free here, and one too few would leave tokens of the output unwritten."""
+    tokens = v.shape[0] * v.shape[1]
+    if cu_seqlens_cpu is not None and int(cu_seqlens_cpu[-1]) != tokens:
+        raise ValueError(
+            f"gated_delta_rule: cu_seqlens must end at the number of tokens: expected B*T = {tokens}, "
+            f"got {int(cu_seqlens_cpu[-1])}; describe padding as a document of its own"
+        )
 
 
 def _boundaries(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:
     """Cumulative lengths on the CPU; without any, each row is one document."""
-    batch, tokens = v.shape[:2]
+    return torch.arange(v.shape[0] + 1) * v.shape[1] if cu_seqlens_cpu is None else cu_seqlens_cpu
+
+
+def _documents(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Documents:
+    """The same boundaries for a library on the device of ``v``."""
     if cu_seqlens_cpu is None:
-        return torch.arange(batch + 1) * tokens
-    # reading the last entry is free here, and one too few would leave tokens of the output unwritten
-    if int(cu_seqlens_cpu[-1]) != batch * tokens:
-        raise ValueError(
-            f"gated_delta_rule: cu_seqlens must end at the number of tokens: expected B*T = {batch * tokens}, "
-            f"got {int(cu_seqlens_cpu[-1])}; describe padding as a document of its own"
-        )
-    return cu_seqlens_cpu
+        return rows_as_documents(v.shape[0], v.shape[1], v.device)
+    return documents_of(cu_seqlens_cpu, v.device)
 
 
-def _forward_fake(_q: Tensor, _k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return v.new_empty(v.shape)
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _g: Tensor,
+    _beta: Tensor,
+    _cu_seqlens: Tensor | None,
+    _cu_seqlens_cpu: Tensor | None,
+    _scale: float,
+    qk_l2norm: bool,
+    impl: str,
+) -> Results:
+    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=impl in _LIBRARIES)
 
 
 def _backward_fake(
@@ -118,12 +149,19 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], **_: object) -> None:
-    ctx.save_for_backward(*inputs[:7])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    results = Results(*output)
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.set_materialize_grads(False)
+    *_, qk_l2norm, impl = inputs
+    q, k = results[1:3] if qk_l2norm and impl in _LIBRARIES else inputs[:2]
+    ctx.save_for_backward(q, k, *inputs[2:5], *results[3:], *inputs[5:7])
     ctx.options = inputs[7:]
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     grads = torch.ops.deltatune.gated_delta_rule_backward(grad, *ctx.saved_tensors, *ctx.options)
     wanted = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return (*wanted, None, None, None, None, None)

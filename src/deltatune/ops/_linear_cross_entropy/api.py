@@ -11,6 +11,7 @@ from deltatune.ops._autocast import autocast
 from deltatune.ops._choice import Candidate, Choice, choose
 from deltatune.ops._linear_cross_entropy import torch_chunked
 from deltatune.ops._linear_cross_entropy.op import summed_loss
+from deltatune.ops._linear_cross_entropy.reference import check_targets
 from deltatune.ops._validation import check_floating, check_same_device
 
 __all__ = ["choose_linear_cross_entropy", "linear_cross_entropy"]
@@ -74,6 +75,8 @@ def linear_cross_entropy(
     choice = choose_linear_cross_entropy(hidden.device, hidden.dtype, impl=impl)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     if choice.impl == "torch":
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_targets(targets[targets != ignore_index], weight.shape[0])
         loss = torch_chunked.loss(rows, weight, targets, ignore_index)
         loss = loss.float() if torch_chunked.rounds_loss(loss.dtype) else loss
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_tokens", "loss_and_gradients"]
+__all__ = ["check_targets", "chunk_tokens", "loss_and_gradients"]
 
 # Elements of the fp32 logits of a chunk, 256 MiB or 1 GiB. Forward and backward in ms for 256 / 512 / 1024 tokens on
 # one H200 with torch 2.11 (16384 tokens, vocabulary 248320, width 2048, bf16): 82 / 85 / 76 under a frozen weight,
@@ -40,7 +40,7 @@ def loss_and_gradients(
     accumulation = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     valid = labels != ignore_index
     targets = labels.where(valid, 0).unsqueeze(1)
-    _check_targets(targets, vocabulary)
+    check_targets(targets, vocabulary)
     losses = hidden.new_zeros(tokens, dtype=accumulation)
     dhidden = hidden.new_empty(tokens if hidden_grad else 0, width)
     dweight = weight.new_zeros(vocabulary if weight_grad else 0, width, dtype=accumulation)
@@ -71,7 +71,7 @@ def _softmax_loss(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[T
     return -picked.squeeze(1), dlogits
 
 
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
+def check_targets(targets: Tensor, vocabulary: int) -> None:
     """On a GPU reading the labels would wait for it, and the gather below checks them there."""
     if targets.device.type != "cpu" or not targets.numel():
         return

@@ -1,0 +1,77 @@
+"""Calls with a key-value cache: told from packed ones, and run on the stock path whole."""
+
+# B rows, T tokens a row
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from deltatune.door import METADATA
+from deltatune.layers.reclass import Swapped
+
+__all__ = ["is_cached_call", "stock_path"]
+
+
+def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
+    """Whether a call reads or fills a key-value cache, and so keeps the stock path whole.
+
+    ``generate`` passes ``past_key_values``. A caller who asks for ``use_cache=True`` outside training gets the cache
+    too, unless the call is packed: a cache of packed documents would be of no use, and ``use_cache`` changes nothing.
+
+    Raises:
+        ValueError: ``past_key_values`` beside boundaries inside a row.
+    """
+    if model._deltatune.cached:
+        return True
+    given = call.get("past_key_values") is not None
+    if not given and (not call.get("use_cache") or model.training):
+        return False
+    packed = _is_packed(call)
+    if given and packed:
+        raise ValueError(
+            "past_key_values cannot hold packed documents: the call describes several documents in a row "
+            f"({packed}); leave past_key_values out, or pass one document a row"
+        )
+    return not packed
+
+
+def _is_packed(call: Mapping[str, Any]) -> str | None:
+    """What describes several documents in a row, if anything does."""
+    for name in METADATA:
+        if call.get(name) is not None:
+            return name
+    tokens = next((call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None), None)
+    if tokens is None or tokens.shape[1] < 2:
+        return None
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    # a mask in generation also covers the tokens in the cache
+    mask = mask[:, -tokens.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if mask is not None and bool((mask > 1).any()):
+        return "attention_mask"
+    if isinstance(positions, Tensor) and _restarts(positions, mask):
+        return "position_ids"
+    return None
+
+
+def _restarts(positions: Tensor, mask: Tensor | None) -> bool:
+    """Whether positions fail to grow by one between real tokens; three-row ones may stand still or jump."""
+    step = (positions[0] if positions.ndim == 3 else positions).diff(dim=-1)
+    broken = step < 0 if positions.ndim == 3 and positions.shape[0] == 3 else step != 1
+    if mask is not None:
+        broken = broken & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return bool(broken.any())
+
+
+@contextmanager
+def stock_path(model: Swapped) -> Iterator[None]:
+    """Every layer of ``model`` runs its stock forward inside the block."""
+    state = model._deltatune
+    before, state.cached = state.cached, True
+    try:
+        yield
+    finally:
+        state.cached = before

@@ -1,0 +1,386 @@
+"""Which library the gated delta rule takes and why, and what our op does around it, without a GPU."""
+
+# B batch, T tokens, H key heads, G value heads, K key dim, V value dim
+
+import gc
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from packaging.version import Version
+
+from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops._gated_delta_rule import api, documents, fla, flash_qla, installed, library, op, reference
+from deltatune.sequences import Sequences
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+BF16 = torch.bfloat16
+INSTALLED = {"fla-core": "0.6.0", "flash-qla": "0.1.3", "tilelang": "0.1.15", "triton": "3.6.0"}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this look like a machine with a GPU of some capability and some packages, all with known signatures."""
+
+    def set_up(capability=HOPPER, nvcc=True, **changed):
+        versions = INSTALLED | {name.replace("_", "-"): version for name, version in changed.items()}
+
+        def version_of(*names):
+            found = next((versions[name] for name in names if versions.get(name)), None)
+            return None if found is None else Version(found)
+
+        monkeypatch.delenv("FLA_TILELANG", raising=False)
+        monkeypatch.delenv("FLA_DISABLE_BACKEND_DISPATCH", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        for module in (fla, flash_qla):
+            monkeypatch.setattr(module, "version_of", version_of)
+            monkeypatch.setattr(module, "has_nvcc", lambda: nvcc)
+            monkeypatch.setattr(module, "_signature_problem", lambda: None)
+
+    return set_up
+
+
+def refused(impl, dtype=BF16, head_dims=None):
+    with pytest.raises(ValueError, match=f"impl='{impl}' cannot run here") as error:
+        choose_gated_delta_rule("cuda", dtype, head_dims=head_dims, impl=impl)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "head_dims", "expected"),
+    [
+        ({}, BF16, None, "flash_qla"),
+        ({}, torch.float16, (128, 128), "flash_qla"),
+        ({"capability": (10, 3)}, BF16, None, "flash_qla"),
+        ({}, BF16, (128, 64), "fla"),
+        ({}, BF16, (12, 64), "reference"),
+        ({}, torch.float32, None, "reference"),
+        ({"flash_qla": None}, BF16, None, "fla"),
+        ({"capability": AMPERE}, BF16, None, "fla"),
+        ({"capability": AMPERE, "nvcc": False, "tilelang": None}, BF16, None, "fla"),
+        ({"capability": (7, 5)}, BF16, None, "reference"),
+        ({"nvcc": False}, BF16, None, "reference"),
+        ({"nvcc": False, "triton": "3.7.1"}, BF16, None, "fla"),
+        ({"fla_core": None, "flash_qla": None}, BF16, None, "reference"),
+    ],
+)
+def test_auto_takes_the_first_that_can_run(machine, setting, dtype, head_dims, expected):
+    machine(**setting)
+    assert choose_gated_delta_rule(torch.device("cuda"), dtype, head_dims=head_dims).impl == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"flash_qla": None}, r"not installed: pip install 'flash-qla>=0.1.3'"),
+        ({"flash_qla": "0.1.2"}, r"0.1.2 is older than 0.1.3: pip install"),
+        ({"tilelang": None}, r"TileLang is not installed: pip install 'tilelang>=0.1.12'"),
+        ({"tilelang": "0.1.11"}, r"TileLang 0.1.11 is older: pip install"),
+        ({"nvcc": False}, "finds no nvcc: install the CUDA toolkit"),
+        ({"capability": (12, 0)}, r"9.0, 10.0, 10.3, this GPU has 12.0; use impl='fla'"),
+    ],
+)
+def test_flash_qla_says_what_it_misses(machine, setting, message):
+    machine(**setting)
+    assert message in refused("flash_qla")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"fla_core": None}, "not installed: pip install 'flash-linear-attention>=0.6'"),
+        ({"fla_core": "0.4.1"}, "FLA 0.4.1 is older than 0.5, and silently wrong on some GPUs: pip install"),
+        ({"capability": (7, 5)}, "needs compute capability 8.0 or newer, this GPU has 7.5"),
+    ],
+)
+def test_fla_says_what_it_misses(machine, setting, message):
+    machine(**setting)
+    assert message in refused("fla")
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ({"tilelang": None}, "pip install 'flash-linear-attention>=0.6' 'tilelang>=0.1.12', or Triton 3.7.1"),
+        ({"tilelang": None, "triton": "3.4.0"}, "'tilelang>=0.1.12'"),
+        ({"tilelang": None, "triton": "3.7.0"}, "'tilelang>=0.1.12'"),
+        ({"fla_core": "0.5.0"}, "'flash-linear-attention>=0.6'"),
+        ({"fla_core": "0.5.0", "triton": "3.7.1"}, "'flash-linear-attention>=0.6'"),
+        ({"nvcc": False}, "install the CUDA toolkit, or Triton 3.7.1"),
+        ({}, None),
+        ({"tilelang": None, "triton": "3.3.1"}, None),
+        ({"tilelang": None, "triton": "3.7.1"}, None),
+        ({"tilelang": None, "capability": AMPERE}, None),
+        ({"tilelang": None, "capability": (10, 0)}, None),
+    ],
+)
+def test_the_miscompiled_backward_is_refused_on_hopper(machine, setting, remedy):
+    machine(**setting)
+    if remedy is None:
+        assert choose_gated_delta_rule("cuda", BF16, impl="fla").impl == "fla"
+    else:
+        message = refused("fla")
+        assert "wrong gradients on Hopper" in message
+        assert remedy in message
+
+
+@pytest.mark.parametrize("setting", [("FLA_TILELANG", "0"), ("FLA_DISABLE_BACKEND_DISPATCH", "1")])
+def test_tilelang_switched_off_is_refused_too(machine, monkeypatch, setting):
+    machine()
+    monkeypatch.setenv(*setting)
+    assert "unset FLA_TILELANG and FLA_DISABLE_BACKEND_DISPATCH" in refused("fla")
+
+
+@pytest.mark.parametrize("impl", ["fla", "flash_qla"])
+def test_full_precision_and_other_head_dims_are_refused(machine, impl):
+    machine()
+    assert "float16 and bfloat16" in refused(impl, torch.float32)
+    assert "got K=12 and V=128; use impl=" in refused(impl, head_dims=(12, 128))
+
+
+@pytest.mark.parametrize("impl", ["fla", "flash_qla"])
+def test_without_a_gpu_the_library_is_refused(impl):
+    inputs = [torch.zeros(1, 4, *shape) for shape in ((1, 16), (1, 16), (1, 16), (1,), (1,))]
+    with pytest.raises(ValueError, match=f"impl='{impl}' cannot run here: {impl} needs an NVIDIA GPU.*on cpu"):
+        gated_delta_rule(*inputs, impl=impl)
+
+
+def test_an_unknown_signature_is_named():
+    def known(*, q, k, scale=None):
+        pass
+
+    def newer(*, q, keys, scale):
+        pass
+
+    assert installed.signature_problem(known, ("q", "k", "scale")) is None
+    assert installed.signature_problem(newer, ("q", "k")) == "newer lacks k and also wants keys, scale"
+
+
+@pytest.mark.parametrize("module", [fla, flash_qla])
+def test_a_library_of_another_signature_is_refused_with_the_version_to_install(monkeypatch, module):
+    functions = [lambda *, tokens: None] * len(module._Library._fields)
+    monkeypatch.setattr(module, "_library", lambda: module._Library(*functions))
+    problem = module._signature_problem.__wrapped__()
+    assert "is not the one known here: its <lambda> lacks" in problem
+    assert "pip install" in problem
+
+
+@pytest.mark.parametrize("module", [fla, flash_qla])
+def test_a_library_that_cannot_be_imported_is_refused(monkeypatch, module):
+    def fail():
+        raise ImportError("no libcuda")
+
+    monkeypatch.setattr(module, "_library", fail)
+    assert "cannot be imported (no libcuda)" in module._signature_problem.__wrapped__()
+
+
+@pytest.mark.parametrize("module", [fla, flash_qla])
+def test_another_number_of_results_is_an_error(module):
+    with pytest.raises(RuntimeError, match="returns 3 results from its forward where 6 are expected: pip install"):
+        module._counted("forward", (1, 2, 3), 6)
+
+
+def test_the_choice_is_a_constant_of_a_traced_graph():
+    def traced(x):
+        return x + 1 if api._constant_refusal("fla", x.device, x.dtype) == "no" else x - 1
+
+    original = api._constant_refusal
+    constant = api._assume_constant(lambda name, device, dtype: "no")
+    try:
+        api._constant_refusal = constant
+        assert torch.compile(traced, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+    finally:
+        api._constant_refusal = original
+
+
+def test_documents_without_the_empty_ones():
+    found = documents.documents_of(torch.tensor([0, 0, 5, 5, 75, 82, 82, 82]), torch.device("cpu"))
+    assert found.cu_seqlens.tolist() == [0, 5, 75, 82]
+    assert found.cu_seqlens.dtype == found.chunk_indices.dtype == torch.int32
+    assert found.chunk_indices.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
+
+
+def test_documents_are_found_once_a_batch_and_forgotten_with_it():
+    gc.collect()
+    before = len(documents._KNOWN)
+    sequences, other = Sequences.from_lengths([5, 7]), Sequences.from_lengths([5, 7])
+    cpu = torch.device("cpu")
+    first = documents.documents_of(sequences.cu_seqlens_cpu, cpu)
+    assert documents.documents_of(sequences.static().cu_seqlens_cpu, cpu) is first
+    assert documents.documents_of(other.cu_seqlens_cpu, cpu) is not first
+    del sequences, other
+    gc.collect()
+    assert len(documents._KNOWN) == before
+
+
+class FakeLibrary:
+    """A library on the CPU: the reference, checked for what a library is promised."""
+
+    def __init__(self):
+        self.calls = Counter()
+
+    def forward(self, q, k, v, g, beta, found, scale):
+        self.calls["forward"] += 1
+        self.check(q, k, v, g, beta, found)
+        o = reference.forward(q, k, v, g, beta, found.cu_seqlens_cpu, scale=scale, qk_l2norm=False)
+        return o, g + 0, k.new_ones(*v.shape[:3], documents.CHUNK_SIZE)
+
+    def backward(self, do, q, k, v, beta, decay, solved, found, scale):
+        self.calls["backward"] += 1
+        self.check(do, q, k, v, beta, decay, solved, found)
+        boundaries = found.cu_seqlens_cpu
+        return reference.backward(do, q, k, v, decay, beta, boundaries, scale=scale, qk_l2norm=False)
+
+    def check(self, *given):
+        assert (given[-1].cu_seqlens.diff() > 0).all()
+        for x in given[:-1]:
+            assert x.is_contiguous()
+            assert x.shape[:2] == (1, given[-1].cu_seqlens_cpu[-1])
+
+
+class FakeNorm:
+    """In place of the Triton kernels."""
+
+    @staticmethod
+    def normalise(x):
+        assert x.ndim == 3
+        y, rstd = reference._normalise(x)
+        return y.contiguous(), rstd.squeeze(-1)
+
+    @staticmethod
+    def normalise_backward(dy, y, rstd):
+        return (dy - y * (y * dy).sum(-1, keepdim=True)) * rstd.unsqueeze(-1)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The op with ``impl="fla"`` runs the fake library."""
+    found = FakeLibrary()
+    monkeypatch.setitem(op._LIBRARIES, "fla", found)
+    monkeypatch.setitem(sys.modules, "deltatune.ops._gated_delta_rule.l2_norm", FakeNorm)
+    monkeypatch.setattr(api, "_library_refusal", lambda name, device, dtype: None)
+    monkeypatch.setattr(fla, "dim_refusal", lambda *dims: None)
+    return found
+
+
+def make_inputs(tokens, *, batch=1):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 8), (2, 8), (4, 12), (4,), (4,)]
+    q, k, v, g, beta = (torch.randn(batch, tokens, *shape, generator=generator) for shape in shapes)
+    return [x.requires_grad_() for x in (q, k, v, -0.05 * g.sigmoid(), beta.sigmoid())]
+
+
+def run(inputs, **kwargs):
+    o = gated_delta_rule(*inputs, **kwargs)
+    weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    return [o.detach(), *torch.autograd.grad((o * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+@pytest.mark.parametrize("lengths", [None, [5, 1, 0, 70, 7], [3, 2, 1, 63]])
+def test_a_library_and_the_reference_agree_through_the_op(fake, lengths, qk_l2norm):
+    inputs = make_inputs(90)
+    with torch.no_grad():
+        inputs[1] /= 4
+    options = {"qk_l2norm": qk_l2norm}
+    if lengths is not None:
+        options["sequences"] = Sequences.from_lengths(lengths, total=90)
+    got, expected = run(inputs, impl="fla", **options), run(inputs, impl="reference", **options)
+    assert fake.calls == {"forward": 1, "backward": 1}
+    for x, y in zip(got, expected, strict=True):
+        assert torch.allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_and_strided_inputs_reach_a_library_as_one_stream(fake):
+    inputs = make_inputs(30, batch=3)
+    strided = [torch.cat([x, x], dim=-1).detach()[..., : x.shape[-1]].requires_grad_() for x in inputs]
+    for x, y in zip(run(strided, impl="fla"), run(inputs, impl="reference"), strict=True):
+        assert torch.allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_have_the_dtypes_of_the_inputs_and_the_decay_is_bounded(fake, monkeypatch):
+    given = []
+    forward = fake.forward
+    monkeypatch.setattr(fake, "forward", lambda *args: given.append(args) or forward(*args))
+    inputs = [x.detach().bfloat16().requires_grad_() for x in make_inputs(20)]
+    with torch.no_grad():
+        inputs[3][:, 3] = -torch.inf
+    o, *grads = run(inputs, impl="fla")
+    assert given[0][3].dtype == torch.float32
+    assert given[0][3].min() == -100
+    assert [x.dtype for x in (o, *grads)] == [BF16] * 6
+
+
+def test_no_tokens_never_reach_a_library(fake):
+    inputs = make_inputs(0)
+    gated_delta_rule(*inputs, impl="fla").sum().backward()
+    assert inputs[0].grad.shape == inputs[0].shape
+    assert not fake.calls
+
+
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_opcheck_with_what_a_library_keeps(fake, qk_l2norm):
+    inputs = make_inputs(83)
+    with torch.no_grad():
+        inputs[1] /= 4
+    sequences = Sequences.from_lengths([5, 1, 70, 7])
+    options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, 0.5, qk_l2norm, "fla")
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
+    detached = [x.detach() for x in inputs]
+    o, q, k, *kept = torch.ops.deltatune.gated_delta_rule(*detached, *options)
+    q, k = (q, k) if qk_l2norm else detached[:2]
+    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, *options)
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
+
+
+def test_compiled_layers_share_the_documents_of_a_batch(fake, monkeypatch):
+    built = []
+    build = documents._documents
+    monkeypatch.setattr(documents, "_documents", lambda *args: built.append(args) or build(*args))
+
+    def two_layers(q, k, v, g, beta, sequences):
+        o = gated_delta_rule(q, k, v, g, beta, sequences=sequences, impl="fla")
+        return gated_delta_rule(q, k, o, g, beta, sequences=sequences, impl="fla")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager")
+    inputs = make_inputs(83)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([5, 1, 70, 7], [40, 43]):
+            compiled(*inputs, sequences=Sequences.from_lengths(lengths)).sum().backward()
+    assert fake.calls == {"forward": 4, "backward": 4}
+    assert len(built) == 2
+
+
+def test_results_are_kept_only_where_backward_wants_them():
+    q, v = torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 4, 12)
+    nothing = library.results_like(q, q, v, qk_l2norm=True, saves=False)
+    assert [x.numel() for x in nothing[1:]] == [0] * 6
+    shapes = [list(x.shape) for x in library.results_like(q, q, v, qk_l2norm=True, saves=True)]
+    assert shapes == [[2, 3, 4, 12], [2, 3, 2, 8], [2, 3, 2, 8], [2, 3, 2], [2, 3, 2], [1, 6, 4], [1, 6, 4, 64]]
+
+
+NORMALISATION = """
+import torch
+from deltatune.ops._gated_delta_rule.l2_norm import normalise, normalise_backward
+
+for dim in (16, 24):
+    x = torch.randn(7, 9 * dim)[:, : 3 * dim].unflatten(1, (3, dim)).requires_grad_()
+    expected, dy = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6), torch.randn(7, 3, dim)
+    y, rstd = normalise(x.detach())
+    (dx,) = torch.autograd.grad(expected, x, dy)
+    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(normalise_backward(dy, y, rstd), dx, rtol=1e-5, atol=1e-6)
+print("equal")
+"""
+
+
+def test_normalisation_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="needs triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
+    command = [sys.executable, "-c", NORMALISATION]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "equal\n", done.stderr
