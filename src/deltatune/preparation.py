@@ -137,7 +137,7 @@ def prepare(
     if not family.swaps:
         state.head = "unknown"
         attention_interface.register()
-        state.stock_config = text_model.config
+        state.stock_config, state.stock_attention = text_model.config, text_model.config._attn_implementation
         ours = copy.copy(text_model.config)
         ours._attn_implementation_internal = attention_interface.NAME
         _set_config(text_model, ours)

@@ -111,11 +111,14 @@ class TextModel(Swapped):
             raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
         if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
-        replaced = self._deltatune.stock_config is not None
-        if replaced and self.config._attn_implementation != attention_interface.NAME:
+        state = self._deltatune
+        if state.stock_config is None:
+            return
+        asked = {state.stock_config._attn_implementation, self.config._attn_implementation}
+        if asked != {state.stock_attention, attention_interface.NAME}:
             raise ValueError(
-                f"the attention implementation was set to {self.config._attn_implementation!r} after prepare, which "
-                "knows no documents; call prepare(model) again"
+                f"the attention implementation was set after prepare ({', '.join(sorted(asked))}), which knows no "
+                "documents; call prepare(model) again"
             )
 
     def _run(self, call: dict[str, Any]) -> Any:

@@ -33,6 +33,7 @@ class ModelState:
         head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps
             them afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
         stock_config: the text model's own config, where a copy that names our attention stands in for it.
+        stock_attention: the implementation that config named when the model was prepared.
         cached: True while a call with a key-value cache runs, which keeps the stock path whole.
     """
 
@@ -43,6 +44,7 @@ class ModelState:
     checkpointing: str | float = "none"
     head: str = "linear"
     stock_config: Any = None
+    stock_attention: str | None = None
     cached: bool = False
 
 
