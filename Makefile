@@ -33,6 +33,7 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m deltatune.config.reference > docs/config.md
+	$(BIN)/python -m deltatune.bench.report
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

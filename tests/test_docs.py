@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deltatune import cli
+from deltatune.bench import report
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.load import load_recipe
 
@@ -142,3 +143,13 @@ def test_every_implementation_of_an_op_is_listed() -> None:
         source = (ROOT / "src" / "deltatune" / "ops" / f"_{op}" / "api.py").read_text(encoding="utf-8")
         for impl in re.findall(r'Candidate\(\s*"(\w+)"', source):
             assert f"`{impl}`" in row, (op, impl)
+
+
+def test_tables_of_figures_come_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = report.PAGE.read_text(encoding="utf-8")
+    tables = report.render(report.RECORDS)
+    assert report.with_tables(page, tables) == page
+    assert all(f"`{path.as_posix()}`" in page for path in report.RECORDS.glob("*.json"))
+    with pytest.raises(ValueError, match="needs the marks"):
+        report.with_tables("no marks", tables)

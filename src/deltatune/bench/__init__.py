@@ -1,0 +1,1 @@
+"""Benchmark records, and the pages made from them."""
