@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 
 from deltatune import CompileOptions, Sequences, prepare
 from deltatune.compile import GraphBreakError
@@ -203,6 +204,19 @@ def test_windows_and_full_attention_are_types_of_their_own() -> None:
     report = prepared.compile_report
     assert report is not None
     assert sorted(report.graphs.values()) == [1, 1]
+    assert report.recompiles == []
+
+
+def test_a_deep_decoder_without_own_layers_is_one_graph() -> None:
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 10}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**values))
+    prepared = prepare(model, compile=TRACED)
+    train(model, 2)
+    report = prepared.compile_report
+    assert report is not None
+    assert sum(count for name, count in report.graphs.items() if "grad" not in name) == 1
     assert report.recompiles == []
 
 

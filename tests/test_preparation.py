@@ -460,6 +460,17 @@ def test_use_cache_changes_nothing_beside_padding(family: str) -> None:
     torch.testing.assert_close(logits, model(**call).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_use_cache_changes_no_loss() -> None:
+    model = tiny_model("qwen3_5").eval()
+    prepare(model)
+    docs = documents([9, 4])
+    tokens, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    for row, doc in enumerate(docs):
+        tokens[row, 9 - len(doc) :], mask[row, 9 - len(doc) :] = doc, 1
+    call = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+    assert torch.equal(model(**call, use_cache=True).loss, model(**call).loss)
+
+
 def test_a_cache_beside_packed_documents_is_refused() -> None:
     model = tiny_model("qwen3_5")
     prepare(model)

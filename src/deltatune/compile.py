@@ -24,6 +24,7 @@ Forward = Callable[..., Any]
 
 #: Ends the names of graphs that take no gradient.
 EVALUATION = " (no grad)"
+INFERENCE = " (inference mode)"
 
 
 class GraphBreakError(RuntimeError):
@@ -119,7 +120,7 @@ class CompileReport:
 
     Attributes:
         graphs: name of a layer type -> graphs compiled for it; calls without gradients (evaluation) have graphs of
-            their own, under the name with ``EVALUATION`` behind it.
+            their own, under the name with ``EVALUATION`` or ``INFERENCE`` behind it.
         breaks: reasons of graph breaks; always empty under ``strict``, which stops instead.
         recompiles: reasons for every graph after a layer type's first.
         seconds: time spent compiling.
@@ -159,7 +160,9 @@ class Graphs:
         Raises:
             GraphBreakError: a graph break, or more recompiles than the compiler allows, under ``strict``.
         """
-        if not torch.is_grad_enabled():
+        if torch.is_inference_mode_enabled():
+            name += INFERENCE
+        elif not torch.is_grad_enabled():
             name += EVALUATION
         function = self._functions.get((name, forward))
         if function is None:

@@ -141,6 +141,7 @@ def prepare(
         ours = copy.copy(text_model.config)
         ours._attn_implementation_internal = attention_interface.NAME
         _set_config(text_model, ours)
+        attention_interface.mark_windows(text_model)
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
@@ -156,6 +157,7 @@ def _revert(base: nn.Module) -> None:
         return
     if state.stock_config is not None:
         _set_config(text_model, state.stock_config)
+        attention_interface.forget_windows(text_model)
     capture.forget_capture_hooks(text_model)
     for module in base.modules():
         unswap(module)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from deltatune import ops
 from deltatune.sequences import Sequences
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "forget_windows", "mark_windows", "register"]
 
 #: No "flash" in the name: transformers would look for the flash-attn package when a model is built with it.
 NAME = "deltatune_varlen"
+
+_WINDOW = "_deltatune_window"
 
 
 def register() -> None:
@@ -67,7 +69,7 @@ def packed_attention(
         "attention sinks": kwargs.get("s_aux") is not None,
         "attention that is not causal": kwargs.get("is_causal", getattr(module, "is_causal", True)) is False,
         "a mask of the model's own making": attention_mask is not None and attention_mask.shape[-1] == whole > 1,
-        "a sliding window that only a mask expresses": sliding_window is None and _has_window(module),
+        "a sliding window that only a mask expresses": sliding_window is None and getattr(module, _WINDOW, False),
     }
     for feature, present in unsupported.items():
         if present:
@@ -83,10 +85,25 @@ def packed_attention(
     return out, None
 
 
-def _has_window(module: nn.Module) -> bool:
-    """Whether the config gives this layer a sliding window."""
-    config: Any = getattr(module, "config", None)
-    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    if types and index is not None:
-        return bool(types[index] == "sliding_attention")
+def mark_windows(text_model: nn.Module) -> None:
+    """Notes on every attention module whether the config gives its layer a sliding window.
+
+    Decided here and not in ``packed_attention``: a layer index read while tracing would be a graph for each layer.
+    """
+    for module in text_model.modules():
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        if isinstance(index, int) and config is not None:
+            module.__dict__[_WINDOW] = _has_window(config, index)
+
+
+def forget_windows(text_model: nn.Module) -> None:
+    """Undoes ``mark_windows``."""
+    for module in text_model.modules():
+        module.__dict__.pop(_WINDOW, None)
+
+
+def _has_window(config: Any, index: int) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types:
+        return index < len(types) and bool(types[index] == "sliding_attention")
     return getattr(config, "sliding_window", None) is not None and bool(getattr(config, "use_sliding_window", True))

@@ -20,7 +20,8 @@ def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
     """Whether a call reads or fills a key-value cache, and so keeps the stock path whole.
 
     ``generate`` passes ``past_key_values``. A caller who asks for ``use_cache=True`` outside training gets the cache
-    too, unless the call is packed: a cache of packed documents would be of no use, and ``use_cache`` changes nothing.
+    too, unless the call is packed or has labels: a cache of packed documents would be of no use, a loss needs none, and
+    ``use_cache`` changes nothing.
 
     Raises:
         ValueError: ``past_key_values`` beside boundaries inside a row.
@@ -28,7 +29,8 @@ def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
     if model._deltatune.cached:
         return True
     given = call.get("past_key_values") is not None
-    if not given and (not call.get("use_cache") or model.training):
+    trained = call.get("labels") is not None or call.get("shift_labels") is not None
+    if not given and (not call.get("use_cache") or model.training or trained):
         return False
     packed = _is_packed(call)
     if given and packed:

@@ -35,6 +35,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(section.name_or_path).expanduser()
@@ -47,7 +48,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(_location(section), **_origin(section))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"model.name_or_path: cannot read {section.name_or_path}: {_first_line(error)}") from error
 
 
@@ -74,6 +75,8 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     Raises:
         UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
     """
+    from safetensors import SafetensorError
+
     config = load_config(section) if config is None else config
     loader = model_class(config)
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
@@ -81,7 +84,7 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
         model, info = loader.from_pretrained(
             _location(section), config=config, dtype=dtype, output_loading_info=True, **_origin(section)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -118,6 +121,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, **_origin(section))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {name}: {_first_line(error)}; set model.tokenizer") from error
+    if not tokenizer.get_vocab():
+        raise UserError(f"{name} holds no tokenizer (no tokenizer.json); set model.tokenizer to one that does")
     if section.chat_template is not None:
         template = Path(section.chat_template).expanduser()
         try:

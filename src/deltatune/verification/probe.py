@@ -68,6 +68,8 @@ def verify(
         raise ValueError("compiled=True needs a model prepared with compile=CompileOptions()")
     device, dtype = _device_and_dtype(text_model)
     limit = _TOLERANCES.get(dtype, _TOLERANCE) if tolerance is None else tolerance
+    if limit <= 0:
+        raise ValueError(f"tolerance must be positive, got {limit}; leave it out for the dtype's own")
     exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     rows = []
     with untouched(model, training=compiled):
@@ -104,6 +106,10 @@ def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) ->
     counts = tuple(int(n) for n in lengths)
     if len(counts) < 2 or min(counts) < 1:
         raise ValueError(f"lengths must be two or more documents of at least one token, got {list(counts)}")
+    if max(counts) < 2:
+        raise ValueError(
+            f"lengths must hold a document of two tokens or more, got {list(counts)}: one alone has no past"
+        )
     if tokens is None:
         # stock collators that flatten add no padding
         return Documents(counts, _PADDING if prepared else 0)
