@@ -71,9 +71,10 @@ def test_one_graph_a_layer_type(family: str, checkpointing: str | float) -> None
     assert report.recompiles == []
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_graph_a_layer_type_with_adapters(family: str, when: str) -> None:
+def test_one_graph_a_layer_type_with_adapters(family: str, when: str, checkpointing: str) -> None:
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
     reference = peft.get_peft_model(tiny_model(family, layers=4), config).train()
     state = {name: value.clone() for name, value in reference.state_dict().items()}
@@ -81,7 +82,7 @@ def test_one_graph_a_layer_type_with_adapters(family: str, when: str) -> None:
     model = tiny_model(family, layers=4)
     if when == "before":
         model = peft.get_peft_model(model, config)
-    prepared = prepare(model, compile=TRACED)
+    prepared = prepare(model, compile=TRACED, checkpointing=checkpointing)
     if when == "after":
         model = peft.get_peft_model(model, config)
     model.load_state_dict(state)
@@ -94,7 +95,7 @@ def test_one_graph_a_layer_type_with_adapters(family: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "layer"])
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_text_model_is_one_graph(family: str, checkpointing: str) -> None:
     model = tiny_model(family).train()
     reference = copy.deepcopy(model)

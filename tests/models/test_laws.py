@@ -130,11 +130,12 @@ def test_single_documents_match_the_stock_model(family: str) -> None:
     assert {n: e for n in expected if (e := relative(actual[n], expected[n])) >= TOLERANCE} == {}
 
 
-def test_text_path_of_a_conditional_generation_model() -> None:
-    model = tiny_conditional()
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_text_path_of_a_conditional_generation_model(family: str) -> None:
+    model = tiny_conditional(family)
     stock = copy.deepcopy(model)
     report = prepare(model).report
-    assert report.family == "qwen3_5"
+    assert report.family == family
     lengths = [5, 1, 70, 7]
     docs = documents(lengths)
     tokens = torch.cat(docs)[None]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from deltatune.commands.preprocess import show_progress
@@ -15,15 +14,13 @@ from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
-from deltatune.preparation import prepare
-from deltatune.report import PrepareReport
 from deltatune.training.adapters import add_adapters, freeze_unused
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
-from deltatune.training.memory import choose_checkpointing, device_memory, estimate_memory
+from deltatune.training.memory import device_memory, estimate_memory
 from deltatune.training.packs import load_packs
-from deltatune.training.run import compile_options
+from deltatune.training.run import autocast_dtype, prepare_by_recipe, resolve_checkpointing
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -38,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = loaded.recipe
     arguments = training_arguments(recipe.training)
     model = _empty_model_with_adapters(recipe)
-    checkpointing, reason = _checkpointing(recipe, model, arguments)
-    report = _prepare(recipe, model, checkpointing)
+    checkpointing, reason = resolve_checkpointing(recipe, model, arguments)
+    report = prepare_by_recipe(recipe, model, checkpointing).report
     tokenizer = load_tokenizer(recipe.model)
     packs = load_packs(recipe.data.train, recipe, tokenizer, progress=show_progress)
     held_out = load_packs(recipe.data.eval, recipe, tokenizer, progress=show_progress) if recipe.data.eval else None
@@ -57,26 +54,6 @@ def _empty_model_with_adapters(recipe: Recipe) -> nn.Module:
     model = empty_model(recipe.model)
     freeze_unused(model)
     return model if recipe.lora is None else add_adapters(model, recipe.lora)
-
-
-def _checkpointing(recipe: Recipe, model: nn.Module, arguments: TrainingArguments) -> tuple[str | float, str | None]:
-    if recipe.checkpointing != "auto":
-        return recipe.checkpointing, None
-    return choose_checkpointing(
-        model,
-        tokens_per_batch=recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        compiled=recipe.compile is not None,
-        device=arguments.device,
-        compute_dtype=_autocast_dtype(arguments),
-    )
-
-
-def _prepare(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> PrepareReport:
-    kernels: Any = recipe.kernels
-    lora = "auto" if recipe.lora is None else recipe.lora.impl
-    prepared = prepare(model, kernels=kernels, compile=compile_options(recipe), checkpointing=checkpointing, lora=lora)
-    return prepared.report
 
 
 def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
@@ -98,7 +75,7 @@ def _memory(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, chec
         tokens_per_batch=recipe.packing.tokens_per_batch,
         optimizer=recipe.training.optim,
         checkpointing=checkpointing,
-        compute_dtype=_autocast_dtype(arguments),
+        compute_dtype=autocast_dtype(arguments),
     )
     available = device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
@@ -107,7 +84,3 @@ def _memory(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, chec
         str(estimate),
         f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}",
     ]
-
-
-def _autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None

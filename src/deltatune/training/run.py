@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-__all__ = ["Run", "TrainResult", "build", "train"]
+__all__ = [
+    "Run",
+    "TrainResult",
+    "autocast_dtype",
+    "build",
+    "compile_options",
+    "prepare_by_recipe",
+    "resolve_checkpointing",
+    "train",
+]
 
 RECIPE_FILE = "config.yaml"
 REPORT_FILE = "report.json"
@@ -130,8 +139,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
         model = add_adapters(model, recipe.lora)
     if not arguments.fsdp and not arguments.deepspeed:
         model.to(arguments.device)
-    checkpointing, reason = _checkpointing(recipe, model, arguments)
-    prepared = _prepare(recipe, model, checkpointing)
+    checkpointing, reason = resolve_checkpointing(recipe, model, arguments)
+    prepared = prepare_by_recipe(recipe, model, checkpointing)
     console.out(str(prepared.report), highlight=False)
     if reason is not None:
         console.out(f"checkpointing auto: {checkpointing}, {reason}", highlight=False)
@@ -152,7 +161,10 @@ def _resume_point(recipe: Recipe, resume: str | Path | bool | None) -> Path | No
     return None
 
 
-def _checkpointing(recipe: Recipe, model: nn.Module, arguments: TrainingArguments) -> tuple[str | float, str | None]:
+def resolve_checkpointing(
+    recipe: Recipe, model: nn.Module, arguments: TrainingArguments
+) -> tuple[str | float, str | None]:
+    """The recipe's ``checkpointing``, with ``auto`` made a setting, and the reason where it was."""
     if recipe.checkpointing != "auto":
         return recipe.checkpointing, None
     return choose_checkpointing(
@@ -161,11 +173,16 @@ def _checkpointing(recipe: Recipe, model: nn.Module, arguments: TrainingArgument
         optimizer=recipe.training.optim,
         compiled=recipe.compile is not None,
         device=arguments.device,
-        compute_dtype=_autocast_dtype(arguments),
+        compute_dtype=autocast_dtype(arguments),
     )
 
 
-def _prepare(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> Prepared:
+def prepare_by_recipe(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> Prepared:
+    """``prepare`` with the recipe's kernels, compile and lora settings.
+
+    Raises:
+        UserError: what ``prepare`` refuses.
+    """
     try:
         return prepare(
             model,
@@ -296,7 +313,7 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         tokens_per_batch=run.recipe.packing.tokens_per_batch,
         optimizer=run.recipe.training.optim,
         checkpointing=report.checkpointing,
-        compute_dtype=_autocast_dtype(run.arguments),
+        compute_dtype=autocast_dtype(run.arguments),
     )
     return {
         "prepare": report.to_dict(),
@@ -312,7 +329,8 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     }
 
 
-def _autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """The dtype autocast computes in, where a run asks for it."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
