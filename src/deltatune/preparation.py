@@ -291,4 +291,4 @@ def _lora_text(model: nn.Module) -> str | None:
     adapters = getattr(model, "peft_config", None)
     if not adapters:
         return None
-    return f"adapters {', '.join(adapters)} run as PEFT's own layers"
+    return f"adapter {', '.join(adapters)}, run by PEFT's own layers"

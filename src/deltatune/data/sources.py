@@ -155,7 +155,7 @@ class _JsonLines:
 
 def _parse_line(content: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(content.decode("utf-8-sig"))
+        row = json.loads(content.decode("utf-8-sig").rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not valid JSON: {error.msg} at column {error.colno}; expected one JSON object per line"

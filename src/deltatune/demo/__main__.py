@@ -75,7 +75,7 @@ def make_files(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) 
     console.print(
         f"{checkpoint}: a Qwen3.5-architecture model, randomly initialised, and its tokenizer of {words} tokens\n"
         f"{data}: {len(train):,} conversations to train on\n"
-        f"{data.with_name(HELD_OUT_FILE)}: {len(held_out):,} held out; none of their scenes occurs in training",
+        f"{data.with_name(HELD_OUT_FILE)}: {len(held_out):,} held out; no training scene reads the same",
         markup=False,
     )
     return held_out
@@ -189,8 +189,8 @@ def _speed(recipe: Recipe, console: Console) -> None:
     prepare(prepared, compile=compile_options(recipe))
     console.print(
         f"\nAgainst the stock model: {NUM_TIMED} training steps of each in turn, after {NUM_WARM_UP} to warm up.\n"
-        "A step is forward, backward and AdamW. Both see the same documents: one model as packs, the other in\n"
-        "shuffled batches, each padded to its longest document.",
+        "A step is forward, backward and AdamW on one thread; making the batch is not counted. Both see the same\n"
+        "documents: one model as packs, the other in shuffled batches, each padded to its longest document.",
         markup=False,
     )
     packed, padded = compare(

@@ -52,9 +52,9 @@ def choose(op: str, impl: str, candidates: Sequence[Candidate]) -> Choice:
     for candidate in candidates:
         if candidate.impl == impl:
             if candidate.refusal is not None:
-                raise ValueError(
-                    f"{op}: impl={impl!r} cannot run here: {candidate.refusal}; use impl={candidates[-1].impl!r}"
-                )
+                anywhere = f"use impl={candidates[-1].impl!r}"
+                remedy = "" if anywhere in candidate.refusal else f"; {anywhere}"
+                raise ValueError(f"{op}: impl={impl!r} cannot run here: {candidate.refusal}{remedy}")
             return Choice(impl, "named by the caller")
     known = ", ".join(repr(candidate.impl) for candidate in candidates)
     raise ValueError(f"{op}: unknown impl={impl!r}; expected 'auto' or one of {known}")

@@ -116,6 +116,8 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
         trainer = _trainer(run, console)
         if arguments.should_save:
             _write_records(run, records)
+        if recipe.compile is not None:
+            console.out("the first step compiles, which takes a while", highlight=False)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         evaluation = _last_evaluation(run, trainer)
     return _finish(run, trainer, evaluation, records, console)
