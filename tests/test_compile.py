@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from deltatune import CompileOptions, Sequences, prepare
-from deltatune.compile import GraphBreakError
+from deltatune.compile import FROZEN, GraphBreakError
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from tiny import FAMILIES, documents, tiny_model
 
@@ -92,6 +92,26 @@ def test_one_graph_a_layer_type_with_adapters(family: str, when: str, checkpoint
     assert report is not None
     assert list(report.graphs.values()) == [1] * TYPES[family]
     assert report.breaks == []
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_layers_before_anything_that_trains_have_no_backward(checkpointing: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=r".*layers\.[23]\..*q_proj", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("qwen3_5", layers=4), config).train()
+    reference = copy.deepcopy(model)
+    prepare(reference)
+    prepared = prepare(model, compile=TRACED, checkpointing=checkpointing)
+    needs = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: needs.append(output.requires_grad))
+    assert_same_training(model, reference, 3)
+    assert needs == [False, False, False, True] * 3  # only the last layer has an adapted q_proj
+    report = prepared.compile_report
+    assert report is not None
+    assert sorted(name for name in report.graphs if name.endswith(FROZEN)) == [
+        f"full_attention_Qwen3_5MLP{FROZEN}", f"linear_attention_Qwen3_5MLP{FROZEN}"
+    ]  # fmt: skip
+    assert report.recompiles == []
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "layer"])

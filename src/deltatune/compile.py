@@ -26,6 +26,9 @@ Forward = Callable[..., Any]
 EVALUATION = " (no grad)"
 INFERENCE = " (inference mode)"
 
+#: Ends the names of training's graphs for layers in front of everything that trains: they have no backward.
+FROZEN = " (frozen)"
+
 
 class GraphBreakError(RuntimeError):
     """A layer could not be captured as one graph; the message holds the compiler's reason."""
@@ -120,7 +123,8 @@ class CompileReport:
 
     Attributes:
         graphs: name of a layer type -> graphs compiled for it; calls without gradients (evaluation) have graphs of
-            their own, under the name with ``EVALUATION`` or ``INFERENCE`` behind it.
+            their own, under the name with ``EVALUATION`` or ``INFERENCE`` behind it, and so have layers in front of
+            everything that trains (``FROZEN``).
         breaks: reasons of graph breaks; always empty under ``strict``, which stops instead.
         recompiles: reasons for every graph after a layer type's first.
         seconds: time spent compiling.
@@ -162,7 +166,7 @@ class Graphs:
         """
         if torch.is_inference_mode_enabled():
             name += INFERENCE
-        elif not torch.is_grad_enabled():
+        elif not torch.is_grad_enabled() and not name.endswith(FROZEN):
             name += EVALUATION
         function = self._functions.get((name, forward))
         if function is None:

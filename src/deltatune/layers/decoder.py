@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltatune.compile import graphs_of
+from deltatune.compile import FROZEN, graphs_of
 from deltatune.door import METADATA, admit
 from deltatune.layers import attention_interface
 from deltatune.layers.cached import is_cached_call, stock_path
@@ -41,7 +41,10 @@ class DecoderLayer(Swapped):
     layer_type: str
 
     def forward(self, hidden_states: Tensor, *args: Any, sequences: Sequences | None = None, **kwargs: Any) -> Any:
-        """As the stock layer; without ``sequences`` (a cached call) the stock forward, eager."""
+        """As the stock layer; without ``sequences`` (a cached call) the stock forward, eager.
+
+        Layers before the first thing that trains have no backward, and keep nothing for one.
+        """
         if sequences is None:
             return super().forward(hidden_states, *args, **kwargs)
         state, forward = self._deltatune, stock_class(self).forward
@@ -50,6 +53,12 @@ class DecoderLayer(Swapped):
         kwargs["sequences"] = sequences
         if state.compile is not None and state.compile.scope == "layer":
             graphs = graphs_of(state, state.compile, state.checkpointing)
+            if torch.is_grad_enabled() and not hidden_states.requires_grad:
+                if not any(parameter.requires_grad for parameter in self.parameters()):
+                    with torch.no_grad():
+                        return graphs.run(_label(self) + FROZEN, forward, self, hidden_states, *args, **kwargs)
+                # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
+                hidden_states = hidden_states.detach().requires_grad_()
             return graphs.run(_label(self), forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
@@ -98,7 +107,7 @@ class TextModel(Swapped):
         call["use_cache"] = False
         call["past_key_values"] = None
         call["sequences"] = entry.sequences.static()
-        call["inputs_embeds"] = self._embeddings(input_ids, inputs_embeds)
+        call["inputs_embeds"] = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         call["input_ids"] = None
         output = self._run(call)
         cell = _hidden.get()
@@ -130,16 +139,6 @@ class TextModel(Swapped):
             return super().forward(**call)
         graphs = graphs_of(state, state.compile, state.checkpointing)
         return graphs.run("text_model", stock_class(self).forward, self, **call)
-
-    def _embeddings(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Token embeddings that require a gradient wherever one is taken.
-
-        With a frozen embedding the first layer's input would need none, which is one more graph for its type.
-        """
-        embeddings: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if torch.is_grad_enabled() and not embeddings.requires_grad:
-            embeddings = embeddings.detach().requires_grad_()
-        return embeddings
 
     def _no_mask(self, device: torch.device) -> Any:
         """What the stock text model takes as a finished mask; our attention reads boundaries instead."""
