@@ -1,5 +1,10 @@
 """The gated normalisation against its formula and against the stock module."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,7 +80,8 @@ def test_zeros_stay_zeros():
         ({"weight": torch.zeros(1)}, r"weight \[1\]"),
         ({"gate": torch.zeros(2, 5, 3, 8, dtype=torch.long)}, "gate must be floating point"),
         ({"weight": torch.zeros(8, device="meta")}, "weight is on meta but x is on cpu"),
-        ({"impl": "fused"}, "unknown impl='fused'"),
+        ({"impl": "fused"}, "unknown impl='fused'; expected 'auto' or one of 'triton', 'reference'"),
+        ({"impl": "triton"}, "impl='triton' cannot run here: triton needs an NVIDIA GPU, the inputs are on cpu"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):
@@ -84,5 +90,24 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         gated_rms_norm(**{"x": x, "gate": gate, "weight": weight, "eps": 1e-6} | change)
 
 
-def test_the_choice_says_what_runs():
-    assert choose_gated_rms_norm(torch.device("cpu"), torch.float32).impl == "reference"
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.float32, "reference"),
+        ("cuda", torch.bfloat16, "triton"),
+        ("cuda", torch.float64, "reference"),
+    ],
+)
+def test_the_choice_says_what_runs(device, dtype, expected):
+    pytest.importorskip("triton", reason="needs triton")
+    assert choose_gated_rms_norm(device, dtype).impl == expected
+
+
+def test_the_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="needs triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
+    tests = Path(__file__).with_name("test_gated_rms_norm_kernel.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

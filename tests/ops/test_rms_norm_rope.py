@@ -1,11 +1,17 @@
 """Head normalisation and rotary embedding against the formula and against the stock modules."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, apply_rotary_pos_emb
 
-from deltatune.ops import choose_rms_norm_rope, rms_norm_rope
+from deltatune.ops import _triton, choose_rms_norm_rope, rms_norm_rope
+from deltatune.ops._rms_norm_rope.api import rms_norm_rope_pair
 
 EPS = 1e-6
 
@@ -97,7 +103,8 @@ def test_non_contiguous_input():
         ({"cos": torch.zeros(2, 5, 3), "sin": torch.zeros(2, 5, 3)}, "must be even and at most D=8, got R=3"),
         ({"cos": torch.zeros(2, 5, 10), "sin": torch.zeros(2, 5, 10)}, "must be even and at most D=8, got R=10"),
         ({"x": torch.zeros(2, 5, 3, 8, dtype=torch.long)}, "x must be floating point"),
-        ({"impl": "triton"}, "unknown impl='triton'"),
+        ({"impl": "fused"}, "unknown impl='fused'; expected 'auto' or one of 'triton', 'reference'"),
+        ({"impl": "triton"}, "impl='triton' cannot run here: triton needs an NVIDIA GPU, the inputs are on cpu"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):
@@ -106,5 +113,48 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         rms_norm_rope(**{"x": x, "weight": weight, "cos": cos, "sin": sin, "eps": EPS} | change)
 
 
-def test_the_choice_says_what_runs():
-    assert choose_rms_norm_rope(torch.device("cpu"), torch.float32).impl == "reference"
+def test_a_pair_is_two_calls():
+    (q, q_weight, cos, sin), (k, k_weight, *_) = make_inputs(heads=4), make_inputs(heads=2)
+    pair = rms_norm_rope_pair(q, k, q_weight, k_weight, cos, sin, eps=EPS, unit_offset=True)
+    for got, (x, weight) in zip(pair, ((q, q_weight), (k, k_weight)), strict=True):
+        assert torch.equal(got, rms_norm_rope(x, weight, cos, sin, eps=EPS, unit_offset=True))
+    with pytest.raises(ValueError, match="cos has T=5 where 4 is expected"):
+        rms_norm_rope_pair(q, k[:, :4], q_weight, k_weight, cos, sin, eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.float32, "reference"),
+        ("cuda", torch.bfloat16, "triton"),
+        ("cuda", torch.float32, "triton"),
+        ("cuda", torch.float64, "reference"),
+    ],
+)
+def test_the_choice_says_what_runs(device, dtype, expected):
+    pytest.importorskip("triton", reason="needs triton")
+    assert choose_rms_norm_rope(device, dtype).impl == expected
+
+
+def test_the_kernel_is_refused_with_a_remedy(monkeypatch):
+    def refused(**options):
+        with pytest.raises(ValueError, match="impl='triton' cannot run here") as error:
+            choose_rms_norm_rope("cuda", **options, impl="triton")
+        return str(error.value)
+
+    assert "takes bf16, fp16 and fp32, got torch.float64; cast the inputs" in refused(dtype=torch.float64)
+    monkeypatch.setattr(_triton, "_has_triton", lambda: True)
+    assert "detach them or use impl='reference'" in refused(dtype=torch.float32, angles_grad=True)
+    monkeypatch.setattr(_triton, "_has_triton", lambda: False)
+    assert "triton is not installed; pip install triton" in refused(dtype=torch.float32)
+    assert choose_rms_norm_rope("cuda", torch.float32).impl == "reference"
+
+
+def test_the_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="needs triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
+    tests = Path(__file__).with_name("test_rms_norm_rope_kernel.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

@@ -20,7 +20,7 @@ __all__ = ["Attention", "GatedAttention"]
 class Attention(Swapped):
     """Attention with RMS-normalised q and k (Qwen3): ``W_o attend(rope(norm(q)), rope(norm(k)), v)``."""
 
-    #: the norm multiplies by ``1 + weight``
+    #: the norms multiply by ``1 + weight``
     unit_offset = False
 
     head_dim: int
@@ -53,34 +53,37 @@ class Attention(Swapped):
         q, gate = self.project_q(hidden_states)
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        cos, sin = position_embeddings
+        q, k = self.norm_and_rotate(q, k, *position_embeddings)
         out = ops.varlen_attention(
-            self.norm_and_rotate(q, self.q_norm, cos, sin),
-            self.norm_and_rotate(k, self.k_norm, cos, sin),
+            q,
+            k,
             v,
             sequences=sequences,
             scale=self.scaling,
             window=getattr(self, "sliding_window", None),
             impl=self._deltatune.kernels["varlen_attention"],
-        ).flatten(-2)
+        )
         if gate is not None:
+            # Not flattened: joining the gradients of q and gate took 353 us flattened, 179 us so (H200, 16384 tokens,
+            # 16 heads of 256, compiled).
             out = out * torch.sigmoid(gate)
-        return self.o_proj(out), None
+        return self.o_proj(out.flatten(-2)), None
 
     def project_q(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(q [B, T, N, D], output gate [B, T, N * D] or None)``."""
+        """``(q [B, T, N, D], output gate [B, T, N, D] or None)``."""
         return self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)), None
 
-    def norm_and_rotate(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
-        """RMS norm over each head of ``[B, T, heads, D]``, then rotary embedding."""
-        norm = readable(norm)
-        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-        return ops.rms_norm_rope(
-            x,
-            norm.weight,  # type: ignore[arg-type]
+    def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """RMS norm over each head of q ``[B, T, N, D]`` and k ``[B, T, M, D]``, then rotary embedding."""
+        q_norm, k_norm = readable(self.q_norm), readable(self.k_norm)
+        return ops.rms_norm_rope_pair(
+            q,
+            k,
+            q_norm.weight,  # type: ignore[arg-type]
+            k_norm.weight,  # type: ignore[arg-type]
             cos,
             sin,
-            eps=eps,  # type: ignore[arg-type]
+            eps=q_norm.variance_epsilon if hasattr(q_norm, "variance_epsilon") else q_norm.eps,  # type: ignore[arg-type]
             unit_offset=self.unit_offset,
             impl=self._deltatune.kernels["rms_norm_rope"],
         )
@@ -94,4 +97,4 @@ class GatedAttention(Attention):
     def project_q(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
         q, gate = self.q_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        return q, gate.flatten(-2)
+        return q, gate

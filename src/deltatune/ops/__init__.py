@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
     from deltatune.ops._grouped_mm.experts import moe_experts
     from deltatune.ops._linear_cross_entropy.api import choose_linear_cross_entropy, linear_cross_entropy
-    from deltatune.ops._rms_norm_rope.api import choose_rms_norm_rope, rms_norm_rope
+    from deltatune.ops._rms_norm_rope.api import choose_rms_norm_rope, rms_norm_rope, rms_norm_rope_pair
     from deltatune.ops._varlen_attention.api import choose_varlen_attention, varlen_attention
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "moe_experts",
     "rms_norm_rope",
+    "rms_norm_rope_pair",
     "varlen_attention",
 ]
 
@@ -57,6 +58,8 @@ def __getattr__(name: str) -> object:
         home = "deltatune.ops._choice"
     elif name == "moe_experts":
         home = "deltatune.ops._grouped_mm.experts"
+    elif name == "rms_norm_rope_pair":
+        home = "deltatune.ops._rms_norm_rope.api"
     elif op in _OPS:
         home = f"deltatune.ops._{op}.api"
     else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from deltatune.ops._choice import Choice, choose, traced_reference
-from deltatune.ops._gated_rms_norm import reference
+from deltatune.ops._choice import Candidate, Choice, choose, traced_reference
+from deltatune.ops._gated_rms_norm import op, reference
+from deltatune.ops._triton import triton_refusal
 from deltatune.ops._validation import check_floating, check_same_device
 
 __all__ = ["choose_gated_rms_norm", "gated_rms_norm"]
@@ -23,28 +26,50 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
         gate: the shape of ``x``; its dtype may differ.
         weight: ``[D]``.
         eps: added to the mean square, inside the root.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"triton"``: one kernel each way, on NVIDIA GPUs, for bf16, fp16 and fp32; strided views of heads are
+            read where they lie. ``"reference"``: plain torch, anywhere. ``"auto"``: the first that can run.
 
     Returns:
-        The shape and dtype of ``x``.
+        The shape and dtype of ``x``; contiguous from the kernel.
+
+    The kernel keeps x, gate and weight for backward and nothing else. Its backward computes in fp32 without the
+    roundings in between; gradients are those of first order; that of ``weight`` is computed where it is needed, in a
+    fixed order, so that runs repeat bit for bit.
 
     Raises:
         ValueError: shapes that do not fit, or an implementation that cannot run.
 
     Source: ``Qwen3_5RMSNormGated`` of transformers; Gated Delta Networks, arXiv 2412.06464.
     """
-    op = "gated_rms_norm"
+    name = "gated_rms_norm"
     if x.ndim == 0 or gate.shape != x.shape or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"{op}: expected x [..., D], gate [..., D], weight [D]; "
+            f"{name}: expected x [..., D], gate [..., D], weight [D]; "
             f"got x {list(x.shape)}, gate {list(gate.shape)}, weight {list(weight.shape)}"
         )
-    check_floating(op, x=x, gate=gate, weight=weight)
-    check_same_device(op, x=x, gate=gate, weight=weight)
-    choose_gated_rms_norm(x.device, x.dtype, impl=impl)
+    check_floating(name, x=x, gate=gate, weight=weight)
+    check_same_device(name, x=x, gate=gate, weight=weight)
+    dtype = functools.reduce(torch.promote_types, (gate.dtype, weight.dtype), x.dtype)
+    if choose_gated_rms_norm(x.device, dtype, impl=impl).impl == "triton":
+        return op.gated_rms_norm(x, gate, weight, eps)
     return reference.gated_rms_norm(x, gate, weight, eps)
 
 
-def choose_gated_rms_norm(device: torch.device, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
-    """Which implementation of ``gated_rms_norm`` runs, and why."""
-    return choose("gated_rms_norm", impl, [traced_reference(device, dtype)])
+def choose_gated_rms_norm(device: torch.device | str, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
+    """Which implementation of ``gated_rms_norm`` runs, and why.
+
+    Args:
+        device: of the inputs.
+        dtype: of x; where the others' differ, the one they promote to.
+        impl: ``"auto"``, or a name.
+
+    Raises:
+        ValueError: ``impl`` is unknown or cannot run here.
+    """
+    device = torch.device(device)
+    kernel = Candidate(
+        "triton",
+        "one Triton kernel each way, compiled or not; 3 passes over memory forward, 5 backward",
+        triton_refusal(device, dtype),
+    )
+    return choose("gated_rms_norm", impl, (kernel, traced_reference(device, dtype)))

@@ -7,12 +7,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm_rope"]
+__all__ = ["result_dtype", "rms_norm_rope", "scaled_dtype"]
 
 
 def rms_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """``rotate(RMSNorm(x) * weight)``, with ``rotate(a, b) = (a cos - b sin, b cos + a sin)`` on halves of R dims."""
     return _rotate(_rms_norm(x, weight, eps, unit_offset), cos.unsqueeze(2), sin.unsqueeze(2))
+
+
+def scaled_dtype(x: Tensor, weight: Tensor | None, unit_offset: bool) -> torch.dtype:
+    """What a head is rounded to between its scale and its rotation."""
+    return x.dtype if weight is None or unit_offset else torch.promote_types(x.dtype, weight.dtype)
+
+
+def result_dtype(x: Tensor, weight: Tensor | None, cos: Tensor, unit_offset: bool) -> torch.dtype:
+    """What the scaled head and cos promote to."""
+    return torch.promote_types(scaled_dtype(x, weight, unit_offset), cos.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
