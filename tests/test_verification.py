@@ -109,7 +109,7 @@ def test_the_compiled_graphs_can_be_probed() -> None:
     assert list(compile_report.graphs.values()) == [1]
 
 
-Break = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Break = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @pytest.fixture
@@ -123,6 +123,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Break], VerifyRepo
         return verify(model, lengths=LENGTHS)
 
     return run
+
+
+def _each(change: Callable[[Tensor], Tensor], outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """The layer's convolution returns q, k and v."""
+    return tuple(map(change, outputs)) if isinstance(outputs, tuple) else change(outputs)
 
 
 def _rows(report: VerifyReport) -> dict[str, Any]:
@@ -181,9 +186,8 @@ class _ShiftedGradient(torch.autograd.Function):
 
 
 def test_a_leak_in_backward_alone_is_found(broken: Callable[..., VerifyReport]) -> None:
-    row = _rows(broken("causal_conv", lambda op: lambda *a, **k: _ShiftedGradient.apply(op(*a, **k))))[
-        "linear_attention"
-    ]
+    report = broken("causal_conv", lambda op: lambda *a, **k: _each(_ShiftedGradient.apply, op(*a, **k)))
+    row = _rows(report)["linear_attention"]
     assert row.forward < 1e-5
     assert row.input_grad > 1e-5
     assert row.cross_document_gradient > 0
@@ -221,8 +225,8 @@ def test_a_wrong_weight_gradient_of_packs_is_found(broken: Callable[..., VerifyR
 
 def test_an_influence_below_the_tolerance_is_found_by_the_perturbation(broken: Callable[..., VerifyReport]) -> None:
     def faint(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return op(x, *args, **kwargs) + 1e-8 * x.detach().sum().sin()
+        def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return _each(lambda y: y + 1e-8 * x.detach().sum().sin(), op(x, *args, **kwargs))
 
         return wrong
 
@@ -235,7 +239,7 @@ def test_an_influence_below_the_tolerance_is_found_by_the_perturbation(broken: C
 
 
 def test_values_that_are_not_finite_fail(broken: Callable[..., VerifyReport]) -> None:
-    report = broken("causal_conv", lambda op: lambda *a, **k: op(*a, **k) * float("nan"))
+    report = broken("causal_conv", lambda op: lambda *a, **k: _each(lambda y: y * float("nan"), op(*a, **k)))
     assert not report.ok
     assert "not finite" in report.verdict
     str(report)

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import causal_conv, choose_causal_conv
+from deltatune.ops import _triton, causal_conv, choose_causal_conv
+from deltatune.ops._causal_conv import op
 from deltatune.sequences import Sequences
 
 LENGTHS = ([5, 1, 70, 7], [3, 2, 1, 63, 64, 65], [1 + n % 3 for n in range(200)], [2])
@@ -138,7 +141,14 @@ def test_other_activations_are_refused(activation):
         ({"bias": torch.zeros(4)}, "bias has D=4 where 6 is expected"),
         ({"x": torch.zeros(1, 5, 6, dtype=torch.int32)}, "x must be floating point"),
         ({"sequences": Sequences.from_lengths([4])}, r"describe 4 tokens but the input holds B\*T = 1\*5 = 5"),
-        ({"impl": "triton"}, "unknown impl='triton'; expected 'auto' or one of 'reference'"),
+        ({"impl": "cudnn"}, "unknown impl='cudnn'; expected 'auto' or one of 'triton', 'reference'"),
+        ({"impl": "triton"}, "impl='triton' cannot run here: triton needs an NVIDIA GPU, the inputs are on cpu"),
+        ({"split": [2, 3]}, r"split must hold widths that sum to D=6, got \[2, 3\]"),
+        ({"split": [-2, 8]}, r"split must hold widths that sum to D=6, got \[-2, 8\]"),
+        ({"split": []}, "split must hold widths that sum to D=6"),
+        ({"l2norm": [2]}, "l2norm names a head width for each part of split; pass split too"),
+        ({"split": [2, 4], "l2norm": [2]}, r"one head width, or 0, for each of the 2 parts, got \[2\]"),
+        ({"split": [2, 4], "l2norm": [2, 3]}, r"heads of l2norm=\[2, 3\] must divide the parts of split=\[2, 4\]"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):
@@ -151,3 +161,100 @@ def test_the_choice_says_what_runs():
     choice = choose_causal_conv(torch.device("cpu"), torch.float32)
     assert choice.impl == "reference"
     assert "plain torch on cpu" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"dtype": torch.float64}, "the kernel takes bf16, fp16 and fp32, got torch.float64; cast the inputs or use"),
+        ({"width": 9}, "the kernel takes widths up to 8, got 9; use impl='reference'"),
+        ({"triton": False}, "triton is not installed; pip install triton or use impl='reference'"),
+        ({}, None),
+    ],
+)
+def test_what_the_kernel_takes_on_a_gpu(monkeypatch, options, refusal):
+    monkeypatch.setattr(_triton, "_has_triton", lambda: options.get("triton", True))
+    monkeypatch.setattr(torch.version, "hip", None)
+    arguments = ("cuda", options.get("dtype", torch.bfloat16))
+    auto = choose_causal_conv(*arguments, width=options.get("width"))
+    assert auto.impl == ("triton" if refusal is None else "reference")
+    if refusal is not None:
+        with pytest.raises(ValueError, match=refusal):
+            choose_causal_conv(*arguments, width=options.get("width"), impl="triton")
+
+
+SPLIT, HEADS = [4, 2], [2, 0]
+
+
+def parts_of_each_document(x, weight, bias, *, lengths):
+    first, second = conv_of_each_document(x, weight, bias, lengths=lengths).split(SPLIT, -1)
+    heads = first.reshape(*first.shape[:-1], 2, 2)
+    return (heads / (heads.square().sum(-1, keepdim=True) + 1e-6).sqrt()).reshape(first.shape), second
+
+
+def run_parts(function, inputs, **kwargs):
+    parts = function(*inputs, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in parts]
+    return [*(y.detach() for y in parts), *torch.autograd.grad(parts, inputs, weights)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "edges", "tiny", "shorter than the width"])
+def test_parts_with_heads_normalised(lengths):
+    inputs = make_inputs(sum(lengths), dtype=torch.float64)
+    sequences = Sequences.from_lengths(lengths)
+    got = run_parts(causal_conv, inputs, split=SPLIT, l2norm=HEADS, sequences=sequences)
+    for x, y in zip(got, run_parts(parts_of_each_document, inputs, lengths=lengths), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_parts_are_contiguous_and_hold_the_same_bits_as_the_whole():
+    inputs = make_inputs(20, dtype=torch.bfloat16)
+    parts = causal_conv(*inputs, split=SPLIT)
+    assert all(y.is_contiguous() for y in parts)
+    assert torch.equal(torch.cat(parts, -1), causal_conv(*inputs))
+
+
+def test_heads_are_normalised_before_the_only_rounding():
+    inputs = [x.detach() for x in make_inputs(70, dtype=torch.bfloat16)]
+    got = causal_conv(*inputs, split=SPLIT, l2norm=HEADS)
+    exact = causal_conv(*(x.float() for x in inputs), split=SPLIT, l2norm=HEADS)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got, exact, strict=True))
+
+
+def test_parts_compile_whole_and_only_once_for_any_documents():
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_conv, fullgraph=True, backend="aot_eager")
+    inputs, options = make_inputs(83), {"split": SPLIT, "l2norm": HEADS}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([5, 1, 70, 7], [83], [1] * 83):
+            sequences = Sequences.from_lengths(lengths)
+            got = run_parts(compiled, inputs, sequences=sequences, **options)
+            for x, y in zip(got, run_parts(causal_conv, inputs, sequences=sequences, **options), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def fake_step(weight_grad):
+    """Forward and backward of the kernel's op, which nothing here could run."""
+    x = torch.empty(2, 9, 6, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(6, 4, requires_grad=weight_grad)
+    positions = torch.empty(18, dtype=torch.int32)
+    parts = op.causal_conv(x, weight, None, positions, SPLIT, [0, 0], True)
+    torch.autograd.backward(parts, [torch.empty_like(y) for y in parts])
+    return x, weight, parts
+
+
+def test_the_kernel_traces_where_it_cannot_run():
+    with FakeTensorMode():
+        x, weight, parts = fake_step(weight_grad=True)
+    assert [(list(y.shape), y.dtype) for y in parts] == [([2, 9, size], torch.bfloat16) for size in SPLIT]
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
+    assert (weight.grad.shape, weight.grad.dtype) == (weight.shape, weight.dtype)
+
+
+@pytest.mark.parametrize(("weight_grad", "products"), [(True, 4), (False, 3)])
+def test_a_frozen_convolution_costs_a_product_less(weight_grad, products):
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        _, weight, _ = fake_step(weight_grad)
+    assert counter.get_total_flops() == products * 2 * 18 * 6 * 4
+    assert weight.grad is None or weight_grad

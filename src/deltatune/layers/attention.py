@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.layers.adapters import readable
+from deltatune.layers.lora_linear import project
 from deltatune.layers.reclass import Swapped
 from deltatune.sequences import Sequences
 
@@ -20,6 +21,8 @@ __all__ = ["Attention", "GatedAttention"]
 class Attention(Swapped):
     """Attention with RMS-normalised q and k (Qwen3): ``W_o attend(rope(norm(q)), rope(norm(k)), v)``."""
 
+    #: children that read the same input
+    shared_inputs = (("q_proj", "k_proj", "v_proj"),)
     #: the norms multiply by ``1 + weight``
     unit_offset = False
 
@@ -50,9 +53,9 @@ class Attention(Swapped):
                 **kwargs,
             )
             return stock
-        q, gate = self.project_q(hidden_states)
-        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        projected, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q, gate = self.split_q(projected)
+        k, v = _heads(k, self.head_dim), _heads(v, self.head_dim)
         q, k = self.norm_and_rotate(q, k, *position_embeddings)
         out = ops.varlen_attention(
             q,
@@ -69,9 +72,9 @@ class Attention(Swapped):
             out = out * torch.sigmoid(gate)
         return self.o_proj(out.flatten(-2)), None
 
-    def project_q(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split_q(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(q [B, T, N, D], output gate [B, T, N, D] or None)``."""
-        return self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)), None
+        return _heads(projected, self.head_dim), None
 
     def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """RMS norm over each head of q ``[B, T, N, D]`` and k ``[B, T, M, D]``, then rotary embedding."""
@@ -94,7 +97,11 @@ class GatedAttention(Attention):
 
     unit_offset = True
 
-    def project_q(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split_q(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
-        q, gate = self.q_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        q, gate = _heads(projected, 2 * self.head_dim).chunk(2, dim=-1)
         return q, gate
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(*x.shape[:-1], -1, head_dim)

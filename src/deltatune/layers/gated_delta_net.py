@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.layers.adapters import readable
+from deltatune.layers.lora_linear import project
 from deltatune.layers.reclass import Swapped
 from deltatune.sequences import Sequences
 
@@ -25,6 +26,9 @@ class GatedDeltaNet(Swapped):
     ``beta = sigmoid(b)``, ``y = W_o (rmsnorm(delta_rule(q, k, v, g, beta)) * silu(z))``. Source: Yang et al., Gated
     Delta Networks (2024); parameter names of transformers' modules.
     """
+
+    #: children that read the same input
+    shared_inputs: tuple[tuple[str, ...], ...] = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
 
     num_v_heads: int
     num_k_heads: int
@@ -59,15 +63,17 @@ class GatedDeltaNet(Swapped):
         kernels = self._deltatune.kernels
         mixed, z, b, a = self.project(hidden_states)
         conv = readable(self.conv1d)
-        mixed = ops.causal_conv(
+        # q and k come normalised out of the convolution: the delta rule would read and write them once more for it
+        q, k, v = ops.causal_conv(
             mixed,
             conv.weight.squeeze(1),  # type: ignore[operator]
             conv.bias,  # type: ignore[arg-type]
             activation="silu",
             sequences=sequences,
+            split=(self.key_dim, self.key_dim, self.value_dim),
+            l2norm=(self.head_k_dim, self.head_k_dim, 0),
             impl=kernels["causal_conv"],
         )
-        q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         out = ops.gated_delta_rule(
             _heads(q, self.head_k_dim),
@@ -76,6 +82,7 @@ class GatedDeltaNet(Swapped):
             g,
             b.sigmoid(),
             sequences=sequences,
+            qk_l2norm=False,
             impl=kernels["gated_delta_rule"],
         )
         norm = readable(self.norm)
@@ -91,16 +98,14 @@ class GatedDeltaNet(Swapped):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(mixed qkv [B, T, 2HK + GV], z [B, T, GV], b [B, T, G], a [B, T, G])``."""
-        return (
-            self.in_proj_qkv(hidden_states),
-            self.in_proj_z(hidden_states),
-            self.in_proj_b(hidden_states),
-            self.in_proj_a(hidden_states),
-        )
+        qkv, z, b, a = project(hidden_states, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        return qkv, z, b, a
 
 
 class InterleavedGatedDeltaNet(GatedDeltaNet):
     """Gated DeltaNet whose projections interleave q, k, v, z and b, a by key head (Qwen3-Next)."""
+
+    shared_inputs = (("in_proj_qkvz", "in_proj_ba"),)
 
     in_proj_qkvz: nn.Module
     in_proj_ba: nn.Module
@@ -109,9 +114,10 @@ class InterleavedGatedDeltaNet(GatedDeltaNet):
         """As the base class, from ``[B, T, H * (2K + 2GV/H)]`` and ``[B, T, H * 2G/H]``."""
         heads, group = self.num_k_heads, self.num_v_heads // self.num_k_heads
         width = group * self.head_v_dim
-        qkvz = self.in_proj_qkvz(hidden_states).unflatten(-1, (heads, -1))
+        qkvz, ba = project(hidden_states, self.in_proj_qkvz, self.in_proj_ba)
+        qkvz = qkvz.view(*qkvz.shape[:-1], heads, -1)
         q, k, v, z = torch.split(qkvz, [self.head_k_dim, self.head_k_dim, width, width], dim=-1)
-        b, a = torch.split(self.in_proj_ba(hidden_states).unflatten(-1, (heads, -1)), [group, group], dim=-1)
+        b, a = torch.split(ba.view(*ba.shape[:-1], heads, -1), [group, group], dim=-1)
         mixed = torch.cat([q.flatten(-2), k.flatten(-2), v.flatten(-2)], dim=-1)
         return mixed, z.flatten(-2), b.flatten(-2), a.flatten(-2)
 

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
-from deltatune.ops._causal_conv import reference
-from deltatune.ops._choice import Choice, choose, traced_reference
+from deltatune.ops._causal_conv import op, reference
+from deltatune.ops._choice import Candidate, Choice, choose, traced_reference
+from deltatune.ops._triton import triton_refusal
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
 from deltatune.sequences import Sequences
 
 __all__ = ["ACTIVATIONS", "causal_conv", "choose_causal_conv"]
 
 ACTIVATIONS: tuple[str | None, ...] = ("silu", None)
+
+_MAX_WIDTH = 8  # the kernel keeps the window in registers
+_FUSED_HEADS = (32, 64, 128, 256)  # a head is a block of channels of one program
+
+
+@overload
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    sequences: Sequences | None = None,
+    split: None = None,
+    l2norm: None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    sequences: Sequences | None = None,
+    split: Sequence[int],
+    l2norm: Sequence[int] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]: ...
 
 
 def causal_conv(
@@ -22,42 +57,103 @@ def causal_conv(
     *,
     activation: str | None = "silu",
     sequences: Sequences | None = None,
+    split: Sequence[int] | None = None,
+    l2norm: Sequence[int] | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """Depthwise causal convolution that never reads across a document boundary.
 
     ``y_t = act(bias + sum_j weight[:, W-1-j] * x_{t-j})``, over the ``0 <= j < W`` with ``x_{t-j}`` in t's document
     (zeros before it begins): each document as ``torch.nn.Conv1d`` sees it alone, left-padded by ``W - 1``.
 
     Args:
-        x: ``[B, T, D]``, any strides.
+        x: ``[B, T, D]``, any strides; a view whose channels lie side by side, such as a slice of a projection, is read
+            in place.
         weight: ``[D, W]``; ``weight[:, -1]`` multiplies the token itself (``Conv1d.weight.squeeze(1)``).
         bias: ``[D]`` or None.
         activation: ``"silu"`` or None.
         sequences: documents of the flattened ``[B*T]`` stream; None makes each row one document.
-        impl: ``"auto"`` or ``"reference"``.
+        split: widths that sum to D. The output comes in that many tensors, each contiguous, and their gradients are
+            read where they are: neither direction splits, copies or concatenates.
+        l2norm: for each part of ``split`` the width of the heads to normalise, ``y * rsqrt(sum(y^2) + 1e-6)`` over
+            every head; 0 leaves a part as it is. None normalises nothing.
+        impl: ``"triton"``: one kernel for forward and one for backward, on NVIDIA GPUs, for bf16, fp16 or fp32 and
+            widths up to 8. ``"reference"``: plain torch, anywhere. ``"auto"``: the first of these that can run.
 
     Returns:
-        ``[B, T, D]`` in ``x.dtype``, accumulated and activated in fp32 (fp64 for fp64 input) and rounded once. The
-        gradient of a document's output with respect to another document's input is exactly zero.
+        ``[B, T, D]``, or with ``split`` a tuple of contiguous ``[B, T, split[i]]``, in ``x.dtype``: accumulated,
+        activated and normalised in fp32 (fp64 for fp64 input) and rounded once. (On Triton, heads other than 32, 64,
+        128 or 256 wide, or of several widths, are normalised after the rounding.) The gradient of a document's output
+        with respect to another document's input is exactly zero, and no value of a document reaches another, NaN and
+        infinity included. Gradients of weight and bias are sums in fp32, the same bits every time; one that is frozen
+        costs nothing. The kernel saves its inputs alone and cannot be differentiated twice (RuntimeError).
 
     Raises:
-        ValueError: shapes that do not fit, an activation that is not supported, an implementation that cannot run.
+        ValueError: shapes, widths or heads that do not fit, an activation that is not supported, an implementation
+            that cannot run.
 
     Source: the convolution of Gated Delta Networks (arXiv 2412.06464), as ``causal_conv1d_fn`` with ``seq_idx``.
     """
     _check(x, weight, bias, activation, sequences)
-    choose_causal_conv(x.device, x.dtype, impl=impl)
-    if sequences is None:
-        positions = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0])
-    else:
-        positions = sequences.positions
-    return reference.causal_conv(x, weight, bias, activation, positions)
+    sizes = [x.shape[-1]] if split is None else list(split)
+    heads = [0] * len(sizes) if l2norm is None else list(l2norm)
+    _check_parts(x.shape[-1], split, sizes, l2norm, heads)
+    choice = choose_causal_conv(x.device, x.dtype, width=weight.shape[1], impl=impl)
+    positions = _row_positions(x) if sequences is None else sequences.positions
+    if choice.impl == "reference" and split is None:
+        return reference.causal_conv(x, weight, bias, activation, positions)
+    if choice.impl == "reference":
+        return reference.parts(x, weight, bias, activation, positions, sizes, heads)
+    fused = heads if _can_fuse(heads) else [0] * len(heads)
+    parts = op.causal_conv(x, weight, bias, positions, sizes, fused, activation == "silu")
+    if split is None:
+        return parts[0]
+    if fused == heads:
+        return parts
+    return tuple(reference.normalise(part, head) for part, head in zip(parts, heads, strict=True))
 
 
-def choose_causal_conv(device: torch.device, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
-    """Which implementation of ``causal_conv`` runs, and why."""
-    return choose("causal_conv", impl, [traced_reference(device, dtype)])
+def choose_causal_conv(
+    device: torch.device | str, dtype: torch.dtype, *, width: int | None = None, impl: str = "auto"
+) -> Choice:
+    """Which implementation of ``causal_conv`` runs, and why.
+
+    Args:
+        device: of the inputs.
+        dtype: of x.
+        width: W; None leaves it out of the choice.
+        impl: ``"auto"``, or a name.
+
+    Raises:
+        ValueError: ``impl`` is unknown or cannot run here.
+    """
+    device = torch.device(device)
+    candidates = (
+        Candidate(
+            "triton",
+            "one Triton kernel, resets inside; 2 passes over memory forward, 3 backward",
+            _triton_refusal(device, dtype, width),
+        ),
+        traced_reference(device, dtype),
+    )
+    return choose("causal_conv", impl, candidates)
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
+    refusal = triton_refusal(device, dtype)
+    if refusal is None and width is not None and width > _MAX_WIDTH:
+        return f"the kernel takes widths up to {_MAX_WIDTH}, got {width}; use impl='reference'"
+    return refusal
+
+
+def _can_fuse(heads: Sequence[int]) -> bool:
+    """The kernel has one block size for all parts; a part that is not normalised takes any."""
+    widths = {head for head in heads if head}
+    return not widths or (len(widths) == 1 and widths.issubset(_FUSED_HEADS))
+
+
+def _row_positions(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device, dtype=torch.int32).repeat(x.shape[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequences: Sequences | None) -> None:
@@ -72,3 +168,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         raise ValueError(
             f"{op}: activation={activation!r} is not supported; expected one of {', '.join(map(repr, ACTIVATIONS))}"
         )
+
+
+def _check_parts(
+    channels: int, split: Sequence[int] | None, sizes: list[int], l2norm: Sequence[int] | None, heads: list[int]
+) -> None:
+    if split is None and l2norm is not None:
+        raise ValueError("causal_conv: l2norm names a head width for each part of split; pass split too")
+    if not sizes or min(sizes) < 0 or sum(sizes) != channels:
+        raise ValueError(f"causal_conv: split must hold widths that sum to D={channels}, got {sizes}")
+    if len(heads) != len(sizes):
+        raise ValueError(
+            f"causal_conv: l2norm must hold one head width, or 0, for each of the {len(sizes)} parts, got {heads}"
+        )
+    for size, head in zip(sizes, heads, strict=True):
+        if head < 0 or (head and size % head):
+            raise ValueError(f"causal_conv: heads of l2norm={heads} must divide the parts of split={sizes}")

@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["causal_conv"]
+from deltatune.ops._gated_delta_rule.reference import L2_EPS
+
+__all__ = ["causal_conv", "normalise", "parts"]
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, positions: Tensor) -> Tensor:
@@ -16,6 +20,33 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str 
 
     Plain torch, which Inductor fuses into one kernel. ``positions`` ``[N]`` are offsets inside the documents.
     """
+    return _accumulated(x, weight, bias, activation, positions).to(x.dtype)
+
+
+def parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    positions: Tensor,
+    split: Sequence[int],
+    l2norm: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """The same in contiguous parts ``[B, T, split[i]]``, heads of ``l2norm[i]`` channels normalised where not 0."""
+    y = _accumulated(x, weight, bias, activation, positions)
+    pieces = zip(torch.split(y, list(split), dim=-1), l2norm, strict=True)
+    return tuple(normalise(part, head).to(x.dtype).contiguous() for part, head in pieces)
+
+
+def normalise(x: Tensor, head: int) -> Tensor:
+    """``x * rsqrt(sum(x^2) + eps)`` over each run of ``head`` channels; as it is where ``head`` is 0."""
+    if head == 0:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:-1], x.shape[-1] // head, head)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype).reshape(x.shape)
+
+
+def _accumulated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, positions: Tensor) -> Tensor:
     stream = x.reshape(-1, x.shape[-1])
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
     width = weight.shape[1]
@@ -31,4 +62,4 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str 
         y = y + bias.to(acc_dtype)
     if activation is not None:
         y = F.silu(y)
-    return y.to(x.dtype).reshape(x.shape)
+    return y.reshape(x.shape)

@@ -1,0 +1,1 @@
+"""Linear layers with low-rank adapters inside their matrix products."""

@@ -1,0 +1,235 @@
+"""The Triton kernels in Triton's interpreter, against the reference in float64.
+
+Triton reads TRITON_INTERPRET when it is imported: one test here runs the others in a process of their own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deltatune.ops._causal_conv import op, reference
+from deltatune.sequences import Sequences
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set by test_in_the_interpreter"
+)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs the others")
+def test_in_the_interpreter():
+    pytest.importorskip("triton", reason="needs triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Several programs along the tokens of a tiny stream."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from deltatune.ops._causal_conv import kernel
+
+    for name in ("_FORWARD", "_FORWARD_HEADS", "_BACKWARD", "_BACKWARD_HEADS"):
+        monkeypatch.setattr(kernel, name, kernel._Tile(rows=8, unroll=4))
+    monkeypatch.setattr(kernel, "_WEIGHT_GRAD", kernel._Tile(rows=16, unroll=4))
+
+
+def make_inputs(tokens, *, batch=1, channels=8, width=4, bias=True, dtype=torch.float32):
+    shapes = [(batch, tokens, channels), (channels, width)] + [(channels,)] * bias
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def positions_of(lengths):
+    return Sequences.from_lengths(lengths).positions
+
+
+def run(function, inputs, positions, split, l2norm, activation="silu"):
+    """The parts and the gradients of a weighted sum of them."""
+    x, weight, bias = [*inputs, None][:3]
+    parts = function(x, weight, bias, positions, split, l2norm, activation)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in parts]
+    return [*(y.detach() for y in parts), *torch.autograd.grad(parts, inputs, grads)]
+
+
+def kernel(x, weight, bias, positions, split, l2norm, activation):
+    return op.causal_conv(x, weight, bias, positions, split, l2norm, activation == "silu")
+
+
+def specification(x, weight, bias, positions, split, l2norm, activation):
+    return reference.parts(x, weight, bias, activation, positions, split, l2norm)
+
+
+def assert_right(inputs, positions, split, l2norm=None, activation="silu", tolerance=1e-6):
+    arguments = (positions, split, l2norm or [0] * len(split), activation)
+    got = run(kernel, inputs, *arguments)
+    exact = run(specification, [x.detach().double().requires_grad_() for x in inputs], *arguments)
+    for a, b in zip(got, exact, strict=True):
+        assert ((a - b).norm() <= tolerance * b.norm()).item()
+
+
+@interpreted
+def test_documents_at_the_edges_of_programs_and_padding():
+    assert_right(make_inputs(201), positions_of([1, 2, 3, 63, 64, 65, 3]), [8])
+
+
+@interpreted
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_widths_without_bias_and_activation(width):
+    assert_right(make_inputs(19, width=width, bias=False), positions_of([3, 1, 2, 13]), [8], activation=None)
+
+
+@interpreted
+@pytest.mark.parametrize("l2norm", [[0, 0, 0], [8, 8, 0]])
+def test_parts_and_heads(l2norm):
+    assert_right(make_inputs(19, channels=40), positions_of([3, 1, 2, 13]), [16, 8, 16], l2norm)
+
+
+@interpreted
+def test_a_part_wider_than_a_block_and_an_empty_one():
+    assert_right(make_inputs(5, channels=150), positions_of([3, 2]), [140, 0, 10])
+
+
+@interpreted
+def test_half_precision():
+    assert_right(make_inputs(19, dtype=torch.float16), positions_of([3, 1, 15]), [8], [8], tolerance=2**-11)
+
+
+@interpreted
+def test_rows_of_a_wider_projection():
+    x, weight, bias = make_inputs(7, batch=2)
+    wide = torch.full((2, 7, 19), math.nan)
+    wide[..., 8:16] = x.detach()
+    view = wide[..., 8:16].requires_grad_()
+    positions = positions_of([5, 2, 3, 4])
+    got, expected = (run(kernel, [y, weight, bias], positions, [8], [0]) for y in (view, x))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    turned = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    got = run(kernel, [turned, weight, bias], positions, [8], [0])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_right([view, weight, bias], positions, [8])
+
+
+@interpreted
+def test_gradients_that_are_expanded_or_missing():
+    x, weight, bias = make_inputs(9)
+    options = (positions_of([4, 5]), [4, 4], [0, 0], True)
+    first, second = op.causal_conv(x, weight, bias, *options)
+    ones, zeros = torch.ones_like(first), torch.zeros_like(first)
+    expected = torch.autograd.grad((first, second), (x, weight, bias), (zeros, ones), retain_graph=True)
+    got = torch.autograd.grad(second.sum(), (x, weight, bias))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("l2norm", [0, 8])
+def test_gradient_reaches_no_other_document(l2norm):
+    lengths = [5, 1, 2, 11]
+    x, weight, bias = make_inputs(19)
+    (y,) = op.causal_conv(x, weight, bias, positions_of(lengths), [8], [l2norm], True)
+    for document, part in enumerate(y.split(lengths, 1)):
+        (grad,) = torch.autograd.grad((part * torch.randn_like(part)).sum(), x, retain_graph=True)
+        reached = [bool(other.count_nonzero()) for other in grad.split(lengths, 1)]
+        assert reached == [other == document for other in range(len(lengths))]
+
+
+@interpreted
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_inside_its_document(value):
+    x, weight, bias = make_inputs(19)
+    own = slice(6, 9)
+    changed = x.detach().clone()
+    changed[:, own] = value
+    options = (positions_of([5, 1, 3, 10]), [8], [0])
+    before = run(kernel, [x, weight, bias], *options)
+    after = run(kernel, [changed.requires_grad_(), weight, bias], *options)
+    for a, b in zip(before[:2], after[:2], strict=True):
+        assert not torch.equal(a[:, own], b[:, own])
+        assert torch.equal(a[:, : own.start], b[:, : own.start])
+        assert torch.equal(a[:, own.stop :], b[:, own.stop :])
+
+
+@interpreted
+def test_a_gradient_that_is_nan_stays_inside_its_document():
+    x, weight, bias = make_inputs(19)
+    (y,) = op.causal_conv(x, weight, bias, positions_of([5, 1, 3, 10]), [8], [0], True)
+    grads = torch.randn_like(y)
+    poisoned = grads.clone()
+    poisoned[:, 6:9] = math.nan
+    (before,), (after,) = (torch.autograd.grad(y, [x], g, retain_graph=True) for g in (grads, poisoned))
+    assert after[:, 6:9].isnan().all()
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert torch.equal(before[:, 9:], after[:, 9:])
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias):
+    inputs = [*make_inputs(5, bias=bias), None][:3]
+    options = (positions_of([2, 3]), [4, 4], [4, 0], True)
+    torch.library.opcheck(torch.ops.deltatune.causal_conv.default, (*inputs, *options))
+    detached = [None if x is None else x.detach() for x in inputs]
+    grads = [torch.randn(1, 5, 4), None]
+    for wanted in ((True, bias), (False, False)):
+        arguments = (grads, *detached, *options, *wanted)
+        torch.library.opcheck(torch.ops.deltatune.causal_conv_backward.default, arguments)
+
+
+@interpreted
+def test_compiles_whole_and_only_once_for_any_documents():
+    inputs = make_inputs(9)
+
+    def whole(x, weight, bias, positions):
+        return run_parts(x * 2, weight, bias, positions)
+
+    def run_parts(x, weight, bias, positions):
+        return op.causal_conv(x, weight, bias, positions, [4, 4], [0, 0], True)
+
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([4, 5], [9], [1] * 9):
+            got, expected = (
+                [*y, *torch.autograd.grad([part.sum() for part in y], inputs)]
+                for y in (f(*inputs, positions_of(lengths)) for f in (compiled, whole))
+            )
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@interpreted
+def test_no_tokens():
+    x, weight, bias = make_inputs(0)
+    (y,) = op.causal_conv(x, weight, bias, positions_of([0]), [8], [0], True)
+    y.sum().backward()
+    assert x.grad.shape == (1, 0, 8)
+    assert weight.grad.count_nonzero() == bias.grad.count_nonzero() == 0
+
+
+@interpreted
+def test_a_frozen_convolution_computes_no_weight_gradient():
+    x, weight, bias = (y.detach() for y in make_inputs(3))
+    options = (positions_of([3]), [8], [0], True)
+    grads = [torch.ones(1, 3, 8)]
+    backward = torch.ops.deltatune.causal_conv_backward
+    shapes = {
+        wanted: [list(y.shape) for y in backward(grads, x, weight, bias, *options, *wanted)]
+        for wanted in ((False, False), (True, False), (False, True))
+    }
+    assert shapes[False, False] == [[1, 3, 8], [0, 4], [0]]
+    assert shapes[True, False] == [[1, 3, 8], [8, 4], [0]]
+    assert shapes[False, True] == [[1, 3, 8], [0, 4], [8]]
+
+
+@interpreted
+def test_a_second_derivative_is_refused():
+    x, weight, bias = make_inputs(3)
+    (y,) = op.causal_conv(x, weight, bias, positions_of([3]), [8], [0], True)
+    (grad,) = torch.autograd.grad(y.sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
