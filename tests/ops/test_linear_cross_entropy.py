@@ -232,7 +232,7 @@ def test_fullgraph(impl, weight_grad):
 def test_opcheck(weight_grad):
     hidden, weight, labels = inputs(10)
     weight.requires_grad_(weight_grad)
-    args = (hidden.detach()[0].requires_grad_(), weight, labels[0], -100, True, weight_grad)
+    args = (hidden.detach()[0].requires_grad_(), weight, labels[0], -100, True, weight_grad, "reference")
     torch.library.opcheck(torch.ops.deltatune.linear_cross_entropy.default, args)
 
 
@@ -282,6 +282,19 @@ def test_a_torch_without_the_function_runs_the_reference(monkeypatch):
     assert "install torch >= 2.13" in choice.reason
     with pytest.raises(ValueError, match=r"install torch >= 2\.13"):
         linear_cross_entropy(*inputs(), impl="torch")
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_backward_scales_in_place_unless_the_graph_is_kept(retain):
+    hidden, weight, labels = (x.detach() for x in inputs(9))
+    hidden = hidden[0].clone().requires_grad_()
+    loss, dhidden, _ = torch.ops.deltatune.linear_cross_entropy(
+        hidden, weight, labels[0], -100, True, False, "reference"
+    )
+    before = dhidden.clone()
+    (found,) = torch.autograd.grad(loss * 3, hidden, retain_graph=retain)
+    assert torch.equal(found, before * 3)
+    assert (found.data_ptr() == dhidden.data_ptr()) is not retain
 
 
 @pytest.mark.parametrize("weight_grad", [pytest.param(w, marks=CUDA) for w in (True, False)])

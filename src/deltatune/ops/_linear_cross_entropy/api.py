@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,25 +16,59 @@ from deltatune.ops._choice import Candidate, Choice, choose
 from deltatune.ops._linear_cross_entropy import torch_chunked
 from deltatune.ops._linear_cross_entropy.op import summed_loss
 from deltatune.ops._linear_cross_entropy.reference import check_targets
+from deltatune.ops._triton import triton_refusal
 from deltatune.ops._validation import check_floating, check_same_device
 
 __all__ = ["choose_linear_cross_entropy", "linear_cross_entropy"]
 
+# rows of 16-bit numbers that begin at multiples of 16 bytes
+_ALIGNED = 8
 
-def choose_linear_cross_entropy(device: torch.device | str, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
+
+def choose_linear_cross_entropy(
+    device: torch.device | str, dtype: torch.dtype, *, width: int | None = None, impl: str = "auto"
+) -> Choice:
     """The implementation that ``linear_cross_entropy`` takes for inputs of this kind, and why.
+
+    Args:
+        device: of the inputs.
+        dtype: of ``hidden`` and ``weight``.
+        width: E; None leaves it out of the choice.
+        impl: ``"auto"``, or a name.
 
     Raises:
         ValueError: ``impl`` is unknown or cannot run here.
     """
-    del device  # both implementations run on every device
     refusal = torch_chunked.missing()
     rounds = torch_chunked.rounds_loss(dtype)
     why = "torch's own rounds the summed loss to the 16-bit dtype of its input" if rounds else refusal or ""
+    cannot = _triton_refusal(torch.device(device), dtype, width)
+    blocks = Candidate("triton", "an online softmax whose logits never reach memory", cannot)
     own = Candidate("reference", why)
     theirs = Candidate("torch", "torch's own chunked function", refusal)
-    first, second = (own, theirs) if rounds else (theirs, own)
-    return choose("linear_cross_entropy", impl, (first, second))
+    return choose("linear_cross_entropy", impl, (blocks, own, theirs) if rounds else (blocks, theirs, own))
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels take bf16 and fp16, the inputs are {dtype}; use impl='reference'"
+    if width is not None and width % _ALIGNED:
+        return f"its kernels need a width that is a multiple of {_ALIGNED}, got {width}; use impl='reference'"
+    return triton_refusal(device, dtype) or _constant_refusal(device)
+
+
+def _installed_refusal(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        return f"its kernels need compute capability 9.0 or newer, this GPU has {major}.{minor}; use impl='reference'"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "its kernels need triton >= 3.4; pip install -U triton"
+    return None
+
+
+# What is installed does not change under a graph, and tracing the look-up would break it.
+_assume_constant: Any = torch.compiler.assume_constant_result
+_constant_refusal: Callable[[torch.device], str | None] = _assume_constant(_installed_refusal)
 
 
 def linear_cross_entropy(
@@ -54,25 +92,30 @@ def linear_cross_entropy(
         ignore_index: the label of a token that counts for nothing.
         reduction: ``"sum"``, 0 where no label counts; or ``"mean"`` over the tokens that count, NaN where none does, as
             in ``torch.nn.functional.cross_entropy``.
-        impl: ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose loss is summed and
-            rounded in the dtype of ``hidden`` before it is widened: up to 0.8% off in bf16. ``"reference"``: anywhere,
-            logits and loss in fp32. ``"auto"``: torch's for fp32 and fp64, otherwise the reference.
+        impl: ``"triton"``: bf16 and fp16 with E a multiple of 8 on NVIDIA GPUs of compute capability 9.0 or newer; an
+            online softmax over blocks of the vocabulary, whose logits stay in registers. ``"torch"``:
+            ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose loss is summed and rounded in the
+            dtype of ``hidden`` before it is widened: up to 0.8% off in bf16. ``"reference"``: anywhere, a chunk of
+            tokens at a time. ``"auto"``: Triton's where it can run, torch's for fp32 and fp64, otherwise the reference.
 
     Returns:
-        An fp32 scalar (fp64 for fp64).
+        An fp32 scalar (fp64 for fp64). But for torch's own, logits, softmax and sums are fp32 (fp64 for fp64). Results
+        are as reproducible as torch's matrix products: nothing else adds up in an order that may change.
 
-    Gradients are those of first order and are computed together with the loss, chunk by chunk: what is kept for
-    backward is the gradient of ``hidden`` and that of ``weight``, where they are needed. A frozen ``weight`` costs no
-    matrix product for a gradient, and ``torch.no_grad()`` none at all. Under autocast ``hidden`` and ``weight`` are
-    cast to its dtype first.
+    Gradients are those of first order and are computed together with the loss: what is kept for backward is the
+    gradient of ``hidden`` and that of ``weight``, where they are needed, and backward scales them in place unless the
+    graph is retained. A frozen ``weight`` costs no matrix product for a gradient, and ``torch.no_grad()`` none at all.
+    Under autocast ``hidden`` and ``weight`` are cast to its dtype first. What ignored tokens hold reaches nothing, NaN
+    included.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, an unknown reduction, an ``impl`` that cannot
-            run here, or (on the CPU) a label outside the vocabulary.
+            run here, or (on the CPU) a label outside the vocabulary. On a GPU such a label fails an assertion on the
+            device, which ends the process: reading labels would wait for it.
     """
     hidden, weight = autocast(hidden, weight)
     _validate(hidden, weight, labels, reduction)
-    choice = choose_linear_cross_entropy(hidden.device, hidden.dtype, impl=impl)
+    choice = choose_linear_cross_entropy(hidden.device, hidden.dtype, width=hidden.shape[-1], impl=impl)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     if choice.impl == "torch":
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -80,7 +123,7 @@ def linear_cross_entropy(
         loss = torch_chunked.loss(rows, weight, targets, ignore_index)
         loss = loss.float() if torch_chunked.rounds_loss(loss.dtype) else loss
     else:
-        loss = summed_loss(rows, weight, targets, ignore_index)
+        loss = summed_loss(rows, weight, targets, ignore_index, choice.impl)
     return loss if reduction == "sum" else loss / (targets != ignore_index).sum()
 
 

@@ -1,4 +1,4 @@
-"""``deltatune::linear_cross_entropy``: schema, kernel, fake, autograd and FLOP formula of the reference.
+"""``deltatune::linear_cross_entropy``: schema, kernel, fake, autograd and FLOP formula.
 
 Opaque, because the loop over chunks would otherwise be unrolled into the graph and fused across chunks.
 """
@@ -15,35 +15,43 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deltatune.ops._autocast import without_autocast
-from deltatune.ops._linear_cross_entropy import reference
+from deltatune.ops._linear_cross_entropy import blocked, reference
 
 __all__ = ["summed_loss"]
 
 torch.library.define(
     "deltatune::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool hidden_grad, bool weight_grad) "
+    "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool hidden_grad, bool weight_grad, str impl) "
     "-> (Tensor, Tensor, Tensor)",
 )
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, impl: str) -> Tensor:
     """The loss of hidden ``[S, E]``, summed over the tokens that count; inputs are validated by ``api``."""
     recording = torch.is_grad_enabled()
+    hidden_grad, weight_grad = recording and hidden.requires_grad, recording and weight.requires_grad
     loss: Tensor = torch.ops.deltatune.linear_cross_entropy(
-        hidden, weight, labels, ignore_index, recording and hidden.requires_grad, recording and weight.requires_grad
+        hidden, weight, labels, ignore_index, hidden_grad, weight_grad, impl
     )[0]
     return loss
 
 
 def _kernel(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    compute = blocked.loss_and_gradients if impl == "triton" else reference.loss_and_gradients
     with without_autocast(hidden):
-        return reference.loss_and_gradients(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
+        return compute(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
 
 
 def _fake(
-    hidden: Tensor, weight: Tensor, _labels: Tensor, _ignore_index: int, hidden_grad: bool, weight_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    _labels: Tensor,
+    _ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    _impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     width = hidden.shape[1]
@@ -60,17 +68,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     # zeros in place of the two absent gradients would be as large as the gradients themselves
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dweight)
-    ctx.computed = inputs[4:]
+    ctx.computed = inputs[4:6]
 
 
 def _differentiate(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 6
+        return (None,) * 7
     gradients = (
-        gradient * dloss.to(gradient.dtype) if computed else None
+        _scaled(gradient, dloss.to(gradient.dtype)) if computed else None
         for gradient, computed in zip(ctx.saved_tensors, ctx.computed, strict=True)
     )
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
+
+
+def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """In place where nothing reads it again: a second copy would be the most memory the whole op takes.
+
+    ``retain_graph`` and ``create_graph`` keep what forward saved. A traced backward, whose tensors are subclasses,
+    leaves the choice to the compiler.
+    """
+    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * dloss
+    return gradient.mul_(dloss)
 
 
 torch.library.impl("deltatune::linear_cross_entropy", "CompositeExplicitAutograd", _kernel)
@@ -86,8 +106,10 @@ def _flops(
     _ignore_index: int,
     hidden_grad: bool,
     weight_grad: bool,
+    impl: str,
     *_: object,
     **__: object,
 ) -> int:
-    """One product for the logits, one for each gradient."""
-    return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * (1 + hidden_grad + weight_grad)
+    """One product for the logits, one for each gradient; in blocks, logits again for the weight's."""
+    products = 1 + hidden_grad + weight_grad * (2 if impl == "triton" else 1)
+    return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * products

@@ -1,0 +1,196 @@
+"""The implementation in blocks: sizes on any machine, its kernels in Triton's interpreter, the whole on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from deltatune.ops import choose_linear_cross_entropy, linear_cross_entropy
+from deltatune.ops._linear_cross_entropy.blocks import softmax_blocks, weight_blocks, workspace_bytes
+
+CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a CUDA device of compute capability 9.0 or newer",
+)
+
+
+@pytest.mark.parametrize("width", [64, 1024, 2048, 5120])
+@pytest.mark.parametrize("vocabulary", [1, 7, 1000, 248320])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 2049, 16384])
+def test_blocks_are_whole_tiles_within_their_limits(tokens, vocabulary, width):
+    for chunk, entries in (softmax_blocks(tokens, width, vocabulary), weight_blocks(tokens, vocabulary)):
+        assert chunk % 128 == 0
+        assert entries % 256 == 0
+        assert chunk < tokens + 128 or chunk == 128
+        assert entries < vocabulary + 256
+    assert softmax_blocks(tokens, width, vocabulary).tokens <= 2048
+
+
+def test_the_workspace_of_a_large_vocabulary():
+    assert softmax_blocks(16384, 2048, 248320) == (2048, 8192)
+    # 32 MiB of exponentials, 16 of sums
+    assert workspace_bytes(16384, 2048, 248320, 2, weight_grad=False) == 48 * 2**20
+    # 16 MiB of gradients, 16 of sums, 64 of hidden
+    assert workspace_bytes(16384, 2048, 248320, 2, weight_grad=True) == 96 * 2**20
+
+
+INTERPRETED = """
+import torch, torch.nn.functional as F
+from deltatune.ops._linear_cross_entropy import launch
+from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
+from deltatune.ops._linear_cross_entropy.blocks import Blocks
+
+def inputs(tokens, width, vocabulary, scale, dtype):
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width) * scale
+    labels = torch.randint(0, vocabulary, (tokens,))
+    labels[1:3] = -100
+    return hidden.to(dtype), weight.to(dtype), labels
+
+def expected(hidden, weight, labels):
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+def error(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+torch.manual_seed(0)
+# several chunks and blocks, neither of whole tiles; at scale 40 most references rise, in the first block and later
+for tokens, width, vocabulary, chunk, entries in ((5, 8, 1, 3, 16), (5, 8, 7, 5, 16), (20, 24, 1000, 17, 304)):
+    for scale in (1.0, 40.0):
+        hidden, weight, labels = inputs(tokens, width, vocabulary, scale, torch.float32)
+        wanted = expected(hidden, weight, labels)
+        hidden[1] = float("nan")
+        sizes = (Blocks(chunk, entries), Blocks(chunk, entries))
+        found = loss_and_gradients(hidden, weight, labels, -100, True, True, *sizes)
+        for got, want in zip(found, wanted):
+            assert error(got, want) < 2e-6, (vocabulary, scale, error(got, want))
+        frozen = loss_and_gradients(hidden, weight, labels, -100, False, False, *sizes)
+        assert torch.equal(frozen[0], found[0])
+        assert [x.shape[0] for x in frozen[1:]] == [0, 0]
+
+empty = loss_and_gradients(*inputs(0, 8, 7, 1.0, torch.float32), -100, True, True)
+assert empty[0] == 0 and not empty[2].any()
+
+# fp16: products of its exponentials need a GPU; what is stored does not
+hidden, weight, labels = inputs(20, 16, 100, 4.0, torch.float16)
+wanted = expected(hidden, weight, labels)
+found = loss_and_gradients(hidden, weight, labels, -100, False, False, Blocks(16, 48))
+assert error(found[0], wanted[0]) < 1e-6
+logits = hidden.double() @ weight.double().T
+reference = logits.max(1).values.float()
+powers = torch.exp(logits - reference[:, None].double())
+picked = powers.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+total = powers.sum(1)
+stored = torch.full((20, 48), float("nan"), dtype=torch.float16)
+rows = launch.Rows(hidden, weight, labels, -100)
+statistics = reference, (total - picked).float(), total.reciprocal().float()
+launch.gradients(rows, *statistics, stored, slice(32, 80), launch.tile_for(hidden.device))
+want = powers / total[:, None] - F.one_hot(labels.clamp_min(0), 100)
+want[labels == -100] = 0
+assert error(stored, want[:, 32:80]) < 5e-4, error(stored, want[:, 32:80])
+print("equal")
+"""
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="needs triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "message"),
+    [
+        (torch.bfloat16, 64, "needs an NVIDIA GPU, the inputs are on cpu"),
+        (torch.float32, 64, "take bf16 and fp16, the inputs are torch.float32"),
+        (torch.bfloat16, 12, "multiple of 8, got 12"),
+    ],
+)
+def test_it_is_refused_where_it_cannot_run(dtype, width, message):
+    with pytest.raises(ValueError, match=message):
+        choose_linear_cross_entropy("cpu", dtype, width=width, impl="triton")
+
+
+def gpu_inputs(tokens: int, vocabulary: int, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    hidden = torch.randn(tokens, 256, generator=generator, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, 256, generator=generator, device="cuda") * scale).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator, device="cuda")
+    labels[: tokens // 5] = -100
+    return hidden, weight, labels
+
+
+def errors(impl: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[float]:
+    """Relative to float64: loss, gradient of hidden, gradient of weight."""
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = F.cross_entropy(wide[0] @ wide[1].T, labels, reduction="sum")
+    loss = linear_cross_entropy(hidden, weight, labels, impl=impl)
+    found = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    expected = (wanted, *torch.autograd.grad(wanted, wide))
+    return [float((a.detach() - b.detach()).norm() / b.detach().norm()) for a, b in zip(found, expected, strict=True)]
+
+
+@CUDA
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.1, 8.0])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 7), (63, 1000), (2500, 20011)])
+def test_errors_are_at_most_twice_the_references(tokens, vocabulary, scale, dtype):
+    """At scale 8 logits exceed the label's by more than either dtype's headroom."""
+    batch = gpu_inputs(tokens, vocabulary, dtype, scale)
+    assert choose_linear_cross_entropy("cuda", dtype, width=256).impl == "triton"
+    for found, allowed in zip(errors("triton", *batch), errors("reference", *batch), strict=True):
+        # one token's loss is a few fp32 operations, each a unit in the last place; less than two in all is an accident
+        assert found <= 2 * max(allowed, 2 * torch.finfo(torch.float32).eps)
+
+
+@CUDA
+@pytest.mark.cuda
+def test_ignored_tokens_may_hold_anything_on_a_gpu():
+    hidden, weight, labels = gpu_inputs(300, 1000, torch.bfloat16, 0.1)
+    wanted = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, impl="triton"), (hidden, weight))
+    poisoned = hidden.detach().masked_fill((labels == -100).unsqueeze(-1), float("nan")).requires_grad_()
+    loss = linear_cross_entropy(poisoned, weight, labels, impl="triton")
+    for got, want in zip(torch.autograd.grad(loss, (poisoned, weight)), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+@CUDA
+@pytest.mark.cuda
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_opcheck_on_a_gpu(weight_grad):
+    hidden, weight, labels = gpu_inputs(40, 300, torch.bfloat16, 0.1)
+    args = (hidden, weight.requires_grad_(weight_grad), labels, -100, True, weight_grad, "triton")
+    torch.library.opcheck(torch.ops.deltatune.linear_cross_entropy.default, args)
+
+
+@CUDA
+@pytest.mark.cuda
+def test_nothing_waits_for_the_gpu():
+    batch = gpu_inputs(300, 1000, torch.bfloat16, 0.1)
+    linear_cross_entropy(*batch, impl="triton").backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_cross_entropy(*batch, impl="triton").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("impl", "products"), [("reference", 3), ("triton", 4)])
+def test_products_are_counted(impl, products):
+    """Nothing runs but the formula; in blocks the weight's gradient takes the logits once more."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        hidden, weight, labels = torch.empty(64, 16), torch.empty(200, 16), torch.empty(64, dtype=torch.long)
+        torch.ops.deltatune.linear_cross_entropy(hidden, weight, labels, -100, True, True, impl)
+    assert counter.get_total_flops() == products * 2 * 64 * 16 * 200
