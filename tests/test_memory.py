@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from deltatune import prepare
+from deltatune import memory, prepare
+from deltatune.activations import LayerMemory
 from deltatune.config.schema import LoraSection
-from deltatune.training import memory
+from deltatune.memory import (
+    choose_checkpointing,
+    estimate_memory,
+    estimate_traced_memory,
+    optimizer_bytes,
+)
+from deltatune.ops._choice import Choice
+from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.training.adapters import add_adapters
-from deltatune.training.memory import choose_checkpointing, estimate_memory, optimizer_bytes
 from tiny import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
@@ -114,3 +121,43 @@ def test_auto_takes_the_least_recomputation_that_fits(
     )
     assert setting == expected
     assert "usable" in reason
+
+
+def gradients_of(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("kept", "peak", "stage"), [(10**8, 10**8, "loss"), (10**8, 3 * 10**8, "last"), (0, 0, "step")]
+)
+def test_the_peak_is_that_of_the_largest_stage(kept: int, peak: int, stage: str) -> None:
+    model = tiny_model("qwen3", layers=3)
+    layers = [LayerMemory(kept, 1000, peak, 0)] * 3
+    found = estimate_traced_memory(model, layers, tokens_per_batch=1, optimizer="sgd")
+    activations = {"loss": 3 * kept + 1000 + 2 * 32 * 4, "last": 2 * kept + 1000 + peak, "step": 0}
+    assert found.activations == activations[stage]
+    assert found.gradients == (gradients_of(model) if stage == "step" else 0)
+    assert (found.logits > 0) is (stage == "loss")
+    whole = estimate_traced_memory(model, layers, tokens_per_batch=1, optimizer="sgd", accumulates=True)
+    assert whole.gradients == gradients_of(model)
+
+
+def test_gradients_come_while_activations_go() -> None:
+    """With a large first layer the peak is its backward, when the other layers' gradients are there."""
+    model = tiny_model("qwen3", layers=3)
+    layers = [LayerMemory(10**8, 0, 4 * 10**8, 0), *[LayerMemory(0, 0, 0, 0)] * 2]
+    found = estimate_traced_memory(model, layers, tokens_per_batch=1)
+    assert found.gradients == sum(gradients_of(layer) for layer in model.model.layers[1:])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_loss_in_blocks_takes_what_its_blocks_do(monkeypatch: pytest.MonkeyPatch, trains: bool) -> None:
+    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    model.lm_head.requires_grad_(trains)
+    chunked = estimate_memory(model, tokens_per_batch=4096).logits
+    monkeypatch.setattr(memory, "choose_linear_cross_entropy", lambda *_, **__: Choice("triton", ""))
+    found = estimate_memory(model, tokens_per_batch=4096).logits
+    vocabulary, width = model.lm_head.weight.shape
+    gradients = 2 * width * (4096 + trains * vocabulary)
+    assert found == workspace_bytes(4096, width, vocabulary, 2, weight_grad=trains) + gradients
+    assert found != chunked

@@ -295,7 +295,7 @@ def test_checkpointing_changes_no_gradient(checkpointing: str) -> None:
         (lambda: tiny_model("qwen3_5"), {"checkpointing": "some"}, "'none', 'layer'"),
         (lambda: tiny_model("qwen3_5"), {"kernels": {"gated_delta_rule": "magic"}}, "unknown impl='magic'"),
         (lambda: tiny_model("qwen3"), {"kernels": {"gated_delta_rule": "reference"}}, "not an op of qwen3"),
-        (lambda: tiny_model("qwen3_5"), {"lora": "fused"}, "no implementation yet"),
+        (lambda: tiny_model("qwen3_5"), {"lora": "fused"}, "needs LoRA layers"),
     ],
 )
 def test_what_cannot_be_prepared_is_refused(build: Any, arguments: dict[str, Any], message: str) -> None:
@@ -540,7 +540,7 @@ def test_the_text_model_takes_arguments_by_position() -> None:
     ("arguments", "message"),
     [
         ({"compile": True}, "must be a deltatune.CompileOptions"),
-        ({"checkpointing": None}, "'none', 'layer' or a number"),
+        ({"checkpointing": None}, "'none', 'layer', 'auto' or a number"),
     ],
 )
 def test_settings_of_the_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -18,7 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 
-__all__ = ["CompileOptions", "CompileReport", "GraphBreakError", "Graphs", "graphs_of", "validate_checkpointing"]
+__all__ = [
+    "CompileOptions",
+    "CompileReport",
+    "GraphBreakError",
+    "Graphs",
+    "forget_graphs",
+    "graphs_of",
+    "validate_checkpointing",
+]
 
 Forward = Callable[..., Any]
 
@@ -96,18 +104,13 @@ def validate_checkpointing(checkpointing: str | float, options: CompileOptions |
     """Checks an activation checkpointing setting.
 
     Raises:
-        ValueError: neither ``"none"``, ``"layer"`` nor a share in [0, 1], or a share without compile.
+        ValueError: neither ``"none"``, ``"layer"``, ``"auto"`` nor a share in [0, 1], or a share without compile.
     """
-    if checkpointing in ("none", "layer"):
+    if checkpointing in ("none", "layer", "auto"):
         return
-    if checkpointing == "auto":
-        raise ValueError(
-            "checkpointing='auto' weighs memory against the tokens of a batch, which only a training run knows; "
-            "set it in a recipe, or pass 'none', 'layer' or a number here"
-        )
     if isinstance(checkpointing, bool) or not isinstance(checkpointing, float | int) or not 0 <= checkpointing <= 1:
         raise ValueError(
-            f"checkpointing must be 'none', 'layer' or a number from 0 to 1 (the share of activations that may "
+            f"checkpointing must be 'none', 'layer', 'auto' or a number from 0 to 1 (the share of activations that may "
             f"stay), got {checkpointing!r}"
         )
     if options is None:
@@ -276,3 +279,8 @@ def graphs_of(owner: object, options: CompileOptions, checkpointing: str | float
     if graphs is None:
         graphs = _graphs[owner] = Graphs(options, checkpointing)
     return graphs
+
+
+def forget_graphs(owner: object) -> None:
+    """Drops the compiled functions of ``owner``; its next call makes new ones."""
+    _graphs.pop(owner, None)

@@ -5,16 +5,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 
+from deltatune.activations import LayerMemory
+from deltatune.ops import choose_linear_cross_entropy
+from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
 
-__all__ = ["MemoryEstimate", "choose_checkpointing", "device_memory", "estimate_memory", "optimizer_bytes"]
+__all__ = [
+    "Choice",
+    "MemoryEstimate",
+    "candidate_settings",
+    "choose_checkpointing",
+    "device_memory",
+    "estimate_memory",
+    "estimate_traced_memory",
+    "least_recomputation",
+    "optimizer_bytes",
+    "usable_memory",
+]
 
 # Optimizer state per trained element, in copies of the parameter's own dtype; every tensor also has a step count.
 _STATE_COPIES: Final = {
@@ -38,14 +52,15 @@ _SHARES: Final = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device at the end of a forward pass, the peak of a step.
+    """Bytes on one device at the peak of a step.
 
     Attributes:
         weights: parameters and buffers; exact.
         gradients: of trained parameters, in their own dtype; exact.
         optimizer: its state; exact for AdamW, SGD and the others torch itself has.
-        activations: what backward keeps, eager and without fusion: an upper bound under ``compile``.
-        logits: the chunk of logits the loss holds at once, and the gradients it has computed.
+        activations: what backward keeps and computes: eager and without fusion, an upper bound under ``compile``; or
+            read off the compiled layers' graphs.
+        logits: what the loss holds at once, and the gradients it has computed.
     """
 
     weights: int
@@ -112,6 +127,57 @@ def estimate_memory(
     )
 
 
+def estimate_traced_memory(
+    model: nn.Module,
+    layers: Sequence[LayerMemory],
+    *,
+    tokens_per_batch: int,
+    optimizer: str = "adamw_torch_fused",
+    compute_dtype: torch.dtype | None = None,
+    accumulates: bool = False,
+) -> MemoryEstimate:
+    """Memory of a training step of compiled layers, from what their graphs keep: the largest of its stages.
+
+    - the loss: all layers' activations, the final norm's input and output, its own blocks and gradients
+    - the backward of each layer, last to first: the activations of those before it and its own peak, with the gradients
+      computed so far
+    - the optimizer: weights, all gradients, state
+
+    Args:
+        model: the model that will train, adapters included.
+        layers: one for each decoder layer, in order, at the setting in question; ``deltatune.activations.trace_layer``.
+        tokens_per_batch: T.
+        optimizer: transformers' name for it; one that is not known is counted as AdamW.
+        compute_dtype: of activations; the weights' own by default.
+        accumulates: gradients of earlier batches are there from the start.
+    """
+    width_bytes = (compute_dtype or _widest_share(model)).itemsize
+    weights = sum(_bytes(tensor) for tensor in _unique_tensors(model))
+    state = sum(optimizer_bytes(parameter, optimizer) for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    of_layer = [_trained_bytes(layer) for layer in _decoder_layers(model)]
+    boundary = tokens_per_batch * _text_config(model).hidden_size * width_bytes
+    shared = max((layer.shared for layer in layers), default=0)
+    kept = shared + sum(layer.kept for layer in layers)
+    logits = _loss_bytes(model, tokens_per_batch, width_bytes)
+    stages = [
+        MemoryEstimate(weights, every if accumulates else 0, state, kept + 2 * boundary, logits),
+        MemoryEstimate(weights, every, state, 0, 0),
+    ]
+    # the head and the final norm are done, the embedding is not
+    done = 0
+    for layer, own in zip(reversed(layers), reversed(of_layer), strict=True):
+        kept -= layer.kept
+        gradients = every if accumulates else done
+        stages.append(MemoryEstimate(weights, gradients, state, kept + layer.backward_peak, 0))
+        done += own
+    return max(stages, key=lambda stage: stage.total)
+
+
+def _trained_bytes(module: nn.Module) -> int:
+    return sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
+
+
 def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
     """State an optimizer keeps for one parameter.
 
@@ -130,6 +196,34 @@ def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
     return copies * _bytes(parameter) + (_STEP_BYTES if copies else 0)
 
 
+class Choice(NamedTuple):
+    """A checkpointing setting that was chosen.
+
+    Attributes:
+        setting: ``"none"``, a share or ``"layer"``.
+        predicted_bytes: the peak of a step that was predicted for it.
+        reason: why it was taken, in words.
+    """
+
+    setting: str | float
+    predicted_bytes: int
+    reason: str
+
+
+def candidate_settings(*, compiled: bool) -> tuple[str | float, ...]:
+    """What ``"auto"`` tries, the least recomputation first; shares are the compiler's."""
+    return ("none", *(_SHARES if compiled else ()), "layer")
+
+
+def least_recomputation(predicted: Mapping[str | float, int], device: torch.device) -> Choice:
+    """The first setting whose predicted peak fits nine tenths of what the device has; the last where none does."""
+    available = int(usable_memory(device) * _HEADROOM)
+    for setting, peak in predicted.items():
+        if peak <= available:
+            return Choice(setting, peak, f"a predicted {_size(peak)} of {_size(available)} usable")
+    return Choice(setting, peak, f"even so a predicted {_size(peak)}, more than {_size(available)} usable")
+
+
 def choose_checkpointing(
     model: nn.Module,
     *,
@@ -138,25 +232,31 @@ def choose_checkpointing(
     compiled: bool,
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
-) -> tuple[str | float, str]:
-    """The least recomputation whose estimate fits the device, and why: what ``checkpointing: auto`` takes.
+) -> Choice:
+    """What ``"auto"`` takes from the shapes alone, for a model that has no storage yet or runs eagerly.
 
     Tried in turn: nothing recomputed; with ``compile``, three quarters, half and a quarter of the activations kept;
     every layer recomputed, which is taken even where it does not fit.
     """
-    available = int(device_memory(device) * _HEADROOM)
-    settings: list[str | float] = ["none", *(_SHARES if compiled else ()), "layer"]
-    for setting in settings:
-        estimate = estimate_memory(
+    predicted = {
+        setting: estimate_memory(
             model,
             tokens_per_batch=tokens_per_batch,
             optimizer=optimizer,
             checkpointing=setting,
             compute_dtype=compute_dtype,
-        )
-        if estimate.total <= available:
-            return setting, f"an estimated {_size(estimate.total)} of {_size(available)} usable"
-    return "layer", f"even so an estimated {_size(estimate.total)}, more than {_size(available)} usable"
+        ).total
+        for setting in candidate_settings(compiled=compiled)
+    }
+    return least_recomputation(predicted, device)
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes this process may have of a device: what is free, and what its allocator holds already."""
+    if device.type != "cuda":
+        return device_memory(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + torch.cuda.memory_reserved(device))
 
 
 def device_memory(device: torch.device) -> int:
@@ -167,8 +267,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float) -> int:
-    config: Any = model.config
-    text = config.get_text_config()
+    text = _text_config(model)
     boundary = text.hidden_size * width_bytes
     layers = [_layer_bytes(layer, text, width_bytes) for layer in _decoder_layers(model)]
     share = {"none": 1.0, "layer": 0.0}.get(checkpointing) if isinstance(checkpointing, str) else float(checkpointing)
@@ -223,18 +322,35 @@ def _norms_train(layer: nn.Module) -> bool:
 
 
 def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
-    """A chunk of float32 logits, its gradient in the narrower dtype, that of the hidden states, and of the head."""
+    """What the loss holds at once, the gradient of the hidden states, and that of a head that trains."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return 0
     vocabulary, width = head.weight.shape
     trains = head.weight.requires_grad
-    # the gradient of float32 logits takes their place
+    gradient = tokens * width * width_bytes
+    dtype = torch.bfloat16 if width_bytes == 2 else torch.float32
+    if choose_linear_cross_entropy(_device(model), dtype, width=width).impl == "triton":
+        workspace = workspace_bytes(tokens, width, vocabulary, width_bytes, weight_grad=trains)
+        return int(workspace + gradient + trains * width_bytes * vocabulary * width)
+    # the gradient of float32 logits takes their place; that of the head is summed in float32 and rounded at the end
     entry = 4 + (width_bytes if width_bytes < 4 else 0)
-    head_gradient = 4 * vocabulary * width if trains else 0
-    return int(
-        entry * chunk_tokens(tokens, vocabulary, trains) * vocabulary + tokens * width * width_bytes + head_gradient
-    )
+    head_gradient = (4 + (width_bytes if width_bytes < 4 else 0)) * vocabulary * width if trains else 0
+    return int(entry * chunk_tokens(tokens, vocabulary, trains) * vocabulary + gradient + head_gradient)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model runs; one without storage will run on the accelerator, where there is one."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

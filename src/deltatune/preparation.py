@@ -14,12 +14,15 @@ from torch import nn
 from deltatune import ops
 from deltatune.compile import CompileOptions, CompileReport, graphs_of, validate_checkpointing
 from deltatune.layers import attention_interface, capture
+from deltatune.layers.auto_checkpointing import AutoCheckpointing, decide_for
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
+from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
 from deltatune.layers.reclass import ModelState, Swapped, stock_class, swap, unswap
+from deltatune.memory import Choice
 from deltatune.models.family import Family
 from deltatune.models.registry import family_of
-from deltatune.report import KernelRow, PrepareReport, SwapRow, TrainableRow
+from deltatune.report import KernelRow, LoraRow, PrepareReport, SwapRow, TrainableRow
 
 __all__ = ["Prepared", "prepare"]
 
@@ -57,9 +60,11 @@ class Prepared:
             trainable=_trainable_rows(self.model),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             checkpointing=self._state.checkpointing,
+            checkpointing_reason=_auto_reason(self._state),
             compile=self._state.compile,
             compile_report=self.compile_report,
             lora=_lora_text(self.model),
+            lora_rows=_lora_rows(self.model, self._state.lora, device),
             head=self._state.head,
         )
 
@@ -69,6 +74,34 @@ class Prepared:
         if self._state.compile is None:
             return None
         return graphs_of(self._state, self._state.compile, self._state.checkpointing).report
+
+    @property
+    def auto_checkpointing(self) -> Choice | None:
+        """What ``checkpointing="auto"`` took, the predicted peak and why; None before it did, or where it was given."""
+        return None if self._state.auto is None else self._state.auto.choice
+
+    def decide_checkpointing(
+        self, tokens: int, *, optimizer: str = "adamw_torch_fused", compute_dtype: torch.dtype | None = None
+    ) -> Choice | None:
+        """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
+
+        Args:
+            tokens: of a batch.
+            optimizer: transformers' name of the one that will train.
+            compute_dtype: of activations where autocast makes it another than the weights'.
+        """
+        if self._state.auto is None:
+            return None
+        self._state.auto = AutoCheckpointing(optimizer, compute_dtype)
+        decide_for(_base(self.model), tokens)
+        return self.auto_checkpointing
+
+    def release_adapters(self) -> None:
+        """Gives base weights that lie in the buffers of fused adapters back as plain contiguous tensors.
+
+        For tools that want such, ``fully_shard`` among them; the next forward takes them in again where it still can.
+        """
+        release_lora(_text_model(_base(self.model)))
 
     def revert(self) -> None:
         """The model as it was: classes and configs; adapters and weights stay as they are now.
@@ -101,12 +134,19 @@ def prepare(
         kernels: ``"auto"``, or op name -> implementation; an op that is left out is ``"auto"``.
         compile: how to compile; None runs eagerly.
         checkpointing: ``"none"``; ``"layer"`` recomputes every layer in backward; a number from 0 to 1 lets the
-            compiler keep that share of a layer's activations.
-        lora: ``"auto"`` or ``"stock"``: adapters run as PEFT's own layers.
+            compiler keep that share of a layer's activations; ``"auto"`` takes the least recomputation whose predicted
+            peak of a step with AdamW fits the device, at the first training forward and again where a batch has more
+            tokens (``Prepared.auto_checkpointing`` then says what and why).
+        lora: ``"auto"`` folds LoRA adapters into the base products of the decoder layers where that is exact and pays
+            (16-bit weights on a GPU), runs them beside those in the dtype of the activations where only that can be
+            (dropout, sharded, quantised or trained base weights), and leaves all else, and a CPU, to PEFT's own layers.
+            ``"fused"`` is an error where a layer cannot be folded in; ``"stock"`` keeps PEFT's layers. The report
+            counts them. Adapters added later are PEFT's own until the model is prepared again.
 
     Raises:
         ValueError: a model that cannot be kept leak-free (with the reason), an unknown kernel or one that cannot run
-            here, a checkpointing setting that cannot act, or modules that are not as the config says.
+            here, a checkpointing setting that cannot act, adapters that ``lora="fused"`` cannot fold in, or modules
+            that are not as the config says.
     """
     if compile is not None and not isinstance(compile, CompileOptions):
         raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
@@ -124,10 +164,15 @@ def prepare(
             raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
     requests = _kernel_requests(family, kernels)
     _kernel_rows(family, requests, *_device_and_dtype(model))  # raises for a kernel that cannot run
+    if lora == "fused":
+        check_all_fused(base, text_model)
     _revert(base)
     plan = _plan(base, text_model, family)
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
-    state = ModelState(requests, family.mask_form, layer_types, compile, checkpointing)
+    state = ModelState(requests, family.mask_form, layer_types, compile, checkpointing, lora)
+    if checkpointing == "auto":
+        # decided at the first training forward, which knows the tokens of a batch
+        state.checkpointing, state.auto = "none", AutoCheckpointing()
     if "forward" in base.__dict__:
         warnings.warn(
             f"{type(base).__name__}.forward was replaced on this model before prepare, so a loss from labels= is that "
@@ -145,6 +190,7 @@ def prepare(
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
+    install_lora(text_model, state)
     swaps = [SwapRow(p.stock, p.layer.__name__, p.expected, len(p.modules)) for p in plan]
     return Prepared(model, family, state, swaps)
 
@@ -159,6 +205,7 @@ def _revert(base: nn.Module) -> None:
         _set_config(text_model, state.stock_config)
         attention_interface.forget_windows(text_model)
     capture.forget_capture_hooks(text_model)
+    forget_lora(text_model)
     for module in base.modules():
         unswap(module)
 
@@ -234,8 +281,6 @@ def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
 def _validate_lora(lora: str) -> None:
     if lora not in ("auto", "stock", "fused"):
         raise ValueError(f"lora must be 'auto', 'fused' or 'stock', got {lora!r}")
-    if lora == "fused":
-        raise ValueError("lora='fused' has no implementation yet; use lora='auto', which runs PEFT's own layers")
 
 
 def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[str, str]:
@@ -287,8 +332,22 @@ def _feature_text(feature: object) -> str:
     return f"{name}: {detail}" if detail else name
 
 
+def _auto_reason(state: ModelState) -> str | None:
+    if state.auto is None:
+        return None
+    choice: Choice | None = state.auto.choice
+    return "auto, decided at the first training forward" if choice is None else f"auto takes it, {choice.reason}"
+
+
 def _lora_text(model: nn.Module) -> str | None:
     adapters = getattr(model, "peft_config", None)
-    if not adapters:
-        return None
-    return f"adapter {', '.join(adapters)}, run by PEFT's own layers"
+    return f"adapter {', '.join(adapters)}" if adapters else None
+
+
+def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
+    """Layers with adapters, counted by how they run and why."""
+    counts: dict[tuple[str, str], int] = {}
+    for _, form in lora_forms(model, _text_model(_base(model)), setting, device):
+        key = (form.name, form.reason)
+        counts[key] = counts.get(key, 0) + 1
+    return [LoraRow(form, reason, count) for (form, reason), count in counts.items()]

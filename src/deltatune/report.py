@@ -8,7 +8,7 @@ from typing import Any
 
 from deltatune.compile import CompileOptions, CompileReport
 
-__all__ = ["KernelRow", "PrepareReport", "SwapRow", "TrainableRow", "table"]
+__all__ = ["KernelRow", "LoraRow", "PrepareReport", "SwapRow", "TrainableRow", "table"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class TrainableRow:
 
 
 @dataclass(frozen=True)
+class LoraRow:
+    """Layers with adapters that run in one form (``fused``, ``beside`` or ``stock``) for one reason."""
+
+    form: str
+    reason: str
+    layers: int
+
+
+@dataclass(frozen=True)
 class PrepareReport:
     """Everything ``prepare`` did to a model; print it, or save ``to_dict()`` with a run."""
 
@@ -50,9 +59,11 @@ class PrepareReport:
     trainable: list[TrainableRow]
     total_parameters: int
     checkpointing: str | float
+    checkpointing_reason: str | None
     compile: CompileOptions | None
     compile_report: CompileReport | None
     lora: str | None
+    lora_rows: list[LoraRow]
     head: str
 
     @property
@@ -79,8 +90,10 @@ class PrepareReport:
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": self.total_parameters,
             "checkpointing": self.checkpointing,
+            "checkpointing_reason": self.checkpointing_reason,
             "compile": compiled,
             "lora": self.lora,
+            "lora_layers": [asdict(row) for row in self.lora_rows],
             "head": self.head,
         }
 
@@ -95,10 +108,12 @@ class PrepareReport:
         rows = [(r.pattern, r.tensors, f"{r.elements:,}") for r in self.trainable]
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
         if self.lora is not None:
-            lines.append(f"lora: {self.lora}")
+            lines += ["", f"lora: {self.lora}"]
+            lines += table(("runs", "because", "layers"), [(r.form, r.reason, r.layers) for r in self.lora_rows])
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
-        lines += ["", f"checkpointing {self.checkpointing}", self._compile_line()]
+        reason = "" if self.checkpointing_reason is None else f": {self.checkpointing_reason}"
+        lines += ["", f"checkpointing {self.checkpointing}{reason}", self._compile_line()]
         return "\n".join(lines)
 
     def _compile_line(self) -> str:

@@ -14,11 +14,11 @@ from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
+from deltatune.memory import device_memory, estimate_memory
 from deltatune.training.adapters import add_adapters, freeze_unused
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
-from deltatune.training.memory import device_memory, estimate_memory
 from deltatune.training.packs import load_packs
 from deltatune.training.run import autocast_dtype, prepare_by_recipe, resolve_checkpointing
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from deltatune import ops
 from deltatune.door import METADATA, admit
 from deltatune.layers.adapters import trained_copy
+from deltatune.layers.auto_checkpointing import deciding
 from deltatune.layers.cached import is_cached_call, stock_path
 from deltatune.layers.decoder import Hidden, catch_hidden
 from deltatune.layers.reclass import Swapped, named_forward
@@ -63,9 +64,10 @@ class CausalLM(Swapped):
             call["attention_mask"] = entry.padding_mask
         if call.get("position_ids") is None and not _has_media(call):
             call["position_ids"] = entry.position_ids
-        if call.get("labels") is None and call.get("shift_labels") is None:
-            return super().forward(**call)
-        return self._with_loss(call, wants_logits)
+        with deciding(self, tokens.shape[0] * tokens.shape[1]):
+            if call.get("labels") is None and call.get("shift_labels") is None:
+                return super().forward(**call)
+            return self._with_loss(call, wants_logits)
 
     def _with_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
         if not self._has_stock_loss(call):

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deltatune.compile import FROZEN, graphs_of
 from deltatune.door import METADATA, admit
 from deltatune.layers import attention_interface
+from deltatune.layers.auto_checkpointing import deciding, layer_label
 from deltatune.layers.cached import is_cached_call, stock_path
 from deltatune.layers.capture import keep_capture_hooks_outside
 from deltatune.layers.reclass import Swapped, named_forward, stock_class
@@ -56,28 +57,13 @@ class DecoderLayer(Swapped):
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
                 if not any(parameter.requires_grad for parameter in self.parameters()):
                     with torch.no_grad():
-                        return graphs.run(_label(self) + FROZEN, forward, self, hidden_states, *args, **kwargs)
+                        return graphs.run(layer_label(self) + FROZEN, forward, self, hidden_states, *args, **kwargs)
                 # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
                 hidden_states = hidden_states.detach().requires_grad_()
-            return graphs.run(_label(self), forward, self, hidden_states, *args, **kwargs)
+            return graphs.run(layer_label(self), forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
         return forward(self, hidden_states, *args, **kwargs)
-
-
-def _label(layer: nn.Module) -> str:
-    kinds = (getattr(layer, name, None) for name in ("block_type", "layer_type", "attention_type"))
-    kind = next((kind for kind in kinds if isinstance(kind, str)), None) or _configured_type(layer)
-    mlp = getattr(layer, "mlp", None)
-    return kind if mlp is None else f"{kind}_{stock_class(mlp).__name__}"
-
-
-def _configured_type(layer: nn.Module) -> str:
-    """The layer's entry in ``config.layer_types``: windows and full attention are different graphs."""
-    attention = getattr(layer, "self_attn", None)
-    types = getattr(getattr(attention, "config", None), "layer_types", None)
-    index = getattr(attention, "layer_idx", None)
-    return str(types[index]) if types and index is not None and index < len(types) else "layer"
 
 
 class TextModel(Swapped):
@@ -109,7 +95,8 @@ class TextModel(Swapped):
         call["sequences"] = entry.sequences.static()
         call["inputs_embeds"] = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         call["input_ids"] = None
-        output = self._run(call)
+        with deciding(self, tokens.shape[0] * tokens.shape[1]):
+            output = self._run(call)
         cell = _hidden.get()
         if cell is not None:
             cell.state, cell.sequences = output[0], entry.sequences

@@ -30,11 +30,13 @@ class ModelState:
         layer_types: the names such a mapping is asked for.
         compile: how the layers are compiled; None runs them eagerly.
         checkpointing: ``"none"``, ``"layer"`` or the share of activations that may stay.
+        lora: ``"auto"``, ``"fused"`` or ``"stock"``.
         head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps
             them afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
         stock_config: the text model's own config, where a copy that names our attention stands in for it.
         stock_attention: the implementation that config named when the model was prepared.
         cached: True while a call with a key-value cache runs, which keeps the stock path whole.
+        auto: an ``AutoCheckpointing``, which decides ``checkpointing``; None where the setting was given.
     """
 
     kernels: dict[str, str]
@@ -42,10 +44,12 @@ class ModelState:
     layer_types: tuple[str, ...]
     compile: CompileOptions | None = None
     checkpointing: str | float = "none"
+    lora: str = "auto"
     head: str = "linear"
     stock_config: Any = None
     stock_attention: str | None = None
     cached: bool = False
+    auto: Any = None
 
 
 class Swapped(nn.Module):
@@ -61,6 +65,9 @@ class Swapped(nn.Module):
     def _forward(self, call: dict[str, Any]) -> Any:
         """What ``named_forward`` calls, with all arguments by name."""
         raise NotImplementedError
+
+    def before_unswap(self) -> None:
+        """Gives back what the layer took, while it still is one."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
@@ -105,6 +112,7 @@ def swap(module: nn.Module, layer: type[Swapped], state: ModelState) -> None:
 def unswap(module: nn.Module) -> None:
     """Gives ``module`` its stock class back."""
     if isinstance(module, Swapped):
+        module.before_unswap()
         stock = stock_class(module)
         del module.__dict__["_deltatune"]
         module.__class__ = stock  # type: ignore[assignment]

@@ -20,12 +20,12 @@ from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
+from deltatune.memory import choose_checkpointing, estimate_memory
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import add_adapters, freeze_unused
 from deltatune.training.arguments import training_arguments
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
 from deltatune.training.export import save_trained, write_json, write_text
-from deltatune.training.memory import choose_checkpointing, estimate_memory
 from deltatune.training.packs import load_packs, padding_token
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
@@ -139,13 +139,21 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     freeze_unused(model)
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
-    if not arguments.fsdp and not arguments.deepspeed:
+    checkpointing: str | float = recipe.checkpointing
+    reason = None
+    if arguments.fsdp or arguments.deepspeed:
+        # what a device will hold is settled later, so the shapes decide
+        checkpointing, reason = resolve_checkpointing(recipe, model, arguments)
+    else:
         model.to(arguments.device)
-    checkpointing, reason = resolve_checkpointing(recipe, model, arguments)
     prepared = prepare_by_recipe(recipe, model, checkpointing)
+    choice = prepared.decide_checkpointing(
+        recipe.packing.tokens_per_batch, optimizer=recipe.training.optim, compute_dtype=autocast_dtype(arguments)
+    )
     console.out(str(prepared.report), highlight=False)
     if reason is not None:
         console.out(f"checkpointing auto: {checkpointing}, {reason}", highlight=False)
+    reason = reason if choice is None else choice.reason
     return Run(recipe, arguments, tokenizer, train_packs, eval_packs, model, prepared, reason)
 
 
@@ -169,7 +177,7 @@ def resolve_checkpointing(
     """The recipe's ``checkpointing``, with ``auto`` made a setting, and the reason where it was."""
     if recipe.checkpointing != "auto":
         return recipe.checkpointing, None
-    return choose_checkpointing(
+    setting, _, reason = choose_checkpointing(
         model,
         tokens_per_batch=recipe.packing.tokens_per_batch,
         optimizer=recipe.training.optim,
@@ -177,6 +185,7 @@ def resolve_checkpointing(
         device=arguments.device,
         compute_dtype=autocast_dtype(arguments),
     )
+    return setting, reason
 
 
 def prepare_by_recipe(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> Prepared:
@@ -317,6 +326,7 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         checkpointing=report.checkpointing,
         compute_dtype=autocast_dtype(run.arguments),
     )
+    choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),
         "checkpointing_reason": run.checkpointing_reason,
@@ -325,6 +335,7 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
             "eval": None if run.eval_packs is None else run.eval_packs.report.to_dict(),
         },
         "memory_estimate": estimate.to_dict(),
+        "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,
         "verify": None if verified is None else verified.to_dict(),
         "device": _device_name(run.arguments.device),
         "versions": _versions(),

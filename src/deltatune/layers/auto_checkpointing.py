@@ -1,0 +1,199 @@
+"""``checkpointing="auto"``: decided at a training forward, when the tokens of a batch are known.
+
+The graph of one layer of each type is traced and partitioned for every setting (nothing runs); what forward would hand
+to backward, weights, gradients, optimizer and loss make the peak of a step. The least recomputation that fits is taken.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.activations import LayerMemory, Setting, trace_layer
+from deltatune.compile import forget_graphs
+from deltatune.layers.reclass import ModelState, stock_class
+from deltatune.memory import (
+    Choice,
+    candidate_settings,
+    choose_checkpointing,
+    estimate_traced_memory,
+    least_recomputation,
+)
+
+__all__ = ["AutoCheckpointing", "decide_for", "deciding", "layer_label"]
+
+_NOTHING_KEPT = LayerMemory(0, 0, 0, 0)
+
+
+@dataclass
+class AutoCheckpointing:
+    """What ``"auto"`` goes by, and what it took.
+
+    Attributes:
+        optimizer: transformers' name of the optimizer that will train.
+        compute_dtype: of activations under autocast; None for the weights' own.
+        tokens: of the batch it was decided for; a larger one is decided for again.
+        choice: the setting, its predicted peak, and why; None before the first training forward.
+    """
+
+    optimizer: str = "adamw_torch_fused"
+    compute_dtype: torch.dtype | None = None
+    tokens: int = 0
+    choice: Choice | None = None
+
+
+_whole_model: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("deltatune_deciding", default=None)
+
+
+@contextmanager
+def deciding(model: Any, tokens: int) -> Iterator[None]:
+    """Around the forward of a prepared model: decides where that is due, before the first layer runs.
+
+    The outermost model counts, which is the one with the head.
+    """
+    state: ModelState = model._deltatune
+    auto = state.auto
+    due = auto is not None and model.training and torch.is_grad_enabled() and tokens > auto.tokens
+    if not due or _whole_model.get() is not None:
+        yield
+        return
+    token = _whole_model.set(model)
+    try:
+        if state.compile is None or state.compile.scope != "layer":
+            _decide(state, tokens, _from_shapes(model, state, tokens))
+            yield
+            return
+
+        def before_first_layer(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _decide(state, tokens, _from_graphs(model, state, tokens, args, kwargs))
+
+        first = model.get_decoder().layers[0]
+        handle = first.register_forward_pre_hook(before_first_layer, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+    finally:
+        _whole_model.reset(token)
+
+
+def decide_for(model: Any, tokens: int) -> None:
+    """Decides for one row of so many tokens; the forward is left before its first layer."""
+
+    def leave(*_: object) -> None:
+        raise _LeftError
+
+    first = model.get_decoder().layers[0]
+    device = next(model.parameters()).device
+    training = model.training
+    model.train()
+    try:
+        with torch.enable_grad(), deciding(model, tokens):
+            # behind the hook that decides
+            handle = first.register_forward_pre_hook(leave)
+            try:
+                model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device))
+            except _LeftError:
+                pass
+            finally:
+                handle.remove()
+    finally:
+        model.train(training)
+
+
+class _LeftError(Exception):
+    """Ends a forward before its first layer."""
+
+
+def _decide(state: ModelState, tokens: int, choice: Choice) -> None:
+    assert state.auto is not None
+    state.auto.tokens, state.auto.choice = tokens, choice
+    if choice.setting != state.checkpointing:
+        state.checkpointing = choice.setting
+        forget_graphs(state)
+
+
+def _from_shapes(model: Any, state: ModelState, tokens: int) -> Choice:
+    assert state.auto is not None
+    return choose_checkpointing(
+        model,
+        tokens_per_batch=tokens,
+        optimizer=state.auto.optimizer,
+        compiled=state.compile is not None,
+        device=next(model.parameters()).device,
+        compute_dtype=state.auto.compute_dtype,
+    )
+
+
+def _from_graphs(model: Any, state: ModelState, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+    """``args`` and ``kwargs``: of the first layer's call."""
+    assert state.auto is not None
+    settings = candidate_settings(compiled=True)
+    layers = _layer_memories(model.get_decoder(), state, settings, args, kwargs)
+    predicted = {
+        setting: estimate_traced_memory(
+            model,
+            [memories[setting] for memories in layers],
+            tokens_per_batch=tokens,
+            optimizer=state.auto.optimizer,
+            compute_dtype=state.auto.compute_dtype,
+        ).total
+        for setting in settings
+    }
+    return least_recomputation(predicted, next(model.parameters()).device)
+
+
+def _layer_memories(
+    decoder: Any, state: ModelState, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[dict[Setting, LayerMemory]]:
+    """For every layer, in order, what it keeps at each setting; layers before all that trains keep nothing."""
+    kwargs = dict(kwargs)
+    hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+    trains = hidden.requires_grad
+    leaf = hidden.detach().requires_grad_()
+    traced: dict[str, dict[Setting, LayerMemory]] = {}
+    found = []
+    for layer in decoder.layers:
+        trains = trains or any(parameter.requires_grad for parameter in layer.parameters())
+        if not trains:
+            found.append(dict.fromkeys(settings, _NOTHING_KEPT))
+            continue
+        label = layer_label(layer)
+        if label not in traced:
+            for group in layer.__dict__.get("_lora_groups", ()):
+                group.sync()
+            forward = stock_class(layer).forward
+            with _autocast(leaf, state.auto):
+                traced[label] = trace_layer(
+                    forward, layer, (leaf, *args[1:]), kwargs, settings=settings, options=state.compile
+                )
+        found.append(traced[label])
+    return found
+
+
+def _autocast(like: Tensor, auto: AutoCheckpointing | None) -> Any:
+    if auto is None or auto.compute_dtype is None or torch.is_autocast_enabled(like.device.type):
+        return nullcontext()
+    return torch.autocast(like.device.type, dtype=auto.compute_dtype)
+
+
+def layer_label(layer: nn.Module) -> str:
+    """The type of a decoder layer: layers of one label share a graph."""
+    kinds = (getattr(layer, name, None) for name in ("block_type", "layer_type", "attention_type"))
+    kind = next((kind for kind in kinds if isinstance(kind, str)), None) or _configured_type(layer)
+    mlp = getattr(layer, "mlp", None)
+    return kind if mlp is None else f"{kind}_{stock_class(mlp).__name__}"
+
+
+def _configured_type(layer: nn.Module) -> str:
+    """The layer's entry in ``config.layer_types``: windows and full attention are different graphs."""
+    attention = getattr(layer, "self_attn", None)
+    types = getattr(getattr(attention, "config", None), "layer_types", None)
+    index = getattr(attention, "layer_idx", None)
+    return str(types[index]) if types and index is not None and index < len(types) else "layer"
