@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from deltatune import cli
-from deltatune.bench import report
+from deltatune.bench import plots, report
+from deltatune.bench.records import Record, load_records, newest_of_each
+from deltatune.bench.report_train import speed_table
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.load import load_recipe
 
@@ -82,15 +85,29 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                 yield name, words
 
 
-def test_commands_and_their_options_exist() -> None:
-    parser = cli._parser()
-    choices = next(action.choices for action in parser._actions if action.dest == "command")
+def choices_of(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's commands."""
+    choices = next(action.choices for action in parser._actions if action.dest == name)
     assert isinstance(choices, dict)
+    return choices
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a command, or of a benchmark, which are known once it is chosen."""
+    if hasattr(parser, "fill"):
+        parser.fill()
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_commands_and_their_options_exist() -> None:
+    choices = choices_of(cli._parser(), "command")
+    benchmarks = choices_of(choices["bench"], "benchmark")
     found = list(commands())
     assert {name for name, _ in found} == set(choices), "the docs name every command and no other"
+    assert {words[0] for name, words in found if name == "bench" and words} == set(benchmarks)
     for name, words in found:
-        options = {option for action in choices[name]._actions for option in action.option_strings}
-        assert {word for word in words if word.startswith("--")} <= options, name
+        parser = benchmarks[words[0]] if name == "bench" and words else choices[name]
+        assert {word for word in words if word.startswith("--")} <= options_of(parser), (name, words)
 
 
 def test_complete_command_lines_parse() -> None:
@@ -145,11 +162,22 @@ def test_every_implementation_of_an_op_is_listed() -> None:
             assert f"`{impl}`" in row, (op, impl)
 
 
-def test_tables_of_figures_come_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def pictures() -> list[tuple[Record, str]]:
+    """The newest records that have a picture, and where it lies."""
+    found = [(record, plots.file_of(record)) for record in newest_of_each(load_records(report.RECORDS))]
+    return [(record, path) for record, path in found if path is not None]
+
+
+def test_figures_come_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = report.PAGE.read_text(encoding="utf-8")
     tables = report.render(report.RECORDS)
     assert report.with_tables(page, tables) == page
     assert all(f"`{path.as_posix()}`" in page for path in report.RECORDS.glob("*.json"))
+    stale = [path for record, path in pictures() if not plots.is_drawn_from(report.PAGE.parent / path, record)]
+    assert stale == [], "deltatune bench report draws them"
+    readme, speed = report.README.read_text(encoding="utf-8"), speed_table(load_records(report.RECORDS))
+    if "<!-- speed: begin -->" in readme and speed:
+        assert report.with_tables(readme, speed, "speed") == readme
     with pytest.raises(ValueError, match="needs the marks"):
         report.with_tables("no marks", tables)

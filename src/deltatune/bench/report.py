@@ -1,74 +1,98 @@
-"""Tables of the documentation from benchmark records: ``python -m deltatune.bench.report`` rewrites them in place."""
+"""``deltatune bench report``: the tables and plots of the documentation, made from the records.
+
+``python -m deltatune.bench.report`` is the same. A plot needs the extra ``bench``; without it those in place stay.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-__all__ = ["main", "render", "with_tables"]
+from deltatune.bench import plots
+from deltatune.bench.records import RECORDS, Record, load_records, newest_of_each
+from deltatune.bench.report_ops import ops_section
+from deltatune.bench.report_train import speed_table, training_section
+from deltatune.config.errors import UserError
+
+__all__ = ["PAGE", "README", "RECORDS", "add_arguments", "main", "render", "run", "with_tables"]
 
 PAGE = Path("docs/performance.md")
-RECORDS = Path("bench/records")
-_BEGIN, _END = "<!-- records: begin -->\n", "<!-- records: end -->"
+README = Path("README.md")
 
 
 def render(records: Path) -> str:
-    """Markdown of every record in a folder, oldest name first."""
-    return "\n".join(_record(path) for path in sorted(records.glob("*.json")))
+    """Markdown of the newest record of each kind, subject and device in a folder; older ones are named."""
+    found = load_records(records)
+    newest = newest_of_each(found)
+    training = [record for record in newest if not record.kind.startswith("ops/")]
+    sections = [training_section(record, plots.file_of(record)) for record in training]
+    sections += [ops_section(record) for record in newest if record.kind.startswith("ops/")]
+    earlier = [record for record in found if record not in newest]
+    if earlier:
+        sections.append("### Earlier records\n\n" + "".join(f"- `{record.path.as_posix()}`\n" for record in earlier))
+    return "\n".join(sections)
 
 
-def with_tables(page: str, tables: str) -> str:
+def with_tables(page: str, tables: str, name: str = "records") -> str:
     """The page with what stands between its two marks replaced.
 
     Raises:
         ValueError: a page without the marks.
     """
-    before, begin, rest = page.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    first, last = _marks(name)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the page needs the marks {_BEGIN.strip()} and {_END}")
-    return f"{before}{_BEGIN}\n{tables}\n{_END}{after}"
+        raise ValueError(f"the page needs the marks {first.strip()} and {last}")
+    return f"{before}{first}\n{tables}\n{last}{after}"
 
 
-def main() -> int:
-    """Rewrites the page; returns the exit status."""
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), render(RECORDS)), encoding="utf-8")
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``deltatune bench report``."""
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR", help=f"{RECORDS} by default")
+    parser.add_argument("--no-plots", action="store_true", help="leave the plots as they are")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rewrites the pages and plots of the working directory; returns the exit status."""
+    if not PAGE.is_file():
+        raise UserError(f"{PAGE} is not here: run this in a checkout of the repository")
+    records = load_records(args.records)
+    _rewrite(PAGE, render(args.records), "records")
+    speed = speed_table(records)
+    if speed and _marks("speed")[0] in README.read_text(encoding="utf-8"):
+        _rewrite(README, speed, "speed")
+    if not args.no_plots:
+        _draw(newest_of_each(records))
     return 0
 
 
-def _record(path: Path) -> str:
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [
-        f"### {record['kind']}: {record['device']}, {record['date']}",
-        "",
-        f"`{path.as_posix()}`; {versions}. Times are {record['method'].split(';')[0]}: median (p20 to p80), ms.",
-    ]
-    for config in record["configs"]:
-        lines += ["", *_table(config)]
-    return "\n".join(lines) + "\n"
+def main(argv: Sequence[str] | None = None) -> int:
+    """``run`` on a command line."""
+    parser = argparse.ArgumentParser(description="Make the tables and plots of the documentation from the records.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
-def _table(config: dict[str, Any]) -> list[str]:
-    shape = ", ".join(f"{name} {value}" for name, value in config["config"].items() if not isinstance(value, list))
-    rows: dict[str, dict[str, str]] = {}
-    for result in config["results"]:
-        times = f"{result['median_ms']:.3f} ({result['p20_ms']:.3f} to {result['p80_ms']:.3f})"
-        rows.setdefault(result["impl"], {})[result["what"]] = times
-    directions = list(dict.fromkeys(result["what"] for result in config["results"]))
-    worst = {name: max(errors.values()) for name, errors in config["errors"].items()}
-    lines = [
-        f"{shape}. Allowed error: twice {max(config['error_budget'].values()):.1e}.",
-        "",
-        f"| | {' | '.join(directions)} | worst relative error |",
-        "|---" * (len(directions) + 2) + "|",
-    ]
-    for name, measured in rows.items():
-        error = f"{worst[name]:.1e}" if name in worst else "-"
-        lines.append(f"| {name} | {' | '.join(measured.get(direction, '-') for direction in directions)} | {error} |")
-    return lines
+def _rewrite(path: Path, tables: str, name: str) -> None:
+    path.write_text(with_tables(path.read_text(encoding="utf-8"), tables, name), encoding="utf-8")
+
+
+def _draw(records: Sequence[Record]) -> None:
+    for record in records:
+        path = plots.file_of(record)
+        if path is None or plots.is_drawn_from(PAGE.parent / path, record):
+            continue
+        try:
+            plots.draw(record, PAGE.parent / path)
+        except ModuleNotFoundError as error:
+            sys.stderr.write(f"{path} is not drawn: {error.name} is missing: pip install 'deltatune[bench]'\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 from packaging.version import Version
 
 from deltatune import __version__, ops
+from deltatune.bench.shapes import Shape, shape_named
+from deltatune.commands.prebuild import build
 from deltatune.models.registry import FAMILIES
 from deltatune.report import table
 
@@ -36,7 +38,8 @@ _OLDEST = {"torch": "2.11", "transformers": "5.17"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 when something is known to go wrong."""
+    """Prints the report, builds kernels where that is asked for; 1 when something is known to go wrong."""
+    shapes = [shape_named(name) for name in args.build or ()]
     versions = installed_versions()
     device = _device()
     lines = [f"deltatune {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
@@ -44,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     lines += ["", *table(("device", "", "memory"), _devices())]
     lines += ["", *table(("op", "runs on", "because"), list(_kernels(device)))]
     problems = known_problems(versions, _capability())
+    sys.stdout.write("\n".join(lines) + "\n")
+    lines = []
+    for shape in shapes:
+        problems += _build(shape, args.tokens, device)
     if not args.no_compile:
         failure = compile_failure(device)
         lines += ["", f"torch.compile on {device.type}: {failure or 'works'}"]
@@ -51,6 +58,20 @@ def run(args: argparse.Namespace) -> int:
     lines += ["", *(f"problem: {problem}" for problem in problems)] if problems else ["", "no known problem"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if problems else 0
+
+
+def _build(shape: Shape, tokens: int, device: torch.device) -> list[str]:
+    """Compiles the kernels of a model's shapes, a line for each; what went wrong."""
+    what = f"build {shape.name}, packs of {tokens} tokens, bfloat16"
+    if device.type != "cuda":
+        sys.stdout.write(f"\n{what}: would run each op once, which compiles its kernels for the GPU; there is none\n")
+        return [f"--build {shape.name} did nothing: no CUDA device is visible; run it on the machine that trains"]
+    sys.stdout.write(f"\n{what}: the first call of each op\n")
+    for built in build(shape, tokens, device):
+        documents = f", {built.documents} document{'s' * (built.documents > 1)}"
+        sys.stdout.write(f"  {built.op} on {built.impl}{documents}: {built.seconds:.1f} s\n")
+        sys.stdout.flush()
+    return []
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -1,0 +1,86 @@
+"""The committed records: read, and sorted so that the newest of a kind is found first."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from deltatune.config.errors import UserError
+
+__all__ = ["RECORDS", "Record", "load_records", "newest_of_each"]
+
+RECORDS: Final = Path("bench/records")
+
+# kind-subject-device-date.json, and -2, -3, ... for what was measured later on the same day
+_NUMBER: Final = re.compile(r"\d{4}-\d\d-\d\d(?:-(\d+))?$")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record.
+
+    Attributes:
+        path: its file.
+        data: what it holds; see ``deltatune.bench.protocol.head``.
+    """
+
+    path: Path
+    data: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """``"train"``, ``"frontier"``, ``"ops/<op>"`` and so on."""
+        return str(self.data["kind"])
+
+    @property
+    def subject(self) -> str:
+        """The model or the op."""
+        return str(self.data.get("subject") or self.kind.rpartition("/")[2])
+
+    @property
+    def device(self) -> str:
+        """The device's own name."""
+        return str(self.data["device"])
+
+    @property
+    def configs(self) -> Sequence[Mapping[str, Any]]:
+        """One entry for each configuration."""
+        configs: Sequence[Mapping[str, Any]] = self.data["configs"]
+        return configs
+
+    @property
+    def age(self) -> tuple[str, int]:
+        """Sorts records by when they were made."""
+        number = _NUMBER.search(self.path.stem)
+        return str(self.data["date"]), int(number[1] or 1) if number else 1
+
+
+def load_records(folder: Path) -> list[Record]:
+    """All records of a folder, the newest first; of one age, in the order of their names.
+
+    Raises:
+        UserError: a file that is no record.
+    """
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON: {error}") from error
+        missing = {"kind", "device", "date", "configs"} - (data.keys() if isinstance(data, dict) else set())
+        if missing:
+            raise UserError(f"{path} is no benchmark record: it lacks {', '.join(sorted(missing))}")
+        records.append(Record(path, data))
+    return sorted(records, key=lambda record: record.age, reverse=True)
+
+
+def newest_of_each(records: Sequence[Record]) -> list[Record]:
+    """The newest of each kind, subject and device, in the order of these."""
+    found: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        found.setdefault((record.kind, record.subject, record.device), record)
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,382 @@
+"""One configuration from weights to figures: gates first, then the systems that passed them, in turn."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from deltatune.bench.baselines import fused_loss
+from deltatune.bench.child import COMPILED, in_child
+from deltatune.bench.floor import Floor, arithmetic_floor
+from deltatune.bench.gates import (
+    Gate,
+    Observation,
+    against_stock,
+    against_truth,
+    bounds_from,
+    leak_gate,
+    observe,
+    sample_documents,
+    stock_gates,
+    truth,
+)
+from deltatune.bench.kernels import kernel_table
+from deltatune.bench.models import Targets, adapters, storage_bytes
+from deltatune.bench.protocol import synchronize
+from deltatune.bench.race import Laps, failures, first_step, host_sync, outcome_of, race
+from deltatune.bench.shapes import Shape, build_model
+from deltatune.bench.systems import Adapters, Setting, System, build_system
+from deltatune.bench.workload import Batch, Workload, draw_lengths
+from deltatune.compile import CompileOptions
+from deltatune.memory import device_memory
+from deltatune.training.flops import StepFlops, peak_flops
+
+__all__ = ["Plan", "Session"]
+
+#: Gates whose failure makes a time worthless; the others are figures of their own.
+_TARGET_GATE: Final = "no host sync"
+#: Of the device's memory, for frozen weights that systems hold of their own.
+_COPIES_SHARE: Final = 0.4
+#: Tokens of the longest document that goes through the stock model in float32, as one of a batch as long at most.
+_LONGEST_TRUTH: Final = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        shape: the model's.
+        layers: its depth.
+        lengths: documents of a batch.
+        settings: the systems, in order.
+        lora: adapters of all of them.
+        options: how ours is compiled; None runs it eagerly.
+        device: where.
+        dtype: of weights and activations.
+        warmup: steps before timing.
+        steps: samples of each system.
+        rounds: turns they are spread over.
+        seed: of weights, adapters and tokens.
+        compile_limit_seconds: of the first step of what runs in a process of its own.
+        cold_layers: depth at which the first setting of ours starts twice in new processes, without compiled graphs
+            on disk and with; None leaves that out.
+        floor: measure the arithmetic floor.
+        kernels: profile a step of ours.
+    """
+
+    shape: Shape
+    layers: int
+    lengths: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    lora: Adapters
+    options: CompileOptions | None
+    device: torch.device
+    dtype: torch.dtype
+    warmup: int
+    steps: int
+    rounds: int
+    seed: int
+    compile_limit_seconds: float
+    cold_layers: int | None
+    floor: bool
+    kernels: bool
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What gates hold systems to, for one choice of targets.
+
+    Attributes:
+        documents: sampled ones, of the gates' batch.
+        true: these documents in float32.
+        stock: the gates' batch through the stock path.
+        pack: the timed batch through the stock path: the same, unless its documents are too long for float32.
+        trusted: whether the stock path passed its own gates.
+    """
+
+    documents: list[int]
+    true: Observation
+    stock: Observation
+    pack: Observation
+    trusted: bool
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """How far apart two right paths may be: token losses, gradients."""
+        return bounds_from(self.stock, self.true)
+
+
+class Session:
+    """Runs a plan; ``results``, ``gates``, ``floor`` and ``kernels`` fill as it goes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.base = build_model(plan.shape, plan.device, layers=plan.layers, dtype=plan.dtype, seed=plan.seed)
+        pin = plan.device.type == "cuda"
+        self.workload = Workload(plan.lengths, self.base.config.vocab_size, plan.seed, pin)
+        self.results: list[dict[str, Any]] = []
+        self.cold_starts: list[dict[str, Any]] = []
+        self.gates: list[Gate] = []
+        self.floor: Floor | None = None
+        self.kernels: dict[str, Any] | None = None
+        self.loss_name = fused_loss(plan.device)[0]
+        self._known: dict[Targets, _Known] = {}
+        self._near = self.workload
+        if min(plan.lengths) > _LONGEST_TRUTH:
+            self._near = Workload(
+                tuple(draw_lengths(_LONGEST_TRUTH, seed=plan.seed)), self.workload.vocab_size, plan.seed
+            )
+        self._checked: set[tuple[str, Targets, str]] = set()
+        self._uncompiled: dict[tuple[Targets, str], Observation] = {}
+
+    @property
+    def ok(self) -> bool:
+        """Whether every gate of what was timed held."""
+        return all(gate.ok for gate in self.gates)
+
+    def run(self) -> None:
+        """Gates, floor, systems in turn, a profile, and what runs in processes of its own."""
+        for targets in dict.fromkeys(setting.targets for setting in self.plan.settings):
+            try:
+                self._measure_stock(targets)
+            except failures() as error:
+                self.gates.append(
+                    Gate("stock path", f"stock {targets}", False, None, None, ": ".join(outcome_of(error)))
+                )
+            self._forget()
+        for group in self._groups():
+            self._run_group(group)
+        for setting in self.plan.settings:
+            if setting.system == COMPILED and setting.targets in self._known:
+                self.results.append(self._child(setting, self.plan.layers))
+        ours = [setting for setting in self.plan.settings if setting.system == "deltatune"]
+        if self.plan.cold_layers is not None and ours and ours[0].targets in self._known:
+            with tempfile.TemporaryDirectory() as graphs:
+                for caches in ("cold", "warm"):
+                    self.cold_starts.append(self._child(ours[0], self.plan.cold_layers, caches, Path(graphs)))
+
+    def _measure_stock(self, targets: Targets) -> None:
+        """The truth, the stock path, and how far apart they are."""
+        documents = sample_documents(self._near.lengths)
+        near, batch = self._batch(self._near), self._batch(self.workload)
+        _say(f"gates: float32 on documents {documents}, adapters on {targets}")
+        system = self._build(Setting("reference", targets=targets))
+        true = truth(system, near, documents)
+        del system
+        self._forget()
+        _say("gates: the stock path")
+        system = self._build(Setting("stock", "layer", targets))
+        stock = observe(system, near, documents)
+        pack = stock if self._near is self.workload else observe(system, batch, [])
+        found = [leak_gate(system), *stock_gates(system.setting.name, stock, true)]
+        self.gates += found
+        self._known[targets] = _Known(documents, true, stock, pack, all(gate.ok for gate in found))
+        if self.plan.floor and self.floor is None:
+            _say("floor")
+            self.floor = arithmetic_floor(system.model, batch.sequences, dtype=self.plan.dtype)
+        del system
+        self._forget()
+
+    def _run_group(self, group: Sequence[Setting]) -> None:
+        systems: dict[str, System] = {}
+        for setting in group:
+            _say(f"building {setting.name}")
+            refused = self._admit(setting, systems)
+            if refused is not None:
+                self.results.append(setting.to_dict() | {"status": refused[0], "reason": refused[1]})
+            self._forget()
+        _say(f"timing {', '.join(systems)}")
+        plan = self.plan
+        laps = race(systems, self.workload, warmup=plan.warmup, steps=plan.steps, rounds=plan.rounds)
+        self.results += [self._result(system, laps[name]) for name, system in systems.items()]
+        if plan.kernels and self.kernels is None:
+            self._profile(systems)
+        systems.clear()
+        self._forget()
+
+    def _admit(self, setting: Setting, systems: dict[str, System]) -> tuple[str, str] | None:
+        """Builds a system and puts it among ``systems`` if its gates hold; else ``(status, reason)``."""
+        known = self._known.get(setting.targets)
+        if known is None or not known.trusted:
+            return "red gate", "the stock path itself did not pass its gates"
+        try:
+            system = self._build(setting)
+            first_step(system, self.workload)
+            found = self._gates_of(system)
+        except failures() as error:
+            return outcome_of(error)
+        self.gates += found
+        red = [gate.name for gate in found if not gate.ok and gate.name != _TARGET_GATE]
+        if red:
+            return "red gate", f"not timed: {', '.join(red)}"
+        systems[setting.name] = system
+        return None
+
+    def _gates_of(self, system: System) -> list[Gate]:
+        """Those of one system; what is known to leak is measured for the record and not held to anything."""
+        setting, known = system.setting, self._known[system.setting.targets]
+        if setting.system in ("stock", "stock as shipped"):
+            # the first has been held to its gates before, the other is known to leak and is timed as it is
+            return []
+        batch, name = self._batch(self.workload), setting.name
+        if self._near is self.workload:
+            ours = near = observe(system, batch, known.documents)
+        else:
+            # another shape would be another graph
+            with system.eager():
+                near = observe(system, self._batch(self._near), known.documents)
+            ours = observe(system, batch, [])
+        found = against_truth(name, near, known.stock, known.true)
+        found += against_stock(name, ours, known.pack, known.bounds)
+        if self.plan.options is not None and system.prepared is not None:
+            eager = self._eager(system, batch)
+            found += against_stock(name, ours, eager, known.bounds, label="the same uncompiled")
+        key = (setting.system, setting.targets, setting.lora)
+        if key not in self._checked:
+            self._checked.add(key)
+            found.append(leak_gate(system))
+        if system.prepared is not None:
+            reason = host_sync(system, self.workload)
+            found.append(Gate(_TARGET_GATE, name, reason is None, None, None, reason or ""))
+        return found
+
+    def _eager(self, system: System, batch: Batch) -> Observation:
+        """What ours makes of the pack uncompiled: the same whatever is recomputed."""
+        key = system.setting.targets, system.setting.lora
+        if key not in self._uncompiled:
+            with system.eager():
+                self._uncompiled[key] = observe(system, batch, [])
+        return self._uncompiled[key]
+
+    def _result(self, system: System, laps: Laps) -> dict[str, Any]:
+        plain = system.setting.to_dict() | {
+            "leak_free": system.setting.system != "stock as shipped",
+            "checkpointing_taken": system.choice.setting if system.choice else system.setting.checkpointing,
+            "first_step_seconds": system.first_step_seconds,
+            "trainable_parameters": sum(p.numel() for _, p in adapters(system.model)),
+        }
+        if laps.failure is not None:
+            return plain | {"status": laps.failure[0], "reason": laps.failure[1]}
+        return plain | {"status": "ok", "reason": None} | self._figures(system, laps) | self._compiler(system)
+
+    def _figures(self, system: System, laps: Laps) -> dict[str, Any]:
+        cuda, static = self.plan.device.type == "cuda", system.static_bytes()
+        seconds = laps.timing.median_ms / 1e3
+        flops = StepFlops.of(system.model)(self.workload.batch(0).counts)
+        peak = peak_flops(self.plan.device, self.plan.dtype)
+        same = self.floor is not None and system.setting.targets == self._floor_targets
+        return {
+            **laps.timing.to_dict(),
+            "tokens_per_second": self.workload.tokens / seconds,
+            "static_bytes": static,
+            "peak_bytes": static + laps.peak_bytes if cuda else None,
+            "model_flops": flops,
+            "mfu": flops / seconds / peak if peak else None,
+            "of_floor": self.floor.total_ms / laps.timing.median_ms if same and self.floor else None,
+        }
+
+    @property
+    def _floor_targets(self) -> Targets:
+        return self.plan.settings[0].targets
+
+    def _compiler(self, system: System) -> dict[str, Any]:
+        if system.prepared is None:
+            return {}
+        report = system.prepared.report
+        compiled = system.prepared.compile_report
+        synced = [gate for gate in self.gates if gate.name == _TARGET_GATE and gate.subject == system.setting.name]
+        return {
+            "predicted_bytes": system.choice.predicted_bytes if system.choice else None,
+            "kernels": {row.op: row.impl for row in report.kernels},
+            "lora_layers": {row.form: row.layers for row in report.lora_rows},
+            "compile_seconds": compiled.seconds if compiled else None,
+            "graphs": dict(compiled.graphs) if compiled else None,
+            "breaks": len(compiled.breaks) if compiled else None,
+            "recompiles": len(compiled.recompiles) if compiled else None,
+            "host_syncs": sum(not gate.ok for gate in synced) if self.plan.device.type == "cuda" else None,
+        }
+
+    def _child(self, setting: Setting, layers: int, caches: str = "", graphs: Path | None = None) -> dict[str, Any]:
+        name = f"{setting.name}, caches {caches}" if caches else setting.name
+        _say(f"{name}, in a process of its own, first step within {self.plan.compile_limit_seconds:.0f} s")
+        plan = self.plan
+        spec = {
+            "model": plan.shape.name,
+            "layers": layers,
+            "lengths": list(plan.lengths),
+            "seed": plan.seed,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "device": str(plan.device),
+            "rank": plan.lora.rank,
+            "alpha": plan.lora.alpha,
+            "adapter_dtype": plan.lora.dtype,
+            "backend": "none" if plan.options is None else plan.options.backend,
+            "bound": self._known[setting.targets].bounds[1],
+            "warmup": plan.warmup,
+            "steps": plan.steps,
+        }
+        found = in_child(setting, spec, limit_seconds=plan.compile_limit_seconds, graph_cache=graphs)
+        if found["status"] == "ok":
+            found["tokens_per_second"] = self.workload.tokens / (found["median_ms"] / 1e3)
+        labels = {"name": name, "leak_free": True} | ({"caches": caches} if caches else {})
+        return setting.to_dict() | labels | found
+
+    def _profile(self, systems: dict[str, System]) -> None:
+        """One step of ours where it is fastest."""
+        timed = [r for r in self.results if r["system"] == "deltatune" and r["status"] == "ok" and r["name"] in systems]
+        if not timed:
+            return
+        best = min(timed, key=lambda r: float(r["median_ms"]))
+        system, batches = systems[best["name"]], self.workload.batches()
+        table = kernel_table(
+            lambda: system.step(next(batches)),
+            self.plan.device,
+            floor=self.floor.groups if self.floor and best["targets"] == self._floor_targets else None,
+        )
+        self.kernels = {"name": best["name"], "step_ms": best["median_ms"], **table}
+
+    def _groups(self) -> Iterable[list[Setting]]:
+        """Settings that are timed together: as many as fit of those that hold frozen weights of their own."""
+        own = storage_bytes(self.base.parameters())
+        room = max(1, int(_COPIES_SHARE * device_memory(self.plan.device) // own))
+        settings = [setting for setting in self.plan.settings if setting.system != COMPILED]
+        sharing = [setting for setting in settings if not self._owns(setting)]
+        owning = [setting for setting in settings if self._owns(setting)]
+        yield [*sharing, *owning[:room]]
+        for start in range(room, len(owning), room):
+            yield owning[start : start + room]
+
+    def _owns(self, setting: Setting) -> bool:
+        """Whether most of the frozen weights are the system's own; those under q, k, v and o are a small part."""
+        return setting.lora != "stock" and setting.targets == "all"
+
+    def _batch(self, workload: Workload) -> Batch:
+        return workload.batch(0).to(self.plan.device)
+
+    def _build(self, setting: Setting) -> System:
+        options = self.plan.options if setting.system == "deltatune" else None
+        return build_system(setting, self.base, self.plan.lora, options=options, seed=self.plan.seed)
+
+    def _forget(self) -> None:
+        synchronize(self.plan.device)
+        gc.collect()
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_STARTED = time.monotonic()
+
+
+def _say(what: str) -> None:
+    """Progress, on stderr."""
+    sys.stderr.write(f"[{time.monotonic() - _STARTED:6.1f} s] {what}\n")
+    sys.stderr.flush()

@@ -1,0 +1,253 @@
+"""``deltatune bench train``: a training step beside the pinned baselines, gates first, one record at the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from deltatune.bench.baselines import LEAK_FREE
+from deltatune.bench.child import COMPILED
+from deltatune.bench.models import TARGETS
+from deltatune.bench.protocol import RECORDS, copy_rate, gemm_rate, head, write_record
+from deltatune.bench.session import Plan, Session
+from deltatune.bench.shapes import SHAPES, shape_named
+from deltatune.bench.systems import BASELINES, Adapters, Setting
+from deltatune.bench.workload import LONGEST, SHORTEST, draw_lengths
+from deltatune.compile import CompileOptions
+from deltatune.config.errors import UserError
+from deltatune.training.flops import peak_flops
+
+__all__ = ["add_arguments", "plan_of", "run"]
+
+_METHOD: Final = (
+    "a sample is the time between the ends of two training steps, by CUDA events (the wall clock on a CPU): the batch "
+    "to the device, forward, loss, backward, AdamW(fused=True) with learning rate 0, gradients set to None; systems in "
+    "turn over several rounds, the first step of a turn dropped, every step a pack of its own with the same lengths in "
+    "another order; peak_bytes is weights, adapters and optimizer state (shared storage once) plus what a step "
+    "allocates at its peak; timed after its gates: token losses, document losses and adapter gradients against "
+    "float32 document by document, the whole pack against the stock path and against the same uncompiled, verify"
+)
+_FRONTIER: Final = ("none", 0.8, 0.6, 0.4, 0.2, "layer", "auto")
+_SQUARE: Final = 8192
+_COPY_BYTES: Final = 2**28
+_CONFIG_VALUES: Final = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "linear_num_key_heads", "linear_num_value_heads", "vocab_size", "num_experts", "num_experts_per_tok",
+    "tie_word_embeddings",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``deltatune bench train``."""
+    add = parser.add_argument
+    add("--model", default="qwen3.5-2b", choices=list(SHAPES), help="shapes of this model, random weights")
+    add("--layers", type=int, metavar="N", help="depth, the pattern of layer types kept; the model's own by default")
+    add("--tokens", type=int, default=16384, metavar="T", help="tokens of a pack")
+    add("--one-document", action="store_true", help="one document as long as the pack")
+    add("--shortest", type=int, default=SHORTEST, help="tokens of the shortest document")
+    add("--longest", type=int, default=LONGEST, help="tokens of the longest document")
+    add("--checkpointing", nargs="+", default=["none", "layer"], metavar="C", help="ours: none, layer, auto or shares")
+    add("--frontier", action="store_true", help=f"checkpointing {' '.join(map(str, _FRONTIER))} for the first targets")
+    add(
+        "--targets",
+        nargs="+",
+        default=["qkvo"],
+        choices=list(TARGETS),
+        help="where ours has adapters; stock: the first",
+    )
+    add("--lora", nargs="+", default=["auto"], choices=["auto", "stock", "fused"], help="how ours runs them")
+    add("--baselines", nargs="*", default=["stock", "stock as shipped"], choices=[*BASELINES, COMPILED])
+    add("--baseline-checkpointing", nargs="+", default=["layer", "none"], choices=["none", "layer"])
+    add("--compile-limit", type=float, default=300.0, metavar="S", help="seconds to the first step of a new process")
+    add("--cold-start", type=int, nargs="?", const=0, metavar="N", help="the first of ours in new processes, without "
+        "compiled graphs on disk and with; of N layers, the same depth by default")  # fmt: skip
+    add("--rank", type=int, default=16)
+    add("--alpha", type=int, default=32)
+    add("--adapter-dtype", default="float32", choices=["float32", "model"])
+    add("--warmup", type=int, default=3, help="steps before timing")
+    add("--steps", type=int, default=12, help="timed steps of each system")
+    add("--rounds", type=int, default=4, help="turns they are spread over")
+    add("--seed", type=int, default=0)
+    add("--backend", default="inductor", choices=["inductor", "aot_eager", "none"], help="how ours is compiled")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--no-floor", action="store_true", help="leave the arithmetic floor out")
+    add("--kernels", action="store_true", help="profile one step of ours, kernel by kernel")
+    add("--commit", metavar="HASH", help="of the source, where it lies without its history")
+    add("--records", type=Path, default=RECORDS, metavar="DIR", help="where the record goes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, writes the record and prints a table; 1 when a gate was red."""
+    plan = plan_of(args)
+    session = Session(plan)
+    try:
+        session.run()
+    finally:
+        # what has been measured is kept, whatever comes after it
+        if session.results:
+            path = write_record(_record(args, plan, session), args.records)
+            sys.stdout.write(_summary(session) + f"\n{path}\n")
+    return 0 if session.ok else 1
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The plan of a command line.
+
+    Raises:
+        UserError: a setting that cannot act.
+    """
+    shape = shape_named(args.model)
+    longest = args.tokens if args.one_document else args.longest
+    shortest = args.tokens if args.one_document else args.shortest
+    if args.steps < 1 or args.rounds < 1 or args.warmup < 1:
+        raise UserError("--steps, --rounds and --warmup must be at least 1")
+    layers = shape.config(args.layers).num_hidden_layers
+    return Plan(
+        shape=shape,
+        layers=layers,
+        lengths=tuple(draw_lengths(args.tokens, shortest=shortest, longest=longest, seed=args.seed)),
+        settings=tuple(_settings(args)),
+        lora=Adapters(args.rank, args.alpha, args.adapter_dtype),
+        options=None if args.backend == "none" else CompileOptions(backend=args.backend),
+        device=torch.device(args.device),
+        dtype=getattr(torch, args.dtype),
+        warmup=args.warmup,
+        steps=args.steps,
+        rounds=args.rounds,
+        seed=args.seed,
+        compile_limit_seconds=args.compile_limit,
+        cold_layers=None if args.cold_start is None else args.cold_start or layers,
+        floor=not args.no_floor,
+        kernels=args.kernels,
+    )
+
+
+def _settings(args: argparse.Namespace) -> Iterable[Setting]:
+    for system in args.baselines:
+        if system == COMPILED:
+            yield Setting(system, "none", args.targets[0])
+            continue
+        for checkpointing in args.baseline_checkpointing:
+            yield Setting(system, checkpointing, args.targets[0])
+    few = list(map(_checkpointing, args.checkpointing))
+    for index, targets in enumerate(args.targets):
+        for lora in args.lora:
+            for checkpointing in _FRONTIER if args.frontier and not index else few:
+                yield Setting("deltatune", checkpointing, targets, lora)
+
+
+def _checkpointing(text: str) -> str | float:
+    if text in ("none", "layer", "auto"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--checkpointing takes none, layer, auto or a share from 0 to 1, got {text!r}") from None
+
+
+def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str, Any]:
+    kind = "frontier" if args.frontier else "train"
+    ceilings = _ceilings(plan)
+    config = {
+        "config": _config(args, plan, session),
+        "shapes": _shapes(session.base.config),
+        "ceilings": ceilings,
+        "gates": [gate.to_dict() for gate in session.gates],
+        "results": [*session.results, *([] if _is_deeper(plan) else session.cold_starts)],
+        "floor": None if session.floor is None else {"targets": args.targets[0], **session.floor.to_dict()},
+        "kernels": session.kernels,
+    }
+    for result in session.results:
+        if result.get("model_flops"):
+            rate = result["model_flops"] / (result["median_ms"] / 1e3)
+            result["mfu_measured"] = rate / ceilings["gemm_flops_per_second"]
+    top = head(kind, plan.shape.name, _METHOD, plan.device, commit=args.commit)
+    return top | {"ok": session.ok, "configs": [config, *_cold_starts(config, plan, session)]}
+
+
+def _is_deeper(plan: Plan) -> bool:
+    """Whether new processes start a model of another depth, whose results are a configuration of their own."""
+    return plan.cold_layers not in (None, plan.layers)
+
+
+def _cold_starts(config: dict[str, Any], plan: Plan, session: Session) -> list[dict[str, Any]]:
+    if not _is_deeper(plan):
+        return []
+    deeper = {**config["config"], "layers": plan.cold_layers}
+    return [{**config, "config": deeper, "gates": [], "results": session.cold_starts, "floor": None, "kernels": None}]
+
+
+def _config(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str, Any]:
+    return {
+        "model": plan.shape.name,
+        "layers": plan.layers,
+        "full_layers": plan.shape.full_layers,
+        "tokens": sum(plan.lengths),
+        "documents": len(plan.lengths),
+        "lengths": list(plan.lengths),
+        "seed": plan.seed,
+        "dtype": args.dtype,
+        "lora_rank": plan.lora.rank,
+        "lora_alpha": plan.lora.alpha,
+        "adapter_dtype": plan.lora.dtype,
+        "optimizer": "torch.optim.AdamW(fused=True)",
+        "backend": args.backend,
+        "loss": session.loss_name,
+        "warmup": plan.warmup,
+        "steps": plan.steps,
+        "rounds": plan.rounds,
+        "baseline": LEAK_FREE,
+    }
+
+
+def _shapes(config: Any) -> dict[str, Any]:
+    found = {name: getattr(config, name, None) for name in _CONFIG_VALUES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _ceilings(plan: Plan) -> dict[str, Any]:
+    cuda = plan.device.type == "cuda"
+    side = _SQUARE if cuda else 256
+    return {
+        "copy_bytes_per_second": copy_rate(plan.device, _COPY_BYTES if cuda else 2**20),
+        "gemm_flops_per_second": gemm_rate(plan.device, side, side, side, plan.dtype),
+        "gemm_side": side,
+        "peak_flops_per_second": peak_flops(plan.device, plan.dtype),
+    }
+
+
+def _summary(session: Session) -> str:
+    lines = [
+        f"{'':44}{'ms':>9}{'tok/s':>9}{'GiB':>8}{'floor':>7}{'MFU':>7}  first step",
+        *(_line(result) for result in (*session.results, *session.cold_starts)),
+    ]
+    if session.floor is not None:
+        parts = ", ".join(f"{name} {ms:.1f}" for name, ms in session.floor.groups.items())
+        lines.append(f"floor {session.floor.total_ms:.1f} ms: {parts}")
+    red = [gate for gate in session.gates if not gate.ok]
+    lines += [f"RED {g.subject}: {g.name}: {g.figure} > {g.limit} {g.detail}" for g in red]
+    return "\n".join(lines)
+
+
+def _line(result: Mapping[str, Any]) -> str:
+    if result["status"] != "ok":
+        return f"{result['name']:44}{result['status']}: {result['reason']}"
+    gib = result.get("peak_bytes")
+    cells = [
+        f"{result['median_ms']:9.1f}{result['tokens_per_second']:9.0f}",
+        f"{gib / 2**30:8.1f}" if gib else " " * 8,
+        _percent(result.get("of_floor")),
+        _percent(result.get("mfu")),
+        f"{cast('float', result['first_step_seconds']):8.1f} s",
+    ]
+    return f"{result['name']:44}{''.join(cells)}"
+
+
+def _percent(share: float | None) -> str:
+    return " " * 7 if share is None else f"{share:7.1%}"

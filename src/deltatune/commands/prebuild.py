@@ -1,0 +1,72 @@
+"""Compiling the kernels of a model's shapes before its first run: they are cached on disk by those who compile them."""
+
+# G value heads
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from deltatune.bench.ops.case import Case, Setting
+from deltatune.bench.ops.catalog import OPS
+from deltatune.bench.ops.gate import results
+from deltatune.bench.shapes import Shape
+
+__all__ = ["Built", "build", "document_counts"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was compiled: an op, its implementation, for how many documents, and how long the first call took."""
+
+    op: str
+    impl: str
+    documents: int
+    seconds: float
+
+
+def build(shape: Shape, tokens: int, device: torch.device) -> Iterator[Built]:
+    """Runs every op of a model forward and backward, as ``auto`` chooses, on random values of a pack's shape.
+
+    A second call of the same kind finds the kernels in the caches of FlashQLA's TileLang and of Triton and takes next
+    to no time. The graphs of ``torch.compile`` depend on the model and are cached by its own first run.
+    """
+    for op, entry in OPS.items():
+        if entry.hybrid and not shape.hybrid:
+            continue
+        counts = document_counts(shape, device) if op == "gated_delta_rule" else [1]
+        for documents in counts:
+            case = entry.build(shape, tokens, Setting(device, documents=documents))
+            yield Built(op, case.auto, documents, _first_call(case, device))
+
+
+def document_counts(shape: Shape, device: torch.device) -> list[int]:
+    """One count of documents for each kernel that FlashQLA may choose.
+
+    It compiles its forward for blocks of 32, 64 or 128 value dims: the smaller ones for packs whose documents times
+    value heads would leave processors without work. The limits are a factor of two apart, so counts that double meet
+    every class.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    counts = [1]
+    while counts[-1] * shape.values["linear_num_value_heads"] < processors:
+        counts.append(2 * counts[-1])
+    return counts
+
+
+def _first_call(case: Case, device: torch.device) -> float:
+    function = next(variant for variant in case.variants if variant.name == case.auto).build()
+    inputs = case.draw(1)
+    _wait(device)
+    started = time.perf_counter()
+    results(function, inputs, case.outputs, case.trained)
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

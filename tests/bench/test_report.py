@@ -1,0 +1,142 @@
+"""Pages made from made-up records."""
+
+from __future__ import annotations
+
+import pytest
+from record_cases import failed, op_record, op_result, step, training_record, write
+
+from deltatune.bench import report
+from deltatune.cli import main
+
+
+def rows_of(page: str) -> dict[str, list[str]]:
+    """First cell -> the others, of every table row."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    return {first: others for first, *others in cells}
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A working directory with the two pages and no records."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "performance.md").write_text(
+        "before\n<!-- records: begin -->\nold\n<!-- records: end -->\nafter\n", encoding="utf-8"
+    )
+    (tmp_path / "README.md").write_text("read\n<!-- speed: begin -->\n<!-- speed: end -->\nme\n", encoding="utf-8")
+    return tmp_path
+
+
+def a_step_record(**more):
+    results = [
+        step("stock as shipped", "layer", 700, 7.9),
+        step("stock", "layer", 540, 7.5),
+        step("deltatune", "none", 250, 32),
+        step("deltatune", "auto", 251, 32, checkpointing_taken="none"),
+        failed("stock compiled", "none", "timeout", "not compiled | after 300 s"),
+    ]
+    return training_record(results, **more)
+
+
+def test_a_record_of_an_op_becomes_a_table(tmp_path) -> None:
+    results = [
+        op_result("triton", "forward", 0.8),
+        op_result("triton", "forward+backward", 0.5),
+        {"impl": "FLA", "by": "library", "what": "forward", "status": "unavailable", "reason": "No module"},
+        {"impl": "FLA", "by": "library", "what": "forward+backward", "status": "unavailable", "reason": "No module"},
+    ]
+    path = write(tmp_path, "causal_conv-h200-2026-01-02.json", op_record("causal_conv", [({"T": 64, "D": 8}, results)]))
+    page = report.render(tmp_path)
+    assert f"`{path.as_posix()}`" in page
+    assert "### ops/causal_conv: NVIDIA H200, 2026-01-02" in page
+    assert "T 64, D 8. Copy 4.00 TB/s; `auto` takes `triton`. Allowed error: twice 1.7e-03." in page
+    rows = rows_of(page)
+    assert rows["triton"] == ["1.250 (1.000 to 2.000)", "80%", "2.000 (1.000 to 2.000)", "50%", "1024", "1.7e-03", ""]
+    assert rows["FLA"][-1] == "unavailable: No module"
+
+
+def test_a_record_without_floors_has_no_columns_for_them(tmp_path) -> None:
+    plain = {"impl": "fla", "what": "forward", "median_ms": 1.5, "p20_ms": 1.4, "p80_ms": 1.6}
+    record = op_record("gated_delta_rule", [({"T": 64}, [plain])])
+    for key in ("auto", "ceilings"):
+        del record["configs"][0][key]
+    del record["schema"], record["subject"]
+    write(tmp_path, "gated_delta_rule-h200-2026-01-02.json", record)
+    page = report.render(tmp_path)
+    assert rows_of(page)["fla"] == ["1.500 (1.400 to 1.600)"]
+    assert "of floor" not in page
+
+
+def test_a_training_record_becomes_a_table(tmp_path) -> None:
+    record = a_step_record()
+    record["configs"][0] |= {
+        "gates": [
+            {"name": "token losses", "subject": "deltatune none qkvo", "ok": True, "figure": 1e-3, "limit": 2e-3},
+            {"name": "no host sync", "subject": "deltatune none qkvo", "ok": False, "detail": "item() in the loss"},
+        ],
+        "floor": {"targets": "qkvo", "total_ms": 200.0, "groups": {"gemm": 150.0, "delta rule": 50.0}, "parts": []},
+        "kernels": {
+            "name": "deltatune none qkvo",
+            "step_ms": 250.0,
+            "busy_ms": 240.0,
+            "groups": [
+                {"group": "copy", "ms": 10.0, "launches": 5, "floor_ms": None},
+                {"group": "GEMM", "ms": 180.0, "launches": 300, "floor_ms": 150.0},
+            ],
+            "rows": [],
+        },
+    }
+    write(tmp_path, "train-qwen3.5-2b-h200-2026-01-02.json", record)
+    page = report.render(tmp_path)
+    rows = rows_of(page)
+    assert rows["deltatune none qkvo"] == ["250.0 (249.0 to 251.0)", "65,536", "32.0", "80.0%", "40.0%", "30.0", ""]
+    assert rows["deltatune auto qkvo"][-1] == "takes none"
+    assert "timeout: not compiled \\| after 300 s" in page
+    assert "Arithmetic floor, adapters on qkvo: 200.0 ms (gemm 150.0, delta rule 50.0)." in page
+    assert "kernels run for 240.0 of 250.0 ms" in page
+    assert page.index("| GEMM | 180.0 | 300 | 150.0 |") < page.index("| copy | 10.0 | 5 | - |")
+    assert "2 gates, 1 red:\n\n- deltatune none qkvo: no host sync: item() in the loss" in page
+
+
+def test_the_newest_record_is_shown_and_the_others_are_named(tmp_path) -> None:
+    write(tmp_path, "train-qwen3.5-2b-h200-2026-01-02.json", a_step_record())
+    write(tmp_path, "train-qwen3.5-2b-h200-2026-01-02-2.json", a_step_record())
+    page = report.render(tmp_path)
+    shown, _, earlier = page.partition("### Earlier records")
+    assert "2026-01-02-2.json`;" in shown
+    assert "2026-01-02.json`" not in shown
+    assert "2026-01-02.json`" in earlier
+
+
+def test_the_pages_are_rewritten_between_their_marks(checkout) -> None:
+    write(checkout / "bench" / "records", "train-qwen3.5-2b-h200-2026-01-02.json", a_step_record())
+    assert main(["bench", "report", "--no-plots"]) == 0
+    page = (checkout / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert page.startswith("before\n<!-- records: begin -->\n")
+    assert page.endswith("<!-- records: end -->\nafter\n")
+    assert "old" not in page
+    rows = rows_of((checkout / "README.md").read_text(encoding="utf-8"))
+    assert rows["qwen3.5-2b"] == ["deltatune auto qkvo", "251", "65,275", "32.0", "2.15x"]
+    first = page
+    assert report.main(["--no-plots"]) == 0
+    assert (checkout / "docs" / "performance.md").read_text(encoding="utf-8") == first, "once is enough"
+
+
+@pytest.mark.parametrize("record", [None, a_step_record(tokens=4096), {**a_step_record(), "device": "cpu: x86_64"}])
+def test_the_readme_shows_no_other_figures(checkout, record) -> None:
+    before = (checkout / "README.md").read_text(encoding="utf-8")
+    if record is not None:
+        write(checkout / "bench" / "records", "train-qwen3.5-2b-2026-01-02.json", record)
+    assert main(["bench", "report", "--no-plots"]) == 0
+    assert (checkout / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_elsewhere_it_says_where_to_go(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "report"]) == 2
+    assert "run this in a checkout" in capsys.readouterr().err
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs the marks"):
+        report.with_tables("no marks", "tables")

@@ -1,0 +1,291 @@
+"""The whole flow on a tiny model: gates, timing, floor, profile, record."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltatune.bench import gates, session
+from deltatune.bench.child import COMPILED, in_child
+from deltatune.bench.kernels import GROUPS, group_of
+from deltatune.bench.race import Laps, race
+from deltatune.bench.shapes import SHAPES, build_model
+from deltatune.bench.systems import Adapters, Setting, build_system
+from deltatune.bench.train import add_arguments, plan_of, run
+from deltatune.bench.workload import Workload
+from deltatune.config.errors import UserError
+
+TINY = (
+    "--model tiny --tokens 160 --shortest 20 --longest 60 --steps 2 --rounds 2 --warmup 1 --rank 4 --alpha 8 "
+    "--device cpu --backend none --seed 3"
+)
+
+
+def arguments(more: str, folder: Path | str = "unused") -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([*TINY.split(), "--records", str(folder), *more.split()])
+
+
+def record_of(folder: Path) -> dict:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_a_run_writes_one_record(tmp_path, capsys) -> None:
+    assert run(arguments("--kernels --baselines stock --targets qkvo all", tmp_path)) == 0
+    record = record_of(tmp_path)
+    (config,) = record["configs"]
+    results = {result["name"]: result for result in config["results"]}
+    assert record["ok"] is True
+    assert list(results) == [
+        "stock layer qkvo",
+        "stock none qkvo",
+        "deltatune none qkvo auto",
+        "deltatune layer qkvo auto",
+        "deltatune none all auto",
+        "deltatune layer all auto",
+    ]
+    assert all(result["status"] == "ok" and len(result["samples_ms"]) == 2 for result in results.values())
+    best = results["deltatune none qkvo auto"]
+    assert best["tokens_per_second"] == pytest.approx(160 / best["median_ms"] * 1e3)
+    assert best["of_floor"] == pytest.approx(config["floor"]["total_ms"] / best["median_ms"])
+    assert results["deltatune none all auto"]["of_floor"] is None
+    assert best["peak_bytes"] is None
+    assert best["kernels"]["gated_delta_rule"] == "reference"
+    assert {gate["subject"] for gate in config["gates"]} >= {"stock layer qkvo", "deltatune layer all auto"}
+    assert config["kernels"]["name"].startswith("deltatune")
+    assert capsys.readouterr().out.strip().endswith(".json")
+
+
+def test_a_red_gate_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys) -> None:
+    real = session.observe
+
+    def corrupted(system, batch, documents):
+        found = real(system, batch, documents)
+        if system.prepared is None:
+            return found
+        wrong = {name: -grad for name, grad in found.whole.items()}
+        return gates.Observation(found.token_losses, found.losses, found.gradients, wrong)
+
+    monkeypatch.setattr(session, "observe", corrupted)
+    assert run(arguments("--no-floor --baselines stock --checkpointing none", tmp_path)) == 1
+    record = record_of(tmp_path)
+    results = {result["name"]: result for result in record["configs"][0]["results"]}
+    assert record["ok"] is False
+    assert results["stock none qkvo"]["status"] == "ok"
+    assert results["deltatune none qkvo auto"]["status"] == "red gate"
+    assert "samples_ms" not in results["deltatune none qkvo auto"]
+    assert "RED deltatune none qkvo auto" in capsys.readouterr().out
+
+
+def test_a_stock_path_that_fails_its_gates_stops_everything(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session, "leak_gate", lambda system: gates.Gate("verify", "stock", False, 1.0, 0.0))
+    assert run(arguments("--no-floor --baselines stock", tmp_path)) == 1
+    assert {result["status"] for result in record_of(tmp_path)["configs"][0]["results"]} == {"red gate"}
+
+
+def test_a_truth_that_does_not_fit_leaves_a_record_that_says_so(tmp_path, monkeypatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("needs more than there is")
+
+    monkeypatch.setattr(session, "truth", too_large)
+    assert run(arguments("--no-floor --baselines stock --cold-start", tmp_path)) == 1
+    config = record_of(tmp_path)["configs"][0]
+    assert {result["status"] for result in config["results"]} == {"red gate"}
+    assert [gate["detail"] for gate in config["gates"]] == ["out_of_memory: needs more than there is"]
+
+
+def test_a_system_whose_gates_break_down_loses_only_its_own(tmp_path, monkeypatch) -> None:
+    real = session.observe
+
+    def breaks(system, batch, documents):
+        if system.setting.checkpointing == "layer" and system.prepared is not None:
+            raise KeyError("no such kernel")
+        return real(system, batch, documents)
+
+    monkeypatch.setattr(session, "observe", breaks)
+    args = arguments("--no-floor --checkpointing none layer", tmp_path)
+    args.baselines = []
+    assert run(args) == 0
+    status = {result["name"]: result["status"] for result in record_of(tmp_path)["configs"][0]["results"]}
+    assert status == {"deltatune layer qkvo auto": "failed", "deltatune none qkvo auto": "ok"}
+
+
+def test_shipped_stock_is_timed_and_marked_as_leaking(tmp_path) -> None:
+    args = arguments("--no-floor --checkpointing none", tmp_path)
+    args.baselines = ["stock as shipped"]
+    assert run(args) == 0
+    results = {result["name"]: result for result in record_of(tmp_path)["configs"][0]["results"]}
+    assert results["stock as shipped none qkvo"]["leak_free"] is False
+    assert results["stock as shipped none qkvo"]["status"] == "ok"
+    assert results["deltatune none qkvo auto"]["leak_free"] is True
+
+
+def test_what_cannot_be_built_is_recorded_with_its_reason(tmp_path) -> None:
+    args = arguments("--no-floor --checkpointing 0.5", tmp_path)
+    args.baselines = ["stock"]
+    assert run(args) == 0
+    result = record_of(tmp_path)["configs"][0]["results"][0]
+    assert result["name"] == "deltatune 0.5 qkvo auto"
+    assert result["status"] == "unavailable"
+    assert "needs compile" in result["reason"]
+
+
+def test_the_frontier_sweeps_checkpointing() -> None:
+    plan = plan_of(arguments("--frontier --backend aot_eager"))
+    taken = [setting.checkpointing for setting in plan.settings if setting.system == "deltatune"]
+    assert len(taken) == len(set(taken)) >= 7
+    assert {"none", "layer", "auto"} < set(taken)
+
+
+def test_the_frontier_sweeps_the_first_targets_alone() -> None:
+    plan = plan_of(arguments("--frontier --targets qkvo all --checkpointing layer --backend aot_eager"))
+    assert [s.checkpointing for s in plan.settings if s.targets == "all"] == ["layer"]
+
+
+def test_settings_that_cannot_act_are_refused() -> None:
+    with pytest.raises(UserError, match="half"):
+        plan_of(arguments("--checkpointing half"))
+    with pytest.raises(UserError, match="at least 1"):
+        plan_of(arguments("--rounds 0"))
+
+
+def test_one_document_fills_the_batch() -> None:
+    assert plan_of(arguments("--one-document")).lengths == (160,)
+
+
+def test_systems_take_turns_and_a_failure_loses_only_its_own() -> None:
+    base = build_model(SHAPES["tiny"], torch.device("cpu"), dtype=torch.float32)
+    systems = {name: build_system(Setting("stock"), base, Adapters(rank=4), seed=0) for name in ("good", "bad")}
+
+    def fails(batch: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    systems["bad"].step = fails  # type: ignore[method-assign]
+    laps = race(systems, Workload((30, 18), base.config.vocab_size), warmup=1, steps=4, rounds=2)
+    assert len(laps["good"].samples_ms) == 4
+    assert laps["bad"] == Laps([], 0, ("failed", "RuntimeError: no such kernel"))
+
+
+def test_a_step_trains_nothing_away_and_leaves_no_gradient() -> None:
+    base = build_model(SHAPES["tiny"], torch.device("cpu"), dtype=torch.float32)
+    system = build_system(Setting("stock"), base, Adapters(rank=4))
+    before = {name: p.detach().clone() for name, p in system.model.named_parameters()}
+    system.step(Workload((30, 18), base.config.vocab_size).batch(0))
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in system.model.named_parameters())
+    assert system.static_bytes() > 0
+
+
+SPEC = {
+    "model": "tiny", "layers": 4, "lengths": [30, 18], "seed": 0, "dtype": "float32", "device": "cpu", "rank": 4,
+    "alpha": 8, "adapter_dtype": "float32", "backend": "none", "bound": 1e-3, "warmup": 1, "steps": 2,
+}  # fmt: skip
+
+
+def test_a_compilation_that_takes_too_long_is_recorded_as_such() -> None:
+    found = in_child(Setting(COMPILED), SPEC, limit_seconds=0.1)
+    assert found == {"status": "timeout", "reason": "no first step after 0 s"}
+
+
+def test_a_child_that_fails_gives_its_last_words() -> None:
+    found = in_child(Setting(COMPILED), SPEC | {"model": "no-such-model"}, limit_seconds=120)
+    assert found["status"] == "failed"
+    assert "no-such-model" in found["reason"]
+
+
+def test_a_child_times_its_system(tmp_path) -> None:
+    found = in_child(Setting("deltatune"), SPEC, limit_seconds=120, graph_cache=tmp_path)
+    assert found["status"] == "ok"
+    assert len(found["samples_ms"]) == 2
+    assert found["first_step_seconds"] > 0
+    assert found["gradient_distance"] == 0
+
+
+def test_a_child_whose_gradients_are_off_is_not_timed() -> None:
+    found = in_child(Setting("deltatune"), SPEC | {"bound": -1.0}, limit_seconds=120)
+    assert found["status"] == "red gate"
+    assert "samples_ms" not in found
+
+
+def test_a_cold_start_is_two_more_results(tmp_path) -> None:
+    args = arguments("--no-floor --cold-start --checkpointing none", tmp_path)
+    args.baselines = []
+    assert run(args) == 0
+    results = record_of(tmp_path)["configs"][0]["results"]
+    name = "deltatune none qkvo auto"
+    assert [result["name"] for result in results] == [name, f"{name}, caches cold", f"{name}, caches warm"]
+    assert [result.get("caches") for result in results] == [None, "cold", "warm"]
+    assert {result["status"] for result in results} == {"ok"}
+
+
+def test_a_cold_start_of_another_depth_is_a_configuration_of_its_own(tmp_path) -> None:
+    args = arguments("--no-floor --cold-start 8 --checkpointing none", tmp_path)
+    args.baselines = []
+    assert run(args) == 0
+    first, second = record_of(tmp_path)["configs"]
+    assert [len(config["results"]) for config in (first, second)] == [1, 2]
+    assert (first["config"]["layers"], second["config"]["layers"]) == (4, 8)
+    assert all(result["first_step_seconds"] > 0 for result in second["results"])
+
+
+def test_adapters_inside_the_base_products_pass_the_same_gates(tmp_path) -> None:
+    args = arguments("--no-floor --checkpointing none layer --lora fused stock --targets qkvo all", tmp_path)
+    args.baselines = []
+    assert run(args) == 0
+    results = {result["name"]: result for result in record_of(tmp_path)["configs"][0]["results"]}
+    assert len(results) == 8
+    assert {result["status"] for result in results.values()} == {"ok"}
+    assert results["deltatune none qkvo fused"]["lora_layers"] == {"fused": 4}
+    assert results["deltatune none all stock"]["lora_layers"] == {"stock": 31}
+
+
+def test_long_documents_are_held_to_the_truth_on_shorter_ones(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session, "_LONGEST_TRUTH", 100)
+    args = arguments("--one-document --no-floor --checkpointing none", tmp_path)
+    args.baselines = ["stock"]
+    assert run(args) == 0
+    config = record_of(tmp_path)["configs"][0]
+    assert config["config"]["lengths"] == [160]
+    assert all(result["status"] == "ok" for result in config["results"])
+    against = [gate["detail"] for gate in config["gates"] if gate["name"] == "token losses against the stock path"]
+    assert against == ["document 0 of 1"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTT", "GEMM"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_kernel", "attention"),
+        ("causal_conv1d_fwd_kernel", "convolution"),
+        ("triton_poi_fused_mul_silu_3", "norm and elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "norm and elementwise"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("liger_cross_entropy_kernel", "cross-entropy"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("triton_poi_fused__to_copy_add_constant_pad_nd_ge_mul_select_silu_1", "convolution"),
+        ("void pytorch_flash::flash_bwd_convert_dq_kernel", "attention"),
+        ("tilelang_fused_chunk_gdr_bwd_kernel_kernel", "delta rule"),
+        ("who knows", "other"),
+    ],
+)
+def test_kernels_find_their_group(kernel: str, group: str) -> None:
+    assert group_of(kernel) == group
+    assert group in GROUPS
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op", "group"),
+    [
+        ("_forward", "deltatune::causal_conv", "convolution"),
+        ("_forward", "deltatune::rms_norm_rope", "norm and elementwise"),
+        ("_backward", "deltatune::gated_delta_rule_backward", "delta rule"),
+        ("nvjet_tst_256x128", "deltatune::linear_cross_entropy", "GEMM"),
+        ("_exponentials", "deltatune::linear_cross_entropy", "cross-entropy"),
+        ("who knows", "deltatune::lora_fill_border", "other"),
+    ],
+)
+def test_kernels_of_our_ops_go_by_the_op(kernel: str, op: str, group: str) -> None:
+    assert group_of(kernel, op) == group
