@@ -53,15 +53,18 @@ def test_a_record_is_never_overwritten(tmp_path) -> None:
 
 
 def test_the_head_says_what_ran() -> None:
-    found = head("ops/causal_conv", "causal_conv", "method", CPU, argv=["x"], commit="c0ffee")
+    found = head(
+        "ops/causal_conv", "causal_conv", "method", CPU, argv=["bench", "--records", "here", "--op"], commit="c0ffee"
+    )
     assert found["commit"] == "c0ffee"
     assert len(found["source_sha256"]) == 64
     assert found["versions"]["torch"] == torch.__version__
-    assert found["argv"] == ["x"]
+    assert found["argv"] == ["bench", "--op"]
+    assert found["dirty"] is None
 
 
 def test_a_record_holds_no_figure_that_is_not_finite(tmp_path) -> None:
-    record = head("train", "tiny", "method", CPU) | {"figure": float("nan")}
+    record = head("train", "tiny", "method", CPU, argv=["bench"]) | {"figure": float("nan")}
     with pytest.raises(ValueError, match="JSON compliant"):
         write_record(record, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,8 @@ TINY = (
 def arguments(more: str, folder: Path | str = "unused") -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args([*TINY.split(), "--records", str(folder), *more.split()])
+    words = [*TINY.split(), "--records", str(folder), *more.split()]
+    return parser.parse_args(words, argparse.Namespace(argv=["deltatune", "bench", "train", *words]))
 
 
 def record_of(folder: Path) -> dict:

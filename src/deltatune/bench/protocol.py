@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,7 +236,7 @@ def head(
     method: str,
     device: torch.device,
     *,
-    argv: Sequence[str] | None = None,
+    argv: Sequence[str],
     commit: str | None = None,
 ) -> dict[str, Any]:
     """What every record begins with: what ran, on what, of which source; ``configs`` comes after it.
@@ -247,8 +246,9 @@ def head(
         subject: the model or the op.
         method: how the figures were taken, in words.
         device: where.
-        argv: the command line; that of this process by default.
-        commit: of the source, for a machine that has the files without their history; read from git by default.
+        argv: the command line; where it put the record is left out.
+        commit: of the source, for a machine that has the files without their history, where ``source_sha256`` alone
+            says whether they are that commit's; read from git by default.
     """
     found, dirty = source_state()
     return {
@@ -258,12 +258,20 @@ def head(
         "device": device_name(device),
         "versions": versions(),
         "commit": commit or found,
-        "dirty": dirty,
+        "dirty": dirty if commit is None else None,
         "source_sha256": source_digest(),
         "date": datetime.now(UTC).date().isoformat(),
-        "argv": list(sys.argv if argv is None else argv),
+        "argv": _without_folder(argv),
         "method": method,
     }
+
+
+def _without_folder(argv: Sequence[str]) -> list[str]:
+    kept = [word for word in argv if not word.startswith("--records=")]
+    if "--records" in kept:
+        at = kept.index("--records")
+        del kept[at : at + 2]
+    return kept
 
 
 def write_record(record: Mapping[str, Any], folder: Path = RECORDS) -> Path:

@@ -50,11 +50,15 @@ def of_floor(record: Record) -> Figure | None:
 
 
 def same_memory(record: Record) -> Figure | None:
-    """Leak-free stock with layer checkpointing over the fastest of ours that needs no more memory."""
+    """Leak-free stock with layer checkpointing over the fastest of ours in no more memory; 0 where all need more."""
 
     def ratios(config: _Config) -> Iterator[tuple[float, str]]:
         for stock in _stock_layer(config):
-            fitting = [r for r in _ours(config) if (r["peak_bytes"] or 0) <= (stock["peak_bytes"] or 0)]
+            ours, room = _ours(config), stock["peak_bytes"] or 0
+            fitting = [r for r in ours if (r["peak_bytes"] or 0) <= room]
+            if ours and not fitting:
+                least = min(r["peak_bytes"] or 0 for r in ours)
+                yield 0.0, f"the least of ours takes {least / 2**30:.2f} GiB, stock {room / 2**30:.2f}"
             yield from _named(fitting, lambda r, stock=stock: stock["median_ms"] / r["median_ms"])  # type: ignore[misc]
 
     return _best(record, ratios, max)

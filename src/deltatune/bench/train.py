@@ -167,7 +167,7 @@ def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str,
         if result.get("model_flops"):
             rate = result["model_flops"] / (result["median_ms"] / 1e3)
             result["mfu_measured"] = rate / ceilings["gemm_flops_per_second"]
-    top = head(kind, plan.shape.name, _METHOD, plan.device, commit=args.commit)
+    top = head(kind, plan.shape.name, _METHOD, plan.device, argv=args.argv, commit=args.commit)
     return top | {"ok": session.ok, "configs": [config, *_cold_starts(config, plan, session)]}
 
 
