@@ -28,7 +28,7 @@ _PATTERNS: Final[tuple[tuple[str, str], ...]] = (
     ("norm and elementwise", r"^triton_|rms_norm|layer_norm|rope|l2_?norm|swiglu"),
     ("attention", r"flash|fmha"),
     ("delta rule", r"gdr|gated_delta|delta_rule|kkt|prepare_h|chunk_(fwd|bwd|scaled|local|delta)|solve_tril|wy_"),
-    ("cross-entropy", r"cross_entropy|exponentials|logits_gradient|softmax|nll_loss"),
+    ("cross-entropy", r"cross_entropy|^_(powers|settle|hidden_gradient|gradients|label_logits)|softmax|nll_loss"),
     ("optimizer", r"adam"),
     ("GEMM", r"gemm|nvjet|cutlass|cublas|splitk|xmma|wgmma"),
     ("copy", r"memcpy|memset|copy|catarray"),
