@@ -1,0 +1,114 @@
+"""Decoders without a family of their own: attention through transformers' interface, refusals by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from deltatune import Sequences, prepare
+from tiny import documents
+
+LENGTHS = [5, 1, 30, 7]
+
+
+def packed_call(**extra: Any) -> dict[str, Any]:
+    return {"input_ids": torch.cat(documents(LENGTHS))[None], "sequences": Sequences.from_lengths(LENGTHS), **extra}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_another_dense_decoder(kind: str) -> None:
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    extra = {"sliding_window": 6} if kind == "mistral" else {}
+    config = transformers.AutoConfig.for_model(kind, **values, **extra)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    stock = copy.deepcopy(model)
+    prepared = prepare(model)
+    assert prepared.report.family == "any"
+    packed = model(**packed_call()).logits[0].split(LENGTHS)
+    for part, doc in zip(packed, documents(LENGTHS), strict=True):
+        torch.testing.assert_close(part, stock(doc[None], use_cache=False).logits[0], rtol=1e-4, atol=1e-5)
+    tokens = torch.stack(documents([12, 12]))
+    generate = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    generate["attention_mask"] = torch.ones_like(tokens)
+    assert torch.equal(model.generate(tokens, **generate), stock.generate(tokens, **generate))
+    prepared.revert()
+    assert model.config._attn_implementation == stock.config._attn_implementation
+
+
+def dense(kind: str, **changes: Any) -> Any:
+    """A tiny decoder of a family without own layers."""
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, **changes}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("gemma2", {}, "soft-capped"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "not causal"),
+    ],
+)
+def test_attention_that_cannot_be_honoured_is_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(dense(kind, **changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("nemotron", {}, "do not hand their keyword arguments on"),
+        ("phimoe", {"sliding_window": 5, "num_local_experts": 2}, "only a mask expresses"),
+    ],
+)
+def test_boundaries_that_get_lost_on_the_way_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    model = dense(kind, **changes)
+    prepare(model)
+    with pytest.raises(ValueError, match=message):
+        model(**packed_call())
+
+
+def test_a_capped_head_is_known_while_its_logits_are_small() -> None:
+    stock = dense("gemma2", attn_logit_softcapping=None, final_logit_softcapping=5.0)
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (tokens,) = documents([20])
+    for m in (stock, model):
+        m(tokens[None], labels=tokens[None])
+        with torch.no_grad():
+            m.lm_head.weight.mul_(400)
+    call = {"input_ids": tokens[None], "labels": tokens[None], "use_cache": False}
+    torch.testing.assert_close(model(**call).loss, stock(**call).loss, rtol=1e-5, atol=0)
+
+
+def test_two_models_may_share_a_config() -> None:
+    config = dense("llama").config
+    first, second = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    before = config._attn_implementation
+    prepared = prepare(first)
+    assert config._attn_implementation == before
+    assert second.model.config is config
+    kept = prepare(second)
+    expected = second(**packed_call()).logits
+    prepared.revert()
+    assert torch.equal(second(**packed_call()).logits, expected)
+    kept.revert()
+    assert second.model.config is config
+
+
+def test_another_attention_set_afterwards_is_refused() -> None:
+    model = dense("llama")
+    prepare(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="prepare\\(model\\) again"):
+        model(**packed_call())
+    prepare(model)
+    model(**packed_call())
