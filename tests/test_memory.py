@@ -116,7 +116,7 @@ def test_auto_takes_the_least_recomputation_that_fits(
     model = tiny_model("qwen3_5", layers=8)
     fits = 0 if room is None else estimate_memory(model, tokens_per_batch=512, checkpointing=room).total
     monkeypatch.setattr(memory, "device_memory", lambda device: int(fits / 0.9) + 2)
-    setting, reason = choose_checkpointing(
+    setting, _, reason = choose_checkpointing(
         model, tokens_per_batch=512, optimizer="adamw_torch_fused", compiled=compiled, device=CPU
     )
     assert setting == expected

@@ -367,7 +367,9 @@ def _unique_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize
+    """What lies on this device: a sharded tensor's own share."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return int(local.numel() * tensor.dtype.itemsize)
 
 
 def _widest_share(model: nn.Module) -> torch.dtype:

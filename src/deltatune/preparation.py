@@ -81,7 +81,12 @@ class Prepared:
         return None if self._state.auto is None else self._state.auto.choice
 
     def decide_checkpointing(
-        self, tokens: int, *, optimizer: str = "adamw_torch_fused", compute_dtype: torch.dtype | None = None
+        self,
+        tokens: int,
+        *,
+        optimizer: str = "adamw_torch_fused",
+        compute_dtype: torch.dtype | None = None,
+        accumulates: bool = False,
     ) -> Choice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
@@ -89,10 +94,11 @@ class Prepared:
             tokens: of a batch.
             optimizer: transformers' name of the one that will train.
             compute_dtype: of activations where autocast makes it another than the weights'.
+            accumulates: gradients of several batches are summed before a step of the optimizer.
         """
         if self._state.auto is None:
             return None
-        self._state.auto = AutoCheckpointing(optimizer, compute_dtype)
+        self._state.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype)
         decide_for(_base(self.model), tokens)
         return self.auto_checkpointing
 

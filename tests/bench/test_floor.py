@@ -91,7 +91,7 @@ def test_the_floor_is_the_sum_of_its_parts() -> None:
     assert floor is not None
     assert floor.first_trained_layer == 3
     assert floor.total_ms == pytest.approx(sum(floor.groups.values()))
-    assert {"GEMM", "delta rule", "attention", "convolution", "cross-entropy", "optimizer"} <= set(floor.groups)
+    assert {"GEMM", "delta rule", "attention", "convolution", "optimizer"} <= set(floor.groups)
     assert all(part.ms > 0 for part in floor.parts if part.count)
     plain = floor.to_dict()
     assert plain["total_ms"] == floor.total_ms

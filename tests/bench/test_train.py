@@ -82,6 +82,41 @@ def test_a_red_gate_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys
     assert "RED deltatune none qkvo auto" in capsys.readouterr().out
 
 
+def test_a_leak_closes_every_setting_of_the_same_modules(tmp_path, monkeypatch) -> None:
+    real = session.leak_gate
+
+    def ours_leaks(system):
+        return real(system) if system.prepared is None else gates.Gate("verify", system.setting.name, False, 1.0, 0.0)
+
+    monkeypatch.setattr(session, "leak_gate", ours_leaks)
+    assert run(arguments("--no-floor --baselines stock --checkpointing none layer", tmp_path)) == 1
+    results = {result["name"]: result["status"] for result in record_of(tmp_path)["configs"][0]["results"]}
+    assert results["deltatune none qkvo auto"] == results["deltatune layer qkvo auto"] == "red gate"
+
+
+def test_graphs_that_keep_old_adapters_are_not_timed(tmp_path, monkeypatch) -> None:
+    from deltatune.layers.lora_group import LoraGroup
+
+    monkeypatch.setattr(LoraGroup, "sync", _once(LoraGroup.sync))
+    options = "--no-floor --baselines stock --checkpointing none --lora fused --backend aot_eager --dtype bfloat16"
+    assert run(arguments(options, tmp_path)) == 1
+    record = record_of(tmp_path)
+    red = {gate["name"] for gate in record["configs"][0]["gates"] if not gate["ok"]}
+    assert any("adapters moved" in name for name in red)
+
+
+def _once(sync):
+    """Brings operands in step the first time, and eager layers always: what a hook that went missing would do."""
+    seen = set()
+
+    def run_once(group):
+        if id(group) not in seen or group.layers[0]._deltatune.compile is None:
+            seen.add(id(group))
+            sync(group)
+
+    return run_once
+
+
 def test_a_stock_path_that_fails_its_gates_stops_everything(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(session, "leak_gate", lambda system: gates.Gate("verify", "stock", False, 1.0, 0.0))
     assert run(arguments("--no-floor --baselines stock", tmp_path)) == 1

@@ -131,6 +131,26 @@ def test_deciding_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_gradients_that_are_summed_count_from_the_start() -> None:
+    model = tiny_model("qwen3_5", layers=2).train()
+    prepared = prepare(model, compile=TRACED, checkpointing="auto")
+    alone, summed = (prepared.decide_checkpointing(96, accumulates=accumulates) for accumulates in (False, True))
+    train(model)
+    seen = prepared.decide_checkpointing(96)
+    assert alone is not None
+    assert summed is not None
+    assert seen is not None
+    assert alone.predicted_bytes < summed.predicted_bytes == seen.predicted_bytes
+
+
+def test_modules_in_evaluation_stay_so() -> None:
+    model = adapted()
+    model.get_base_model().model.layers[0].eval()
+    prepare(model, compile=TRACED, checkpointing="auto").decide_checkpointing(96)
+    assert not model.get_base_model().model.layers[0].training
+    assert model.get_base_model().model.layers[1].training
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("setting", ["none", 0.5, "layer"])

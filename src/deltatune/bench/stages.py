@@ -67,8 +67,6 @@ def elementwise_stages(config: Any, *, first_trained: int, item: int = 2) -> Ite
         yield from _delta_rule_stages(config, linear, kinds[first_trained:].count("linear_attention"), item)
     if layers - linear:
         yield from _attention_stages(config, layers - linear, kinds[first_trained:].count("full_attention"), item)
-    # reads logits, writes their gradient
-    yield Stage("cross-entropy", "cross-entropy", 2 * config.vocab_size * item, 0, 1, 0)
 
 
 def _delta_rule_stages(config: Any, count: int, needed: int, item: int) -> Iterator[Stage]:

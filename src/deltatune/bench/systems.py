@@ -21,6 +21,7 @@ from deltatune.bench.workload import Batch
 from deltatune.compile import CompileOptions
 from deltatune.layers.decoder import catch_hidden
 from deltatune.memory import Choice
+from deltatune.ops._lora_linear.api import Operands
 from deltatune.preparation import Prepared, prepare
 from deltatune.verification.untouched import compiled_as
 
@@ -175,8 +176,16 @@ class System:
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.model.parameters()
         yield from self.model.buffers()
+        for layer in self._base.get_decoder().layers:
+            for group in layer.__dict__.get("_lora_groups", ()):
+                if group.operands is not None:
+                    yield from _operand_tensors(group.operands)
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _operand_tensors(operands: Operands) -> Iterator[Tensor]:
+    yield from (operands.down, operands.rows, operands.scale, *operands.bordered, *operands.up)
 
 
 def build_system(

@@ -218,7 +218,7 @@ def _stock_layer(config: _Config) -> list[_Result]:
 
 
 def _cold(config: _Config, *, warm: bool) -> list[_Result]:
-    return [r for r in _ours(config, None) if (r.get("caches") == "warm") == warm]
+    return [r for r in _ours(config, None) if r.get("caches") == ("warm" if warm else "cold")]
 
 
 def _named(results: Sequence[_Result], value: Callable[[_Result], float | int | None]) -> Iterator[tuple[float, str]]:

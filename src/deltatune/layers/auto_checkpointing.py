@@ -37,12 +37,14 @@ class AutoCheckpointing:
 
     Attributes:
         optimizer: transformers' name of the optimizer that will train.
+        accumulates: whether gradients of earlier batches are there while a batch runs.
         compute_dtype: of activations under autocast; None for the weights' own.
         tokens: of the batch it was decided for; a larger one is decided for again.
         choice: the setting, its predicted peak, and why; None before the first training forward.
     """
 
     optimizer: str = "adamw_torch_fused"
+    accumulates: bool = False
     compute_dtype: torch.dtype | None = None
     tokens: int = 0
     choice: Choice | None = None
@@ -65,7 +67,7 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
         return
     token = _whole_model.set(model)
     try:
-        if state.compile is None or state.compile.scope != "layer":
+        if state.compile is None or state.compile.scope != "layer" or _is_sharded(model):
             _decide(state, tokens, _from_shapes(model, state, tokens))
             yield
             return
@@ -91,7 +93,7 @@ def decide_for(model: Any, tokens: int) -> None:
 
     first = model.get_decoder().layers[0]
     device = next(model.parameters()).device
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
         with torch.enable_grad(), deciding(model, tokens):
@@ -104,7 +106,8 @@ def decide_for(model: Any, tokens: int) -> None:
             finally:
                 handle.remove()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 class _LeftError(Exception):
@@ -135,6 +138,7 @@ def _from_graphs(model: Any, state: ModelState, tokens: int, args: tuple[Any, ..
     """``args`` and ``kwargs``: of the first layer's call."""
     assert state.auto is not None
     settings = candidate_settings(compiled=True)
+    accumulates = state.auto.accumulates or any(parameter.grad is not None for parameter in model.parameters())
     layers = _layer_memories(model.get_decoder(), state, settings, args, kwargs)
     predicted = {
         setting: estimate_traced_memory(
@@ -143,6 +147,7 @@ def _from_graphs(model: Any, state: ModelState, tokens: int, args: tuple[Any, ..
             tokens_per_batch=tokens,
             optimizer=state.auto.optimizer,
             compute_dtype=state.auto.compute_dtype,
+            accumulates=accumulates,
         ).total
         for setting in settings
     }
@@ -166,15 +171,31 @@ def _layer_memories(
             continue
         label = layer_label(layer)
         if label not in traced:
-            for group in layer.__dict__.get("_lora_groups", ()):
-                group.sync()
-            forward = stock_class(layer).forward
-            with _autocast(leaf, state.auto):
-                traced[label] = trace_layer(
-                    forward, layer, (leaf, *args[1:]), kwargs, settings=settings, options=state.compile
-                )
+            traced[label] = _traced(layer, state, settings, (leaf, *args[1:]), kwargs)
         found.append(traced[label])
     return found
+
+
+def _traced(
+    layer: nn.Module, state: ModelState, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Setting, LayerMemory]:
+    """The layer as its graph will be: with its adapters in step, and as one of ours."""
+    for group in layer.__dict__.get("_lora_groups", ()):
+        group.sync()
+    state.in_own_graph = True
+    try:
+        with _autocast(args[0], state.auto):
+            return trace_layer(
+                stock_class(layer).forward, layer, args, kwargs, settings=settings, options=state.compile
+            )
+    finally:
+        state.in_own_graph = False
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _autocast(like: Tensor, auto: AutoCheckpointing | None) -> Any:

@@ -19,7 +19,7 @@ from deltatune.layers import attention_interface
 from deltatune.layers.auto_checkpointing import deciding, layer_label
 from deltatune.layers.cached import is_cached_call, stock_path
 from deltatune.layers.capture import keep_capture_hooks_outside
-from deltatune.layers.reclass import Swapped, named_forward, stock_class
+from deltatune.layers.reclass import ModelState, Swapped, named_forward, stock_class
 from deltatune.sequences import Sequences
 
 __all__ = ["TWICE", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
@@ -52,18 +52,31 @@ class DecoderLayer(Swapped):
         if state.checkpointing != "none" and getattr(self, "gradient_checkpointing", False):
             raise ValueError(TWICE)
         kwargs["sequences"] = sequences
-        if state.compile is not None and state.compile.scope == "layer":
-            graphs = graphs_of(state, state.compile, state.checkpointing)
+        if state.compile is not None and state.compile.scope == "layer" and not torch.compiler.is_compiling():
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
                 if not any(parameter.requires_grad for parameter in self.parameters()):
                     with torch.no_grad():
-                        return graphs.run(layer_label(self) + FROZEN, forward, self, hidden_states, *args, **kwargs)
+                        return _run_graph(
+                            state, layer_label(self) + FROZEN, forward, self, hidden_states, *args, **kwargs
+                        )
                 # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
                 hidden_states = hidden_states.detach().requires_grad_()
-            return graphs.run(layer_label(self), forward, self, hidden_states, *args, **kwargs)
+            return _run_graph(state, layer_label(self), forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
         return forward(self, hidden_states, *args, **kwargs)
+
+
+def _run_graph(
+    state: ModelState, label: str, forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    assert state.compile is not None
+    state.in_own_graph = True
+    try:
+        graphs = graphs_of(state, state.compile, state.checkpointing)
+        return graphs.run(label, forward, module, *args, **kwargs)
+    finally:
+        state.in_own_graph = False
 
 
 class TextModel(Swapped):
@@ -119,13 +132,12 @@ class TextModel(Swapped):
 
     def _run(self, call: dict[str, Any]) -> Any:
         state = self._deltatune
-        if state.compile is None:
+        if state.compile is None or torch.compiler.is_compiling():
             return super().forward(**call)
         keep_capture_hooks_outside(self, call, state.compile.scope)
         if state.compile.scope == "layer":
             return super().forward(**call)
-        graphs = graphs_of(state, state.compile, state.checkpointing)
-        return graphs.run("text_model", stock_class(self).forward, self, **call)
+        return _run_graph(state, "text_model", stock_class(self).forward, self, **call)
 
     def _no_mask(self, device: torch.device) -> Any:
         """What the stock text model takes as a finished mask; our attention reads boundaries instead."""

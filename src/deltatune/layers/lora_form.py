@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BESIDE", "FUSED", "STOCK", "Form", "active_adapters", "form_of", "is_lora_linear"]
+__all__ = ["BESIDE", "FUSED", "STOCK", "Form", "active_adapters", "form_of", "is_hooked", "is_lora_linear"]
 
 FUSED = "fused"
 BESIDE = "beside"
@@ -92,7 +92,7 @@ def _stock_reason(layer: Any, names: tuple[str, ...], *, planned: bool) -> str |
 def _adapter_reason(module: nn.Module, base: torch.Tensor) -> str | None:
     if type(module) is not nn.Linear:
         return f"an adapter is a {type(module).__name__}"
-    if _is_hooked(module):
+    if is_hooked(module):
         return "hooks on the adapters (offload, or a tool's own)"
     weight = module.weight
     if hasattr(weight, "ds_id"):
@@ -118,7 +118,7 @@ def _beside_reason(layer: Any, names: tuple[str, ...]) -> str | None:
         return f"the base weight is {_name(weight.dtype)}"
     if weight.requires_grad:
         return "the base weight trains"
-    if _is_hooked(base):
+    if is_hooked(base):
         return "hooks on the base layer (offload, or a tool's own)"
     if any(
         type(module.weight) is not nn.Parameter for name in names for module in (layer.lora_A[name], layer.lora_B[name])
@@ -127,7 +127,7 @@ def _beside_reason(layer: Any, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its product."""
     own = module.__dict__
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

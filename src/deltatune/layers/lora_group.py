@@ -68,12 +68,22 @@ class LoraGroup:
 
     def sync(self) -> None:
         """Brings forms and operands in step with the layers; called outside compiled graphs, before the layers run."""
-        seen = (torch.is_grad_enabled(), *map(_identity, self.layers))
+        seen = self._identities()
         if seen != self._seen:
             self._settle()
-            self._seen = (torch.is_grad_enabled(), *map(_identity, self.layers))
+            self._seen = self._identities()
         if self._refresh is not None:
             self._refresh.run(*self._adapters(range(len(self.fused))), self._scales)
+
+    def _identities(self) -> tuple[Any, ...]:
+        """What forms and operands depend on; a deleted adapter counts even where another is active."""
+        return (torch.is_grad_enabled(), *map(_identity, self.layers), self._adapters_are_there())
+
+    def _adapters_are_there(self) -> bool:
+        if self.layout is None:
+            return True
+        slots = zip(self.layout.slots, self.names, strict=True)
+        return all(name in self.fused[slot.target].lora_A for slot, name in slots)
 
     def run(self, x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
         """The outputs of some of the fused layers, in the group's order, for one input ``[..., K]``."""
@@ -165,11 +175,12 @@ class LoraGroup:
         """Whether the operands still hold the weights of all they were made for, and the adapters are still there."""
         assert self.operands is not None
         assert self.layout is not None
-        return all(
-            is_inside(layer.base_layer.weight, buffer)
-            for layer, buffer in zip(self.fused, self.operands.bordered, strict=True)
-        ) and all(
-            name in self.fused[slot.target].lora_A for slot, name in zip(self.layout.slots, self.names, strict=True)
+        return (
+            all(
+                is_inside(layer.base_layer.weight, buffer)
+                for layer, buffer in zip(self.fused, self.operands.bordered, strict=True)
+            )
+            and self._adapters_are_there()
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.layers.lora_form import BESIDE, FUSED, STOCK, active_adapters
+from deltatune.layers.lora_form import BESIDE, FUSED, STOCK, active_adapters, is_hooked
 from deltatune.layers.lora_group import LoraGroup
 from deltatune.layers.reclass import Swapped
 from deltatune.ops._lora_linear.low_rank import low_rank
@@ -54,6 +54,8 @@ class LoRALinear(Swapped):
 
     def form_of_call(self, x: Tensor, *args: Any, **kwargs: Any) -> str:
         """How this call runs."""
+        if torch.compiler.is_compiling() and not self._deltatune.in_own_graph:
+            return STOCK  # nothing would bring the operands in step before a graph that is not ours runs
         if args or kwargs or self._disable_adapters or self.merged_adapters or self._deltatune.cached:
             return STOCK
         if self._lora_form == FUSED and _compute_dtype(x) != self.base_layer.weight.dtype:
@@ -134,7 +136,7 @@ def _joined(x: Tensor, layers: tuple[nn.Module, ...]) -> list[int]:
     found: list[int] = []
     group = None
     for place, layer in enumerate(layers):
-        if not isinstance(layer, LoRALinear) or layer._forward_hooks or layer._forward_pre_hooks:
+        if not isinstance(layer, LoRALinear) or is_hooked(layer):
             continue
         if group is None:
             group = layer._lora_group

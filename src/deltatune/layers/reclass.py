@@ -36,6 +36,8 @@ class ModelState:
         stock_config: the text model's own config, where a copy that names our attention stands in for it.
         stock_attention: the implementation that config named when the model was prepared.
         cached: True while a call with a key-value cache runs, which keeps the stock path whole.
+        in_own_graph: True while a graph of ours runs or is traced; one that another compiles around the model does not
+            bring adapters in step.
         auto: an ``AutoCheckpointing``, which decides ``checkpointing``; None where the setting was given.
     """
 
@@ -49,6 +51,7 @@ class ModelState:
     stock_config: Any = None
     stock_attention: str | None = None
     cached: bool = False
+    in_own_graph: bool = False
     auto: Any = None
 
 

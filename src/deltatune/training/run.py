@@ -148,7 +148,10 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
         model.to(arguments.device)
     prepared = prepare_by_recipe(recipe, model, checkpointing)
     choice = prepared.decide_checkpointing(
-        recipe.packing.tokens_per_batch, optimizer=recipe.training.optim, compute_dtype=autocast_dtype(arguments)
+        recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        compute_dtype=autocast_dtype(arguments),
+        accumulates=arguments.gradient_accumulation_steps > 1,
     )
     console.out(str(prepared.report), highlight=False)
     if reason is not None:
@@ -225,6 +228,9 @@ def _verify(run: Run, console: Console) -> VerifyReport | None:
     if section.tolerance is not None:
         given["tolerance"] = section.tolerance
     report = verify(run.model, **given)
+    if run.arguments.fsdp or run.arguments.deepspeed:
+        # the probe ran the model, and what shards it wants weights in storage of their own
+        run.prepared.release_adapters()
     console.out(str(report), highlight=False)
     if not report.ok:
         raise UserError(f"verify: {report.verdict}; nothing was trained")

@@ -8,6 +8,7 @@ Opaque, because the loop over chunks would otherwise be unrolled into the graph 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _kernel(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = blocked.loss_and_gradients if impl == "triton" else reference.loss_and_gradients
-    with without_autocast(hidden):
+    with without_autocast(hidden), torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
         return compute(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
 
 

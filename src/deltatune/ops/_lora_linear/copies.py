@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -31,9 +32,10 @@ class Copies:
         if key != self._key:
             self._build(matrices)
             self._key = key
-        _kernel[(len(matrices), self._tiles)](
-            self._table, self._scales, _DTYPES[source.dtype], _DTYPES[target.dtype], _FIELDS, _BLOCK
-        )
+        with torch.cuda.device(target.device.index) if target.is_cuda else nullcontext():
+            _kernel[(len(matrices), self._tiles)](
+                self._table, self._scales, _DTYPES[source.dtype], _DTYPES[target.dtype], _FIELDS, _BLOCK
+            )
 
     def _build(self, matrices: Sequence[tuple[Tensor, Tensor, float]]) -> None:
         device = matrices[0][1].device
