@@ -38,6 +38,14 @@ def a_step_record(**more):
     return training_record(results, **more)
 
 
+@pytest.mark.parametrize(
+    ("dirty", "says"), [(None, "commit c0ffee1;"), (True, "commit c0ffee1 with changes that are not in it;")]
+)
+def test_a_page_says_which_source_was_measured(tmp_path, dirty, says) -> None:
+    write(tmp_path, "train.json", a_step_record() | {"commit": "c0ffee1234", "dirty": dirty})
+    assert says in report.render(tmp_path)
+
+
 def test_a_record_of_an_op_becomes_a_table(tmp_path) -> None:
     results = [
         op_result("triton", "forward", 0.8),

@@ -29,8 +29,15 @@ def heading(record: Record) -> list[str]:
         f"### {record.kind}{'' if record.kind.startswith('ops/') else f' of {record.subject}'}: "
         f"{record.device}, {record.data['date']}",
         "",
-        f"`{record.path.as_posix()}`; {versions}. Times are {method}: median (p20 to p80), ms.",
+        f"`{record.path.as_posix()}`; {_source(record)}; {versions}. Times are {method}: median (p20 to p80), ms.",
     ]
+
+
+def _source(record: Record) -> str:
+    """The commit that was measured, and whether what ran was more than that."""
+    commit = str(record.data.get("commit") or "unknown")[:7]
+    changed = record.data.get("dirty") or record.data.get("worktree")
+    return f"commit {commit} with changes that are not in it" if changed else f"commit {commit}"
 
 
 def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
