@@ -91,7 +91,12 @@ def test_a_training_record_becomes_a_table(tmp_path) -> None:
                 {"group": "copy", "ms": 10.0, "launches": 5, "floor_ms": None},
                 {"group": "GEMM", "ms": 180.0, "launches": 300, "floor_ms": 150.0},
             ],
-            "rows": [],
+            "rows": [
+                {"kernel": "Memcpy DtoD", "op": None, "group": "copy", "ms": 10.0, "launches": 5},
+                {"kernel": "nvjet_sm90", "op": None, "group": "GEMM", "ms": 180.0, "launches": 300},
+                # a group of its own once, by the name of today another one
+                {"kernel": "_powers", "op": None, "group": "other", "ms": 20.0, "launches": 8},
+            ],
         },
     }
     write(tmp_path, "train-qwen3.5-2b-h200-2026-01-02.json", record)
@@ -103,6 +108,7 @@ def test_a_training_record_becomes_a_table(tmp_path) -> None:
     assert "Arithmetic floor, adapters on qkvo: 200.0 ms (gemm 150.0, delta rule 50.0)." in page
     assert "kernels run for 240.0 of 250.0 ms" in page
     assert page.index("| GEMM | 180.0 | 300 | 150.0 |") < page.index("| copy | 10.0 | 5 | - |")
+    assert "| cross-entropy | 20.0 | 8 | - |" in page
     assert "2 gates, 1 red:\n\n- deltatune none qkvo: no host sync: item() in the loss" in page
 
 

@@ -24,7 +24,8 @@ LEAK_FREE: Final = (
     "(FlashQLA where it is installed); FLA's own variable-length Triton convolution called in place of transformers' "
     "torch one; torch.nn.attention.varlen through AttentionInterface with a mask function that builds nothing; "
     "Liger's fused linear cross-entropy; PEFT's LoRA layers; AdamW(fused=True); layer checkpointing by "
-    "gradient_checkpointing_enable(use_reentrant=False), or none"
+    "gradient_checkpointing_enable(use_reentrant=False), which also makes the embeddings require a gradient, so that "
+    "every layer has a backward; or none"
 )
 """The leak-free stock baseline in words, as records carry it."""
 

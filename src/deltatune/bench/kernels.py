@@ -10,7 +10,7 @@ import torch
 
 from deltatune.bench.protocol import synchronize
 
-__all__ = ["GROUPS", "group_of", "kernel_table"]
+__all__ = ["GROUPS", "group_of", "kernel_table", "regrouped"]
 
 _OP: Final = "deltatune::"
 # The first group with a pattern in the name of one of our ops is that op's.
@@ -67,6 +67,19 @@ def kernel_table(step: Callable[[], object], device: torch.device, *, floor: Map
         step()
         synchronize(device)
     return _table(_rows(profiler, cuda=cuda), floor or {})
+
+
+def regrouped(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """A record's kernels by the groups of today, the largest first; ``floor``: group -> ms."""
+    sums: dict[str, tuple[float, int]] = dict.fromkeys(floor, (0.0, 0))
+    for row in rows:
+        group = group_of(row["kernel"], row.get("op") or "")
+        ms, launches = sums.get(group, (0.0, 0))
+        sums[group] = ms + row["ms"], launches + row["launches"]
+    return [
+        {"group": group, "ms": sums[group][0], "launches": sums[group][1], "floor_ms": floor.get(group)}
+        for group in _by_time(sums)
+    ]
 
 
 def _rows(profiler: Any, *, cuda: bool) -> _Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from deltatune.bench.kernels import regrouped
 from deltatune.bench.records import Record
 from deltatune.bench.report_ops import heading, markdown_table
 
@@ -58,7 +59,8 @@ def _speed_rows(model: str, config: Mapping[str, Any]) -> Iterator[list[str]]:
     stock = next((r for r in taken if (r["system"], r["checkpointing"]) == ("stock", "layer")), None)
     for result in taken:
         against = f"{stock['median_ms'] / result['median_ms']:.2f}x" if stock else "-"
-        yield [model, result["name"], f"{result['median_ms']:.0f}", _rate(result), _gib(result), against]
+        name = result["name"] if result["leak_free"] else f"{result['name']} (leaks)"
+        yield [model, name, f"{result['median_ms']:.0f}", _rate(result), _gib(result), against]
 
 
 def _setting(config: Mapping[str, Any]) -> str:
@@ -103,7 +105,9 @@ def _kernels(config: Mapping[str, Any]) -> list[str]:
     found = config.get("kernels")
     if not found:
         return []
-    groups = sorted(found["groups"], key=lambda group: float(group["ms"]), reverse=True)
+    # by the names kernels go by now: a record may be older than one of them
+    floor = {group["group"]: group.get("floor_ms") for group in found["groups"]}
+    groups = regrouped(found["rows"], floor)
     rows = [
         [g["group"], f"{g['ms']:.1f}", str(g["launches"]), f"{g['floor_ms']:.1f}" if g.get("floor_ms") else "-"]
         for g in groups
