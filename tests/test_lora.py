@@ -76,6 +76,32 @@ def test_a_reference_without_the_adapter_between_compiled_forwards() -> None:
     assert prepared.compile_report.breaks == []
 
 
+def test_recomputed_layers_keep_no_more_than_pefts_own() -> None:
+    def kept(lora: Any) -> int:
+        model = adapted()
+        prepare(model, lora=lora, compile=TRACED, checkpointing="layer")
+        model(**packed_call())  # makes the operands
+        own = [*model.parameters(), *model.buffers()]
+        own += [x for group in groups(model) if group.operands for x in _tensors(vars(group.operands).values())]
+        static, found = {x.untyped_storage().data_ptr() for x in own}, {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(**packed_call()).loss
+        assert loss.requires_grad
+        return sum(size for storage, size in found.items() if storage not in static)
+
+    assert kept("fused") == kept("stock")
+
+
+def _tensors(values: Any) -> Any:
+    for value in values:
+        yield from value if isinstance(value, tuple) else (value,)
+
+
 def test_generated_code_computes_the_same() -> None:
     fused, stock = pair()
     prepare(fused, lora="fused", compile=CompileOptions())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deltatune.compiler_hooks import recompute_functions, whole_rows
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 
 __all__ = [
@@ -207,7 +208,8 @@ class Graphs:
 
         started = time.perf_counter()
         budget = self.checkpointing if isinstance(self.checkpointing, float | int) else 1.0
-        with functorch_config.patch(activation_memory_budget=float(budget)):
+        recompute_functions(graph)
+        with functorch_config.patch(activation_memory_budget=float(budget)), whole_rows():
             if self.options.backend == "inductor":
                 compiled: Any = compile_fx(graph, inputs, config_patches=dict(self.options.options))
             else:
