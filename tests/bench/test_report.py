@@ -38,6 +38,25 @@ def a_step_record(**more):
     return training_record(results, **more)
 
 
+def a_profile():
+    return {
+        "name": "deltatune none qkvo",
+        "targets": "qkvo",
+        "step_ms": 250.0,
+        "busy_ms": 240.0,
+        "groups": [
+            {"group": "copy", "ms": 10.0, "launches": 5, "floor_ms": None},
+            {"group": "GEMM", "ms": 180.0, "launches": 300, "floor_ms": 150.0},
+        ],
+        "rows": [
+            {"kernel": "Memcpy DtoD", "op": None, "group": "copy", "ms": 10.0, "launches": 5},
+            {"kernel": "nvjet_sm90", "op": None, "group": "GEMM", "ms": 180.0, "launches": 300},
+            # a group of its own once, by the name of today another one
+            {"kernel": "_powers", "op": None, "group": "other", "ms": 20.0, "launches": 8},
+        ],
+    }
+
+
 @pytest.mark.parametrize(
     ("dirty", "says"), [(None, "commit c0ffee1;"), (True, "commit c0ffee1 with changes that are not in it;")]
 )
@@ -83,21 +102,7 @@ def test_a_training_record_becomes_a_table(tmp_path) -> None:
             {"name": "no host sync", "subject": "deltatune none qkvo", "ok": False, "detail": "item() in the loss"},
         ],
         "floor": {"targets": "qkvo", "total_ms": 200.0, "groups": {"gemm": 150.0, "delta rule": 50.0}, "parts": []},
-        "kernels": {
-            "name": "deltatune none qkvo",
-            "step_ms": 250.0,
-            "busy_ms": 240.0,
-            "groups": [
-                {"group": "copy", "ms": 10.0, "launches": 5, "floor_ms": None},
-                {"group": "GEMM", "ms": 180.0, "launches": 300, "floor_ms": 150.0},
-            ],
-            "rows": [
-                {"kernel": "Memcpy DtoD", "op": None, "group": "copy", "ms": 10.0, "launches": 5},
-                {"kernel": "nvjet_sm90", "op": None, "group": "GEMM", "ms": 180.0, "launches": 300},
-                # a group of its own once, by the name of today another one
-                {"kernel": "_powers", "op": None, "group": "other", "ms": 20.0, "launches": 8},
-            ],
-        },
+        "kernels": [a_profile()],
     }
     write(tmp_path, "train-qwen3.5-2b-h200-2026-01-02.json", record)
     page = report.render(tmp_path)
@@ -110,6 +115,28 @@ def test_a_training_record_becomes_a_table(tmp_path) -> None:
     assert page.index("| GEMM | 180.0 | 300 | 150.0 |") < page.index("| copy | 10.0 | 5 | - |")
     assert "| cross-entropy | 20.0 | 8 | - |" in page
     assert "2 gates, 1 red:\n\n- deltatune none qkvo: no host sync: item() in the loss" in page
+
+
+def test_each_choice_of_targets_has_a_table_of_kernels_and_the_floor_only_its_own(tmp_path) -> None:
+    without = [group | {"floor_ms": None} for group in a_profile()["groups"]]
+    other = a_profile() | {"name": "deltatune none all", "targets": "all", "step_ms": 260.0, "groups": without}
+    record = a_step_record()
+    record["configs"][0]["kernels"] = [a_profile(), other]
+    write(tmp_path, "train.json", record)
+    page = report.render(tmp_path)
+    first, _, second = page.partition("Where the time of deltatune none all goes (kernels run for 240.0 of 260.0 ms)")
+    assert "Where the time of deltatune none qkvo goes (kernels run for 240.0 of 250.0 ms)" in first
+    assert "| GEMM | 180.0 | 300 | 150.0 |" in first
+    assert "floor, ms" not in second
+    assert "| GEMM | 180.0 | 300 |" in second
+
+
+@pytest.mark.parametrize(("kernels", "tables"), [(a_profile(), 1), (None, 0), ([], 0)])
+def test_a_record_may_hold_one_table_of_kernels_or_none(tmp_path, kernels, tables) -> None:
+    record = a_step_record()
+    record["configs"][0]["kernels"] = kernels
+    write(tmp_path, "train.json", record)
+    assert report.render(tmp_path).count("Where the time of") == tables
 
 
 def test_the_newest_record_is_shown_and_the_others_are_named(tmp_path) -> None:

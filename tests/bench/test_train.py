@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltatune.bench import gates, session
+from deltatune.bench import gates, judge
 from deltatune.bench.child import COMPILED, in_child
 from deltatune.bench.kernels import GROUPS, group_of
 from deltatune.bench.race import Laps, race
@@ -57,12 +57,17 @@ def test_a_run_writes_one_record(tmp_path, capsys) -> None:
     assert best["peak_bytes"] is None
     assert best["kernels"]["gated_delta_rule"] == "reference"
     assert {gate["subject"] for gate in config["gates"]} >= {"stock layer qkvo", "deltatune layer all auto"}
-    assert config["kernels"]["name"].startswith("deltatune")
+    assert [table["targets"] for table in config["kernels"]] == ["qkvo", "all"]
+    for table in config["kernels"]:
+        ours = [r for r in results.values() if r["system"] == "deltatune" and r["targets"] == table["targets"]]
+        fastest = min(ours, key=lambda result: result["median_ms"])
+        assert (table["name"], table["step_ms"]) == (fastest["name"], fastest["median_ms"])
+        assert any(group["floor_ms"] for group in table["groups"]) == (table["targets"] == "qkvo")
     assert capsys.readouterr().out.strip().endswith(".json")
 
 
 def test_a_red_gate_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys) -> None:
-    real = session.observe
+    real = judge.observe
 
     def corrupted(system, batch, documents):
         found = real(system, batch, documents)
@@ -71,7 +76,7 @@ def test_a_red_gate_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys
         wrong = {name: -grad for name, grad in found.whole.items()}
         return gates.Observation(found.token_losses, found.losses, found.gradients, wrong)
 
-    monkeypatch.setattr(session, "observe", corrupted)
+    monkeypatch.setattr(judge, "observe", corrupted)
     assert run(arguments("--no-floor --baselines stock --checkpointing none", tmp_path)) == 1
     record = record_of(tmp_path)
     results = {result["name"]: result for result in record["configs"][0]["results"]}
@@ -83,12 +88,12 @@ def test_a_red_gate_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys
 
 
 def test_a_leak_closes_every_setting_of_the_same_modules(tmp_path, monkeypatch) -> None:
-    real = session.leak_gate
+    real = judge.leak_gate
 
     def ours_leaks(system):
         return real(system) if system.prepared is None else gates.Gate("verify", system.setting.name, False, 1.0, 0.0)
 
-    monkeypatch.setattr(session, "leak_gate", ours_leaks)
+    monkeypatch.setattr(judge, "leak_gate", ours_leaks)
     assert run(arguments("--no-floor --baselines stock --checkpointing none layer", tmp_path)) == 1
     results = {result["name"]: result["status"] for result in record_of(tmp_path)["configs"][0]["results"]}
     assert results["deltatune none qkvo auto"] == results["deltatune layer qkvo auto"] == "red gate"
@@ -118,7 +123,7 @@ def _once(sync):
 
 
 def test_a_stock_path_that_fails_its_gates_stops_everything(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(session, "leak_gate", lambda system: gates.Gate("verify", "stock", False, 1.0, 0.0))
+    monkeypatch.setattr(judge, "leak_gate", lambda system: gates.Gate("verify", "stock", False, 1.0, 0.0))
     assert run(arguments("--no-floor --baselines stock", tmp_path)) == 1
     assert {result["status"] for result in record_of(tmp_path)["configs"][0]["results"]} == {"red gate"}
 
@@ -127,7 +132,7 @@ def test_a_truth_that_does_not_fit_leaves_a_record_that_says_so(tmp_path, monkey
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("needs more than there is")
 
-    monkeypatch.setattr(session, "truth", too_large)
+    monkeypatch.setattr(judge, "truth", too_large)
     assert run(arguments("--no-floor --baselines stock --cold-start", tmp_path)) == 1
     config = record_of(tmp_path)["configs"][0]
     assert {result["status"] for result in config["results"]} == {"red gate"}
@@ -135,14 +140,14 @@ def test_a_truth_that_does_not_fit_leaves_a_record_that_says_so(tmp_path, monkey
 
 
 def test_a_system_whose_gates_break_down_loses_only_its_own(tmp_path, monkeypatch) -> None:
-    real = session.observe
+    real = judge.observe
 
     def breaks(system, batch, documents):
         if system.setting.checkpointing == "layer" and system.prepared is not None:
             raise KeyError("no such kernel")
         return real(system, batch, documents)
 
-    monkeypatch.setattr(session, "observe", breaks)
+    monkeypatch.setattr(judge, "observe", breaks)
     args = arguments("--no-floor --checkpointing none layer", tmp_path)
     args.baselines = []
     assert run(args) == 0
@@ -279,7 +284,7 @@ def test_adapters_inside_the_base_products_pass_the_same_gates(tmp_path) -> None
 
 
 def test_long_documents_are_held_to_the_truth_on_shorter_ones(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_LONGEST_TRUTH", 100)
+    monkeypatch.setattr(judge, "_LONGEST_TRUTH", 100)
     args = arguments("--one-document --no-floor --checkpointing none", tmp_path)
     args.baselines = ["stock"]
     assert run(args) == 0

@@ -22,7 +22,7 @@ def training_section(record: Record, plot: str | None) -> str:
         lines += ["", _setting(config), "", *_systems(config)]
         if plot is not None:
             lines += ["", f"![tokens a second against peak memory of {record.subject}]({plot})"]
-        for part in (_floor(config), _kernels(config), _gates(config)):
+        for part in (_floor(config), *map(_kernels, _tables(config)), _gates(config)):
             lines += ["", *part] if part else []
     return "\n".join(lines) + "\n"
 
@@ -101,10 +101,13 @@ def _floor(config: Mapping[str, Any]) -> list[str]:
     return [f"Arithmetic floor, adapters on {floor['targets']}: {floor['total_ms']:.1f} ms ({groups})."]
 
 
-def _kernels(config: Mapping[str, Any]) -> list[str]:
-    found = config.get("kernels")
-    if not found:
-        return []
+def _tables(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """One for each choice of targets; a record may have been made when there was one for all, or null."""
+    found = config.get("kernels") or []
+    return found if isinstance(found, list) else [found]
+
+
+def _kernels(found: Mapping[str, Any]) -> list[str]:
     # by the names kernels go by now: a record may be older than one of them
     floor = {group["group"]: group.get("floor_ms") for group in found["groups"]}
     groups = regrouped(found["rows"], floor)
@@ -113,11 +116,8 @@ def _kernels(config: Mapping[str, Any]) -> list[str]:
         for g in groups
     ]
     busy = f"kernels run for {found['busy_ms']:.1f} of {found['step_ms']:.1f} ms"
-    return [
-        f"Where the time of {found['name']} goes ({busy}):",
-        "",
-        *markdown_table(("", "ms", "launches", "floor, ms"), rows),
-    ]
+    header = ("", "ms", "launches", "floor, ms")
+    return [f"Where the time of {found['name']} goes ({busy}):", "", *markdown_table(header, rows)]
 
 
 def _gates(config: Mapping[str, Any]) -> list[str]:

@@ -7,49 +7,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from deltatune.bench.baselines import fused_loss
 from deltatune.bench.child import COMPILED, in_child
 from deltatune.bench.floor import Floor, arithmetic_floor
-from deltatune.bench.gates import (
-    Gate,
-    Observation,
-    against_stock,
-    against_truth,
-    bounds_from,
-    leak_gate,
-    observe,
-    sample_documents,
-    stock_gates,
-    truth,
-)
+from deltatune.bench.judge import SYNC_GATE, Judge
 from deltatune.bench.kernels import kernel_table
 from deltatune.bench.models import Targets, adapters, storage_bytes
 from deltatune.bench.protocol import synchronize
-from deltatune.bench.race import Laps, failures, first_step, host_sync, outcome_of, race
+from deltatune.bench.race import Laps, failures, first_step, outcome_of, race
 from deltatune.bench.shapes import Shape, build_model
 from deltatune.bench.systems import Adapters, Setting, System, build_system
-from deltatune.bench.workload import Batch, Workload, draw_lengths
+from deltatune.bench.workload import Workload
 from deltatune.compile import CompileOptions
 from deltatune.memory import device_memory
 from deltatune.training.flops import StepFlops, peak_flops
 
 __all__ = ["Plan", "Session"]
 
-#: Gates whose failure makes a time worthless; the others are figures of their own.
-_TARGET_GATE: Final = "no host sync"
-# What adapters are multiplied by for one check: far enough for a graph that kept the old ones to be seen.
-_MOVE: Final = 1.5
 #: Of the device's memory, for frozen weights that systems hold of their own.
 _COPIES_SHARE: Final = 0.4
-#: Tokens of the longest document that goes through the stock model in float32, as one of a batch as long at most.
-_LONGEST_TRUTH: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -73,7 +55,7 @@ class Plan:
         cold_layers: depth at which the first setting of ours starts twice in new processes, without compiled graphs
             on disk and with; None leaves that out.
         floor: measure the arithmetic floor.
-        kernels: profile a step of ours.
+        kernels: profile a step of ours, where it is fastest, for each choice of targets.
     """
 
     shape: Shape
@@ -94,32 +76,8 @@ class Plan:
     kernels: bool
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What gates hold systems to, for one choice of targets.
-
-    Attributes:
-        documents: sampled ones, of the gates' batch.
-        true: these documents in float32.
-        stock: the gates' batch through the stock path.
-        pack: the timed batch through the stock path: the same, unless its documents are too long for float32.
-        trusted: whether the stock path passed its own gates.
-    """
-
-    documents: list[int]
-    true: Observation
-    stock: Observation
-    pack: Observation
-    trusted: bool
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """How far apart two right paths may be: token losses, gradients."""
-        return bounds_from(self.stock, self.true)
-
-
 class Session:
-    """Runs a plan; ``results``, ``gates``, ``floor`` and ``kernels`` fill as it goes."""
+    """Runs a plan; ``results``, ``cold_starts``, ``floor``, ``kernels`` and ``judge.gates`` fill as it goes."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -128,23 +86,10 @@ class Session:
         self.workload = Workload(plan.lengths, self.base.config.vocab_size, plan.seed, pin)
         self.results: list[dict[str, Any]] = []
         self.cold_starts: list[dict[str, Any]] = []
-        self.gates: list[Gate] = []
         self.floor: Floor | None = None
-        self.kernels: dict[str, Any] | None = None
+        self.kernels: dict[Targets, dict[str, Any]] = {}
         self.loss_name = fused_loss(plan.device)[0]
-        self._known: dict[Targets, _Known] = {}
-        self._near = self.workload
-        if min(plan.lengths) > _LONGEST_TRUTH:
-            self._near = Workload(
-                tuple(draw_lengths(_LONGEST_TRUTH, seed=plan.seed)), self.workload.vocab_size, plan.seed
-            )
-        self._checked: dict[tuple[str, Targets, str], Sequence[Gate]] = {}
-        self._uncompiled: dict[tuple[Targets, str], Observation] = {}
-
-    @property
-    def ok(self) -> bool:
-        """Whether every gate of what was timed held."""
-        return all(gate.ok for gate in self.gates)
+        self.judge = Judge(self.workload, plan.device, compiled=plan.options is not None)
 
     def run(self) -> None:
         """Gates, floor, systems in turn, a profile, and what runs in processes of its own."""
@@ -152,40 +97,33 @@ class Session:
             try:
                 self._measure_stock(targets)
             except failures() as error:
-                self.gates.append(
-                    Gate("stock path", f"stock {targets}", False, None, None, ": ".join(outcome_of(error)))
-                )
+                self.judge.learned_nothing(targets, error)
             self._forget()
         for group in self._groups():
             self._run_group(group)
         for setting in self.plan.settings:
-            if setting.system == COMPILED and setting.targets in self._known:
+            if setting.system == COMPILED and self.judge.knows(setting.targets):
                 self.results.append(self._child(setting, self.plan.layers))
         ours = [setting for setting in self.plan.settings if setting.system == "deltatune"]
-        if self.plan.cold_layers is not None and ours and ours[0].targets in self._known:
+        if self.plan.cold_layers is not None and ours and self.judge.knows(ours[0].targets):
             with tempfile.TemporaryDirectory() as graphs:
                 for caches in ("cold", "warm"):
                     self.cold_starts.append(self._child(ours[0], self.plan.cold_layers, caches, Path(graphs)))
 
     def _measure_stock(self, targets: Targets) -> None:
-        """The truth, the stock path, and how far apart they are."""
-        documents = sample_documents(self._near.lengths)
-        near, batch = self._batch(self._near), self._batch(self.workload)
-        _say(f"gates: float32 on documents {documents}, adapters on {targets}")
+        """The truth, the stock path, and the floor of the first targets."""
+        _say(f"gates: float32 on documents {self.judge.documents}, adapters on {targets}")
         system = self._build(Setting("reference", targets=targets))
-        true = truth(system, near, documents)
+        true = self.judge.truth_of(system)
         del system
         self._forget()
         _say("gates: the stock path")
         system = self._build(Setting("stock", "layer", targets))
-        stock = observe(system, near, documents)
-        pack = stock if self._near is self.workload else observe(system, batch, [])
-        found = [leak_gate(system), *stock_gates(system.setting.name, stock, true)]
-        self.gates += found
-        self._known[targets] = _Known(documents, true, stock, pack, all(gate.ok for gate in found))
-        if self.plan.floor and self.floor is None:
+        self.judge.learn(system, true)
+        if self.plan.floor and targets == self._floor_targets:
             _say("floor")
-            self.floor = arithmetic_floor(system.model, batch.sequences, dtype=self.plan.dtype)
+            sequences = self.workload.batch(0).to(self.plan.device).sequences
+            self.floor = arithmetic_floor(system.model, sequences, dtype=self.plan.dtype)
         del system
         self._forget()
 
@@ -201,83 +139,25 @@ class Session:
         plan = self.plan
         laps = race(systems, self.workload, warmup=plan.warmup, steps=plan.steps, rounds=plan.rounds)
         self.results += [self._result(system, laps[name]) for name, system in systems.items()]
-        if plan.kernels and self.kernels is None:
+        if plan.kernels:
             self._profile(systems)
         systems.clear()
         self._forget()
 
     def _admit(self, setting: Setting, systems: dict[str, System]) -> tuple[str, str] | None:
         """Builds a system and puts it among ``systems`` if its gates hold; else ``(status, reason)``."""
-        known = self._known.get(setting.targets)
-        if known is None or not known.trusted:
-            return "red gate", "the stock path itself did not pass its gates"
+        distrust = self.judge.distrusts(setting.targets)
+        if distrust is not None:
+            return distrust
         try:
             system = self._build(setting)
             first_step(system, self.workload)
-            found = self._gates_of(system)
         except failures() as error:
             return outcome_of(error)
-        self.gates += found
-        red = [gate.name for gate in found if not gate.ok and gate.name != _TARGET_GATE]
-        if red:
-            return "red gate", f"not timed: {', '.join(red)}"
-        systems[setting.name] = system
-        return None
-
-    def _gates_of(self, system: System) -> list[Gate]:
-        """Those of one system; what is known to leak is measured for the record and not held to anything."""
-        setting, known = system.setting, self._known[system.setting.targets]
-        if setting.system in ("stock", "stock as shipped"):
-            # the first has been held to its gates before, the other is known to leak and is timed as it is
-            return []
-        batch, name = self._batch(self.workload), setting.name
-        if self._near is self.workload:
-            ours = near = observe(system, batch, known.documents)
-        else:
-            # another shape would be another graph
-            with system.eager():
-                near = observe(system, self._batch(self._near), known.documents)
-            ours = observe(system, batch, [])
-        found = against_truth(name, near, known.stock, known.true)
-        found += against_stock(name, ours, known.pack, known.bounds)
-        if self.plan.options is not None and system.prepared is not None:
-            eager = self._eager(system, batch)
-            found += against_stock(name, ours, eager, known.bounds, label="the same uncompiled")
-        key = (setting.system, setting.targets, setting.lora)
-        if key not in self._checked:
-            # the same modules whatever is recomputed, so one red check closes every setting
-            self._checked[key] = [leak_gate(system), *self._moved(system, batch)]
-        found += (replace(gate, subject=name) for gate in self._checked[key])
-        if system.prepared is not None:
-            reason = host_sync(system, self.workload)
-            found.append(Gate(_TARGET_GATE, name, reason is None, None, None, reason or ""))
-        return found
-
-    def _eager(self, system: System, batch: Batch) -> Observation:
-        """What ours makes of the pack uncompiled: the same whatever is recomputed."""
-        key = system.setting.targets, system.setting.lora
-        if key not in self._uncompiled:
-            with system.eager():
-                self._uncompiled[key] = observe(system, batch, [])
-        return self._uncompiled[key]
-
-    def _moved(self, system: System, batch: Batch) -> list[Gate]:
-        """Ours once its adapters have been written in place, as an optimizer does: graphs must see the new ones."""
-        if self.plan.options is None or system.prepared is None:
-            return []
-        trained: list[Tensor] = [parameter for _, parameter in adapters(system.model)]
-        before = [parameter.detach().clone() for parameter in trained]
-        try:
-            with torch.no_grad():
-                torch._foreach_mul_(trained, _MOVE)
-            ours = observe(system, batch, [])
-            with system.eager():
-                eager = observe(system, batch, [])
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(trained, before)
-        bounds = self._known[system.setting.targets].bounds
-        return against_stock(system.setting.name, ours, eager, bounds, label="the same uncompiled, adapters moved")
+        refused = self.judge.refuses(system)
+        if refused is None:
+            systems[setting.name] = system
+        return refused
 
     def _result(self, system: System, laps: Laps) -> dict[str, Any]:
         plain = system.setting.to_dict() | {
@@ -315,7 +195,7 @@ class Session:
             return {}
         report = system.prepared.report
         compiled = system.prepared.compile_report
-        synced = [gate for gate in self.gates if gate.name == _TARGET_GATE and gate.subject == system.setting.name]
+        synced = [gate for gate in self.judge.gates if gate.name == SYNC_GATE and gate.subject == system.setting.name]
         return {
             "predicted_bytes": system.choice.predicted_bytes if system.choice else None,
             "kernels": {row.op: row.impl for row in report.kernels},
@@ -342,7 +222,7 @@ class Session:
             "alpha": plan.lora.alpha,
             "adapter_dtype": plan.lora.dtype,
             "backend": "none" if plan.options is None else plan.options.backend,
-            "bound": self._known[setting.targets].bounds[1],
+            "bound": self.judge.gradient_bound(setting.targets),
             "warmup": plan.warmup,
             "steps": plan.steps,
         }
@@ -353,18 +233,22 @@ class Session:
         return setting.to_dict() | labels | found
 
     def _profile(self, systems: dict[str, System]) -> None:
-        """One step of ours where it is fastest."""
+        """One step of the fastest of ours for each choice of targets, over the groups so far."""
         timed = [r for r in self.results if r["system"] == "deltatune" and r["status"] == "ok" and r["name"] in systems]
-        if not timed:
-            return
-        best = min(timed, key=lambda r: float(r["median_ms"]))
-        system, batches = systems[best["name"]], self.workload.batches()
-        table = kernel_table(
-            lambda: system.step(next(batches)),
-            self.plan.device,
-            floor=self.floor.groups if self.floor and best["targets"] == self._floor_targets else None,
-        )
-        self.kernels = {"name": best["name"], "step_ms": best["median_ms"], **table}
+        for targets in dict.fromkeys(result["targets"] for result in timed):
+            best = min((r for r in timed if r["targets"] == targets), key=lambda r: float(r["median_ms"]))
+            before = self.kernels.get(targets)
+            if before is None or best["median_ms"] < before["step_ms"]:
+                _say(f"profiling {best['name']}")
+                self.kernels[targets] = self._kernels_of(systems[best["name"]], best)
+                self._forget()
+
+    def _kernels_of(self, system: System, result: dict[str, Any]) -> dict[str, Any]:
+        """The table of a step, beside the floor where it was made for the same targets."""
+        batches, targets = self.workload.batches(), result["targets"]
+        floor = self.floor.groups if self.floor and targets == self._floor_targets else None
+        table = kernel_table(lambda: system.step(next(batches)), self.plan.device, floor=floor)
+        return {"name": result["name"], "targets": targets, "step_ms": result["median_ms"], **table}
 
     def _groups(self) -> Iterable[list[Setting]]:
         """Settings that are timed together: as many as fit of those that hold frozen weights of their own."""
@@ -380,9 +264,6 @@ class Session:
     def _owns(self, setting: Setting) -> bool:
         """Whether most of the frozen weights are the system's own; those under q, k, v and o are a small part."""
         return setting.lora != "stock" and setting.targets == "all"
-
-    def _batch(self, workload: Workload) -> Batch:
-        return workload.batch(0).to(self.plan.device)
 
     def _build(self, setting: Setting) -> System:
         options = self.plan.options if setting.system == "deltatune" else None

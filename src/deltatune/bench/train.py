@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--no-floor", action="store_true", help="leave the arithmetic floor out")
-    add("--kernels", action="store_true", help="profile one step of ours, kernel by kernel")
+    add("--kernels", action="store_true", help="profile one step of ours, where it is fastest, for each of the targets")
     add("--commit", metavar="HASH", help="of the source, where it lies without its history")
     add("--records", type=Path, default=RECORDS, metavar="DIR", help="where the record goes")
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if session.results:
             path = write_record(_record(args, plan, session), args.records)
             sys.stdout.write(_summary(session) + f"\n{path}\n")
-    return 0 if session.ok else 1
+    return 0 if session.judge.ok else 1
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -158,17 +158,17 @@ def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str,
         "config": _config(args, plan, session),
         "shapes": _shapes(session.base.config),
         "ceilings": ceilings,
-        "gates": [gate.to_dict() for gate in session.gates],
+        "gates": [gate.to_dict() for gate in session.judge.gates],
         "results": [*session.results, *([] if _is_deeper(plan) else session.cold_starts)],
         "floor": None if session.floor is None else {"targets": args.targets[0], **session.floor.to_dict()},
-        "kernels": session.kernels,
+        "kernels": list(session.kernels.values()),
     }
     for result in session.results:
         if result.get("model_flops"):
             rate = result["model_flops"] / (result["median_ms"] / 1e3)
             result["mfu_measured"] = rate / ceilings["gemm_flops_per_second"]
     top = head(kind, plan.shape.name, _METHOD, plan.device, argv=args.argv, commit=args.commit)
-    return top | {"ok": session.ok, "configs": [config, *_cold_starts(config, plan, session)]}
+    return top | {"ok": session.judge.ok, "configs": [config, *_cold_starts(config, plan, session)]}
 
 
 def _is_deeper(plan: Plan) -> bool:
@@ -180,7 +180,7 @@ def _cold_starts(config: dict[str, Any], plan: Plan, session: Session) -> list[d
     if not _is_deeper(plan):
         return []
     deeper = {**config["config"], "layers": plan.cold_layers}
-    return [{**config, "config": deeper, "gates": [], "results": session.cold_starts, "floor": None, "kernels": None}]
+    return [{**config, "config": deeper, "gates": [], "results": session.cold_starts, "floor": None, "kernels": []}]
 
 
 def _config(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _summary(session: Session) -> str:
     if session.floor is not None:
         parts = ", ".join(f"{name} {ms:.1f}" for name, ms in session.floor.groups.items())
         lines.append(f"floor {session.floor.total_ms:.1f} ms: {parts}")
-    red = [gate for gate in session.gates if not gate.ok]
+    red = [gate for gate in session.judge.gates if not gate.ok]
     lines += [f"RED {g.subject}: {g.name}: {g.figure} > {g.limit} {g.detail}" for g in red]
     return "\n".join(lines)
 
