@@ -202,11 +202,11 @@ def test_parts_are_contiguous_and_equal_the_whole():
 
 
 def test_a_frozen_convolution_computes_no_weight_gradient(monkeypatch):
-    from deltatune.ops._causal_conv import kernel
+    from deltatune.ops._causal_conv import launch
 
     seen = []
-    backward = kernel.backward
-    monkeypatch.setattr(kernel, "backward", lambda *a, **k: seen.append(k) or backward(*a, **k))
+    backward = launch.backward
+    monkeypatch.setattr(launch, "backward", lambda *a, **k: seen.append(k) or backward(*a, **k))
     x, weight, bias = make_inputs(83)
     for frozen, wanted in (((weight, bias), (False, False)), ((bias,), (True, False)), ((), (True, True))):
         for y in (weight, bias):

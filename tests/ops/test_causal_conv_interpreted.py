@@ -34,11 +34,11 @@ def few_rows(monkeypatch):
     """Several programs along the tokens of a tiny stream."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    from deltatune.ops._causal_conv import kernel
+    from deltatune.ops._causal_conv import launch
 
     for name in ("_FORWARD", "_FORWARD_HEADS", "_BACKWARD", "_BACKWARD_HEADS"):
-        monkeypatch.setattr(kernel, name, kernel._Tile(rows=8, unroll=4))
-    monkeypatch.setattr(kernel, "_WEIGHT_GRAD", kernel._Tile(rows=16, unroll=4))
+        monkeypatch.setattr(launch, name, launch._Tile(rows=8, unroll=4))
+    monkeypatch.setattr(launch, "_WEIGHT_GRAD", launch._Tile(rows=16, unroll=4))
 
 
 def make_inputs(tokens, *, batch=1, channels=8, width=4, bias=True, dtype=torch.float32):

@@ -1,7 +1,7 @@
 """The convolution and its gradient as Triton kernels that slide over the tokens. Imported only where they run.
 
-A program owns a strip of channels over ``rows`` tokens and walks down it, keeping what the window needs in registers:
-x is read once, but for the ``W - 1`` tokens before a strip. Each group of ``unroll`` tokens is loaded before it is
+A program owns a strip of channels over ``ROWS`` tokens and walks down it, keeping what the window needs in registers:
+x is read once, but for the ``W - 1`` tokens before a strip. Each group of ``UNROLL`` tokens is loaded before it is
 computed, so that several loads are in flight. Every output has blocks of channels of its own; where it is normalised,
 a block is a head.
 
@@ -13,146 +13,15 @@ token is complete ``W - 1`` tokens later, so ``W - 1`` sums wait in registers to
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.reference import L2_EPS
 
-__all__ = ["backward", "forward"]
-
-
-class _Tile(NamedTuple):
-    rows: int  # tokens of a program
-    unroll: int  # tokens loaded together
-    registers: int | None = None  # of a thread at most: more programs at a time
-
-
-# Timed at [16384, 6144] bf16, W = 4, in three parts, on an H200 that copied at 4.1 TB/s. One warp on 128 channels, four
-# a thread: no form with more warps or wider loads was faster. Forward 110 us, 89% of that copy; with heads 121, and 136
-# without the limit on registers. Backward 162 us, 91%, and with heads 194; 13% and 8% slower with every window tested.
-_BLOCK = 128
-_FORWARD = _Tile(rows=64, unroll=8)
-_FORWARD_HEADS = _Tile(rows=64, unroll=8, registers=64)
-_BACKWARD = _Tile(rows=64, unroll=4)
-_BACKWARD_HEADS = _Tile(rows=128, unroll=4, registers=112)
-# Longer: a program writes its sums once. The limit costs 16 bytes of spills at most, and none would cost a third of the
-# programs at a time.
-_WEIGHT_GRAD = _Tile(rows=128, unroll=4, registers=168)
-_LIMITED_WIDTH = 4  # the limits are for windows up to this, in 16 bits, on blocks of 128
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    split: Sequence[int],
-    l2norm: Sequence[int],
-    silu: bool,
-) -> list[Tensor]:
-    """The parts of the output, each contiguous ``[B, T, split[i]]``; see ``deltatune.ops.causal_conv``."""
-    stream, parts = _stream(x), _Parts.of(tuple(split), tuple(l2norm))
-    outs = [x.new_empty(*x.shape[:-1], size) for size in split]
-    parts.launch(
-        _forward,
-        _FORWARD_HEADS if any(l2norm) else _FORWARD,
-        *(stream, weight.contiguous(), bias, positions, tuple(outs)),
-        width=weight.shape[1],
-        options=(silu,),
-    )
-    return outs
-
-
-def backward(
-    grads: Sequence[Tensor | None],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    split: Sequence[int],
-    l2norm: Sequence[int],
-    silu: bool,
-    *,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dx`` contiguous and, where wanted, ``dweight`` and ``dbias``, from the gradients of the parts."""
-    stream, parts, width = _stream(x), _Parts.of(tuple(split), tuple(l2norm)), weight.shape[1]
-    planes = width * weight_grad + bias_grad
-    tile = _WEIGHT_GRAD if planes else _BACKWARD_HEADS if any(l2norm) else _BACKWARD
-    # a gradient that is missing is one row of zeros, read again for every token
-    given = [
-        x.new_zeros(size).expand(len(stream), size) if grad is None else _stream(grad.to(x.dtype))
-        for grad, size in zip(grads, split, strict=True)
-    ]
-    dx = x.new_empty(x.shape)
-    sums = x.new_empty(-(-len(stream) // tile.rows), planes, x.shape[-1], dtype=torch.float32) if planes else None
-    parts.launch(
-        _backward,
-        tile,
-        *(stream, weight.contiguous(), bias, positions, tuple(given), tuple(y.stride(0) for y in given), dx, sums),
-        width=width,
-        options=(silu, weight_grad, bias_grad),
-    )
-    if sums is None:
-        return dx, None, None
-    totals = sums.sum(0)  # in a fixed order, as each program added its own: the same bits every time
-    return (
-        dx,
-        totals[:width].T.to(weight.dtype).contiguous() if weight_grad else None,
-        totals[-1].to(bias.dtype, copy=True) if bias is not None and bias_grad else None,
-    )
-
-
-class _Parts(NamedTuple):
-    """Where each output begins in the channels of x, its width, its first block, and whether heads are normalised."""
-
-    begins: tuple[int, ...]
-    sizes: tuple[int, ...]
-    firsts: tuple[int, ...]
-    norms: tuple[bool, ...] | None
-    num_blocks: int
-    block: int
-
-    @staticmethod
-    @functools.cache
-    def of(split: tuple[int, ...], l2norm: tuple[int, ...]) -> _Parts:
-        block = max(l2norm) or _BLOCK
-        firsts = list(itertools.accumulate((-(-size // block) for size in split), initial=0))
-        begins = tuple(itertools.accumulate(split[:-1], initial=0))
-        norms = tuple(head > 0 for head in l2norm) if any(l2norm) else None
-        return _Parts(begins, split, tuple(firsts[:-1]), norms, firsts[-1], block)
-
-    def launch(
-        self, kernel: Any, tile: _Tile, stream: Tensor, *args: object, width: int, options: tuple[bool, ...]
-    ) -> None:
-        """Runs ``kernel`` on every block of channels and every ``tile.rows`` tokens."""
-        programs = -(-len(stream) // tile.rows)
-        if not programs or not self.num_blocks:
-            return
-        usual = self.block == _BLOCK and stream.element_size() == 2 and width <= _LIMITED_WIDTH
-        limit = {"maxnreg": tile.registers} if usual and tile.registers is not None else {}
-        with torch.cuda.device(stream.get_device()):
-            kernel[(self.num_blocks, programs)](
-                *(stream, stream.stride(0), len(stream), *args, *self[:4]),
-                *(width, 1 << (width - 1).bit_length(), *options),
-                *(tile.rows, tile.unroll, self.block),
-                num_warps=max(1, self.block // 256),
-                **limit,
-            )
-
-
-def _stream(x: Tensor) -> Tensor:
-    """``[B, T, D]`` to ``[N, D]`` with channels side by side: a view wherever the rows are evenly spaced."""
-    stream = x.flatten(0, 1)
-    return stream if stream.stride(-1) == 1 else stream.contiguous()
+__all__ = ["backward_kernel", "forward_kernel"]
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -255,7 +124,6 @@ def _weighted(seen: tl.tuple, taps: tl.tuple) -> tl.tensor:
     return total
 
 
-@_jit
 def _forward(
     x: tl.tensor,
     stride: tl.tensor,
@@ -299,6 +167,9 @@ def _forward(
             tl.store(out_at + u * size, y.to(out.dtype.element_ty), mask=inside)
         at += UNROLL * stride
         out_at += UNROLL * size
+
+
+forward_kernel = _jit(_forward)
 
 
 @_jit
@@ -363,7 +234,6 @@ def _backward_rows(
     return history, waiting, _accumulate(sums, group)
 
 
-@_jit
 def _backward(
     x: tl.tensor,
     stride: tl.tensor,
@@ -433,3 +303,6 @@ def _backward(
         for j in tl.static_range(len(sums)):
             plane = W - 1 - j if WEIGHT_GRAD and j < W else j
             tl.store(planes + plane * D, sums[j], mask=cols < size)
+
+
+backward_kernel = _jit(_backward)

@@ -50,9 +50,9 @@ def _forward(
     l2norm: Sequence[int],
     silu: bool,
 ) -> list[Tensor]:
-    from deltatune.ops._causal_conv import kernel  # Triton, where it runs
+    from deltatune.ops._causal_conv import launch  # Triton, where it runs
 
-    return kernel.forward(x, weight, bias, positions, split, l2norm, silu)
+    return launch.forward(x, weight, bias, positions, split, l2norm, silu)
 
 
 def _backward(
@@ -67,11 +67,11 @@ def _backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from deltatune.ops._causal_conv import kernel
+    from deltatune.ops._causal_conv import launch
 
     wanted = {"weight_grad": weight_grad, "bias_grad": bias_grad}
     with without_autocast(x):
-        dx, dweight, dbias = kernel.backward(grads, x, weight, bias, positions, split, l2norm, silu, **wanted)
+        dx, dweight, dbias = launch.backward(grads, x, weight, bias, positions, split, l2norm, silu, **wanted)
     return (
         dx,
         weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
