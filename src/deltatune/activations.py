@@ -12,7 +12,6 @@ import torch
 from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.utils.checkpoint import CheckpointPolicy
 
 from deltatune.compile import CompileOptions, Graphs
 
@@ -49,7 +48,6 @@ def trace_layer(
     *,
     settings: Iterable[Setting],
     options: CompileOptions | None = None,
-    never_recomputed: Iterable[str] = (),
 ) -> dict[Setting, LayerMemory]:
     """Traces ``forward(module, *args, **kwargs)`` once, and partitions its graph for every setting.
 
@@ -64,14 +62,13 @@ def trace_layer(
         kwargs: of the call.
         settings: ``"none"``, ``"layer"`` or the share that may stay.
         options: how the layers are compiled.
-        never_recomputed: names of ops of this package whose results stay, whatever the share.
 
     Raises:
         GraphBreakError: as the compiled layer would.
     """
     wanted = tuple(settings)
     shares = {1.0, *(float(setting) for setting in wanted if not isinstance(setting, str))}
-    recorder = _Recorder(shares, frozenset(never_recomputed))
+    recorder = _Recorder(shares)
     try:
         _TracedGraphs(options or CompileOptions(), recorder).run("traced layer", forward, module, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -107,10 +104,10 @@ class _TracedGraphs(Graphs):
 class _Recorder(CustomPartitionerFn):
     """In place of Inductor's partitioner: partitions a copy of the joint graph for every share, then stops."""
 
-    def __init__(self, shares: Iterable[float], never_recomputed: frozenset[str]) -> None:
+    def __init__(self, shares: Iterable[float]) -> None:
         self.found: dict[Setting, LayerMemory] = {}
         self.input_bytes = self.forward_flops = 0
-        self._shares, self._never_recomputed = tuple(shares), never_recomputed
+        self._shares = tuple(shares)
         self._kinds: list[str] = []
 
     def see_inputs(self, graph: fx.GraphModule) -> None:
@@ -120,10 +117,6 @@ class _Recorder(CustomPartitionerFn):
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-        for node in gm.graph.nodes:
-            if _op_name(node) in self._never_recomputed:
-                for result in (node, *node.users):
-                    result.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         for share in self._shares:
             joint = fx.GraphModule(gm, copy.deepcopy(gm.graph))
             with functorch_config.patch(activation_memory_budget=share):
@@ -207,12 +200,6 @@ def _is_fused(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return target.namespace in _FUSED_NAMESPACES and target.overloadpacket not in flop_registry
-
-
-def _op_name(node: fx.Node) -> str | None:
-    target = node.target
-    own = isinstance(target, torch._ops.OpOverload) and target.namespace == "deltatune"
-    return target._opname if own and isinstance(target, torch._ops.OpOverload) else None
 
 
 def _written_over(node: fx.Node, alive: dict[int, int], last: dict[int, int], now: int) -> int:
