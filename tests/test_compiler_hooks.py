@@ -10,7 +10,9 @@ import sympy
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from deltatune.compiler_hooks import recompute_functions, whole_rows
+from deltatune import CompileOptions
+from deltatune.compile import Graphs
+from deltatune.compiler_hooks import _whole_rows, recompute_functions
 
 
 class Inner(torch.autograd.Function):
@@ -76,7 +78,7 @@ def persistent(width: int, hint: str) -> bool:
 )
 def test_rows_that_fit_in_registers_are_read_once(width: int, hint: str, expected: bool) -> None:
     assert not persistent(width, hint)
-    with whole_rows():
+    with _whole_rows():
         assert persistent(width, hint) == expected
     assert not persistent(width, hint)
 
@@ -88,5 +90,23 @@ def test_a_process_with_choices_of_its_own_keeps_them() -> None:
     class Own(InductorChoices):
         pass
 
-    with V.set_choices_handler(Own()), whole_rows():
+    with V.set_choices_handler(Own()), _whole_rows():
         assert type(V.choices) is Own
+
+
+def test_forward_and_backward_are_lowered_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+    from torch._inductor.virtualized import V
+
+    seen, lower = [], compile_fx.compile_fx_inner
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        seen.append(type(V.choices).__name__)
+        return lower(*args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", record)
+    graphs = Graphs(CompileOptions(options={"fx_graph_cache": False}), "none")
+    module = torch.nn.RMSNorm(48)
+    graphs.run("norm", lambda self, x: self.weight * x.sin(), module, torch.randn(2, 48)).sum().backward()
+    assert seen == ["RowChoices", "RowChoices"]
+    assert module.weight.grad is not None

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["recompute_functions", "whole_rows"]
+__all__ = ["lower_with_whole_rows", "recompute_functions"]
 
 #: Widest row that one program holds in registers: 8192 fp32 numbers of up to five tensors, on 256 threads or more.
 _WIDEST_ROW: Final = 8192
@@ -33,12 +33,20 @@ def recompute_functions(graph: fx.GraphModule) -> None:
                     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def whole_rows() -> AbstractContextManager[Any]:
-    """While graphs are lowered: a reduction along rows of up to 8192 numbers keeps each row in registers.
+def lower_with_whole_rows(*args: Any, **kwargs: Any) -> Any:
+    """Inductor's ``compile_fx_inner``, where a reduction along rows of up to 8192 numbers keeps each row in registers.
 
     Inductor by itself does so up to 1024 and otherwise reads a row twice, once to reduce it and once to use the result,
-    which is what the backward of a norm does with four tensors. A process that set choices of its own keeps them.
+    which is what the backward of a norm does with four tensors. A process that set choices of its own keeps them. It
+    wraps every graph's lowering, since a backward may be lowered later, on another thread.
     """
+    from torch._inductor import compile_fx
+
+    with _whole_rows():
+        return compile_fx.compile_fx_inner(*args, **kwargs)
+
+
+def _whole_rows() -> AbstractContextManager[Any]:
     from torch._inductor.choices import InductorChoices
     from torch._inductor.virtualized import V
 
