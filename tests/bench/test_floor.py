@@ -95,4 +95,5 @@ def test_the_floor_is_the_sum_of_its_parts() -> None:
     assert all(part.ms > 0 for part in floor.parts if part.count)
     plain = floor.to_dict()
     assert plain["total_ms"] == floor.total_ms
+    assert plain["products_in_turn_ms"] > 0
     assert len(plain["parts"]) == len(floor.parts)

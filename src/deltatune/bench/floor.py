@@ -10,7 +10,7 @@ PEFT runs them; folded into the base's they can take less than their lines here 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.bench.models import adapters
-from deltatune.bench.protocol import copy_rate, gemm_rate, measure
+from deltatune.bench.protocol import between_ms, copy_rate, gemm_rate, mark, measure, operands, synchronize
 from deltatune.bench.stages import elementwise_stages, optimizer_bytes_moved
 from deltatune.sequences import Sequences
 
@@ -29,6 +29,8 @@ __all__ = ["Floor", "Part", "Product", "arithmetic_floor", "first_trained_layer"
 _HEAD_ROWS: Final = 4096
 #: A copy of this many bytes is past any cache and as long as a stage of a large model.
 _COPY_BYTES: Final = 2**28
+#: Over all products of a step: seconds in all, at the sizes of a 9B model and a 2B one.
+_PASSES: Final = 5
 #: Projections that come before everything else of a layer: in the first trained layer nothing wants their input's
 #: gradient.
 _FIRST_IN_LAYER: Final = ("q_proj", "k_proj", "v_proj", "in_proj")
@@ -76,11 +78,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Floor:
-    """The parts, and how far back gradients had to go."""
+    """What a step cannot be faster than.
+
+    Attributes:
+        parts: its lines.
+        first_trained_layer: how far back gradients had to go.
+        copy_bytes_per_second: what elementwise stages go by.
+        products_in_turn_ms: all of its matrix products one after another, after some passes of the same: what is left
+            of their rates once the device has reached its power limit. No part of the floor.
+    """
 
     parts: tuple[Part, ...]
     first_trained_layer: int
     copy_bytes_per_second: float
+    products_in_turn_ms: float
 
     @property
     def total_ms(self) -> float:
@@ -101,6 +112,7 @@ class Floor:
             "total_ms": self.total_ms,
             "first_trained_layer": self.first_trained_layer,
             "groups": self.groups,
+            "products_in_turn_ms": self.products_in_turn_ms,
             "parts": [asdict(part) for part in self.parts],
         }
 
@@ -119,14 +131,15 @@ def arithmetic_floor(model: Any, sequences: Sequences, *, dtype: torch.dtype = t
         return None
     first = first_trained_layer(model)
     copy = copy_rate(device, _COPY_BYTES if device.type == "cuda" else _COPY_BYTES // 2**8)
-    parts = [_gemm_part(product, device, dtype) for product in products(model, sequences.total)]
+    wanted = products(model, sequences.total)
+    parts = [_gemm_part(product, device, dtype) for product in wanted]
     parts += _core_parts(config, sequences, first, dtype)
     for stage in elementwise_stages(config, first_trained=first, item=dtype.itemsize):
         parts += _stage_parts(stage, sequences.total, copy)
     trained = sum(parameter.numel() for _, parameter in adapters(model))
     moved = optimizer_bytes_moved(trained)
     parts.append(Part("AdamW", "optimizer", _ms(moved, copy), 1, bytes=moved, rate=copy))
-    return Floor(tuple(parts), first, copy)
+    return Floor(tuple(parts), first, copy, _in_turn_ms(wanted, device, dtype))
 
 
 def first_trained_layer(model: Any) -> int:
@@ -202,6 +215,20 @@ def _gemm_part(product: Product, device: torch.device, dtype: torch.dtype) -> Pa
     flops = product.count * product.flops
     name = f"{product.name} {product.m}x{product.k}x{product.n} {product.layout}"
     return Part(name, "GEMM", 1e3 * flops / rate, product.count, flops=flops, rate=rate)
+
+
+def _in_turn_ms(wanted: Sequence[Product], device: torch.device, dtype: torch.dtype) -> float:
+    calls = [
+        (*operands(product.m, product.k, product.n, product.layout, device, dtype), product.count) for product in wanted
+    ]
+    marks = []
+    for _ in range(_PASSES):
+        for left, right, out, count in calls:
+            for _ in range(count):
+                torch.mm(left, right, out=out)
+        marks.append(mark(device))
+    synchronize(device)
+    return between_ms(marks[-2], marks[-1])
 
 
 def _core_parts(config: Any, sequences: Sequences, first: int, dtype: torch.dtype) -> Iterator[Part]:

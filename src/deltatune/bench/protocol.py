@@ -27,6 +27,7 @@ __all__ = [
     "head",
     "mark",
     "measure",
+    "operands",
     "peak_bytes",
     "source_digest",
     "source_state",
@@ -205,18 +206,25 @@ def gemm_rate(
     Raises:
         ValueError: an unknown layout.
     """
-    if layout not in ("NN", "NT", "TN"):
-        raise ValueError(f"layout must be 'NN', 'NT' or 'TN', got {layout!r}")
     sets = _sets((m * k + k * n) * dtype.itemsize)
-    left = [_operand(m, k, layout[0], device, dtype) for _ in range(sets)]
-    right = [_operand(k, n, layout[1], device, dtype) for _ in range(sets)]
+    pairs = [operands(m, k, n, layout, device, dtype)[:2] for _ in range(sets)]
     out = torch.empty(m, n, device=device, dtype=dtype)
 
     def product(i: int) -> Tensor:
-        return torch.mm(left[i % sets], right[i % sets], out=out)
+        return torch.mm(*pairs[i % sets], out=out)
 
     timing = measure({"mm": product}, device, rounds=rounds)["mm"]
     return 2 * m * k * n / (timing.median_ms / 1e3)
+
+
+def operands(
+    m: int, k: int, n: int, layout: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random ``[m, k]`` and ``[k, n]`` lying as ``layout`` says, see ``gemm_rate``, and a place for their product."""
+    if layout not in ("NN", "NT", "TN"):
+        raise ValueError(f"layout must be 'NN', 'NT' or 'TN', got {layout!r}")
+    left, right = _operand(m, k, layout[0], device, dtype), _operand(k, n, layout[1], device, dtype)
+    return left, right, torch.empty(m, n, device=device, dtype=dtype)
 
 
 def _operand(rows: int, columns: int, layout: str, device: torch.device, dtype: torch.dtype) -> Tensor:

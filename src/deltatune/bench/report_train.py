@@ -98,7 +98,11 @@ def _floor(config: Mapping[str, Any]) -> list[str]:
     if not floor:
         return []
     groups = ", ".join(f"{name} {ms:.1f}" for name, ms in floor["groups"].items())
-    return [f"Arithmetic floor, adapters on {floor['targets']}: {floor['total_ms']:.1f} ms ({groups})."]
+    found = f"Arithmetic floor, adapters on {floor['targets']}: {floor['total_ms']:.1f} ms ({groups})."
+    in_turn = floor.get("products_in_turn_ms")
+    if in_turn:
+        found += f" Its matrix products one after another, as a step has them: {in_turn:.1f} ms."
+    return [found]
 
 
 def _tables(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
