@@ -21,6 +21,7 @@ from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lo
 from deltatune.layers.reclass import ModelState, Swapped, stock_class, swap, unswap
 from deltatune.memory import Choice
 from deltatune.models.family import Family
+from deltatune.models.op_sizes import op_sizes
 from deltatune.models.registry import family_of
 from deltatune.report import KernelRow, LoraRow, PrepareReport, SwapRow, TrainableRow
 
@@ -51,12 +52,11 @@ class Prepared:
     @property
     def report(self) -> PrepareReport:
         """What runs now: trainable parameters and compile counts are read when this is called."""
-        device, dtype = _device_and_dtype(self.model)
         return PrepareReport(
             family=self._family.name,
             features={name: _feature_text(feature) for name, feature in self._family.features.items()},
             swaps=self._swaps,
-            kernels=_kernel_rows(self._family, self._state.kernels, device, dtype),
+            kernels=_kernel_rows(self._family, self._state.kernels, self.model, self._state.compile is not None),
             trainable=_trainable_rows(self.model),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             checkpointing=self._state.checkpointing,
@@ -64,7 +64,7 @@ class Prepared:
             compile=self._state.compile,
             compile_report=self.compile_report,
             lora=_lora_text(self.model),
-            lora_rows=_lora_rows(self.model, self._state.lora, device),
+            lora_rows=_lora_rows(self.model, self._state.lora, _device_and_dtype(self.model)[0]),
             head=self._state.head,
         )
 
@@ -169,7 +169,7 @@ def prepare(
         if reason is not None:
             raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
     requests = _kernel_requests(family, kernels)
-    _kernel_rows(family, requests, *_device_and_dtype(model))  # raises for a kernel that cannot run
+    _kernel_rows(family, requests, model, compile is not None)  # raises for a kernel that cannot run
     if lora == "fused":
         check_all_fused(base, text_model)
     _revert(base)
@@ -302,12 +302,15 @@ def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[s
     return requests
 
 
-def _kernel_rows(
-    family: Family, requests: Mapping[str, str], device: torch.device, dtype: torch.dtype
-) -> list[KernelRow]:
+def _kernel_rows(family: Family, requests: Mapping[str, str], model: nn.Module, compiled: bool) -> list[KernelRow]:
+    """What the layers will take: chosen by the same function, from the same sizes."""
+    base: Any = _base(model)
+    text_model = _text_model(base)
+    known = op_sizes(text_model, None if base is text_model else base.get_output_embeddings())
+    known["gated_rms_norm"] = {"compiled": compiled}
     rows = []
     for op in family.ops:
-        choice = getattr(ops, f"choose_{op}")(device, dtype, impl=requests[op])
+        choice = getattr(ops, f"choose_{op}")(*_device_and_dtype(model), **known.get(op, {}), impl=requests[op])
         rows.append(KernelRow(op, choice.impl, choice.reason))
     return rows
 
