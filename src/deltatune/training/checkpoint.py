@@ -12,6 +12,7 @@ from torch import nn
 
 from deltatune.config.errors import UserError
 from deltatune.config.schema import ModelSection
+from deltatune.training.hub import silence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -32,6 +33,9 @@ _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The configuration of a checkpoint folder, or of a model on the Hub.
 
+    Where the Hub does not answer, a model on it is read from what was downloaded before, at once or not at all; so are
+    its weights and its tokenizer.
+
     Raises:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
@@ -47,9 +51,11 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             "(config.json and weights) or a model name (owner/name) on the Hugging Face Hub"
         )
     try:
-        return AutoConfig.from_pretrained(_location(section), **_origin(section))
+        return AutoConfig.from_pretrained(_location(section), **_origin(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.name_or_path: cannot read {section.name_or_path}: {_first_line(error)}") from error
+        raise UserError(
+            f"model.name_or_path: cannot read {section.name_or_path}: {_why(error, section.name_or_path)}"
+        ) from error
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -82,10 +88,16 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     try:
         model, info = loader.from_pretrained(
-            _location(section), config=config, dtype=dtype, output_loading_info=True, **_origin(section)
+            _location(section),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            **_origin(section, section.name_or_path),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from error
+        raise UserError(
+            f"model.name_or_path: cannot load {section.name_or_path}: {_why(error, section.name_or_path)}"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -118,9 +130,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
     name = section.tokenizer or section.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(section))
+        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(section, name))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a tokenizer from {name}: {_first_line(error)}; set model.tokenizer") from error
+        raise UserError(f"cannot load a tokenizer from {name}: {_why(error, name)}; set model.tokenizer") from error
     if not tokenizer.get_vocab():
         raise UserError(f"{name} holds no tokenizer (no tokenizer.json); set model.tokenizer to one that does")
     if section.chat_template is not None:
@@ -188,8 +200,10 @@ def _location(section: ModelSection) -> str:
     return str(path.resolve()) if path.exists() else section.name_or_path
 
 
-def _origin(section: ModelSection) -> dict[str, Any]:
+def _origin(section: ModelSection, name: str) -> dict[str, Any]:
     origin: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if _silence_about(name) is not None:
+        origin["local_files_only"] = True
     if section.revision is not None:
         origin["revision"] = section.revision
     return origin
@@ -207,6 +221,24 @@ def _no_checkpoint(path: Path) -> str:
             f"(deltatune merge {path} --output OUTPUT) or name its base model"
         )
     return f"model.name_or_path: {path} is no checkpoint: it holds no config.json; expected config.json and weights"
+
+
+def _silence_about(name: str) -> str | None:
+    """Why nothing can be downloaded of what is not here; None for what is, and where something can."""
+    return None if Path(name).expanduser().exists() else silence()
+
+
+def _why(error: BaseException, name: str) -> str:
+    """What went wrong with a model or tokenizer of this name."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    silent = _silence_about(name)
+    if silent is None or not isinstance(error, OSError):
+        return _first_line(error)
+    absent = isinstance(error.__cause__, LocalEntryNotFoundError)
+    what = f"it is not in {constants.HF_HUB_CACHE}" if absent else _first_line(error).rstrip(".")
+    return f"{what}, and {silent}; check the name and the connection, or give a checkpoint folder"
 
 
 def _first_line(error: BaseException) -> str:

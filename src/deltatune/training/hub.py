@@ -1,0 +1,58 @@
+"""Whether the Hugging Face Hub answers: asked once, where libraries ask again and again for every file.
+
+For a file that is not on this machine they wait about 25 s before they say that there is no connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import socket
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from typing import Any, Final
+
+from huggingface_hub import constants
+
+__all__ = ["silence"]
+
+_UNREACHABLE: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+
+
+def silence() -> str | None:
+    """Why nothing can be had from the Hub, in words; None where it answers, whatever it says.
+
+    A process asks once, within ``HF_HUB_ETAG_TIMEOUT`` seconds (the Hub's own setting, 10 by default), by the proxies
+    that the environment names. What else may be wrong, such as a certificate, is left to the download itself.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE forbids asking {constants.ENDPOINT}"
+    if "all" in urllib.request.getproxies():
+        return None  # a proxy that the standard library cannot use
+    return _no_answer(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
+
+
+class _WithoutRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@functools.cache
+def _no_answer(endpoint: str, timeout_seconds: float) -> str | None:
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        urllib.request.build_opener(_WithoutRedirects).open(request, timeout=timeout_seconds).close()
+    except (urllib.error.HTTPError, HTTPException):
+        return None
+    except OSError as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, OSError) and _is_silence(reason):
+            return f"{endpoint} does not answer ({reason})"
+    return None
+
+
+def _is_silence(error: OSError) -> bool:
+    return isinstance(error, socket.gaierror | ConnectionError | TimeoutError) or error.errno in _UNREACHABLE
