@@ -222,6 +222,17 @@ def test_only_what_a_run_would_take_decides_the_exit_status(monkeypatch, capsys,
     assert "red gate: relative error of y" in capsys.readouterr().out
 
 
+def test_reasons_stand_whole_below_the_table(capsys) -> None:
+    argv = ["bench", "ops", "--op", "causal_conv", "--shape", "tiny", "--tokens", "64", "--device", "cpu"]
+    assert main([*argv, "--rounds", "1", "--seconds", "0.01", "--no-record"]) == 0
+    table, _, reasons = capsys.readouterr().out.partition("\ntriton: unavailable: ")
+    assert max(map(len, reasons.splitlines())) <= 120
+    said = " ".join(reasons.split())
+    assert "cannot run here: triton needs an NVIDIA GPU, the inputs are on cpu; use impl='reference'" in said
+    assert table.rpartition("triton")[2].split("\n")[0].endswith(" unavailable")
+    assert reasons.count("No module named 'causal_conv1d'") == 1, "once for both directions"
+
+
 def test_an_unknown_model_is_one_line(capsys) -> None:
     assert main(["bench", "ops", "--shape", "qwen9", "--device", "cpu"]) == 2
     assert "unknown model 'qwen9'" in capsys.readouterr().err

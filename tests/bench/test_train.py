@@ -30,6 +30,21 @@ def arguments(more: str, folder: Path | str = "unused") -> argparse.Namespace:
     return parser.parse_args(words, argparse.Namespace(argv=["deltatune", "bench", "train", *words]))
 
 
+def test_every_option_says_its_default() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for action in parser._actions[1:]:
+        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        said = action.help % {"default": default}
+        if action.dest == "baselines":
+            assert all(name in said for name in action.default)
+        elif action.default in (None, False):
+            assert "by default" in said, action.dest
+        else:
+            assert f"{default}" in said, action.dest
+            assert "by default" in said, action.dest
+
+
 def record_of(folder: Path) -> dict:
     (path,) = folder.glob("*.json")
     return json.loads(path.read_text())

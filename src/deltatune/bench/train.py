@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
 
 from deltatune.bench.baselines import LEAK_FREE
 from deltatune.bench.child import COMPILED
-from deltatune.bench.models import TARGETS
-from deltatune.bench.protocol import RECORDS, copy_rate, gemm_rate, head, write_record
+from deltatune.bench.protocol import copy_rate, gemm_rate, head, write_record
 from deltatune.bench.session import Plan, Session
-from deltatune.bench.shapes import SHAPES, shape_named
-from deltatune.bench.systems import BASELINES, Adapters, Setting
-from deltatune.bench.workload import LONGEST, SHORTEST, draw_lengths
+from deltatune.bench.shapes import shape_named
+from deltatune.bench.systems import Adapters, Setting
+from deltatune.bench.train_options import FRONTIER, add_arguments
+from deltatune.bench.workload import draw_lengths
 from deltatune.compile import CompileOptions
 from deltatune.config.errors import UserError
 from deltatune.training.flops import peak_flops
@@ -32,7 +31,6 @@ _METHOD: Final = (
     "allocates at its peak; timed after its gates: token losses, document losses and adapter gradients against "
     "float32 document by document, the whole pack against the stock path and against the same uncompiled, verify"
 )
-_FRONTIER: Final = ("none", 0.8, 0.6, 0.4, 0.2, "layer", "auto")
 _SQUARE: Final = 8192
 _COPY_BYTES: Final = 2**28
 _CONFIG_VALUES: Final = (
@@ -40,46 +38,6 @@ _CONFIG_VALUES: Final = (
     "linear_num_key_heads", "linear_num_value_heads", "vocab_size", "num_experts", "num_experts_per_tok",
     "tie_word_embeddings",
 )  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``deltatune bench train``."""
-    add = parser.add_argument
-    add("--model", default="qwen3.5-2b", choices=list(SHAPES), help="shapes of this model, random weights")
-    add("--layers", type=int, metavar="N", help="depth, the pattern of layer types kept; the model's own by default")
-    add("--tokens", type=int, default=16384, metavar="T", help="tokens of a pack")
-    add("--one-document", action="store_true", help="one document as long as the pack")
-    add("--shortest", type=int, default=SHORTEST, help="tokens of the shortest document")
-    add("--longest", type=int, default=LONGEST, help="tokens of the longest document")
-    add("--checkpointing", nargs="+", default=["none", "layer"], metavar="C", help="ours: none, layer, auto or shares")
-    add("--frontier", action="store_true", help=f"checkpointing {' '.join(map(str, _FRONTIER))} for the first targets")
-    add(
-        "--targets",
-        nargs="+",
-        default=["qkvo"],
-        choices=list(TARGETS),
-        help="where ours has adapters; stock: the first",
-    )
-    add("--lora", nargs="+", default=["auto"], choices=["auto", "stock", "fused"], help="how ours runs them")
-    add("--baselines", nargs="*", default=["stock", "stock as shipped"], choices=[*BASELINES, COMPILED])
-    add("--baseline-checkpointing", nargs="+", default=["layer", "none"], choices=["none", "layer"])
-    add("--compile-limit", type=float, default=300.0, metavar="S", help="seconds to the first step of a new process")
-    add("--cold-start", type=int, nargs="?", const=0, metavar="N", help="the first of ours in new processes, without "
-        "compiled graphs on disk and with; of N layers, the same depth by default")  # fmt: skip
-    add("--rank", type=int, default=16)
-    add("--alpha", type=int, default=32)
-    add("--adapter-dtype", default="float32", choices=["float32", "model"])
-    add("--warmup", type=int, default=3, help="steps before timing")
-    add("--steps", type=int, default=12, help="timed steps of each system")
-    add("--rounds", type=int, default=4, help="turns they are spread over")
-    add("--seed", type=int, default=0)
-    add("--backend", default="inductor", choices=["inductor", "aot_eager", "none"], help="how ours is compiled")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--no-floor", action="store_true", help="leave the arithmetic floor out")
-    add("--kernels", action="store_true", help="profile one step of ours, where it is fastest, for each of the targets")
-    add("--commit", metavar="HASH", help="of the source, where it lies without its history")
-    add("--records", type=Path, default=RECORDS, metavar="DIR", help="where the record goes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,7 +96,7 @@ def _settings(args: argparse.Namespace) -> Iterable[Setting]:
     few = list(map(_checkpointing, args.checkpointing))
     for index, targets in enumerate(args.targets):
         for lora in args.lora:
-            for checkpointing in _FRONTIER if args.frontier and not index else few:
+            for checkpointing in FRONTIER if args.frontier and not index else few:
                 yield Setting("deltatune", checkpointing, targets, lora)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +31,7 @@ METHOD: Final = (
     "measured in the same run; peak_bytes is what a call allocates at its peak beyond its inputs"
 )
 _CPU_METHOD: Final = "the wall clock of the CPU: for trying the benchmark out, not for figures; otherwise " + METHOD
+_WIDTH: Final = 120
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,7 +109,7 @@ def _green(config: dict[str, Any]) -> bool:
 
 
 def lines(op: str, config: dict[str, Any]) -> list[str]:
-    """A printed table of one case."""
+    """A printed table of one case, and below it why a row has no figures or should not be trusted."""
     sizes = ", ".join(f"{name} {value}" for name, value in config["config"].items() if not isinstance(value, list))
     ceilings = config["ceilings"]
     speeds = [f"copy {ceilings['copy_bytes_per_second'] / 1e9:.0f} GB/s"]
@@ -117,7 +120,16 @@ def lines(op: str, config: dict[str, Any]) -> list[str]:
         by_name.setdefault(result["impl"], []).append(result)
     header = ("", *(word for what in DIRECTIONS for word in (f"{what} ms", "of floor", "MiB")), "error/budget", "")
     rows = [_row(name, results, config) for name, results in by_name.items()]
-    return [f"{op}: {sizes}", f"{', '.join(speeds)}; auto takes {config['auto']}", "", *table(header, rows)]
+    about = [f"{op}: {sizes}", f"{', '.join(speeds)}; auto takes {config['auto']}", ""]
+    return [*about, *table(header, rows), *_reasons(by_name)]
+
+
+def _reasons(by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """In full, as the record has them, wrapped; one that both directions give once."""
+    for name, results in by_name.items():
+        for said in dict.fromkeys((r["status"], r["reason"]) for r in results if r["status"] != "ok"):
+            text = f"{name}: {said[0]}: {said[1]}"
+            yield from textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_long_words=False)
 
 
 def _row(name: str, results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:
@@ -132,8 +144,8 @@ def _row(name: str, results: list[dict[str, Any]], config: dict[str, Any]) -> li
         ]
     errors = config["errors"].get(name, {})
     worst = max((_ratio(error, config["error_budget"][key]) for key, error in errors.items()), default=None)
-    status, reason = results[-1]["status"], results[-1]["reason"]
-    return [*cells, "-" if worst is None else f"{worst:.2f}", "" if status == "ok" else f"{status}: {reason}"[:110]]
+    status = results[-1]["status"]
+    return [*cells, "-" if worst is None else f"{worst:.2f}", "" if status == "ok" else status]
 
 
 def _ratio(error: float | None, budget: float) -> float:
