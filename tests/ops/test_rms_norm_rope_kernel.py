@@ -203,11 +203,11 @@ def test_q_and_k_of_different_dtypes_go_one_by_one():
 
 
 def test_frozen_weights_cost_no_gradient(monkeypatch):
-    from deltatune.ops._rms_norm_rope import kernel
+    from deltatune.ops._rms_norm_rope import launch
 
     asked = []
-    backward = kernel.backward
-    monkeypatch.setattr(kernel, "backward", lambda *args: asked.append(args[-1]) or backward(*args))
+    backward = launch.backward
+    monkeypatch.setattr(launch, "backward", lambda *args: asked.append(args[-1]) or backward(*args))
     (x, weight, cos, sin), options = make_inputs()
     rms_norm_rope(x, weight.detach(), cos, sin, **options, impl="triton").sum().backward()
     assert x.grad is not None

@@ -10,116 +10,10 @@ of one projection need no copy. Imported only where it runs.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from deltatune.ops._rms_norm_rope.reference import result_dtype, scaled_dtype
-
-__all__ = ["backward", "forward"]
-
-# Numbers a program holds of each tensor, and warps. H200, bf16, 16384 tokens, 40/8 heads of 128 and 16/4 of 256: from
-# 1024 to 4096 with 4 warps within 4% of each other both ways, 8192 with 8 warps 11% to 14% slower forward.
-_ELEMENTS, _WARPS = 2048, 4
-# With a weight's gradient, whose sums take registers too; and the tiles one program sums. There: 1.07x and 1.06x as
-# fast as 2048 numbers and 16 tiles, 1.04x and 1.09x as fast as 8 tiles.
-_SUMMED_ELEMENTS, _TILES = 1024, 16
-
-_NO_SCALE, _WEIGHT, _ONE_PLUS_WEIGHT = 0, 1, 2
-_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-def forward(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    unit_offset: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """q ``[S, N, D]`` and k ``[S, M, D]`` normalised and rotated, contiguous; cos and sin ``[P, R]``."""
-    heads = [(_unit_stride(q), q_weight)]
-    if k is not None:
-        heads.append((_unit_stride(k), k_weight))
-    outs = [x.new_empty(x.shape, dtype=result_dtype(x, w, cos, unit_offset)) for x, w in heads]
-    rows = _rows(q.shape[-1])
-    programs = [triton.cdiv(x.shape[0] * x.shape[1], rows) for x, _ in heads]
-    if sum(programs):
-        # alone, q stands in for k too, which then has no programs
-        (x, w), (x2, w2) = heads[0], heads[-1]
-        cos, sin = _unit_stride(cos), _unit_stride(sin)
-        _forward_kernel[(sum(programs),)](
-            *(x, outs[0], w, x2, outs[-1], w2, cos, sin),
-            *(*x.stride()[:2], *x2.stride()[:2], cos.stride(0), sin.stride(0)),
-            *(x.shape[0], cos.shape[0], programs[0], x.shape[1], x2.shape[1], x.shape[2], cos.shape[1], eps),
-            *(_scale(w, unit_offset), _DTYPES[scaled_dtype(x, w, unit_offset)], rows, _pairs(x.shape[2])),
-            num_warps=_WARPS,
-            enable_fp_fusion=False,  # a fused multiply-add would skip a rounding of the stock modules
-        )
-    return outs[0], None if k is None else outs[1]
-
-
-def backward(
-    q_grad: Tensor,
-    k_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    unit_offset: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of q and k, contiguous, and with ``weight_grad`` those of their weights.
-
-    A weight's is summed in fp32 in a fixed order: each program over its rows, then over the programs.
-    """
-    heads = [(_unit_stride(q_grad), _unit_stride(q), q_weight)]
-    if k is not None:
-        assert k_grad is not None
-        heads.append((_unit_stride(k_grad), _unit_stride(k), k_weight))
-    grads = [x.new_empty(x.shape) for _, x, _ in heads]
-    rows, tiles = (_rows(q.shape[-1], _SUMMED_ELEMENTS), _TILES) if weight_grad else (_rows(q.shape[-1]), 1)
-    programs = [triton.cdiv(x.shape[0] * x.shape[1], rows * tiles) for _, x, _ in heads]
-    sums = q.new_empty(sum(programs) if weight_grad else 0, q.shape[-1], dtype=torch.float32)
-    if sum(programs):
-        (dy, x, w), (dy2, x2, w2) = heads[0], heads[-1]
-        cos, sin = _unit_stride(cos), _unit_stride(sin)
-        _backward_kernel[(sum(programs),)](
-            *(dy, x, grads[0], w, dy2, x2, grads[-1], w2, cos, sin, sums),
-            *(*dy.stride()[:2], *x.stride()[:2], *dy2.stride()[:2], *x2.stride()[:2], cos.stride(0), sin.stride(0)),
-            *(x.shape[0], cos.shape[0], programs[0], x.shape[1], x2.shape[1], x.shape[2], cos.shape[1], eps),
-            *(_scale(w, unit_offset), weight_grad, tiles, rows, _pairs(x.shape[2])),
-            num_warps=_WARPS,
-        )
-    weight_grads: list[Tensor | None] = [None, None]
-    if weight_grad:
-        parts = zip(sums.split_with_sizes(programs), heads, strict=True)
-        weight_grads = [None if w is None else part.sum(0).to(w.dtype) for part, (_, _, w) in parts] + [None]
-    return grads[0], None if k is None else grads[1], weight_grads[0], weight_grads[1]
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rows(dim: int, elements: int = _ELEMENTS) -> int:
-    rows: int = max(1, elements // triton.next_power_of_2(dim))
-    return rows
-
-
-def _pairs(dim: int) -> int:
-    pairs: int = triton.next_power_of_2((dim + 1) // 2)
-    return pairs
-
-
-def _scale(weight: Tensor | None, unit_offset: bool) -> int:
-    return _NO_SCALE if weight is None else _ONE_PLUS_WEIGHT if unit_offset else _WEIGHT
+__all__ = ["backward_kernel", "forward_kernel"]
 
 
 def _load_wide(pointer: tl.tensor, at: tl.tensor, mask: tl.tensor, other: tl.constexpr) -> tl.tensor:
@@ -143,13 +37,34 @@ def _scaled(
 
 def _columns(
     D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    # a and b of each pair, and which rotate: (0, R/2), (1, R/2 + 1), ...; then what passes, (R, R + (D-R)/2), ...
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    # a and b of each pair: (0, R/2), (1, R/2 + 1), ...; then what passes, (R, R + (D-R)/2), ...; which a and which b
+    # there are, and which pairs rotate.
     # Of every row, so that the weight is loaded in the layout of x: another layout costs shared memory and barriers.
     pair = tl.broadcast_to(tl.arange(0, PAIRS)[None, :], [ROWS, PAIRS])
     turns = pair < R // 2
     a = tl.where(turns, pair, pair + R // 2)
-    return a, tl.where(turns, pair + R // 2, pair + R // 2 + (D - R + 1) // 2), turns
+    b = tl.where(turns, pair + R // 2, pair + R // 2 + (D - R + 1) // 2)
+    return a, b, a < R + (D - R + 1) // 2, b < D, turns
+
+
+def _heads_of_tile(
+    tile: tl.tensor, num_tokens: tl.tensor, N: tl.constexpr, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    # the rows of a tile, which of them there are, and the token and the head that each is
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    return rows, rows < num_tokens * N, rows // N, rows % N
+
+
+def _starts_of_rows(tokens: tl.tensor, heads: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor) -> tl.tensor:
+    return (tokens.to(tl.int64) * token_stride + heads * head_stride)[:, None]
+
+
+def _starts_of_angles(
+    tokens: tl.tensor, num_positions: tl.tensor, cos_stride: tl.tensor, sin_stride: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    positions = tokens % num_positions
+    return (positions * cos_stride)[:, None], (positions * sin_stride)[:, None]
 
 
 def _forward_rows(
@@ -176,16 +91,14 @@ def _forward_rows(
 ) -> None:
     NORMED: tl.constexpr = x.dtype.element_ty
     OUT: tl.constexpr = y.dtype.element_ty
-    rows = program * ROWS + tl.arange(0, ROWS)
-    live = (rows < num_tokens * N)[:, None]
-    tokens = rows // N
-    x_at = (tokens.to(tl.int64) * token_stride + rows % N * head_stride)[:, None]
+    rows, live_rows, tokens, heads = _tile_heads(program, num_tokens, N, ROWS)
+    live = live_rows[:, None]
+    x_at = _row_starts(tokens, heads, token_stride, head_stride)
     y_at = rows.to(tl.int64)[:, None] * D
-    at_a, at_b, turns = _pair_columns(D, R, ROWS, PAIRS)
-    in_a, in_b = at_a < R + (D - R + 1) // 2, at_b < D
+    at_a, at_b, in_a, in_b, turns = _pair_columns(D, R, ROWS, PAIRS)
     a = _load(x, x_at + at_a, live & in_a, 0.0)
     b = _load(x, x_at + at_b, live & in_b, 0.0)
-    cos_at, sin_at = (tokens % num_positions * cos_stride)[:, None], (tokens % num_positions * sin_stride)[:, None]
+    cos_at, sin_at = _angle_starts(tokens, num_positions, cos_stride, sin_stride)
     cos_a = _load(cos, cos_at + at_a, live & turns, 1.0)
     cos_b = _load(cos, cos_at + at_b, live & turns, 1.0)
     sin_a = _load(sin, sin_at + at_a, live & turns, 0.0)
@@ -269,8 +182,7 @@ def _backward_rows(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ) -> None:
-    at_a, at_b, turns = _pair_columns(D, R, ROWS, PAIRS)
-    in_a, in_b = at_a < R + (D - R + 1) // 2, at_b < D
+    at_a, at_b, in_a, in_b, turns = _pair_columns(D, R, ROWS, PAIRS)
     if SCALE > 0:
         # SCALE is 1 for w and 2 for 1 + w
         scale_a = _load(weight, at_a, in_a, 0.0) + (SCALE - 1)
@@ -278,18 +190,16 @@ def _backward_rows(
     if WEIGHT_GRAD:
         sum_a, sum_b = tl.zeros([ROWS, PAIRS], tl.float32), tl.zeros([ROWS, PAIRS], tl.float32)
     for tile in range(TILES):
-        rows = (program * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        live_rows = rows < num_tokens * N
+        rows, live_rows, tokens, heads = _tile_heads(program * TILES + tile, num_tokens, N, ROWS)
         live = live_rows[:, None]
-        tokens, heads = rows // N, rows % N
-        x_at = (tokens.to(tl.int64) * token_stride + heads * head_stride)[:, None]
-        dy_at = (tokens.to(tl.int64) * dy_token_stride + heads * dy_head_stride)[:, None]
+        x_at = _row_starts(tokens, heads, token_stride, head_stride)
+        dy_at = _row_starts(tokens, heads, dy_token_stride, dy_head_stride)
         dx_at = rows.to(tl.int64)[:, None] * D
         a = _load(x, x_at + at_a, live & in_a, 0.0)
         b = _load(x, x_at + at_b, live & in_b, 0.0)
         dy_a = _load(dy, dy_at + at_a, live & in_a, 0.0)
         dy_b = _load(dy, dy_at + at_b, live & in_b, 0.0)
-        cos_at, sin_at = (tokens % num_positions * cos_stride)[:, None], (tokens % num_positions * sin_stride)[:, None]
+        cos_at, sin_at = _angle_starts(tokens, num_positions, cos_stride, sin_stride)
         # y_a = a cos_a - b sin_a, y_b = b cos_b + a sin_b
         turned_a = dy_a * _load(cos, cos_at + at_a, live & turns, 1.0)
         turned_a += dy_b * _load(sin, sin_at + at_b, live & turns, 0.0)
@@ -309,9 +219,9 @@ def _backward_rows(
             sum_a += turned_a * a * rstd
             sum_b += turned_b * b * rstd
     if WEIGHT_GRAD:
-        at_a, at_b, _ = _pair_columns(D, R, 1, PAIRS)
-        tl.store(sums + at_a, tl.sum(sum_a, axis=0)[None, :], mask=at_a < R + (D - R + 1) // 2)
-        tl.store(sums + at_b, tl.sum(sum_b, axis=0)[None, :], mask=at_b < D)
+        at_a, at_b, in_a, in_b, _ = _pair_columns(D, R, 1, PAIRS)
+        tl.store(sums + at_a, tl.sum(sum_a, axis=0)[None, :], mask=in_a)
+        tl.store(sums + at_b, tl.sum(sum_b, axis=0)[None, :], mask=in_b)
 
 
 def _backward(
@@ -367,6 +277,7 @@ def _backward(
 
 
 _load, _rounded, _pair_columns = triton.jit(_load_wide), triton.jit(_round), triton.jit(_columns)
-_scale_and_round = triton.jit(_scaled)
+_tile_heads, _row_starts = triton.jit(_heads_of_tile), triton.jit(_starts_of_rows)
+_angle_starts, _scale_and_round = triton.jit(_starts_of_angles), triton.jit(_scaled)
 _forward_tile, _backward_tiles = triton.jit(_forward_rows), triton.jit(_backward_rows)
-_forward_kernel, _backward_kernel = triton.jit(_forward), triton.jit(_backward)
+forward_kernel, backward_kernel = triton.jit(_forward), triton.jit(_backward)

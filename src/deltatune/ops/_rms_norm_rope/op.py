@@ -58,10 +58,10 @@ def _forward(
     eps: float,
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor]:
-    from deltatune.ops._rms_norm_rope import kernel  # Triton, where it runs
+    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
 
     with torch.cuda.device(q.get_device()):
-        q_out, k_out = kernel.forward(
+        q_out, k_out = launch.forward(
             _stream(q), _stream(k), q_weight, k_weight, _stream(cos), _stream(sin), eps, unit_offset
         )
     return q_out.view(q.shape), _like(k_out, k, q)
@@ -80,10 +80,10 @@ def _backward(
     unit_offset: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from deltatune.ops._rms_norm_rope import kernel  # Triton, where it runs
+    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
 
     with torch.cuda.device(q.get_device()):
-        dq, dk, dq_weight, dk_weight = kernel.backward(
+        dq, dk, dq_weight, dk_weight = launch.backward(
             _stream(q_grad),
             _stream(k_grad),
             _stream(q),
