@@ -56,10 +56,12 @@ class Case:
         Refresh(self.layout, self.operands).run(self.down, self.up, self.scales)
 
 
-def case(forward: bool = True, backward: bool = True, *, dtype=torch.float64, adapter_dtype=None) -> Case:
+def case(
+    forward: bool = True, backward: bool = True, *, dtype=torch.float64, adapter_dtype=None, outers=OUTER, device="cpu"
+) -> Case:
     generator = torch.Generator().manual_seed(0)
     targets, slots, place, width = [], [], 0, 48
-    for number, (outer, ranks) in enumerate(zip(OUTER, RANKS, strict=True)):
+    for number, (outer, ranks) in enumerate(zip(outers, RANKS, strict=True)):
         first = place
         for rank in ranks:
             slots.append(Slot(number, place, rank))
@@ -69,24 +71,26 @@ def case(forward: bool = True, backward: bool = True, *, dtype=torch.float64, ad
     layout = Layout(INNER, width, forward, backward, tuple(targets), tuple(slots))
 
     def random(*shape: int, scale: float) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
-    weights = [random(outer, INNER, scale=INNER**-0.5) for outer in OUTER]
+    weights = [random(outer, INNER, scale=INNER**-0.5) for outer in outers]
     adapter = adapter_dtype or dtype
     down = [random(slot.rank, INNER, scale=INNER**-0.5).to(adapter).requires_grad_() for slot in slots]
-    up = [random(OUTER[slot.target], slot.rank, scale=0.2).to(adapter).requires_grad_() for slot in slots]
+    up = [random(outers[slot.target], slot.rank, scale=0.2).to(adapter).requires_grad_() for slot in slots]
     bordered, ups = [], []
     for weight, target in zip(weights, targets, strict=True):
-        buffer = torch.zeros(target.outer + backward * target.width, INNER + forward * width, dtype=dtype)
+        buffer = torch.zeros(
+            target.outer + backward * target.width, INNER + forward * width, dtype=dtype, device=device
+        )
         buffer[: target.outer, :INNER] = weight
         first = INNER + target.offset
         columns = buffer[: target.outer, first : first + target.width]
         bordered.append(buffer)
-        ups.append(columns if forward else torch.zeros(target.outer, target.width, dtype=dtype))
+        ups.append(columns if forward else torch.zeros(target.outer, target.width, dtype=dtype, device=device))
     operands = Operands(
-        torch.zeros(INNER, width, dtype=dtype),
-        torch.zeros(width, INNER, dtype=dtype),
-        torch.zeros(width),
+        torch.zeros(INNER, width, dtype=dtype, device=device),
+        torch.zeros(width, INNER, dtype=dtype, device=device),
+        torch.zeros(width, device=device),
         tuple(bordered),
         tuple(ups),
     )
@@ -161,15 +165,11 @@ def test_strided_inputs_and_gradients(forward, backward):
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("forward", "backward"), BORDERS)
-def test_error_is_at_most_twice_that_of_separate_products(forward, backward, dtype, adapter_dtype):
+def assert_at_most_twice_the_error_of_separate_products(made: Case, x: Tensor) -> None:
     """Against float64 on the same numbers; the measure is PEFT's formula in the 16-bit dtype throughout."""
-    made, x = case(forward, backward, dtype=dtype, adapter_dtype=adapter_dtype), inputs(300, dtype=dtype)
-    leaves = [x, *made.down, *made.up]
+    dtype, leaves = x.dtype, [x, *made.down, *made.up]
     exact = made.oracle(x)
-    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for y in exact]
+    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x) for y in exact]
     want = [*exact, *torch.autograd.grad(exact, leaves, [w.double() for w in weights])]
     outputs = []
     for number, weight in enumerate(made.weights):
@@ -184,6 +184,24 @@ def test_error_is_at_most_twice_that_of_separate_products(forward, backward, dty
     for found, theirs, expected in zip(fused, separate, want, strict=True):
         assert found.dtype == theirs.dtype
         assert relative(found, expected) <= 2 * relative(theirs, expected)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("forward", "backward"), BORDERS)
+def test_error_is_at_most_twice_that_of_separate_products(forward, backward, dtype, adapter_dtype):
+    made = case(forward, backward, dtype=dtype, adapter_dtype=adapter_dtype)
+    assert_at_most_twice_the_error_of_separate_products(made, inputs(300, dtype=dtype))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("forward", "backward"), BORDERS)
+def test_error_of_wide_layers_on_a_gpu(forward, backward, dtype):
+    made = case(forward, backward, dtype=dtype, adapter_dtype=torch.float32, outers=(2048, 6144), device="cuda")
+    x = inputs(5500, dtype=dtype).detach().to("cuda").requires_grad_()
+    assert_at_most_twice_the_error_of_separate_products(made, x)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

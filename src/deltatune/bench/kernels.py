@@ -20,6 +20,7 @@ _OPS: Final[tuple[tuple[str, str], ...]] = (
     ("attention", "varlen_attention"),
     ("cross-entropy", "linear_cross_entropy"),
     ("norm and elementwise", "rms_norm"),
+    ("GEMM", "lora_"),
 )
 # The first group with a pattern in a kernel's name is its group.
 _PATTERNS: Final[tuple[tuple[str, str], ...]] = (

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._lora_linear.op import accumulate, fill_border, sum_products
+from deltatune.ops._lora_linear.up_backward import fill_border_and_sum, up_backward
 
 __all__ = ["Layout", "Operands", "Slot", "Target", "linear_with_lora"]
 
@@ -27,6 +28,8 @@ __all__ = ["Layout", "Operands", "Slot", "Target", "linear_with_lora"]
 #: Outputs of a layer whose input gradient is computed with the adapters' of its group, such as Gated DeltaNet's gates:
 #: alone, 16 columns of 2048 cost 82 us to add (H200, M = 16384, bf16), most of it passing over the result.
 _FEW = 64
+#: A target's columns that adapters use are read in whole multiples of this: what tensor cores multiply at once.
+_MULTIPLE = 16
 
 
 class Target(NamedTuple):
@@ -71,6 +74,12 @@ class Layout(NamedTuple):
             Slot(numbers.index(slot.target), slot.offset, slot.rank) for slot in self.slots if slot.target in numbers
         )
         return self._replace(targets=targets, slots=slots)
+
+    def used(self, number: int) -> slice:
+        """The columns of a target up to its last adapter, padded as the tensor cores need them."""
+        target = self.targets[number]
+        ends = [slot.offset + slot.rank - target.offset for slot in self.slots if slot.target == number]
+        return slice(target.offset, target.offset + min(-(-ends[-1] // _MULTIPLE) * _MULTIPLE, target.width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,39 +178,58 @@ class _LinearWithLora(torch.autograd.Function):
         first = 5 + 2 * num
         x_trains, down_trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[first : first + slots])
         up_trains = any(ctx.needs_input_grad[first + slots :])
-        wide, t, dx = _input_gradient(layout, grads, rows, rest[:num], rest[num : 2 * num], needed=x_trains)
-        down = _down_gradients(layout, t, x[:, : layout.inner]) if down_trains else (None,) * slots
-        up = _up_gradients(layout, wide, narrow, scale) if up_trains else (None,) * slots
+        t, dx, sums = None, None, None
+        if x_trains and layout.backward_border:
+            wide, t, sums = _border_products(layout, grads, rest[num : 2 * num], narrow if up_trains else None)
+            dx = _sum([dy @ buffer[:, : layout.inner] for dy, buffer in zip(wide, rest[:num], strict=True)])
+        elif x_trains or down_trains:
+            t, sums = _narrow_products(layout, grads, rest[num : 2 * num], narrow if up_trains else None)
+            dx = _input_gradient(layout, grads, t, rows, rest[:num]) if x_trains else None
+        elif up_trains:
+            sums = [sum_products(dy, narrow[:, layout.used(number)]) for number, dy in enumerate(grads)]
+        down = (None,) * slots if t is None or not down_trains else _down_gradients(layout, t, x[:, : layout.inner])
+        up = (None,) * slots if sums is None else _up_gradients(layout, sums, scale)
         adapters = (
             None if grad is None else grad.to(dtype) for grad, dtype in zip((*down, *up), ctx.dtypes, strict=True)
         )
         return dx, *(None,) * (first - 1), *adapters
 
 
-def _input_gradient(
-    layout: Layout,
-    grads: Sequence[Tensor],
-    rows: Tensor,
-    bordered: Sequence[Tensor],
-    up: Sequence[Tensor],
-    *,
-    needed: bool,
-) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
-    """``(dy of every target, t [M, W] of all of them, dx)``."""
-    weights = [buffer[:, : layout.inner] for buffer in bordered]
-    if layout.backward_border and needed:
-        extended = [_extend(dy, target.width) for dy, target in zip(grads, layout.targets, strict=True)]
+def _border_products(
+    layout: Layout, grads: Sequence[Tensor], up: Sequence[Tensor], narrow: Tensor | None
+) -> tuple[list[Tensor], Tensor, list[Tensor] | None]:
+    """``([dy | t] of every target, t [M, W] of all of them, dy^T u of every target)``; no sums without ``u``."""
+    extended = [_extend(dy, target.width) for dy, target in zip(grads, layout.targets, strict=True)]
+    sums: list[Tensor] | None = None
+    if narrow is None:
         for dy, b in zip(extended, up, strict=True):
             fill_border(dy, b)
-        parts = [dy[:, target.outer :] for dy, target in zip(extended, layout.targets, strict=True)]
-        products = [dy @ weight for dy, weight in zip(extended, weights, strict=True)]
-        # views of the extended copies: the gradients as they came need not be kept beside those
-        wide = [dy[:, : target.outer] for dy, target in zip(extended, layout.targets, strict=True)]
-        return wide, _join(layout, parts), _sum(products)
-    t = _join(layout, [dy @ b for dy, b in zip(grads, up, strict=True)])
-    if not needed:
-        return grads, t, None
-    frozen = [weight[: target.outer] for weight, target in zip(weights, layout.targets, strict=True)]
+    else:
+        used = [layout.used(number) for number in range(len(extended))]
+        sums = [
+            fill_border_and_sum(dy, b[:, : columns.stop - columns.start], narrow[:, columns])
+            for dy, b, columns in zip(extended, up, used, strict=True)
+        ]
+    parts = [dy[:, target.outer :] for dy, target in zip(extended, layout.targets, strict=True)]
+    return extended, _join(layout, parts), sums
+
+
+def _narrow_products(
+    layout: Layout, grads: Sequence[Tensor], up: Sequence[Tensor], narrow: Tensor | None
+) -> tuple[Tensor, list[Tensor] | None]:
+    """``(t [M, W] of all targets, dy^T u of every target)``; no sums without ``u``."""
+    if narrow is None:
+        return _join(layout, [dy @ b for dy, b in zip(grads, up, strict=True)]), None
+    used = [layout.used(number) for number in range(len(grads))]
+    columns = [b[:, : column.stop - column.start] for b, column in zip(up, used, strict=True)]
+    return up_backward(grads, columns, narrow, [column.start for column in used], layout.width)
+
+
+def _input_gradient(
+    layout: Layout, grads: Sequence[Tensor], t: Tensor, rows: Tensor, bordered: Sequence[Tensor]
+) -> Tensor:
+    """``dx = t A + dy W``."""
+    frozen = [buffer[: target.outer, : layout.inner] for buffer, target in zip(bordered, layout.targets, strict=True)]
     few = [number for number, target in enumerate(layout.targets) if target.outer <= _FEW]
     first, to_it = t, rows
     if few:
@@ -209,7 +237,7 @@ def _input_gradient(
         first = torch.cat([t, *(grads[number] for number in few)], dim=1)
         to_it = torch.cat([rows, *(frozen[number] for number in few)], dim=0)
     rest = [number for number in range(len(frozen)) if number not in few]
-    return grads, t, accumulate(first, to_it, [grads[i] for i in rest], [frozen[i] for i in rest])
+    return accumulate(first, to_it, [grads[i] for i in rest], [frozen[i] for i in rest])
 
 
 def _down_gradients(layout: Layout, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
@@ -218,17 +246,13 @@ def _down_gradients(layout: Layout, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(products[slot.offset : slot.offset + slot.rank] for slot in layout.slots)
 
 
-def _up_gradients(layout: Layout, grads: Sequence[Tensor], narrow: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def _up_gradients(layout: Layout, sums: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, ...]:
     """``dB = s dy^T u`` of every slot."""
-    products = [
-        sum_products(dy, narrow[:, target.offset : target.offset + target.width])
-        for dy, target in zip(grads, layout.targets, strict=True)
-    ]
     found = []
     for slot in layout.slots:
         first = slot.offset - layout.targets[slot.target].offset
         columns = slice(slot.offset, slot.offset + slot.rank)
-        found.append(products[slot.target][:, first : first + slot.rank] * scale[columns])
+        found.append(sums[slot.target][:, first : first + slot.rank] * scale[columns])
     return tuple(found)
 
 

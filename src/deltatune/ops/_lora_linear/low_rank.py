@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._lora_linear.op import sum_products
+from deltatune.ops._lora_linear.up_backward import up_backward
 
 __all__ = ["low_rank"]
 
@@ -46,11 +47,14 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow, down, up = ctx.saved_tensors
         x_trains, down_trains, up_trains, _ = ctx.needs_input_grad
-        t = dy @ up
+        if up_trains:
+            t, (sums,) = up_backward([dy], [up], narrow, [0], up.shape[1])
+        else:
+            t, sums = dy @ up, None
         return (
             t @ down if x_trains else None,
             sum_products(t, x).to(ctx.dtypes[0]) if down_trains else None,
-            (sum_products(dy, narrow) * ctx.scale).to(ctx.dtypes[1]) if up_trains else None,
+            None if sums is None else (sums * ctx.scale).to(ctx.dtypes[1]),
             None,
         )
 

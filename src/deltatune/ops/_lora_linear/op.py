@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from deltatune.ops._autocast import without_autocast
 
-__all__ = ["accumulate", "fill_border", "sum_products"]
+__all__ = ["accumulate", "fill_border", "sum_dtype", "sum_products"]
 
 torch.library.define("deltatune::lora_fill_border", "(Tensor(a!) extended, Tensor weight) -> ()")
 torch.library.define(
@@ -62,14 +62,15 @@ def _accumulate(narrow: Tensor, up: Tensor, inputs: Sequence[Tensor], weights: S
 
 
 def _sum_products(left: Tensor, right: Tensor) -> Tensor:
-    wide = _sum_dtype(left)
+    wide = sum_dtype(left)
     with without_autocast(left):
         if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
             return torch.mm(left.mT, right, out_dtype=wide)
         return torch.mm(left.mT.to(wide), right.to(wide))
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What products of 16-bit and fp32 numbers are summed and kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -82,7 +83,7 @@ def _accumulate_fake(narrow: Tensor, up: Tensor, *_: object) -> Tensor:
 
 
 def _sum_products_fake(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(left.shape[1], right.shape[1], dtype=_sum_dtype(left))
+    return left.new_empty(left.shape[1], right.shape[1], dtype=sum_dtype(left))
 
 
 for _name, _kernel, _fake in (

@@ -1,0 +1,162 @@
+"""``t = dy B`` and ``dB = dy^T u``: the ops on any device, their kernels in Triton's interpreter and on a GPU."""
+
+# M tokens, N output width, W columns of B and u
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from deltatune.ops._lora_linear import up_backward as ops
+from deltatune.ops._lora_linear.op import sum_products
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, set by test_in_the_interpreter")
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a CUDA device of compute capability 9.x",
+)
+
+
+def matrices(m: int, n: int, w: int, dtype=torch.float64, *, device="cpu", border=8) -> tuple[Tensor, Tensor, Tensor]:
+    """``[dy | NaN]`` ``[M, N + w + border]``, B and u, each inside a wider matrix."""
+    generator = torch.Generator(device).manual_seed(m + n + w)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    extended = random(m, n + w + border)
+    extended[:, n:] = float("nan")
+    return extended, random(n, w + 16)[:, 16:], random(m, w + 16)[:, 16:]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def exact(dy: Tensor, up: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
+    return dy.double() @ up.double(), dy.double().mT @ narrow.double()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63])
+def test_a_border_is_filled_as_wide_as_its_weight(tokens):
+    extended, up, narrow = matrices(tokens, 24, 5)
+    dy = extended[:, :24].clone()
+    sums = ops.fill_border_and_sum(extended, up, narrow)
+    t, want = exact(dy, up, narrow)
+    torch.testing.assert_close(extended[:, 24:29], t)
+    torch.testing.assert_close(sums, want)
+    assert torch.equal(extended[:, :24], dy)
+    assert extended[:, 29:].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63])
+def test_every_gradient_has_its_columns_and_others_are_zero(tokens):
+    extended, first, narrow = matrices(tokens, 24, 20)
+    second = torch.randn(7, 3, dtype=torch.float64)
+    grads = [extended[:, :24], torch.randn(7, tokens, dtype=torch.float64).mT]
+    t, sums = ops.up_backward(grads, [first[:, :5], second], narrow, [1, 12], 20)
+    assert t.shape == (tokens, 20)
+    for dy, up, offset, found in zip(grads, (first[:, :5], second), (1, 12), sums, strict=True):
+        columns = slice(offset, offset + up.shape[1])
+        want, want_sums = exact(dy, up, narrow[:, columns])
+        torch.testing.assert_close(t[:, columns], want)
+        torch.testing.assert_close(found, want_sums)
+    assert not t[:, [0, *range(6, 12), *range(15, 20)]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    extended, up, narrow = matrices(9, 24, 8, dtype)
+    extended[:, 24:] = 0
+    torch.library.opcheck(torch.ops.deltatune.lora_fill_border_and_sum.default, (extended, up, narrow))
+    torch.library.opcheck(
+        torch.ops.deltatune.lora_up_backward.default,
+        ([extended[:, :24], up.mT.contiguous().mT[:9]], [up, up[:8]], narrow, [0, 0], 8),
+    )
+
+
+def test_both_products_count():
+    extended, up, narrow = matrices(9, 24, 8)
+    with FlopCounterMode(display=False) as counter:
+        ops.fill_border_and_sum(extended, up, narrow)
+        ops.up_backward([extended[:, :24]] * 2, [up, up[:, :3]], narrow, [0, 3], 8)
+    assert counter.get_total_flops() == 4 * 9 * 24 * (8 + 8 + 3)
+
+
+def test_autocast_rounds_nothing():
+    extended, up, narrow = matrices(9, 24, 8, torch.float32)
+    want = ops.up_backward([extended[:, :24]], [up], narrow, [0], 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.up_backward([extended[:, :24]], [up], narrow, [0], 8)
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1][0], want[1][0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+def test_in_the_interpreter():
+    """Triton reads the variable when it is imported."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 passed" in done.stdout, done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize(
+    ("tokens", "outer", "programs"),
+    [(100, 208, 0), (100, 208, 9), (65, 64, 2), (1, 64, 1), (31, 16, 1)],
+    ids=["one row of programs", "rows of programs", "one column of programs", "one token", "less than a tile"],
+)
+def test_interpreted_kernels(tokens, outer, programs, width):
+    from deltatune.ops._lora_linear.one_read import Tile, both_products
+
+    extended, up, narrow = matrices(tokens, outer, width, torch.float16)
+    dy, t = extended[:, :outer], extended[:, outer : outer + width]
+    want, want_sums = exact(dy, up, narrow)
+    sums = both_products(dy, up, narrow, t, Tile(32, 64, 4, 1, programs))
+    assert sums.dtype == torch.float32
+    assert relative(t, want) <= 2**-11  # rounded once
+    assert relative(sums, want_sums) <= 1e-6
+    assert extended[:, outer + width :].isnan().all()
+
+
+@pytest.mark.cuda
+@HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize(("tokens", "outer"), [(16384, 2048), (5501, 6144), (16390, 2064)])
+def test_one_read_is_as_exact_as_two_products_and_repeats_its_bits(tokens, outer, width, dtype):
+    extended, up, narrow = matrices(tokens, outer, width, dtype, device="cuda", border=64 - width)
+    dy = extended[:, :outer]
+    assert ops._reads_once(dy, up, narrow)
+    want = exact(dy, up, narrow)
+    found = ops.fill_border_and_sum(extended, up, narrow), extended[:, outer : outer + width].clone()
+    again = ops.fill_border_and_sum(extended, up, narrow), extended[:, outer : outer + width].clone()
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    assert extended[:, outer + width :].isnan().all()
+    t, (sums,) = ops.up_backward([dy], [up], narrow, [0], width)
+    assert torch.equal(t, found[1])
+    assert torch.equal(sums, found[0])
+    assert relative(t, want[0]) <= 2 * relative(dy @ up, want[0])
+    assert relative(sums, want[1]) <= 2 * relative(sum_products(dy, narrow), want[1])
+
+
+@pytest.mark.cuda
+@HOPPER
+def test_rows_that_the_kernel_cannot_address_take_two_products():
+    extended, up, narrow = matrices(16384, 2048, 16, torch.bfloat16, device="cuda", border=7)
+    dy = extended[:, :2048]
+    assert not ops._reads_once(dy, up, narrow)
+    t, (sums,) = ops.up_backward([dy], [up], narrow, [0], 16)
+    want = exact(dy, up, narrow)
+    assert relative(t, want[0]) <= 2**-8
+    assert relative(sums, want[1]) <= 1e-4
