@@ -56,7 +56,7 @@ class Prepared:
             family=self._family.name,
             features={name: _feature_text(feature) for name, feature in self._family.features.items()},
             swaps=self._swaps,
-            kernels=_kernel_rows(self._family, self._state.kernels, self.model, self._state.compile is not None),
+            kernels=_kernel_rows(self._family, self._state.kernels, self.model),
             trainable=_trainable_rows(self.model),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             checkpointing=self._state.checkpointing,
@@ -169,7 +169,7 @@ def prepare(
         if reason is not None:
             raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
     requests = _kernel_requests(family, kernels)
-    _kernel_rows(family, requests, model, compile is not None)  # raises for a kernel that cannot run
+    _kernel_rows(family, requests, model)  # raises for a kernel that cannot run
     if lora == "fused":
         check_all_fused(base, text_model)
     _revert(base)
@@ -302,12 +302,11 @@ def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[s
     return requests
 
 
-def _kernel_rows(family: Family, requests: Mapping[str, str], model: nn.Module, compiled: bool) -> list[KernelRow]:
+def _kernel_rows(family: Family, requests: Mapping[str, str], model: nn.Module) -> list[KernelRow]:
     """What the layers will take: chosen by the same function, from the same sizes."""
     base: Any = _base(model)
     text_model = _text_model(base)
     known = op_sizes(text_model, None if base is text_model else base.get_output_embeddings())
-    known["gated_rms_norm"] = {"compiled": compiled}
     rows = []
     for op in family.ops:
         choice = getattr(ops, f"choose_{op}")(*_device_and_dtype(model), **known.get(op, {}), impl=requests[op])

@@ -27,9 +27,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
         weight: ``[D]``.
         eps: added to the mean square, inside the root.
         impl: ``"triton"``: one kernel each way, on NVIDIA GPUs, for bf16, fp16 and fp32; strided views of heads are
-            read where they lie. ``"reference"``: plain torch, anywhere. ``"auto"``: the kernel where it can run, but
-            the reference in a compiled graph, where Inductor makes of it two kernels that are as fast or faster
-            (``bench/records``) and fuses what is beside them.
+            read where they lie. ``"reference"``: plain torch, anywhere. ``"auto"``: the first that can run.
 
     Returns:
         The shape and dtype of ``x``; contiguous from the kernel.
@@ -52,21 +50,17 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
     check_floating(name, x=x, gate=gate, weight=weight)
     check_same_device(name, x=x, gate=gate, weight=weight)
     dtype = functools.reduce(torch.promote_types, (gate.dtype, weight.dtype), x.dtype)
-    compiled = torch.compiler.is_compiling()
-    if choose_gated_rms_norm(x.device, dtype, compiled=compiled, impl=impl).impl == "triton":
+    if choose_gated_rms_norm(x.device, dtype, impl=impl).impl == "triton":
         return op.gated_rms_norm(x, gate, weight, eps)
     return reference.gated_rms_norm(x, gate, weight, eps)
 
 
-def choose_gated_rms_norm(
-    device: torch.device | str, dtype: torch.dtype, *, compiled: bool = False, impl: str = "auto"
-) -> Choice:
+def choose_gated_rms_norm(device: torch.device | str, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
     """Which implementation of ``gated_rms_norm`` runs, and why.
 
     Args:
         device: of the inputs.
         dtype: of x; where the others' differ, the one they promote to.
-        compiled: whether a compiler traces the call.
         impl: ``"auto"``, or a name.
 
     Raises:
@@ -75,9 +69,7 @@ def choose_gated_rms_norm(
     device = torch.device(device)
     kernel = Candidate(
         "triton",
-        "one Triton kernel each way; 3 passes over memory forward, 5 backward",
+        "one Triton kernel each way, compiled or not; 3 passes over memory forward, 5 backward",
         triton_refusal(device, dtype),
     )
-    plain = traced_reference(device, dtype)
-    in_graph = compiled and impl == "auto"
-    return choose("gated_rms_norm", impl, (plain, kernel) if in_graph else (kernel, plain))
+    return choose("gated_rms_norm", impl, (kernel, traced_reference(device, dtype)))
