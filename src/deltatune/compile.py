@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deltatune.compiler_hooks import lower_with_whole_rows, recompute_functions
+from deltatune.recomputation import recompute_functions
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 
 __all__ = [
@@ -211,8 +211,7 @@ class Graphs:
         recompute_functions(graph)
         with functorch_config.patch(activation_memory_budget=float(budget)):
             if self.options.backend == "inductor":
-                patches = dict(self.options.options)
-                compiled: Any = compile_fx(graph, inputs, inner_compile=lower_with_whole_rows, config_patches=patches)
+                compiled: Any = compile_fx(graph, inputs, config_patches=dict(self.options.options))
             else:
                 compiled = torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
         self.report.seconds += time.perf_counter() - started
