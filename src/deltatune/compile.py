@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deltatune.recomputation import recompute_functions
 from deltatune.config.inductor import INDUCTOR_OPTIONS
+from deltatune.recomputation import recompute_functions
 
 __all__ = [
     "CompileOptions",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltatune.bench import gates, judge
+from deltatune.bench import gates, judge, session
 from deltatune.bench.child import COMPILED, in_child
 from deltatune.bench.kernels import GROUPS, group_of
 from deltatune.bench.race import Laps, race
@@ -122,7 +122,7 @@ def test_graphs_that_keep_old_adapters_are_not_timed(tmp_path, monkeypatch) -> N
     assert run(arguments(options, tmp_path)) == 1
     record = record_of(tmp_path)
     red = {gate["name"] for gate in record["configs"][0]["gates"] if not gate["ok"]}
-    assert any("adapters moved" in name for name in red)
+    assert any("adapters turned" in name for name in red)
 
 
 def _once(sync):
@@ -224,6 +224,19 @@ def test_systems_take_turns_and_a_failure_loses_only_its_own() -> None:
     laps = race(systems, Workload((30, 18), base.config.vocab_size), warmup=1, steps=4, rounds=2)
     assert len(laps["good"].samples_ms) == 4
     assert laps["bad"] == Laps([], 0, ("failed", "RuntimeError: no such kernel"))
+
+
+def test_an_interrupt_keeps_the_samples_that_there_are(tmp_path, monkeypatch) -> None:
+    def stopped(systems, workload, laps, **_):
+        race({name: systems[name] for name in list(systems)[:1]}, workload, laps, warmup=1, steps=2, rounds=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "race", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(arguments("--no-floor --baselines stock --checkpointing none --backend none", tmp_path))
+    first, *others = record_of(tmp_path)["configs"][0]["results"]
+    assert (first["status"], len(first["samples_ms"])) == ("ok", 2)
+    assert {(r["status"], r["reason"]) for r in others} == {("interrupted", "before its first timed step")}
 
 
 def test_a_step_trains_nothing_away_and_leaves_no_gradient() -> None:
@@ -341,7 +354,7 @@ def test_kernels_find_their_group(kernel: str, group: str) -> None:
         ("_backward", "deltatune::gated_delta_rule_backward", "delta rule"),
         ("nvjet_tst_256x128", "deltatune::linear_cross_entropy", "GEMM"),
         ("_powers", "deltatune::linear_cross_entropy", "cross-entropy"),
-        ("who knows", "deltatune::lora_fill_border", "other"),
+        ("_parts_kernel", "deltatune::lora_up_backward", "GEMM"),
     ],
 )
 def test_kernels_of_our_ops_go_by_the_op(kernel: str, op: str, group: str) -> None:

@@ -37,7 +37,13 @@ class Laps:
 
 
 def race(
-    systems: Mapping[str, System], workload: Workload, *, warmup: int = 3, steps: int = 12, rounds: int = 4
+    systems: Mapping[str, System],
+    workload: Workload,
+    laps: dict[str, Laps] | None = None,
+    *,
+    warmup: int = 3,
+    steps: int = 12,
+    rounds: int = 4,
 ) -> dict[str, Laps]:
     """Times training steps, a turn of each system in every round.
 
@@ -48,12 +54,14 @@ def race(
     Args:
         systems: by name.
         workload: of the batches; number 0 is left to others.
+        laps: filled as it goes, and returned: what a caller that is interrupted still has.
         warmup: steps of each system before the first round, its first step among them where it has not run yet.
         steps: samples of each system.
         rounds: turns of each.
     """
     numbers = workload.batches()
-    laps = {name: Laps() for name in systems}
+    laps = {} if laps is None else laps
+    laps |= {name: Laps() for name in systems}
     for name, system in systems.items():
         _guarded(laps[name], system, functools.partial(_train, system, islice(numbers, warmup)))
     per_turn = -(-steps // rounds)

@@ -137,8 +137,11 @@ class Session:
             self._forget()
         _say(f"timing {', '.join(systems)}")
         plan = self.plan
-        laps = race(systems, self.workload, warmup=plan.warmup, steps=plan.steps, rounds=plan.rounds)
-        self.results += [self._result(system, laps[name]) for name, system in systems.items()]
+        laps: dict[str, Laps] = {}
+        try:
+            race(systems, self.workload, laps, warmup=plan.warmup, steps=plan.steps, rounds=plan.rounds)
+        finally:  # an interrupt keeps the samples that there are
+            self.results += [self._result(system, laps.get(name, Laps())) for name, system in systems.items()]
         if plan.kernels:
             self._profile(systems)
         systems.clear()
@@ -168,6 +171,8 @@ class Session:
         }
         if laps.failure is not None:
             return plain | {"status": laps.failure[0], "reason": laps.failure[1]}
+        if not laps.samples_ms:
+            return plain | {"status": "interrupted", "reason": "before its first timed step"}
         return plain | {"status": "ok", "reason": None} | self._figures(system, laps) | self._compiler(system)
 
     def _figures(self, system: System, laps: Laps) -> dict[str, Any]:
