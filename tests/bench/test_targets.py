@@ -232,7 +232,7 @@ def test_the_exit_status_is_0_only_when_all_are_met(tmp_path, capsys, monkeypatc
     assert main(command) == 1
     page = capsys.readouterr().out
     assert "train-h200-2026-01-02.json" in page
-    assert "83.3% (deltatune none qkvo)" in page
+    assert "83.33% (deltatune none qkvo)" in page
     some = [t for t in TARGETS if t.name.startswith("qwen3.5-2b") and any(x in t.name for x in (FLOOR, SAME, FREE))]
     monkeypatch.setattr("deltatune.bench.targets.TARGETS", some)
     assert main(command) == 0

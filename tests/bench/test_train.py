@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,10 +261,16 @@ def test_a_compilation_that_takes_too_long_is_recorded_as_such() -> None:
     assert found == {"status": "timeout", "reason": "no first step after 0 s"}
 
 
-def test_a_child_that_fails_gives_its_last_words() -> None:
+def test_a_child_says_why_it_could_not_run() -> None:
     found = in_child(Setting(COMPILED), SPEC | {"model": "no-such-model"}, limit_seconds=120)
-    assert found["status"] == "failed"
+    assert found["status"] == "unavailable"
     assert "no-such-model" in found["reason"]
+
+
+def test_a_child_that_dies_leaves_its_exit_status(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    found = in_child(Setting(COMPILED), SPEC, limit_seconds=120)
+    assert found == {"status": "failed", "reason": "exit status 1"}
 
 
 def test_a_child_times_its_system(tmp_path) -> None:

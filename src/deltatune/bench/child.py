@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deltatune.bench.gates import loss_and_gradients, relative
-from deltatune.bench.race import first_step, race
+from deltatune.bench.race import failures, first_step, outcome_of, race
 from deltatune.bench.shapes import build_model, shape_named
 from deltatune.bench.systems import Adapters, Setting, System, build_system
 from deltatune.bench.workload import Workload
@@ -70,6 +70,17 @@ def main(arguments: list[str]) -> int:
     """The child's side."""
     spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     result = Path(arguments[1])
+    try:
+        found = _measured(spec, _marker(result))
+    except failures() as error:
+        status, reason = outcome_of(error)
+        found = {"status": status, "reason": reason}
+    result.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def _measured(spec: Mapping[str, Any], marker: Path) -> dict[str, Any]:
+    """The first step, which ``marker`` is left behind, its gradients against the uncompiled ones, and timed steps."""
     system, workload = _system(spec)
     batch = workload.batch(0).to(system.device)
     eager: Mapping[str, Tensor] = {}
@@ -78,7 +89,7 @@ def main(arguments: list[str]) -> int:
         system.model.get_base_model().get_decoder().compile()
         system.started = time.perf_counter()
     first_step(system, workload)
-    _marker(result).touch()
+    marker.touch()
     if system.prepared is not None:
         with system.eager():
             _, eager = loss_and_gradients(system, batch)
@@ -89,8 +100,7 @@ def main(arguments: list[str]) -> int:
     else:
         reason = f"its gradients are {distance:.1e} from the uncompiled ones, at most {spec['bound']:.1e} is rounding"
         done |= {"status": "red gate", "reason": reason}
-    result.write_text(json.dumps(done), encoding="utf-8")
-    return 0
+    return done
 
 
 def _timed(system: System, workload: Workload, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,12 @@ class Record:
         return configs
 
     @property
+    def size(self) -> tuple[int, ...]:
+        """Layers and tokens of what trained; nothing for ops, whose records hold all their sizes."""
+        about = self.configs[0].get("config", {}) if self.configs else {}
+        return (about["layers"], about["tokens"]) if {"layers", "tokens"} <= about.keys() else ()
+
+    @property
     def age(self) -> tuple[str, int]:
         """Sorts records by when they were made."""
         number = _NUMBER.search(self.path.stem)
@@ -79,8 +85,8 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def newest_of_each(records: Sequence[Record]) -> list[Record]:
-    """The newest of each kind, subject and device, in the order of these."""
-    found: dict[tuple[str, str, str], Record] = {}
+    """The newest of each kind, subject, device and size, in the order of these."""
+    found: dict[tuple[str, str, str, tuple[int, ...]], Record] = {}
     for record in records:
-        found.setdefault((record.kind, record.subject, record.device), record)
+        found.setdefault((record.kind, record.subject, record.device, record.size), record)
     return [found[key] for key in sorted(found)]

@@ -25,9 +25,11 @@ def heading(record: Record) -> list[str]:
     """A title, the file, the versions and the way of timing."""
     versions = ", ".join(f"{name} {version}" for name, version in record.data["versions"].items())
     method = record.data["method"].split(";")[0]
+    name = record.kind if record.kind.startswith("ops/") else f"{record.kind} of {record.subject}"
+    if record.size:
+        name += ", {} layers, {} tokens".format(*record.size)
     return [
-        f"### {record.kind}{'' if record.kind.startswith('ops/') else f' of {record.subject}'}: "
-        f"{record.device}, {record.data['date']}",
+        f"### {name}: {record.device}, {record.data['date']}",
         "",
         f"`{record.path.as_posix()}`; {_source(record)}; {versions}. Times are {method}: median (p20 to p80), ms.",
     ]

@@ -28,12 +28,16 @@ def training_section(record: Record, plot: str | None) -> str:
 
 
 def speed_table(records: Sequence[Record]) -> str:
-    """A short table for the README: the newest full-depth records of packs of 16384 tokens; empty without any."""
+    """A short table for the README: the newest full-depth records of packs of 16384 tokens beside a baseline.
+
+    Empty without any.
+    """
     rows: list[list[str]] = []
-    devices: dict[str, None] = {}
+    devices: list[str] = []
     for record, config in _newest_full(records):
-        devices[f"{record.device} (`{record.path.as_posix()}`)"] = None
-        rows += _speed_rows(record.subject, config)
+        found = list(_speed_rows(record.subject, config))
+        rows += found
+        devices += [f"{record.device} (`{record.path.as_posix()}`)"] if found else []
     if not rows:
         return ""
     header = ("model", "system", "ms a step", "tokens a second", "peak GiB", "against stock")
@@ -48,7 +52,8 @@ def _newest_full(records: Sequence[Record]) -> Iterator[tuple[Record, Mapping[st
             continue
         for config in record.configs:
             about = config["config"]
-            if about["tokens"] == _TOKENS and about["layers"] == about["full_layers"]:
+            timed = any(result["status"] == "ok" and result["system"] != "deltatune" for result in config["results"])
+            if timed and about["tokens"] == _TOKENS and about["layers"] == about["full_layers"]:
                 seen.add(record.subject)
                 yield record, config
                 break
