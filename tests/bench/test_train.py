@@ -127,6 +127,63 @@ def test_graphs_that_keep_old_adapters_are_not_timed(tmp_path, monkeypatch) -> N
     assert any("adapters turned" in name for name in red)
 
 
+def test_graphs_that_keep_an_old_b_are_not_timed(tmp_path, monkeypatch) -> None:
+    from deltatune.layers.lora_group import LoraGroup
+
+    sync, kept = LoraGroup.sync, {}
+
+    def keep_b(group):
+        sync(group)
+        if group.operands is None or group.layers[0]._deltatune.compile is None:
+            return
+        with torch.no_grad():
+            for place, old in zip(group.operands.up, kept.setdefault(id(group), _copies(group)), strict=True):
+                place.data.copy_(old)
+
+    monkeypatch.setattr(LoraGroup, "sync", keep_b)
+    options = "--no-floor --baselines stock --checkpointing none --lora fused --backend aot_eager --dtype bfloat16"
+    assert run(arguments(options, tmp_path)) == 1
+    red = {gate["name"] for gate in record_of(tmp_path)["configs"][0]["gates"] if not gate["ok"]}
+    assert red
+    assert all("adapters turned" in name for name in red)
+
+
+def _copies(group):
+    return [place.detach().clone() for place in group.operands.up]
+
+
+def test_a_floor_that_does_not_fit_leaves_the_times(tmp_path, monkeypatch) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(session, "arithmetic_floor", too_large)
+    assert run(arguments("--baselines stock --checkpointing none --backend none", tmp_path)) == 0
+    config = record_of(tmp_path)["configs"][0]
+    assert config["floor"] is None
+    assert config["floor_failure"] == "out_of_memory: no room"
+    assert {result["status"] for result in config["results"]} == {"ok"}
+
+
+def test_graphs_made_again_are_a_red_gate_with_the_reason(tmp_path, monkeypatch) -> None:
+    from deltatune.compile import Graphs
+
+    once = Graphs._backend
+
+    def again(self, name, code, *args, **kwargs):
+        compiled = once(self, name, code, *args, **kwargs)
+        self.report.recompiles.append(f"{name}: another stride")
+        return compiled
+
+    monkeypatch.setattr(Graphs, "_backend", again)
+    options = "--no-floor --baselines stock --checkpointing none --backend aot_eager"
+    assert run(arguments(options, tmp_path)) == 1
+    config = record_of(tmp_path)["configs"][0]
+    (red,) = (gate for gate in config["gates"] if not gate["ok"])
+    assert red["name"] == session.WHOLE_GATE
+    assert "another stride" in red["detail"]
+    assert config["results"][-1]["status"] == "ok"
+
+
 def _once(sync):
     """Brings operands in step the first time, and eager layers always: what a hook that went missing would do."""
     seen = set()
@@ -236,6 +293,7 @@ def test_an_interrupt_keeps_the_samples_that_there_are(tmp_path, monkeypatch) ->
     monkeypatch.setattr(session, "race", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(arguments("--no-floor --baselines stock --checkpointing none --backend none", tmp_path))
+    assert record_of(tmp_path)["interrupted"] is True
     first, *others = record_of(tmp_path)["configs"][0]["results"]
     assert (first["status"], len(first["samples_ms"])) == ("ok", 2)
     assert {(r["status"], r["reason"]) for r in others} == {("interrupted", "before its first timed step")}

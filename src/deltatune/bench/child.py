@@ -70,16 +70,17 @@ def main(arguments: list[str]) -> int:
     """The child's side."""
     spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     result = Path(arguments[1])
+    found: dict[str, Any] = {}
     try:
-        found = _measured(spec, _marker(result))
+        _measure(spec, _marker(result), found)
     except failures() as error:
         status, reason = outcome_of(error)
-        found = {"status": status, "reason": reason}
+        found |= {"status": status, "reason": reason}
     result.write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 
-def _measured(spec: Mapping[str, Any], marker: Path) -> dict[str, Any]:
+def _measure(spec: Mapping[str, Any], marker: Path, found: dict[str, Any]) -> None:
     """The first step, which ``marker`` is left behind, its gradients against the uncompiled ones, and timed steps."""
     system, workload = _system(spec)
     batch = workload.batch(0).to(system.device)
@@ -90,17 +91,16 @@ def _measured(spec: Mapping[str, Any], marker: Path) -> dict[str, Any]:
         system.started = time.perf_counter()
     first_step(system, workload)
     marker.touch()
+    found["first_step_seconds"] = system.first_step_seconds
     if system.prepared is not None:
         with system.eager():
             _, eager = loss_and_gradients(system, batch)
-    done: dict[str, Any] = {"first_step_seconds": system.first_step_seconds}
-    done["gradient_distance"] = distance = relative(loss_and_gradients(system, batch)[1], eager)
+    found["gradient_distance"] = distance = relative(loss_and_gradients(system, batch)[1], eager)
     if distance <= spec["bound"]:
-        done |= _timed(system, workload, spec)
+        found |= _timed(system, workload, spec)
     else:
         reason = f"its gradients are {distance:.1e} from the uncompiled ones, at most {spec['bound']:.1e} is rounding"
-        done |= {"status": "red gate", "reason": reason}
-    return done
+        found |= {"status": "red gate", "reason": reason}
 
 
 def _timed(system: System, workload: Workload, spec: Mapping[str, Any]) -> dict[str, Any]:

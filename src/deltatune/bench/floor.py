@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.bench.models import adapters
-from deltatune.bench.protocol import between_ms, copy_rate, gemm_rate, mark, measure, operands, synchronize
+from deltatune.bench.protocol import between_ms, copy_rate, gemm_rate, laid_out, mark, measure, synchronize
 from deltatune.bench.stages import elementwise_stages, optimizer_bytes_moved
 from deltatune.sequences import Sequences
 
@@ -218,14 +218,16 @@ def _gemm_part(product: Product, device: torch.device, dtype: torch.dtype) -> Pa
 
 
 def _in_turn_ms(wanted: Sequence[Product], device: torch.device, dtype: torch.dtype) -> float:
-    calls = [
-        (*operands(product.m, product.k, product.n, product.layout, device, dtype), product.count) for product in wanted
-    ]
+    # all of them in three buffers of the largest's size: a step has other things to keep
+    sizes = [(p.m * p.k, p.k * p.n, p.m * p.n) for p in wanted]
+    left, right, out = (torch.randn(max(size), device=device, dtype=dtype) for size in zip(*sizes, strict=True))
     marks = []
     for _ in range(_PASSES):
-        for left, right, out, count in calls:
-            for _ in range(count):
-                torch.mm(left, right, out=out)
+        for product in wanted:
+            m, k, n = product.m, product.k, product.n
+            pair = laid_out(left, m, k, product.layout[0]), laid_out(right, k, n, product.layout[1])
+            for _ in range(product.count):
+                torch.mm(*pair, out=out[: m * n].view(m, n))
         marks.append(mark(device))
     synchronize(device)
     return between_ms(marks[-2], marks[-1])

@@ -167,12 +167,17 @@ class Judge:
     def _moved(self, system: System, batch: Batch) -> list[Gate]:
         """Ours once its adapters have been written in place, as an optimizer does: graphs must see the new ones.
 
-        A changes its sign, so all that the adapters add does. Random adapters are as likely with one sign as with the
-        other: the bounds hold as they did, and a graph that kept the old ones is off by twice what adapters add.
+        In one module A changes its sign, in the next B, so all that the adapters add does. Random adapters are as
+        likely with one sign as with the other: the bounds hold as they did, and a graph that kept old ones of either
+        kind is off by twice what their modules add.
         """
         if not self._compiled or system.prepared is None:
             return []
-        turned: list[Tensor] = [parameter for name, parameter in adapters(system.model) if ".lora_A." in name]
+        named = adapters(system.model)
+        modules = list(dict.fromkeys(_module_of(name) for name, _ in named))
+        turned: list[Tensor] = [
+            value for name, value in named if (".lora_A." in name) == (modules.index(_module_of(name)) % 2 == 0)
+        ]
         _turn(turned)
         try:
             ours = observe(system, batch, [])
@@ -185,6 +190,10 @@ class Judge:
 
     def _batch(self, workload: Workload) -> Batch:
         return workload.batch(0).to(self._device)
+
+
+def _module_of(adapter: str) -> str:
+    return adapter.rpartition(".lora_")[0]
 
 
 @torch.no_grad()

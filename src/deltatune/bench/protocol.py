@@ -25,9 +25,9 @@ __all__ = [
     "device_name",
     "gemm_rate",
     "head",
+    "laid_out",
     "mark",
     "measure",
-    "operands",
     "peak_bytes",
     "source_digest",
     "source_state",
@@ -206,8 +206,16 @@ def gemm_rate(
     Raises:
         ValueError: an unknown layout.
     """
+    if layout not in ("NN", "NT", "TN"):
+        raise ValueError(f"layout must be 'NN', 'NT' or 'TN', got {layout!r}")
     sets = _sets((m * k + k * n) * dtype.itemsize)
-    pairs = [operands(m, k, n, layout, device, dtype)[:2] for _ in range(sets)]
+    pairs = [
+        tuple(
+            laid_out(torch.randn(rows * columns, device=device).to(dtype), rows, columns, order)
+            for rows, columns, order in ((m, k, layout[0]), (k, n, layout[1]))
+        )
+        for _ in range(sets)
+    ]
     out = torch.empty(m, n, device=device, dtype=dtype)
 
     def product(i: int) -> Tensor:
@@ -217,20 +225,10 @@ def gemm_rate(
     return 2 * m * k * n / (timing.median_ms / 1e3)
 
 
-def operands(
-    m: int, k: int, n: int, layout: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random ``[m, k]`` and ``[k, n]`` lying as ``layout`` says, see ``gemm_rate``, and a place for their product."""
-    if layout not in ("NN", "NT", "TN"):
-        raise ValueError(f"layout must be 'NN', 'NT' or 'TN', got {layout!r}")
-    left, right = _operand(m, k, layout[0], device, dtype), _operand(k, n, layout[1], device, dtype)
-    return left, right, torch.empty(m, n, device=device, dtype=dtype)
-
-
-def _operand(rows: int, columns: int, layout: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    shape = (rows, columns) if layout == "N" else (columns, rows)
-    values = torch.randn(shape, device=device).to(dtype)
-    return values if layout == "N" else values.t()
+def laid_out(numbers: Tensor, rows: int, columns: int, layout: str) -> Tensor:
+    """The first numbers of a buffer as ``[rows, columns]``: row-major for N, column-major for T."""
+    flat = numbers[: rows * columns]
+    return flat.view(rows, columns) if layout == "N" else flat.view(columns, rows).t()
 
 
 def _sets(num_bytes: int) -> int:

@@ -54,9 +54,15 @@ class Record:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Layers and tokens of what trained; nothing for ops, whose records hold all their sizes."""
+        """Layers, tokens and documents of what trained; nothing for ops, whose records hold all their sizes."""
         about = self.configs[0].get("config", {}) if self.configs else {}
-        return (about["layers"], about["tokens"]) if {"layers", "tokens"} <= about.keys() else ()
+        names = ("layers", "tokens", "documents")
+        return tuple(about[name] for name in names) if set(names) <= about.keys() else ()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether samples are missing."""
+        return bool(self.data.get("interrupted"))
 
     @property
     def age(self) -> tuple[str, int]:

@@ -27,9 +27,9 @@ def heading(record: Record) -> list[str]:
     method = record.data["method"].split(";")[0]
     name = record.kind if record.kind.startswith("ops/") else f"{record.kind} of {record.subject}"
     if record.size:
-        name += ", {} layers, {} tokens".format(*record.size)
+        name += ", {} layers, {} tokens in {}".format(*record.size)
     return [
-        f"### {name}: {record.device}, {record.data['date']}",
+        f"### {name}: {record.device}, {record.data['date']}{' (interrupted)' if record.interrupted else ''}",
         "",
         f"`{record.path.as_posix()}`; {_source(record)}; {versions}. Times are {method}: median (p20 to p80), ms.",
     ]

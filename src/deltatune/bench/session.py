@@ -6,7 +6,7 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ import torch
 from deltatune.bench.baselines import fused_loss
 from deltatune.bench.child import COMPILED, in_child
 from deltatune.bench.floor import Floor, arithmetic_floor
+from deltatune.bench.gates import Gate
 from deltatune.bench.judge import SYNC_GATE, Judge
 from deltatune.bench.kernels import kernel_table
 from deltatune.bench.models import Targets, adapters, storage_bytes
@@ -30,6 +31,8 @@ from deltatune.training.flops import StepFlops, peak_flops
 
 __all__ = ["Plan", "Session"]
 
+WHOLE_GATE: Final = "no break, no recompile"
+"""Held after the timed steps: its failure leaves a time its worth, and is a figure of its own."""
 #: Of the device's memory, for frozen weights that systems hold of their own.
 _COPIES_SHARE: Final = 0.4
 
@@ -87,6 +90,7 @@ class Session:
         self.results: list[dict[str, Any]] = []
         self.cold_starts: list[dict[str, Any]] = []
         self.floor: Floor | None = None
+        self.no_floor: str | None = None
         self.kernels: dict[Targets, dict[str, Any]] = {}
         self.loss_name = fused_loss(plan.device)[0]
         self.judge = Judge(self.workload, plan.device, compiled=plan.options is not None)
@@ -101,6 +105,7 @@ class Session:
             self._forget()
         for group in self._groups():
             self._run_group(group)
+        self.base.to("meta")  # its memory is for what runs in processes of its own
         for setting in self.plan.settings:
             if setting.system == COMPILED and self.judge.knows(setting.targets):
                 self.results.append(self._child(setting, self.plan.layers))
@@ -123,7 +128,10 @@ class Session:
         if self.plan.floor and targets == self._floor_targets:
             _say("floor")
             sequences = self.workload.batch(0).to(self.plan.device).sequences
-            self.floor = arithmetic_floor(system.model, sequences, dtype=self.plan.dtype)
+            try:
+                self.floor = arithmetic_floor(system.model, sequences, dtype=self.plan.dtype)
+            except failures() as error:  # no gate: systems are timed all the same
+                self.no_floor = ": ".join(outcome_of(error))
         del system
         self._forget()
 
@@ -142,6 +150,8 @@ class Session:
             race(systems, self.workload, laps, warmup=plan.warmup, steps=plan.steps, rounds=plan.rounds)
         finally:  # an interrupt keeps the samples that there are
             self.results += [self._result(system, laps.get(name, Laps())) for name, system in systems.items()]
+            done = (result for result in self.results if result["name"] in systems)
+            self.judge.gates += (_whole(result) for result in done if result.get("recompiles") is not None)
         if plan.kernels:
             self._profile(systems)
         systems.clear()
@@ -209,6 +219,7 @@ class Session:
             "graphs": dict(compiled.graphs) if compiled else None,
             "breaks": len(compiled.breaks) if compiled else None,
             "recompiles": len(compiled.recompiles) if compiled else None,
+            "reasons": [*compiled.breaks, *compiled.recompiles] if compiled else [],
             "host_syncs": sum(not gate.ok for gate in synced) if self.plan.device.type == "cuda" else None,
         }
 
@@ -279,6 +290,12 @@ class Session:
         gc.collect()
         if self.plan.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _whole(result: Mapping[str, Any]) -> Gate:
+    """Whether the graphs are still the first ones, unbroken, after all timed steps."""
+    reasons = result["reasons"]
+    return Gate(WHOLE_GATE, result["name"], not reasons, None, None, "; ".join(map(str, reasons))[:500])
 
 
 _STARTED = time.monotonic()

@@ -193,7 +193,12 @@ def _best(
     values: Callable[[_Config], Iterator[tuple[float, str]]],
     choose: Callable[..., tuple[float, str]],
 ) -> Figure | None:
-    """The best of a record's full-depth configs at the targets' token count; a red gate leaves no result to choose."""
+    """The best of a record's full-depth configs at the targets' token count; a red gate leaves no result to choose.
+
+    Nor does an interrupt: samples are missing then.
+    """
+    if record.interrupted:
+        return None
     found = [
         (value, note)
         for config in record.configs

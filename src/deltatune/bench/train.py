@@ -44,12 +44,15 @@ def run(args: argparse.Namespace) -> int:
     """Measures, writes the record and prints a table; 1 when a gate was red."""
     plan = plan_of(args)
     session = Session(plan)
+    interrupted = True
     try:
         session.run()
+        interrupted = False
     finally:
         # what has been measured is kept, whatever comes after it
         if session.results:
-            path = write_record(_record(args, plan, session), args.records)
+            record = _record(args, plan, session) | ({"interrupted": True} if interrupted else {})
+            path = write_record(record, args.records)
             sys.stdout.write(_summary(session) + f"\n{path}\n")
     return 0 if session.judge.ok else 1
 
@@ -112,7 +115,7 @@ def _checkpointing(text: str) -> str | float:
 def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str, Any]:
     kind = "frontier" if args.frontier else "train"
     ceilings = _ceilings(plan)
-    config = {
+    config: dict[str, Any] = {
         "config": _config(args, plan, session),
         "shapes": _shapes(session.base.config),
         "ceilings": ceilings,
@@ -121,6 +124,8 @@ def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str,
         "floor": None if session.floor is None else {"targets": args.targets[0], **session.floor.to_dict()},
         "kernels": list(session.kernels.values()),
     }
+    if session.no_floor is not None:
+        config["floor_failure"] = session.no_floor
     for result in session.results:
         if result.get("model_flops"):
             rate = result["model_flops"] / (result["median_ms"] / 1e3)

@@ -204,7 +204,7 @@ def _origin(section: ModelSection, name: str) -> dict[str, Any]:
     origin: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     if _silence_about(name) is not None:
         origin["local_files_only"] = True
-    if section.revision is not None:
+    if section.revision is not None and name == section.name_or_path:
         origin["revision"] = section.revision
     return origin
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import socket
+import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 
 __all__ = ["silence"]
 
+_PAUSE_SECONDS: Final = 1.0
 _UNREACHABLE: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 
@@ -28,7 +30,8 @@ def silence() -> str | None:
     """
     if constants.HF_HUB_OFFLINE:
         return f"HF_HUB_OFFLINE forbids asking {constants.ENDPOINT}"
-    if "all" in urllib.request.getproxies():
+    proxies = urllib.request.getproxies()
+    if "all" in proxies and "https" not in proxies:
         return None  # a proxy that the standard library cannot use
     return _no_answer(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
 
@@ -42,6 +45,15 @@ class _WithoutRedirects(urllib.request.HTTPRedirectHandler):
 
 @functools.cache
 def _no_answer(endpoint: str, timeout_seconds: float) -> str | None:
+    reason = _ask(endpoint, timeout_seconds)
+    if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_AGAIN:
+        time.sleep(_PAUSE_SECONDS)  # a name server that asks to be asked again
+        reason = _ask(endpoint, timeout_seconds)
+    return None if reason is None else f"{endpoint} does not answer ({reason})"
+
+
+def _ask(endpoint: str, timeout_seconds: float) -> OSError | None:
+    """What kept an answer away; None where one came, or where it is no matter of reaching the other side."""
     request = urllib.request.Request(endpoint, method="HEAD")
     try:
         urllib.request.build_opener(_WithoutRedirects).open(request, timeout=timeout_seconds).close()
@@ -49,8 +61,7 @@ def _no_answer(endpoint: str, timeout_seconds: float) -> str | None:
         return None
     except OSError as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(reason, OSError) and _is_silence(reason):
-            return f"{endpoint} does not answer ({reason})"
+        return reason if isinstance(reason, OSError) and _is_silence(reason) else None
     return None
 
 

@@ -47,13 +47,17 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow, down, up = ctx.saved_tensors
         x_trains, down_trains, up_trains, _ = ctx.needs_input_grad
-        if up_trains:
+        t: Tensor | None = None
+        sums: Tensor | None = None
+        if up_trains and (x_trains or down_trains):
             t, (sums,) = up_backward([dy], [up], narrow, [0], up.shape[1])
+        elif up_trains:
+            sums = sum_products(dy, narrow)
         else:
-            t, sums = dy @ up, None
+            t = dy @ up
         return (
-            t @ down if x_trains else None,
-            sum_products(t, x).to(ctx.dtypes[0]) if down_trains else None,
+            t @ down if x_trains and t is not None else None,
+            sum_products(t, x).to(ctx.dtypes[0]) if down_trains and t is not None else None,
             None if sums is None else (sums * ctx.scale).to(ctx.dtypes[1]),
             None,
         )

@@ -99,6 +99,7 @@ def _reads_once(dy: Tensor, up: Tensor, narrow: Tensor) -> bool:
         and torch.cuda.get_device_capability(dy.device)[0] == 9  # its tiles fill Hopper's shared memory
         and all(matrix.stride(1) == 1 for matrix in (dy, up, narrow))
         # as the tensor memory accelerator reads it
+        and dy.stride(0) >= outer
         and dy.stride(0) % 8 == 0
         and dy.data_ptr() % 16 == 0
     )
