@@ -27,7 +27,7 @@ def heading(record: Record) -> list[str]:
     method = record.data["method"].split(";")[0]
     name = record.kind if record.kind.startswith("ops/") else f"{record.kind} of {record.subject}"
     if record.size:
-        name += ", {} layers, {} tokens in {}".format(*record.size)
+        name += ", {} layers, {} tokens in {} documents".format(*record.size)
     return [
         f"### {name}: {record.device}, {record.data['date']}{' (interrupted)' if record.interrupted else ''}",
         "",
