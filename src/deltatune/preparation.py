@@ -246,10 +246,19 @@ def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
     for name, modules_of in by_class.items():
         expected = int(text_model.config.num_hidden_layers) if len(by_class) == 1 else None
         plan.append(_Planned(name, DecoderLayer, expected, tuple(modules_of)))
+    if family.final_norm is not None:
+        norms = _final_norms(text_model, family)
+        if norms:
+            plan.append(_Planned(type(norms[0]).__name__, family.final_norm, None, norms))
     plan.append(_Planned(type(text_model).__name__, TextModel, 1, (text_model,)))
     if base is not text_model:
         plan.append(_Planned(type(base).__name__, CausalLM, 1, (base,)))
     return plan
+
+
+def _final_norms(text_model: Any, family: Family) -> tuple[nn.Module, ...]:
+    """The norm behind the last layer, and PEFT's trained copies of it; another tool's norm is left alone."""
+    return tuple(module for module in text_model.norm.modules() if stock_class(module).__module__ == family.module)
 
 
 def _base(model: nn.Module) -> nn.Module:

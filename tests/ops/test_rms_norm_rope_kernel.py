@@ -28,6 +28,7 @@ FORMS = {
     "qwen3_5": {"dim": 32, "rotary": 8, "unit_offset": True},
     "odd": {"dim": 24, "rotary": 6, "unit_offset": True},
     "lopsided": {"dim": 15, "rotary": 2, "unit_offset": False},
+    "norm_alone": {"dim": 48, "rotary": 0, "unit_offset": True},
     "no_weight": {"dim": 16, "rotary": 4, "unit_offset": False, "weight": False},
 }
 

@@ -61,6 +61,7 @@ class Family:
         module: the transformers module that defines its classes.
         swaps: which stock module becomes which of our layers; the text model, its decoder layers and the model with
             the head are found by structure and not listed.
+        final_norm: what the norm behind the last layer becomes, where it is of the family's own module.
         ops: the ops its layers call.
         mask_form: what its text model takes in place of a mask; see ``ModelState``.
         features: what works there.
@@ -71,6 +72,7 @@ class Family:
     model_type: str
     module: str
     swaps: tuple[Swap, ...]
+    final_norm: type[Swapped] | None
     ops: tuple[str, ...]
     mask_form: str
     features: Mapping[str, Feature] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Qwen3: dense decoders with normalised q and k."""
 
 from deltatune.layers.attention import Attention
+from deltatune.layers.final_norm import FinalNorm
 from deltatune.models.family import Family, Supported, Swap, count_layers
 from deltatune.models.refusals import attention_dropout
 
@@ -9,6 +10,7 @@ FAMILY = Family(
     model_type="qwen3",
     module="transformers.models.qwen3.modeling_qwen3",
     swaps=(Swap("Qwen3Attention", Attention, count_layers("full_attention", "sliding_attention")),),
+    final_norm=FinalNorm,
     ops=("rms_norm_rope", "varlen_attention", "linear_cross_entropy"),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "sliding_window": Supported()},

@@ -2,6 +2,7 @@
 
 from deltatune.layers.attention import GatedAttention
 from deltatune.layers.experts import Experts
+from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import GatedDeltaNet
 from deltatune.models.family import Experimental, Family, Supported, Swap, count_layers, count_sparse
 from deltatune.models.qwen3_moe import ROUTER_LOSS
@@ -25,6 +26,7 @@ DENSE = Family(
         Swap("Qwen3_5GatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
         Swap("Qwen3_5Attention", GatedAttention, count_layers("full_attention")),
     ),
+    final_norm=OffsetFinalNorm,
     ops=_OPS,
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "images": _IMAGES},
@@ -40,6 +42,7 @@ MOE = Family(
         Swap("Qwen3_5MoeAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3_5MoeExperts", Experts, count_sparse),
     ),
+    final_norm=OffsetFinalNorm,
     ops=(*_OPS, "grouped_mm"),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "images": _IMAGES, "router_loss": ROUTER_LOSS},

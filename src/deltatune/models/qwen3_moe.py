@@ -2,6 +2,7 @@
 
 from deltatune.layers.attention import Attention
 from deltatune.layers.experts import Experts
+from deltatune.layers.final_norm import FinalNorm
 from deltatune.models.family import Experimental, Family, Supported, Swap, count_layers, count_sparse
 from deltatune.models.refusals import attention_dropout
 
@@ -16,6 +17,7 @@ FAMILY = Family(
         Swap("Qwen3MoeAttention", Attention, count_layers("full_attention", "sliding_attention")),
         Swap("Qwen3MoeExperts", Experts, count_sparse),
     ),
+    final_norm=FinalNorm,
     ops=("rms_norm_rope", "varlen_attention", "grouped_mm", "linear_cross_entropy"),
     mask_form="4d",
     features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},

@@ -2,6 +2,7 @@
 
 from deltatune.layers.attention import GatedAttention
 from deltatune.layers.experts import Experts
+from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import InterleavedGatedDeltaNet
 from deltatune.models.family import Family, Supported, Swap, count_layers, count_sparse
 from deltatune.models.qwen3_moe import ROUTER_LOSS
@@ -16,6 +17,7 @@ FAMILY = Family(
         Swap("Qwen3NextAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3NextExperts", Experts, count_sparse),
     ),
+    final_norm=OffsetFinalNorm,
     ops=(
         "causal_conv",
         "gated_delta_rule",

@@ -40,7 +40,7 @@ def rms_norm_rope(
     Args:
         x: ``[B, T, N, D]``, any strides.
         weight: ``[D]``, or None for a norm without scale.
-        cos: ``[B or 1, T, R]``, R even and at most D.
+        cos: ``[B or 1, T, R]``, R even and at most D; with R = 0 nothing rotates, a norm alone.
         sin: the shape of ``cos``.
         eps: added to the mean square, inside the root.
         unit_offset: scale by ``1 + weight`` rather than ``weight``.
