@@ -4,12 +4,13 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from deltatune.bench import gates, judge, session
+from deltatune.bench import child, gates, judge, session
 from deltatune.bench.child import COMPILED, in_child
 from deltatune.bench.kernels import GROUPS, group_of
 from deltatune.bench.race import Laps, race
@@ -161,6 +162,18 @@ def test_a_floor_that_does_not_fit_leaves_the_times(tmp_path, monkeypatch) -> No
     config = record_of(tmp_path)["configs"][0]
     assert config["floor"] is None
     assert config["floor_failure"] == "out_of_memory: no room"
+    assert {result["status"] for result in config["results"]} == {"ok"}
+
+
+def test_a_profile_that_does_not_fit_leaves_the_times(tmp_path, monkeypatch) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(session, "kernel_table", too_large)
+    assert run(arguments("--no-floor --kernels --baselines stock --checkpointing none", tmp_path)) == 0
+    config = record_of(tmp_path)["configs"][0]
+    assert config["kernels"] == []
+    assert config["kernels_failure"] == {"qkvo": "out_of_memory: no room"}
     assert {result["status"] for result in config["results"]} == {"ok"}
 
 
@@ -343,6 +356,26 @@ def test_a_child_whose_gradients_are_off_is_not_timed() -> None:
     found = in_child(Setting("deltatune"), SPEC | {"bound": -1.0}, limit_seconds=120)
     assert found["status"] == "red gate"
     assert "samples_ms" not in found
+
+
+@pytest.mark.parametrize(("off_by", "status"), [(0.0, "ok"), (0.5, "red gate")])
+def test_a_child_without_a_bound_measures_one(tmp_path, monkeypatch, off_by: float, status: str) -> None:
+    right, calls = child.loss_and_gradients, []
+
+    def gradients(system, batch):
+        loss, found = right(system, batch)
+        calls.append(system.setting.system)
+        # the second call is that of the graphs
+        return loss, {name: value * (1 + off_by * (len(calls) == 2)) for name, value in found.items()}
+
+    monkeypatch.setattr(child, "loss_and_gradients", gradients)
+    spec = SPEC | {"bound": None, "setting": asdict(Setting("deltatune"))}
+    (tmp_path / "spec").write_text(json.dumps(spec))
+    assert child.main([str(tmp_path / "spec"), str(tmp_path / "result")]) == 0
+    found = json.loads((tmp_path / "result").read_text())
+    assert calls == ["deltatune", "deltatune", "stock"]
+    assert 0 < found["gradient_bound"] < 0.1
+    assert found["status"] == status
 
 
 def test_a_cold_start_is_two_more_results(tmp_path) -> None:

@@ -19,7 +19,9 @@ from deltatune.bench.workload import Batch
 from deltatune.verification import verify
 
 __all__ = [
+    "ALLOWED",
     "Gate",
+    "Gradients",
     "Observation",
     "against_stock",
     "against_truth",

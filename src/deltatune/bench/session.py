@@ -33,8 +33,8 @@ __all__ = ["Plan", "Session"]
 
 WHOLE_GATE: Final = "no break, no recompile"
 """Held after the timed steps: its failure leaves a time its worth, and is a figure of its own."""
-#: Of the device's memory, for frozen weights that systems hold of their own.
-_COPIES_SHARE: Final = 0.4
+#: Of the device's memory, for frozen weights: the model's, and those that systems hold of their own.
+_WEIGHTS_SHARE: Final = 0.3
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Session:
         self.floor: Floor | None = None
         self.no_floor: str | None = None
         self.kernels: dict[Targets, dict[str, Any]] = {}
+        self.no_kernels: dict[Targets, str] = {}
         self.loss_name = fused_loss(plan.device)[0]
         self.judge = Judge(self.workload, plan.device, compiled=plan.options is not None)
 
@@ -238,7 +239,7 @@ class Session:
             "alpha": plan.lora.alpha,
             "adapter_dtype": plan.lora.dtype,
             "backend": "none" if plan.options is None else plan.options.backend,
-            "bound": self.judge.gradient_bound(setting.targets),
+            "bound": self.judge.gradient_bound(setting.targets) if layers == plan.layers else None,
             "warmup": plan.warmup,
             "steps": plan.steps,
         }
@@ -256,7 +257,10 @@ class Session:
             before = self.kernels.get(targets)
             if before is None or best["median_ms"] < before["step_ms"]:
                 _say(f"profiling {best['name']}")
-                self.kernels[targets] = self._kernels_of(systems[best["name"]], best)
+                try:
+                    self.kernels[targets] = self._kernels_of(systems[best["name"]], best)
+                except failures() as error:  # the times stand without it
+                    self.no_kernels[targets] = ": ".join(outcome_of(error))
                 self._forget()
 
     def _kernels_of(self, system: System, result: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +273,7 @@ class Session:
     def _groups(self) -> Iterable[list[Setting]]:
         """Settings that are timed together: as many as fit of those that hold frozen weights of their own."""
         own = storage_bytes(self.base.parameters())
-        room = max(1, int(_COPIES_SHARE * device_memory(self.plan.device) // own))
+        room = max(1, int(_WEIGHTS_SHARE * device_memory(self.plan.device) // own) - 1)
         settings = [setting for setting in self.plan.settings if setting.system != COMPILED]
         sharing = [setting for setting in settings if not self._owns(setting)]
         owning = [setting for setting in settings if self._owns(setting)]

@@ -43,6 +43,7 @@ _CONFIG_VALUES: Final = (
 def run(args: argparse.Namespace) -> int:
     """Measures, writes the record and prints a table; 1 when a gate was red."""
     plan = plan_of(args)
+    ceilings = _ceilings(plan)  # while the device's memory is empty
     session = Session(plan)
     interrupted = True
     try:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # what has been measured is kept, whatever comes after it
         if session.results:
-            record = _record(args, plan, session) | ({"interrupted": True} if interrupted else {})
+            record = _record(args, plan, session, ceilings) | ({"interrupted": True} if interrupted else {})
             path = write_record(record, args.records)
             sys.stdout.write(_summary(session) + f"\n{path}\n")
     return 0 if session.judge.ok else 1
@@ -112,9 +113,8 @@ def _checkpointing(text: str) -> str | float:
         raise UserError(f"--checkpointing takes none, layer, auto or a share from 0 to 1, got {text!r}") from None
 
 
-def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str, Any]:
+def _record(args: argparse.Namespace, plan: Plan, session: Session, ceilings: Mapping[str, Any]) -> dict[str, Any]:
     kind = "frontier" if args.frontier else "train"
-    ceilings = _ceilings(plan)
     config: dict[str, Any] = {
         "config": _config(args, plan, session),
         "shapes": _shapes(session.base.config),
@@ -126,6 +126,8 @@ def _record(args: argparse.Namespace, plan: Plan, session: Session) -> dict[str,
     }
     if session.no_floor is not None:
         config["floor_failure"] = session.no_floor
+    if session.no_kernels:
+        config["kernels_failure"] = session.no_kernels
     for result in session.results:
         if result.get("model_flops"):
             rate = result["model_flops"] / (result["median_ms"] / 1e3)
