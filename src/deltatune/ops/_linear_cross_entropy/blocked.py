@@ -101,12 +101,12 @@ def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> 
     from deltatune.ops._linear_cross_entropy import launch
 
     (tokens, width), weight = rows.hidden.shape, rows.weight
-    tile = launch.tile_for(weight.device)
+    stored = None if dhidden is None else weight.new_empty(tokens, size)
+    inputs = launch.described(rows, stored)
     # what one block's kernels read and the next one's write lies in two places, used in turn
     references = _empty(weight, 2, tokens)
-    sums = _empty(weight, 2, -(-size // tile.entries), tokens)
+    sums = _empty(weight, 2, -(-size // inputs.tile.entries), tokens)
     maxima, totals = _empty(weight, tokens).fill_(-torch.inf), _empty(weight, tokens)
-    stored = None if dhidden is None else weight.new_empty(tokens, size)
     products = None if dhidden is None else _empty(weight, tokens, width)
     launch.label_logits(rows, references[0])
     found.picked.copy_(references[0])
@@ -114,9 +114,9 @@ def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> 
     for index, block in enumerate(_slices(weight.shape[0], size)):
         turn = index % 2
         both, new_sums = (references[turn], references[1 - turn]), (sums[turn], sums[1 - turn])
-        launch.powers(rows, both[0], maxima, sums[turn], stored, block, tile)
-        launch.settle(rows, both, maxima, new_sums, totals, stored, products, block, tile)
-        used = -(-(block.stop - block.start) // tile.entries)
+        launch.powers(rows, inputs, both[0], maxima, sums[turn], block)
+        launch.settle(rows, inputs, both, maxima, new_sums, totals, products, block)
+        used = -(-(block.stop - block.start) // inputs.tile.entries)
         if stored is not None and products is not None:
             _multiply(stored[:, : block.stop - block.start], weight[block], products, add=index > 0)
     found.reference.copy_(references[1 - turn])
@@ -130,18 +130,19 @@ def _weight_gradient(rows: Rows, softmax: _Softmax, dweight: Tensor, sizes: Bloc
     from deltatune.ops._linear_cross_entropy import launch
 
     (tokens, width), weight = rows.hidden.shape, rows.weight
-    tile = launch.tile_for(weight.device)
     stored = weight.new_empty(min(sizes.tokens, tokens), sizes.entries)
     sums = torch.zeros(sizes.entries, width, dtype=torch.float32, device=weight.device)
+    chunks = []
+    for chunk in _slices(tokens, sizes.tokens):
+        part = rows._replace(hidden=rows.hidden[chunk], labels=rows.labels[chunk])
+        known = softmax.reference[chunk], softmax.others[chunk], softmax.inverse[chunk]
+        found = stored[: chunk.stop - chunk.start]
+        chunks.append((part, launch.described(part, found), known, found))
     for block in _slices(weight.shape[0], sizes.entries):
         size = block.stop - block.start
-        for chunk in _slices(tokens, sizes.tokens):
-            part = rows._replace(hidden=rows.hidden[chunk], labels=rows.labels[chunk])
-            gradients = stored[: chunk.stop - chunk.start]
-            launch.gradients(
-                part, softmax.reference[chunk], softmax.others[chunk], softmax.inverse[chunk], gradients, block, tile
-            )
-            _multiply(gradients[:, :size].mT, part.hidden, sums[:size], add=chunk.start > 0)
+        for number, (part, inputs, known, found) in enumerate(chunks):
+            launch.gradients(part, inputs, *known, block)
+            _multiply(found[:, :size].mT, part.hidden, sums[:size], add=number > 0)
         dweight[block] = sums[:size]
 
 

@@ -13,8 +13,11 @@ __all__ = ["Blocks", "softmax_blocks", "weight_blocks", "workspace_bytes"]
 # 1181; 1024 x 16384 55.9, 1139; 4096 x 8192 53.5, 1195; 8192 x 4224 58.0, 1230. Width 4096: 2048 x 4096 107.0, 2245;
 # x 8192 105.1, 2261; x 16896 101.3, 2295; 4096 x 8192 107.0, 2325. The least memory of all measured is that of
 # cut-cross-entropy, 1099 and 2197 (in 145 and 287 ms): 4 E entries are the fastest within 5% of it at both widths.
+# Below width 2048 the device is done with so few before the host has launched them; width 1024, ms and peak MiB beyond
+# inputs: 2048 x 4096 62.7, 57; x 8192 31.7, 73; 4096 x 8192 28.0, 113.
 _TOKENS: Final = 2048
 _ENTRIES_PER_WIDTH: Final = 4
+_FEWEST_ENTRIES: Final = 8192
 # The same with a trained weight at widths 2048 and 4096: 4096 x 2048 110.9 to 113.6, 2164 and 218.6 to 220.3, 4312;
 # 8192 x 2048 109.4, 2180 and 214.3, 4328; 8192 x 1024 113.0, 2156; 2048 x 4096 113.8, 2180 and 223.4, 4344.
 # Cut-cross-entropy: 254, 2069 and 529, 4137.
@@ -33,7 +36,7 @@ class Blocks(NamedTuple):
 
 def softmax_blocks(tokens: int, width: int, vocabulary: int) -> Blocks:
     """Of the loss and the gradient of ``hidden``; sums over a row of blocks take ``C E`` fp32 numbers more."""
-    return _blocks(tokens, vocabulary, Blocks(_TOKENS, _ENTRIES_PER_WIDTH * width))
+    return _blocks(tokens, vocabulary, Blocks(_TOKENS, max(_ENTRIES_PER_WIDTH * width, _FEWEST_ENTRIES)))
 
 
 def weight_blocks(tokens: int, vocabulary: int) -> Blocks:

@@ -13,7 +13,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deltatune.ops._linear_cross_entropy import kernel
 
-__all__ = ["Rows", "Tile", "gradients", "hidden_gradient", "label_logits", "powers", "settle", "tile_for"]
+__all__ = [
+    "Described",
+    "Rows",
+    "Tile",
+    "described",
+    "gradients",
+    "hidden_gradient",
+    "label_logits",
+    "powers",
+    "settle",
+    "tile_for",
+]
 
 
 class Tile(NamedTuple):
@@ -62,6 +73,33 @@ class Rows(NamedTuple):
     ignore_index: int
 
 
+class Described(NamedTuple):
+    """A chunk, the head and a place for a block, as the tensor memory accelerator takes them: made once for all blocks.
+
+    Attributes:
+        hidden: of ``Rows``.
+        weight: likewise.
+        stored: ``[C, N or more]`` in 16 bits, or None.
+        tile: what programs read and write of them at a time.
+    """
+
+    hidden: TensorDescriptor
+    weight: TensorDescriptor
+    stored: TensorDescriptor | None
+    tile: Tile
+
+
+def described(rows: Rows, stored: Tensor | None) -> Described:
+    """The tensors of a chunk in tiles of the device's size."""
+    tile = tile_for(rows.weight.device)
+    return Described(
+        _by_tile(rows.hidden, tile.rows, tile.depth),
+        _by_tile(rows.weight, tile.entries, tile.depth),
+        None if stored is None else _by_tile(stored, tile.rows, tile.entries),
+        tile,
+    )
+
+
 def tile_for(device: torch.device) -> Tile:
     """The large tile where shared memory holds it: Hopper and datacenter Blackwell."""
     if device.type != "cuda":
@@ -86,25 +124,22 @@ def label_logits(rows: Rows, reference: Tensor) -> None:
     )
 
 
-def powers(
-    rows: Rows, reference: Tensor, maxima: Tensor, sums: Tensor, stored: Tensor | None, block: slice, tile: Tile
-) -> None:
-    """``exp(logit - reference)`` over the entries of ``block``, 0 at the label.
+def powers(rows: Rows, inputs: Described, reference: Tensor, maxima: Tensor, sums: Tensor, block: slice) -> None:
+    """``exp(logit - reference)`` over the entries of ``block``, 0 at the label, into ``inputs.stored`` if there is one.
 
     Args:
         rows: tokens and head.
+        inputs: the same, described.
         reference: fp32 ``[C]``.
         maxima: fp32 ``[C]``, raised to the highest logits of the block.
         sums: fp32 ``[ceil(N / tile.entries) or more, C]``: of the exponentials, a row for each tile.
-        stored: ``[C, N or more]``, where the exponentials go; None: nowhere.
         block: N entries of the vocabulary.
-        tile: as ``tile_for`` says.
     """
-    tokens, width = rows.hidden.shape
+    (tokens, width), tile = rows.hidden.shape, inputs.tile
     kernel.powers_kernel[_grid(tokens, block, tile)](
-        _by_tile(rows.hidden, tile.rows, tile.depth),
-        _by_tile(rows.weight, tile.entries, tile.depth),
-        None if stored is None else _by_tile(stored, tile.rows, tile.entries),
+        inputs.hidden,
+        inputs.weight,
+        inputs.stored,
         rows.labels,
         reference,
         maxima,
@@ -113,7 +148,7 @@ def powers(
         block.start,
         block.stop,
         width,
-        stored is not None,
+        inputs.stored is not None,
         tile.rows,
         tile.entries,
         tile.depth,
@@ -124,35 +159,33 @@ def powers(
 
 def settle(
     rows: Rows,
+    inputs: Described,
     references: tuple[Tensor, Tensor],
     maxima: Tensor,
     sums: tuple[Tensor, Tensor],
     totals: Tensor,
-    stored: Tensor | None,
     products: Tensor | None,
     block: slice,
-    tile: Tile,
 ) -> None:
     """After ``powers``: raises the references that logits have outgrown, and computes those rows of the block again.
 
     Args:
         rows: tokens and head.
+        inputs: as for ``powers``.
         references: as ``powers`` had them, and a place for the new ones.
         maxima: as ``powers`` left them.
         sums: those of this block, and of the one before, which are added to ``totals``.
         totals: fp32 ``[C]``, scaled to the new references.
-        stored: as for ``powers``.
         products: fp32 ``[C, E]``: exponentials times weight over earlier blocks, scaled to the new references.
         block: as for ``powers``.
-        tile: as for ``powers``.
     """
-    tokens, width = rows.hidden.shape
+    (tokens, width), tile = rows.hidden.shape, inputs.tile
     tiles = sums[0].shape[0]
     splits = min(_SPLITS, tiles)
     kernel.settle_kernel[(triton.cdiv(tokens, tile.rows), splits)](
-        _by_tile(rows.hidden, tile.rows, tile.depth),
-        _by_tile(rows.weight, tile.entries, tile.depth),
-        None if stored is None else _by_tile(stored, tile.rows, tile.entries),
+        inputs.hidden,
+        inputs.weight,
+        inputs.stored,
         rows.labels,
         *references,
         maxima,
@@ -165,7 +198,7 @@ def settle(
         tiles,
         splits,
         width,
-        stored is not None,
+        inputs.stored is not None,
         _headroom(rows.hidden.dtype),
         _TILES_AT_ONCE,
         tile.rows,
@@ -199,15 +232,13 @@ def hidden_gradient(rows: Rows, products: Tensor, others: Tensor, inverse: Tenso
     )
 
 
-def gradients(
-    rows: Rows, reference: Tensor, others: Tensor, inverse: Tensor, stored: Tensor, block: slice, tile: Tile
-) -> None:
-    """``stored = p - onehot`` over the entries of ``block``, 0 for ignored tokens; arguments as above."""
-    tokens, width = rows.hidden.shape
+def gradients(rows: Rows, inputs: Described, reference: Tensor, others: Tensor, inverse: Tensor, block: slice) -> None:
+    """``inputs.stored = p - onehot`` over the entries of ``block``, 0 for ignored tokens; arguments as above."""
+    (tokens, width), tile = rows.hidden.shape, inputs.tile
     kernel.gradients_kernel[_grid(tokens, block, tile)](
-        _by_tile(rows.hidden, tile.rows, tile.depth),
-        _by_tile(rows.weight, tile.entries, tile.depth),
-        _by_tile(stored, tile.rows, tile.entries),
+        inputs.hidden,
+        inputs.weight,
+        inputs.stored,
         rows.labels,
         reference,
         others,
