@@ -41,7 +41,8 @@ def by_name(config, what="forward+backward"):
     return {result["impl"]: result for result in config["results"] if result["what"] == what}
 
 
-@pytest.mark.parametrize("op", OPS)
+# adapters are no op with implementations: a layer takes the form that they allow
+@pytest.mark.parametrize("op", [op for op in OPS if op != "lora_linear"])
 def test_the_implementations_are_those_the_op_knows(op) -> None:
     with pytest.raises(ValueError, match="unknown impl") as caught:
         getattr(ops, f"choose_{op.removesuffix('_l2norm')}")(CPU, torch.bfloat16, impl="?")

@@ -15,7 +15,7 @@ from deltatune.layers.lora_form import BESIDE, FUSED, active_adapters, form_of
 from deltatune.ops._lora_linear.api import Layout, Operands, Slot, Target, linear_with_lora
 from deltatune.ops._lora_linear.refresh import Refresh
 
-__all__ = ["LoraGroup", "layout_of"]
+__all__ = ["LoraGroup", "empty_operands", "layout_of", "take_in_all"]
 
 # A border of W columns costs 2 M N W FLOPs, adding to what is there about 4 M N bytes, two thirds of them not hidden in
 # the product (measured: 0.06 ms at M = 16384, 2048 to 6144, H200, bf16). At its 700 TFLOP/s and 4.2 TB/s the border is
@@ -153,20 +153,8 @@ class LoraGroup:
             [[rank for _, rank in _ranks(layer)] for layer in fused],
             pointwise=self.pointwise,
         )
-        columns = layout.width if layout.forward_border else 0
-        buffers = [
-            take_in(weight, rows=target.width if layout.backward_border else 0, columns=columns)
-            for weight, target in zip(weights, layout.targets, strict=True)
-        ]
-        with torch.inference_mode(False):
-            down = weights[0].new_zeros(layout.inner, layout.width)
-            self.operands = Operands(
-                down=down,
-                rows=torch.zeros_like(down.mT, memory_format=torch.contiguous_format),
-                scale=torch.zeros(layout.width, dtype=torch.float32, device=down.device),
-                bordered=tuple(buffers),
-                up=tuple(_up(buffer, target, layout) for buffer, target in zip(buffers, layout.targets, strict=True)),
-            )
+        buffers = take_in_all(layout, weights)
+        self.operands = empty_operands(layout, buffers)
         self.fused, self.layout = fused, layout
         self.names = tuple(name for layer in fused for name, _ in _ranks(layer))
         self._refresh = Refresh(layout, self.operands)
@@ -184,8 +172,14 @@ class LoraGroup:
         )
 
 
-def layout_of(shapes: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]], *, pointwise: bool) -> Layout:
-    """The layout for weights ``[N, K]`` of one K with these ranks of their adapters.
+def layout_of(
+    shapes: Sequence[tuple[int, int]],
+    ranks: Sequence[Sequence[int]],
+    *,
+    pointwise: bool,
+    padded_to: int = _PADDED_TO,
+) -> Layout:
+    """The layout for weights ``[N, K]`` of one K with these ranks of their adapters, borders in whole ``padded_to``.
 
     A border extends what is contracted, so it copies the narrower side of a product unless a compiler writes that side
     in place; adding to what is there passes over the output twice. So forward has a border where the output is the
@@ -199,9 +193,9 @@ def layout_of(shapes: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]],
             place += rank
         place = _padded(place, _RANK_PADDED_TO)
         if len(shapes) == 1:
-            place = _padded(place, _PADDED_TO)
+            place = _padded(place, padded_to)
         targets.append(Target(outer, first, place - first))
-    width, inner, outer = _padded(place, _PADDED_TO), shapes[0][1], shapes[0][0]
+    width, inner, outer = _padded(place, padded_to), shapes[0][1], shapes[0][0]
     alone = len(shapes) == 1
     return Layout(
         inner,
@@ -211,6 +205,28 @@ def layout_of(shapes: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]],
         targets=tuple(targets),
         slots=tuple(slots),
     )
+
+
+def take_in_all(layout: Layout, weights: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    """The buffers of a layout, each around one of the weights, which becomes a view of it."""
+    columns = layout.width if layout.forward_border else 0
+    return [
+        take_in(weight, rows=target.width if layout.backward_border else 0, columns=columns)
+        for weight, target in zip(weights, layout.targets, strict=True)
+    ]
+
+
+def empty_operands(layout: Layout, buffers: Sequence[Tensor]) -> Operands:
+    """Operands around these buffers, for a ``Refresh`` to write adapters into."""
+    with torch.inference_mode(False):
+        down = buffers[0].new_zeros(layout.inner, layout.width)
+        return Operands(
+            down=down,
+            rows=torch.zeros_like(down.mT, memory_format=torch.contiguous_format),
+            scale=torch.zeros(layout.width, dtype=torch.float32, device=down.device),
+            bordered=tuple(buffers),
+            up=tuple(_up(buffer, target, layout) for buffer, target in zip(buffers, layout.targets, strict=True)),
+        )
 
 
 def _up(buffer: Tensor, target: Target, layout: Layout) -> Tensor:

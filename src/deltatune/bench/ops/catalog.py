@@ -11,6 +11,7 @@ from deltatune.bench.ops import (
     gated_delta_rule,
     gated_rms_norm,
     linear_cross_entropy,
+    lora_linear,
     rms_norm_rope,
     varlen_attention,
 )
@@ -63,6 +64,7 @@ OPS: Final[Mapping[str, Entry]] = {
     ),
     "gated_rms_norm": Entry(gated_rms_norm.case, gated_rms_norm.IMPLEMENTATIONS, hybrid=True),
     "linear_cross_entropy": Entry(linear_cross_entropy.case, linear_cross_entropy.IMPLEMENTATIONS),
+    "lora_linear": Entry(lora_linear.case, lora_linear.IMPLEMENTATIONS),
     "varlen_attention": Entry(varlen_attention.case, varlen_attention.IMPLEMENTATIONS),
 }
 """Op, or an op in the form that layers call, -> how to measure it."""
