@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
+from deltatune.ops._lora_linear.lowering import register as register_lowerings
 from deltatune.recomputation import recompute_functions
 
 __all__ = [
@@ -207,6 +208,7 @@ class Graphs:
         from torch._inductor.compile_fx import compile_fx
 
         started = time.perf_counter()
+        register_lowerings()
         budget = self.checkpointing if isinstance(self.checkpointing, float | int) else 1.0
         recompute_functions(graph)
         with functorch_config.patch(activation_memory_budget=float(budget)):

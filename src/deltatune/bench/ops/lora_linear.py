@@ -24,6 +24,7 @@ from deltatune.layers.lora_form import BESIDE, FUSED
 from deltatune.layers.lora_group import empty_operands, layout_of, take_in_all
 from deltatune.ops._lora_linear.api import Layout, Operands, linear_with_lora
 from deltatune.ops._lora_linear.low_rank import low_rank
+from deltatune.ops._lora_linear.lowering import register as register_lowerings
 from deltatune.ops._lora_linear.refresh import Refresh
 
 __all__ = ["IMPLEMENTATIONS", "case"]
@@ -151,6 +152,7 @@ _serial = itertools.count()
 
 def _compiled(project: _Project) -> Function:
     """The block with these projections, as code of its own: the compiler counts graphs by code."""
+    register_lowerings()
     code = _block.__code__.replace(co_name=f"block_{next(_serial)}")
     block = types.FunctionType(code, globals(), None, (project,))
     compiled: Function = torch.compile(block, fullgraph=True, dynamic=False)
