@@ -149,6 +149,46 @@ def test_the_newest_record_is_shown_and_the_others_are_named(tmp_path) -> None:
     assert "2026-01-02.json`" in earlier
 
 
+def shown(folder) -> list[str]:
+    """Names of the records whose tables a page has."""
+    page = report.render(folder).partition("### Earlier records")[0]
+    return [path.name for path in sorted(folder.glob("*.json")) if f"{path.name}`;" in page]
+
+
+def test_a_record_of_other_systems_is_no_newer_version(tmp_path) -> None:
+    ours, theirs = step("deltatune", "none", 250, 32), step("stock", "layer", 540, 7.5)
+    write(tmp_path, "train-x-h200-2026-01-02.json", training_record([ours, theirs]))
+    write(tmp_path, "train-x-h200-2026-01-02-2.json", training_record([ours]))
+    assert len(shown(tmp_path)) == 2
+    write(tmp_path, "train-x-h200-2026-01-02-3.json", training_record([theirs]))
+    assert shown(tmp_path) == ["train-x-h200-2026-01-02-2.json", "train-x-h200-2026-01-02-3.json"]
+
+
+def test_a_frontier_makes_up_for_a_run_of_its_systems_and_not_the_other_way_round(tmp_path) -> None:
+    results = [step("deltatune", "none", 250, 32), step("deltatune", "layer", 300, 8)]
+    write(tmp_path, "train-x-h200-2026-01-02.json", training_record(results[:1]))
+    write(tmp_path, "frontier-x-h200-2026-01-03.json", training_record(results, kind="frontier", date="2026-01-03"))
+    assert shown(tmp_path) == ["frontier-x-h200-2026-01-03.json"]
+    write(tmp_path, "train-x-h200-2026-01-04.json", training_record(results, date="2026-01-04"))
+    assert shown(tmp_path) == ["frontier-x-h200-2026-01-03.json", "train-x-h200-2026-01-04.json"]
+
+
+def test_a_failure_is_made_up_for_by_what_ran(tmp_path) -> None:
+    ran, lost = step("deltatune", "none", 250, 32), failed("deltatune", "layer", "out_of_memory", "no room")
+    write(tmp_path, "train-x-h200-2026-01-02.json", training_record([ran, lost]))
+    write(tmp_path, "train-x-h200-2026-01-03.json", training_record([ran], date="2026-01-03"))
+    assert shown(tmp_path) == ["train-x-h200-2026-01-03.json"]
+
+
+def test_an_op_at_another_shape_is_no_newer_version(tmp_path) -> None:
+    results = [op_result("triton", "forward", 0.8)]
+    for number, width in ((1, 8), (2, 16), (3, 8)):
+        name = f"causal_conv-h200-2026-01-0{number}.json"
+        record = op_record("causal_conv", [({"T": 64, "D": width}, results)]) | {"date": f"2026-01-0{number}"}
+        write(tmp_path, name, record)
+    assert shown(tmp_path) == ["causal_conv-h200-2026-01-02.json", "causal_conv-h200-2026-01-03.json"]
+
+
 def test_the_pages_are_rewritten_between_their_marks(checkout) -> None:
     write(checkout / "bench" / "records", "train-qwen3.5-2b-h200-2026-01-02.json", a_step_record())
     assert main(["bench", "report", "--no-plots"]) == 0

@@ -15,6 +15,8 @@ __all__ = ["RECORDS", "Record", "load_records", "newest_of_each"]
 
 RECORDS: Final = Path("bench/records")
 
+_SIZE: Final = ("layers", "tokens", "documents")
+
 # kind-subject-device-date.json, and -2, -3, ... for what was measured later on the same day
 _NUMBER: Final = re.compile(r"\d{4}-\d\d-\d\d(?:-(\d+))?$")
 
@@ -56,8 +58,19 @@ class Record:
     def size(self) -> tuple[int, ...]:
         """Layers, tokens and documents of what trained; nothing for ops, whose records hold all their sizes."""
         about = self.configs[0].get("config", {}) if self.configs else {}
-        names = ("layers", "tokens", "documents")
-        return tuple(about[name] for name in names) if set(names) <= about.keys() else ()
+        return tuple(about[name] for name in _SIZE) if set(_SIZE) <= about.keys() else ()
+
+    @property
+    def holds(self) -> frozenset[tuple[object, ...]]:
+        """What it has figures of: systems at a size; shapes, of an op."""
+        if self.kind.startswith("ops/"):
+            return frozenset(_sizes_of_op(config.get("config", {})) for config in self.configs)
+        return frozenset(
+            (*(config.get("config", {}).get(name) for name in _SIZE), result.get("name"))
+            for config in self.configs
+            for result in config.get("results", ())
+            if result.get("status") == "ok"
+        )
 
     @property
     def interrupted(self) -> bool:
@@ -90,9 +103,23 @@ def load_records(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record.age, reverse=True)
 
 
+def _sizes_of_op(about: Mapping[str, Any]) -> tuple[object, ...]:
+    """The dtype, and every size by its letter: T, E, ...; two models of one shape are the same."""
+    return about.get("dtype"), *sorted((name, value) for name, value in about.items() if len(name) == 1)
+
+
 def newest_of_each(records: Sequence[Record]) -> list[Record]:
-    """The newest of each kind, subject, device and size, in the order of these."""
-    found: dict[tuple[str, str, str, tuple[int, ...]], Record] = {}
+    """Those that newer ones do not make up for, by kind, subject, device and size.
+
+    Newer ones do where they hold all of a record's figures, of the same kind or, for those of training steps, in a
+    frontier: a run of other systems or at another shape is no newer version of it.
+    """
+    known: dict[tuple[str, str, str], set[tuple[object, ...]]] = {}
+    found = []
     for record in records:
-        found.setdefault((record.kind, record.subject, record.device, record.size), record)
-    return [found[key] for key in sorted(found)]
+        same = [record.kind, "frontier"] if record.kind == "train" else [record.kind]
+        newer = set().union(*(known.get((kind, record.subject, record.device), ()) for kind in same))
+        if not record.holds or not record.holds <= newer:
+            found.append(record)
+            known.setdefault((record.kind, record.subject, record.device), set()).update(record.holds)
+    return sorted(found, key=lambda record: (record.kind, record.subject, record.device, record.size))

@@ -85,7 +85,7 @@ def _training(model: str) -> Iterator[Target]:
     """The table of training targets, and what else a training record shows."""
     large = model == "qwen3.5-9b"
     floor, same_memory, free, shipped = (0.85, 1.4, 1.9, 2.2) if large else (0.80, 1.6, 2.2, 2.6)
-    ratio = "{:.2f}x"
+    ratio = "{:.3f}x"
     for name, figure, limit, form in (
         ("of the arithmetic floor", figures.of_floor, floor, "{:.2%}"),
         ("against leak-free stock with layer checkpointing, no more memory", figures.same_memory, same_memory, ratio),
