@@ -35,7 +35,7 @@ def build(shape: Shape, tokens: int, device: torch.device) -> Iterator[Built]:
     to no time. The graphs of ``torch.compile`` depend on the model and are cached by its own first run.
     """
     for op, entry in OPS.items():
-        if entry.hybrid and not shape.hybrid:
+        if not entry.built_ahead or (entry.hybrid and not shape.hybrid):
             continue
         counts = document_counts(shape, device) if op == "gated_delta_rule" else [1]
         for documents in counts:

@@ -43,6 +43,7 @@ class Entry:
         shapes: measured by default.
         tokens: measured by default.
         hybrid: whether only hybrids have it.
+        built_ahead: whether its kernels are worth building before a run; not where they come with a layer's graph.
     """
 
     build: Callable[[Shape, int, Setting], Case]
@@ -50,6 +51,7 @@ class Entry:
     shapes: tuple[str, ...] = _HYBRID
     tokens: tuple[int, ...] = (16384,)
     hybrid: bool = False
+    built_ahead: bool = True
 
 
 OPS: Final[Mapping[str, Entry]] = {
@@ -64,7 +66,7 @@ OPS: Final[Mapping[str, Entry]] = {
     ),
     "gated_rms_norm": Entry(gated_rms_norm.case, gated_rms_norm.IMPLEMENTATIONS, hybrid=True),
     "linear_cross_entropy": Entry(linear_cross_entropy.case, linear_cross_entropy.IMPLEMENTATIONS),
-    "lora_linear": Entry(lora_linear.case, lora_linear.IMPLEMENTATIONS),
+    "lora_linear": Entry(lora_linear.case, lora_linear.IMPLEMENTATIONS, built_ahead=False),
     "varlen_attention": Entry(varlen_attention.case, varlen_attention.IMPLEMENTATIONS),
 }
 """Op, or an op in the form that layers call, -> how to measure it."""
