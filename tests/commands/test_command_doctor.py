@@ -71,7 +71,7 @@ def test_what_cannot_be_built_is_one_line(capsys, more, named) -> None:
 def test_building_runs_every_op_of_the_model_once() -> None:
     cpu = torch.device("cpu")
     built = list(prebuild.build(SHAPES["tiny"], 64, cpu))
-    assert [one.op for one in built] == list(OPS)
+    assert [one.op for one in built] == [op for op in OPS if op != "lora_linear"]
     assert all(one.seconds > 0 for one in built)
 
 
