@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
-from deltatune.ops._lora_linear.lowering import register as register_lowerings
 from deltatune.recomputation import recompute_functions
 
 __all__ = [
@@ -26,6 +25,7 @@ __all__ = [
     "GraphBreakError",
     "Graphs",
     "forget_graphs",
+    "fresh_code",
     "graphs_of",
     "validate_checkpointing",
 ]
@@ -196,7 +196,7 @@ class Graphs:
     def _compile(self, name: str, forward: Forward) -> Forward:
         # under scope="model" the layers checkpoint themselves while they are traced
         whole = self.checkpointing == "layer" and self.options.scope == "layer"
-        function = _fresh_code(_checkpointed(forward) if whole else _plain(forward), name)
+        function = fresh_code(_checkpointed(forward) if whole else _plain(forward), name)
         backend = functools.partial(self._backend, name, function.__code__)
         compiled: Forward = torch.compile(
             function, fullgraph=self.options.strict, dynamic=self.options.dynamic, backend=backend
@@ -208,7 +208,6 @@ class Graphs:
         from torch._inductor.compile_fx import compile_fx
 
         started = time.perf_counter()
-        register_lowerings()
         budget = self.checkpointing if isinstance(self.checkpointing, float | int) else 1.0
         recompute_functions(graph)
         with functorch_config.patch(activation_memory_budget=float(budget)):
@@ -261,7 +260,8 @@ def _whole_under_ddp() -> AbstractContextManager[None]:
 _serial = 0
 
 
-def _fresh_code(function: Forward, name: str) -> types.FunctionType:
+def fresh_code(function: Forward, name: str) -> types.FunctionType:
+    """The function with a code object of its own, which the compiler counts apart; ``name`` is what it is called."""
     global _serial
     assert isinstance(function, types.FunctionType)
     _serial += 1

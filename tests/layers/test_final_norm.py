@@ -1,15 +1,17 @@
 """The norm behind the last layer: our kernel where one runs, the stock norm elsewhere, the same numbers from both."""
 
+import inspect
 from typing import Any
 
 import peft
 import pytest
 import torch
 
-from deltatune import ops, prepare
+from deltatune import CompileOptions, ops, prepare
 from deltatune.layers import final_norm
 from deltatune.layers.final_norm import FinalNorm
 from deltatune.ops._choice import Choice
+from packed_cases import packed_call
 from tiny import FAMILIES, tiny_model
 
 
@@ -39,13 +41,14 @@ def test_the_op_computes_what_the_stock_norm_does(family: str, kernel_calls: lis
     norm = model.get_decoder().norm
     with torch.no_grad():
         norm.weight.uniform_(-0.5, 0.5)
-    inputs = [torch.randn(2, 7, norm.weight.numel(), requires_grad=True) for _ in range(2)]
-    expected = norm(inputs[0])
+    x = torch.randn(2, 7, norm.weight.numel())
+    expected = norm(x)
     prepare(model)
     assert isinstance(norm, FinalNorm)
-    got = norm(inputs[1].detach().copy_(inputs[0]).requires_grad_())
-    torch.testing.assert_close(got, expected)
-    assert len(kernel_calls) == 1
+    torch.testing.assert_close(norm(x), expected)
+    (argument,) = inspect.signature(norm.forward).parameters
+    torch.testing.assert_close(norm(**{argument: x}), expected)
+    assert len(kernel_calls) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,24 +64,53 @@ def test_gradients_are_the_stock_ones(family: str, kernel_calls: list[dict[str, 
     assert len(kernel_calls) == 1
 
 
-def test_where_no_kernel_runs_the_stock_norm_does() -> None:
+def test_where_no_kernel_runs_the_stock_norm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3_5")
     norm = model.get_decoder().norm
     x = torch.randn(1, 5, norm.weight.numel())
     expected = norm(x)
     prepare(model)
+    monkeypatch.setattr(ops, "rms_norm_rope", None)
     assert torch.equal(norm(x), expected)
 
 
-def test_a_trained_copy_is_swapped_with_the_original(kernel_calls: list[dict[str, Any]]) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
-    model = peft.get_peft_model(tiny_model("qwen3"), config)
+def test_other_shapes_are_left_to_the_stock_norm(kernel_calls: list[dict[str, Any]]) -> None:
+    model = tiny_model("qwen3_5")
     prepare(model)
-    decoder = model.get_base_model().get_decoder()
+    norm = model.get_decoder().norm
+    assert norm(torch.randn(5, norm.weight.numel())).shape == (5, norm.weight.numel())
+    assert not kernel_calls
+
+
+def test_a_graph_of_the_whole_model_takes_the_stock_norm(kernel_calls: list[dict[str, Any]]) -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model, compile=CompileOptions(scope="model", backend="aot_eager"))
+    call = packed_call()
+    model(**call, labels=call["input_ids"]).loss.backward()
+    assert not kernel_calls
+
+
+ADAPTERS = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+
+
+@pytest.mark.parametrize("adapters_first", [True, False])
+def test_a_trained_copy_runs_as_the_original_would(adapters_first: bool, kernel_calls: list[dict[str, Any]]) -> None:
+    model = tiny_model("qwen3")
+    if adapters_first:
+        model = peft.get_peft_model(model, ADAPTERS)
+        prepare(model)
+    else:
+        prepare(model)
+        model = peft.get_peft_model(model, ADAPTERS)
+    norm = model.get_base_model().get_decoder().norm
+    assert sum(isinstance(module, FinalNorm) for module in norm.modules()) == 2
     tokens = torch.arange(6)[None]
     model(tokens)
     assert len(kernel_calls) == 1
-    assert sum(isinstance(module, FinalNorm) for module in decoder.norm.modules()) == 2
+    model.eval()
+    with torch.no_grad():
+        model(tokens, use_cache=True)
+    assert len(kernel_calls) == 1, "a call with a cache keeps the stock path whole"
 
 
 def test_a_norm_of_another_tool_is_left_alone() -> None:
@@ -92,6 +124,10 @@ def test_a_norm_of_another_tool_is_left_alone() -> None:
 
 def test_revert_gives_the_stock_norm_back() -> None:
     model = tiny_model("qwen3_5")
-    before = type(model.get_decoder().norm)
-    prepare(model).revert()
-    assert type(model.get_decoder().norm) is before
+    norm = model.get_decoder().norm
+    before, x = type(norm), torch.randn(1, 5, norm.weight.numel())
+    prepared = prepare(model)
+    kept = norm.forward  # as a wrapper keeps it
+    prepared.revert()
+    assert type(norm) is before
+    assert torch.equal(kept(x), norm(x))

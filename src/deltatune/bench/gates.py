@@ -20,6 +20,7 @@ from deltatune.verification import verify
 
 __all__ = [
     "ALLOWED",
+    "PLAUSIBLE",
     "Gate",
     "Gradients",
     "Observation",
@@ -40,7 +41,7 @@ ALLOWED: Final = 2.0
 #: Two paths that are each within their bounds of the truth, 1 and ``ALLOWED``, are this far apart at most.
 APART: Final = 1.0 + ALLOWED
 #: How far the stock path itself may be from float32 before nothing can be said: it is broken then, not rounded.
-_PLAUSIBLE: Final = 0.25
+PLAUSIBLE: Final = 0.25
 _CHUNK: Final = 1024
 
 Gradients = Mapping[str, Tensor]
@@ -162,8 +163,8 @@ def stock_gates(subject: str, stock: Observation, true: Observation) -> list[Gat
     tokens = max(_distance(stock.token_losses[d], t) for d, t in true.token_losses.items())
     gradients = max(relative(stock.gradients[d], true.gradients[d]) for d in true.gradients)
     return [
-        Gate("token losses against float32", subject, tokens <= _PLAUSIBLE, tokens, _PLAUSIBLE),
-        Gate("adapter gradients against float32", subject, gradients <= _PLAUSIBLE, gradients, _PLAUSIBLE),
+        Gate("token losses against float32", subject, tokens <= PLAUSIBLE, tokens, PLAUSIBLE),
+        Gate("adapter gradients against float32", subject, gradients <= PLAUSIBLE, gradients, PLAUSIBLE),
     ]
 
 

@@ -61,12 +61,10 @@ class Record:
         return tuple(about[name] for name in _SIZE) if set(_SIZE) <= about.keys() else ()
 
     @property
-    def holds(self) -> frozenset[tuple[object, ...]]:
-        """What it has figures of: systems at a size; shapes, of an op."""
-        if self.kind.startswith("ops/"):
-            return frozenset(_sizes_of_op(config.get("config", {})) for config in self.configs)
+    def measured(self) -> frozenset[tuple[object, ...]]:
+        """What it has figures of: a system or a variant, and all that its configuration says but for a few names."""
         return frozenset(
-            (*(config.get("config", {}).get(name) for name in _SIZE), result.get("name"))
+            (*_setting(config.get("config", {})), result.get("name") or result.get("impl"))
             for config in self.configs
             for result in config.get("results", ())
             if result.get("status") == "ok"
@@ -103,23 +101,27 @@ def load_records(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record.age, reverse=True)
 
 
-def _sizes_of_op(about: Mapping[str, Any]) -> tuple[object, ...]:
-    """The dtype, and every size by its letter: T, E, ...; two models of one shape are the same."""
-    return about.get("dtype"), *sorted((name, value) for name, value in about.items() if len(name) == 1)
+def _setting(about: Mapping[str, Any]) -> tuple[object, ...]:
+    """A configuration's plain values; not the names of models of one shape, nor how many samples were taken."""
+    left_out = {"model", "gate_tokens", "warmup", "steps", "rounds", "loss", "baseline"}
+    plain = {name: value for name, value in about.items() if not isinstance(value, list | dict)}
+    return tuple(sorted((name, str(value)) for name, value in plain.items() if name not in left_out))
 
 
 def newest_of_each(records: Sequence[Record]) -> list[Record]:
     """Those that newer ones do not make up for, by kind, subject, device and size.
 
     Newer ones do where they hold all of a record's figures, of the same kind or, for those of training steps, in a
-    frontier: a run of other systems or at another shape is no newer version of it.
+    frontier: a run of other systems or at another shape is no newer version of it, nor is one that was interrupted.
     """
     known: dict[tuple[str, str, str], set[tuple[object, ...]]] = {}
     found = []
     for record in records:
         same = [record.kind, "frontier"] if record.kind == "train" else [record.kind]
         newer = set().union(*(known.get((kind, record.subject, record.device), ()) for kind in same))
-        if not record.holds or not record.holds <= newer:
-            found.append(record)
-            known.setdefault((record.kind, record.subject, record.device), set()).update(record.holds)
+        if newer and record.measured <= newer:
+            continue
+        found.append(record)
+        if not record.interrupted:
+            known.setdefault((record.kind, record.subject, record.device), set()).update(record.measured)
     return sorted(found, key=lambda record: (record.kind, record.subject, record.device, record.size))

@@ -22,7 +22,8 @@ def training_section(record: Record, plot: str | None) -> str:
         lines += ["", _setting(config), "", *_systems(config)]
         if plot is not None:
             lines += ["", f"![tokens a second against peak memory of {record.subject}]({plot})"]
-        for part in (_floor(config), *map(_kernels, _tables(config)), _gates(config)):
+        failures = [[f"No table of kernels, {key}: {why}."] for key, why in config.get("kernels_failure", {}).items()]
+        for part in (_floor(config), *map(_kernels, _tables(config)), *failures, _gates(config)):
             lines += ["", *part] if part else []
     return "\n".join(lines) + "\n"
 
@@ -101,7 +102,7 @@ def _system(result: Mapping[str, Any]) -> list[str]:
 def _floor(config: Mapping[str, Any]) -> list[str]:
     floor = config.get("floor")
     if not floor:
-        return []
+        return [f"No arithmetic floor: {config['floor_failure']}."] if "floor_failure" in config else []
     groups = ", ".join(f"{name} {ms:.1f}" for name, ms in floor["groups"].items())
     found = f"Arithmetic floor, adapters on {floor['targets']}: {floor['total_ms']:.1f} ms ({groups})."
     in_turn = floor.get("products_in_turn_ms")

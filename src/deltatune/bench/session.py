@@ -92,7 +92,7 @@ class Session:
         self.floor: Floor | None = None
         self.no_floor: str | None = None
         self.kernels: dict[Targets, dict[str, Any]] = {}
-        self.no_kernels: dict[Targets, str] = {}
+        self.kernels_failure: dict[Targets, str] = {}
         self.loss_name = fused_loss(plan.device)[0]
         self.judge = Judge(self.workload, plan.device, compiled=plan.options is not None)
 
@@ -259,8 +259,9 @@ class Session:
                 _say(f"profiling {best['name']}")
                 try:
                     self.kernels[targets] = self._kernels_of(systems[best["name"]], best)
+                    self.kernels_failure.pop(targets, None)
                 except failures() as error:  # the times stand without it
-                    self.no_kernels[targets] = ": ".join(outcome_of(error))
+                    self.kernels_failure[targets] = ": ".join(outcome_of(error))
                 self._forget()
 
     def _kernels_of(self, system: System, result: dict[str, Any]) -> dict[str, Any]:

@@ -126,8 +126,8 @@ def _record(args: argparse.Namespace, plan: Plan, session: Session, ceilings: Ma
     }
     if session.no_floor is not None:
         config["floor_failure"] = session.no_floor
-    if session.no_kernels:
-        config["kernels_failure"] = session.no_kernels
+    if session.kernels_failure:
+        config["kernels_failure"] = session.kernels_failure
     for result in session.results:
         if result.get("model_flops"):
             rate = result["model_flops"] / (result["median_ms"] / 1e3)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.layers.adapters import readable
+from deltatune.layers.final_norm import eps_of
 from deltatune.layers.lora_linear import project
 from deltatune.layers.reclass import Swapped
 from deltatune.sequences import Sequences
@@ -86,7 +87,7 @@ class Attention(Swapped):
             k_norm.weight,  # type: ignore[arg-type]
             cos,
             sin,
-            eps=q_norm.variance_epsilon if hasattr(q_norm, "variance_epsilon") else q_norm.eps,  # type: ignore[arg-type]
+            eps=eps_of(q_norm),
             unit_offset=self.unit_offset,
             impl=self._deltatune.kernels["rms_norm_rope"],
         )

@@ -92,6 +92,7 @@ class TextModel(Swapped):
 
     def _forward(self, given: dict[str, Any]) -> Any:
         """As the stock text model, with ``sequences`` and every other form of metadata the door admits."""
+        self._own_norms()
         if is_cached_call(self, given):
             with stock_path(self):
                 return super().forward(**given)
@@ -114,6 +115,13 @@ class TextModel(Swapped):
         if cell is not None:
             cell.state, cell.sequences = output[0], entry.sequences
         return output
+
+    def _own_norms(self) -> None:
+        """Gives a copy of the final norm, made since (PEFT trains one), the state that all of the model share."""
+        norm = getattr(self, "norm", None)
+        for module in norm.modules() if isinstance(norm, nn.Module) else ():
+            if isinstance(module, Swapped):
+                module.__dict__["_deltatune"] = self._deltatune
 
     def _refuse(self, given: dict[str, Any]) -> None:
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):

@@ -4,21 +4,23 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.layers.reclass import Swapped
 
-__all__ = ["FinalNorm", "OffsetFinalNorm"]
+__all__ = ["FinalNorm", "OffsetFinalNorm", "eps_of"]
 
 
 class FinalNorm(Swapped):
     """``RMSNorm(x) * weight`` (Qwen3), one kernel each way where one runs; elsewhere, and in a graph, the stock norm.
 
-    A layer's norms are part of its graph. This one is not, and the stock code keeps two float32 copies of its input for
-    a backward of a dozen passes.
+    A layer's norms are part of its graph. This one is not, and the stock code keeps float32 copies of its input for a
+    backward of many passes.
     """
 
     #: the norm multiplies by ``1 + weight``
@@ -26,38 +28,50 @@ class FinalNorm(Swapped):
 
     weight: Tensor
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[B, T, E] -> [B, T, E]``."""
-        state = self._deltatune
-        if torch.compiler.is_compiling() or state.cached or isinstance(self.weight, DTensor):
-            return self._stock(hidden_states)
-        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
-        impl = ops.choose_rms_norm_rope(hidden_states.device, dtype, impl=state.kernels["rms_norm_rope"]).impl
-        if impl == "reference" or hidden_states.ndim != 3:
-            return self._stock(hidden_states)
+    @classmethod
+    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """A forward with the stock signature, ``[B, T, E] -> [B, T, E]``."""
+
+        @functools.wraps(stock.forward)
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            (x,) = (*args, *kwargs.values())
+            impl = self._kernel(x) if isinstance(self, FinalNorm) else None  # kept by a wrapper beyond revert()
+            if impl is None:
+                normed: Tensor = stock.forward(self, x)
+                return normed
+            assert isinstance(self, FinalNorm)
+            return self._by_kernel(x, impl)
+
+        return {"forward": forward}
+
+    def _by_kernel(self, x: Tensor, impl: str) -> Tensor:
         # one head as wide as the stream, of which nothing turns
-        angles = hidden_states.new_empty(1, hidden_states.shape[1], 0)
+        angles = x.new_empty(1, x.shape[1], 0)
         return ops.rms_norm_rope(
-            hidden_states.unsqueeze(2),
-            self.weight,
-            angles,
-            angles,
-            eps=self._eps(),
-            unit_offset=self.unit_offset,
-            impl=impl,
+            x.unsqueeze(2), self.weight, angles, angles, eps=eps_of(self), unit_offset=self.unit_offset, impl=impl
         ).squeeze(2)
 
-    def _stock(self, hidden_states: Tensor) -> Tensor:
-        normed: Tensor = super().forward(hidden_states)
-        return normed
-
-    def _eps(self) -> float:
-        """The families spell it in two ways."""
-        own = self.__dict__
-        return float(own["variance_epsilon"] if "variance_epsilon" in own else own["eps"])
+    def _kernel(self, x: Tensor) -> str | None:
+        """The kernel that runs; None where the stock norm does."""
+        if torch.compiler.is_compiling() or self._deltatune.cached or x.ndim != 3 or _is_sharded(self.weight):
+            return None
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        impl = ops.choose_rms_norm_rope(x.device, dtype, impl=self._deltatune.kernels["rms_norm_rope"]).impl
+        return None if impl == "reference" else impl
 
 
 class OffsetFinalNorm(FinalNorm):
     """``RMSNorm(x) * (1 + weight)`` (Qwen3-Next, Qwen3.5)."""
 
     unit_offset = True
+
+
+def eps_of(norm: Any) -> float:
+    """What a norm adds to the mean square; the families spell it in two ways."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)

@@ -61,22 +61,25 @@ class Family:
         module: the transformers module that defines its classes.
         swaps: which stock module becomes which of our layers; the text model, its decoder layers and the model with
             the head are found by structure and not listed.
-        final_norm: what the norm behind the last layer becomes, where it is of the family's own module.
         ops: the ops its layers call.
         mask_form: what its text model takes in place of a mask; see ``ModelState``.
         features: what works there.
         refusals: checks of a text model, each returning why it cannot be prepared, or None.
+        final_norm: what the norm behind the last layer becomes, where it is of the family's own module.
     """
 
     name: str
     model_type: str
     module: str
     swaps: tuple[Swap, ...]
-    final_norm: type[Swapped] | None
     ops: tuple[str, ...]
     mask_form: str
     features: Mapping[str, Feature] = field(default_factory=dict)
     refusals: tuple[Callable[[Any], str | None], ...] = ()
+    final_norm: type[Swapped] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.final_norm is None or "rms_norm_rope" in self.ops, f"{self.name}: its final norm runs rms_norm_rope"
 
     def stock_classes(self) -> dict[str, type[nn.Module]]:
         """The classes named in ``swaps``."""

@@ -26,11 +26,11 @@ DENSE = Family(
         Swap("Qwen3_5GatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
         Swap("Qwen3_5Attention", GatedAttention, count_layers("full_attention")),
     ),
-    final_norm=OffsetFinalNorm,
     ops=_OPS,
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "images": _IMAGES},
     refusals=(attention_dropout, delta_net_activation),
+    final_norm=OffsetFinalNorm,
 )
 
 MOE = Family(
@@ -42,9 +42,9 @@ MOE = Family(
         Swap("Qwen3_5MoeAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3_5MoeExperts", Experts, count_sparse),
     ),
-    final_norm=OffsetFinalNorm,
     ops=(*_OPS, "grouped_mm"),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "images": _IMAGES, "router_loss": ROUTER_LOSS},
     refusals=(attention_dropout, delta_net_activation),
+    final_norm=OffsetFinalNorm,
 )

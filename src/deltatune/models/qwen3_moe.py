@@ -17,9 +17,9 @@ FAMILY = Family(
         Swap("Qwen3MoeAttention", Attention, count_layers("full_attention", "sliding_attention")),
         Swap("Qwen3MoeExperts", Experts, count_sparse),
     ),
-    final_norm=FinalNorm,
     ops=("rms_norm_rope", "varlen_attention", "grouped_mm", "linear_cross_entropy"),
     mask_form="4d",
     features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},
     refusals=(attention_dropout,),
+    final_norm=FinalNorm,
 )

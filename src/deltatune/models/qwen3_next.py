@@ -17,7 +17,6 @@ FAMILY = Family(
         Swap("Qwen3NextAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3NextExperts", Experts, count_sparse),
     ),
-    final_norm=OffsetFinalNorm,
     ops=(
         "causal_conv",
         "gated_delta_rule",
@@ -30,4 +29,5 @@ FAMILY = Family(
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},
     refusals=(attention_dropout, delta_net_activation),
+    final_norm=OffsetFinalNorm,
 )

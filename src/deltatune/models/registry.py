@@ -20,7 +20,6 @@ ANY = Family(
     model_type="*",
     module="",
     swaps=(),
-    final_norm=None,
     ops=("varlen_attention", "linear_cross_entropy"),
     mask_form="4d",
     features={

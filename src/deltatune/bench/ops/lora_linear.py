@@ -8,8 +8,6 @@ All compiled: where the border lies in what elementwise work writes is half of w
 from __future__ import annotations
 
 import functools
-import itertools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 from deltatune.bench.ops.case import Case, Function, Setting, Tensors, Variant, Work, normal
 from deltatune.bench.ops.gate import errors, results
 from deltatune.bench.shapes import Shape
+from deltatune.compile import fresh_code
 from deltatune.layers.lora_form import BESIDE, FUSED
 from deltatune.layers.lora_group import empty_operands, layout_of, take_in_all
 from deltatune.ops._lora_linear.api import Layout, Operands, linear_with_lora
 from deltatune.ops._lora_linear.low_rank import low_rank
-from deltatune.ops._lora_linear.lowering import register as register_lowerings
 from deltatune.ops._lora_linear.refresh import Refresh
 
 __all__ = ["IMPLEMENTATIONS", "case"]
@@ -147,15 +145,13 @@ def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = T
     return _compiled(project)
 
 
-_serial = itertools.count()
-
-
 def _compiled(project: _Project) -> Function:
     """The block with these projections, as code of its own: the compiler counts graphs by code."""
-    register_lowerings()
-    code = _block.__code__.replace(co_name=f"block_{next(_serial)}")
-    block = types.FunctionType(code, globals(), None, (project,))
-    compiled: Function = torch.compile(block, fullgraph=True, dynamic=False)
+
+    def block(t: Tensors) -> Tensor:
+        return _block(t, project)
+
+    compiled: Function = torch.compile(fresh_code(block, "block"), fullgraph=True, dynamic=False)
     return compiled
 
 

@@ -13,8 +13,8 @@ __all__ = ["Blocks", "softmax_blocks", "weight_blocks", "workspace_bytes"]
 # 1181; 1024 x 16384 55.9, 1139; 4096 x 8192 53.5, 1195; 8192 x 4224 58.0, 1230. Width 4096: 2048 x 4096 107.0, 2245;
 # x 8192 105.1, 2261; x 16896 101.3, 2295; 4096 x 8192 107.0, 2325. The least memory of all measured is that of
 # cut-cross-entropy, 1099 and 2197 (in 145 and 287 ms): 4 E entries are the fastest within 5% of it at both widths.
-# Below width 2048 the device is done with so few before the host has launched them; width 1024, ms and peak MiB beyond
-# inputs: 2048 x 4096 62.7, 57; x 8192 31.7, 73; 4096 x 8192 28.0, 113.
+# Below width 2048 blocks that small are done before the host has launched the next. Width 1024, ms and peak MiB beyond
+# the inputs' 517: 2048 x 4096 62.7, 57; x 8192 31.7, 73, which is 7% above the least there; 4096 x 8192 28.0, 113.
 _TOKENS: Final = 2048
 _ENTRIES_PER_WIDTH: Final = 4
 _FEWEST_ENTRIES: Final = 8192

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltatune.ops._lora_linear.op import accumulate, fill_border, in_own_buffer, sum_products
+from deltatune.ops._lora_linear.op import accumulate, fill_border, sum_products
 from deltatune.ops._lora_linear.up_backward import fill_border_and_sum, up_backward
 
 __all__ = ["Layout", "Operands", "Slot", "Target", "linear_with_lora"]
@@ -157,7 +157,7 @@ class _LinearWithLora(torch.autograd.Function):
         ctx.layout, ctx.dtypes = layout, tuple(adapter.dtype for adapter in adapters)
         weights = [buffer[: target.outer].mT for buffer, target in zip(bordered, layout.targets, strict=True)]
         if layout.forward_border:
-            extended = _extend(in_own_buffer(x), layout.width)
+            extended = _extend(x, layout.width)
             fill_border(extended, down)
             ctx.save_for_backward(extended, rows, scale, *bordered, *up)
             return tuple(extended @ weight for weight in weights)

@@ -17,28 +17,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from deltatune.ops._autocast import without_autocast
 
-__all__ = ["IN_OWN_BUFFER", "accumulate", "fill_border", "in_own_buffer", "sum_dtype", "sum_products"]
+__all__ = ["accumulate", "fill_border", "sum_dtype", "sum_products"]
 
-torch.library.define("deltatune::lora_in_own_buffer", "(Tensor x) -> Tensor")
 torch.library.define("deltatune::lora_fill_border", "(Tensor(a!) extended, Tensor weight) -> ()")
 torch.library.define(
     "deltatune::lora_accumulate", "(Tensor narrow, Tensor up, Tensor[] inputs, Tensor[] weights) -> Tensor"
 )
 torch.library.define("deltatune::lora_sum_products", "(Tensor left, Tensor right) -> Tensor")
-
-
-IN_OWN_BUFFER = torch.ops.deltatune.lora_in_own_buffer.default
-
-
-def in_own_buffer(x: Tensor) -> Tensor:
-    """``x``: in a graph, made where it is computed rather than where it is read; elsewhere as it is.
-
-    See ``lowering``: without that, a graph copies.
-    """
-    if not torch.compiler.is_compiling():
-        return x
-    same: Tensor = IN_OWN_BUFFER(x)
-    return same
 
 
 def fill_border(extended: Tensor, weight: Tensor) -> None:
@@ -102,7 +87,6 @@ def _sum_products_fake(left: Tensor, right: Tensor) -> Tensor:
 
 
 for _name, _kernel, _fake in (
-    ("in_own_buffer", torch.clone, torch.empty_like),
     ("fill_border", _fill_border, _fill_border_fake),
     ("accumulate", _accumulate, _accumulate_fake),
     ("sum_products", _sum_products, _sum_products_fake),
