@@ -12,7 +12,7 @@ import torch
 
 from deltatune.bench import child, gates, judge, session
 from deltatune.bench.child import COMPILED, in_child
-from deltatune.bench.kernels import GROUPS, group_of
+from deltatune.bench.kernels import GROUPS, group_of, op_of
 from deltatune.bench.race import Laps, race
 from deltatune.bench.shapes import SHAPES, build_model
 from deltatune.bench.systems import Adapters, Setting, build_system
@@ -458,3 +458,27 @@ def test_kernels_find_their_group(kernel: str, group: str) -> None:
 )
 def test_kernels_of_our_ops_go_by_the_op(kernel: str, op: str, group: str) -> None:
     assert group_of(kernel, op) == group
+
+
+@pytest.mark.parametrize(
+    ("event", "op"),
+    [
+        ("deltatune::rms_norm_rope", "deltatune::rms_norm_rope"),
+        ("GeneratedBackwardFor_deltatune_rms_norm_rope_default", "deltatune::rms_norm_rope"),
+        ("aten::mm", ""),
+    ],
+)
+def test_events_of_our_ops(event: str, op: str) -> None:
+    assert op_of(event) == op
+
+
+def test_the_profiler_names_a_differentiated_op_as_is_looked_for() -> None:
+    function = torch.library.custom_op(
+        "deltatune::doubled_for_a_test", lambda x: 2 * x, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    function.register_autograd(lambda _, grad: 2 * grad)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function(torch.ones(2, requires_grad=True))
+    names = {event.name for event in profiler.events() if "doubled_for_a_test" in event.name}
+    assert len(names) == 2
+    assert {op_of(name) for name in names} == {"deltatune::doubled_for_a_test"}

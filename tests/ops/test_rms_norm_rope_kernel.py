@@ -94,6 +94,19 @@ def test_error_is_within_twice_that_of_the_reference(form, dtype):
     assert all(x <= 2 * y for x, y in zip(got, budget, strict=True)), (got, budget)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dim", [2048, 2560])
+def test_one_head_as_wide_as_the_stream(dim, dtype):
+    inputs, options = make_inputs(batch=2, tokens=3, heads=1, dim=dim, rotary=0, dtype=dtype, unit_offset=True)
+    exact = run(in_float64(inputs), options, "reference")
+    got, budget = (errors(run(inputs, options, impl), exact) for impl in ("triton", "reference"))
+    assert all(x <= 2 * y for x, y in zip(got, budget, strict=True)), (got, budget)
+    frozen = (inputs[0], inputs[1].detach(), *inputs[2:])
+    (dx,) = torch.autograd.grad(rms_norm_rope(*frozen, **options, impl="triton").sum(), frozen[0])
+    (expected,) = torch.autograd.grad(rms_norm_rope(*inputs, **options, impl="triton").sum(), inputs[0])
+    assert torch.equal(dx, expected)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="rsqrt differs in the last bit from torch's on a CPU")
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
 @pytest.mark.parametrize("unit_offset", [False, True])

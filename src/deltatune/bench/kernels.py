@@ -10,9 +10,11 @@ import torch
 
 from deltatune.bench.protocol import synchronize
 
-__all__ = ["GROUPS", "group_of", "kernel_table", "regrouped"]
+__all__ = ["GROUPS", "group_of", "kernel_table", "op_of", "regrouped"]
 
 _OP: Final = "deltatune::"
+#: What an op that an eager call differentiates runs under in the profiler.
+_EAGER: Final = re.compile(r"GeneratedBackwardFor_deltatune_(\w+)_default")
 # The first group with a pattern in the name of one of our ops is that op's.
 _OPS: Final[tuple[tuple[str, str], ...]] = (
     ("delta rule", "gated_delta_rule"),
@@ -87,9 +89,10 @@ def _rows(profiler: Any, *, cuda: bool) -> _Rows:
     """Kernels that one of our ops launched under its name, the rest of every kernel's time without one."""
     rows: _Rows = {}
     for event in profiler.events() if cuda else ():
-        for kernel in event.kernels if event.name.startswith(_OP) else ():
-            ms, launches = rows.get((kernel.name, event.name), (0.0, 0))
-            rows[kernel.name, event.name] = ms + kernel.duration / 1e3, launches + 1
+        op = op_of(event.name)
+        for kernel in event.kernels if op else ():
+            ms, launches = rows.get((kernel.name, op), (0.0, 0))
+            rows[kernel.name, op] = ms + kernel.duration / 1e3, launches + 1
     known: dict[str, tuple[float, int]] = {}
     for (kernel, _), (ms, launches) in rows.items():
         before = known.get(kernel, (0.0, 0))
@@ -101,6 +104,14 @@ def _rows(profiler: Any, *, cuda: bool) -> _Rows:
             if event.count > launches:
                 rows[event.key, ""] = us / 1e3 - ms, event.count - launches
     return rows
+
+
+def op_of(event: str) -> str:
+    """The op of ours that an event of the profiler stands for, or nothing."""
+    eager = _EAGER.fullmatch(event)
+    if eager is not None:
+        return _OP + eager[1]
+    return event if event.startswith(_OP) else ""
 
 
 def _table(rows: _Rows, floor: Mapping[str, float]) -> dict[str, Any]:

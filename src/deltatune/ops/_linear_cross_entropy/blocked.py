@@ -102,7 +102,7 @@ def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> 
 
     (tokens, width), weight = rows.hidden.shape, rows.weight
     stored = None if dhidden is None else weight.new_empty(tokens, size)
-    inputs = launch.described(rows, stored)
+    inputs = launch.descriptors_of(rows, stored)
     # what one block's kernels read and the next one's write lies in two places, used in turn
     references = _empty(weight, 2, tokens)
     sums = _empty(weight, 2, -(-size // inputs.tile.entries), tokens)
@@ -137,7 +137,7 @@ def _weight_gradient(rows: Rows, softmax: _Softmax, dweight: Tensor, sizes: Bloc
         part = rows._replace(hidden=rows.hidden[chunk], labels=rows.labels[chunk])
         known = softmax.reference[chunk], softmax.others[chunk], softmax.inverse[chunk]
         found = stored[: chunk.stop - chunk.start]
-        chunks.append((part, launch.described(part, found), known, found))
+        chunks.append((part, launch.descriptors_of(part, found), known, found))
     for block in _slices(weight.shape[0], sizes.entries):
         size = block.stop - block.start
         for number, (part, inputs, known, found) in enumerate(chunks):

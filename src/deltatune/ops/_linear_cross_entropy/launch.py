@@ -14,10 +14,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from deltatune.ops._linear_cross_entropy import kernel
 
 __all__ = [
-    "Described",
+    "Descriptors",
     "Rows",
     "Tile",
-    "described",
+    "descriptors_of",
     "gradients",
     "hidden_gradient",
     "label_logits",
@@ -73,7 +73,7 @@ class Rows(NamedTuple):
     ignore_index: int
 
 
-class Described(NamedTuple):
+class Descriptors(NamedTuple):
     """A chunk, the head and a place for a block, as the tensor memory accelerator takes them: made once for all blocks.
 
     Attributes:
@@ -89,10 +89,10 @@ class Described(NamedTuple):
     tile: Tile
 
 
-def described(rows: Rows, stored: Tensor | None) -> Described:
+def descriptors_of(rows: Rows, stored: Tensor | None) -> Descriptors:
     """The tensors of a chunk in tiles of the device's size."""
     tile = tile_for(rows.weight.device)
-    return Described(
+    return Descriptors(
         _by_tile(rows.hidden, tile.rows, tile.depth),
         _by_tile(rows.weight, tile.entries, tile.depth),
         None if stored is None else _by_tile(stored, tile.rows, tile.entries),
@@ -124,12 +124,12 @@ def label_logits(rows: Rows, reference: Tensor) -> None:
     )
 
 
-def powers(rows: Rows, inputs: Described, reference: Tensor, maxima: Tensor, sums: Tensor, block: slice) -> None:
+def powers(rows: Rows, inputs: Descriptors, reference: Tensor, maxima: Tensor, sums: Tensor, block: slice) -> None:
     """``exp(logit - reference)`` over the entries of ``block``, 0 at the label, into ``inputs.stored`` if there is one.
 
     Args:
         rows: tokens and head.
-        inputs: the same, described.
+        inputs: the same, as descriptors.
         reference: fp32 ``[C]``.
         maxima: fp32 ``[C]``, raised to the highest logits of the block.
         sums: fp32 ``[ceil(N / tile.entries) or more, C]``: of the exponentials, a row for each tile.
@@ -159,7 +159,7 @@ def powers(rows: Rows, inputs: Described, reference: Tensor, maxima: Tensor, sum
 
 def settle(
     rows: Rows,
-    inputs: Described,
+    inputs: Descriptors,
     references: tuple[Tensor, Tensor],
     maxima: Tensor,
     sums: tuple[Tensor, Tensor],
@@ -232,7 +232,9 @@ def hidden_gradient(rows: Rows, products: Tensor, others: Tensor, inverse: Tenso
     )
 
 
-def gradients(rows: Rows, inputs: Described, reference: Tensor, others: Tensor, inverse: Tensor, block: slice) -> None:
+def gradients(
+    rows: Rows, inputs: Descriptors, reference: Tensor, others: Tensor, inverse: Tensor, block: slice
+) -> None:
     """``inputs.stored = p - onehot`` over the entries of ``block``, 0 for ignored tokens; arguments as above."""
     (tokens, width), tile = rows.hidden.shape, inputs.tile
     kernel.gradients_kernel[_grid(tokens, block, tile)](
