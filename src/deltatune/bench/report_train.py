@@ -43,7 +43,7 @@ def speed_table(records: Sequence[Record]) -> str:
         return ""
     header = ("model", "system", "ms a step", "tokens a second", "peak GiB", "against stock")
     table = "\n".join(markdown_table(header, rows))
-    return f"Packs of {_TOKENS} tokens on {'; '.join(devices)}.\n\n{table}\n"
+    return f"Packs of {_TOKENS} tokens. Records: {', '.join(devices)}.\n\n{table}\n"
 
 
 def _newest_full(records: Sequence[Record]) -> Iterator[tuple[Record, Mapping[str, Any]]]:
