@@ -1,6 +1,6 @@
 """Adapters in a norm and a gated MLP, as a layer runs them: borders of several widths, products beside, PEFT's own.
 
-All compiled: where the border lies in what elementwise work writes is half of what it costs.
+All compiled, since elementwise work then writes into the border's tensor.
 """
 
 # T tokens, E width of the residual stream, F width between, R rank
