@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune.ops._lora_linear import op
-from deltatune.ops._lora_linear.api import Layout, Operands, Slot, Target, linear_with_lora
+from deltatune.ops._lora_linear.api import linear_with_lora
+from deltatune.ops._lora_linear.layout import Layout, Operands, Slot, Target
 from deltatune.ops._lora_linear.low_rank import low_rank
 from deltatune.ops._lora_linear.refresh import Refresh
 

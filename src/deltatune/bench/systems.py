@@ -21,7 +21,7 @@ from deltatune.bench.workload import Batch
 from deltatune.compile import CompileOptions
 from deltatune.layers.decoder import catch_hidden
 from deltatune.memory import Choice
-from deltatune.ops._lora_linear.api import Operands
+from deltatune.ops._lora_linear.layout import Operands
 from deltatune.preparation import Prepared, prepare
 from deltatune.verification.untouched import compiled_as
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deltatune.layers.lora_border import give_back, is_inside, take_in
 from deltatune.layers.lora_form import BESIDE, FUSED, active_adapters, form_of
-from deltatune.ops._lora_linear.api import Layout, Operands, Slot, Target, linear_with_lora
+from deltatune.ops._lora_linear.api import linear_with_lora
+from deltatune.ops._lora_linear.layout import Layout, Operands, Slot, Target
 from deltatune.ops._lora_linear.refresh import Refresh
 
 __all__ = ["LoraGroup", "empty_operands", "layout_of", "take_in_all"]

@@ -21,7 +21,8 @@ from deltatune.bench.shapes import Shape
 from deltatune.compile import fresh_code
 from deltatune.layers.lora_form import BESIDE, FUSED
 from deltatune.layers.lora_group import empty_operands, layout_of, take_in_all
-from deltatune.ops._lora_linear.api import Layout, Operands, linear_with_lora
+from deltatune.ops._lora_linear.api import linear_with_lora
+from deltatune.ops._lora_linear.layout import Layout, Operands
 from deltatune.ops._lora_linear.low_rank import low_rank
 from deltatune.ops._lora_linear.refresh import Refresh
 

@@ -13,93 +13,16 @@ epilogue: ``y = u (s B)^T + x W^T``, ``dx = t A + dy W``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltatune.ops._lora_linear.op import accumulate, fill_border, sum_products
-from deltatune.ops._lora_linear.up_backward import fill_border_and_sum, up_backward
+from deltatune.ops._lora_linear.gradients import Wanted, adapter_gradients, cast, extend, input_gradient
+from deltatune.ops._lora_linear.layout import Layout, Operands
+from deltatune.ops._lora_linear.op import accumulate, fill_border
 
-__all__ = ["Layout", "Operands", "Slot", "Target", "linear_with_lora"]
-
-
-#: Outputs of a layer whose input gradient is computed with the adapters' of its group, such as Gated DeltaNet's gates:
-#: alone, 16 columns of 2048 cost 82 us to add (H200, M = 16384, bf16), most of it passing over the result.
-_FEW = 64
-#: A target's columns that adapters use are read in whole multiples of this: what tensor cores multiply at once.
-_MULTIPLE = 16
-
-
-class Target(NamedTuple):
-    """One linear layer of a group: its output width, and its columns of the border."""
-
-    outer: int
-    offset: int
-    width: int
-
-
-class Slot(NamedTuple):
-    """One adapter: the number of its layer among the targets, its first column of the border, and its rank."""
-
-    target: int
-    offset: int
-    rank: int
-
-
-class Layout(NamedTuple):
-    """What a group of layers looks like: integers alone, the same for every decoder layer of a type.
-
-    Attributes:
-        inner: K, the width of the input that the layers share.
-        width: W, the columns of the border; those that no adapter uses are zero.
-        forward_border: whether forward is one product with ``[W | s B]``, or one that adds to the narrow product.
-        backward_border: the same for backward and ``[W; A]``.
-        targets: the layers.
-        slots: the adapters.
-    """
-
-    inner: int
-    width: int
-    forward_border: bool
-    backward_border: bool
-    targets: tuple[Target, ...]
-    slots: tuple[Slot, ...]
-
-    def select(self, numbers: tuple[int, ...]) -> Layout:
-        """The layout of some of the targets."""
-        targets = tuple(self.targets[number] for number in numbers)
-        slots = tuple(
-            Slot(numbers.index(slot.target), slot.offset, slot.rank) for slot in self.slots if slot.target in numbers
-        )
-        return self._replace(targets=targets, slots=slots)
-
-    def used(self, number: int) -> slice:
-        """The columns of a target up to its last adapter, padded as the tensor cores need them."""
-        target = self.targets[number]
-        ends = [slot.offset + slot.rank - target.offset for slot in self.slots if slot.target == number]
-        return slice(target.offset, target.offset + min(-(-ends[-1] // _MULTIPLE) * _MULTIPLE, target.width))
-
-
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """Copies of the adapters in the compute dtype, laid out for the products, beside the frozen weights.
-
-    Attributes:
-        down: ``[K, W]``, the columns of ``A^T`` of all adapters.
-        rows: ``[W, K]``, the same transposed.
-        scale: fp32 ``[W]``, the scaling of the adapter that owns a column.
-        bordered: a target's ``[[W, s B], [A, 0]]`` ``[N + width, K + W]``, without the columns where the layout has no
-            forward border and without the rows where it has no backward border.
-        up: a target's ``s B`` ``[N, width]``.
-    """
-
-    down: Tensor
-    rows: Tensor
-    scale: Tensor
-    bordered: tuple[Tensor, ...]
-    up: tuple[Tensor, ...]
+__all__ = ["linear_with_lora"]
 
 
 def linear_with_lora(
@@ -157,7 +80,7 @@ class _LinearWithLora(torch.autograd.Function):
         ctx.layout, ctx.dtypes = layout, tuple(adapter.dtype for adapter in adapters)
         weights = [buffer[: target.outer].mT for buffer, target in zip(bordered, layout.targets, strict=True)]
         if layout.forward_border:
-            extended = _extend(x, layout.width)
+            extended = extend(x, layout.width)
             fill_border(extended, down)
             ctx.save_for_backward(extended, rows, scale, *bordered, *up)
             return tuple(extended @ weight for weight in weights)
@@ -174,111 +97,13 @@ class _LinearWithLora(torch.autograd.Function):
         layout: Layout = ctx.layout
         num, slots = len(layout.targets), len(layout.slots)
         x, rows, scale, *rest = ctx.saved_tensors
+        bordered, up = rest[:num], rest[num : 2 * num]
         narrow = rest[2 * num] if len(rest) > 2 * num else x[:, layout.inner :]
-        first = 5 + 2 * num
-        x_trains, down_trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[first : first + slots])
-        up_trains = any(ctx.needs_input_grad[first + slots :])
-        t, dx, sums = None, None, None
-        if x_trains and layout.backward_border:
-            wide, t, sums = _border_products(layout, grads, rest[num : 2 * num], narrow if up_trains else None)
-            dx = _sum([dy @ buffer[:, : layout.inner] for dy, buffer in zip(wide, rest[:num], strict=True)])
-        elif x_trains or down_trains:
-            t, sums = _narrow_products(layout, grads, rest[num : 2 * num], narrow if up_trains else None)
-            dx = _input_gradient(layout, grads, t, rows, rest[:num]) if x_trains else None
-        elif up_trains:
-            sums = [sum_products(dy, narrow[:, layout.used(number)]) for number, dy in enumerate(grads)]
-        down = (None,) * slots if t is None or not down_trains else _down_gradients(layout, t, x[:, : layout.inner])
-        up = (None,) * slots if sums is None else _up_gradients(layout, sums, scale)
-        adapters = (
-            None if grad is None else grad.to(dtype) for grad, dtype in zip((*down, *up), ctx.dtypes, strict=True)
-        )
-        return dx, *(None,) * (first - 1), *adapters
-
-
-def _border_products(
-    layout: Layout, grads: Sequence[Tensor], up: Sequence[Tensor], narrow: Tensor | None
-) -> tuple[list[Tensor], Tensor, list[Tensor] | None]:
-    """``([dy | t] of every target, t [M, W] of all of them, dy^T u of every target)``; no sums without ``u``."""
-    extended = [_extend(dy, target.width) for dy, target in zip(grads, layout.targets, strict=True)]
-    sums: list[Tensor] | None = None
-    if narrow is None:
-        for dy, b in zip(extended, up, strict=True):
-            fill_border(dy, b)
-    else:
-        used = [layout.used(number) for number in range(len(extended))]
-        sums = [
-            fill_border_and_sum(dy, b[:, : columns.stop - columns.start], narrow[:, columns])
-            for dy, b, columns in zip(extended, up, used, strict=True)
-        ]
-    parts = [dy[:, target.outer :] for dy, target in zip(extended, layout.targets, strict=True)]
-    return extended, _join(layout, parts), sums
-
-
-def _narrow_products(
-    layout: Layout, grads: Sequence[Tensor], up: Sequence[Tensor], narrow: Tensor | None
-) -> tuple[Tensor, list[Tensor] | None]:
-    """``(t [M, W] of all targets, dy^T u of every target)``; no sums without ``u``."""
-    if narrow is None:
-        return _join(layout, [dy @ b for dy, b in zip(grads, up, strict=True)]), None
-    used = [layout.used(number) for number in range(len(grads))]
-    columns = [b[:, : column.stop - column.start] for b, column in zip(up, used, strict=True)]
-    return up_backward(grads, columns, narrow, [column.start for column in used], layout.width)
-
-
-def _input_gradient(
-    layout: Layout, grads: Sequence[Tensor], t: Tensor, rows: Tensor, bordered: Sequence[Tensor]
-) -> Tensor:
-    """``dx = t A + dy W``."""
-    frozen = [buffer[: target.outer, : layout.inner] for buffer, target in zip(bordered, layout.targets, strict=True)]
-    few = [number for number, target in enumerate(layout.targets) if target.outer <= _FEW]
-    first, to_it = t, rows
-    if few:
-        # layers of a few outputs join the narrow product, where they cost nothing: no further pass over the result
-        first = torch.cat([t, *(grads[number] for number in few)], dim=1)
-        to_it = torch.cat([rows, *(frozen[number] for number in few)], dim=0)
-    rest = [number for number in range(len(frozen)) if number not in few]
-    return accumulate(first, to_it, [grads[i] for i in rest], [frozen[i] for i in rest])
-
-
-def _down_gradients(layout: Layout, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """``dA = t^T x`` of every slot."""
-    products = sum_products(t, x)
-    return tuple(products[slot.offset : slot.offset + slot.rank] for slot in layout.slots)
-
-
-def _up_gradients(layout: Layout, sums: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, ...]:
-    """``dB = s dy^T u`` of every slot."""
-    found = []
-    for slot in layout.slots:
-        first = slot.offset - layout.targets[slot.target].offset
-        columns = slice(slot.offset, slot.offset + slot.rank)
-        found.append(sums[slot.target][:, first : first + slot.rank] * scale[columns])
-    return tuple(found)
-
-
-def _extend(x: Tensor, width: int) -> Tensor:
-    """``[x | 0]``: Inductor writes what computes ``x`` straight into it."""
-    return torch.cat([x, x.new_zeros(x.shape[0], width)], dim=1)
-
-
-def _join(layout: Layout, parts: Sequence[Tensor]) -> Tensor:
-    """The targets' columns side by side, zeros between and behind them, ``[M, W]``."""
-    columns, place = [], 0
-    for part, target in zip(parts, layout.targets, strict=True):
-        if target.offset > place:
-            columns.append(part.new_zeros(part.shape[0], target.offset - place))
-        columns.append(part)
-        place = target.offset + target.width
-    if place < layout.width:
-        columns.append(parts[0].new_zeros(parts[0].shape[0], layout.width - place))
-    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-
-
-def _sum(products: Sequence[Tensor]) -> Tensor:
-    total = products[0]
-    for product in products[1:]:
-        total = total + product
-    return total
+        needed, first = ctx.needs_input_grad, 5 + 2 * num
+        wanted = Wanted(needed[0], any(needed[first : first + slots]), any(needed[first + slots :]))
+        dx, t, sums = input_gradient(layout, grads, rows, bordered, up, wanted, narrow)
+        adapters = adapter_gradients(layout, grads, x[:, : layout.inner], narrow, t, sums, scale, wanted)
+        return dx, *(None,) * (first - 1), *cast(adapters, ctx.dtypes)
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _LinearWithLora.apply

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.ops._lora_linear.api import Layout, Operands
+from deltatune.ops._lora_linear.layout import Layout, Operands
 
 __all__ = ["Refresh"]
 
