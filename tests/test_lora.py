@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from deltatune import CompileOptions, Sequences, prepare, verify
-from lora_cases import adapted, assert_gradients_close, bordered, groups, packed_call, pair, relative
+from deltatune.layers import lora_linear
+from lora_cases import (
+    adapted,
+    assert_gradients_close,
+    assert_same,
+    bordered,
+    groups,
+    logits,
+    packed_call,
+    pair,
+    relative,
+)
 from tiny import documents
 
 TRACED = CompileOptions(backend="aot_eager")
@@ -44,6 +55,53 @@ def test_compiled_layers_train_as_pefts_do(scope: Any, checkpointing: Any) -> No
     assert bordered(fused) == 15
 
 
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the activation's op inside the down projection on any device."""
+    monkeypatch.setattr(lora_linear, "gated_act_runs", lambda *_: True)
+
+
+def calls_of_the_activation(model: Any) -> int:
+    """How often a step runs the op."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(model, 1)
+    return sum(event.name == "deltatune::lora_gated_act" for event in profile.events())
+
+
+@pytest.mark.usefixtures("gated")
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_activation_joins_the_down_projection(compiled: bool, checkpointing: Any) -> None:
+    fused = adapted()
+    stock = copy.deepcopy(fused)
+    prepare(stock, lora="stock")
+    prepare(fused, lora="fused", compile=TRACED if compiled else None, checkpointing=checkpointing)
+    for ours, theirs in zip(train(fused, 4), train(stock, 4), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    # a graph that recomputes leaves the op out: its backward computes the activation beside the gradients
+    again = 1 if compiled or checkpointing == "none" else 2
+    assert calls_of_the_activation(fused) == again * sum(hasattr(module, "act_fn") for module in fused.modules())
+
+
+@pytest.mark.usefixtures("gated")
+@pytest.mark.parametrize("why", ["a hook", "another activation", "no adapter behind it", "disabled"])
+def test_the_activation_stays_by_itself_where_it_must(why: str) -> None:
+    more = {"target_modules": ["gate_proj", "up_proj"]} if why == "no adapter behind it" else {}
+    fused, stock = pair(**more)
+    for model in (fused, stock):
+        for module in model.modules():
+            if why == "a hook" and hasattr(module, "down_proj"):
+                module.down_proj.register_forward_hook(lambda *_: None)
+            if why == "another activation" and hasattr(module, "act_fn"):
+                module.act_fn = torch.nn.GELU()
+    if why == "disabled":
+        with fused.disable_adapter(), stock.disable_adapter():
+            torch.testing.assert_close(logits(fused), logits(stock))
+    else:
+        assert_same(fused, stock)
+        assert calls_of_the_activation(fused) == 0
+
+
 def test_one_graph_a_type_of_layer_whatever_the_depth_and_the_values() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -76,7 +134,10 @@ def test_a_reference_without_the_adapter_between_compiled_forwards() -> None:
     assert prepared.compile_report.breaks == []
 
 
-def test_recomputed_layers_keep_no_more_than_pefts_own() -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_recomputed_layers_keep_no_more_than_pefts_own(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_linear, "gated_act_runs", lambda *_: joined)
+
     def kept(lora: Any) -> int:
         model = adapted()
         prepare(model, lora=lora, compile=TRACED, checkpointing="layer")

@@ -102,9 +102,10 @@ def _groups_among_children(parent: nn.Module, setting: str) -> Iterator[LoraGrou
     for names in getattr(type(parent), "shared_inputs", ()):
         members = [children.pop(name) for name in names if name in children]
         if members:
-            yield LoraGroup(members, setting, pointwise=getattr(type(parent), "pointwise_gradients", False))
-    for child in children.values():
-        yield LoraGroup([child], setting)
+            yield LoraGroup(members, setting, pointwise_gradients=getattr(type(parent), "pointwise_gradients", False))
+    pointwise = getattr(type(parent), "pointwise_inputs", ())
+    for name, child in children.items():
+        yield LoraGroup([child], setting, pointwise_input=name in pointwise)
 
 
 def _before_layer(layer: Any, _: tuple[Any, ...]) -> None:

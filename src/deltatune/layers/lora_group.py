@@ -13,6 +13,7 @@ from torch import Tensor
 from deltatune.layers.lora_border import give_back, is_inside, take_in
 from deltatune.layers.lora_form import BESIDE, FUSED, active_adapters, form_of
 from deltatune.ops._lora_linear.api import linear_with_lora
+from deltatune.ops._lora_linear.gated import gated_linear_with_lora
 from deltatune.ops._lora_linear.layout import Layout, Operands, Slot, Target
 from deltatune.ops._lora_linear.refresh import Refresh
 
@@ -53,15 +54,19 @@ class LoraGroup:
     _seen: tuple[Any, ...]
     _made_for: tuple[Any, ...]
 
-    def __init__(self, layers: Sequence[Any], setting: str, *, pointwise: bool = False) -> None:
-        """``pointwise``: elementwise work makes the gradients of the outputs, and a compiler writes them anywhere."""
-        self.layers, self.setting, self.pointwise = tuple(layers), setting, pointwise
+    def __init__(
+        self, layers: Sequence[Any], setting: str, *, pointwise_input: bool = False, pointwise_gradients: bool = False
+    ) -> None:
+        """``pointwise_...``: elementwise work makes the input, or the outputs' gradients, wherever they are to lie."""
+        self.layers, self.setting = tuple(layers), setting
+        self.pointwise_input, self.pointwise_gradients = pointwise_input, pointwise_gradients
         self._forget()
         for layer in self.layers:
             layer.__dict__["_lora_group"] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("layers", "setting", "pointwise")}
+        kept = ("layers", "setting", "pointwise_input", "pointwise_gradients")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,6 +98,12 @@ class LoraGroup:
         numbers = tuple(layer._lora_number for layer in layers)
         down, up = self._adapters(numbers)
         return linear_with_lora(x, self.operands, self.layout, down, up, numbers=numbers)
+
+    def run_gated(self, gate: Tensor, up: Tensor, *, keep: bool) -> Tensor:
+        """The output of the only layer, for the input ``silu(gate) * up``."""
+        assert self.layout is not None
+        assert self.operands is not None
+        return gated_linear_with_lora(gate, up, self.operands, self.layout, self._adapters((0,)), keep=keep)
 
     def release(self) -> None:
         """Gives every weight back as a plain contiguous tensor; the next call outside a graph takes them in again."""
@@ -152,7 +163,8 @@ class LoraGroup:
         layout = layout_of(
             [tuple(weight.shape) for weight in weights],
             [[rank for _, rank in _ranks(layer)] for layer in fused],
-            pointwise=self.pointwise,
+            pointwise_input=self.pointwise_input,
+            pointwise_gradients=self.pointwise_gradients,
         )
         buffers = take_in_all(layout, weights)
         self.operands = empty_operands(layout, buffers)
@@ -177,14 +189,15 @@ def layout_of(
     shapes: Sequence[tuple[int, int]],
     ranks: Sequence[Sequence[int]],
     *,
-    pointwise: bool,
+    pointwise_input: bool,
+    pointwise_gradients: bool,
     padded_to: int = _PADDED_TO,
 ) -> Layout:
     """The layout for weights ``[N, K]`` of one K with these ranks of their adapters, borders in whole ``padded_to``.
 
-    A border extends what is contracted, so it copies the narrower side of a product unless a compiler writes that side
-    in place; adding to what is there passes over the output twice. So forward has a border where the output is the
-    wider side or the input is shared, backward where the input is the wider one or the gradients are ``pointwise``.
+    A border extends what is contracted, so it copies the narrower side of a product unless elementwise work writes that
+    side in place; adding to what is there passes over the output twice. So forward has a border where the output is the
+    wider side or the input is shared or pointwise, backward where the input is the wider one or the gradients are.
     """
     targets, slots, place = [], [], 0
     for number, ((outer, _), of_layer) in enumerate(zip(shapes, ranks, strict=True)):
@@ -201,8 +214,8 @@ def layout_of(
     return Layout(
         inner,
         width,
-        forward_border=width <= _WIDEST_BORDER and (not alone or outer > inner),
-        backward_border=width <= _WIDEST_BORDER and (outer < inner if alone else pointwise),
+        forward_border=width <= _WIDEST_BORDER and (not alone or outer > inner or pointwise_input),
+        backward_border=width <= _WIDEST_BORDER and (outer < inner if alone else pointwise_gradients),
         targets=tuple(targets),
         slots=tuple(slots),
     )

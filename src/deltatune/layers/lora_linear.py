@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deltatune.layers.lora_form import BESIDE, FUSED, STOCK, active_adapters, is_hooked
 from deltatune.layers.lora_group import LoraGroup
 from deltatune.layers.reclass import Swapped
+from deltatune.ops._lora_linear.gated_act import gated_act_runs
 from deltatune.ops._lora_linear.low_rank import low_rank
 
 __all__ = ["LoRALinear", "project"]
@@ -46,6 +47,28 @@ class LoRALinear(Swapped):
             return self._beside(x)
         stock: Tensor = super().forward(x, *args, **kwargs)
         return stock
+
+    def takes_gated(self, like: Tensor) -> bool:
+        """Whether ``gated`` computes this layer for an input that is ``silu(gate) * up``, both like this tensor."""
+        group = self._lora_group
+        if group is None or is_hooked(self):
+            return False
+        self.sync()
+        layout = group.layout
+        return (
+            self.form_of_call(like) == FUSED
+            and layout is not None
+            and len(layout.targets) == 1
+            and layout.forward_border
+            and gated_act_runs(like.device, _compute_dtype(like), layout)
+        )
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``self(silu(gate) * up)``."""
+        state = self._deltatune
+        # what a graph recomputes, it recomputes in the pass over the gradients
+        keep = state.compile is None or state.checkpointing != "layer"
+        return self.with_bias(_group(self).run_gated(_cast(gate), _cast(up), keep=keep))
 
     def sync(self) -> None:
         """Brings the operands in step with the adapters; a compiled graph finds that done before it runs."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.layers.lora_linear import project
+from deltatune.layers.lora_linear import LoRALinear, project
 from deltatune.layers.reclass import Swapped, stock_class
 
 __all__ = ["GatedMLP", "is_gated_mlp"]
@@ -31,6 +32,8 @@ class GatedMLP(Swapped):
     shared_inputs = (("gate_proj", "up_proj"),)
     #: their gradients come out of the activation's backward, elementwise
     pointwise_gradients = True
+    #: children whose input is
+    pointwise_inputs = ("down_proj",)
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -40,8 +43,16 @@ class GatedMLP(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., E] -> [..., E]``."""
         gate, up = project(x, self.gate_proj, self.up_proj)
-        y: Tensor = self.down_proj(self.act_fn(gate) * up)
+        down = self.down_proj
+        if _is_silu(self.act_fn) and isinstance(down, LoRALinear) and down.takes_gated(gate):
+            y: Tensor = down.gated(gate, up)
+        else:
+            y = down(self.act_fn(gate) * up)
         return y
+
+
+def _is_silu(function: Any) -> bool:
+    return function is F.silu or type(function).__name__ in ("SiLU", "SiLUActivation")
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

@@ -22,6 +22,8 @@ from deltatune.compile import fresh_code
 from deltatune.layers.lora_form import BESIDE, FUSED
 from deltatune.layers.lora_group import empty_operands, layout_of, take_in_all
 from deltatune.ops._lora_linear.api import linear_with_lora
+from deltatune.ops._lora_linear.gated import gated_linear_with_lora
+from deltatune.ops._lora_linear.gated_act import gated_act_runs
 from deltatune.ops._lora_linear.layout import Layout, Operands
 from deltatune.ops._lora_linear.low_rank import low_rank
 from deltatune.ops._lora_linear.refresh import Refresh
@@ -38,6 +40,8 @@ _ADAPTERS: Final = tuple(f"{kind}_{name}" for name in (*_SHARED, *_ALONE) for ki
 
 #: What the projections of one input give, for their names.
 _Project: TypeAlias = Callable[[Tensors, Tensor, Sequence[str]], Sequence[Tensor]]
+#: What the last projection gives, from gate and up.
+_Behind: TypeAlias = Callable[[Tensors, Tensor, Tensor], Tensor]
 _Groups: TypeAlias = dict[str, tuple[Layout, Operands]]
 
 
@@ -66,6 +70,8 @@ def case(shape: Shape, tokens: int, setting: Setting) -> Case:
         reference=functools.partial(_block, project=_peft),
         variants=[
             Variant(FUSED, "deltatune", fused),
+            Variant("fused, h not kept", "deltatune", functools.partial(fused, gated="again")),
+            Variant("fused, activation by itself", "deltatune", functools.partial(fused, gated="")),
             Variant("fused, borders in whole 16s", "deltatune", functools.partial(fused, padded_to=16)),
             Variant("fused, borders of 128", "deltatune", functools.partial(fused, padded_to=128)),
             Variant("fused, added to narrow products", "deltatune", functools.partial(fused, bordered=False)),
@@ -81,12 +87,12 @@ def case(shape: Shape, tokens: int, setting: Setting) -> Case:
     )
 
 
-def _block(t: Tensors, project: _Project) -> Tensor:
+def _block(t: Tensors, project: _Project, behind: _Behind | None = None) -> Tensor:
     x = t["x"]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _EPS)).to(x.dtype)
     gate, up = project(t, normed, _SHARED)
-    (y,) = project(t, F.silu(gate) * up, _ALONE)
+    y = project(t, F.silu(gate) * up, _ALONE)[0] if behind is None else behind(t, gate, up)
     return x + y
 
 
@@ -123,13 +129,20 @@ def _beside(t: Tensors, x: Tensor, names: Sequence[str]) -> list[Tensor]:
     return [F.linear(x, t[name]) + low_rank(x, t[f"a_{name}"], t[f"b_{name}"], _SCALE) for name in names]
 
 
-def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = True) -> Function:
-    """The layers' own product; operands are made once, since all draws share weights and adapters."""
+def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = True, gated: str = "kept") -> Function:
+    """The layers' own products; operands are made once, since all draws share weights and adapters.
+
+    ``gated`` says whether h of the activation's kernel is ``"kept"`` or computed ``"again"``; empty, the activation is
+    elementwise work around the products.
+    """
     groups: _Groups = {}
     for names in (_SHARED, _ALONE):
         more = {} if padded_to is None else {"padded_to": padded_to}
         shapes = [(weights[name].shape[0], weights[name].shape[1]) for name in names]
-        layout = layout_of(shapes, [[_RANK]] * len(names), pointwise=names == _SHARED, **more)
+        shared = names == _SHARED
+        layout = layout_of(
+            shapes, [[_RANK]] * len(names), pointwise_input=not shared, pointwise_gradients=shared, **more
+        )
         if not bordered:
             layout = layout._replace(forward_border=False, backward_border=False)
         buffers = take_in_all(layout, [nn.Parameter(weights[name].clone(), requires_grad=False) for name in names])
@@ -143,14 +156,21 @@ def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = T
         down, up = ([t[f"{kind}_{name}"] for name in names] for kind in ("a", "b"))
         return linear_with_lora(x, operands, layout, down, up, numbers=tuple(range(len(names))))
 
-    return _compiled(project)
+    def behind(t: Tensors, gate: Tensor, up: Tensor) -> Tensor:
+        layout, operands = groups["down"]
+        adapters = [t["a_down"]], [t["b_down"]]
+        return gated_linear_with_lora(gate, up, operands, layout, adapters, keep=gated == "kept")
+
+    layout, operands = groups["down"]
+    runs = layout.forward_border and gated_act_runs(operands.down.device, operands.down.dtype, layout)
+    return _compiled(project, behind if gated and runs else None)
 
 
-def _compiled(project: _Project) -> Function:
+def _compiled(project: _Project, behind: _Behind | None = None) -> Function:
     """The block with these projections, as code of its own: the compiler counts graphs by code."""
 
     def block(t: Tensors) -> Tensor:
-        return _block(t, project)
+        return _block(t, project, behind)
 
     compiled: Function = torch.compile(fresh_code(block, "block"), fullgraph=True, dynamic=False)
     return compiled

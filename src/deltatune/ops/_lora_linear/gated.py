@@ -1,0 +1,107 @@
+"""The layer behind a gated activation: ``y = h W^T + s (h A^T) B^T`` for ``h = silu(gate) up``."""
+
+# M tokens, K input width, N output width, W border width, R rank
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.ops._lora_linear.gated_act import gated_act, swiglu, swiglu_backward
+from deltatune.ops._lora_linear.gradients import Wanted, adapter_gradients, cast, extend, input_gradient
+from deltatune.ops._lora_linear.layout import Layout, Operands
+from deltatune.ops._lora_linear.op import fill_border
+
+__all__ = ["gated_linear_with_lora"]
+
+
+def gated_linear_with_lora(
+    gate: Tensor,
+    up: Tensor,
+    operands: Operands,
+    layout: Layout,
+    adapters: tuple[Sequence[Tensor], Sequence[Tensor]],
+    *,
+    keep: bool,
+) -> Tensor:
+    """``linear_with_lora`` of ``silu(gate) * up`` for a layer alone in its group, whose input has a forward border.
+
+    The activation's kernel computes ``u`` too, so that nothing reads h for it.
+
+    Args:
+        gate: ``[..., K]`` in the dtype of the operands.
+        up: ``[..., K]``.
+        operands: of the layer.
+        layout: of the layer, with ``forward_border``.
+        adapters: ``A [R, K]`` of every slot, and ``B [N, R]`` of every slot.
+        keep: save ``[h | u]`` for backward; otherwise backward computes h beside the gradients of gate and up, in the
+            pass over them that it makes anyway.
+
+    Returns:
+        ``[..., N]``. Saved for backward: gate and up, and ``[h | u]`` where kept. Backward is of first order.
+    """
+    down, above = adapters
+    y = _apply(
+        gate.reshape(-1, layout.inner),
+        up.reshape(-1, layout.inner),
+        layout,
+        keep,
+        operands.down,
+        operands.rows,
+        operands.scale,
+        operands.bordered[0],
+        operands.up[0],
+        *down,
+        *above,
+    )
+    return y.view(*gate.shape[:-1], y.shape[-1])
+
+
+class _GatedLinearWithLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        layout: Layout,
+        keep: bool,
+        down: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        bordered: Tensor,
+        up_columns: Tensor,
+        *adapters: Tensor,
+    ) -> Tensor:
+        ctx.layout, ctx.keep, ctx.dtypes = layout, keep, tuple(adapter.dtype for adapter in adapters)
+        used = layout.used(0)
+        extended = gated_act(gate, up, down, used.stop - used.start)
+        ctx.save_for_backward(gate, up, extended if keep else down, rows, scale, bordered, up_columns)
+        return extended @ bordered[: layout.targets[0].outer].mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        layout: Layout = ctx.layout
+        slots, needed = len(layout.slots), ctx.needs_input_grad
+        gate, up, kept, rows, scale, bordered, up_columns = ctx.saved_tensors
+        wanted = Wanted(needed[0] or needed[1], any(needed[9 : 9 + slots]), any(needed[9 + slots :]))
+        narrow = kept[:, layout.inner :] if ctx.keep else None
+        dh, t, sums = input_gradient(layout, [dy], rows, [bordered], [up_columns], wanted, narrow)
+        extended = kept if ctx.keep else _again(gate, up, kept[:, : layout.used(0).stop])
+        dgate, dup = (None, None) if dh is None else swiglu_backward(dh, gate, up)
+        h, narrow = extended[:, : layout.inner], extended[:, layout.inner :]
+        adapters = adapter_gradients(layout, [dy], h, narrow, t, sums, scale, wanted)
+        return dgate, dup, *(None,) * 7, *cast(adapters, ctx.dtypes)
+
+
+def _again(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """``[h | h down]``, extended like the gradients of gate and up so that one pass writes all three."""
+    extended = extend(swiglu(gate, up), down.shape[1])
+    fill_border(extended, down)
+    return extended
+
+
+_apply: Callable[..., Tensor] = _GatedLinearWithLora.apply
