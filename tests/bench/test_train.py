@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,14 +167,19 @@ def test_a_floor_that_does_not_fit_leaves_the_times(tmp_path, monkeypatch) -> No
 
 
 def test_a_profile_that_does_not_fit_leaves_the_times(tmp_path, monkeypatch) -> None:
-    def too_large(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("no room")
+    profiled = []
 
-    monkeypatch.setattr(session, "kernel_table", too_large)
-    assert run(arguments("--no-floor --kernels --baselines stock --checkpointing none", tmp_path)) == 0
+    def too_large_at_first(step: Any, *_: object, **__: object) -> dict[str, Any]:
+        profiled.append(step)
+        if len(profiled) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return {"busy_ms": 1.0, "groups": [], "rows": []}
+
+    monkeypatch.setattr(session, "kernel_table", too_large_at_first)
+    assert run(arguments("--no-floor --kernels all --baselines stock --checkpointing none layer", tmp_path)) == 0
     config = record_of(tmp_path)["configs"][0]
-    assert config["kernels"] == []
-    assert config["kernels_failure"] == {"qkvo": "out_of_memory: no room"}
+    assert [table["name"] for table in config["kernels"]] == ["deltatune layer qkvo auto"]
+    assert config["kernels_failure"] == {"deltatune none qkvo auto": "out_of_memory: no room"}
     assert {result["status"] for result in config["results"]} == {"ok"}
 
 

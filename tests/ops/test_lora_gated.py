@@ -44,24 +44,26 @@ class Case:
         """The formula, in the dtype of gate and up."""
         h = F.silu(gate) * up
         y = F.linear(h, self.weight.to(h.dtype))
-        for a, b, scale in zip(self.down, self.up, SCALES, strict=True):
+        for a, b, scale in zip(self.down, self.up, SCALES, strict=False):
             y = y + scale * F.linear(F.linear(h, a.to(h.dtype)), b.to(h.dtype))
         return y
 
 
-def case(backward_border: bool = True, *, dtype=torch.float64, device="cpu", inner=INNER, outer=OUTER) -> Case:
+def case(
+    backward_border: bool = True, *, dtype=torch.float64, device="cpu", inner=INNER, outer=OUTER, ranks=RANKS
+) -> Case:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, scale: float) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
-    slots = (Slot(0, 0, RANKS[0]), Slot(0, RANKS[0], RANKS[1]))
+    slots = tuple(Slot(0, sum(ranks[:number]), rank) for number, rank in enumerate(ranks))
     layout = Layout(inner, 64, True, backward_border, (Target(outer, 0, 64),), slots)
     weight = random(outer, inner, scale=inner**-0.5)
-    down = [random(rank, inner, scale=inner**-0.5).requires_grad_() for rank in RANKS]
-    up = [random(outer, rank, scale=0.2).requires_grad_() for rank in RANKS]
+    down = [random(rank, inner, scale=inner**-0.5).requires_grad_() for rank in ranks]
+    up = [random(outer, rank, scale=0.2).requires_grad_() for rank in ranks]
     operands = empty_operands(layout, take_in_all(layout, [torch.nn.Parameter(weight.clone(), requires_grad=False)]))
-    Refresh(layout, operands).run(down, up, SCALES)
+    Refresh(layout, operands).run(down, up, SCALES[: len(ranks)])
     return Case(layout, operands, weight, down, up)
 
 
@@ -175,9 +177,10 @@ def test_keeps_the_activation_only_if_asked(keep):
     assert [tuple(x.shape) for x in wide] == [(9, INNER), (9, INNER), *[(9, INNER + 64)] * keep]
 
 
+@pytest.mark.parametrize("ranks", [(3,), (3, 5)])
 @pytest.mark.parametrize("keep", [False, True])
-def test_compiles_as_one_graph(keep):
-    made, (gate, up) = case(dtype=torch.float32), inputs(2, 20, dtype=torch.float32)
+def test_compiles_as_one_graph(keep, ranks):
+    made, (gate, up) = case(dtype=torch.float32, ranks=ranks), inputs(2, 20, dtype=torch.float32)
     leaves = [gate, up, *made.down, *made.up]
     want = torch.autograd.grad(weighted(made.run(gate, up, keep=keep)), leaves)
     compiled = torch.compile(lambda *both: made.run(*both, keep=keep), fullgraph=True, dynamic=False)
@@ -185,6 +188,8 @@ def test_compiles_as_one_graph(keep):
     torch.testing.assert_close(found, made.run(gate, up, keep=keep), rtol=1e-5, atol=1e-5)
     for grad, expected in zip(torch.autograd.grad(weighted(found), leaves), want, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(gate, up), found, rtol=1e-5, atol=1e-5)
 
 
 def assert_at_most_twice_the_error_of_plain_torch(made: Case, gate: Tensor, up: Tensor, *, keep: bool) -> None:

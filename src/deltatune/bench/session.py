@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -58,7 +58,7 @@ class Plan:
         cold_layers: depth at which the first setting of ours starts twice in new processes, without compiled graphs
             on disk and with; None leaves that out.
         floor: measure the arithmetic floor.
-        kernels: profile a step of ours, where it is fastest, for each choice of targets.
+        kernels: profile a step of ours: ``"fastest"`` for each choice of targets, ``"all"``, or None for no step.
     """
 
     shape: Shape
@@ -76,7 +76,7 @@ class Plan:
     compile_limit_seconds: float
     cold_layers: int | None
     floor: bool
-    kernels: bool
+    kernels: Literal["fastest", "all"] | None
 
 
 class Session:
@@ -91,8 +91,8 @@ class Session:
         self.cold_starts: list[dict[str, Any]] = []
         self.floor: Floor | None = None
         self.no_floor: str | None = None
-        self.kernels: dict[Targets, dict[str, Any]] = {}
-        self.kernels_failure: dict[Targets, str] = {}
+        self.kernels: dict[str, dict[str, Any]] = {}
+        self.kernels_failure: dict[str, str] = {}
         self.loss_name = fused_loss(plan.device)[0]
         self.judge = Judge(self.workload, plan.device, compiled=plan.options is not None)
 
@@ -250,18 +250,20 @@ class Session:
         return setting.to_dict() | labels | found
 
     def _profile(self, systems: dict[str, System]) -> None:
-        """One step of the fastest of ours for each choice of targets, over the groups so far."""
+        """One step of the fastest of ours for each choice of targets, over the groups so far, or of all of ours."""
         timed = [r for r in self.results if r["system"] == "deltatune" and r["status"] == "ok" and r["name"] in systems]
-        for targets in dict.fromkeys(result["targets"] for result in timed):
-            best = min((r for r in timed if r["targets"] == targets), key=lambda r: float(r["median_ms"]))
-            before = self.kernels.get(targets)
+        of_all = self.plan.kernels == "all"
+        for key in dict.fromkeys(result["name" if of_all else "targets"] for result in timed):
+            same = (r for r in timed if r["name" if of_all else "targets"] == key)
+            best = min(same, key=lambda r: float(r["median_ms"]))
+            before = self.kernels.get(key)
             if before is None or best["median_ms"] < before["step_ms"]:
                 _say(f"profiling {best['name']}")
                 try:
-                    self.kernels[targets] = self._kernels_of(systems[best["name"]], best)
-                    self.kernels_failure.pop(targets, None)
+                    self.kernels[key] = self._kernels_of(systems[best["name"]], best)
+                    self.kernels_failure.pop(key, None)
                 except failures() as error:  # the times stand without it
-                    self.kernels_failure[targets] = ": ".join(outcome_of(error))
+                    self.kernels_failure[key] = ": ".join(outcome_of(error))
                 self._forget()
 
     def _kernels_of(self, system: System, result: dict[str, Any]) -> dict[str, Any]:

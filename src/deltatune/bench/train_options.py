@@ -214,10 +214,12 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--kernels",
-        action="store_true",
+        nargs="?",
+        const="fastest",
+        choices=("fastest", "all"),
         help=(
-            "profile ours kernel by kernel, where it is fastest for each of --targets: two steps more each; off by "
-            "default"
+            "profile ours kernel by kernel, where it is fastest for each of --targets (fastest, as without a word) or "
+            "at every setting (all): two steps more each; off by default"
         ),
     )
     add(

@@ -68,13 +68,10 @@ class _GatedLinearWithLora(torch.autograd.Function):
         up: Tensor,
         layout: Layout,
         keep: bool,
-        down: Tensor,
-        rows: Tensor,
-        scale: Tensor,
-        bordered: Tensor,
-        up_columns: Tensor,
-        *adapters: Tensor,
+        *rest: Tensor,
     ) -> Tensor:
+        # Dynamo takes a forward with as many parameters as it has arguments for one without ctx: few have names here
+        down, rows, scale, bordered, up_columns, *adapters = rest
         ctx.layout, ctx.keep, ctx.dtypes = layout, keep, tuple(adapter.dtype for adapter in adapters)
         used = layout.used(0)
         extended = gated_act(gate, up, down, used.stop - used.start)
