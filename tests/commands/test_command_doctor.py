@@ -1,13 +1,22 @@
+from dataclasses import replace
+from itertools import groupby
+
 import pytest
 import torch
 
+from deltatune import ops, prepare
+from deltatune.bench.ops.case import Setting
 from deltatune.bench.ops.catalog import OPS
-from deltatune.bench.shapes import SHAPES
+from deltatune.bench.shapes import SHAPES, Shape
 from deltatune.cli import main
 from deltatune.commands import doctor, prebuild
+from deltatune.layers.final_norm import FinalNorm
+from deltatune.ops._lora_linear import up_backward
+from tiny import tiny_model
 
 GOOD = {"torch": "2.13.0", "triton": "3.6.0", "transformers": "5.23.0"}
 HOPPER, AMPERE = (9, 0), (8, 0)
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -69,17 +78,77 @@ def test_what_cannot_be_built_is_one_line(capsys, more, named) -> None:
 
 
 def test_building_runs_every_op_of_the_model_once() -> None:
-    cpu = torch.device("cpu")
-    built = list(prebuild.build(SHAPES["tiny"], 64, cpu))
-    assert [one.op for one in built] == [op for op in OPS if op != "lora_linear"]
+    built = list(prebuild.build(SHAPES["tiny"], 64, CPU))
+    assert [op for op, _ in groupby(one.op for one in built)] == [op for op in OPS if op != "lora_linear"]
     assert all(one.seconds > 0 for one in built)
+
+
+def few_words(name) -> Shape:
+    """Without the time it takes to draw a head's weights."""
+    return replace(SHAPES[name], values={**SHAPES[name].values, "vocab_size": 96})
 
 
 def test_attention_alone_builds_no_delta_rule(monkeypatch) -> None:
     ran = []
     monkeypatch.setattr(prebuild, "_first_call", lambda case, device: ran.append(case.op) or 0.0)
-    list(prebuild.build(SHAPES["qwen3-8b"], 64, torch.device("cpu")))
-    assert ran == ["rms_norm_rope", "linear_cross_entropy", "varlen_attention"]
+    list(prebuild.build(few_words("qwen3-8b"), 64, CPU))
+    assert list(dict.fromkeys(ran)) == [
+        "rms_norm_rope",
+        "final_norm",
+        "linear_cross_entropy",
+        "lora_low_rank",
+        "varlen_attention",
+    ]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_known_model_can_be_built(monkeypatch, name) -> None:
+    monkeypatch.setattr(prebuild, "_first_call", lambda case, device: 0.0)
+    assert list(prebuild.build(few_words(name), 64, CPU))
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-2b", "qwen3-8b"])
+def test_the_final_norm_is_built_as_the_layer_calls_it(monkeypatch, name) -> None:
+    shape, calls = SHAPES[name], []
+    width, tokens = shape.values["hidden_size"], 64
+
+    def recorded(*tensors, **options):
+        calls.append(([(x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors], options))
+        return rms_norm_rope(*tensors, **options)
+
+    rms_norm_rope = ops.rms_norm_rope
+    monkeypatch.setattr(ops, "rms_norm_rope", recorded)
+    prebuild._first_call(OPS["final_norm"].build(shape, tokens, Setting(CPU, documents=1)), CPU)
+    model = tiny_model("qwen3_5" if shape.hybrid else "qwen3", hidden_size=width).bfloat16().requires_grad_(False)
+    prepare(model)
+    norm = model.get_decoder().norm
+    monkeypatch.setattr(FinalNorm, "_kernel", lambda self, x: "reference")
+    norm(torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True))
+    built, called = calls
+    assert built == called
+
+
+def test_both_kernels_that_read_a_gradient_once_are_built(monkeypatch) -> None:
+    """As on Hopper, where they run; here two products stand in for each."""
+    monkeypatch.setattr(up_backward, "triton_refusal", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(up_backward, "_FEWEST", 0)
+    reads_once, met = up_backward._reads_once, []
+
+    def recorded(dy, up, narrow):
+        met.append((up.shape[1], reads_once(dy, up, narrow)))
+        return False
+
+    monkeypatch.setattr(up_backward, "_reads_once", recorded)
+    built = [one.kind for one in prebuild.build(SHAPES["tiny"], 64, CPU) if one.op == "lora_low_rank"]
+    assert built == ["rank 16", "rank 32"]
+    assert met == [(16, True), (32, True)]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])
+def test_the_layer_that_is_built_is_wide_enough_for_that_kernel(name) -> None:
+    case = OPS["lora_low_rank"].build(SHAPES[name], 16384, Setting(CPU, documents=1))
+    assert 16384 * case.config["N"] >= up_backward._FEWEST
 
 
 @pytest.mark.parametrize("model", ["qwen3.5-2b", "qwen3.5-9b", "qwen3.5-27b"])

@@ -68,8 +68,7 @@ def _build(shape: Shape, tokens: int, device: torch.device) -> list[str]:
         return [f"--build {shape.name} did nothing: no CUDA device is visible; run it on the machine that trains"]
     sys.stdout.write(f"\n{what}: the first call of each op\n")
     for built in build(shape, tokens, device):
-        documents = f", {built.documents} document{'s' * (built.documents > 1)}"
-        sys.stdout.write(f"  {built.op} on {built.impl}{documents}: {built.seconds:.1f} s\n")
+        sys.stdout.write(f"  {built.op} on {built.impl}, {built.kind}: {built.seconds:.1f} s\n")
         sys.stdout.flush()
     return []
 

@@ -14,17 +14,18 @@ from deltatune.bench.ops.case import Case, Setting
 from deltatune.bench.ops.catalog import OPS
 from deltatune.bench.ops.gate import results
 from deltatune.bench.shapes import Shape
+from deltatune.ops._lora_linear.up_backward import WIDTHS
 
 __all__ = ["Built", "build", "document_counts"]
 
 
 @dataclass(frozen=True)
 class Built:
-    """What was compiled: an op, its implementation, for how many documents, and how long the first call took."""
+    """What was compiled: an op, its implementation, for which of its kernels, and how long the first call took."""
 
     op: str
     impl: str
-    documents: int
+    kind: str
     seconds: float
 
 
@@ -37,10 +38,21 @@ def build(shape: Shape, tokens: int, device: torch.device) -> Iterator[Built]:
     for op, entry in OPS.items():
         if not entry.built_ahead or (entry.hybrid and not shape.hybrid):
             continue
-        counts = document_counts(shape, device) if op == "gated_delta_rule" else [1]
-        for documents in counts:
-            case = entry.build(shape, tokens, Setting(device, documents=documents))
-            yield Built(op, case.auto, documents, _first_call(case, device))
+        for kind, setting in _settings(op, shape, device):
+            case = entry.build(shape, tokens, setting)
+            yield Built(op, case.auto, kind, _first_call(case, device))
+
+
+def _settings(op: str, shape: Shape, device: torch.device) -> Iterator[tuple[str, Setting]]:
+    """One for each kernel that an op may choose, by what it is chosen by."""
+    if op == "gated_delta_rule":
+        for count in document_counts(shape, device):
+            yield f"{count} document{'s' * (count > 1)}", Setting(device, documents=count)
+    elif op == "lora_low_rank":
+        for rank in WIDTHS:
+            yield f"rank {rank}", Setting(device, documents=1, rank=rank)
+    else:
+        yield "1 document", Setting(device, documents=1)
 
 
 def document_counts(shape: Shape, device: torch.device) -> list[int]:

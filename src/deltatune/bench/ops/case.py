@@ -112,12 +112,14 @@ class Setting:
         dtype: of activations and weights.
         seed: of the documents' lengths.
         documents: how many of them, of about equal length; by default lengths are drawn.
+        rank: of adapters.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     documents: int | None = None
+    rank: int = 16
 
     def lengths(self, tokens: int) -> list[int]:
         """Those of the documents, as in the training benchmark."""

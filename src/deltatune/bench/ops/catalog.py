@@ -12,6 +12,7 @@ from deltatune.bench.ops import (
     gated_rms_norm,
     linear_cross_entropy,
     lora_linear,
+    lora_low_rank,
     rms_norm_rope,
     varlen_attention,
 )
@@ -64,9 +65,11 @@ OPS: Final[Mapping[str, Entry]] = {
         shapes=("qwen3.5-9b", _HEADS_40_8),
         tokens=(8192, 16384, 32768),
     ),
+    "final_norm": Entry(rms_norm_rope.final_norm, rms_norm_rope.IMPLEMENTATIONS),
     "gated_rms_norm": Entry(gated_rms_norm.case, gated_rms_norm.IMPLEMENTATIONS, hybrid=True),
     "linear_cross_entropy": Entry(linear_cross_entropy.case, linear_cross_entropy.IMPLEMENTATIONS),
     "lora_linear": Entry(lora_linear.case, lora_linear.IMPLEMENTATIONS, built_ahead=False),
+    "lora_low_rank": Entry(lora_low_rank.case, lora_low_rank.IMPLEMENTATIONS),
     "varlen_attention": Entry(varlen_attention.case, varlen_attention.IMPLEMENTATIONS),
 }
 """Op, or an op in the form that layers call, -> how to measure it."""

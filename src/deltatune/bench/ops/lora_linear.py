@@ -31,7 +31,6 @@ from deltatune.ops._lora_linear.refresh import Refresh
 __all__ = ["IMPLEMENTATIONS", "case"]
 
 IMPLEMENTATIONS = (FUSED, BESIDE, "reference")
-_RANK: Final = 16
 _SCALE: Final = 2.0
 _EPS: Final = 1e-6
 _SHARED: Final = ("gate", "up")
@@ -47,14 +46,14 @@ _Groups: TypeAlias = dict[str, tuple[Layout, Operands]]
 
 def case(shape: Shape, tokens: int, setting: Setting) -> Case:
     """``x + down(silu(gate(n)) * up(n))`` with ``n`` the normalised x ``[T, E]``; frozen weights, float32 adapters."""
-    width, inner = shape.values["hidden_size"], shape.values["intermediate_size"]
+    width, inner, rank = shape.values["hidden_size"], shape.values["intermediate_size"], setting.rank
     shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     generator = setting.generator(0)
     weights: dict[str, Tensor] = {}
     for name, (rows, columns) in shapes.items():
         weights[name] = normal(generator, rows, columns, dtype=setting.dtype, scale=columns**-0.5)
-        weights[f"a_{name}"] = normal(generator, _RANK, columns, dtype=torch.float32, scale=columns**-0.5)
-        weights[f"b_{name}"] = normal(generator, rows, _RANK, dtype=torch.float32, scale=0.1 * _RANK**-0.5)
+        weights[f"a_{name}"] = normal(generator, rank, columns, dtype=torch.float32, scale=columns**-0.5)
+        weights[f"b_{name}"] = normal(generator, rows, rank, dtype=torch.float32, scale=0.1 * rank**-0.5)
 
     def draw(seed: int) -> dict[str, Tensor]:
         return {"x": normal(setting.generator(seed), tokens, width, dtype=setting.dtype), **weights}
@@ -63,7 +62,7 @@ def case(shape: Shape, tokens: int, setting: Setting) -> Case:
     fused = functools.partial(_fused, weights)
     return Case(
         op="lora_linear",
-        config=setting.config(shape, tokens, E=width, F=inner, R=_RANK, adapters="float32"),
+        config=setting.config(shape, tokens, E=width, F=inner, R=rank, adapters="float32"),
         draw=draw,
         outputs=("y",),
         trained=("x", *_ADAPTERS),
@@ -139,10 +138,9 @@ def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = T
     for names in (_SHARED, _ALONE):
         more = {} if padded_to is None else {"padded_to": padded_to}
         shapes = [(weights[name].shape[0], weights[name].shape[1]) for name in names]
+        ranks = [[weights[f"a_{name}"].shape[0]] for name in names]
         shared = names == _SHARED
-        layout = layout_of(
-            shapes, [[_RANK]] * len(names), pointwise_input=not shared, pointwise_gradients=shared, **more
-        )
+        layout = layout_of(shapes, ranks, pointwise_input=not shared, pointwise_gradients=shared, **more)
         if not bordered:
             layout = layout._replace(forward_border=False, backward_border=False)
         buffers = take_in_all(layout, [nn.Parameter(weights[name].clone(), requires_grad=False) for name in names])

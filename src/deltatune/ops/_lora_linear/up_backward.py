@@ -19,13 +19,14 @@ from deltatune.ops._autocast import without_autocast
 from deltatune.ops._lora_linear.op import sum_dtype, sum_products
 from deltatune.ops._triton import triton_refusal
 
-__all__ = ["fill_border_and_sum", "up_backward"]
+__all__ = ["WIDTHS", "fill_border_and_sum", "up_backward"]
 
 # Both products of the library over one read, us on one H200 (torch 2.11, Triton 3.6, bf16, M = 16384, operands of
 # more than L2 by turns), N = 2048, 6144, 12288: W = 16 42.8 / 28.7, 104.7 / 70.8, 195.1 / 132.1; W = 32 39.7 / 33.3,
 # 103.8 / 85.9, 193.3 / 172.7. Not at N = 512: 16.6 / 18.0 and 15.6 / 19.1; nor for W = 64, where the parts that
 # programs leave behind weigh as much as the read that is saved: 40.9 / 42.6, 106.3 / 113.3, 196.3 / 225.9.
-_WIDTHS: Final = (16, 32)
+WIDTHS: Final = (16, 32)
+"""The columns that the kernel takes."""
 _FEWEST: Final = 16384 * 2048
 
 torch.library.define(
@@ -92,7 +93,7 @@ def _reads_once(dy: Tensor, up: Tensor, narrow: Tensor) -> bool:
     """Whether the kernel can run, and pays."""
     (tokens, outer), width = dy.shape, up.shape[1]
     return (
-        width in _WIDTHS
+        width in WIDTHS
         and tokens * outer >= _FEWEST
         and dy.dtype in (torch.bfloat16, torch.float16)
         and triton_refusal(dy.device, dy.dtype) is None
