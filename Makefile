@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# processes that share the tests; each grows to about 2 GB
+WORKERS ?= 2
 
 .PHONY: demo test lint format docs clean setup
 
@@ -19,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python -m deltatune.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

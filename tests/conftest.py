@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -8,7 +9,19 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# processes that tests start as well: where several share the cores, threads that wait for each other spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier_files_are_not_searched() -> None:
+    """Compilers keep millions of objects from test to test: the garbage collector need not look at them every time.
+
+    Libraries call ``gc.collect`` themselves: behind test_compile.py, that was 15 s of training/test_run.py.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
