@@ -11,7 +11,7 @@ from deltatune.bench.shapes import SHAPES, Shape
 from deltatune.cli import main
 from deltatune.commands import doctor, prebuild
 from deltatune.layers.final_norm import FinalNorm
-from deltatune.ops._lora_linear import up_backward
+from deltatune.ops._lora_linear import gated, gated_act, up_backward
 from tiny import tiny_model
 
 GOOD = {"torch": "2.13.0", "triton": "3.6.0", "transformers": "5.23.0"}
@@ -96,6 +96,7 @@ def test_attention_alone_builds_no_delta_rule(monkeypatch) -> None:
         "rms_norm_rope",
         "final_norm",
         "linear_cross_entropy",
+        "lora_gated",
         "lora_low_rank",
         "varlen_attention",
     ]
@@ -140,9 +141,25 @@ def test_both_kernels_that_read_a_gradient_once_are_built(monkeypatch) -> None:
         return False
 
     monkeypatch.setattr(up_backward, "_reads_once", recorded)
-    built = [one.kind for one in prebuild.build(SHAPES["tiny"], 64, CPU) if one.op == "lora_low_rank"]
+    monkeypatch.setattr(prebuild, "OPS", {"lora_low_rank": OPS["lora_low_rank"]})
+    built = [one.kind for one in prebuild.build(SHAPES["tiny"], 64, CPU)]
     assert built == ["rank 16", "rank 32"]
     assert met == [(16, True), (32, True)]
+
+
+def test_both_kernels_of_a_gated_activation_are_built(monkeypatch) -> None:
+    """As on a GPU, where they run; here the call of the op stands for each."""
+    met = []
+
+    def recorded(gate, up, down, used):
+        met.append(used)
+        return gated_act.gated_act(gate, up, down, used)
+
+    monkeypatch.setattr(gated, "gated_act", recorded)
+    monkeypatch.setattr(prebuild, "OPS", {"lora_gated": OPS["lora_gated"]})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert [one.kind for one in prebuild.build(SHAPES["tiny"], 64, CPU)] == ["rank 16", "rank 32"]
+    assert met == [16, 32]
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -14,9 +15,12 @@ from deltatune.bench.ops.case import Case, Setting
 from deltatune.bench.ops.catalog import OPS
 from deltatune.bench.ops.gate import results
 from deltatune.bench.shapes import Shape
-from deltatune.ops._lora_linear.up_backward import WIDTHS
+from deltatune.ops._lora_linear import gated_act, up_backward
 
 __all__ = ["Built", "build", "document_counts"]
+
+#: Columns that the kernels of an op take, each compiled apart.
+_WIDTHS: Final = {"lora_gated": gated_act.WIDTHS, "lora_low_rank": up_backward.WIDTHS}
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ def _settings(op: str, shape: Shape, device: torch.device) -> Iterator[tuple[str
     if op == "gated_delta_rule":
         for count in document_counts(shape, device):
             yield f"{count} document{'s' * (count > 1)}", Setting(device, documents=count)
-    elif op == "lora_low_rank":
-        for rank in WIDTHS:
+    elif op in _WIDTHS:
+        for rank in _WIDTHS[op]:
             yield f"rank {rank}", Setting(device, documents=1, rank=rank)
     else:
         yield "1 document", Setting(device, documents=1)

@@ -18,10 +18,10 @@ from deltatune.ops._autocast import without_autocast
 from deltatune.ops._lora_linear.layout import Layout
 from deltatune.ops._triton import triton_refusal
 
-__all__ = ["gated_act", "gated_act_runs", "swiglu", "swiglu_backward"]
+__all__ = ["WIDTHS", "gated_act", "gated_act_runs", "swiglu", "swiglu_backward"]
 
-#: Columns that adapters use for which the kernel is built.
-_WIDTHS: Final = (16, 32)
+WIDTHS: Final = (16, 32)
+"""The columns of A^T that the kernel takes."""
 
 torch.library.define("deltatune::lora_gated_act", "(Tensor gate, Tensor up, Tensor down, SymInt used) -> Tensor")
 
@@ -47,7 +47,7 @@ def gated_act_runs(device: torch.device, dtype: torch.dtype, layout: Layout) -> 
     return (
         dtype in (torch.bfloat16, torch.float16)
         and triton_refusal(device, dtype) is None
-        and used.stop - used.start in _WIDTHS
+        and used.stop - used.start in WIDTHS
     )
 
 
@@ -71,7 +71,7 @@ def _gated_act(gate: Tensor, up: Tensor, down: Tensor, used: int) -> Tensor:
     inner, width = down.shape
     extended = gate.new_empty(gate.shape[0], inner + width)
     rows_are_dense = all(matrix.stride(1) == 1 for matrix in (gate, up, down))
-    if used in _WIDTHS and rows_are_dense and triton_refusal(gate.device, gate.dtype) is None:
+    if used in WIDTHS and rows_are_dense and triton_refusal(gate.device, gate.dtype) is None:
         from deltatune.ops._lora_linear.gated_act_kernel import write_extended
 
         with torch.cuda.device(gate.device):
