@@ -13,7 +13,7 @@ import torch
 
 from deltatune.bench import child, gates, judge, session
 from deltatune.bench.child import COMPILED, in_child
-from deltatune.bench.kernels import GROUPS, group_of, op_of
+from deltatune.bench.kernels import GROUPS, NARROW, WIDE, group_of, op_of, part_of
 from deltatune.bench.race import Laps, race
 from deltatune.bench.shapes import SHAPES, build_model
 from deltatune.bench.systems import Adapters, Setting, build_system
@@ -460,10 +460,28 @@ def test_kernels_find_their_group(kernel: str, group: str) -> None:
         ("nvjet_tst_256x128", "deltatune::linear_cross_entropy", "GEMM"),
         ("_powers", "deltatune::linear_cross_entropy", "cross-entropy"),
         ("_parts_kernel", "deltatune::lora_up_backward", "GEMM"),
+        ("_write_extended", "deltatune::lora_gated_act", "norm and elementwise"),
     ],
 )
 def test_kernels_of_our_ops_go_by_the_op(kernel: str, op: str, group: str) -> None:
     assert group_of(kernel, op) == group
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op", "part"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "", WIDE),
+        ("nvjet_sm90_tst_64x128_64x8_1x2_h_bz_NNN", "", NARROW),
+        ("nvjet_sm90_tss_192x64_64x6_2x1_v_bz_splitK_NTT", "", NARROW),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "", NARROW),
+        ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "deltatune::lora_accumulate", WIDE),
+        ("_parts", "deltatune::lora_up_backward", NARROW),
+        ("_write_extended", "deltatune::lora_gated_act", "norm and elementwise"),
+        ("tilelang_fused_chunk_gdr_bwd_kernel_kernel", "", "delta rule"),
+    ],
+)
+def test_products_are_wide_or_narrow_by_their_tiles(kernel: str, op: str, part: str) -> None:
+    assert part_of(kernel, op) == part
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,18 @@ import torch
 
 from deltatune.bench.protocol import synchronize
 
-__all__ = ["GROUPS", "group_of", "kernel_table", "op_of", "regrouped"]
+__all__ = ["GROUPS", "NARROW", "WIDE", "group_of", "kernel_table", "op_of", "part_of", "regrouped"]
 
 _OP: Final = "deltatune::"
 #: What an op that an eager call differentiates runs under in the profiler.
 _EAGER: Final = re.compile(r"GeneratedBackwardFor_deltatune_(\w+)_default")
-# The first group with a pattern in the name of one of our ops is that op's.
+# The first group whose pattern is in the name of one of our ops is that op's.
 _OPS: Final[tuple[tuple[str, str], ...]] = (
     ("delta rule", "gated_delta_rule"),
     ("convolution", "causal_conv"),
     ("attention", "varlen_attention"),
     ("cross-entropy", "linear_cross_entropy"),
-    ("norm and elementwise", "rms_norm"),
+    ("norm and elementwise", r"rms_norm|lora_gated_act"),
     ("GEMM", "lora_"),
 )
 # The first group with a pattern in a kernel's name is its group.
@@ -40,6 +40,13 @@ _PATTERNS: Final[tuple[tuple[str, str], ...]] = (
 GROUPS: Final = (*dict.fromkeys(group for group, _ in (*_OPS, *_PATTERNS)), "other")
 """Groups of kernels; the floor's parts go by these names too."""
 
+WIDE: Final = "wide products"
+NARROW: Final = "narrow products"
+#: The tile of a product that its library's kernel is named by.
+_TILE: Final = re.compile(r"_(\d+)x(\d+)_")
+#: Sides of tiles up to here are those of products with a few columns, such as adapters'.
+_NARROWEST: Final = 96
+
 _Rows = dict[tuple[str, str], tuple[float, int]]  # (kernel, our op or "") -> (ms, launches)
 
 
@@ -48,7 +55,18 @@ def group_of(kernel: str, op: str = "") -> str:
     named = next((group for group, pattern in _PATTERNS if re.search(pattern, kernel.lower())), "other")
     if named == "GEMM" or not op:
         return named
-    return next((group for group, pattern in _OPS if pattern in op), named)
+    return next((group for group, pattern in _OPS if re.search(pattern, op)), named)
+
+
+def part_of(kernel: str, op: str = "") -> str:
+    """``group_of``, but products by their tiles: ``NARROW`` where a side is short, as ours are, or ``WIDE``."""
+    group = group_of(kernel, op)
+    if group != "GEMM":
+        return group
+    tile = _TILE.search(kernel)
+    if tile is None:  # ours, and what adds up the parts of split products
+        return NARROW if op or "splitk" in kernel.lower() else WIDE
+    return NARROW if min(map(int, tile.groups())) <= _NARROWEST else WIDE
 
 
 def kernel_table(step: Callable[[], object], device: torch.device, *, floor: Mapping[str, float] | None) -> Any:

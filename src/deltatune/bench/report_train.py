@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from deltatune.bench.kernels import regrouped
+from deltatune.bench.kernels import part_of, regrouped
 from deltatune.bench.records import Record
 from deltatune.bench.report_ops import heading, markdown_table
 
@@ -23,7 +24,8 @@ def training_section(record: Record, plot: str | None) -> str:
         if plot is not None:
             lines += ["", f"![tokens a second against peak memory of {record.subject}]({plot})"]
         failures = [[f"No table of kernels, {key}: {why}."] for key, why in config.get("kernels_failure", {}).items()]
-        for part in (_floor(config), *map(_kernels, _tables(config)), *failures, _gates(config)):
+        tables = [*map(_kernels, _tables(config)), _added_by_adapters(config)]
+        for part in (_floor(config), *tables, *failures, _gates(config)):
             lines += ["", *part] if part else []
     return "\n".join(lines) + "\n"
 
@@ -128,6 +130,34 @@ def _kernels(found: Mapping[str, Any]) -> list[str]:
     busy = f"kernels run for {found['busy_ms']:.1f} of {found['step_ms']:.1f} ms"
     header = ("", "ms", "launches", "floor, ms")
     return [f"Where the time of {found['name']} goes ({busy}):", "", *markdown_table(header, rows)]
+
+
+def _added_by_adapters(config: Mapping[str, Any]) -> list[str]:
+    """What a step with adapters on all linears takes over one on q, k, v and o, by parts, where both were profiled."""
+    settings = {result["name"]: result["checkpointing"] for result in config["results"]}
+    sums: dict[tuple[str, str], Counter[str]] = {}
+    for table in _tables(config):
+        key = settings.get(table["name"], ""), table.get("targets", "")
+        found = sums.setdefault(key, Counter())
+        for row in table["rows"]:
+            found[part_of(row["kernel"], row.get("op") or "")] += row["ms"]
+    both = [setting for setting, targets in sums if targets == "qkvo" and (setting, "all") in sums]
+    if not both:
+        return []
+    parts = sorted({part for found in sums.values() for part in found}, key=lambda part: -sums[both[0], "all"][part])
+    rows = []
+    for part in (*parts, "all kernels"):
+        figures = []
+        for setting in both:
+            few, every = ((found.total() if part == "all kernels" else found[part]) for found in _pair(sums, setting))
+            figures += [f"{few:.1f}", f"{every:.1f}", f"{every - few:+.1f}"]
+        rows.append([part, *figures])
+    header = ("", *(f"{setting}: {what}" for setting in both for what in ("q, k, v, o", "all", "more")))
+    return ["Adapters on all linears beside those on q, k, v and o, ms of kernels:", "", *markdown_table(header, rows)]
+
+
+def _pair(sums: Mapping[tuple[str, str], Counter[str]], setting: str) -> tuple[Counter[str], Counter[str]]:
+    return sums[setting, "qkvo"], sums[setting, "all"]
 
 
 def _gates(config: Mapping[str, Any]) -> list[str]:
