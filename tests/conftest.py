@@ -24,6 +24,12 @@ def earlier_files_are_not_searched() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """What is still frozen when Python ends is never freed, and Triton's bindings would list it as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_seed() -> None:
     """Tiny shapes run fastest on one thread; every run draws the same numbers."""

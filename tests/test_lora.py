@@ -84,7 +84,7 @@ def test_the_activation_joins_the_down_projection(compiled: bool, checkpointing:
 
 
 @pytest.mark.usefixtures("gated")
-@pytest.mark.parametrize("why", ["a hook", "another activation", "no adapter behind it", "disabled"])
+@pytest.mark.parametrize("why", ["a hook", "a hook on it", "another activation", "no adapter behind it", "disabled"])
 def test_the_activation_stays_by_itself_where_it_must(why: str) -> None:
     more = {"target_modules": ["gate_proj", "up_proj"]} if why == "no adapter behind it" else {}
     fused, stock = pair(**more)
@@ -92,6 +92,8 @@ def test_the_activation_stays_by_itself_where_it_must(why: str) -> None:
         for module in model.modules():
             if why == "a hook" and hasattr(module, "down_proj"):
                 module.down_proj.register_forward_hook(lambda *_: None)
+            if why == "a hook on it" and hasattr(module, "act_fn"):
+                module.act_fn.register_forward_hook(lambda *_: None)
             if why == "another activation" and hasattr(module, "act_fn"):
                 module.act_fn = torch.nn.GELU()
     if why == "disabled":

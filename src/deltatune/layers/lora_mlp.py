@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune.layers.lora_form import is_hooked
 from deltatune.layers.lora_linear import LoRALinear, project
 from deltatune.layers.reclass import Swapped, stock_class
 
@@ -52,7 +53,10 @@ class GatedMLP(Swapped):
 
 
 def _is_silu(function: Any) -> bool:
-    return function is F.silu or type(function).__name__ in ("SiLU", "SiLUActivation")
+    """Whether the activation is SiLU and nothing else, so that it need not be called."""
+    if not isinstance(function, nn.Module):
+        return function is F.silu
+    return type(function).__name__ in ("SiLU", "SiLUActivation") and not is_hooked(function)
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
