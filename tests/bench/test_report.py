@@ -132,18 +132,21 @@ def test_each_choice_of_targets_has_a_table_of_kernels_and_the_floor_only_its_ow
 
 
 def test_what_adapters_on_all_linears_add_is_told_by_parts(tmp_path) -> None:
-    record = training_record([step("deltatune", "none", 250, 32), step("deltatune", "none", 280, 40, targets="all")])
+    ours = [step("deltatune", "none", 250, 32), step("deltatune", "none", 280, 40, targets="all")]
+    record = training_record([result | {"lora": "auto"} for result in ours])
     names = [result["name"] for result in record["configs"][0]["results"]]
     narrow = {"kernel": "nvjet_sm90_tst_64x128_64x8_NNN", "op": None, "group": "GEMM", "ms": 4.0, "launches": 9}
     wide = {"kernel": "nvjet_sm90_tst_256x128_64x4_NNT", "op": None, "group": "GEMM", "ms": 180.0, "launches": 9}
-    ours = {"kernel": "_parts", "op": "lora_up_backward", "group": "GEMM", "ms": 3.0, "launches": 9}
+    own = {"kernel": "_parts", "op": "lora_up_backward", "group": "GEMM", "ms": 3.0, "launches": 9}
     activation = {"kernel": "_write_extended", "op": "lora_gated_act", "group": "GEMM", "ms": 2.5, "launches": 9}
     few, every = a_profile() | {"name": names[0]}, a_profile() | {"name": names[1], "targets": "all"}
-    few["rows"], every["rows"] = [wide], [wide | {"ms": 190.0}, narrow, ours, activation]
+    peft = step("deltatune", "none", 300, 40, targets="all", lora="stock", name="deltatune none all stock")
+    record["configs"][0]["results"].append(peft)
+    few["rows"], every["rows"] = [wide], [wide | {"ms": 190.0}, narrow, own, activation]
     record["configs"][0]["kernels"] = [few]
     write(tmp_path, "train.json", record)
     assert "Adapters on all linears beside" not in report.render(tmp_path)
-    record["configs"][0]["kernels"] = [few, every]
+    record["configs"][0]["kernels"] = [few, every, every | {"name": peft["name"]}]
     write(tmp_path, "train.json", record)
     page = report.render(tmp_path)
     assert "| | none: q, k, v, o | none: all | none: more |".replace("| |", "|  |") in page

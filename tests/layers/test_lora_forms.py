@@ -294,22 +294,24 @@ def test_sharded_layers_run_beside_the_base_product(one_process: Any, ran: bool,
 
 
 @pytest.mark.parametrize(
-    ("shapes", "ranks", "pointwise", "expected"),
+    ("shapes", "ranks", "around", "expected"),
     [
         ([(6144, 2048)], [[16]], "", (64, True, False)),
         ([(2048, 6144)], [[16]], "", (64, False, True)),
-        ([(2048, 6144)], [[16]], "input", (64, True, True)),
+        ([(2048, 6144)], [[16]], "gated_input", (64, True, True)),
+        ([(2048, 6144)], [[20, 12]], "gated_input", (64, True, True)),
+        ([(2048, 6144)], [[33]], "gated_input", (64, False, True)),
         ([(2048, 2048)], [[16]], "", (64, False, False)),
-        ([(6144, 2048), (6144, 2048)], [[16], [16]], "gradients", (64, True, True)),
+        ([(6144, 2048), (6144, 2048)], [[16], [16]], "pointwise_gradients", (64, True, True)),
         ([(4096, 2048), (512, 2048), (512, 2048)], [[16], [16], [16]], "", (64, True, False)),
         ([(6144, 2048)], [[256]], "", (256, False, False)),
-        ([(2048, 6144)], [[256]], "input", (256, False, False)),
+        ([(2048, 6144)], [[256]], "gated_input", (256, False, False)),
         ([(6144, 2048)], [[8, 9]], "", (64, True, False)),
     ],
 )
-def test_where_a_border_pays(shapes: Any, ranks: Any, pointwise: str, expected: Any) -> None:
-    made_by = {f"pointwise_{what}": what == pointwise for what in ("input", "gradients")}
-    layout = layout_of(shapes, ranks, **made_by)
+def test_where_a_border_pays(shapes: Any, ranks: Any, around: str, expected: Any) -> None:
+    known = {what: what == around for what in ("gated_input", "pointwise_gradients")}
+    layout = layout_of(shapes, ranks, **known)
     assert (layout.width, layout.forward_border, layout.backward_border) == expected
     ends = [target.offset + target.width for target in layout.targets]
     assert [target.offset for target in layout.targets] == [0, *ends[:-1]]

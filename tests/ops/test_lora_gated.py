@@ -37,8 +37,8 @@ class Case:
     down: list[Tensor]
     up: list[Tensor]
 
-    def run(self, gate: Tensor, up: Tensor, *, keep: bool) -> Tensor:
-        return gated_linear_with_lora(gate, up, self.operands, self.layout, (self.down, self.up), keep=keep)
+    def run(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated_linear_with_lora(gate, up, self.operands, self.layout, (self.down, self.up))
 
     def plain(self, gate: Tensor, up: Tensor) -> Tensor:
         """The formula, in the dtype of gate and up."""
@@ -116,30 +116,24 @@ def test_op_counts_its_product_and_ignores_autocast():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "ranks", "runs"),
+    ("device", "dtype", "runs"),
     [
-        ("cuda", torch.bfloat16, [16], True),
-        ("cuda", torch.float16, [16, 8], True),
-        ("cuda", torch.bfloat16, [3], True),
-        ("cuda", torch.bfloat16, [64], False),
-        ("cuda", torch.float32, [16], False),
-        ("cpu", torch.bfloat16, [16], False),
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
     ],
 )
-def test_where_the_kernel_runs(device, dtype, ranks, runs):
+def test_where_the_kernel_runs(device, dtype, runs):
     pytest.importorskip("triton")
-    ends = [sum(ranks[: number + 1]) for number in range(len(ranks))]
-    slots = tuple(Slot(0, end - rank, rank) for end, rank in zip(ends, ranks, strict=True))
-    layout = Layout(INNER, 64, True, True, (Target(OUTER, 0, 64),), slots)
-    assert gated_act_runs(torch.device(device), dtype, layout) == runs
+    assert gated_act_runs(torch.device(device), dtype) == runs
 
 
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("backward_border", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (63,), (2, 65), (0,)])
-def test_equals_base_plus_adapters_of_the_activation(shape, backward_border, keep):
+def test_equals_base_plus_adapters_of_the_activation(shape, backward_border):
     made, (gate, up) = case(backward_border), inputs(*shape)
-    found, want = made.run(gate, up, keep=keep), made.plain(gate, up)
+    found, want = made.run(gate, up), made.plain(gate, up)
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
     leaves = [gate, up, *made.down, *made.up]
     grads = torch.autograd.grad(weighted(found), leaves)
@@ -147,16 +141,15 @@ def test_equals_base_plus_adapters_of_the_activation(shape, backward_border, kee
         torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("frozen", ["inputs", "down", "up", "adapters"])
-def test_what_is_frozen_gets_no_gradient(frozen, keep):
+def test_what_is_frozen_gets_no_gradient(frozen):
     made, (gate, up) = case(), inputs(9)
     leaves = [gate, up, *made.down, *made.up]
     parts = {"inputs": [gate, up], "down": made.down, "up": made.up, "adapters": [*made.down, *made.up]}
-    expected = torch.autograd.grad(weighted(made.run(gate, up, keep=keep)), leaves)
+    expected = torch.autograd.grad(weighted(made.run(gate, up)), leaves)
     for leaf in parts[frozen]:
         leaf.requires_grad_(False)
-    weighted(made.run(gate, up, keep=keep)).backward()
+    weighted(made.run(gate, up)).backward()
     for leaf, want in zip(leaves, expected, strict=True):
         if leaf.requires_grad:
             torch.testing.assert_close(leaf.grad, want, rtol=1e-12, atol=1e-12)
@@ -164,35 +157,29 @@ def test_what_is_frozen_gets_no_gradient(frozen, keep):
             assert leaf.grad is None
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_keeps_the_activation_only_if_asked(keep):
+def test_keeps_gate_up_and_the_extended_activation() -> None:
     made, (gate, up) = case(), inputs(9)
     saved: list[Tensor] = []
-    known = {id(x.untyped_storage()._cdata) for x in (gate, up)}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        made.run(gate, up, keep=keep)
-    frozen = {x.untyped_storage()._cdata for x in (*made.operands.bordered, *made.operands.up, made.operands.down)}
-    own = [x for x in saved if x.untyped_storage()._cdata not in frozen and id(x.untyped_storage()._cdata) not in known]
-    wide = [x for x in own if x.shape[0] == 9]
-    assert [tuple(x.shape) for x in wide] == [(9, INNER), (9, INNER), *[(9, INNER + 64)] * keep]
+        made.run(gate, up)
+    assert [tuple(x.shape) for x in saved if x.shape[0] == 9] == [(9, INNER), (9, INNER), (9, INNER + 64)]
 
 
 @pytest.mark.parametrize("ranks", [(3,), (3, 5)])
-@pytest.mark.parametrize("keep", [False, True])
-def test_compiles_as_one_graph(keep, ranks):
+def test_compiles_as_one_graph(ranks):
     made, (gate, up) = case(dtype=torch.float32, ranks=ranks), inputs(2, 20, dtype=torch.float32)
     leaves = [gate, up, *made.down, *made.up]
-    want = torch.autograd.grad(weighted(made.run(gate, up, keep=keep)), leaves)
-    compiled = torch.compile(lambda *both: made.run(*both, keep=keep), fullgraph=True, dynamic=False)
+    want = torch.autograd.grad(weighted(made.run(gate, up)), leaves)
+    compiled = torch.compile(lambda *both: made.run(*both), fullgraph=True, dynamic=False)
     found = compiled(gate, up)
-    torch.testing.assert_close(found, made.run(gate, up, keep=keep), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, made.run(gate, up), rtol=1e-5, atol=1e-5)
     for grad, expected in zip(torch.autograd.grad(weighted(found), leaves), want, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(compiled(gate, up), found, rtol=1e-5, atol=1e-5)
 
 
-def assert_at_most_twice_the_error_of_plain_torch(made: Case, gate: Tensor, up: Tensor, *, keep: bool) -> None:
+def assert_at_most_twice_the_error_of_plain_torch(made: Case, gate: Tensor, up: Tensor) -> None:
     leaves = [gate, up, *made.down, *made.up]
 
     def everything(y: Tensor) -> list[Tensor]:
@@ -200,16 +187,15 @@ def assert_at_most_twice_the_error_of_plain_torch(made: Case, gate: Tensor, up: 
         return [y, *torch.autograd.grad(y, leaves, weight)]
 
     exact = everything(made.plain(gate.double(), up.double()))
-    plain, found = everything(made.plain(gate, up)), everything(made.run(gate, up, keep=keep))
+    plain, found = everything(made.plain(gate, up)), everything(made.run(gate, up))
     for ours, theirs, want in zip(found, plain, exact, strict=True):
         assert ours.dtype == theirs.dtype
         assert relative(ours, want) <= 2 * relative(theirs, want)
 
 
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_that_of_plain_torch(dtype, keep):
-    assert_at_most_twice_the_error_of_plain_torch(case(dtype=dtype), *inputs(300, dtype=dtype), keep=keep)
+def test_error_is_at_most_twice_that_of_plain_torch(dtype):
+    assert_at_most_twice_the_error_of_plain_torch(case(dtype=dtype), *inputs(300, dtype=dtype))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
@@ -264,9 +250,8 @@ def test_kernel_is_as_exact_as_plain_torch_and_repeats_its_bits(tokens, inner, w
 
 @pytest.mark.cuda
 @CUDA
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_error_on_a_gpu_is_at_most_twice_that_of_plain_torch(dtype, keep):
+def test_error_on_a_gpu_is_at_most_twice_that_of_plain_torch(dtype):
     made = case(dtype=dtype, device="cuda", inner=1536, outer=512)
     both = inputs(3000, dtype=dtype, device="cuda", inner=1536)
-    assert_at_most_twice_the_error_of_plain_torch(made, *both, keep=keep)
+    assert_at_most_twice_the_error_of_plain_torch(made, *both)

@@ -59,7 +59,10 @@ def group_of(kernel: str, op: str = "") -> str:
 
 
 def part_of(kernel: str, op: str = "") -> str:
-    """``group_of``, but products by their tiles: ``NARROW`` where a side is short, as ours are, or ``WIDE``."""
+    """``group_of``, but products by their tiles: ``NARROW`` where a side is short, as ours are, or ``WIDE``.
+
+    A product that contracts a few columns alone has the tiles of a wide one.
+    """
     group = group_of(kernel, op)
     if group != "GEMM":
         return group

@@ -134,11 +134,12 @@ def _kernels(found: Mapping[str, Any]) -> list[str]:
 
 def _added_by_adapters(config: Mapping[str, Any]) -> list[str]:
     """What a step with adapters on all linears takes over one on q, k, v and o, by parts, where both were profiled."""
-    settings = {result["name"]: result["checkpointing"] for result in config["results"]}
+    settings = {result["name"]: (result["checkpointing"], result["lora"]) for result in config["results"]}
     sums: dict[tuple[str, str], Counter[str]] = {}
     for table in _tables(config):
-        key = settings.get(table["name"], ""), table.get("targets", "")
-        found = sums.setdefault(key, Counter())
+        checkpointing, lora = settings.get(table["name"], ("", ""))
+        setting = checkpointing if lora == "auto" else f"{checkpointing}, lora {lora}"
+        found = sums.setdefault((setting, table.get("targets", "")), Counter())
         for row in table["rows"]:
             found[part_of(row["kernel"], row.get("op") or "")] += row["ms"]
     both = [setting for setting, targets in sums if targets == "qkvo" and (setting, "all") in sums]

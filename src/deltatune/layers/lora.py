@@ -103,9 +103,9 @@ def _groups_among_children(parent: nn.Module, setting: str) -> Iterator[LoraGrou
         members = [children.pop(name) for name in names if name in children]
         if members:
             yield LoraGroup(members, setting, pointwise_gradients=getattr(type(parent), "pointwise_gradients", False))
-    pointwise = getattr(type(parent), "pointwise_inputs", ())
+    gated = getattr(type(parent), "gated_inputs", ())
     for name, child in children.items():
-        yield LoraGroup([child], setting, pointwise_input=name in pointwise)
+        yield LoraGroup([child], setting, gated_input=name in gated)
 
 
 def _before_layer(layer: Any, _: tuple[Any, ...]) -> None:

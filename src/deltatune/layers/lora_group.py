@@ -14,6 +14,7 @@ from deltatune.layers.lora_border import give_back, is_inside, take_in
 from deltatune.layers.lora_form import BESIDE, FUSED, active_adapters, form_of
 from deltatune.ops._lora_linear.api import linear_with_lora
 from deltatune.ops._lora_linear.gated import gated_linear_with_lora
+from deltatune.ops._lora_linear.gated_act import WIDTHS
 from deltatune.ops._lora_linear.layout import Layout, Operands, Slot, Target
 from deltatune.ops._lora_linear.refresh import Refresh
 
@@ -55,17 +56,17 @@ class LoraGroup:
     _made_for: tuple[Any, ...]
 
     def __init__(
-        self, layers: Sequence[Any], setting: str, *, pointwise_input: bool = False, pointwise_gradients: bool = False
+        self, layers: Sequence[Any], setting: str, *, gated_input: bool = False, pointwise_gradients: bool = False
     ) -> None:
-        """``pointwise_...``: elementwise work makes the input, or the outputs' gradients, wherever they are to lie."""
+        """What is around the layers: ``act(gate) * up`` in front, or elementwise work that makes their gradients."""
         self.layers, self.setting = tuple(layers), setting
-        self.pointwise_input, self.pointwise_gradients = pointwise_input, pointwise_gradients
+        self.gated_input, self.pointwise_gradients = gated_input, pointwise_gradients
         self._forget()
         for layer in self.layers:
             layer.__dict__["_lora_group"] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("layers", "setting", "pointwise_input", "pointwise_gradients")
+        kept = ("layers", "setting", "gated_input", "pointwise_gradients")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,11 +100,16 @@ class LoraGroup:
         down, up = self._adapters(numbers)
         return linear_with_lora(x, self.operands, self.layout, down, up, numbers=numbers)
 
-    def run_gated(self, gate: Tensor, up: Tensor, *, keep: bool) -> Tensor:
+    def takes_gated(self) -> bool:
+        """Whether ``run_gated`` can compute the only layer as it is now."""
+        layout = self.layout
+        return layout is not None and len(layout.targets) == 1 and layout.forward_border and _fits(layout.used(0).stop)
+
+    def run_gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """The output of the only layer, for the input ``silu(gate) * up``."""
         assert self.layout is not None
         assert self.operands is not None
-        return gated_linear_with_lora(gate, up, self.operands, self.layout, self._adapters((0,)), keep=keep)
+        return gated_linear_with_lora(gate, up, self.operands, self.layout, self._adapters((0,)))
 
     def release(self) -> None:
         """Gives every weight back as a plain contiguous tensor; the next call outside a graph takes them in again."""
@@ -163,7 +169,7 @@ class LoraGroup:
         layout = layout_of(
             [tuple(weight.shape) for weight in weights],
             [[rank for _, rank in _ranks(layer)] for layer in fused],
-            pointwise_input=self.pointwise_input,
+            gated_input=self.gated_input,
             pointwise_gradients=self.pointwise_gradients,
         )
         buffers = take_in_all(layout, weights)
@@ -189,15 +195,16 @@ def layout_of(
     shapes: Sequence[tuple[int, int]],
     ranks: Sequence[Sequence[int]],
     *,
-    pointwise_input: bool,
+    gated_input: bool,
     pointwise_gradients: bool,
     padded_to: int = _PADDED_TO,
 ) -> Layout:
     """The layout for weights ``[N, K]`` of one K with these ranks of their adapters, borders in whole ``padded_to``.
 
-    A border extends what is contracted, so it copies the narrower side of a product unless elementwise work writes that
-    side in place; adding to what is there passes over the output twice. So forward has a border where the output is the
-    wider side or the input is shared or pointwise, backward where the input is the wider one or the gradients are.
+    A border extends what is contracted, so it copies the narrower side of a product unless that side is written in
+    place; adding to what is there passes over the output twice. So forward has a border where the output is the wider
+    side, the input is shared, or the kernel of a gated activation writes it; backward where the input is the wider one
+    or the gradients are ``pointwise``.
     """
     targets, slots, place = [], [], 0
     for number, ((outer, _), of_layer) in enumerate(zip(shapes, ranks, strict=True)):
@@ -210,11 +217,12 @@ def layout_of(
             place = _padded(place, padded_to)
         targets.append(Target(outer, first, place - first))
     width, inner, outer = _padded(place, padded_to), shapes[0][1], shapes[0][0]
+    gated = gated_input and _fits(_padded(sum(ranks[0]), _RANK_PADDED_TO))
     alone = len(shapes) == 1
     return Layout(
         inner,
         width,
-        forward_border=width <= _WIDEST_BORDER and (not alone or outer > inner or pointwise_input),
+        forward_border=width <= _WIDEST_BORDER and (not alone or outer > inner or gated),
         backward_border=width <= _WIDEST_BORDER and (outer < inner if alone else pointwise_gradients),
         targets=tuple(targets),
         slots=tuple(slots),
@@ -249,6 +257,11 @@ def _up(buffer: Tensor, target: Target, layout: Layout) -> Tensor:
         return buffer.new_zeros(target.outer, target.width)
     first = layout.inner + target.offset
     return buffer[: target.outer, first : first + target.width]
+
+
+def _fits(used: int) -> bool:
+    """Whether the kernel of a gated activation takes as many columns."""
+    return used in WIDTHS
 
 
 def _padded(width: int, multiple: int) -> int:

@@ -51,24 +51,14 @@ class LoRALinear(Swapped):
     def takes_gated(self, like: Tensor) -> bool:
         """Whether ``gated`` computes this layer for an input that is ``silu(gate) * up``, both like this tensor."""
         group = self._lora_group
-        if group is None or is_hooked(self):
+        if group is None or is_hooked(self) or not gated_act_runs(like.device, _compute_dtype(like)):
             return False
         self.sync()
-        layout = group.layout
-        return (
-            self.form_of_call(like) == FUSED
-            and layout is not None
-            and len(layout.targets) == 1
-            and layout.forward_border
-            and gated_act_runs(like.device, _compute_dtype(like), layout)
-        )
+        return self.form_of_call(like) == FUSED and group.takes_gated()
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """``self(silu(gate) * up)``."""
-        state = self._deltatune
-        # what a graph recomputes, it recomputes in the pass over the gradients
-        keep = state.compile is None or state.checkpointing != "layer"
-        return self.with_bias(_group(self).run_gated(_cast(gate), _cast(up), keep=keep))
+        return self.with_bias(_group(self).run_gated(_cast(gate), _cast(up)))
 
     def sync(self) -> None:
         """Brings the operands in step with the adapters; a compiled graph finds that done before it runs."""

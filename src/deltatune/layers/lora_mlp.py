@@ -24,6 +24,7 @@ _CLASSES = {
     "qwen3_5": "Qwen3_5MLP",
     "qwen3_5_moe": "Qwen3_5MoeMLP",
 }
+_SILU = {("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation")}
 
 
 class GatedMLP(Swapped):
@@ -33,8 +34,8 @@ class GatedMLP(Swapped):
     shared_inputs = (("gate_proj", "up_proj"),)
     #: their gradients come out of the activation's backward, elementwise
     pointwise_gradients = True
-    #: children whose input is
-    pointwise_inputs = ("down_proj",)
+    #: children that read the gated activation
+    gated_inputs = ("down_proj",)
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -56,7 +57,8 @@ def _is_silu(function: Any) -> bool:
     """Whether the activation is SiLU and nothing else, so that it need not be called."""
     if not isinstance(function, nn.Module):
         return function is F.silu
-    return type(function).__name__ in ("SiLU", "SiLUActivation") and not is_hooked(function)
+    cls = type(function)
+    return (cls.__module__, cls.__qualname__) in _SILU and not is_hooked(function)
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

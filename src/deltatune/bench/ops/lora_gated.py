@@ -52,8 +52,7 @@ def case(shape: Shape, tokens: int, setting: Setting) -> Case:
         trained=_TRAINED,
         reference=_peft,
         variants=[
-            Variant(FUSED, "deltatune", lambda: _fused(weights, keep=True)),
-            Variant("fused, h not kept", "deltatune", lambda: _fused(weights, keep=False)),
+            Variant(FUSED, "deltatune", lambda: _fused(weights)),
             compiled(_peft),
             Variant("reference", "stock", lambda: _peft),
         ],
@@ -64,17 +63,17 @@ def case(shape: Shape, tokens: int, setting: Setting) -> Case:
     )
 
 
-def _fused(weights: Tensors, *, keep: bool) -> Function:
+def _fused(weights: Tensors) -> Function:
     """Compiled, as layers are; the operands are made once, since all draws share weight and adapter."""
     weight, a, b = (weights[name] for name in ("w", "a", "b"))
     layout = layout_of(
-        [(weight.shape[0], weight.shape[1])], [[a.shape[0]]], pointwise_input=True, pointwise_gradients=False
+        [(weight.shape[0], weight.shape[1])], [[a.shape[0]]], gated_input=True, pointwise_gradients=False
     )
     operands = empty_operands(layout, take_in_all(layout, [nn.Parameter(weight.clone(), requires_grad=False)]))
     Refresh(layout, operands).run([a], [b], [_SCALE])
 
     def run(t: Tensors) -> Tensor:
-        return gated_linear_with_lora(t["gate"], t["up"], operands, layout, ([t["a"]], [t["b"]]), keep=keep)
+        return gated_linear_with_lora(t["gate"], t["up"], operands, layout, ([t["a"]], [t["b"]]))
 
     function: Function = torch.compile(fresh_code(run, "gated"), fullgraph=True, dynamic=False)
     return function

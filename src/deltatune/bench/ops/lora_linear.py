@@ -69,8 +69,7 @@ def case(shape: Shape, tokens: int, setting: Setting) -> Case:
         reference=functools.partial(_block, project=_peft),
         variants=[
             Variant(FUSED, "deltatune", fused),
-            Variant("fused, h not kept", "deltatune", functools.partial(fused, gated="again")),
-            Variant("fused, activation by itself", "deltatune", functools.partial(fused, gated="")),
+            Variant("fused, activation by itself", "deltatune", functools.partial(fused, gated=False)),
             Variant("fused, borders in whole 16s", "deltatune", functools.partial(fused, padded_to=16)),
             Variant("fused, borders of 128", "deltatune", functools.partial(fused, padded_to=128)),
             Variant("fused, added to narrow products", "deltatune", functools.partial(fused, bordered=False)),
@@ -128,11 +127,10 @@ def _beside(t: Tensors, x: Tensor, names: Sequence[str]) -> list[Tensor]:
     return [F.linear(x, t[name]) + low_rank(x, t[f"a_{name}"], t[f"b_{name}"], _SCALE) for name in names]
 
 
-def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = True, gated: str = "kept") -> Function:
+def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = True, gated: bool = True) -> Function:
     """The layers' own products; operands are made once, since all draws share weights and adapters.
 
-    ``gated`` says whether h of the activation's kernel is ``"kept"`` or computed ``"again"``; empty, the activation is
-    elementwise work around the products.
+    ``gated``: the activation's kernel where it runs; otherwise elementwise work around the products.
     """
     groups: _Groups = {}
     for names in (_SHARED, _ALONE):
@@ -140,7 +138,7 @@ def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = T
         shapes = [(weights[name].shape[0], weights[name].shape[1]) for name in names]
         ranks = [[weights[f"a_{name}"].shape[0]] for name in names]
         shared = names == _SHARED
-        layout = layout_of(shapes, ranks, pointwise_input=not shared, pointwise_gradients=shared, **more)
+        layout = layout_of(shapes, ranks, gated_input=not shared, pointwise_gradients=shared, **more)
         if not bordered:
             layout = layout._replace(forward_border=False, backward_border=False)
         buffers = take_in_all(layout, [nn.Parameter(weights[name].clone(), requires_grad=False) for name in names])
@@ -157,10 +155,10 @@ def _fused(weights: Tensors, *, padded_to: int | None = None, bordered: bool = T
     def behind(t: Tensors, gate: Tensor, up: Tensor) -> Tensor:
         layout, operands = groups["down"]
         adapters = [t["a_down"]], [t["b_down"]]
-        return gated_linear_with_lora(gate, up, operands, layout, adapters, keep=gated == "kept")
+        return gated_linear_with_lora(gate, up, operands, layout, adapters)
 
     layout, operands = groups["down"]
-    runs = layout.forward_border and gated_act_runs(operands.down.device, operands.down.dtype, layout)
+    runs = layout.forward_border and gated_act_runs(operands.down.device, operands.down.dtype)
     return _compiled(project, behind if gated and runs else None)
 
 

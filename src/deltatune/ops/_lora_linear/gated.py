@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.ops._lora_linear.gated_act import gated_act, swiglu, swiglu_backward
-from deltatune.ops._lora_linear.gradients import Wanted, adapter_gradients, cast, extend, input_gradient
+from deltatune.ops._lora_linear.gated_act import gated_act, swiglu_backward
+from deltatune.ops._lora_linear.gradients import Wanted, adapter_gradients, cast, input_gradient
 from deltatune.ops._lora_linear.layout import Layout, Operands
-from deltatune.ops._lora_linear.op import fill_border
 
 __all__ = ["gated_linear_with_lora"]
 
@@ -24,8 +23,6 @@ def gated_linear_with_lora(
     operands: Operands,
     layout: Layout,
     adapters: tuple[Sequence[Tensor], Sequence[Tensor]],
-    *,
-    keep: bool,
 ) -> Tensor:
     """``linear_with_lora`` of ``silu(gate) * up`` for a layer alone in its group, whose input has a forward border.
 
@@ -37,18 +34,15 @@ def gated_linear_with_lora(
         operands: of the layer.
         layout: of the layer, with ``forward_border``.
         adapters: ``A [R, K]`` of every slot, and ``B [N, R]`` of every slot.
-        keep: save ``[h | u]`` for backward; otherwise backward computes h beside the gradients of gate and up, in the
-            pass over them that it makes anyway.
 
     Returns:
-        ``[..., N]``. Saved for backward: gate and up, and ``[h | u]`` where kept. Backward is of first order.
+        ``[..., N]``. Saved for backward: gate, up and ``[h | u]``. Backward is of first order.
     """
     down, above = adapters
     y = _apply(
         gate.reshape(-1, layout.inner),
         up.reshape(-1, layout.inner),
         layout,
-        keep,
         operands.down,
         operands.rows,
         operands.scale,
@@ -67,15 +61,14 @@ class _GatedLinearWithLora(torch.autograd.Function):
         gate: Tensor,
         up: Tensor,
         layout: Layout,
-        keep: bool,
         *rest: Tensor,
     ) -> Tensor:
         # Dynamo takes a forward with as many parameters as it has arguments for one without ctx: few have names here
         down, rows, scale, bordered, up_columns, *adapters = rest
-        ctx.layout, ctx.keep, ctx.dtypes = layout, keep, tuple(adapter.dtype for adapter in adapters)
+        ctx.layout, ctx.dtypes = layout, tuple(adapter.dtype for adapter in adapters)
         used = layout.used(0)
         extended = gated_act(gate, up, down, used.stop - used.start)
-        ctx.save_for_backward(gate, up, extended if keep else down, rows, scale, bordered, up_columns)
+        ctx.save_for_backward(gate, up, extended, rows, scale, bordered, up_columns)
         return extended @ bordered[: layout.targets[0].outer].mT
 
     @staticmethod
@@ -83,22 +76,13 @@ class _GatedLinearWithLora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         layout: Layout = ctx.layout
         slots, needed = len(layout.slots), ctx.needs_input_grad
-        gate, up, kept, rows, scale, bordered, up_columns = ctx.saved_tensors
-        wanted = Wanted(needed[0] or needed[1], any(needed[9 : 9 + slots]), any(needed[9 + slots :]))
-        narrow = kept[:, layout.inner :] if ctx.keep else None
-        dh, t, sums = input_gradient(layout, [dy], rows, [bordered], [up_columns], wanted, narrow)
-        extended = kept if ctx.keep else _again(gate, up, kept[:, : layout.used(0).stop])
-        dgate, dup = (None, None) if dh is None else swiglu_backward(dh, gate, up)
+        gate, up, extended, rows, scale, bordered, up_columns = ctx.saved_tensors
+        wanted = Wanted(needed[0] or needed[1], any(needed[8 : 8 + slots]), any(needed[8 + slots :]))
         h, narrow = extended[:, : layout.inner], extended[:, layout.inner :]
+        dh, t, sums = input_gradient(layout, [dy], rows, [bordered], [up_columns], wanted, narrow)
+        dgate, dup = (None, None) if dh is None else swiglu_backward(dh, gate, up)
         adapters = adapter_gradients(layout, [dy], h, narrow, t, sums, scale, wanted)
-        return dgate, dup, *(None,) * 7, *cast(adapters, ctx.dtypes)
-
-
-def _again(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """``[h | h down]``, extended like the gradients of gate and up so that one pass writes all three."""
-    extended = extend(swiglu(gate, up), down.shape[1])
-    fill_border(extended, down)
-    return extended
+        return dgate, dup, *(None,) * 6, *cast(adapters, ctx.dtypes)
 
 
 _apply: Callable[..., Tensor] = _GatedLinearWithLora.apply

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deltatune.ops._autocast import without_autocast
-from deltatune.ops._lora_linear.layout import Layout
 from deltatune.ops._triton import triton_refusal
 
-__all__ = ["WIDTHS", "gated_act", "gated_act_runs", "swiglu", "swiglu_backward"]
+__all__ = ["WIDTHS", "gated_act", "gated_act_runs", "swiglu_backward"]
 
 WIDTHS: Final = (16, 32)
 """The columns of A^T that the kernel takes."""
@@ -41,21 +40,9 @@ def gated_act(gate: Tensor, up: Tensor, down: Tensor, used: int) -> Tensor:
     return extended
 
 
-def gated_act_runs(device: torch.device, dtype: torch.dtype, layout: Layout) -> bool:
-    """Whether the kernel computes the input of a layer of this layout."""
-    used = layout.used(0)
-    return (
-        dtype in (torch.bfloat16, torch.float16)
-        and triton_refusal(device, dtype) is None
-        and used.stop - used.start in WIDTHS
-    )
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """h, as the op computes it."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    x = gate.to(wide)
-    return (x * torch.sigmoid(x) * up.to(wide)).to(gate.dtype)
+def gated_act_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel can run."""
+    return dtype in (torch.bfloat16, torch.float16) and triton_refusal(device, dtype) is None
 
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,14 +58,16 @@ def _gated_act(gate: Tensor, up: Tensor, down: Tensor, used: int) -> Tensor:
     inner, width = down.shape
     extended = gate.new_empty(gate.shape[0], inner + width)
     rows_are_dense = all(matrix.stride(1) == 1 for matrix in (gate, up, down))
-    if used in WIDTHS and rows_are_dense and triton_refusal(gate.device, gate.dtype) is None:
+    if used in WIDTHS and rows_are_dense and gated_act_runs(gate.device, gate.dtype):
         from deltatune.ops._lora_linear.gated_act_kernel import write_extended
 
         with torch.cuda.device(gate.device):
             write_extended(gate, up, down[:, :used], extended)
         return extended
     with without_autocast(gate):
-        extended[:, :inner] = swiglu(gate, up)
+        wide = torch.promote_types(gate.dtype, torch.float32)
+        x = gate.to(wide)
+        extended[:, :inner] = x * torch.sigmoid(x) * up.to(wide)
         torch.mm(extended[:, :inner], down, out=extended[:, inner:])
     return extended
 
