@@ -77,7 +77,7 @@ def test_what_cannot_be_built_is_one_line(capsys, more, named) -> None:
     assert named in captured.err
 
 
-def test_building_runs_every_op_of_the_model_once() -> None:
+def test_building_runs_every_op_of_the_model() -> None:
     built = list(prebuild.build(SHAPES["tiny"], 64, CPU))
     assert [op for op, _ in groupby(one.op for one in built)] == [op for op in OPS if op != "lora_linear"]
     assert all(one.seconds > 0 for one in built)
