@@ -238,3 +238,8 @@ def test_reasons_stand_whole_below_the_table(capsys) -> None:
 def test_an_unknown_model_is_one_line(capsys) -> None:
     assert main(["bench", "ops", "--shape", "qwen9", "--device", "cpu"]) == 2
     assert "unknown model 'qwen9'" in capsys.readouterr().err
+
+
+def test_an_unusable_device_is_one_line(capsys) -> None:
+    assert main(["bench", "ops", "--shape", "tiny", "--device", "banana"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device banana cannot be used here: ")

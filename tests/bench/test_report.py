@@ -229,11 +229,18 @@ def test_the_pages_are_rewritten_between_their_marks(checkout) -> None:
     assert (checkout / "docs" / "performance.md").read_text(encoding="utf-8") == first, "once is enough"
 
 
-@pytest.mark.parametrize("record", [None, a_step_record(tokens=4096), {**a_step_record(), "device": "cpu: x86_64"}])
+@pytest.mark.parametrize("folder", ["bench/records", "nowhere"])
+def test_no_records_empty_no_page(checkout, capsys, folder) -> None:
+    before = (checkout / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert main(["bench", "report", "--no-plots", "--records", folder]) == 2
+    assert f"error: {folder} holds no records" in capsys.readouterr().err
+    assert (checkout / "docs" / "performance.md").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("record", [a_step_record(tokens=4096), {**a_step_record(), "device": "cpu: x86_64"}])
 def test_the_readme_shows_no_other_figures(checkout, record) -> None:
     before = (checkout / "README.md").read_text(encoding="utf-8")
-    if record is not None:
-        write(checkout / "bench" / "records", "train-qwen3.5-2b-2026-01-02.json", record)
+    write(checkout / "bench" / "records", "train-qwen3.5-2b-2026-01-02.json", record)
     assert main(["bench", "report", "--no-plots"]) == 0
     assert (checkout / "README.md").read_text(encoding="utf-8") == before
 

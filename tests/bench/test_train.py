@@ -283,6 +283,10 @@ def test_the_frontier_sweeps_the_first_targets_alone() -> None:
 def test_settings_that_cannot_act_are_refused() -> None:
     with pytest.raises(UserError, match="half"):
         plan_of(arguments("--checkpointing half"))
+    with pytest.raises(UserError, match="a share from 0 to 1, got '2'"):
+        plan_of(arguments("--checkpointing 2"))
+    with pytest.raises(UserError, match="--device banana cannot be used here"):
+        plan_of(arguments("--device banana"))
     with pytest.raises(UserError, match="at least 1"):
         plan_of(arguments("--rounds 0"))
 

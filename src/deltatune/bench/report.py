@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if not PAGE.is_file():
         raise UserError(f"{PAGE} is not here: run this in a checkout of the repository")
     records = load_records(args.records)
+    if not records:
+        raise UserError(f"{args.records} holds no records, and the tables of {PAGE} would be empty")
     _rewrite(PAGE, render(args.records), "records")
     speed = speed_table(records)
     if speed and _marks("speed")[0] in README.read_text(encoding="utf-8"):
@@ -82,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _rewrite(path: Path, tables: str, name: str) -> None:
     path.write_text(with_tables(path.read_text(encoding="utf-8"), tables, name), encoding="utf-8")
+    sys.stderr.write(f"wrote the tables of {path}\n")
 
 
 def _draw(records: Sequence[Record]) -> None:

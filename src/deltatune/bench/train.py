@@ -19,6 +19,7 @@ from deltatune.bench.train_options import FRONTIER, add_arguments
 from deltatune.bench.workload import draw_lengths
 from deltatune.compile import CompileOptions
 from deltatune.config.errors import UserError
+from deltatune.devices import usable_device
 from deltatune.training.flops import peak_flops
 
 __all__ = ["add_arguments", "plan_of", "run"]
@@ -77,7 +78,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         settings=tuple(_settings(args)),
         lora=Adapters(args.rank, args.alpha, args.adapter_dtype),
         options=None if args.backend == "none" else CompileOptions(backend=args.backend),
-        device=torch.device(args.device),
+        device=usable_device(args.device),
         dtype=getattr(torch, args.dtype),
         warmup=args.warmup,
         steps=args.steps,
@@ -108,9 +109,12 @@ def _checkpointing(text: str) -> str | float:
     if text in ("none", "layer", "auto"):
         return text
     try:
-        return float(text)
+        share = float(text)
     except ValueError:
-        raise UserError(f"--checkpointing takes none, layer, auto or a share from 0 to 1, got {text!r}") from None
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--checkpointing takes none, layer, auto or a share from 0 to 1, got {text!r}")
+    return share
 
 
 def _record(args: argparse.Namespace, plan: Plan, session: Session, ceilings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from deltatune.bench.ops.catalog import OPS, Entry, shape_of
 from deltatune.bench.ops.measure import DIRECTIONS, measure_case
 from deltatune.bench.protocol import RECORDS, head, write_record
 from deltatune.config.errors import UserError
+from deltatune.devices import usable_device
 from deltatune.report import table
 
 __all__ = ["METHOD", "add_arguments", "run"]
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints tables and writes records; 1 when what ``auto`` takes, or the compiled reference, fails its gate."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     setting = Setting(device, _DTYPES[args.dtype], args.seed)
     ok = True
     for op in args.op or OPS:
