@@ -44,7 +44,7 @@ class Case:
         """The formula, in the dtype of gate and up."""
         h = F.silu(gate) * up
         y = F.linear(h, self.weight.to(h.dtype))
-        for a, b, scale in zip(self.down, self.up, SCALES, strict=False):
+        for a, b, scale in zip(self.down, self.up, SCALES[: len(self.down)], strict=True):
             y = y + scale * F.linear(F.linear(h, a.to(h.dtype)), b.to(h.dtype))
         return y
 

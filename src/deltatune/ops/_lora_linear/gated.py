@@ -56,13 +56,7 @@ def gated_linear_with_lora(
 
 class _GatedLinearWithLora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        layout: Layout,
-        *rest: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, layout: Layout, *rest: Tensor) -> Tensor:
         # Dynamo takes a forward with as many parameters as it has arguments for one without ctx: few have names here
         down, rows, scale, bordered, up_columns, *adapters = rest
         ctx.layout, ctx.dtypes = layout, tuple(adapter.dtype for adapter in adapters)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -49,9 +50,7 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     """``dgate = dh up (s + gate s (1 - s))`` with ``s = sigmoid(gate)``, and ``dup = dh gate s``."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     d, x, y = dh.to(wide), gate.to(wide), up.to(wide)
-    s = torch.sigmoid(x)
-    swish = x * s
-    return (d * y * (s + swish * (1 - s))).to(gate.dtype), (d * swish).to(gate.dtype)
+    return torch.ops.aten.silu_backward(d * y, x).to(gate.dtype), (d * F.silu(x)).to(gate.dtype)
 
 
 def _gated_act(gate: Tensor, up: Tensor, down: Tensor, used: int) -> Tensor:
@@ -66,8 +65,7 @@ def _gated_act(gate: Tensor, up: Tensor, down: Tensor, used: int) -> Tensor:
         return extended
     with without_autocast(gate):
         wide = torch.promote_types(gate.dtype, torch.float32)
-        x = gate.to(wide)
-        extended[:, :inner] = x * torch.sigmoid(x) * up.to(wide)
+        extended[:, :inner] = F.silu(gate.to(wide)) * up.to(wide)
         torch.mm(extended[:, :inner], down, out=extended[:, inner:])
     return extended
 
