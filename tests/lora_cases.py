@@ -9,7 +9,7 @@ import peft
 import torch
 
 from deltatune import Sequences, prepare
-from deltatune.layers.lora_group import LoraGroup
+from deltatune.lora.group import LoraGroup
 from tiny import documents, tiny_model
 
 LENGTHS = [5, 1, 30, 7]

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from deltatune.cli import main
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 COMMANDS = ("train", "preprocess", "plan", "verify", "doctor", "merge", "bench")
 

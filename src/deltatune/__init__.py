@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltatune import ops
-    from deltatune.compile import CompileOptions, CompileReport
-    from deltatune.data.collate import PackedCollator
-    from deltatune.data.packing import pack
+    from deltatune.compile.graphs import CompileOptions, CompileReport
+    from deltatune.packing.bins import pack
+    from deltatune.packing.collate import PackedCollator
+    from deltatune.packing.sequences import Sequences
     from deltatune.preparation import Prepared, prepare
-    from deltatune.sequences import Sequences
     from deltatune.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -34,13 +34,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompileOptions": "deltatune.compile",
-    "CompileReport": "deltatune.compile",
-    "PackedCollator": "deltatune.data.collate",
+    "CompileOptions": "deltatune.compile.graphs",
+    "CompileReport": "deltatune.compile.graphs",
+    "PackedCollator": "deltatune.packing.collate",
     "Prepared": "deltatune.preparation",
-    "Sequences": "deltatune.sequences",
+    "Sequences": "deltatune.packing.sequences",
     "VerifyReport": "deltatune.verification",
-    "pack": "deltatune.data.packing",
+    "pack": "deltatune.packing.bins",
     "prepare": "deltatune.preparation",
     "verify": "deltatune.verification",
 }

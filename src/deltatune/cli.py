@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 __all__ = ["main"]
 

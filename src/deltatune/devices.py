@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 __all__ = ["usable_device"]
 

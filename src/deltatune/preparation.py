@@ -12,18 +12,19 @@ import torch
 from torch import nn
 
 from deltatune import ops
-from deltatune.compile import CompileOptions, CompileReport, graphs_of, validate_checkpointing
-from deltatune.layers import attention_interface, capture
-from deltatune.layers.auto_checkpointing import AutoCheckpointing, decide_for
+from deltatune.compile.auto import AutoCheckpointing, decide_for
+from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of, validate_checkpointing
+from deltatune.compile.memory import Choice
+from deltatune.hf import attention_interface, capture
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
 from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
-from deltatune.layers.reclass import ModelState, Swapped, stock_class, swap, unswap
-from deltatune.memory import Choice
 from deltatune.models.family import Family
 from deltatune.models.op_sizes import op_sizes
 from deltatune.models.registry import family_of
 from deltatune.report import KernelRow, LoraRow, PrepareReport, SwapRow, TrainableRow
+from deltatune.state import Facts, Options, State
+from deltatune.subclass import Swapped, restore, stock_class, swap
 
 __all__ = ["Prepared", "prepare"]
 
@@ -45,7 +46,7 @@ class Prepared:
         model: the model that was given to ``prepare``.
     """
 
-    def __init__(self, model: nn.Module, family: Family, state: ModelState, swaps: list[SwapRow]) -> None:
+    def __init__(self, model: nn.Module, family: Family, state: State, swaps: list[SwapRow]) -> None:
         self.model = model
         self._family, self._state, self._swaps = family, state, swaps
 
@@ -56,29 +57,29 @@ class Prepared:
             family=self._family.name,
             features={name: _feature_text(feature) for name, feature in self._family.features.items()},
             swaps=self._swaps,
-            kernels=_kernel_rows(self._family, self._state.kernels, self.model),
+            kernels=_kernel_rows(self._family, self._state.options.kernels, self.model),
             trainable=_trainable_rows(self.model),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             checkpointing=self._state.checkpointing,
             checkpointing_reason=_auto_reason(self._state),
-            compile=self._state.compile,
+            compile=self._state.options.compile,
             compile_report=self.compile_report,
             lora=_lora_text(self.model),
-            lora_rows=_lora_rows(self.model, self._state.lora, _device_and_dtype(self.model)[0]),
-            head=self._state.head,
+            lora_rows=_lora_rows(self.model, self._state.options.lora, _device_and_dtype(self.model)[0]),
+            head=self._state.facts.head,
         )
 
     @property
     def compile_report(self) -> CompileReport | None:
         """Graphs, breaks, recompiles and seconds so far; None without compile."""
-        if self._state.compile is None:
+        if self._state.options.compile is None:
             return None
-        return graphs_of(self._state, self._state.compile, self._state.checkpointing).report
+        return graphs_of(self._state, self._state.options.compile, self._state.checkpointing).report
 
     @property
     def auto_checkpointing(self) -> Choice | None:
         """What ``checkpointing="auto"`` took, the predicted peak and why; None before it did, or where it was given."""
-        return None if self._state.auto is None else self._state.auto.choice
+        return None if self._state.facts.auto is None else self._state.facts.auto.choice
 
     def decide_checkpointing(
         self,
@@ -96,9 +97,9 @@ class Prepared:
             compute_dtype: of activations where autocast makes it another than the weights'.
             accumulates: gradients of several batches are summed before a step of the optimizer.
         """
-        if self._state.auto is None:
+        if self._state.facts.auto is None:
             return None
-        self._state.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype)
+        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype)
         decide_for(_base(self.model), tokens)
         return self.auto_checkpointing
 
@@ -175,20 +176,22 @@ def prepare(
     _revert(base)
     plan = _plan(base, text_model, family)
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
-    state = ModelState(requests, family.mask_form, layer_types, compile, checkpointing, lora)
-    if checkpointing == "auto":
-        # decided at the first training forward, which knows the tokens of a batch
-        state.checkpointing, state.auto = "none", AutoCheckpointing()
     if "forward" in base.__dict__:
         warnings.warn(
             f"{type(base).__name__}.forward was replaced on this model before prepare, so a loss from labels= is that "
             "function's; boundaries are kept all the same. Prepare the model before it is given to a trainer",
             stacklevel=2,
         )
+    stock_config = None if family.swaps else text_model.config
+    stock_attention = None if family.swaps else text_model.config._attn_implementation
+    # "auto" is decided at the first training forward, which knows the tokens of a batch
+    auto = AutoCheckpointing() if checkpointing == "auto" else None
+    state = State(
+        Options(requests, family.mask_form, layer_types, compile, checkpointing, lora, stock_config, stock_attention),
+        Facts(head="linear" if family.swaps else "unknown", auto=auto),
+    )
     if not family.swaps:
-        state.head = "unknown"
         attention_interface.register()
-        state.stock_config, state.stock_attention = text_model.config, text_model.config._attn_implementation
         ours = copy.copy(text_model.config)
         ours._attn_implementation_internal = attention_interface.NAME
         _set_config(text_model, ours)
@@ -207,13 +210,13 @@ def _revert(base: nn.Module) -> None:
     state = text_model.__dict__.get("_deltatune")
     if state is None:
         return
-    if state.stock_config is not None:
-        _set_config(text_model, state.stock_config)
+    if state.options.stock_config is not None:
+        _set_config(text_model, state.options.stock_config)
         attention_interface.forget_windows(text_model)
     capture.forget_capture_hooks(text_model)
     forget_lora(text_model)
     for module in base.modules():
-        unswap(module)
+        restore(module)
 
 
 def _set_config(text_model: Any, config: Any) -> None:
@@ -349,10 +352,10 @@ def _feature_text(feature: object) -> str:
     return f"{name}: {detail}" if detail else name
 
 
-def _auto_reason(state: ModelState) -> str | None:
-    if state.auto is None:
+def _auto_reason(state: State) -> str | None:
+    if state.facts.auto is None:
         return None
-    choice: Choice | None = state.auto.choice
+    choice = state.facts.auto.choice
     return "auto, decided at the first training forward" if choice is None else f"auto takes it, {choice.reason}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deltatune.compile import CompileOptions, CompileReport
+from deltatune.compile.graphs import CompileOptions, CompileReport
 
 __all__ = ["KernelRow", "LoraRow", "PrepareReport", "SwapRow", "TrainableRow", "table"]
 

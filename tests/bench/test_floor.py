@@ -7,7 +7,7 @@ from deltatune.bench.floor import arithmetic_floor, first_trained_layer, product
 from deltatune.bench.models import copy_of, with_lora
 from deltatune.bench.shapes import SHAPES, build_model
 from deltatune.bench.stages import elementwise_stages
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 from deltatune.training.flops import StepFlops
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltatune.bench.shapes import SHAPES, build_model, shape_named
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 CPU = torch.device("cpu")
 # parameters of the released text models, from their shapes: embeddings, layers, head

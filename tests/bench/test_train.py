@@ -19,7 +19,7 @@ from deltatune.bench.shapes import SHAPES, build_model
 from deltatune.bench.systems import Adapters, Setting, build_system
 from deltatune.bench.train import add_arguments, plan_of, run
 from deltatune.bench.workload import Workload
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 TINY = (
     "--model tiny --tokens 160 --shortest 20 --longest 60 --steps 2 --rounds 2 --warmup 1 --rank 4 --alpha 8 "
@@ -119,7 +119,7 @@ def test_a_leak_closes_every_setting_of_the_same_modules(tmp_path, monkeypatch) 
 
 
 def test_graphs_that_keep_old_adapters_are_not_timed(tmp_path, monkeypatch) -> None:
-    from deltatune.layers.lora_group import LoraGroup
+    from deltatune.lora.group import LoraGroup
 
     monkeypatch.setattr(LoraGroup, "sync", _once(LoraGroup.sync))
     options = "--no-floor --baselines stock --checkpointing none --lora fused --backend aot_eager --dtype bfloat16"
@@ -130,7 +130,7 @@ def test_graphs_that_keep_old_adapters_are_not_timed(tmp_path, monkeypatch) -> N
 
 
 def test_graphs_that_keep_an_old_b_are_not_timed(tmp_path, monkeypatch) -> None:
-    from deltatune.layers.lora_group import LoraGroup
+    from deltatune.lora.group import LoraGroup
 
     sync, kept = LoraGroup.sync, {}
 
@@ -184,7 +184,7 @@ def test_a_profile_that_does_not_fit_leaves_the_times(tmp_path, monkeypatch) -> 
 
 
 def test_graphs_made_again_are_a_red_gate_with_the_reason(tmp_path, monkeypatch) -> None:
-    from deltatune.compile import Graphs
+    from deltatune.compile.graphs import Graphs
 
     once = Graphs._backend
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltatune.bench.workload import Workload, draw_lengths
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -3,7 +3,7 @@ import torch
 
 from deltatune.cli import main
 from deltatune.commands import train as command
-from deltatune.compile import GraphBreakError
+from deltatune.compile.graphs import GraphBreakError
 from deltatune.config.load import load_recipe
 
 

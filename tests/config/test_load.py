@@ -1,7 +1,7 @@
 import pytest
 
-from deltatune.config.errors import UserError
 from deltatune.config.load import dump_recipe, load_recipe
+from deltatune.errors import UserError
 
 MINIMAL = "model: {name_or_path: m}\ndata:\n  train:\n    - path: a.jsonl\n"
 

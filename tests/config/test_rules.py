@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deltatune.config.errors import UserError
 from deltatune.config.load import load_recipe
 from deltatune.config.refused import REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.rules import ERROR_RULES, WARNING_RULES, check_training_names
 from deltatune.config.schema import TrainingSection
+from deltatune.errors import UserError
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
 

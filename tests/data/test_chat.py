@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from deltatune.data.chat import Renderer
-from deltatune.data.errors import DataError
 from deltatune.data.messages import Layout
-from deltatune.data.sample import IGNORE_INDEX
+from deltatune.errors import DataError
+from deltatune.packing.sample import IGNORE_INDEX
 
 CHAT, PAIR, TEXT = Layout("chat"), Layout("prompt_completion"), Layout("text")
 ANSWERS = ["Four, of course!\n<|im_end|>", "Paris<|im_end|>"]

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from deltatune.data.chat import Renderer
-from deltatune.data.collate import PackedCollator
 from deltatune.data.dataset import PackingReport, pack_documents
 from deltatune.data.documents import Documents, tokenize
-from deltatune.data.errors import DataError
 from deltatune.data.messages import Layout
 from deltatune.data.sources import load_rows
+from deltatune.errors import DataError
+from deltatune.packing.collate import PackedCollator
 
 TEXT = Layout("text")
 

@@ -1,7 +1,7 @@
 import pytest
 
-from deltatune.data.errors import DataError
 from deltatune.data.messages import Layout, read_conversation, resolve_format
+from deltatune.errors import DataError
 
 CHAT = Layout("chat")
 HELLO = {"role": "user", "content": "hi"}

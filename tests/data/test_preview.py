@@ -6,7 +6,7 @@ import pytest
 from deltatune.data.chat import Renderer
 from deltatune.data.messages import Layout
 from deltatune.data.preview import preview
-from deltatune.data.sample import Sample
+from deltatune.packing.sample import Sample
 
 
 @pytest.fixture

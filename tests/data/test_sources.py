@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from deltatune.data.errors import DataError
 from deltatune.data.sources import load_rows
+from deltatune.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "two", "id": 2}, {"text": "three"}]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from deltatune import PackedCollator, prepare
-from deltatune.data.sample import Sample
 from deltatune.demo.speed import Timing, compare, padded_batch, shuffled_batches
+from deltatune.packing.sample import Sample
 from tiny import tiny_model
 
 

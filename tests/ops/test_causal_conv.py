@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune.ops import _triton, causal_conv, choose_causal_conv
 from deltatune.ops._causal_conv import op
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 LENGTHS = ([5, 1, 70, 7], [3, 2, 1, 63, 64, 65], [1 + n % 3 for n in range(200)], [2])
 

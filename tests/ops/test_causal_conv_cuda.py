@@ -9,7 +9,7 @@ import torch
 
 from deltatune.ops import causal_conv, choose_causal_conv
 from deltatune.ops._causal_conv import reference
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 pytestmark = [
     pytest.mark.cuda,

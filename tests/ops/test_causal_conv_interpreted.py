@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deltatune.ops._causal_conv import op, reference
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set by test_in_the_interpreter"

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 NAMES = ("q", "k", "v", "g", "beta")
 LENGTHS = ([5, 1, 70, 7], [127, 257, 64], [3, 2, 1, 63, 64, 65], [1 + n % 3 for n in range(200)])

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
 from deltatune.ops._gated_delta_rule import documents, reference
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 pytestmark = [
     pytest.mark.cuda,

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
 from deltatune.ops._gated_delta_rule import api, documents, fla, flash_qla, installed, library, op, reference
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 BF16 = torch.bfloat16

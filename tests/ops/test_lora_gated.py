@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.layers.lora_group import empty_operands, take_in_all
+from deltatune.lora.group import empty_operands, take_in_all
 from deltatune.ops._lora_linear.gated import gated_linear_with_lora
 from deltatune.ops._lora_linear.gated_act import gated_act, gated_act_runs
 from deltatune.ops._lora_linear.layout import Layout, Operands, Slot, Target

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import LoraSection
+from deltatune.errors import UserError
 from deltatune.training.adapters import add_adapters, freeze_unused
 from tiny import tiny_conditional, tiny_model
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import TrainingSection
+from deltatune.errors import UserError
 from deltatune.training.arguments import training_arguments
 
 

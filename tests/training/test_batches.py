@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_cases import TOKENS, Packs
 
-from deltatune.data.sample import IGNORE_INDEX
+from deltatune.packing.sample import IGNORE_INDEX
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_cases import save_checkpoint
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import ModelSection
+from deltatune.errors import UserError
 from deltatune.training.checkpoint import (
     empty_model,
     load_config,

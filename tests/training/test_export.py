@@ -12,7 +12,7 @@ from training_cases import byte_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune import prepare
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 from deltatune.training.export import merge_adapter, save_trained, staged
 from tiny import tiny_model
 

@@ -13,8 +13,8 @@ import huggingface_hub.file_download
 import pytest
 from huggingface_hub import constants
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import ModelSection
+from deltatune.errors import UserError
 from deltatune.training import checkpoint, hub
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
 from tiny import tiny_model

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from deltatune.config.errors import UserError
-from deltatune.data.errors import DataError
+from deltatune.errors import DataError, UserError
 from deltatune.training import run as run_module
 from deltatune.training.export import merge_adapter
 from deltatune.training.run import train, verify

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from training_cases import TOKENS, Packs, make_trainer, weights
 
 from deltatune import prepare
-from deltatune.data.collate import PackedCollator
+from deltatune.packing.collate import PackedCollator
 from deltatune.training.batches import CountingCollator
 from tiny import FAMILIES, tiny_model
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltatune import prepare
 from deltatune.config.schema import Recipe, TrainingSection
-from deltatune.data.sample import IGNORE_INDEX, Sample
+from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.arguments import training_arguments
 from deltatune.training.trainer import PackedTrainer
 from tiny import VOCAB, tiny_model

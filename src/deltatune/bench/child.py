@@ -23,7 +23,7 @@ from deltatune.bench.race import failures, first_step, outcome_of, race
 from deltatune.bench.shapes import build_model, shape_named
 from deltatune.bench.systems import Adapters, Setting, System, build_system
 from deltatune.bench.workload import Batch, Workload
-from deltatune.compile import CompileOptions
+from deltatune.compile.graphs import CompileOptions
 
 __all__ = ["COMPILED", "in_child", "main"]
 

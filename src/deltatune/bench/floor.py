@@ -21,7 +21,7 @@ from deltatune import ops
 from deltatune.bench.models import adapters
 from deltatune.bench.protocol import between_ms, copy_rate, gemm_rate, laid_out, mark, measure, synchronize
 from deltatune.bench.stages import elementwise_stages, optimizer_bytes_moved
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["Floor", "Part", "Product", "arithmetic_floor", "first_trained_layer", "products"]
 

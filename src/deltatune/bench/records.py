@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 __all__ = ["RECORDS", "Record", "load_records", "newest_of_each"]
 

@@ -14,7 +14,7 @@ from deltatune.bench import plots
 from deltatune.bench.records import RECORDS, Record, load_records, newest_of_each
 from deltatune.bench.report_ops import ops_section
 from deltatune.bench.report_train import speed_table, training_section
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 __all__ = ["PAGE", "README", "RECORDS", "add_arguments", "main", "render", "run", "with_tables"]
 

@@ -25,8 +25,8 @@ from deltatune.bench.race import Laps, failures, first_step, outcome_of, race
 from deltatune.bench.shapes import Shape, build_model
 from deltatune.bench.systems import Adapters, Setting, System, build_system
 from deltatune.bench.workload import Workload
-from deltatune.compile import CompileOptions
-from deltatune.memory import device_memory
+from deltatune.compile.graphs import CompileOptions
+from deltatune.compile.memory import device_memory
 from deltatune.training.flops import StepFlops, peak_flops
 
 __all__ = ["Plan", "Session"]

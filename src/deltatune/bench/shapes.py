@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 __all__ = ["SHAPES", "Shape", "build_model", "shape_named"]
 

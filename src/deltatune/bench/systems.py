@@ -18,9 +18,9 @@ from deltatune.bench.baselines import fused_loss, leak_free, liger_patched, refe
 from deltatune.bench.models import Targets, adapters, copy_of, own_adapted_weights, storage_bytes, with_lora
 from deltatune.bench.protocol import synchronize
 from deltatune.bench.workload import Batch
-from deltatune.compile import CompileOptions
+from deltatune.compile.graphs import CompileOptions
+from deltatune.compile.memory import Choice
 from deltatune.layers.decoder import catch_hidden
-from deltatune.memory import Choice
 from deltatune.ops._lora_linear.layout import Operands
 from deltatune.preparation import Prepared, prepare
 from deltatune.verification.untouched import compiled_as
@@ -127,7 +127,7 @@ class System:
         """The last hidden state ``[T, E]`` of a batch on the device."""
         call = {name: batch.tensors[name] for name in ("input_ids", "position_ids")}
         if self.prepared is not None:
-            # by the model's own door, so that layers see the same arguments as in training and no graph is new
+            # as the model itself resolves them, so that layers see the same arguments as in training and no graph is new
             with catch_hidden() as caught:
                 self.model(**call, sequences=batch.sequences, logits_to_keep=1)
             state = caught.state

@@ -17,9 +17,9 @@ from deltatune.bench.shapes import shape_named
 from deltatune.bench.systems import Adapters, Setting
 from deltatune.bench.train_options import FRONTIER, add_arguments
 from deltatune.bench.workload import draw_lengths
-from deltatune.compile import CompileOptions
-from deltatune.config.errors import UserError
+from deltatune.compile.graphs import CompileOptions
 from deltatune.devices import usable_device
+from deltatune.errors import UserError
 from deltatune.training.flops import peak_flops
 
 __all__ = ["add_arguments", "plan_of", "run"]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltatune.config.errors import UserError
-from deltatune.data.collate import PackedCollator
-from deltatune.data.sample import Sample
-from deltatune.sequences import Sequences
+from deltatune.errors import UserError
+from deltatune.packing.collate import PackedCollator
+from deltatune.packing.sample import Sample
+from deltatune.packing.sequences import Sequences
 from deltatune.training.batches import PackCounts
 
 __all__ = ["LONGEST", "SHORTEST", "Batch", "Workload", "draw_lengths"]

@@ -11,10 +11,10 @@ from torch import nn
 
 from deltatune.commands.preprocess import show_progress
 from deltatune.commands.quiet import quiet_libraries
+from deltatune.compile.memory import device_memory, estimate_memory
 from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
-from deltatune.memory import device_memory, estimate_memory
 from deltatune.training.adapters import add_adapters, freeze_unused
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder

@@ -16,7 +16,7 @@ from deltatune.config.load import LoadedRecipe
 from deltatune.config.rules import check_training_names
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.preview import preview
-from deltatune.data.sample import Sample
+from deltatune.packing.sample import Sample
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.packs import cache_folder, load_packs
 

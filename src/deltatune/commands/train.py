@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.compile import GraphBreakError
+from deltatune.compile.graphs import GraphBreakError
 from deltatune.config.load import LoadedRecipe
 from deltatune.training.run import train
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 __all__ = ["UserError"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltatune.config.errors import UserError
 from deltatune.config.yaml_text import dump_yaml, parse_document, parse_value
+from deltatune.errors import UserError
 
 try:
     import pydantic

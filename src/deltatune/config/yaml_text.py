@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from deltatune.config.errors import UserError
+from deltatune.errors import UserError
 
 try:
     import yaml

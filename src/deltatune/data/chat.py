@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deltatune.data.errors import DataError
 from deltatune.data.messages import Conversation, Layout, Message, Row, read_conversation, read_text
-from deltatune.data.sample import IGNORE_INDEX, Sample
+from deltatune.errors import DataError
+from deltatune.packing.sample import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

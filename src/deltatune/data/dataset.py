@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltatune.data.documents import Documents
-from deltatune.data.errors import DataError
-from deltatune.data.packing import pack
-from deltatune.data.sample import Sample
+from deltatune.errors import DataError
+from deltatune.packing.bins import pack
+from deltatune.packing.sample import Sample
 
 __all__ = ["Overlong", "PackedDataset", "PackingReport", "pack_documents"]
 

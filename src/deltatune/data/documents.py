@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from deltatune import __version__
 from deltatune.data.chat import Renderer
-from deltatune.data.errors import DataError
 from deltatune.data.messages import Layout
-from deltatune.data.sample import IGNORE_INDEX, Sample
 from deltatune.data.sources import Rows
+from deltatune.errors import DataError
+from deltatune.packing.sample import IGNORE_INDEX, Sample
 
 __all__ = ["Documents", "tokenize"]
 

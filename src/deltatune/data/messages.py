@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deltatune.config.names import nearest
-from deltatune.data.errors import DataError
+from deltatune.errors import DataError
 
 __all__ = ["ROLES", "Conversation", "Format", "Layout", "read_conversation", "read_text", "resolve_format"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltatune.data.sample import IGNORE_INDEX, Sample
+from deltatune.packing.sample import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

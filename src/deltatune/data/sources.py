@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from deltatune.data.errors import DataError
+from deltatune.errors import DataError
 
 if TYPE_CHECKING:
     import datasets

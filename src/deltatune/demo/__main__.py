@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltatune.config.errors import UserError
 from deltatune.config.load import load_recipe
 from deltatune.config.schema import Recipe
 from deltatune.demo import show
@@ -20,12 +19,13 @@ from deltatune.demo.checkpoint import save_checkpoint
 from deltatune.demo.conversations import Conversation, make_conversations, write_conversations
 from deltatune.demo.scoring import Answer, ask
 from deltatune.demo.speed import compare
+from deltatune.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from deltatune.data.dataset import PackedDataset
-    from deltatune.data.sample import Sample
+    from deltatune.packing.sample import Sample
 
 __all__ = ["main", "make_files", "run"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from deltatune.data.collate import PackedCollator
-from deltatune.data.sample import IGNORE_INDEX, Sample
+from deltatune.packing.collate import PackedCollator
+from deltatune.packing.sample import IGNORE_INDEX, Sample
 
 __all__ = ["Timing", "compare", "padded_batch", "shuffled_batches"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import ops
-from deltatune.layers.adapters import readable
+from deltatune.hf.peft import readable
 from deltatune.layers.final_norm import eps_of
-from deltatune.layers.lora_linear import project
-from deltatune.layers.reclass import Swapped
-from deltatune.sequences import Sequences
+from deltatune.lora.linear import project
+from deltatune.packing.sequences import Sequences
+from deltatune.subclass import Swapped
 
 __all__ = ["Attention", "GatedAttention"]
 
@@ -65,7 +65,7 @@ class Attention(Swapped):
             sequences=sequences,
             scale=self.scaling,
             window=getattr(self, "sliding_window", None),
-            impl=self._deltatune.kernels["varlen_attention"],
+            impl=self._deltatune.options.kernels["varlen_attention"],
         )
         if gate is not None:
             # Not flattened: joining the gradients of q and gate took 353 us flattened, 179 us so (H200, 16384 tokens,
@@ -89,7 +89,7 @@ class Attention(Swapped):
             sin,
             eps=eps_of(q_norm),
             unit_offset=self.unit_offset,
-            impl=self._deltatune.kernels["rms_norm_rope"],
+            impl=self._deltatune.options.kernels["rms_norm_rope"],
         )
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltatune import ops
-from deltatune.door import METADATA, admit
-from deltatune.layers.adapters import trained_copy
-from deltatune.layers.auto_checkpointing import deciding
-from deltatune.layers.cached import is_cached_call, stock_path
+from deltatune.compile.auto import deciding
+from deltatune.hf.cached import is_cached_call, stock_path
+from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import Hidden, catch_hidden
-from deltatune.layers.reclass import Swapped, named_forward
-from deltatune.sequences import Sequences
+from deltatune.packing.metadata import METADATA, resolve_metadata
+from deltatune.packing.sequences import Sequences
+from deltatune.subclass import Swapped, named_forward
 
 __all__ = ["CausalLM", "next_token_targets"]
 
@@ -54,16 +54,16 @@ class CausalLM(Swapped):
         tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if tokens is None:
             raise ValueError("pass input_ids [B, T] or inputs_embeds [B, T, E]")
-        entry = admit(
+        resolved = resolve_metadata(
             {**call, "sequences": sequences}, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device
         )
         for name in METADATA:
             call.pop(name, None)
-        call["sequences"], call["use_cache"] = entry.sequences, False
+        call["sequences"], call["use_cache"] = resolved.sequences, False
         if call.get("attention_mask") is not None:
-            call["attention_mask"] = entry.padding_mask
+            call["attention_mask"] = resolved.padding_mask
         if call.get("position_ids") is None and not _has_media(call):
-            call["position_ids"] = entry.position_ids
+            call["position_ids"] = resolved.position_ids
         with deciding(self, tokens.shape[0] * tokens.shape[1]):
             if call.get("labels") is None and call.get("shift_labels") is None:
                 return super().forward(**call)
@@ -80,7 +80,7 @@ class CausalLM(Swapped):
         output, hidden = self._stock_output(call, whole=asked)
         assert hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
-        linear = self._deltatune.head == "linear"
+        linear = self._deltatune.facts.head == "linear"
         loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
         count = (targets != -100).sum() if num_items is None else num_items
         loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
@@ -104,17 +104,17 @@ class CausalLM(Swapped):
         A head that may be followed by something else keeps the first token's logits of its first call: where they are
         not the head's own output, the model scales or caps them and every loss takes the whole logits.
         """
-        state = self._deltatune
-        if whole or state.head == "transformed":
+        facts = self._deltatune.facts
+        if whole or facts.head == "transformed":
             return self._caught(call)
-        kept = [0] if state.head == "unknown" else []
+        kept = [0] if facts.head == "unknown" else []
         positions = torch.tensor(kept, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
         output, hidden = self._caught({**call, "logits_to_keep": positions})
-        if state.head == "unknown":
+        if facts.head == "unknown":
             assert hidden.state is not None, "the text model was not prepared"
             with torch.no_grad():
                 plain = torch.equal(output.logits, self.get_output_embeddings()(hidden.state[:, :1]))
-            state.head = "linear" if plain else "transformed"
+            facts.head = "linear" if plain else "transformed"
             if not plain:
                 return self._caught(call)
         return output, hidden
@@ -132,7 +132,7 @@ class CausalLM(Swapped):
                 state,
                 cast("Tensor", head.weight),
                 targets.flatten(),
-                impl=self._deltatune.kernels["linear_cross_entropy"],
+                impl=self._deltatune.options.kernels["linear_cross_entropy"],
             )
         return _chunked_loss(head, state, targets.flatten())
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltatune.compile import FROZEN, graphs_of
-from deltatune.door import METADATA, admit
-from deltatune.layers import attention_interface
-from deltatune.layers.auto_checkpointing import deciding, layer_label
-from deltatune.layers.cached import is_cached_call, stock_path
-from deltatune.layers.capture import keep_capture_hooks_outside
-from deltatune.layers.reclass import ModelState, Swapped, named_forward, stock_class
-from deltatune.sequences import Sequences
+from deltatune.compile.auto import deciding, layer_label
+from deltatune.compile.graphs import FROZEN, compile_options, graphs_of
+from deltatune.hf import attention_interface
+from deltatune.hf.cached import is_cached_call, stock_path
+from deltatune.hf.capture import keep_capture_hooks_outside
+from deltatune.packing.metadata import METADATA, resolve_metadata
+from deltatune.packing.sequences import Sequences
+from deltatune.state import State
+from deltatune.subclass import Swapped, named_forward, stock_class
 
 __all__ = ["TWICE", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
 
@@ -49,10 +50,11 @@ class DecoderLayer(Swapped):
         if sequences is None:
             return super().forward(hidden_states, *args, **kwargs)
         state, forward = self._deltatune, stock_class(self).forward
+        options = compile_options(state)
         if state.checkpointing != "none" and getattr(self, "gradient_checkpointing", False):
             raise ValueError(TWICE)
         kwargs["sequences"] = sequences
-        if state.compile is not None and state.compile.scope == "layer" and not torch.compiler.is_compiling():
+        if options is not None and options.scope == "layer" and not torch.compiler.is_compiling():
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
                 if not any(parameter.requires_grad for parameter in self.parameters()):
                     with torch.no_grad():
@@ -68,12 +70,12 @@ class DecoderLayer(Swapped):
 
 
 def _run_graph(
-    state: ModelState, label: str, forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
+    state: State, label: str, forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    assert state.compile is not None
+    assert state.options.compile is not None
     state.in_own_graph = True
     try:
-        graphs = graphs_of(state, state.compile, state.checkpointing)
+        graphs = graphs_of(state, state.options.compile, state.checkpointing)
         return graphs.run(label, forward, module, *args, **kwargs)
     finally:
         state.in_own_graph = False
@@ -91,7 +93,7 @@ class TextModel(Swapped):
         return {"forward": named_forward(stock, ("sequences",))}
 
     def _forward(self, given: dict[str, Any]) -> Any:
-        """As the stock text model, with ``sequences`` and every other form of metadata the door admits."""
+        """As the stock text model, with ``sequences`` and every other form of packing metadata."""
         self._own_norms()
         if is_cached_call(self, given):
             with stock_path(self):
@@ -100,20 +102,20 @@ class TextModel(Swapped):
         input_ids, inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = inputs_embeds if input_ids is None else input_ids
         assert tokens is not None
-        entry = admit(given, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device)
+        resolved = resolve_metadata(given, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device)
         call = {name: value for name, value in given.items() if name not in _NOT_FOR_LAYERS}
         call["attention_mask"] = self._no_mask(tokens.device)
-        call["position_ids"] = entry.position_ids
+        call["position_ids"] = resolved.position_ids
         call["use_cache"] = False
         call["past_key_values"] = None
-        call["sequences"] = entry.sequences.static()
+        call["sequences"] = resolved.sequences.static()
         call["inputs_embeds"] = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         call["input_ids"] = None
         with deciding(self, tokens.shape[0] * tokens.shape[1]):
             output = self._run(call)
         cell = _hidden.get()
         if cell is not None:
-            cell.state, cell.sequences = output[0], entry.sequences
+            cell.state, cell.sequences = output[0], resolved.sequences
         return output
 
     def _own_norms(self) -> None:
@@ -128,11 +130,11 @@ class TextModel(Swapped):
             raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
         if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
-        state = self._deltatune
-        if state.stock_config is None:
+        options = self._deltatune.options
+        if options.stock_config is None:
             return
-        asked = {state.stock_config._attn_implementation, self.config._attn_implementation}
-        if asked != {state.stock_attention, attention_interface.NAME}:
+        asked = {options.stock_config._attn_implementation, self.config._attn_implementation}
+        if asked != {options.stock_attention, attention_interface.NAME}:
             raise ValueError(
                 f"the attention implementation was set after prepare ({', '.join(sorted(asked))}), which knows no "
                 "documents; call prepare(model) again"
@@ -140,17 +142,18 @@ class TextModel(Swapped):
 
     def _run(self, call: dict[str, Any]) -> Any:
         state = self._deltatune
-        if state.compile is None or torch.compiler.is_compiling():
+        options = compile_options(state)
+        if options is None or torch.compiler.is_compiling():
             return super().forward(**call)
-        keep_capture_hooks_outside(self, call, state.compile.scope)
-        if state.compile.scope == "layer":
+        keep_capture_hooks_outside(self, call, options.scope)
+        if options.scope == "layer":
             return super().forward(**call)
         return _run_graph(state, "text_model", stock_class(self).forward, self, **call)
 
     def _no_mask(self, device: torch.device) -> Any:
         """What the stock text model takes as a finished mask; our attention reads boundaries instead."""
-        if self._deltatune.mask_form == "mapping":
-            return dict.fromkeys(self._deltatune.layer_types)
+        if self._deltatune.options.mask_form == "mapping":
+            return dict.fromkeys(self._deltatune.options.layer_types)
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from deltatune import ops
-from deltatune.layers.reclass import Swapped
+from deltatune.hf.cached import in_stock_path
+from deltatune.subclass import Swapped
 
 __all__ = ["Experts"]
 
@@ -25,7 +26,7 @@ class Experts(Swapped):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[N, E], [N, k], [N, k] -> [N, E]``; the stock forward inside a cached call."""
-        if self._deltatune.cached:
+        if in_stock_path(self):
             stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return stock
         return ops.moe_experts(
@@ -35,5 +36,5 @@ class Experts(Swapped):
             self.gate_up_proj,
             self.down_proj,
             self.act_fn,
-            impl=self._deltatune.kernels["grouped_mm"],
+            impl=self._deltatune.options.kernels["grouped_mm"],
         )

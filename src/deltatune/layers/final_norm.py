@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import ops
-from deltatune.layers.reclass import Swapped
+from deltatune.hf.cached import in_stock_path
+from deltatune.subclass import Swapped
 
 __all__ = ["FinalNorm", "OffsetFinalNorm", "eps_of"]
 
@@ -53,10 +54,10 @@ class FinalNorm(Swapped):
 
     def _kernel(self, x: Tensor) -> str | None:
         """The kernel that runs; None where the stock norm does."""
-        if torch.compiler.is_compiling() or self._deltatune.cached or x.ndim != 3 or _is_sharded(self.weight):
+        if torch.compiler.is_compiling() or in_stock_path(self) or x.ndim != 3 or _is_sharded(self.weight):
             return None
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        impl = ops.choose_rms_norm_rope(x.device, dtype, impl=self._deltatune.kernels["rms_norm_rope"]).impl
+        impl = ops.choose_rms_norm_rope(x.device, dtype, impl=self._deltatune.options.kernels["rms_norm_rope"]).impl
         return None if impl == "reference" else impl
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune import ops
-from deltatune.layers.adapters import readable
-from deltatune.layers.lora_linear import project
-from deltatune.layers.reclass import Swapped
-from deltatune.sequences import Sequences
+from deltatune.hf.peft import readable
+from deltatune.lora.linear import project
+from deltatune.packing.sequences import Sequences
+from deltatune.subclass import Swapped
 
 __all__ = ["GatedDeltaNet", "InterleavedGatedDeltaNet"]
 
@@ -60,7 +60,7 @@ class GatedDeltaNet(Swapped):
         if sequences is None:
             stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
             return stock
-        kernels = self._deltatune.kernels
+        kernels = self._deltatune.options.kernels
         mixed, z, b, a = self.project(hidden_states)
         conv = readable(self.conv1d)
         # q and k come normalised out of the convolution: the delta rule would read and write them once more for it

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune.layers.lora_form import FUSED, STOCK, Form, form_of, is_lora_linear
-from deltatune.layers.lora_group import LoraGroup
-from deltatune.layers.lora_linear import LoRALinear
-from deltatune.layers.lora_mlp import GatedMLP, is_gated_mlp
-from deltatune.layers.reclass import ModelState, swap
+from deltatune.compile.graphs import compile_options
+from deltatune.hf.cached import in_stock_path
+from deltatune.layers.mlp import GatedMLP, is_gated_mlp
+from deltatune.lora.group import LoraGroup
+from deltatune.lora.linear import LoRALinear
+from deltatune.lora.mode import FUSED, STOCK, Form, form_of, is_lora_linear
+from deltatune.state import State
+from deltatune.subclass import swap
 
 __all__ = ["check_all_fused", "forget_lora", "install_lora", "lora_forms", "release_lora"]
 
@@ -41,9 +44,9 @@ def check_all_fused(base: nn.Module, text_model: Any) -> None:
             )
 
 
-def install_lora(text_model: Any, state: ModelState) -> None:
+def install_lora(text_model: Any, state: State) -> None:
     """Swaps the LoRA layers of the decoder layers, and the MLPs around them."""
-    if state.lora == "stock":
+    if state.options.lora == "stock":
         return
     for layer in text_model.layers:
         modules = list(layer.modules())
@@ -54,7 +57,7 @@ def install_lora(text_model: Any, state: ModelState) -> None:
                 swap(module, LoRALinear, state)
             elif is_gated_mlp(module):
                 swap(module, GatedMLP, state)
-        groups = [group for module in modules for group in _groups_among_children(module, state.lora)]
+        groups = [group for module in modules for group in _groups_among_children(module, state.options.lora)]
         layer.__dict__[_GROUPS] = tuple(groups)
         layer.register_forward_pre_hook(_before_layer)
     if any(_GROUPS in layer.__dict__ for layer in text_model.layers):
@@ -62,7 +65,7 @@ def install_lora(text_model: Any, state: ModelState) -> None:
 
 
 def forget_lora(text_model: Any) -> None:
-    """Gives the weights back and takes the hooks off; ``unswap`` undoes the rest."""
+    """Gives the weights back and takes the hooks off; ``restore`` undoes the rest."""
     for module in (*text_model.layers, text_model):
         for group in module.__dict__.pop(_GROUPS, ()):
             group.release()
@@ -109,17 +112,22 @@ def _groups_among_children(parent: nn.Module, setting: str) -> Iterator[LoraGrou
 
 
 def _before_layer(layer: Any, _: tuple[Any, ...]) -> None:
-    if not torch.compiler.is_compiling() and _is_compiled(layer._deltatune, "layer"):
+    if not torch.compiler.is_compiling() and not in_stock_path(layer) and _is_compiled(layer._deltatune, "layer"):
         for group in layer.__dict__[_GROUPS]:
             group.sync()
 
 
 def _before_text_model(text_model: Any, _: tuple[Any, ...]) -> None:
-    if not torch.compiler.is_compiling() and _is_compiled(text_model._deltatune, "model"):
+    if (
+        not torch.compiler.is_compiling()
+        and not in_stock_path(text_model)
+        and _is_compiled(text_model._deltatune, "model")
+    ):
         for layer in text_model.layers:
             for group in layer.__dict__.get(_GROUPS, ()):
                 group.sync()
 
 
-def _is_compiled(state: ModelState, scope: str) -> bool:
-    return state.compile is not None and state.compile.scope == scope and not state.cached
+def _is_compiled(state: State, scope: str) -> bool:
+    options = compile_options(state)
+    return options is not None and options.scope == scope

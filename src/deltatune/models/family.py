@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.layers.reclass import Swapped, stock_class
+from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["Experimental", "Family", "Feature", "Supported", "Swap", "Unsupported", "count_layers", "count_sparse"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["bind_shapes", "check_floating", "check_same_device", "check_sequences"]
 

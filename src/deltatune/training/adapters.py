@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import LoraSection
+from deltatune.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from deltatune.config.errors import UserError
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
+from deltatune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

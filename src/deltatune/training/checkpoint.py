@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import ModelSection
+from deltatune.errors import UserError
 from deltatune.training.hub import silence
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import ModelSection
+from deltatune.errors import UserError
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltatune.config.errors import UserError
 from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
 from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import tokenize
 from deltatune.data.messages import resolve_format
 from deltatune.data.sources import load_rows
+from deltatune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from deltatune import __version__
-from deltatune.compile import CompileOptions
-from deltatune.config.errors import UserError
+from deltatune.compile.graphs import CompileOptions
+from deltatune.compile.memory import choose_checkpointing, estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
-from deltatune.memory import choose_checkpointing, estimate_memory
+from deltatune.errors import UserError
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import add_adapters, freeze_unused
 from deltatune.training.arguments import training_arguments

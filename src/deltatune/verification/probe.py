@@ -64,7 +64,7 @@ def verify(
     documents = _documents(lengths, tokens, prepared="_deltatune" in text_model.__dict__)
     _check_weights(model)
     state = text_model.__dict__.get("_deltatune")
-    if compiled and (state is None or state.compile is None):
+    if compiled and (state is None or state.options.compile is None):
         raise ValueError("compiled=True needs a model prepared with compile=CompileOptions()")
     device, dtype = _device_and_dtype(text_model)
     limit = _TOLERANCES.get(dtype, _TOLERANCE) if tolerance is None else tolerance
@@ -160,6 +160,6 @@ def _notes(probed: Probed) -> list[str]:
         notes.append("fed as by transformers.Trainer and its flattening collator; use_cache=True or a mask can undo it")
     if probed.refused is not None:
         notes.append(f"fed with position_ids alone: the model refuses cu_seq_lens_q ({probed.refused})")
-    if probed.state is not None and probed.state.compile is not None and not probed.compiled:
+    if probed.state is not None and probed.state.options.compile is not None and not probed.compiled:
         notes.append("run eagerly; compiled=True runs the graphs")
     return notes

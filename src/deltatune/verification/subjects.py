@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.layers.reclass import ModelState
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
+from deltatune.state import State
 from deltatune.verification.measure import Documents, Subject
 from deltatune.verification.untouched import compiled_as
 
@@ -46,7 +46,7 @@ class Probed:
 
     def __init__(self, model: nn.Module, text_model: nn.Module, documents: Documents, *, compiled: bool) -> None:
         self.model, self.text_model, self.documents, self.compiled = model, text_model, documents, compiled
-        self.state: ModelState | None = text_model.__dict__.get("_deltatune")
+        self.state: State | None = text_model.__dict__.get("_deltatune")
         embedding: Any = text_model.get_input_embeddings()  # type: ignore[operator]
         self.device: torch.device = embedding.weight.device
         generator = torch.Generator().manual_seed(_SEED)
@@ -224,5 +224,5 @@ def _has_head(probed: Probed) -> bool:
     return probed.model.get_output_embeddings() is not None  # type: ignore[operator]
 
 
-def _scope(state: ModelState) -> str | None:
-    return None if state.compile is None else state.compile.scope
+def _scope(state: State) -> str | None:
+    return None if state.options.compile is None else state.options.compile.scope

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
-from deltatune.layers.reclass import ModelState
+from deltatune.compile.graphs import eager
+from deltatune.state import State
 
 __all__ = ["SLOW_DECAY", "compiled_as", "requiring_grad", "untouched"]
 
@@ -58,17 +59,9 @@ def requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-@contextmanager
-def compiled_as(state: ModelState | None, *, compiled: bool) -> Iterator[None]:
+def compiled_as(state: State | None, *, compiled: bool) -> AbstractContextManager[None]:
     """A prepared model's layers run eagerly inside unless ``compiled``; its graphs stay."""
-    if state is None or compiled:
-        yield
-        return
-    before, state.compile = state.compile, None
-    try:
-        yield
-    finally:
-        state.compile = before
+    return nullcontext() if state is None or compiled else eager(state)
 
 
 def _write(parameters: Iterable[nn.Parameter], values: dict[nn.Parameter, torch.Tensor]) -> None:

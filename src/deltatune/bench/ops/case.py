@@ -14,7 +14,7 @@ from torch import Tensor
 from deltatune.bench.shapes import Shape
 from deltatune.bench.workload import LONGEST, SHORTEST, draw_lengths
 from deltatune.ops import Choice
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = [
     "COMPILED",

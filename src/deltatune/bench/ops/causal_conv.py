@@ -17,7 +17,7 @@ from torch import Tensor
 from deltatune import ops
 from deltatune.bench.ops.case import Case, Function, Setting, Tensors, Variant, Work, compiled, imported, normal, ours
 from deltatune.bench.shapes import Shape
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["IMPLEMENTATIONS", "case", "case_with_l2norm"]
 

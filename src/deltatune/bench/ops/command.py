@@ -16,8 +16,8 @@ from deltatune.bench.ops.case import COMPILED, Setting
 from deltatune.bench.ops.catalog import OPS, Entry, shape_of
 from deltatune.bench.ops.measure import DIRECTIONS, measure_case
 from deltatune.bench.protocol import RECORDS, head, write_record
-from deltatune.config.errors import UserError
 from deltatune.devices import usable_device
+from deltatune.errors import UserError
 from deltatune.report import table
 
 __all__ = ["METHOD", "add_arguments", "run"]

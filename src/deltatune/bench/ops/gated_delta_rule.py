@@ -17,7 +17,7 @@ from deltatune.bench.ops.case import Case, Function, Setting, Tensors, Variant, 
 from deltatune.bench.ops.gate import errors, gradient_weights
 from deltatune.bench.shapes import Shape
 from deltatune.ops._gated_delta_rule import reference
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["IMPLEMENTATIONS", "case"]
 

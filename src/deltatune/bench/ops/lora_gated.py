@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from deltatune.bench.ops.case import Case, Function, Setting, Tensors, Variant, Work, compiled, normal
 from deltatune.bench.ops.gate import errors, results
 from deltatune.bench.shapes import Shape
-from deltatune.compile import fresh_code
-from deltatune.layers.lora_form import FUSED
-from deltatune.layers.lora_group import empty_operands, layout_of, take_in_all
+from deltatune.compile.graphs import fresh_code
+from deltatune.lora.group import empty_operands, layout_of, take_in_all
+from deltatune.lora.mode import FUSED
 from deltatune.ops._lora_linear.gated import gated_linear_with_lora
 from deltatune.ops._lora_linear.refresh import Refresh
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from deltatune.bench.ops.case import Case, Function, Setting, Tensors, Variant, Work, normal
 from deltatune.bench.ops.gate import errors, results
 from deltatune.bench.shapes import Shape
-from deltatune.compile import fresh_code
-from deltatune.layers.lora_form import BESIDE, FUSED
-from deltatune.layers.lora_group import empty_operands, layout_of, take_in_all
+from deltatune.compile.graphs import fresh_code
+from deltatune.lora.group import empty_operands, layout_of, take_in_all
+from deltatune.lora.mode import BESIDE, FUSED
 from deltatune.ops._lora_linear.api import linear_with_lora
 from deltatune.ops._lora_linear.gated import gated_linear_with_lora
 from deltatune.ops._lora_linear.gated_act import gated_act_runs

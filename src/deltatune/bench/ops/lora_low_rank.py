@@ -16,7 +16,7 @@ from torch import Tensor
 from deltatune.bench.ops.case import Case, Setting, Tensors, Variant, Work, compiled, normal
 from deltatune.bench.ops.gate import errors, results
 from deltatune.bench.shapes import Shape
-from deltatune.layers.lora_form import BESIDE
+from deltatune.lora.mode import BESIDE
 from deltatune.ops._lora_linear.low_rank import low_rank
 
 __all__ = ["IMPLEMENTATIONS", "case"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from deltatune import ops
 from deltatune.bench.ops.case import Case, Function, Setting, Tensors, Variant, Work, imported, normal, ours
 from deltatune.bench.shapes import Shape
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["IMPLEMENTATIONS", "case"]
 

@@ -12,7 +12,7 @@ from deltatune.ops._causal_conv import op, reference
 from deltatune.ops._choice import Candidate, Choice, choose, traced_reference
 from deltatune.ops._triton import triton_refusal
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["ACTIVATIONS", "causal_conv", "choose_causal_conv"]
 

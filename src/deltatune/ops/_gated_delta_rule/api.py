@@ -11,7 +11,7 @@ from torch import Tensor
 from deltatune.ops._choice import Candidate, Choice, choose
 from deltatune.ops._gated_delta_rule import fla, flash_qla, op
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["choose_gated_delta_rule", "gated_delta_rule"]
 

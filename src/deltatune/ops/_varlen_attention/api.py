@@ -12,7 +12,7 @@ from deltatune.ops._choice import Candidate, Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
 from deltatune.ops._varlen_attention import torch_varlen
 from deltatune.ops._varlen_attention.op import attend
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["choose_varlen_attention", "varlen_attention"]
 

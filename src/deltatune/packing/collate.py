@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deltatune.data.sample import IGNORE_INDEX, Sample, as_sample
-from deltatune.sequences import Sequences
+from deltatune.packing.sample import IGNORE_INDEX, Sample, as_sample
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["PackedCollator"]
 

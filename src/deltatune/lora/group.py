@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.layers.lora_border import give_back, is_inside, take_in
-from deltatune.layers.lora_form import BESIDE, FUSED, active_adapters, form_of
+from deltatune.lora.border import give_back, is_inside, take_in
+from deltatune.lora.mode import BESIDE, FUSED, active_adapters, form_of
 from deltatune.ops._lora_linear.api import linear_with_lora
 from deltatune.ops._lora_linear.gated import gated_linear_with_lora
 from deltatune.ops._lora_linear.gated_act import WIDTHS

@@ -1,4 +1,4 @@
-"""The model's door: any upstream metadata about documents becomes one ``Sequences``."""
+"""Any upstream metadata about documents becomes one ``Sequences``."""
 
 # B rows, T tokens a row, N = B * T
 
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.sequences import Sequences, text_positions
+from deltatune.packing.sequences import Sequences, text_positions
 
-__all__ = ["METADATA", "Entry", "admit"]
+__all__ = ["METADATA", "Resolved", "resolve_metadata"]
 
 #: What stock collators, TRL and transformers.Trainer attach to a batch about documents; layers see ``sequences`` alone.
 METADATA = ("sequences", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the door makes of one call: the boundaries, and the metadata a stock model still wants.
+class Resolved:
+    """What packing metadata says of one call: the boundaries, and the metadata a stock model still wants.
 
     Attributes:
         sequences: the boundaries, on the device of the tokens.
@@ -36,7 +36,7 @@ class Entry:
     source: str
 
 
-def admit(call: Mapping[str, Any], *, rows: int, tokens: int, device: torch.device) -> Entry:
+def resolve_metadata(call: Mapping[str, Any], *, rows: int, tokens: int, device: torch.device) -> Resolved:
     """Reads the boundaries of a call from its keyword arguments.
 
     Order of precedence: ``sequences``, ``cu_seq_lens_q``, an indexed ``attention_mask`` (0 = padding, 1..N documents),
@@ -59,7 +59,7 @@ def admit(call: Mapping[str, Any], *, rows: int, tokens: int, device: torch.devi
         position_ids = sequences.positions.view(rows, tokens).long()
     elif position_ids.ndim == 1:
         position_ids = position_ids.unsqueeze(0)
-    return Entry(sequences, position_ids, batch.padding_mask, source)
+    return Resolved(sequences, position_ids, batch.padding_mask, source)
 
 
 class _Batch:

@@ -7,8 +7,9 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,14 +17,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deltatune.compile.recomputation import recompute_functions
 from deltatune.config.inductor import INDUCTOR_OPTIONS
-from deltatune.recomputation import recompute_functions
+from deltatune.state import State
 
 __all__ = [
     "CompileOptions",
     "CompileReport",
     "GraphBreakError",
     "Graphs",
+    "compile_options",
+    "eager",
     "forget_graphs",
     "fresh_code",
     "graphs_of",
@@ -288,3 +292,24 @@ def graphs_of(owner: object, options: CompileOptions, checkpointing: str | float
 def forget_graphs(owner: object) -> None:
     """Drops the compiled functions of ``owner``; its next call makes new ones."""
     _graphs.pop(owner, None)
+
+
+#: Prepared models whose layers run eagerly in this thread (or task), by what their layers share.
+_eager: ContextVar[tuple[State, ...]] = ContextVar("deltatune_eager", default=())
+
+
+@contextmanager
+def eager(state: State) -> Iterator[None]:
+    """The layers that share ``state`` run eagerly inside, in this thread alone; their graphs stay."""
+    token = _eager.set((*_eager.get(), state))
+    try:
+        yield
+    finally:
+        _eager.reset(token)
+
+
+def compile_options(state: State) -> CompileOptions | None:
+    """How a call of a layer that shares ``state`` is compiled, here and now."""
+    if torch.compiler.is_compiling() or state not in _eager.get():
+        return state.options.compile
+    return None

@@ -6,14 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from deltatune.door import METADATA
-from deltatune.layers.reclass import Swapped
+from deltatune.packing.metadata import METADATA
+from deltatune.state import State
+from deltatune.subclass import Swapped
 
-__all__ = ["is_cached_call", "stock_path"]
+__all__ = ["in_stock_path", "is_cached_call", "stock_path"]
+
+#: The prepared models whose layers run their stock forwards in this thread (or task), by what their layers share.
+_stock_paths: ContextVar[tuple[State, ...]] = ContextVar("deltatune_stock_paths", default=())
 
 
 def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
@@ -26,7 +32,7 @@ def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: ``past_key_values`` beside boundaries inside a row.
     """
-    if model._deltatune.cached:
+    if in_stock_path(model):
         return True
     given = call.get("past_key_values") is not None
     trained = call.get("labels") is not None or call.get("shift_labels") is not None
@@ -70,10 +76,14 @@ def _restarts(positions: Tensor, mask: Tensor | None) -> bool:
 
 @contextmanager
 def stock_path(model: Swapped) -> Iterator[None]:
-    """Every layer of ``model`` runs its stock forward inside the block."""
-    state = model._deltatune
-    before, state.cached = state.cached, True
+    """Every layer of ``model`` runs its stock forward inside the block, in this thread alone."""
+    token = _stock_paths.set((*_stock_paths.get(), model._deltatune))
     try:
         yield
     finally:
-        state.cached = before
+        _stock_paths.reset(token)
+
+
+def in_stock_path(module: Swapped) -> bool:
+    """Whether a layer is called inside its model's ``stock_path``; never while a graph of ours is traced."""
+    return not torch.compiler.is_compiling() and module._deltatune in _stock_paths.get()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import deltatune.layers.causal_lm
 from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
+from deltatune.compile.graphs import compile_options
 from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
 
 LENGTHS = (3, 1, 66, 5)
@@ -303,7 +304,7 @@ def test_the_model_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="no"):
         verify(model, lengths=LENGTHS)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert model._deltatune.compile is not None
+    assert compile_options(model._deltatune) is not None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltatune import CompileOptions, Sequences, prepare, verify
-from deltatune.layers import lora_linear
+from deltatune.lora import linear as lora_linear
 from lora_cases import (
     adapted,
     assert_gradients_close,

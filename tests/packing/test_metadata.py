@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from deltatune import Sequences
-from deltatune.door import Entry, admit
+from deltatune.packing.metadata import Resolved, resolve_metadata
 
 CPU = torch.device("cpu")
 
 
-def enter(rows: int, tokens: int, **call: Any) -> Entry:
-    return admit(call, rows=rows, tokens=tokens, device=CPU)
+def enter(rows: int, tokens: int, **call: Any) -> Resolved:
+    return resolve_metadata(call, rows=rows, tokens=tokens, device=CPU)
 
 
 def ids(*rows: list[int]) -> Tensor:

@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from deltatune import CompileOptions, prepare
-from deltatune.layers.lora_form import BESIDE, FUSED, STOCK, form_of
-from deltatune.layers.lora_group import layout_of
-from deltatune.layers.lora_mlp import _CLASSES
+from deltatune.layers.mlp import _CLASSES
+from deltatune.lora.group import layout_of
+from deltatune.lora.mode import BESIDE, FUSED, STOCK, form_of
 from lora_cases import (
     adapted,
     assert_gradients_close,

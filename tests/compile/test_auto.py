@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 
-from deltatune import CompileOptions, Sequences, memory, prepare
+from deltatune import CompileOptions, Sequences, prepare
+from deltatune.compile import memory
 from tiny import tiny_model
 
 TRACED = CompileOptions(backend="aot_eager")
@@ -157,7 +158,7 @@ def test_modules_in_evaluation_stay_so() -> None:
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(
     setting: str | float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltatune.layers import auto_checkpointing
+    from deltatune.compile import auto as auto_checkpointing
 
     sizes = {"hidden_size": 1024, "intermediate_size": 3584, "head_dim": 256, "num_attention_heads": 8}
     delta = {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_num_value_heads": 16}

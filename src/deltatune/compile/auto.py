@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.activations import LayerMemory, Setting, trace_layer
-from deltatune.compile import forget_graphs
-from deltatune.layers.reclass import ModelState, stock_class
-from deltatune.memory import (
+from deltatune.compile.graphs import forget_graphs
+from deltatune.compile.memory import (
     Choice,
     candidate_settings,
     choose_checkpointing,
     estimate_traced_memory,
     least_recomputation,
 )
+from deltatune.compile.trace import LayerMemory, Setting, trace_layer
+from deltatune.state import State
+from deltatune.subclass import stock_class
 
 __all__ = ["AutoCheckpointing", "decide_for", "deciding", "layer_label"]
 
@@ -59,15 +60,15 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
 
     The outermost model counts, which is the one with the head.
     """
-    state: ModelState = model._deltatune
-    auto = state.auto
+    state: State = model._deltatune
+    auto = state.facts.auto
     due = auto is not None and model.training and torch.is_grad_enabled() and tokens > auto.tokens
     if not due or _whole_model.get() is not None:
         yield
         return
     token = _whole_model.set(model)
     try:
-        if state.compile is None or state.compile.scope != "layer" or _is_sharded(model):
+        if state.options.compile is None or state.options.compile.scope != "layer" or _is_sharded(model):
             _decide(state, tokens, _from_shapes(model, state, tokens))
             yield
             return
@@ -114,39 +115,39 @@ class _LeftError(Exception):
     """Ends a forward before its first layer."""
 
 
-def _decide(state: ModelState, tokens: int, choice: Choice) -> None:
-    assert state.auto is not None
-    state.auto.tokens, state.auto.choice = tokens, choice
-    if choice.setting != state.checkpointing:
-        state.checkpointing = choice.setting
+def _decide(state: State, tokens: int, choice: Choice) -> None:
+    assert state.facts.auto is not None
+    before = state.checkpointing
+    state.facts.auto.tokens, state.facts.auto.choice = tokens, choice
+    if state.checkpointing != before:
         forget_graphs(state)
 
 
-def _from_shapes(model: Any, state: ModelState, tokens: int) -> Choice:
-    assert state.auto is not None
+def _from_shapes(model: Any, state: State, tokens: int) -> Choice:
+    assert state.facts.auto is not None
     return choose_checkpointing(
         model,
         tokens_per_batch=tokens,
-        optimizer=state.auto.optimizer,
-        compiled=state.compile is not None,
+        optimizer=state.facts.auto.optimizer,
+        compiled=state.options.compile is not None,
         device=next(model.parameters()).device,
-        compute_dtype=state.auto.compute_dtype,
+        compute_dtype=state.facts.auto.compute_dtype,
     )
 
 
-def _from_graphs(model: Any, state: ModelState, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+def _from_graphs(model: Any, state: State, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
     """``args`` and ``kwargs``: of the first layer's call."""
-    assert state.auto is not None
+    assert state.facts.auto is not None
     settings = candidate_settings(compiled=True)
-    accumulates = state.auto.accumulates or any(parameter.grad is not None for parameter in model.parameters())
+    accumulates = state.facts.auto.accumulates or any(parameter.grad is not None for parameter in model.parameters())
     layers = _layer_memories(model.get_decoder(), state, settings, args, kwargs)
     predicted = {
         setting: estimate_traced_memory(
             model,
             [memories[setting] for memories in layers],
             tokens_per_batch=tokens,
-            optimizer=state.auto.optimizer,
-            compute_dtype=state.auto.compute_dtype,
+            optimizer=state.facts.auto.optimizer,
+            compute_dtype=state.facts.auto.compute_dtype,
             accumulates=accumulates,
         ).total
         for setting in settings
@@ -155,7 +156,7 @@ def _from_graphs(model: Any, state: ModelState, tokens: int, args: tuple[Any, ..
 
 
 def _layer_memories(
-    decoder: Any, state: ModelState, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    decoder: Any, state: State, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[dict[Setting, LayerMemory]]:
     """For every layer, in order, what it keeps at each setting; layers before all that trains keep nothing."""
     kwargs = dict(kwargs)
@@ -177,16 +178,16 @@ def _layer_memories(
 
 
 def _traced(
-    layer: nn.Module, state: ModelState, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, state: State, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[Setting, LayerMemory]:
     """The layer as its graph will be: with its adapters in step, and as one of ours."""
     for group in layer.__dict__.get("_lora_groups", ()):
         group.sync()
     state.in_own_graph = True
     try:
-        with _autocast(args[0], state.auto):
+        with _autocast(args[0], state.facts.auto):
             return trace_layer(
-                stock_class(layer).forward, layer, args, kwargs, settings=settings, options=state.compile
+                stock_class(layer).forward, layer, args, kwargs, settings=settings, options=state.options.compile
             )
     finally:
         state.in_own_graph = False

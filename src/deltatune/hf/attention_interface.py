@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune import ops
-from deltatune.sequences import Sequences
+from deltatune.packing.sequences import Sequences
 
 __all__ = ["NAME", "forget_windows", "mark_windows", "register"]
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.layers.lora_form import BESIDE, FUSED, STOCK, active_adapters, is_hooked
-from deltatune.layers.lora_group import LoraGroup
-from deltatune.layers.reclass import Swapped
+from deltatune.hf.cached import in_stock_path
+from deltatune.lora.group import LoraGroup
+from deltatune.lora.mode import BESIDE, FUSED, STOCK, active_adapters, is_hooked
 from deltatune.ops._lora_linear.gated_act import gated_act_runs
 from deltatune.ops._lora_linear.low_rank import low_rank
+from deltatune.subclass import Swapped
 
 __all__ = ["LoRALinear", "project"]
 
@@ -62,14 +63,14 @@ class LoRALinear(Swapped):
 
     def sync(self) -> None:
         """Brings the operands in step with the adapters; a compiled graph finds that done before it runs."""
-        if self._lora_group is not None and not torch.compiler.is_compiling() and not self._deltatune.cached:
+        if self._lora_group is not None and not torch.compiler.is_compiling() and not in_stock_path(self):
             self._lora_group.sync()
 
     def form_of_call(self, x: Tensor, *args: Any, **kwargs: Any) -> str:
         """How this call runs."""
         if torch.compiler.is_compiling() and not self._deltatune.in_own_graph:
             return STOCK  # nothing would bring the operands in step before a graph that is not ours runs
-        if args or kwargs or self._disable_adapters or self.merged_adapters or self._deltatune.cached:
+        if args or kwargs or self._disable_adapters or self.merged_adapters or in_stock_path(self):
             return STOCK
         if self._lora_form == FUSED and _compute_dtype(x) != self.base_layer.weight.dtype:
             return STOCK  # autocast to another dtype than the weights': torch casts them in every call
@@ -95,7 +96,7 @@ class LoRALinear(Swapped):
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         """The base layer, for PEFT to put in this one's place."""
-        self.before_unswap()
+        self.before_restore()
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base: nn.Module = self.base_layer
@@ -106,7 +107,7 @@ class LoRALinear(Swapped):
         if self._lora_group is not None:
             self._lora_group.release()
 
-    def before_unswap(self) -> None:
+    def before_restore(self) -> None:
         """Leaves its group and keeps nothing."""
         if self._lora_group is not None:
             self._lora_group.remove(self)

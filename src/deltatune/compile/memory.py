@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from deltatune.activations import LayerMemory
+from deltatune.compile.trace import LayerMemory
 from deltatune.ops import choose_linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
@@ -145,7 +145,7 @@ def estimate_traced_memory(
 
     Args:
         model: the model that will train, adapters included.
-        layers: one for each decoder layer, in order, at the setting in question; ``deltatune.activations.trace_layer``.
+        layers: one for each decoder layer, in order, at the setting in question; see ``trace_layer``.
         tokens_per_batch: T.
         optimizer: transformers' name for it; one that is not known is counted as AdamW.
         compute_dtype: of activations; the weights' own by default.

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from deltatune.compile import CompileOptions, Graphs
+from deltatune.compile.graphs import CompileOptions, Graphs
 
 __all__ = ["LayerMemory", "Setting", "trace_layer"]
 

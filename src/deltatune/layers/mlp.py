@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.layers.lora_form import is_hooked
-from deltatune.layers.lora_linear import LoRALinear, project
-from deltatune.layers.reclass import Swapped, stock_class
+from deltatune.lora.linear import LoRALinear, project
+from deltatune.lora.mode import is_hooked
+from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["GatedMLP", "is_gated_mlp"]
 

@@ -10,55 +10,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from deltatune.compile import CompileOptions
+from deltatune.state import State
 
-__all__ = ["ModelState", "Swapped", "named_forward", "stock_class", "swap", "unswap"]
-
-
-@dataclass(eq=False)
-class ModelState:
-    """What the layers of one prepared model share; plain data, so a deepcopy or pickle of the model carries it.
-
-    Attributes:
-        kernels: op name -> implementation that runs.
-        mask_form: what the stock text model takes in place of a mask it would build: ``"mapping"`` or ``"4d"``.
-        layer_types: the names such a mapping is asked for.
-        compile: how the layers are compiled; None runs them eagerly.
-        checkpointing: ``"none"``, ``"layer"`` or the share of activations that may stay.
-        lora: ``"auto"``, ``"fused"`` or ``"stock"``.
-        head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps
-            them afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
-        stock_config: the text model's own config, where a copy that names our attention stands in for it.
-        stock_attention: the implementation that config named when the model was prepared.
-        cached: True while a call with a key-value cache runs, which keeps the stock path whole.
-        in_own_graph: True while a graph of ours runs or is traced; one that another compiles around the model does not
-            bring adapters in step.
-        auto: an ``AutoCheckpointing``, which decides ``checkpointing``; None where the setting was given.
-    """
-
-    kernels: dict[str, str]
-    mask_form: str
-    layer_types: tuple[str, ...]
-    compile: CompileOptions | None = None
-    checkpointing: str | float = "none"
-    lora: str = "auto"
-    head: str = "linear"
-    stock_config: Any = None
-    stock_attention: str | None = None
-    cached: bool = False
-    in_own_graph: bool = False
-    auto: Any = None
+__all__ = ["Swapped", "named_forward", "restore", "stock_class", "swap"]
 
 
 class Swapped(nn.Module):
     """Base of every layer that ``swap`` puts in front of a stock class."""
 
-    _deltatune: ModelState
+    _deltatune: State
 
     @classmethod
     def class_attributes(cls, _stock: type[nn.Module]) -> dict[str, Any]:
@@ -69,7 +33,7 @@ class Swapped(nn.Module):
         """What ``named_forward`` calls, with all arguments by name."""
         raise NotImplementedError
 
-    def before_unswap(self) -> None:
+    def before_restore(self) -> None:
         """Gives back what the layer took, while it still is one."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -105,17 +69,17 @@ def named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..
     return forward
 
 
-def swap(module: nn.Module, layer: type[Swapped], state: ModelState) -> None:
+def swap(module: nn.Module, layer: type[Swapped], state: State) -> None:
     """Makes ``module`` an instance of ``layer`` in front of its own class."""
     assert not isinstance(module, Swapped), f"{type(module).__name__} is swapped already"
     module.__class__ = _subclass(type(module), layer)
     module.__dict__["_deltatune"] = state
 
 
-def unswap(module: nn.Module) -> None:
+def restore(module: nn.Module) -> None:
     """Gives ``module`` its stock class back."""
     if isinstance(module, Swapped):
-        module.before_unswap()
+        module.before_restore()
         stock = stock_class(module)
         del module.__dict__["_deltatune"]
         module.__class__ = stock  # type: ignore[assignment]

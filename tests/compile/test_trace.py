@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from deltatune import CompileOptions, prepare
-from deltatune.activations import LayerMemory, trace_layer
-from deltatune.layers.reclass import stock_class
+from deltatune.compile.trace import LayerMemory, trace_layer
+from deltatune.subclass import stock_class
 from tiny import tiny_model
 
 TOKENS = 192
@@ -93,7 +93,7 @@ def test_a_layer_that_cannot_be_traced_says_so() -> None:
         torch._dynamo.graph_break()
         return hidden * 2
 
-    from deltatune.compile import GraphBreakError
+    from deltatune.compile.graphs import GraphBreakError
 
     with pytest.raises(GraphBreakError, match="does not compile as one graph"):
         trace_layer(broken, model, args, kwargs, settings=["none"])

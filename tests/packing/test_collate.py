@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltatune.data.collate import PackedCollator
-from deltatune.data.sample import Sample
+from deltatune.packing.collate import PackedCollator
+from deltatune.packing.sample import Sample
 
 LENGTHS = [5, 1, 7]
 
@@ -147,7 +147,7 @@ def test_collating_needs_no_optional_package():
 import sys
 for name in ("pydantic", "datasets", "transformers", "rich"):
     sys.modules[name] = None
-from deltatune.data.collate import PackedCollator
+from deltatune.packing.collate import PackedCollator
 PackedCollator(tokens_per_batch=4, pad_token_id=0)([{"input_ids": [1, 2]}])
 """
     subprocess.run([sys.executable, "-c", code], check=True)

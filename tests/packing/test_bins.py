@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from deltatune.data.packing import fill, pack
+from deltatune.packing.bins import fill, pack
 
 
 def one_by_one(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -107,5 +107,5 @@ def test_bad_lengths_are_named(lengths, capacity, message):
 
 
 def test_packing_imports_no_torch():
-    code = "import sys; from deltatune.data.packing import pack; assert 'torch' not in sys.modules"
+    code = "import sys; from deltatune.packing.bins import pack; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from deltatune import memory, prepare
-from deltatune.activations import LayerMemory
-from deltatune.config.schema import LoraSection
-from deltatune.memory import (
+from deltatune import prepare
+from deltatune.compile import memory
+from deltatune.compile.memory import (
     choose_checkpointing,
     estimate_memory,
     estimate_traced_memory,
     optimizer_bytes,
 )
+from deltatune.compile.trace import LayerMemory
+from deltatune.config.schema import LoraSection
 from deltatune.ops._choice import Choice
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.training.adapters import add_adapters

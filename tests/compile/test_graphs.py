@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from deltatune import CompileOptions, Sequences, prepare
-from deltatune.compile import FROZEN, GraphBreakError
+from deltatune.compile.graphs import FROZEN, GraphBreakError
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from tiny import FAMILIES, documents, tiny_model
 

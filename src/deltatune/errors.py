@@ -1,0 +1,16 @@
+"""The exceptions that mean: the recipe or the input is at fault, not the program."""
+
+from __future__ import annotations
+
+__all__ = ["DataError", "UserError"]
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what was expected, what came, and the remedy.
+
+    The command line prints it as one line and exits with status 2.
+    """
+
+
+class DataError(UserError):
+    """A row, file or data option that cannot be trained on; one line that names where it is and the remedy."""

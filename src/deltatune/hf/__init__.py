@@ -1,0 +1,1 @@
+"""What ages with transformers and PEFT."""

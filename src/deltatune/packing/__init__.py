@@ -1,0 +1,1 @@
+"""Documents in a pack: their boundaries, and how samples become one."""
