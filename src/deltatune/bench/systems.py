@@ -127,7 +127,7 @@ class System:
         """The last hidden state ``[T, E]`` of a batch on the device."""
         call = {name: batch.tensors[name] for name in ("input_ids", "position_ids")}
         if self.prepared is not None:
-            # as the model itself resolves them, so that layers see the same arguments as in training and no graph is new
+            # as the model resolves them, so that layers see the same arguments as in training and no graph is new
             with catch_hidden() as caught:
                 self.model(**call, sequences=batch.sequences, logits_to_keep=1)
             state = caught.state

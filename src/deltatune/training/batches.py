@@ -131,7 +131,7 @@ class CountingCollator:
         batch = self._collate(samples) if samples else self._collate_padding([self._padding()])
         labels = batch["labels"]
         assert isinstance(labels, torch.Tensor)
-        # of the boundaries only what a prepared model reads first: the stock names would be copied to the device for nothing
+        # only what a prepared model reads first: the stock names would be copied to the device for nothing
         kept = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "sequences")}
         counts = PackCounts(
             trained=int((labels != IGNORE_INDEX).sum()),
