@@ -88,6 +88,7 @@ class Prepared:
         optimizer: str = "adamw_torch_fused",
         compute_dtype: torch.dtype | None = None,
         accumulates: bool = False,
+        device: torch.device | None = None,
     ) -> Choice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
@@ -96,11 +97,13 @@ class Prepared:
             optimizer: transformers' name of the one that will train.
             compute_dtype: of activations where autocast makes it another than the weights'.
             accumulates: gradients of several batches are summed before a step of the optimizer.
+            device: where the model will train, for one that is not there yet or will be sharded: the shapes decide, and
+                nothing runs. None decides from the graphs of the layers, where the model is.
         """
         if self._state.facts.auto is None:
             return None
         self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype)
-        decide_for(_base(self.model), tokens)
+        decide_for(_base(self.model), tokens, device)
         return self.auto_checkpointing
 
     def release_adapters(self) -> None:
@@ -199,6 +202,7 @@ def prepare(
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
+            module.configure(text_model.config)  # type: ignore[operator]
     install_lora(text_model, state)
     swaps = [SwapRow(p.stock, p.layer.__name__, p.expected, len(p.modules)) for p in plan]
     return Prepared(model, family, state, swaps)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.cost import Cost
 from deltatune.state import State
 
 __all__ = ["Swapped", "named_forward", "restore", "stock_class", "swap"]
@@ -32,6 +33,14 @@ class Swapped(nn.Module):
     def _forward(self, call: dict[str, Any]) -> Any:
         """What ``named_forward`` calls, with all arguments by name."""
         raise NotImplementedError
+
+    def configure(self, config: Any) -> None:
+        """Notes what the layer needs of the text model's config; called once, after the swap."""
+
+    def cost(self, tokens: int, squares: int) -> Cost:
+        """Of a pack of so many tokens, whose documents have lengths that sum to ``squares`` when squared."""
+        del tokens, squares
+        return Cost()
 
     def before_restore(self) -> None:
         """Gives back what the layer took, while it still is one."""

@@ -40,7 +40,7 @@ def test_plan_of_full_training_with_automatic_checkpointing(capsys, write_recipe
     assert main(["plan", str(write_recipe(lora=None, checkpointing="auto", compile=True))]) == 0
     page = capsys.readouterr().out
     assert "(100.00%)" in page
-    assert "checkpointing auto takes none" in page
+    assert "checkpointing none: auto takes it" in page
 
 
 def test_plan_gives_warnings(capsys, write_recipe) -> None:

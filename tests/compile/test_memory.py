@@ -95,12 +95,14 @@ def saved_bytes(model: Any, tokens: int) -> int:
 
 def test_the_meta_device_gives_the_same_estimate() -> None:
     model = tiny_model("qwen3_5_moe", layers=4)
+    prepare(model)
     real = estimate_memory(model, tokens_per_batch=512)
     assert estimate_memory(model.to("meta"), tokens_per_batch=512) == real
 
 
 def test_checkpointing_orders_as_it_recomputes() -> None:
     model = tiny_model("qwen3_5", layers=8)
+    prepare(model)
     settings: list[str | float] = ["none", 0.75, 0.5, 0.25, "layer"]
     sizes = [estimate_memory(model, tokens_per_batch=512, checkpointing=s).activations for s in settings]
     assert sizes == sorted(sizes, reverse=True)
@@ -115,6 +117,7 @@ def test_auto_takes_the_least_recomputation_that_fits(
     monkeypatch: pytest.MonkeyPatch, room: str | float | None, compiled: bool, expected: str | float
 ) -> None:
     model = tiny_model("qwen3_5", layers=8)
+    prepare(model)
     fits = 0 if room is None else estimate_memory(model, tokens_per_batch=512, checkpointing=room).total
     monkeypatch.setattr(memory, "device_memory", lambda device: int(fits / 0.9) + 2)
     setting, _, reason = choose_checkpointing(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from deltatune import prepare
 from deltatune.config.schema import LoraSection
 from deltatune.training.adapters import add_adapters
 from deltatune.training.batches import PackCounts
@@ -85,19 +86,19 @@ def test_flops_of_matrices_are_those_of_the_counter(adapters: bool, tied: bool) 
         for op, counts in counter.get_flop_counts()["Global"].items()
         if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
     )
-    assert StepFlops.of(model).per_token * tokens == pytest.approx(matrices, rel=0.03)
+    assert StepFlops.of(prepare(model).model).per_token * tokens == pytest.approx(matrices, rel=0.03)
 
 
 def test_flops_of_documents_grow_with_their_squared_length() -> None:
-    flops = StepFlops.of(tiny_model("qwen3_5", layers=4))
+    flops = StepFlops.of(prepare(tiny_model("qwen3_5", layers=4)).model)
     short = flops(PackCounts(tokens=100, squares=10 * 10**2))
     long = flops(PackCounts(tokens=100, squares=100**2))
     assert long - short == pytest.approx(6 * 4 * 16 * 2 * (100**2 - 10 * 10**2)), "two full-attention layers, 4 x 16"
 
 
 def test_routed_experts_count_by_the_share_a_token_visits() -> None:
-    few = StepFlops.of(tiny_model("qwen3_moe", num_experts_per_tok=1)).per_token
-    more = StepFlops.of(tiny_model("qwen3_moe", num_experts_per_tok=2)).per_token
+    few = StepFlops.of(prepare(tiny_model("qwen3_moe", num_experts_per_tok=1)).model).per_token
+    more = StepFlops.of(prepare(tiny_model("qwen3_moe", num_experts_per_tok=2)).model).per_token
     # gate, up and down of one more expert in two layers, forward and twice backward
     assert more - few == 6 * 2 * 3 * 24 * 32
 

@@ -20,7 +20,7 @@ from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.packs import load_packs
-from deltatune.training.run import autocast_dtype, prepare_by_recipe, resolve_checkpointing
+from deltatune.training.run import autocast_dtype, decide_checkpointing, prepare_by_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,17 +35,17 @@ def run(args: argparse.Namespace) -> int:
     recipe = loaded.recipe
     arguments = training_arguments(recipe.training)
     model = _empty_model_with_adapters(recipe)
-    checkpointing, reason = resolve_checkpointing(recipe, model, arguments)
-    report = prepare_by_recipe(recipe, model, checkpointing).report
+    prepared = prepare_by_recipe(recipe, model)
+    decide_checkpointing(recipe, prepared, arguments, device=arguments.device)
+    report = prepared.report
     tokenizer = load_tokenizer(recipe.model)
     packs = load_packs(recipe.data.train, recipe, tokenizer, progress=show_progress)
     held_out = load_packs(recipe.data.eval, recipe, tokenizer, progress=show_progress) if recipe.data.eval else None
     sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
-    lines += [] if reason is None else [f"checkpointing auto takes {checkpointing}: {reason}"]
     lines += ["", str(packs.report), *_steps(packs, arguments)]
     lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]
-    lines += ["", *_memory(recipe, model, arguments, checkpointing)]
+    lines += ["", *_memory(recipe, model, arguments, report.checkpointing)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -69,7 +69,7 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
     token = _whole_model.set(model)
     try:
         if state.options.compile is None or state.options.compile.scope != "layer" or _is_sharded(model):
-            _decide(state, tokens, _from_shapes(model, state, tokens))
+            _decide(state, tokens, _from_shapes(model, state, tokens, next(model.parameters()).device))
             yield
             return
 
@@ -86,14 +86,21 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
         _whole_model.reset(token)
 
 
-def decide_for(model: Any, tokens: int) -> None:
-    """Decides for one row of so many tokens; the forward is left before its first layer."""
+def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> None:
+    """Decides for one row of so many tokens; the forward is left before its first layer.
+
+    With ``device`` nothing runs: the shapes decide for a model that will train there.
+    """
+    if device is not None:
+        state: State = model._deltatune
+        _decide(state, tokens, _from_shapes(model, state, tokens, device))
+        return
 
     def leave(*_: object) -> None:
         raise _LeftError
 
     first = model.get_decoder().layers[0]
-    device = next(model.parameters()).device
+    here = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -101,7 +108,7 @@ def decide_for(model: Any, tokens: int) -> None:
             # behind the hook that decides
             handle = first.register_forward_pre_hook(leave)
             try:
-                model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device))
+                model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=here))
             except _LeftError:
                 pass
             finally:
@@ -123,14 +130,14 @@ def _decide(state: State, tokens: int, choice: Choice) -> None:
         forget_graphs(state)
 
 
-def _from_shapes(model: Any, state: State, tokens: int) -> Choice:
+def _from_shapes(model: Any, state: State, tokens: int, device: torch.device) -> Choice:
     assert state.facts.auto is not None
     return choose_checkpointing(
         model,
         tokens_per_batch=tokens,
         optimizer=state.facts.auto.optimizer,
         compiled=state.options.compile is not None,
-        device=next(model.parameters()).device,
+        device=device,
         compute_dtype=state.facts.auto.compute_dtype,
     )
 

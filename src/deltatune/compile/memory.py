@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from deltatune.compile.trace import LayerMemory
+from deltatune.cost import Cost
 from deltatune.ops import choose_linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
+from deltatune.subclass import Swapped
 
 __all__ = [
     "Choice",
@@ -25,6 +27,7 @@ __all__ = [
     "device_memory",
     "estimate_memory",
     "estimate_traced_memory",
+    "layer_cost",
     "least_recomputation",
     "optimizer_bytes",
     "usable_memory",
@@ -100,17 +103,14 @@ def estimate_memory(
       weights train (``2 E b``)
     - the output of every projection that does not write to the residual stream, and the input of those that do; the
       activated gate of the MLP
-    - full attention: rotated queries and keys, the output before its gate, a float32 log-sum-exp a head
-    - gated delta rule: the convolved channels, the rule's output, the norm and the activated gate after it, float32
-      decay and write strength, and a row of 64 entries of the chunk's triangular matrix a head
-    - routed experts: the share of tokens each sees, ``top_k`` copies of their inputs and hidden units
+    - what attention, the gated delta rule and routed experts keep in addition, as their layers' ``cost`` says
     - an adapter: its ``r`` columns, and its input once more where it is kept in a wider dtype than activations
 
     ``checkpointing="layer"`` keeps ``E b`` a layer and token, and one layer in full while it is recomputed; a share
     ``s`` keeps that share of the difference in every layer.
 
     Args:
-        model: the model that will train.
+        model: the prepared model that will train.
         tokens_per_batch: T.
         optimizer: transformers' name for it; one that is not known is counted as AdamW.
         checkpointing: ``"none"``, ``"layer"`` or a share from 0 to 1.
@@ -279,7 +279,7 @@ def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpoin
 
 
 def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
-    """Bytes a decoder layer keeps for each token."""
+    """Bytes a decoder layer keeps for each token: around its projections, and what each of its parts says."""
     width = config.hidden_size
     elements = (6.0 if _norms_train(layer) else 4.0) * width
     extra = 0.0
@@ -290,16 +290,17 @@ def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
             elements += module.in_features if module.out_features == width else module.out_features
             # silu(gate), beside the gate itself
             elements += module.out_features if "gate_proj" in name else 0
-    if hasattr(layer, "linear_attn"):
-        heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
-        key_channels = 2 * config.linear_num_key_heads * config.linear_key_head_dim
-        elements += key_channels + 4 * heads * value_dim + 64 * heads
-        extra += 2 * 4 * heads
-    elif hasattr(layer, "self_attn"):
-        head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        elements += (2 * config.num_attention_heads + config.num_key_value_heads) * head_dim
-        extra += 4 * config.num_attention_heads
-    return float(elements * width_bytes + extra + _expert_elements(layer, config) * width_bytes)
+    own = layer_cost(layer, tokens=1)
+    return float((elements + own.kept) * width_bytes + extra + own.kept_bytes)
+
+
+def layer_cost(layer: nn.Module, *, tokens: int = 0, squares: int = 0) -> Cost:
+    """The sum of ``Swapped.cost`` over a prepared module and all under it."""
+    total = Cost()
+    for module in layer.modules():
+        if isinstance(module, Swapped):
+            total = total.plus(module.cost(tokens, squares))
+    return total
 
 
 def _adapter_bytes(name: str, module: nn.Module, width_bytes: int) -> float:
@@ -308,13 +309,6 @@ def _adapter_bytes(name: str, module: nn.Module, width_bytes: int) -> float:
     itemsize = module.weight.dtype.itemsize
     widened = module.in_features * itemsize if "lora_A" in name and itemsize > width_bytes else 0
     return widened + (module.out_features * itemsize if "lora_A" in name else 0)
-
-
-def _expert_elements(layer: nn.Module, config: Any) -> float:
-    """Routed experts, as three-dimensional weights ``[experts, out, in]``: top_k inputs and outputs a token."""
-    weights = [p for p in layer.parameters() if p.ndim == 3 and p.shape[0] == getattr(config, "num_experts", 0)]
-    widths = sum(p.shape[1] + p.shape[2] for p in weights)
-    return float(getattr(config, "num_experts_per_tok", 0) * widths)
 
 
 def _norms_train(layer: nn.Module) -> bool:

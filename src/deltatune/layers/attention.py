@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import ops
+from deltatune.cost import Cost
 from deltatune.hf.peft import readable
 from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped
 
-__all__ = ["Attention", "GatedAttention"]
+__all__ = ["Attention", "GatedAttention", "attention_cost"]
 
 
 class Attention(Swapped):
@@ -73,6 +74,12 @@ class Attention(Swapped):
             out = out * torch.sigmoid(gate)
         return self.o_proj(out.flatten(-2)), None
 
+    def cost(self, tokens: int, squares: int) -> Cost:
+        """Causal attention; see ``attention_cost``."""
+        keys = _out_features(self.k_proj) // self.head_dim
+        queries = _in_features(self.o_proj) // self.head_dim
+        return attention_cost(queries, keys, self.head_dim, tokens, squares)
+
     def split_q(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(q [B, T, N, D], output gate [B, T, N, D] or None)``."""
         return _heads(projected, self.head_dim), None
@@ -102,6 +109,26 @@ class GatedAttention(Attention):
         """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
         q, gate = _heads(projected, 2 * self.head_dim).chunk(2, dim=-1)
         return q, gate
+
+
+def attention_cost(heads: int, kv_heads: int, head_dim: int, tokens: int, squares: int) -> Cost:
+    """``2 n^2 N D`` FLOPs a document of n tokens (causal: half of ``4 n^2 N D``).
+
+    Kept: rotated queries and keys, the output, a float32 log-sum-exp a head.
+    """
+    return Cost(
+        flops=2.0 * squares * heads * head_dim,
+        kept=float(tokens * (2 * heads + kv_heads) * head_dim),
+        kept_bytes=4.0 * tokens * heads,
+    )
+
+
+def _out_features(linear: Any) -> int:
+    return int(linear.out_features)
+
+
+def _in_features(linear: Any) -> int:
+    return int(linear.in_features)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

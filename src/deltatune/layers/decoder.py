@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from deltatune.compile.auto import deciding, layer_label
 from deltatune.compile.graphs import FROZEN, compile_options, graphs_of
+from deltatune.cost import Cost
 from deltatune.hf import attention_interface
 from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
+from deltatune.layers.attention import attention_cost
 from deltatune.packing.metadata import METADATA, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.state import State
@@ -67,6 +69,16 @@ class DecoderLayer(Swapped):
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
         return forward(self, hidden_states, *args, **kwargs)
+
+    def cost(self, tokens: int, squares: int) -> Cost:
+        """Of stock attention, which has no layer class of ours; nothing where every part of the layer has its own."""
+        attention: Any = getattr(self, "self_attn", None)
+        if attention is None or isinstance(attention, Swapped):
+            return Cost()
+        config = attention.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return attention_cost(heads, config.num_key_value_heads, head_dim, tokens, squares)
 
 
 def _run_graph(

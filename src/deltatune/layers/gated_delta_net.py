@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune import ops
+from deltatune.cost import Cost
 from deltatune.hf.peft import readable
 from deltatune.lora.linear import project
 from deltatune.packing.sequences import Sequences
@@ -95,6 +96,20 @@ class GatedDeltaNet(Swapped):
         )
         projected: Tensor = self.out_proj(out.flatten(-2))
         return projected
+
+    def cost(self, tokens: int, squares: int) -> Cost:
+        """``6 G K V`` FLOPs a token in the recurrent form: decay and read, write, output.
+
+        Kept: the convolved channels, the rule's output, the norm and the activated gate after it, a row of 64 entries
+        of the chunk's triangular matrix a head; float32 decay and write strength.
+        """
+        del squares
+        heads, width = self.num_v_heads, self.num_v_heads * self.head_v_dim
+        return Cost(
+            flops=6.0 * tokens * width * self.head_k_dim,
+            kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads)),
+            kept_bytes=2.0 * 4 * tokens * heads,
+        )
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(mixed qkv [B, T, 2HK + GV], z [B, T, GV], b [B, T, G], a [B, T, G])``."""

@@ -1,6 +1,6 @@
 """Model FLOPs of a training step: what the mathematics asks for, whatever is recomputed or padded."""
 
-# H query heads, D head dim, G value heads, K key dim, V value dim, n document length
+# n document length
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deltatune.compile.memory import layer_cost
 from deltatune.training.batches import PackCounts
 
 __all__ = ["PEAK_FLOPS", "StepFlops", "peak_flops"]
@@ -41,9 +42,8 @@ class StepFlops:
     """FLOPs of forward and backward as ``per_token * tokens + per_square * sum(n**2)`` over documents of length n.
 
     A matrix of N weights costs ``2N`` a token forward, ``2N`` for the input's gradient, and ``2N`` more for its own
-    where it trains. Routed experts count with the share of them that a token visits. Full attention costs
-    ``2 * n**2 * H * D`` forward (causal: half of ``4 n**2``) and twice that backward; a gated delta rule, in its
-    recurrent form, ``6 * G * K * V`` a token forward (decay and read, write, output) and twice that backward.
+    where it trains. Routed experts count with the share of them that a token visits. Attention and the gated delta rule
+    cost what their layers' ``cost`` says forward, and twice that backward.
     Recomputation by checkpointing is not counted, nor is padding: this is the work that trains.
     """
 
@@ -52,37 +52,21 @@ class StepFlops:
 
     @classmethod
     def of(cls, model: nn.Module) -> StepFlops:
-        """The FLOPs of a causal language model, adapters included; embeddings are lookups and cost nothing."""
-        config = _text_config(model)
+        """The FLOPs of a prepared language model, adapters included; embeddings are lookups and cost nothing."""
+        shares = _active_shares(model)
         matrices = sum(
-            (6.0 if weight.requires_grad else 4.0) * weight.numel() * _share(weight, config)
+            (6.0 if weight.requires_grad else 4.0) * weight.numel() * shares.get(weight, 1.0)
             for weight in _matrices(model)
         )
-        kinds = _layer_kinds(config)
-        linear = 18.0 * _value(config, "linear_num_value_heads") * _value(config, "linear_key_head_dim")
-        linear *= _value(config, "linear_value_head_dim") * kinds.count("linear_attention")
-        heads = _value(config, "num_attention_heads")
-        width = heads * (_value(config, "head_dim") or _value(config, "hidden_size") // max(heads, 1))
-        return cls(matrices + linear, 6.0 * width * (len(kinds) - kinds.count("linear_attention")))
+        # forward, and twice that backward
+        return cls(
+            matrices + 3 * layer_cost(model, tokens=1).flops,
+            3 * layer_cost(model, squares=1).flops,
+        )
 
     def __call__(self, counts: PackCounts) -> float:
         """FLOPs of the batches counted."""
         return self.per_token * counts.tokens + self.per_square * counts.squares
-
-
-def _text_config(model: nn.Module) -> object:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if config is not None else object()
-
-
-def _value(config: object, name: str) -> int:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else 0
-
-
-def _layer_kinds(config: object) -> list[str]:
-    kinds = getattr(config, "layer_types", None)
-    return list(kinds) if kinds else ["full_attention"] * _value(config, "num_hidden_layers")
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -106,8 +90,11 @@ def _outside_text(name: str) -> bool:
     return any(part in ("visual", "vision_tower", "audio_tower", "mtp") for part in name.split("."))
 
 
-def _share(weight: nn.Parameter, config: object) -> float:
-    experts = _value(config, "num_experts")
-    if weight.ndim < 3 or weight.shape[0] != experts or not experts:
-        return 1.0
-    return _value(config, "num_experts_per_tok") / experts
+def _active_shares(model: nn.Module) -> dict[nn.Parameter, float]:
+    """The share of a weight that a token meets, where that is not all of it: routed experts."""
+    found: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        share = getattr(module, "active_share", None)
+        if isinstance(share, float):
+            found |= dict.fromkeys(module.parameters(recurse=False), share)
+    return found

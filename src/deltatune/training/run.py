@@ -15,7 +15,7 @@ from torch import nn
 
 from deltatune import __version__
 from deltatune.compile.graphs import CompileOptions
-from deltatune.compile.memory import choose_checkpointing, estimate_memory
+from deltatune.compile.memory import estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
@@ -40,8 +40,8 @@ __all__ = [
     "autocast_dtype",
     "build",
     "compile_options",
+    "decide_checkpointing",
     "prepare_by_recipe",
-    "resolve_checkpointing",
     "train",
 ]
 
@@ -78,7 +78,6 @@ class Run:
     eval_packs: PackedDataset | None
     model: nn.Module
     prepared: Prepared
-    checkpointing_reason: str | None
 
     @property
     def output_dir(self) -> Path:
@@ -139,25 +138,14 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     freeze_unused(model)
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
-    checkpointing: str | float = recipe.checkpointing
-    reason = None
-    if arguments.fsdp or arguments.deepspeed:
-        # what a device will hold is settled later, so the shapes decide
-        checkpointing, reason = resolve_checkpointing(recipe, model, arguments)
-    else:
+    sharded = bool(arguments.fsdp or arguments.deepspeed)
+    if not sharded:
         model.to(arguments.device)
-    prepared = prepare_by_recipe(recipe, model, checkpointing)
-    choice = prepared.decide_checkpointing(
-        recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        compute_dtype=autocast_dtype(arguments),
-        accumulates=arguments.gradient_accumulation_steps > 1,
-    )
+    prepared = prepare_by_recipe(recipe, model)
+    # what a device will hold of a sharded model is settled later, so its shapes decide
+    decide_checkpointing(recipe, prepared, arguments, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
-    if reason is not None:
-        console.out(f"checkpointing auto: {checkpointing}, {reason}", highlight=False)
-    reason = reason if choice is None else choice.reason
-    return Run(recipe, arguments, tokenizer, train_packs, eval_packs, model, prepared, reason)
+    return Run(recipe, arguments, tokenizer, train_packs, eval_packs, model, prepared)
 
 
 def _resume_point(recipe: Recipe, resume: str | Path | bool | None) -> Path | None:
@@ -174,25 +162,21 @@ def _resume_point(recipe: Recipe, resume: str | Path | bool | None) -> Path | No
     return None
 
 
-def resolve_checkpointing(
-    recipe: Recipe, model: nn.Module, arguments: TrainingArguments
-) -> tuple[str | float, str | None]:
-    """The recipe's ``checkpointing``, with ``auto`` made a setting, and the reason where it was."""
-    if recipe.checkpointing != "auto":
-        return recipe.checkpointing, None
-    setting, _, reason = choose_checkpointing(
-        model,
-        tokens_per_batch=recipe.packing.tokens_per_batch,
+def decide_checkpointing(
+    recipe: Recipe, prepared: Prepared, arguments: TrainingArguments, *, device: torch.device | None
+) -> None:
+    """Makes the recipe's ``checkpointing: auto`` a setting; see ``Prepared.decide_checkpointing``."""
+    prepared.decide_checkpointing(
+        recipe.packing.tokens_per_batch,
         optimizer=recipe.training.optim,
-        compiled=recipe.compile is not None,
-        device=arguments.device,
         compute_dtype=autocast_dtype(arguments),
+        accumulates=arguments.gradient_accumulation_steps > 1,
+        device=device,
     )
-    return setting, reason
 
 
-def prepare_by_recipe(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> Prepared:
-    """``prepare`` with the recipe's kernels, compile and lora settings.
+def prepare_by_recipe(recipe: Recipe, model: nn.Module) -> Prepared:
+    """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings.
 
     Raises:
         UserError: what ``prepare`` refuses.
@@ -202,7 +186,7 @@ def prepare_by_recipe(recipe: Recipe, model: nn.Module, checkpointing: str | flo
             model,
             kernels=recipe.kernels if isinstance(recipe.kernels, str) else dict(recipe.kernels.items()),
             compile=compile_options(recipe),
-            checkpointing=checkpointing,
+            checkpointing=recipe.checkpointing,
             lora="auto" if recipe.lora is None else recipe.lora.impl,
         )
     except ValueError as error:
@@ -335,7 +319,7 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),
-        "checkpointing_reason": run.checkpointing_reason,
+        "checkpointing_reason": None if choice is None else choice.reason,
         "data": {
             "train": run.train_packs.report.to_dict(),
             "eval": None if run.eval_packs is None else run.eval_packs.report.to_dict(),

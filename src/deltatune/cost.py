@@ -1,0 +1,25 @@
+"""What a layer costs: the work that no product with a weight counts, and what it keeps for backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Cost"]
+
+
+class Cost(NamedTuple):
+    """Of one forward of a layer, beyond its products with weights and their operands.
+
+    Attributes:
+        flops: floating-point operations.
+        kept: elements that backward reads, in the dtype of the activations.
+        kept_bytes: bytes that it reads of fixed dtypes, such as float32 log-sum-exps.
+    """
+
+    flops: float = 0.0
+    kept: float = 0.0
+    kept_bytes: float = 0.0
+
+    def plus(self, other: Cost) -> Cost:
+        """Both."""
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
