@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -22,6 +22,9 @@ __all__ = ["Swapped", "named_forward", "restore", "stock_class", "swap"]
 
 class Swapped(nn.Module):
     """Base of every layer that ``swap`` puts in front of a stock class."""
+
+    #: the ops that the layer calls
+    ops: ClassVar[tuple[str, ...]] = ()
 
     _deltatune: State
 

@@ -36,6 +36,8 @@ class CausalLM(Swapped):
     ``output_logits=True`` or ``logits_to_keep`` asks for them. Without ``labels`` the stock forward answers.
     """
 
+    ops = ("linear_cross_entropy",)
+
     get_output_embeddings: Callable[[], nn.Module]
     loss_function: Callable[..., Tensor]
     router_aux_loss_coef: float

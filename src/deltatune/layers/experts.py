@@ -21,6 +21,8 @@ class Experts(Swapped):
     does not give, and the number of tokens an expert gets never reaches the graph.
     """
 
+    ops = ("grouped_mm",)
+
     gate_up_proj: Tensor
     down_proj: Tensor
     act_fn: Any

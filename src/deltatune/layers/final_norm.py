@@ -24,6 +24,7 @@ class FinalNorm(Swapped):
     backward of many passes.
     """
 
+    ops = ("rms_norm_rope",)
     #: the norm multiplies by ``1 + weight``
     unit_offset = False
 

@@ -28,6 +28,7 @@ class GatedDeltaNet(Swapped):
     Delta Networks (2024); parameter names of transformers' modules.
     """
 
+    ops = ("causal_conv", "gated_delta_rule", "gated_rms_norm")
     #: children that read the same input
     shared_inputs: tuple[tuple[str, ...], ...] = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
 

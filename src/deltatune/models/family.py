@@ -9,9 +9,21 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.layers.causal_lm import CausalLM
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["Experimental", "Family", "Feature", "Supported", "Swap", "Unsupported", "count_layers", "count_sparse"]
+__all__ = [
+    "IMAGES",
+    "ROUTER_LOSS",
+    "Experimental",
+    "Family",
+    "Feature",
+    "Supported",
+    "Swap",
+    "Unsupported",
+    "count_layers",
+    "count_sparse",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,11 @@ class Unsupported:
 
 
 Feature = Supported | Experimental | Unsupported
+
+#: The router's auxiliary loss couples documents by definition, and its logits cannot leave a compiled layer.
+ROUTER_LOSS = Experimental("output_router_logits works without compile; with compile it is refused")
+
+IMAGES = Experimental("the vision tower stays stock; boundaries must be passed beside three-row positions")
 
 
 @dataclass(frozen=True)
@@ -61,8 +78,7 @@ class Family:
         module: the transformers module that defines its classes.
         swaps: which stock module becomes which of our layers; the text model, its decoder layers and the model with
             the head are found by structure and not listed.
-        ops: the ops its layers call.
-        mask_form: what its text model takes in place of a mask; see ``ModelState``.
+        mask_form: what its text model takes in place of a mask; see ``Options``.
         features: what works there.
         refusals: checks of a text model, each returning why it cannot be prepared, or None.
         final_norm: what the norm behind the last layer becomes, where it is of the family's own module.
@@ -72,14 +88,18 @@ class Family:
     model_type: str
     module: str
     swaps: tuple[Swap, ...]
-    ops: tuple[str, ...]
     mask_form: str
     features: Mapping[str, Feature] = field(default_factory=dict)
     refusals: tuple[Callable[[Any], str | None], ...] = ()
     final_norm: type[Swapped] | None = None
 
-    def __post_init__(self) -> None:
-        assert self.final_norm is None or "rms_norm_rope" in self.ops, f"{self.name}: its final norm runs rms_norm_rope"
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """What its layers and the loss call; without layers of its own the ops behind the attention interface."""
+        layers = [swap.layer for swap in self.swaps]
+        layers += [self.final_norm] if self.final_norm is not None else []
+        called = [op for layer in layers for op in layer.ops] if layers else ["varlen_attention"]
+        return tuple(dict.fromkeys([*called, *CausalLM.ops]))
 
     def stock_classes(self) -> dict[str, type[nn.Module]]:
         """The classes named in ``swaps``."""

@@ -10,7 +10,6 @@ FAMILY = Family(
     model_type="qwen3",
     module="transformers.models.qwen3.modeling_qwen3",
     swaps=(Swap("Qwen3Attention", Attention, count_layers("full_attention", "sliding_attention")),),
-    ops=("rms_norm_rope", "varlen_attention", "linear_cross_entropy"),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "sliding_window": Supported()},
     refusals=(attention_dropout,),

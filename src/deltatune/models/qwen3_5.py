@@ -4,19 +4,8 @@ from deltatune.layers.attention import GatedAttention
 from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import GatedDeltaNet
-from deltatune.models.family import Experimental, Family, Supported, Swap, count_layers, count_sparse
-from deltatune.models.qwen3_moe import ROUTER_LOSS
+from deltatune.models.family import IMAGES, ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
 from deltatune.models.refusals import attention_dropout, delta_net_activation
-
-_OPS = (
-    "causal_conv",
-    "gated_delta_rule",
-    "gated_rms_norm",
-    "rms_norm_rope",
-    "varlen_attention",
-    "linear_cross_entropy",
-)
-_IMAGES = Experimental("the vision tower stays stock; boundaries must be passed beside three-row positions")
 
 DENSE = Family(
     name="qwen3_5",
@@ -26,9 +15,8 @@ DENSE = Family(
         Swap("Qwen3_5GatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
         Swap("Qwen3_5Attention", GatedAttention, count_layers("full_attention")),
     ),
-    ops=_OPS,
     mask_form="mapping",
-    features={"packing": Supported(), "compile": Supported(), "images": _IMAGES},
+    features={"packing": Supported(), "compile": Supported(), "images": IMAGES},
     refusals=(attention_dropout, delta_net_activation),
     final_norm=OffsetFinalNorm,
 )
@@ -42,9 +30,8 @@ MOE = Family(
         Swap("Qwen3_5MoeAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3_5MoeExperts", Experts, count_sparse),
     ),
-    ops=(*_OPS, "grouped_mm"),
     mask_form="mapping",
-    features={"packing": Supported(), "compile": Supported(), "images": _IMAGES, "router_loss": ROUTER_LOSS},
+    features={"packing": Supported(), "compile": Supported(), "images": IMAGES, "router_loss": ROUTER_LOSS},
     refusals=(attention_dropout, delta_net_activation),
     final_norm=OffsetFinalNorm,
 )

@@ -4,8 +4,7 @@ from deltatune.layers.attention import GatedAttention
 from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import InterleavedGatedDeltaNet
-from deltatune.models.family import Family, Supported, Swap, count_layers, count_sparse
-from deltatune.models.qwen3_moe import ROUTER_LOSS
+from deltatune.models.family import ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
 from deltatune.models.refusals import attention_dropout, delta_net_activation
 
 FAMILY = Family(
@@ -16,15 +15,6 @@ FAMILY = Family(
         Swap("Qwen3NextGatedDeltaNet", InterleavedGatedDeltaNet, count_layers("linear_attention")),
         Swap("Qwen3NextAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3NextExperts", Experts, count_sparse),
-    ),
-    ops=(
-        "causal_conv",
-        "gated_delta_rule",
-        "gated_rms_norm",
-        "rms_norm_rope",
-        "varlen_attention",
-        "grouped_mm",
-        "linear_cross_entropy",
     ),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},

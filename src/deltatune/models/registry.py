@@ -6,13 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.models import qwen3, qwen3_5, qwen3_moe, qwen3_next
+from deltatune.models import qwen3, qwen3_5, qwen3_moe, qwen3_next, qwen3_vl
 from deltatune.models.family import Experimental, Family, Supported
 from deltatune.models.refusals import attention_dropout, unusual_attention
 
 __all__ = ["ANY", "FAMILIES", "family_of", "recurrent_modules"]
 
-FAMILIES = (qwen3.FAMILY, qwen3_moe.FAMILY, qwen3_next.FAMILY, qwen3_5.DENSE, qwen3_5.MOE)
+FAMILIES = (
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    qwen3_next.FAMILY,
+    qwen3_5.DENSE,
+    qwen3_5.MOE,
+    qwen3_vl.DENSE,
+    qwen3_vl.MOE,
+)
 
 #: Another dense decoder: packing through the attention interface, and compile.
 ANY = Family(
@@ -20,7 +28,6 @@ ANY = Family(
     model_type="*",
     module="",
     swaps=(),
-    ops=("varlen_attention", "linear_cross_entropy"),
     mask_form="4d",
     features={
         "packing": Supported(),
