@@ -17,7 +17,7 @@ from deltatune.compile.memory import (
 )
 from deltatune.compile.trace import LayerMemory
 from deltatune.config.schema import LoraSection
-from deltatune.ops._choice import Choice
+from deltatune.ops import Choice
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.training.adapters import add_adapters
 from tiny import FAMILIES, tiny_model

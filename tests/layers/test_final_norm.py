@@ -10,7 +10,7 @@ import torch
 from deltatune import CompileOptions, ops, prepare
 from deltatune.layers import final_norm
 from deltatune.layers.final_norm import FinalNorm
-from deltatune.ops._choice import Choice
+from deltatune.ops import Choice
 from packed_cases import packed_call
 from tiny import FAMILIES, tiny_model
 

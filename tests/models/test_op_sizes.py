@@ -8,7 +8,8 @@ import torch
 
 from deltatune import prepare
 from deltatune.models.op_sizes import op_sizes
-from deltatune.ops._gated_delta_rule import api
+from deltatune.ops import choose_gated_delta_rule
+from deltatune.ops._gated_delta_rule import providers
 from tiny import tiny_model
 
 DELTA = {"gated_delta_rule": {"head_dims": (8, 12)}, "causal_conv": {"width": 4}}
@@ -42,8 +43,8 @@ def test_what_modules_disagree_on_is_left_out() -> None:
 
 def test_the_report_names_what_the_layers_take_at_their_sizes(monkeypatch) -> None:
     # as on a GPU with both libraries: only their head dims speak against them, and tiny ones fit neither
-    monkeypatch.setattr(api, "_library_refusal", lambda *_: None)
-    assert api.choose_gated_delta_rule("cpu", torch.float32).impl == "flash_qla"
+    monkeypatch.setattr(providers, "_library_refusal", lambda *_: None)
+    assert choose_gated_delta_rule("cpu", torch.float32).impl == "flash_qla"
     rows = {row.op: row.impl for row in prepare(tiny_model("qwen3_5")).report.kernels}
     assert rows["gated_delta_rule"] == "reference"
     changes = {"linear_key_head_dim": 32, "linear_value_head_dim": 64}
@@ -52,6 +53,6 @@ def test_the_report_names_what_the_layers_take_at_their_sizes(monkeypatch) -> No
 
 
 def test_a_named_kernel_that_cannot_run_at_these_sizes_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(api, "_library_refusal", lambda *_: None)
+    monkeypatch.setattr(providers, "_library_refusal", lambda *_: None)
     with pytest.raises(ValueError, match="head dims of 128, got K=8 and V=12"):
         prepare(tiny_model("qwen3_5"), kernels={"gated_delta_rule": "flash_qla"})

@@ -12,8 +12,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
-from deltatune.ops._gated_delta_rule import api, documents, fla, flash_qla, installed, library, op, reference
+from deltatune.ops import _nvidia, choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops._gated_delta_rule import documents, fla, flash_qla, installed, library, op, providers, reference
 from deltatune.packing.sequences import Sequences
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -183,17 +183,12 @@ def test_another_number_of_results_is_an_error(module):
         module._counted("forward", (1, 2, 3), 6)
 
 
-def test_the_choice_is_a_constant_of_a_traced_graph():
+def test_the_choice_is_a_constant_of_a_traced_graph(monkeypatch):
     def traced(x):
-        return x + 1 if api._constant_refusal("fla", x.device, x.dtype) == "no" else x - 1
+        return x + 1 if providers._installed_refusal("fla", x.device, x.dtype) == "no" else x - 1
 
-    original = api._constant_refusal
-    constant = api._assume_constant(lambda name, device, dtype: "no")
-    try:
-        api._constant_refusal = constant
-        assert torch.compile(traced, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
-    finally:
-        api._constant_refusal = original
+    monkeypatch.setattr(providers, "_installed_refusal", _nvidia.constant(lambda name, device, dtype: "no"))
+    assert torch.compile(traced, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_documents_without_the_empty_ones():
@@ -261,7 +256,7 @@ def fake(monkeypatch):
     found = FakeLibrary()
     monkeypatch.setitem(op._LIBRARIES, "fla", found)
     monkeypatch.setitem(sys.modules, "deltatune.ops._gated_delta_rule.l2_norm", FakeNorm)
-    monkeypatch.setattr(api, "_library_refusal", lambda name, device, dtype: None)
+    monkeypatch.setattr(providers, "_library_refusal", lambda name, device, dtype: None)
     monkeypatch.setattr(fla, "dim_refusal", lambda *dims: None)
     return found
 

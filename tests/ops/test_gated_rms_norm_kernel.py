@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltatune.ops import choose_gated_rms_norm, gated_rms_norm
-from deltatune.ops._gated_rms_norm import api
+from deltatune.ops._gated_rms_norm import providers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -27,7 +27,7 @@ EPS = 1e-6
 def kernels_run_here(monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
     if INTERPRETED:
-        monkeypatch.setattr(api, "triton_refusal", lambda device, dtype: None)
+        monkeypatch.setattr(providers, "triton_refusal", lambda device, dtype: None)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

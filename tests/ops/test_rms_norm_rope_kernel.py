@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deltatune.ops import choose_rms_norm_rope, rms_norm_rope, rms_norm_rope_pair
-from deltatune.ops._rms_norm_rope import api, reference
+from deltatune.ops._rms_norm_rope import providers, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -37,7 +37,7 @@ FORMS = {
 def kernels_run_here(monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
     if INTERPRETED:
-        monkeypatch.setattr(api, "triton_refusal", lambda device, dtype: None)
+        monkeypatch.setattr(providers, "triton_refusal", lambda device, dtype: None)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

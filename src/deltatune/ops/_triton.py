@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from deltatune.ops._nvidia import capability_of, constant, dotted, gpu_refusal
+
 __all__ = ["triton_refusal"]
+
+_OLDEST, _OLDEST_BF16 = (7, 0), (8, 0)
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a kernel that takes bf16, fp16 and fp32 cannot run, with the remedy; None where it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"triton needs an NVIDIA GPU, the inputs are on {device.type}; use impl='reference'"
+    refusal = gpu_refusal("triton", device)
+    if refusal is not None:
+        return f"{refusal}; use impl='reference'"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernel takes bf16, fp16 and fp32, got {dtype}; cast the inputs or use impl='reference'"
     if not _has_triton():
         return "triton is not installed; pip install triton or use impl='reference'"
+    capability = capability_of(device)
+    if capability is not None and capability < _OLDEST:
+        return (
+            f"triton needs compute capability {dotted(_OLDEST)} or newer, this GPU has {dotted(capability)}; "
+            "use impl='reference'"
+        )
+    if capability is not None and capability < _OLDEST_BF16 and dtype == torch.bfloat16:
+        return (
+            f"bf16 kernels need compute capability {dotted(_OLDEST_BF16)} or newer, this GPU has {dotted(capability)}; "
+            "cast to fp16 or use impl='reference'"
+        )
     return None
 
 
-def _find_triton() -> bool:
+@constant
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-# What is installed does not change under a graph, and tracing the look-up would break it.
-_assume_constant: Any = torch.compiler.assume_constant_result
-_has_triton: Callable[[], bool] = _assume_constant(_find_triton)

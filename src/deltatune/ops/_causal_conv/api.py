@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._causal_conv import op, reference
-from deltatune.ops._choice import Candidate, Choice, choose, traced_reference
-from deltatune.ops._triton import triton_refusal
+from deltatune.ops._causal_conv.providers import CausalConvSpec
+from deltatune.ops._numerics import most_demanding
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
 from deltatune.packing.sequences import Sequences
 
@@ -18,7 +19,6 @@ __all__ = ["ACTIVATIONS", "causal_conv", "choose_causal_conv"]
 
 ACTIVATIONS: tuple[str | None, ...] = ("silu", None)
 
-_MAX_WIDTH = 8  # the kernel keeps the window in registers
 _FUSED_HEADS = (32, 64, 128, 256)  # a head is a block of channels of one program
 
 
@@ -98,7 +98,8 @@ def causal_conv(
     sizes = [x.shape[-1]] if split is None else list(split)
     heads = [0] * len(sizes) if l2norm is None else list(l2norm)
     _check_parts(x.shape[-1], split, sizes, l2norm, heads)
-    choice = choose_causal_conv(x.device, x.dtype, width=weight.shape[1], impl=impl)
+    spec = CausalConvSpec(x.device, most_demanding(x.dtype, weight.dtype), weight.shape[1])
+    choice = choose(spec, impl)
     positions = _row_positions(x) if sequences is None else sequences.positions
     if choice.impl == "reference" and split is None:
         return reference.causal_conv(x, weight, bias, activation, positions)
@@ -116,34 +117,8 @@ def causal_conv(
 def choose_causal_conv(
     device: torch.device | str, dtype: torch.dtype, *, width: int | None = None, impl: str = "auto"
 ) -> Choice:
-    """Which implementation of ``causal_conv`` runs, and why.
-
-    Args:
-        device: of the inputs.
-        dtype: of x.
-        width: W; None leaves it out of the choice.
-        impl: ``"auto"``, or a name.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    device = torch.device(device)
-    candidates = (
-        Candidate(
-            "triton",
-            "one Triton kernel, resets inside; 2 passes over memory forward, 3 backward",
-            _triton_refusal(device, dtype, width),
-        ),
-        traced_reference(device, dtype),
-    )
-    return choose("causal_conv", impl, candidates)
-
-
-def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
-    refusal = triton_refusal(device, dtype)
-    if refusal is None and width is not None and width > _MAX_WIDTH:
-        return f"the kernel takes widths up to {_MAX_WIDTH}, got {width}; use impl='reference'"
-    return refusal
+    """Which implementation of ``causal_conv`` runs for x of this dtype and a weight of this width, and why."""
+    return choose(CausalConvSpec(torch.device(device), dtype, width), impl)
 
 
 def _can_fuse(heads: Sequence[int]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from deltatune.ops._gated_delta_rule.reference import L2_EPS
+from deltatune.ops._numerics import L2_EPS
 
 __all__ = ["backward_kernel", "forward_kernel"]
 

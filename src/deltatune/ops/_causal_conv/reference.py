@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.reference import L2_EPS
+from deltatune.ops._numerics import L2_EPS, accumulation_dtype
 
 __all__ = ["causal_conv", "normalise", "parts"]
 
@@ -42,13 +42,13 @@ def normalise(x: Tensor, head: int) -> Tensor:
     """``x * rsqrt(sum(x^2) + eps)`` over each run of ``head`` channels; as it is where ``head`` is 0."""
     if head == 0:
         return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:-1], x.shape[-1] // head, head)
+    wide = x.to(accumulation_dtype(x)).reshape(*x.shape[:-1], x.shape[-1] // head, head)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype).reshape(x.shape)
 
 
 def _accumulated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, positions: Tensor) -> Tensor:
     stream = x.reshape(-1, x.shape[-1])
-    acc_dtype = torch.promote_types(x.dtype, torch.float32)
+    acc_dtype = accumulation_dtype(x)
     width = weight.shape[1]
     # a bf16 sum of W terms would round W times: accumulate wide, round once at the end
     taps = weight.to(acc_dtype)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from deltatune.ops._choice import Candidate, Choice, choose
-from deltatune.ops._gated_delta_rule import fla, flash_qla, op
+from deltatune.ops._gated_delta_rule import op
+from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
 from deltatune.packing.sequences import Sequences
 
@@ -64,7 +62,7 @@ def gated_delta_rule(
     """
     _check(q, k, v, g, beta, sequences)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    choice = choose_gated_delta_rule(v.device, dtype, head_dims=(k.shape[-1], v.shape[-1]), impl=impl)
+    choice = choose(GatedDeltaRuleSpec(v.device, dtype, (k.shape[-1], v.shape[-1])), impl)
     return op.gated_delta_rule(
         q,
         k,
@@ -86,45 +84,8 @@ def choose_gated_delta_rule(
     head_dims: tuple[int, int] | None = None,
     impl: str = "auto",
 ) -> Choice:
-    """Which implementation of ``gated_delta_rule`` runs, and why.
-
-    Args:
-        device: of the inputs.
-        dtype: of q, k and v; where they differ, the one they promote to.
-        head_dims: K and V; None leaves them out of the choice.
-        impl: ``"auto"``, or a name.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    device = torch.device(device)
-    flash_refusal, fla_refusal = _library_refusal("flash_qla", device, dtype), _library_refusal("fla", device, dtype)
-    if head_dims is not None:
-        flash_refusal = flash_refusal or flash_qla.dim_refusal(*head_dims)
-        fla_refusal = fla_refusal or fla.dim_refusal(*head_dims)
-    accumulation = "fp64" if dtype == torch.float64 else "fp32"
-    candidates = (
-        Candidate("flash_qla", "FlashQLA's fused kernels for this GPU, head dims of 128", flash_refusal),
-        Candidate("fla", "FLA's Triton kernels", fla_refusal),
-        Candidate("reference", f"chunked torch on {device.type}, accumulating in {accumulation}"),
-    )
-    return choose("gated_delta_rule", impl, candidates)
-
-
-def _library_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"{name} needs an NVIDIA GPU, the inputs are on {device.type}; use impl='reference'"
-    return _constant_refusal(name, device, dtype)
-
-
-def _installed_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    return fla.refusal(capability, dtype) if name == "fla" else flash_qla.refusal(capability, dtype)
-
-
-# What is installed does not change under a graph, and tracing the look-up would break it.
-_assume_constant: Any = torch.compiler.assume_constant_result
-_constant_refusal: Callable[[str, torch.device, torch.dtype], str | None] = _assume_constant(_installed_refusal)
+    """Which implementation of ``gated_delta_rule`` runs for q, k and v of this dtype, heads of K and V, and why."""
+    return choose(GatedDeltaRuleSpec(torch.device(device), dtype, head_dims), impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sequences: Sequences | None) -> None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.reference import L2_EPS
+from deltatune.ops._numerics import L2_EPS
 
 __all__ = ["normalise", "normalise_backward"]
 

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.chunks import Chunks, cut_into_chunks
+from deltatune.ops._numerics import L2_EPS, accumulation_dtype
 
 __all__ = ["backward", "forward"]
-
-L2_EPS = 1e-6
 
 
 def forward(
@@ -144,7 +143,7 @@ class _Prepared:
 def _prepare(
     chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, qk_l2norm: bool
 ) -> _Prepared:
-    acc_dtype = _acc_dtype(q, k, v)
+    acc_dtype = accumulation_dtype(q, k, v)
     group = v.shape[2] // k.shape[2]
     q_, k_, v_, g_, beta_ = (chunks.gather(x).to(acc_dtype) for x in (q, k, v, g, beta))
     if qk_l2norm:
@@ -161,10 +160,6 @@ def _prepare(
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     u, w = solved.split([v_.shape[-1], k_.shape[-1]], dim=-1)
     return _Prepared(q_, k_, v_, beta_, a, z, d, qk, kk, d * qk, system, u, w)
-
-
-def _acc_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _segment_sums(g: Tensor) -> Tensor:

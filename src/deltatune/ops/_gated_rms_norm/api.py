@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from deltatune.ops._choice import Candidate, Choice, choose, traced_reference
 from deltatune.ops._gated_rms_norm import op, reference
-from deltatune.ops._triton import triton_refusal
+from deltatune.ops._gated_rms_norm.providers import GatedRmsNormSpec
+from deltatune.ops._numerics import most_demanding
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import check_floating, check_same_device
 
 __all__ = ["choose_gated_rms_norm", "gated_rms_norm"]
@@ -49,27 +48,12 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
         )
     check_floating(name, x=x, gate=gate, weight=weight)
     check_same_device(name, x=x, gate=gate, weight=weight)
-    dtype = functools.reduce(torch.promote_types, (gate.dtype, weight.dtype), x.dtype)
-    if choose_gated_rms_norm(x.device, dtype, impl=impl).impl == "triton":
+    spec = GatedRmsNormSpec(x.device, most_demanding(x.dtype, gate.dtype, weight.dtype))
+    if choose(spec, impl).impl == "triton":
         return op.gated_rms_norm(x, gate, weight, eps)
     return reference.gated_rms_norm(x, gate, weight, eps)
 
 
 def choose_gated_rms_norm(device: torch.device | str, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
-    """Which implementation of ``gated_rms_norm`` runs, and why.
-
-    Args:
-        device: of the inputs.
-        dtype: of x; where the others' differ, the one they promote to.
-        impl: ``"auto"``, or a name.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    device = torch.device(device)
-    kernel = Candidate(
-        "triton",
-        "one Triton kernel each way, compiled or not; 3 passes over memory forward, 5 backward",
-        triton_refusal(device, dtype),
-    )
-    return choose("gated_rms_norm", impl, (kernel, traced_reference(device, dtype)))
+    """Which implementation of ``gated_rms_norm`` runs, and why; ``dtype`` is that of x, gate and weight."""
+    return choose(GatedRmsNormSpec(torch.device(device), dtype), impl)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._autocast import autocast
-from deltatune.ops._choice import Candidate, Choice, choose
-from deltatune.ops._grouped_mm import torch_grouped
 from deltatune.ops._grouped_mm.op import multiply
+from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
 
 __all__ = ["choose_grouped_mm", "grouped_mm"]
@@ -19,17 +19,8 @@ __all__ = ["choose_grouped_mm", "grouped_mm"]
 def choose_grouped_mm(
     device: torch.device | str, dtype: torch.dtype, *, weight_shape: torch.Size | None = None, impl: str = "auto"
 ) -> Choice:
-    """The implementation that ``grouped_mm`` takes for inputs of this kind, and why.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    refusal = torch_grouped.refusal(torch.device(device), dtype, weight_shape)
-    return choose(
-        "grouped_mm",
-        impl,
-        (Candidate("torch", "F.grouped_mm runs on this device", refusal), Candidate("reference", refusal or "")),
-    )
+    """The implementation that ``grouped_mm`` takes for inputs of this kind, and why."""
+    return choose(GroupedMmSpec(torch.device(device), dtype, weight_shape), impl)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto") -> Tensor:
@@ -64,5 +55,4 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto"
         raise ValueError(f"{op}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
     if offsets.dtype != torch.int32:
         raise ValueError(f"{op}: offsets must be int32, got {offsets.dtype}")
-    choice = choose_grouped_mm(x.device, x.dtype, weight_shape=weight.shape, impl=impl)
-    return multiply(x, weight, offsets, choice.impl)
+    return multiply(x, weight, offsets, choose(GroupedMmSpec(x.device, x.dtype, weight.shape), impl).impl)

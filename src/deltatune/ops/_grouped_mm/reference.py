@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltatune.ops._numerics import accumulation_dtype
+
 __all__ = ["forward", "weight_gradient"]
 
 _BLOCK_ROWS = 32
@@ -36,7 +38,7 @@ def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """``dweight_g = sum over the rows of g of dy_r x_r^T`` ``[G, N, K]``, accumulated likewise."""
-    dtype = _accumulation_dtype(x)
+    dtype = accumulation_dtype(x)
     dweight = x.new_zeros(offsets.shape[0], dy.shape[1], x.shape[1])
     start = 0
     for group, end in enumerate(offsets.tolist()):
@@ -46,12 +48,8 @@ def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return dweight
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _product_in_blocks(x: Tensor, matrix: Tensor) -> Tensor:
-    rows, dtype = x.shape[0], _accumulation_dtype(x)
+    rows, dtype = x.shape[0], accumulation_dtype(x)
     padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, -rows % _BLOCK_ROWS))
     blocks = padded.view(-1, _BLOCK_ROWS, padded.shape[1])
     factor = matrix.to(dtype).mT

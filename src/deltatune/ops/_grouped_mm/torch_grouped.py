@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
+
 __all__ = ["forward", "refusal", "weight_gradient"]
 
 _function = getattr(F, "grouped_mm", None)
@@ -18,8 +20,9 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
     """Why this implementation cannot run for a weight ``[G, N, K]`` here; None where it can."""
     if _function is None:
         return f"torch {torch.__version__} has no F.grouped_mm; install torch >= 2.11"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"F.grouped_mm needs an NVIDIA GPU, the inputs are on {device.type}"
+    missing = gpu_refusal("F.grouped_mm", device)
+    if missing is not None:
+        return missing
     if dtype != torch.bfloat16:
         return f"F.grouped_mm takes bfloat16, not {dtype}; cast"
     if shape is not None and (shape[0] > _MAX_GROUPS or shape[1] % 8 or shape[2] % 8):
@@ -27,8 +30,9 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
             f"F.grouped_mm takes up to {_MAX_GROUPS} groups and widths that are multiples of 8, "
             f"got a weight {list(shape)}"
         )
-    if torch.cuda.get_device_properties(device).major < 8:
-        return "F.grouped_mm needs an Ampere GPU or newer"
+    capability = capability_of(device)
+    if capability is not None and capability < (8, 0):
+        return f"F.grouped_mm needs compute capability 8.0 or newer, this GPU has {dotted(capability)}"
     return None
 
 

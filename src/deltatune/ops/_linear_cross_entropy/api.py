@@ -4,71 +4,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from deltatune.ops._autocast import autocast
-from deltatune.ops._choice import Candidate, Choice, choose
 from deltatune.ops._linear_cross_entropy import torch_chunked
 from deltatune.ops._linear_cross_entropy.op import summed_loss
+from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._linear_cross_entropy.reference import check_targets
-from deltatune.ops._triton import triton_refusal
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import check_floating, check_same_device
 
 __all__ = ["choose_linear_cross_entropy", "linear_cross_entropy"]
-
-# rows of 16-bit numbers that begin at multiples of 16 bytes
-_ALIGNED = 8
 
 
 def choose_linear_cross_entropy(
     device: torch.device | str, dtype: torch.dtype, *, width: int | None = None, impl: str = "auto"
 ) -> Choice:
-    """The implementation that ``linear_cross_entropy`` takes for inputs of this kind, and why.
-
-    Args:
-        device: of the inputs.
-        dtype: of ``hidden`` and ``weight``.
-        width: E; None leaves it out of the choice.
-        impl: ``"auto"``, or a name.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    refusal = torch_chunked.missing()
-    rounds = torch_chunked.rounds_loss(dtype)
-    why = "torch's own rounds the summed loss to the 16-bit dtype of its input" if rounds else refusal or ""
-    cannot = _triton_refusal(torch.device(device), dtype, width)
-    blocks = Candidate("triton", "an online softmax whose logits never reach memory", cannot)
-    own = Candidate("reference", why)
-    theirs = Candidate("torch", "torch's own chunked function", refusal)
-    return choose("linear_cross_entropy", impl, (blocks, own, theirs) if rounds else (blocks, theirs, own))
-
-
-def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernels take bf16 and fp16, the inputs are {dtype}; use impl='reference'"
-    if width is not None and width % _ALIGNED:
-        return f"its kernels need a width that is a multiple of {_ALIGNED}, got {width}; use impl='reference'"
-    return triton_refusal(device, dtype) or _constant_refusal(device)
-
-
-def _installed_refusal(device: torch.device) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return f"its kernels need compute capability 9.0 or newer, this GPU has {major}.{minor}; use impl='reference'"
-    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
-        return "its kernels need triton >= 3.4; pip install -U triton"
-    return None
-
-
-# What is installed does not change under a graph, and tracing the look-up would break it.
-_assume_constant: Any = torch.compiler.assume_constant_result
-_constant_refusal: Callable[[torch.device], str | None] = _assume_constant(_installed_refusal)
+    """The implementation that ``linear_cross_entropy`` takes for inputs of this kind, and why; ``width`` is E."""
+    return choose(LinearCrossEntropySpec(torch.device(device), dtype, width), impl)
 
 
 def linear_cross_entropy(
@@ -115,7 +69,7 @@ def linear_cross_entropy(
     """
     hidden, weight = autocast(hidden, weight)
     _validate(hidden, weight, labels, reduction)
-    choice = choose_linear_cross_entropy(hidden.device, hidden.dtype, width=hidden.shape[-1], impl=impl)
+    choice = choose(LinearCrossEntropySpec(hidden.device, hidden.dtype, hidden.shape[-1]), impl)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     if choice.impl == "torch":
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltatune.ops._numerics import accumulation_dtype
+
 __all__ = ["check_targets", "chunk_tokens", "loss_and_gradients"]
 
 # Elements of the fp32 logits of a chunk, 256 MiB or 1 GiB. Forward and backward in ms for 256 / 512 / 1024 tokens on
@@ -37,7 +39,7 @@ def loss_and_gradients(
     chunks of the weight's gradient are fp32 (fp64 for fp64).
     """
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
-    accumulation = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    accumulation = accumulation_dtype(hidden)
     valid = labels != ignore_index
     targets = labels.where(valid, 0).unsqueeze(1)
     check_targets(targets, vocabulary)

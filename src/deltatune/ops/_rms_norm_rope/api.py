@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from deltatune.ops._choice import Candidate, Choice, choose, traced_reference
+from deltatune.ops._numerics import most_demanding
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._rms_norm_rope import op, reference
-from deltatune.ops._triton import triton_refusal
+from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
 
 __all__ = ["choose_rms_norm_rope", "rms_norm_rope", "rms_norm_rope_pair"]
@@ -97,35 +96,14 @@ def rms_norm_rope_pair(
 def choose_rms_norm_rope(
     device: torch.device | str, dtype: torch.dtype, *, angles_grad: bool = False, impl: str = "auto"
 ) -> Choice:
-    """Which implementation of ``rms_norm_rope`` runs, and why.
-
-    Args:
-        device: of the inputs.
-        dtype: of x; where the others' differ, the one they promote to.
-        angles_grad: whether cos or sin want a gradient.
-        impl: ``"auto"``, or a name.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    device = torch.device(device)
-    refusal = triton_refusal(device, dtype)
-    if refusal is None and angles_grad:
-        refusal = "the kernel has no gradient for cos and sin; detach them or use impl='reference'"
-    kernel = Candidate(
-        "triton",
-        "one Triton kernel each way for q and k, compiled or not; 2 passes over memory forward, 3 backward",
-        refusal,
-    )
-    return choose("rms_norm_rope", impl, (kernel, traced_reference(device, dtype)))
+    """Which implementation of ``rms_norm_rope`` runs, and why; ``angles_grad``: whether cos or sin want a gradient."""
+    return choose(RmsNormRopeSpec(torch.device(device), dtype, angles_grad), impl)
 
 
 def _choose_for(tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, impl: str) -> Choice:
     given = [x.dtype for x in (*tensors, cos, sin) if x is not None]
     angles_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    return choose_rms_norm_rope(
-        cos.device, functools.reduce(torch.promote_types, given), angles_grad=angles_grad, impl=impl
-    )
+    return choose(RmsNormRopeSpec(cos.device, most_demanding(*given), angles_grad), impl)
 
 
 def _share_a_launch(q: tuple[Tensor, Tensor | None], k: tuple[Tensor, Tensor | None]) -> bool:

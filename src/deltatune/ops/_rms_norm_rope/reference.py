@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltatune.ops._numerics import accumulation_dtype
+
 __all__ = ["result_dtype", "rms_norm_rope", "scaled_dtype"]
 
 
@@ -26,7 +28,7 @@ def result_dtype(x: Tensor, weight: Tensor | None, cos: Tensor, unit_offset: boo
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulation_dtype(x))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
         return normed.to(x.dtype)

@@ -8,32 +8,25 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._autocast import autocast
-from deltatune.ops._choice import Candidate, Choice, choose
+from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
-from deltatune.ops._varlen_attention import torch_varlen
 from deltatune.ops._varlen_attention.op import attend
+from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 from deltatune.packing.sequences import Sequences
 
 __all__ = ["choose_varlen_attention", "varlen_attention"]
 
 
 def choose_varlen_attention(
-    device: torch.device | str, dtype: torch.dtype, *, head_dim: int | None = None, impl: str = "auto"
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    head_dim: int | None = None,
+    window: int | None = None,
+    impl: str = "auto",
 ) -> Choice:
-    """The implementation that ``varlen_attention`` takes for inputs of this kind, and why.
-
-    Raises:
-        ValueError: ``impl`` is unknown or cannot run here.
-    """
-    refusal = torch_varlen.refusal(torch.device(device), dtype, head_dim)
-    return choose(
-        "varlen_attention",
-        impl,
-        (
-            Candidate("torch", "torch's varlen attention runs on this device", refusal),
-            Candidate("reference", refusal or ""),
-        ),
-    )
+    """The implementation that ``varlen_attention`` takes for inputs of this kind, and why."""
+    return choose(VarlenAttentionSpec(torch.device(device), dtype, head_dim, window), impl)
 
 
 def varlen_attention(
@@ -75,7 +68,7 @@ def varlen_attention(
     """
     q, k, v = autocast(q, k, v)
     _validate(q, k, v, sequences, window)
-    choice = choose_varlen_attention(q.device, q.dtype, head_dim=q.shape[-1], impl=impl)
+    choice = choose(VarlenAttentionSpec(q.device, q.dtype, q.shape[-1], window), impl)
     batch, tokens = q.shape[:2]
     if sequences is None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deltatune.ops._numerics import accumulation_dtype
+
 __all__ = ["backward", "forward"]
 
 _QUERY_BLOCK = 128
@@ -25,7 +27,7 @@ def forward(
     """``o`` like ``q`` and the natural-log normaliser ``lse`` ``[N, S]``, accumulated in fp32 (fp64 for fp64)."""
     o, lse = (
         torch.empty_like(q, memory_format=torch.contiguous_format),
-        q.new_empty(q.shape[1], q.shape[0], dtype=_accumulation_dtype(q)),
+        q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q)),
     )
     for rows in _documents_by_length(cu_seqlens_cpu, q.device):
         qg, kg, vg = _queries(q, rows, k.shape[1]), _keys(k, rows), _keys(v, rows)
@@ -75,10 +77,6 @@ def backward(
     return dq, dk, dv
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _documents_by_length(cu_seqlens_cpu: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Token indices ``[G, L]`` of all documents of one length, for every length but zero."""
     lengths = cu_seqlens_cpu.diff()
@@ -106,13 +104,13 @@ def _mask(block: slice, seen: slice, window: int | None, device: torch.device) -
 def _queries(x: Tensor, rows: Tensor, key_heads: int) -> Tensor:
     """``[S, N, D]`` -> ``[G, M, R, L, D]``: the query heads of one key head next to each other."""
     x = x[rows].view(*rows.shape, key_heads, -1, x.shape[-1]).permute(0, 2, 3, 1, 4)
-    return x.to(_accumulation_dtype(x), memory_format=torch.contiguous_format)
+    return x.to(accumulation_dtype(x), memory_format=torch.contiguous_format)
 
 
 def _keys(x: Tensor, rows: Tensor) -> Tensor:
     """``[S, M, D]`` -> ``[G, M, L, D]``."""
     x = x[rows].transpose(1, 2)
-    return x.to(_accumulation_dtype(x), memory_format=torch.contiguous_format)
+    return x.to(accumulation_dtype(x), memory_format=torch.contiguous_format)
 
 
 def _per_key_head(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.attention.varlen  # registers the operators
 from torch import Tensor
 
+from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
+
 __all__ = ["backward", "forward", "refusal"]
 
 _MAX_HEAD_DIM = 256
@@ -41,16 +43,18 @@ _GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in _argument_na
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why this implementation cannot run here; None where it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"torch's varlen attention needs an NVIDIA GPU, the inputs are on {device.type}"
+    missing = gpu_refusal("torch's varlen attention", device)
+    if missing is not None:
+        return missing
     if dtype not in (torch.float16, torch.bfloat16):
         return f"torch's varlen attention takes float16 and bfloat16, not {dtype}; cast"
     if head_dim is not None and (head_dim % 8 or head_dim > _MAX_HEAD_DIM):
         return (
             f"torch's varlen attention takes a head_dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, got {head_dim}"
         )
-    if torch.cuda.get_device_properties(device).major < 8:
-        return "torch's varlen attention needs an Ampere GPU or newer"
+    capability = capability_of(device)
+    if capability is not None and capability < (8, 0):
+        return f"torch's varlen attention needs compute capability 8.0 or newer, this GPU has {dotted(capability)}"
     return _SIGNATURE_PROBLEM
 
 

@@ -1,0 +1,29 @@
+"""What computes the gated norm, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deltatune.ops._registry import Provider, Spec, Support, support, traced_reference
+from deltatune.ops._triton import triton_refusal
+
+__all__ = ["GatedRmsNormSpec"]
+
+
+def _triton(spec: Spec) -> Support:
+    return support(
+        "one Triton kernel each way, compiled or not; 3 passes over memory forward, 5 backward",
+        triton_refusal(spec.device, spec.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class GatedRmsNormSpec(Spec):
+    """What the choice for ``gated_rms_norm`` goes by."""
+
+    op: ClassVar[str] = "gated_rms_norm"
+    providers: ClassVar[tuple[Provider, ...]] = (
+        Provider("triton", _triton, "deltatune.ops._gated_rms_norm.kernel"),
+        Provider("reference", traced_reference, "deltatune.ops._gated_rms_norm.reference"),
+    )

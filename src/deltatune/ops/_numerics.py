@@ -1,0 +1,30 @@
+"""What several ops compute with: one place for each convention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["L2_EPS", "accumulation_dtype", "most_demanding"]
+
+#: of an l2 norm, inside the square root: ``x * rsqrt(sum(x^2) + 1e-6)``
+L2_EPS = 1e-6
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """What numbers of these dtypes are multiplied and summed in: fp64 where any is fp64, otherwise fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def most_demanding(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that fewest devices and kernels take: fp64 before bf16 before what the others promote to.
+
+    Not what they promote to: a kernel that reads bf16 beside fp32 needs a GPU that knows bf16.
+    """
+    for rare in (torch.float64, torch.bfloat16):
+        if rare in dtypes:
+            return rare
+    found = dtypes[0]
+    for dtype in dtypes[1:]:
+        found = torch.promote_types(found, dtype)
+    return found

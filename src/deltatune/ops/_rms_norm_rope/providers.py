@@ -1,0 +1,33 @@
+"""What computes the norm of heads and their rotation, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deltatune.ops._registry import Provider, Spec, Support, support, traced_reference
+from deltatune.ops._triton import triton_refusal
+
+__all__ = ["RmsNormRopeSpec"]
+
+
+def _triton(spec: RmsNormRopeSpec) -> Support:
+    refusal = triton_refusal(spec.device, spec.dtype)
+    if refusal is None and spec.angles_grad:
+        refusal = "the kernel has no gradient for cos and sin; detach them or use impl='reference'"
+    return support(
+        "one Triton kernel each way for q and k, compiled or not; 2 passes over memory forward, 3 backward", refusal
+    )
+
+
+@dataclass(frozen=True)
+class RmsNormRopeSpec(Spec):
+    """What the choice for ``rms_norm_rope`` goes by; ``angles_grad``: whether cos or sin want a gradient."""
+
+    op: ClassVar[str] = "rms_norm_rope"
+    providers: ClassVar[tuple[Provider, ...]] = (
+        Provider("triton", _triton, "deltatune.ops._rms_norm_rope.launch"),
+        Provider("reference", traced_reference, "deltatune.ops._rms_norm_rope.reference"),
+    )
+
+    angles_grad: bool = False

@@ -1,0 +1,34 @@
+"""What computes attention over packed documents, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deltatune.ops._registry import Provider, Spec, Support, support
+from deltatune.ops._varlen_attention import torch_varlen
+
+__all__ = ["VarlenAttentionSpec"]
+
+
+def _torch(spec: VarlenAttentionSpec) -> Support:
+    refusal = torch_varlen.refusal(spec.device, spec.dtype, spec.head_dim)
+    return support("torch's varlen attention runs on this device", refusal)
+
+
+def _reference(spec: VarlenAttentionSpec) -> Support:
+    return Support(True, _torch(spec).reason)  # there is no other reason to take it
+
+
+@dataclass(frozen=True)
+class VarlenAttentionSpec(Spec):
+    """What the choice for ``varlen_attention`` goes by; ``head_dim`` is D, ``window`` as the op takes it."""
+
+    op: ClassVar[str] = "varlen_attention"
+    providers: ClassVar[tuple[Provider, ...]] = (
+        Provider("torch", _torch, "deltatune.ops._varlen_attention.torch_varlen"),
+        Provider("reference", _reference, "deltatune.ops._varlen_attention.reference"),
+    )
+
+    head_dim: int | None = None
+    window: int | None = None

@@ -1,0 +1,129 @@
+"""The choice of an implementation: what a spec holds, who is asked in which order, what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from deltatune import ops
+from deltatune.ops import _nvidia, _registry, _triton
+from deltatune.ops._linear_cross_entropy import providers as loss_providers
+from deltatune.ops._numerics import most_demanding
+
+SPECS = [
+    ops.CausalConvSpec,
+    ops.GatedDeltaRuleSpec,
+    ops.GatedRmsNormSpec,
+    ops.GroupedMmSpec,
+    ops.LinearCrossEntropySpec,
+    ops.RmsNormRopeSpec,
+    ops.VarlenAttentionSpec,
+]
+WITH_TRITON = [spec for spec in SPECS if any(provider.name == "triton" for provider in spec.providers)]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes this look like a machine with Triton and a GPU of some compute capability."""
+
+    def set_up(capability):
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(_triton, "_has_triton", lambda: True)
+        monkeypatch.setattr(loss_providers, "_has_descriptors", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return set_up
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_op_ends_with_a_reference_that_runs_on_a_cpu(spec):
+    assert spec.providers[-1].name == "reference"
+    assert spec.load("reference").__name__.endswith("reference")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        given = spec(CPU, dtype)
+        named = ops.choose(given, "reference")
+        assert named.reason == "named by the caller"
+        by_name = getattr(ops, f"choose_{spec.op}")("cpu", dtype)
+        assert ops.choose(given) == by_name
+        assert by_name.reason
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_unknown_name_and_one_that_cannot_run_are_errors_with_the_remedy(spec):
+    known = ", ".join(repr(provider.name) for provider in spec.providers)
+    with pytest.raises(ValueError, match=f"{spec.op}: unknown impl='x'; expected 'auto' or one of {known}"):
+        ops.choose(spec(CPU, torch.float64), "x")
+    first = spec.providers[0].name
+    with pytest.raises(ValueError, match=f"{spec.op}: impl='{first}' cannot run here: .*use impl='reference'"):
+        ops.choose(spec(CPU, torch.float64), first)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_kernel_of_bf16_is_chosen_on_a_gpu_without_it(gpu, spec, capability):
+    gpu(capability)
+    assert ops.choose(spec(CUDA, torch.bfloat16)).impl == "reference"
+
+
+@pytest.mark.parametrize("spec", WITH_TRITON)
+def test_an_old_gpu_says_what_it_lacks(gpu, spec):
+    gpu((7, 5))
+    with pytest.raises(ValueError, match=r"bf16 kernels need compute capability 8\.0 or newer, this GPU has 7\.5"):
+        ops.choose(spec(CUDA, torch.bfloat16), "triton")
+    gpu((6, 1))
+    with pytest.raises(ValueError, match=r"triton needs compute capability 7\.0 or newer, this GPU has 6\.1"):
+        ops.choose(spec(CUDA, torch.float16), "triton")
+
+
+@pytest.mark.parametrize("spec", [spec for spec in WITH_TRITON if spec is not ops.LinearCrossEntropySpec])
+def test_an_old_gpu_runs_fp16_and_a_new_one_bf16(gpu, spec):
+    gpu((7, 5))
+    assert ops.choose(spec(CUDA, torch.float16)).impl == "triton"
+    gpu((8, 0))
+    assert ops.choose(spec(CUDA, torch.bfloat16)).impl == "triton"
+
+
+def test_the_capability_is_a_constant_of_a_traced_graph(monkeypatch):
+    monkeypatch.setattr(_triton, "capability_of", _nvidia.constant(lambda device: (9, 0)))
+    spec = ops.GatedRmsNormSpec
+
+    def traced(x):
+        return x + 1 if ops.choose(spec(x.device, x.dtype)).impl == "reference" else x - 1
+
+    assert torch.compile(traced, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.bfloat16, torch.float32), torch.bfloat16),
+        ((torch.float32, torch.float16), torch.float32),
+        ((torch.float64, torch.bfloat16), torch.float64),
+        ((torch.float16,), torch.float16),
+    ],
+)
+def test_the_dtype_that_asks_most(dtypes, expected):
+    assert most_demanding(*dtypes) == most_demanding(*dtypes[::-1]) == expected
+
+
+def test_specs_are_values():
+    """Layers build them, reports compare them."""
+    one = ops.VarlenAttentionSpec(CPU, torch.float32, head_dim=64, window=8)
+    assert one == dataclasses.replace(one)
+    assert hash(one) == hash(dataclasses.replace(one))
+    assert one != dataclasses.replace(one, window=None)
+    assert isinstance(one, _registry.Spec)
+
+
+def test_where_nothing_runs_every_refusal_is_said():
+    class Nowhere(ops.Spec):
+        op = "nothing"
+        providers = tuple(
+            ops.Provider(name, lambda _, name=name: ops.Support(False, f"no {name}"), "nowhere") for name in "ab"
+        )
+
+    with pytest.raises(ValueError, match="nothing: no implementation can run here: no a; no b"):
+        ops.choose(Nowhere(CPU, torch.float32))
