@@ -16,6 +16,7 @@ from deltatune.compile.auto import AutoCheckpointing, decide_for
 from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of, validate_checkpointing
 from deltatune.compile.memory import Choice
 from deltatune.hf import attention_interface, capture
+from deltatune.hf import model as hf_model
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
 from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
@@ -65,7 +66,7 @@ class Prepared:
             compile=self._state.options.compile,
             compile_report=self.compile_report,
             lora=_lora_text(self.model),
-            lora_rows=_lora_rows(self.model, self._state.options.lora, _device_and_dtype(self.model)[0]),
+            lora_rows=_lora_rows(self.model, self._state.options.lora, hf_model.device_of(self.model)),
             head=self._state.facts.head,
         )
 
@@ -103,7 +104,7 @@ class Prepared:
         if self._state.facts.auto is None:
             return None
         self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype)
-        decide_for(_base(self.model), tokens, device)
+        decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
 
     def release_adapters(self) -> None:
@@ -111,7 +112,7 @@ class Prepared:
 
         For tools that want such, ``fully_shard`` among them; the next forward takes them in again where it still can.
         """
-        release_lora(_text_model(_base(self.model)))
+        release_lora(hf_model.text_model(self.model))
 
     def revert(self) -> None:
         """The model as it was: classes and configs; adapters and weights stay as they are now.
@@ -120,8 +121,8 @@ class Prepared:
             ValueError: a model that was sharded since, whose classes are FSDP2's.
         """
         _refuse_sharded(self.model, "revert() comes")
-        base = _base(self.model)
-        if _text_model(base).__dict__.get("_deltatune") is self._state:
+        base = hf_model.base_model(self.model)
+        if hf_model.text_model(base).__dict__.get("_deltatune") is self._state:
             _revert(base)
 
 
@@ -160,8 +161,8 @@ def prepare(
     """
     if compile is not None and not isinstance(compile, CompileOptions):
         raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
-    base = _base(model)
-    text_model = _text_model(base)
+    base, text_model = hf_model.base_model(model), hf_model.text_model(model)
+    _check_head(base, text_model)
     _refuse_sharded(model, "prepare(model) comes")
     validate_checkpointing(checkpointing, compile)
     if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
@@ -210,7 +211,7 @@ def prepare(
 
 def _revert(base: nn.Module) -> None:
     """Gives every swapped module its stock class back; nothing on a model that is not prepared."""
-    text_model = _text_model(base)
+    text_model = hf_model.text_model(base)
     state = text_model.__dict__.get("_deltatune")
     if state is None:
         return
@@ -268,36 +269,17 @@ def _final_norms(text_model: Any, family: Family) -> tuple[nn.Module, ...]:
     return tuple(module for module in text_model.norm.modules() if stock_class(module).__module__ == family.module)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """The transformers model inside whatever PEFT put around it."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
-
-
-def _text_model(base: nn.Module) -> Any:
-    from transformers import PreTrainedModel
-
-    if not isinstance(base, PreTrainedModel):
-        raise ValueError(f"prepare takes a transformers or PEFT model, got {type(base).__name__}")
-    if base.config.is_encoder_decoder:
-        raise ValueError(f"{type(base).__name__} is an encoder-decoder; only decoders can be prepared")
-    decoder = base.get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
-        raise ValueError(f"{type(base).__name__} has no text model with a list of decoder layers")
-    if base is not decoder and base.get_output_embeddings() is None:
+def _check_head(base: Any, text_model: nn.Module) -> None:
+    if base is not text_model and hf_model.head_of(base) is None:
         raise ValueError(
             f"{type(base).__name__} has no language-model head; prepare a *ForCausalLM, a *ForConditionalGeneration "
             "or the bare text model"
         )
-    return decoder
 
 
 def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule | FullyShardedDataParallel):
-            raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
+    if hf_model.is_sharded(model):
+        raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
 
 
 def _validate_lora(lora: str) -> None:
@@ -320,23 +302,13 @@ def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[s
 
 def _kernel_rows(family: Family, requests: Mapping[str, str], model: nn.Module) -> list[KernelRow]:
     """What the layers will take: chosen by the same function, from the same sizes."""
-    base: Any = _base(model)
-    text_model = _text_model(base)
-    known = op_sizes(text_model, None if base is text_model else base.get_output_embeddings())
+    known = op_sizes(hf_model.text_model(model), hf_model.head_of(model))
+    device, dtype = hf_model.device_of(model), hf_model.compute_dtype(model)
     rows = []
     for op in family.ops:
-        choice = getattr(ops, f"choose_{op}")(*_device_and_dtype(model), **known.get(op, {}), impl=requests[op])
+        choice = getattr(ops, f"choose_{op}")(device, dtype, **known.get(op, {}), impl=requests[op])
         rows.append(KernelRow(op, choice.impl, choice.reason))
     return rows
-
-
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the model runs; a model without storage will run on the accelerator, where there is one."""
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    if parameter.device.type != "meta":
-        return parameter.device, parameter.dtype
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu"), parameter.dtype
 
 
 def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
@@ -371,7 +343,7 @@ def _lora_text(model: nn.Module) -> str | None:
 def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
     """Layers with adapters, counted by how they run and why."""
     counts: dict[tuple[str, str], int] = {}
-    for _, form in lora_forms(model, _text_model(_base(model)), setting, device):
+    for _, form in lora_forms(model, hf_model.text_model(model), setting, device):
         key = (form.name, form.reason)
         counts[key] = counts.get(key, 0) + 1
     return [LoraRow(form, reason, count) for (form, reason), count in counts.items()]

@@ -24,6 +24,7 @@ from deltatune.compile.memory import (
     least_recomputation,
 )
 from deltatune.compile.trace import LayerMemory, Setting, trace_layer
+from deltatune.hf import model as hf_model
 from deltatune.state import State
 from deltatune.subclass import stock_class
 
@@ -68,8 +69,8 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
         return
     token = _whole_model.set(model)
     try:
-        if state.options.compile is None or state.options.compile.scope != "layer" or _is_sharded(model):
-            _decide(state, tokens, _from_shapes(model, state, tokens, next(model.parameters()).device))
+        if state.options.compile is None or state.options.compile.scope != "layer" or hf_model.is_sharded(model):
+            _decide(state, tokens, _from_shapes(model, state, tokens, hf_model.device_of(model)))
             yield
             return
 
@@ -159,7 +160,7 @@ def _from_graphs(model: Any, state: State, tokens: int, args: tuple[Any, ...], k
         ).total
         for setting in settings
     }
-    return least_recomputation(predicted, next(model.parameters()).device)
+    return least_recomputation(predicted, hf_model.device_of(model))
 
 
 def _layer_memories(
@@ -198,12 +199,6 @@ def _traced(
             )
     finally:
         state.in_own_graph = False
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _autocast(like: Tensor, auto: AutoCheckpointing | None) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 
 from deltatune.compile.trace import LayerMemory
 from deltatune.cost import Cost
+from deltatune.hf import model as hf_model
 from deltatune.ops import choose_linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
@@ -116,7 +117,7 @@ def estimate_memory(
         checkpointing: ``"none"``, ``"layer"`` or a share from 0 to 1.
         compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
     """
-    width_bytes = (compute_dtype or _widest_share(model)).itemsize
+    width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return MemoryEstimate(
         weights=sum(_bytes(tensor) for tensor in _unique_tensors(model)),
@@ -151,12 +152,12 @@ def estimate_traced_memory(
         compute_dtype: of activations; the weights' own by default.
         accumulates: gradients of earlier batches are there from the start.
     """
-    width_bytes = (compute_dtype or _widest_share(model)).itemsize
+    width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
     weights = sum(_bytes(tensor) for tensor in _unique_tensors(model))
     state = sum(optimizer_bytes(parameter, optimizer) for parameter in model.parameters() if parameter.requires_grad)
     every = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    of_layer = [_trained_bytes(layer) for layer in _decoder_layers(model)]
-    boundary = tokens_per_batch * _text_config(model).hidden_size * width_bytes
+    of_layer = [_trained_bytes(layer) for layer in hf_model.text_model(model).layers]
+    boundary = tokens_per_batch * hf_model.text_config(model).hidden_size * width_bytes
     shared = max((layer.shared for layer in layers), default=0)
     kept = shared + sum(layer.kept for layer in layers)
     logits = _loss_bytes(model, tokens_per_batch, width_bytes)
@@ -267,9 +268,9 @@ def device_memory(device: torch.device) -> int:
 
 
 def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float) -> int:
-    text = _text_config(model)
+    text = hf_model.text_config(model)
     boundary = text.hidden_size * width_bytes
-    layers = [_layer_bytes(layer, text, width_bytes) for layer in _decoder_layers(model)]
+    layers = [_layer_bytes(layer, text, width_bytes) for layer in hf_model.text_model(model).layers]
     share = {"none": 1.0, "layer": 0.0}.get(checkpointing) if isinstance(checkpointing, str) else float(checkpointing)
     assert share is not None, f"resolve checkpointing={checkpointing!r} first"
     kept = sum(boundary + share * (size - boundary) for size in layers)
@@ -317,42 +318,20 @@ def _norms_train(layer: nn.Module) -> bool:
 
 def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
     """What the loss holds at once, the gradient of the hidden states, and that of a head that trains."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = hf_model.head_of(model)
     if head is None:
         return 0
     vocabulary, width = head.weight.shape
     trains = head.weight.requires_grad
     gradient = tokens * width * width_bytes
     dtype = torch.bfloat16 if width_bytes == 2 else torch.float32
-    if choose_linear_cross_entropy(_device(model), dtype, width=width).impl == "triton":
+    if choose_linear_cross_entropy(hf_model.device_of(model), dtype, width=width).impl == "triton":
         workspace = workspace_bytes(tokens, width, vocabulary, width_bytes, weight_grad=trains)
         return int(workspace + gradient + trains * width_bytes * vocabulary * width)
     # the gradient of float32 logits takes their place; that of the head is summed in float32 and rounded at the end
     entry = 4 + (width_bytes if width_bytes < 4 else 0)
     head_gradient = (4 + (width_bytes if width_bytes < 4 else 0)) * vocabulary * width if trains else 0
     return int(entry * chunk_tokens(tokens, vocabulary, trains) * vocabulary + gradient + head_gradient)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model runs; one without storage will run on the accelerator, where there is one."""
-    device = next(model.parameters()).device
-    if device.type != "meta":
-        return device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    unwrap: Any = getattr(model, "get_base_model", None)
-    base: Any = unwrap() if callable(unwrap) else model
-    layers = base.get_decoder().layers
-    assert isinstance(layers, nn.ModuleList)
-    return layers
 
 
 def _unique_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -364,14 +343,6 @@ def _bytes(tensor: torch.Tensor) -> int:
     """What lies on this device: a sharded tensor's own share."""
     local = getattr(tensor, "_local_tensor", tensor)
     return int(local.numel() * tensor.dtype.itemsize)
-
-
-def _widest_share(model: nn.Module) -> torch.dtype:
-    """The dtype that most weights have."""
-    sizes: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _size(value: int) -> str:

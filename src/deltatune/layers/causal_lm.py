@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from deltatune import ops
 from deltatune.compile.auto import deciding
 from deltatune.hf.cached import is_cached_call, stock_path
+from deltatune.hf.hooks import plain_linear
 from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import Hidden, catch_hidden
 from deltatune.packing.metadata import METADATA, resolve_metadata
@@ -129,7 +130,7 @@ class CausalLM(Swapped):
         assert hidden.state is not None
         head = trained_copy(self.get_output_embeddings())
         state = hidden.state.flatten(0, -2)
-        if _is_plain_linear(head):
+        if plain_linear(head):
             return ops.linear_cross_entropy(
                 state,
                 cast("Tensor", head.weight),
@@ -179,14 +180,6 @@ def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     for state, target in zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True):
         total = total + checkpoint(chunk_loss, state, target, use_reentrant=False)
     return total
-
-
-def _is_plain_linear(head: nn.Module) -> bool:
-    """Whether a head is its weight alone: no bias, no adapter around it, no shards."""
-    from torch.distributed.tensor import DTensor
-
-    bias: Tensor | None = getattr(head, "bias", None)
-    return type(head) is nn.Linear and bias is None and not isinstance(head.weight, DTensor)
 
 
 def _has_media(call: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.hf.cached import in_stock_path
+from deltatune.hf.model import is_sharded
 from deltatune.subclass import Swapped
 
 __all__ = ["FinalNorm", "OffsetFinalNorm", "eps_of"]
@@ -55,7 +56,7 @@ class FinalNorm(Swapped):
 
     def _kernel(self, x: Tensor) -> str | None:
         """The kernel that runs; None where the stock norm does."""
-        if torch.compiler.is_compiling() or in_stock_path(self) or x.ndim != 3 or _is_sharded(self.weight):
+        if torch.compiler.is_compiling() or in_stock_path(self) or x.ndim != 3 or is_sharded(self.weight):
             return None
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         impl = ops.choose_rms_norm_rope(x.device, dtype, impl=self._deltatune.options.kernels["rms_norm_rope"]).impl
@@ -71,9 +72,3 @@ class OffsetFinalNorm(FinalNorm):
 def eps_of(norm: Any) -> float:
     """What a norm adds to the mean square; the families spell it in two ways."""
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(weight, DTensor)

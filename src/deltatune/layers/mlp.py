@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune.hf.hooks import is_hooked
 from deltatune.lora.linear import LoRALinear, project
-from deltatune.lora.mode import is_hooked
 from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["GatedMLP", "is_gated_mlp"]

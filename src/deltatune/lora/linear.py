@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.hf.cached import in_stock_path
+from deltatune.hf.hooks import is_hooked
 from deltatune.lora.group import LoraGroup
-from deltatune.lora.mode import BESIDE, FUSED, STOCK, active_adapters, is_hooked
+from deltatune.lora.mode import BESIDE, FUSED, STOCK, active_adapters
 from deltatune.ops._lora_linear.gated_act import gated_act_runs
 from deltatune.ops._lora_linear.low_rank import low_rank
 from deltatune.subclass import Swapped

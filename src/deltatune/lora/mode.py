@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BESIDE", "FUSED", "STOCK", "Form", "active_adapters", "form_of", "is_hooked", "is_lora_linear"]
+from deltatune.hf.hooks import is_hooked
+
+__all__ = ["BESIDE", "FUSED", "STOCK", "Form", "active_adapters", "form_of", "is_lora_linear"]
 
 FUSED = "fused"
 BESIDE = "beside"
@@ -125,13 +127,6 @@ def _beside_reason(layer: Any, names: tuple[str, ...]) -> str | None:
     ):
         return "the adapters are sharded"
     return None
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its product."""
-    own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in own or any(own[name] for name in hooks)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError
+from deltatune.hf import model as hf_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,16 +117,14 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _num_layers(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.get_text_config().num_hidden_layers)
+    return int(hf_model.text_config(model).num_hidden_layers)
 
 
 def _towers(model: nn.Module) -> list[str]:
     """Names of the outermost modules outside the text model that hold linear layers, the head aside."""
-    transformer: Any = model
-    decoder = transformer.get_decoder()
+    decoder = hf_model.text_model(model)
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    head = transformer.get_output_embeddings()
+    head = hf_model.head_of(model)
     outside = [
         name
         for name, module in model.named_modules()

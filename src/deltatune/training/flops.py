@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deltatune.compile.memory import layer_cost
+from deltatune.hf.model import head_of
 from deltatune.training.batches import PackCounts
 
 __all__ = ["PEAK_FLOPS", "StepFlops", "peak_flops"]
@@ -72,7 +73,7 @@ class StepFlops:
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights that multiply activations in a text-only step: of linear layers (a tied head once) and of experts."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     if head is not None:
         embeddings.discard(id(head.weight))
     return [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.hf import model as hf_model
 from deltatune.verification.measure import Documents, measure
 from deltatune.verification.report import VerifyReport
 from deltatune.verification.subjects import Probed, layer_subjects, model_subject
@@ -60,13 +61,15 @@ def verify(
         ValueError: not a transformers decoder, a model without weights or already sharded, lengths that cannot be
             packed, or ``compiled`` on a model that is not compiled.
     """
-    text_model = _text_model(model)
+    text_model = hf_model.text_model(model)
     documents = _documents(lengths, tokens, prepared="_deltatune" in text_model.__dict__)
     _check_weights(model)
     state = text_model.__dict__.get("_deltatune")
     if compiled and (state is None or state.options.compile is None):
         raise ValueError("compiled=True needs a model prepared with compile=CompileOptions()")
-    device, dtype = _device_and_dtype(text_model)
+    device = hf_model.device_of(text_model)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else hf_model.compute_dtype(text_model)
     limit = _TOLERANCES.get(dtype, _TOLERANCE) if tolerance is None else tolerance
     if limit <= 0:
         raise ValueError(f"tolerance must be positive, got {limit}; leave it out for the dtype's own")
@@ -93,15 +96,6 @@ def verify(
     )
 
 
-def _text_model(model: nn.Module) -> nn.Module:
-    base: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
-    decoder = base.get_decoder() if callable(getattr(base, "get_decoder", None)) else base
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
-        raise ValueError(f"verify takes a transformers decoder, got {type(model).__name__} without decoder layers")
-    assert isinstance(decoder, nn.Module)
-    return decoder
-
-
 def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) -> Documents:
     counts = tuple(int(n) for n in lengths)
     if len(counts) < 2 or min(counts) < 1:
@@ -119,23 +113,12 @@ def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) ->
 
 
 def _check_weights(model: nn.Module) -> None:
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError(
             "verify needs the model's weights, but some parameters are on the meta device; load them first"
         )
-    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+    if hf_model.is_sharded(model):
         raise ValueError("verify(model) comes before fully_shard(model): a layer cannot be run on its own afterwards")
-
-
-def _device_and_dtype(text_model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in what the layers compute, an enclosing autocast included."""
-    weight: torch.Tensor = text_model.get_input_embeddings().weight  # type: ignore[operator]
-    device = weight.device
-    if torch.is_autocast_enabled(device.type):
-        return device, torch.get_autocast_dtype(device.type)
-    return device, weight.dtype
 
 
 def _layer_types(text_model: nn.Module) -> dict[str, tuple[nn.Module, int]]:

@@ -1,0 +1,92 @@
+"""Questions about a transformers model, with or without PEFT around it, each answered once."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["base_model", "compute_dtype", "device_of", "head_of", "is_sharded", "text_config", "text_model"]
+
+#: What activations can be computed in; quantised weights are stored in something else.
+_COMPUTED_IN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside whatever PEFT put around it."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def text_model(model: nn.Module) -> Any:
+    """The module that holds the decoder layers.
+
+    Raises:
+        ValueError: not a decoder of transformers.
+    """
+    from transformers import PreTrainedModel
+
+    base = base_model(model)
+    name = type(base).__name__
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"expected a transformers or PEFT model, got {name} without decoder layers")
+    if base.config.is_encoder_decoder:
+        raise ValueError(f"expected a decoder, got {name}, an encoder-decoder")
+    decoder = base.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
+        raise ValueError(f"expected a text model with a list of decoder layers, got {name} without one")
+    return decoder
+
+
+def head_of(model: nn.Module) -> Any:
+    """The language model's head, as PEFT may have wrapped it; None without one."""
+    read: Any = getattr(base_model(model), "get_output_embeddings", None)
+    return read() if callable(read) else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the text model, also inside a multimodal one."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model runs; one without storage will run on the accelerator, where there is one."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():  # accelerate keeps offloaded weights on the meta device between calls
+        planned = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+        if planned is not None:
+            return torch.device(planned)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What activations are computed in outside autocast: the dtype of the embedding, with which they begin.
+
+    Where that is quantised, the dtype that most of the other weights have.
+    """
+    embedding = getattr(base_model(model), "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in _COMPUTED_IN:
+        return weight.dtype
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.dtype in _COMPUTED_IN:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
+
+
+def is_sharded(part: nn.Module | Tensor) -> bool:
+    """Whether FSDP (1 or 2) or tensor parallelism holds shards of a tensor, or of anything in a module."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(part, Tensor):
+        return isinstance(part, DTensor)
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in part.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in part.parameters()
+    )
