@@ -133,6 +133,10 @@ def test_logits_that_are_scaled_after_the_head_count_in_the_loss() -> None:
     ours, theirs = model(tokens[None], labels=tokens[None]), stock(tokens[None], labels=tokens[None])
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
     assert "scaled or capped" in str(prepared.report)
+    for keep in (0, 1, 5, torch.tensor([3, 7])):
+        kept = model(tokens[None], labels=tokens[None], output_logits=True, logits_to_keep=keep)
+        torch.testing.assert_close(kept.loss, theirs.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(kept.logits, stock(tokens[None], logits_to_keep=keep).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_are_recorded() -> None:

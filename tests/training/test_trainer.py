@@ -12,8 +12,8 @@ from training_cases import TOKENS, Packs, make_trainer, weights
 
 from deltatune import prepare
 from deltatune.packing.collate import PackedCollator
-from deltatune.training.batches import CountingCollator
-from tiny import FAMILIES, tiny_model
+from deltatune.training.batches import PACK_COUNTS, CountingCollator
+from tiny import FAMILIES, VOCAB, tiny_model
 
 
 def prepared(family: str = "qwen3_5", **options: Any) -> Any:
@@ -99,6 +99,38 @@ def test_evaluation_weighs_tokens_not_batches(tmp_path: Path) -> None:
         one.packs = [pack]
         means.append(summed_nll(model, one) / one.num_trained)
     assert abs(sum(means) / len(means) - expected) > 1e-3, "the mean of batch means must differ for this to test it"
+
+
+def test_the_routers_loss_is_the_mean_weighted_by_trained_tokens(tmp_path: Path) -> None:
+    """Over accumulated packs and over an evaluation set, each pack's loss being that of a call by itself."""
+    model, packs = tiny_model("qwen3_moe", layers=1), Packs(4)
+    model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
+    prepare(model)
+    values = {"gradient_accumulation_steps": 4, "max_steps": 1, "logging_steps": 1, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, model=model, packs=packs, eval_packs=packs, **values)
+    total, count, routed = 0.0, 0, 0.0
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            trained = batch.pop(PACK_COUNTS).trained
+            output = model(**batch)
+            total, count = total + trained * output.loss.item(), count + trained
+            routed += trained * 0.5 * output.aux_loss.item()
+    assert routed > 0.05 * total
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(total / count, rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_evaluation_of_our_own_holds_no_logits(tmp_path: Path) -> None:
+    model, packs = small(), Packs(2)
+    trainer = make_trainer(tmp_path, model=model, packs=packs, eval_packs=packs, max_steps=1)
+    logits = []
+    model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.logits))
+    trainer.train()
+    trainer.evaluate()
+    assert logits == [None, None, None]
+    model.eval()
+    assert model(torch.ones(1, 5).long(), labels=torch.ones(1, 5).long()).logits.shape == (1, 5, VOCAB)
 
 
 def test_evaluation_sets_by_name(tmp_path: Path) -> None:

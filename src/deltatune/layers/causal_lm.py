@@ -29,19 +29,22 @@ _HEAD_CHUNK = 1024
 
 
 class CausalLM(Swapped):
-    """A causal language model whose ``labels=`` are honest about documents.
+    """A causal language model whose ``labels=`` loss never crosses a document boundary.
 
     The loss is the stock model's, ``sum_i -log p(label_{i+1} | tokens <= i) / n`` with ``n`` the number of trained
     targets or ``num_items_in_batch``, except that the first token of a document is never a target of the document
-    before it. Logits are built for the chunk at hand only: with ``labels``, ``.logits`` is None unless
-    ``output_logits=True`` or ``logits_to_keep`` asks for them. Without ``labels`` the stock forward answers.
+    before it. The auxiliary loss of a router counts with the call's share of the targets, ``targets / n``: over
+    micro-batches and ranks that share ``num_items_in_batch``, it adds up to its mean weighted by trained targets.
+
+    The loss is computed from chunks of logits. In training, ``.logits`` beside ``labels`` is None unless
+    ``output_logits=True`` or ``logits_to_keep`` asks for it; in evaluation it is the stock model's, for metrics, unless
+    ``output_logits=False``. Without ``labels`` the stock forward answers.
     """
 
     ops = ("linear_cross_entropy",)
 
     get_output_embeddings: Callable[[], nn.Module]
     loss_function: Callable[..., Tensor]
-    router_aux_loss_coef: float
 
     @classmethod
     def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
@@ -73,28 +76,64 @@ class CausalLM(Swapped):
             return self._with_loss(call, wants_logits)
 
     def _with_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
-        if not self._has_stock_loss(call):
-            return super().forward(**_with_masked_labels(call))
-        labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
-        num_items = call.pop("num_items_in_batch", None)
         as_tuple = call.pop("return_dict", None) is False
-        keep = call.get("logits_to_keep", 0)
-        asked = bool(wants_logits) or not (isinstance(keep, int) and keep == 0)
+        output = self._own_loss(call, wants_logits) if self._has_stock_loss(call) else self._custom_loss(call)
+        return output.to_tuple() if as_tuple else output
+
+    def _own_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
+        labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
+        num_items, keep = call.pop("num_items_in_batch", None), call.get("logits_to_keep", 0)
+        asked = self._returns_logits(keep, wants_logits)
+        needs_all = self._deltatune.facts.head != "linear"
+        if needs_all:
+            call.pop("logits_to_keep", None)
         output, hidden = self._stock_output(call, whole=asked)
         assert hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
         linear = self._deltatune.facts.head == "linear"
         loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
-        count = (targets != -100).sum() if num_items is None else num_items
-        loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-        aux_loss = getattr(output, "aux_loss", None)
-        if isinstance(aux_loss, Tensor):
-            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
+        count = (targets != -100).sum()
+        loss = _divided(loss, count if num_items is None else num_items)
+        aux_loss = self._weighted_aux_loss(output)
+        if aux_loss is not None:
+            loss = loss + (aux_loss if num_items is None else aux_loss * _divided(count, num_items)).to(loss.device)
         fields = {name: value for name, value in output.items() if name != "loss"}
         if not asked:
             del fields["logits"]
-        output = type(output)(loss=loss, **fields)
-        return output.to_tuple() if as_tuple else output
+        elif needs_all:
+            fields["logits"] = fields["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return type(output)(loss=loss, **fields)
+
+    def _custom_loss(self, call: dict[str, Any]) -> Any:
+        """The stock forward with its own loss and logits; the router's share of that loss as in ours."""
+        call, count = _with_masked_labels(call)
+        output = super().forward(**call)
+        aux_loss, num_items = self._weighted_aux_loss(output), call.get("num_items_in_batch")
+        if output.loss is not None and aux_loss is not None and num_items is not None:
+            # the stock forward has added it whole
+            output.loss = output.loss - (aux_loss * (1 - _divided(count, num_items))).to(output.loss.device)
+        return output
+
+    def _weighted_aux_loss(self, output: Any) -> Tensor | None:
+        """The router's auxiliary loss times the coefficient that the stock forward reads."""
+        aux_loss = getattr(output, "aux_loss", None)
+        if not isinstance(aux_loss, Tensor):
+            return None
+        owners = (self, cast("Any", self).config.get_text_config())
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        found = [getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)]
+        if not found:
+            raise ValueError(
+                f"{type(self).__name__} returns aux_loss, and neither it nor its config has {names[0]} to weigh "
+                "it with; leave output_router_logits off"
+            )
+        weighted: Tensor = found[0] * aux_loss
+        return weighted
+
+    def _returns_logits(self, keep: Tensor | int, asked: bool | None) -> bool:
+        if not (isinstance(keep, int) and keep == 0):
+            return True
+        return not self.training if asked is None else asked
 
     def _has_stock_loss(self, call: dict[str, Any]) -> bool:
         from transformers.loss.loss_utils import ForCausalLMLoss
@@ -154,16 +193,22 @@ def next_token_targets(labels: Tensor | None, shift_labels: Tensor | None, seque
     return targets.masked_fill(last.to(targets.device), -100).view(given.shape)
 
 
-def _with_masked_labels(call: dict[str, Any]) -> dict[str, Any]:
-    """The call of a loss that is not the stock one, which then sees no target across a document's start."""
-    ignored, positions = call.get("ignore_index", -100), call["sequences"].positions
-    masked = dict(call)
-    if call.get("labels") is not None:
-        masked["labels"] = call["labels"].masked_fill((positions == 0).view(call["labels"].shape), ignored)
-    if call.get("shift_labels") is not None:
-        last = (positions == 0).roll(-1).view(call["shift_labels"].shape)
-        masked["shift_labels"] = call["shift_labels"].masked_fill(last, ignored)
-    return masked
+def _with_masked_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The call of a loss that is not the stock one, which then sees no target across a document's start; its targets.
+
+    Where both kinds of labels are given, losses read ``shift_labels``.
+    """
+    ignored, first = call.get("ignore_index", -100), call["sequences"].positions == 0
+    masked, count = dict(call), torch.zeros(())
+    for name, outside in (("labels", first), ("shift_labels", first.roll(-1))):
+        if (given := call.get(name)) is not None:
+            masked[name] = given.masked_fill(outside.view(given.shape).to(given.device), ignored)
+            count = (masked[name] != ignored).sum()
+    return masked, count
+
+
+def _divided(value: Tensor, count: Tensor | float) -> Tensor:
+    return value / (count.to(value.device) if isinstance(count, Tensor) else count)
 
 
 def _loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:

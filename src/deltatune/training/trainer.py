@@ -30,7 +30,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     The loss of an optimizer step is ``sum(nll) / n``, with ``n`` the trained tokens of all its micro-batches on all
     ranks: four packs in one batch, in four accumulated ones, or on four ranks give the same loss and gradients.
-    Evaluation is ``sum(nll) / trained tokens`` over the whole set. No step waits for the device; log lines do.
+    The auxiliary loss of a router, where the model returns one, is the mean of the packs' weighted by their trained
+    tokens. Evaluation is ``sum(nll) / trained tokens`` over the whole set, the router's share as in training. No step
+    waits for the device; log lines do.
 
     Args:
         model: a prepared model, with or without PEFT adapters.
@@ -59,7 +61,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self._tokens_per_batch = tokens_per_batch
         self._pad_token_id = pad_token_id
-        self._evaluated_nll = torch.zeros(())
+        self._evaluated_loss = torch.zeros(())
         self._evaluated_tokens = 0
         super().__init__(
             model=model,
@@ -151,7 +153,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """``sum(nll of this micro-batch) / num_items_in_batch``, times the ranks that DDP and FSDP average over."""
+        """This micro-batch's share of the step's loss, times the ranks that DDP and FSDP average over."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
@@ -174,10 +176,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         counts = _take_counts(inputs)
         one = torch.ones((), device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll = model(**inputs, num_items_in_batch=one).loss.detach().float()
-        self._evaluated_nll = self._evaluated_nll + nll.double()
+            summed = model(**inputs, num_items_in_batch=one, output_logits=False).loss.detach().float()
+        self._evaluated_loss = self._evaluated_loss + summed.double()
         self._evaluated_tokens += counts.trained
-        return nll / max(counts.trained, 1), None, None
+        return summed / max(counts.trained, 1), None, None
 
     def evaluation_loop(
         self,
@@ -188,17 +190,17 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The Trainer's loop; its mean of batch means becomes ``sum(nll) / trained tokens`` over all ranks."""
-        self._evaluated_nll = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._evaluated_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._evaluated_tokens = 0
         with self.meter.paused():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        sums = torch.stack([self._evaluated_nll, torch.full_like(self._evaluated_nll, self._evaluated_tokens)])
+        sums = torch.stack([self._evaluated_loss, torch.full_like(self._evaluated_loss, self._evaluated_tokens)])
         if self.args.world_size > 1:
             sums = self._sum_over_ranks(sums)
-        nll, tokens = sums.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens if tokens else float("nan")
+        loss, tokens = sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens if tokens else float("nan")
         output.metrics[f"{metric_key_prefix}_trained_tokens"] = int(tokens)
         return output
 
