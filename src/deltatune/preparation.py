@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
 from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
 from deltatune.models.family import Family
-from deltatune.models.op_sizes import op_sizes
 from deltatune.models.registry import family_of
 from deltatune.report import KernelRow, LoraRow, PrepareReport, SwapRow, TrainableRow
 from deltatune.state import Facts, Options, State
@@ -58,7 +57,7 @@ class Prepared:
             family=self._family.name,
             features={name: _feature_text(feature) for name, feature in self._family.features.items()},
             swaps=self._swaps,
-            kernels=_kernel_rows(self._family, self._state.options.kernels, self.model),
+            kernels=_kernel_rows(_swapped(self.model), self._state.options.kernels, self.model),
             trainable=_trainable_rows(self.model),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             checkpointing=self._state.checkpointing,
@@ -174,11 +173,12 @@ def prepare(
         if reason is not None:
             raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
     requests = _kernel_requests(family, kernels)
-    _kernel_rows(family, requests, model)  # raises for a kernel that cannot run
+    plan = _plan(base, text_model, family)
+    # raises for a kernel that cannot run
+    _kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
     if lora == "fused":
         check_all_fused(base, text_model)
     _revert(base)
-    plan = _plan(base, text_model, family)
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
     if "forward" in base.__dict__:
         warnings.warn(
@@ -300,15 +300,20 @@ def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[s
     return requests
 
 
-def _kernel_rows(family: Family, requests: Mapping[str, str], model: nn.Module) -> list[KernelRow]:
-    """What the layers will take: chosen by the same function, from the same sizes."""
-    known = op_sizes(hf_model.text_model(model), hf_model.head_of(model))
+def _swapped(model: nn.Module) -> Iterator[tuple[type[Swapped], nn.Module]]:
+    return ((type(module), module) for module in model.modules() if isinstance(module, Swapped))
+
+
+def _kernel_rows(
+    layers: Iterable[tuple[type[Swapped], nn.Module]], requests: Mapping[str, str], model: nn.Module
+) -> list[KernelRow]:
+    """What the layers in front of these modules take: chosen as they do, by the same specs."""
     device, dtype = hf_model.device_of(model), hf_model.compute_dtype(model)
-    rows = []
-    for op in family.ops:
-        choice = getattr(ops, f"choose_{op}")(device, dtype, **known.get(op, {}), impl=requests[op])
-        rows.append(KernelRow(op, choice.impl, choice.reason))
-    return rows
+    specs = dict.fromkeys(spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
+    rows = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
+    order = list(requests)
+    found = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in rows)
+    return sorted(found, key=lambda row: order.index(row.op))
 
 
 def _trainable_rows(model: nn.Module) -> list[TrainableRow]:

@@ -12,9 +12,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from deltatune.cost import Cost
+from deltatune.ops import Spec
 from deltatune.state import State
 
 __all__ = ["Swapped", "named_forward", "restore", "stock_class", "swap"]
@@ -39,6 +41,18 @@ class Swapped(nn.Module):
 
     def configure(self, config: Any) -> None:
         """Notes what the layer needs of the text model's config; called once, after the swap."""
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """What the choice of an implementation goes by, for every op that this layer calls in front of ``module``.
+
+        Args:
+            module: the stock module, swapped already or not.
+            device: where it will run.
+            dtype: of the activations.
+        """
+        del module, device, dtype
+        return ()
 
     def cost(self, tokens: int, squares: int) -> Cost:
         """Of a pack of so many tokens, whose documents have lengths that sum to ``squares`` when squared."""

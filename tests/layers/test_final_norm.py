@@ -21,6 +21,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     class Ops:
+        RmsNormRopeSpec = ops.RmsNormRopeSpec
+
         @staticmethod
         def choose_rms_norm_rope(*_: Any, **__: Any) -> Choice:
             return Choice("triton", "for this test")

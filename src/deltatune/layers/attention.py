@@ -14,10 +14,11 @@ from deltatune.cost import Cost
 from deltatune.hf.peft import readable
 from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
+from deltatune.ops import Spec
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped
 
-__all__ = ["Attention", "GatedAttention", "attention_cost"]
+__all__ = ["Attention", "GatedAttention", "attention_cost", "attention_spec"]
 
 
 class Attention(Swapped):
@@ -75,6 +76,11 @@ class Attention(Swapped):
             out = out * torch.sigmoid(gate)
         return self.o_proj(out.flatten(-2)), None
 
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of both norms and of attention."""
+        return ops.RmsNormRopeSpec(device, dtype), attention_spec(module, device, dtype)
+
     def cost(self, tokens: int, squares: int) -> Cost:
         """Causal attention; see ``attention_cost``."""
         keys = _out_features(self.k_proj) // self.head_dim
@@ -110,6 +116,12 @@ class GatedAttention(Attention):
         """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
         q, gate = _heads(projected, 2 * self.head_dim).chunk(2, dim=-1)
         return q, gate
+
+
+def attention_spec(module: Any, device: torch.device, dtype: torch.dtype) -> ops.VarlenAttentionSpec:
+    """Of an attention module with ``head_dim`` and ``sliding_window`` as transformers' modules have them."""
+    head_dim, window = (getattr(module, name, None) for name in ("head_dim", "sliding_window"))
+    return ops.VarlenAttentionSpec(device, dtype, head_dim, window)
 
 
 def attention_cost(heads: int, kv_heads: int, head_dim: int, tokens: int, squares: int) -> Cost:

@@ -18,6 +18,7 @@ from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.hooks import plain_linear
 from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import Hidden, catch_hidden
+from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, named_forward
@@ -50,6 +51,15 @@ class CausalLM(Swapped):
     def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
         """The stock signature, with ``sequences`` and ``output_logits``."""
         return {"forward": named_forward(stock, ("sequences", "output_logits"))}
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of the loss."""
+        return (
+            ops.LinearCrossEntropySpec(
+                device, dtype, width=getattr(module.get_output_embeddings(), "in_features", None)
+            ),
+        )
 
     def _forward(self, call: dict[str, Any]) -> Any:
         wants_logits = call.pop("output_logits", None)

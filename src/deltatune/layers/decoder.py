@@ -19,7 +19,8 @@ from deltatune.cost import Cost
 from deltatune.hf import attention_interface
 from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
-from deltatune.layers.attention import attention_cost
+from deltatune.layers.attention import attention_cost, attention_spec
+from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.state import State
@@ -69,6 +70,12 @@ class DecoderLayer(Swapped):
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
         return forward(self, hidden_states, *args, **kwargs)
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of stock attention, which calls the op through transformers' attention interface."""
+        attention = getattr(module, "self_attn", None)
+        return () if attention is None else (attention_spec(attention, device, dtype),)
 
     def cost(self, tokens: int, squares: int) -> Cost:
         """Of stock attention, which has no layer class of ours; nothing where every part of the layer has its own."""

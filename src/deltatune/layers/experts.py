@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltatune import ops
 from deltatune.cost import Cost
 from deltatune.hf.cached import in_stock_path
+from deltatune.ops import Spec
 from deltatune.subclass import Swapped
 
 __all__ = ["Experts"]
@@ -51,6 +53,11 @@ class Experts(Swapped):
     def before_restore(self) -> None:
         """Forgets what ``configure`` noted."""
         self.__dict__.pop("top_k", None)
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of the grouped products."""
+        return (ops.GroupedMmSpec(device, dtype, weight_shape=module.gate_up_proj.shape),)
 
     @property
     def active_share(self) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltatune import ops
 from deltatune.hf.cached import in_stock_path
 from deltatune.hf.model import is_sharded
+from deltatune.ops import Spec
 from deltatune.subclass import Swapped
 
 __all__ = ["FinalNorm", "OffsetFinalNorm", "eps_of"]
@@ -46,6 +47,12 @@ class FinalNorm(Swapped):
             return self._by_kernel(x, impl)
 
         return {"forward": forward}
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of the norm, of which nothing turns."""
+        del module
+        return (ops.RmsNormRopeSpec(device, dtype),)
 
     def _by_kernel(self, x: Tensor, impl: str) -> Tensor:
         # one head as wide as the stream, of which nothing turns

@@ -14,6 +14,7 @@ from deltatune import ops
 from deltatune.cost import Cost
 from deltatune.hf.peft import readable
 from deltatune.lora.linear import project
+from deltatune.ops import Spec
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped
 
@@ -97,6 +98,15 @@ class GatedDeltaNet(Swapped):
         )
         projected: Tensor = self.out_proj(out.flatten(-2))
         return projected
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of the convolution, the delta rule and the norm behind it."""
+        return (
+            ops.CausalConvSpec(device, dtype, width=module.conv_kernel_size),
+            ops.GatedDeltaRuleSpec(device, dtype, head_dims=(module.head_k_dim, module.head_v_dim)),
+            ops.GatedRmsNormSpec(device, dtype),
+        )
 
     def cost(self, tokens: int, squares: int) -> Cost:
         """``6 G K V`` FLOPs a token in the recurrent form: decay and read, write, output.
