@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deltatune.compile.partition import Partitioner
 from deltatune.compile.recomputation import recompute_functions
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.state import State
@@ -208,17 +209,17 @@ class Graphs:
         return compiled
 
     def _backend(self, name: str, code: types.CodeType, graph: Any, inputs: Any, **_: Any) -> Any:
-        from torch._functorch import config as functorch_config
         from torch._inductor.compile_fx import compile_fx
 
         started = time.perf_counter()
         budget = self.checkpointing if isinstance(self.checkpointing, float | int) else 1.0
         recompute_functions(graph)
-        with functorch_config.patch(activation_memory_budget=float(budget)):
-            if self.options.backend == "inductor":
-                compiled: Any = compile_fx(graph, inputs, config_patches=dict(self.options.options))
-            else:
-                compiled = torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+        partitioner = Partitioner(float(budget))
+        if self.options.backend == "inductor":
+            patches = {**self.options.options, **({} if budget == 1 else {"custom_partitioner_fn": partitioner})}
+            compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+        else:
+            compiled = _traced_alone(graph, inputs, partitioner)
         self.report.seconds += time.perf_counter() - started
         count = self.report.graphs.get(name, 0)
         self.report.graphs[name] = count + 1
@@ -228,6 +229,21 @@ class Graphs:
         if count + 1 == torch._dynamo.config.recompile_limit and not self.options.strict:
             self.report.breaks.append(f"{name}: compiled {count + 1} times, the limit; what differs again runs eagerly")
         return compiled
+
+
+def _traced_alone(graph: Any, inputs: Any, partitioner: Partitioner) -> Any:
+    """The graph in forward and backward halves that run eagerly, as torch's "aot_eager_decomp_partition" runs them."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import get_nop_func
+    from torch._inductor.decomposition import select_decomp_table
+
+    nop = get_nop_func()
+    return aot_autograd(
+        fw_compiler=nop,
+        bw_compiler=nop,
+        decompositions=select_decomp_table,
+        partition_fn=functools.partial(partitioner, compiler="inductor"),
+    )(graph, inputs)
 
 
 def _checkpointed(forward: Forward) -> Forward:

@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from deltatune.compile.graphs import CompileOptions, Graphs
+from deltatune.compile.partition import partition
 
 __all__ = ["LayerMemory", "Setting", "trace_layer"]
 
@@ -115,12 +116,9 @@ class _Recorder(CustomPartitionerFn):
         self._kinds = [_kind(node) for node in graph.graph.find_nodes(op="placeholder")]
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        from torch._functorch.partitioners import min_cut_rematerialization_partition
-
         for share in self._shares:
             joint = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-            with functorch_config.patch(activation_memory_budget=share):
-                forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+            forward, backward = partition(joint, joint_inputs, budget=share, **kwargs)
             self.found[share] = self._read(forward, backward, kwargs["num_fwd_outputs"])
             self.forward_flops = sum(_flops(node) for node in forward.graph.nodes)
         raise _TraceEndError
