@@ -8,6 +8,7 @@ from training_cases import TOKENS, Packs
 
 from deltatune.packing.sample import IGNORE_INDEX
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder
+from deltatune.training.mesh import Mesh
 
 
 @pytest.mark.parametrize("num_packs", [1, 4, 5, 11])
@@ -15,7 +16,7 @@ from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_ranks_share_every_pack_once_in_equally_many_batches(num_packs: int, num_ranks: int, batch_size: int) -> None:
     orders = [
-        PackOrder(num_packs, batch_size=batch_size, seed=1, num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)
+        PackOrder(num_packs, batch_size=batch_size, seed=1, mesh=Mesh(num_ranks, rank)) for rank in range(num_ranks)
     ]
     batches = [list(order) for order in orders]
     assert {len(of_rank) for of_rank in batches} == {len(orders[0])}
@@ -24,7 +25,7 @@ def test_ranks_share_every_pack_once_in_equally_many_batches(num_packs: int, num
 
 
 def test_a_ragged_round_can_be_left_out() -> None:
-    orders = [PackOrder(7, seed=1, num_ranks=2, rank=rank, drop_last=True) for rank in (0, 1)]
+    orders = [PackOrder(7, seed=1, mesh=Mesh(2, rank), drop_last=True) for rank in (0, 1)]
     batches = [list(order) for order in orders]
     assert [len(of_rank) for of_rank in batches] == [3, 3] == [len(order) for order in orders]
     assert all(len(batch) == 1 for of_rank in batches for batch in of_rank)
@@ -32,7 +33,7 @@ def test_a_ragged_round_can_be_left_out() -> None:
 
 def test_one_rank_of_two_sees_what_a_batch_of_two_holds() -> None:
     together = list(PackOrder(5, batch_size=2, seed=4))
-    apart = zip(*(PackOrder(5, seed=4, num_ranks=2, rank=rank) for rank in (0, 1)), strict=True)
+    apart = zip(*(PackOrder(5, seed=4, mesh=Mesh(2, rank)) for rank in (0, 1)), strict=True)
     assert [first + second for first, second in apart] == together
 
 

@@ -13,6 +13,7 @@ from deltatune.config.schema import LoraSection
 from deltatune.training.adapters import add_adapters
 from deltatune.training.batches import PackCounts
 from deltatune.training.flops import StepFlops, peak_flops
+from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.progress import format_metrics
 from tiny import tiny_model
@@ -62,7 +63,11 @@ def test_the_steady_rate_leaves_the_warm_up_out() -> None:
 
 
 def test_counts_of_ranks_are_summed() -> None:
-    running = meter(reduce=lambda counts: 2 * counts, num_ranks=2)
+    class TwoAlike(Mesh):
+        def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+            return 2 * value
+
+    running = meter(mesh=TwoAlike(2, 0))
     running.start()
     running.add(PackCounts(trained=3, tokens=5, capacity=8, packs=1))
     running.step()

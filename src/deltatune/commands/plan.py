@@ -19,6 +19,7 @@ from deltatune.training.adapters import add_adapters, freeze_unused
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
+from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_packs
 from deltatune.training.run import autocast_dtype, decide_checkpointing, prepare_by_recipe
 
@@ -58,10 +59,11 @@ def _empty_model_with_adapters(recipe: Recipe) -> nn.Module:
 
 def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
     """Steps as transformers.Trainer counts them: a short last accumulation is a step as well."""
-    order = PackOrder(len(packs), num_ranks=arguments.world_size, drop_last=arguments.dataloader_drop_last)
+    mesh = Mesh.of(arguments)
+    order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
     per_epoch = max(1, math.ceil(len(order) / arguments.gradient_accumulation_steps))
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-    per_step = arguments.world_size * arguments.gradient_accumulation_steps
+    per_step = mesh.data_size * arguments.gradient_accumulation_steps
     return [
         f"{total:,} steps of {per_step} {'pack' if per_step == 1 else 'packs'} "
         f"({per_step * packs.report.tokens_per_batch:,} tokens), {per_epoch:,} steps an epoch, "

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
+from deltatune.training.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -56,16 +57,15 @@ class PackSource(Protocol):
 class PackOrder(Sampler[list[int]]):
     """Indices of one rank's packs, batch by batch; a function of seed, epoch and rank alone.
 
-    An epoch is cut into rounds of ``num_ranks * batch_size`` packs and every rank takes its slice of each round, so
-    all ranks run the same number of batches and every pack is seen exactly once. In a ragged last round a rank may
+    An epoch is cut into rounds of ``mesh.data_size * batch_size`` packs and every rank takes its slice of each round,
+    so all ranks run the same number of batches and every pack is seen exactly once. In a ragged last round a rank may
     get fewer packs, or none at all: an empty list, from which ``CountingCollator`` makes a batch without targets.
 
     Args:
         num_packs: packs of the data set.
         batch_size: packs of a batch.
         seed: of the permutation; epoch ``e`` uses ``seed + e``. ``None`` keeps the order of the data set.
-        num_ranks: data-parallel ranks.
-        rank: this one.
+        mesh: the data-parallel ranks, and which of them this one is.
         drop_last: leave a ragged last round out.
     """
 
@@ -75,17 +75,14 @@ class PackOrder(Sampler[list[int]]):
         *,
         batch_size: int = 1,
         seed: int | None = None,
-        num_ranks: int = 1,
-        rank: int = 0,
+        mesh: Mesh = ALONE,
         drop_last: bool = False,
     ) -> None:
-        assert 0 <= rank < num_ranks
         self.num_packs = num_packs
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = seed
-        self.num_ranks = num_ranks
-        self.rank = rank
+        self.mesh = mesh
         self.epoch = 0
         # accelerate looks for set_epoch on the sampler of a wrapped batch sampler, as after skipping at a resume
         self.sampler: Any = self
@@ -95,15 +92,15 @@ class PackOrder(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        per_round = self.num_ranks * self.batch_size
+        per_round = self.mesh.data_size * self.batch_size
         return self.num_packs // per_round if self.drop_last else -(-self.num_packs // per_round)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        per_round = self.num_ranks * self.batch_size
+        per_round = self.mesh.data_size * self.batch_size
         for number in range(len(self)):
-            packs = order[number * per_round : (number + 1) * per_round]
-            yield packs[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            start = number * per_round + self.mesh.data_rank * self.batch_size
+            yield order[start : start + self.batch_size]
 
     def _order(self) -> list[int]:
         if self.seed is None:

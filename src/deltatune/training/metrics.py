@@ -14,6 +14,7 @@ from torch import nn
 
 from deltatune.training.batches import PackCounts
 from deltatune.training.flops import StepFlops, peak_flops
+from deltatune.training.mesh import ALONE, Mesh
 
 __all__ = ["Meter", "MeterReading", "peak_memory_gib"]
 
@@ -51,8 +52,7 @@ class Meter:
         device: where it trains.
         dtype: of its matrix products.
         recompiles: graphs compiled after the first ones, so far; None where nothing is compiled.
-        reduce: sums a tensor over ranks; None for one rank.
-        num_ranks: data-parallel ranks.
+        mesh: the data-parallel ranks.
     """
 
     def __init__(
@@ -62,15 +62,13 @@ class Meter:
         device: torch.device,
         dtype: torch.dtype,
         recompiles: Callable[[], int] | None = None,
-        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        num_ranks: int = 1,
+        mesh: Mesh = ALONE,
     ) -> None:
         self.flops = StepFlops.of(model)
         self._device = device
         self._peak = peak_flops(device, dtype)
         self._recompiles = recompiles
-        self._reduce = reduce
-        self._num_ranks = num_ranks
+        self._mesh = mesh
         self._window = PackCounts()
         self._window_start = self._start = time.perf_counter()
         self._window_paused = self._paused = 0.0
@@ -141,7 +139,7 @@ class Meter:
     def _utilization(self, reading: MeterReading) -> dict[str, float]:
         if self._peak is None or reading.seconds <= 0 or not reading.counts.tokens:
             return {}
-        return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._num_ranks), 4)}
+        return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._mesh.data_size), 4)}
 
     def _state(self) -> dict[str, float]:
         state: dict[str, float] = {"peak_memory_gib": peak_memory_gib(self._device)}
@@ -150,10 +148,10 @@ class Meter:
         return state
 
     def _over_ranks(self, counts: PackCounts) -> PackCounts:
-        if self._reduce is None:
+        if self._mesh.data_size == 1:
             return counts
         fields = [counts.trained, counts.tokens, counts.capacity, counts.squares, counts.packs]
-        summed = self._reduce(torch.tensor(fields, dtype=torch.int64, device=self._device))
+        summed = self._mesh.sum_over_data(torch.tensor(fields, dtype=torch.int64, device=self._device))
         return PackCounts(*(int(value) for value in summed.tolist()))
 
     def _synchronize(self) -> None:

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, PackSource, pack_loader
 from deltatune.training.checkpoint import reload_weights
+from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.progress import ProgressBar
 
@@ -61,6 +62,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self._tokens_per_batch = tokens_per_batch
         self._pad_token_id = pad_token_id
+        self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
         self._evaluated_tokens = 0
         super().__init__(
@@ -79,8 +81,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             device=args.device,
             dtype=_compute_dtype(model, args),
             recompiles=recompiles,
-            reduce=self._sum_over_ranks if args.world_size > 1 else None,
-            num_ranks=args.world_size,
+            mesh=self._mesh,
         )
         self.add_callback(_MeterSteps(self.meter))
         for stock in (ProgressCallback, PrinterCallback):
@@ -119,8 +120,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             len(source),
             batch_size=packs_per_batch,
             seed=seed,
-            num_ranks=self.args.world_size,
-            rank=self.args.process_index,
+            mesh=self._mesh,
             drop_last=drop_last,
         )
         return pack_loader(source, order, self._collator(packs_per_batch), self.args)
@@ -138,9 +138,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         counts = sum((_take_counts(batch) for batch in batches), PackCounts())
         self.meter.add(counts)
         # the counts are known on the CPU, so the device fills in a number and nobody waits
-        trained = torch.full((), counts.trained, dtype=torch.int64, device=device)
-        if self.args.world_size > 1:
-            trained = self._sum_over_ranks(trained)
+        trained = self._mesh.sum_over_data(torch.full((), counts.trained, dtype=torch.int64, device=device))
         # a step of padding alone has loss 0 and no gradient, rather than 0 / 0
         return batches, trained.clamp(min=1)
 
@@ -155,7 +153,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """This micro-batch's share of the step's loss, times the ranks that DDP and FSDP average over."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        loss = outputs.loss * self.args.world_size
+        loss = outputs.loss * self._mesh.data_size
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Batch) -> float:
@@ -197,9 +195,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         sums = torch.stack([self._evaluated_loss, torch.full_like(self._evaluated_loss, self._evaluated_tokens)])
-        if self.args.world_size > 1:
-            sums = self._sum_over_ranks(sums)
-        loss, tokens = sums.tolist()
+        loss, tokens = self._mesh.sum_over_data(sums).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens if tokens else float("nan")
         output.metrics[f"{metric_key_prefix}_trained_tokens"] = int(tokens)
         return output
@@ -232,10 +228,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             super()._load_best_model()
         else:
             reload_weights(self.model, Path(self.state.best_model_checkpoint))
-
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(value, reduction="sum")
-        return summed
 
 
 class _MeterSteps(TrainerCallback):  # type: ignore[misc]
