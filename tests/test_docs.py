@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from deltatune.bench.records import Record, load_records, newest_of_each
 from deltatune.bench.report_train import speed_table
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.load import load_recipe
+from deltatune.demo.checkpoint import save_checkpoint
+from deltatune.demo.conversations import make_conversations, write_conversations
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# pages whose python is run, not only parsed
+RUN = [ROOT / "README.md", ROOT / "docs" / "integrations.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -55,6 +60,30 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 def test_python_parses(page: Path) -> None:
     for code in blocks(page, "python"):
         ast.parse(code)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the names in the docs are files: a small checkpoint and a few conversations."""
+    folder = tmp_path_factory.mktemp("workplace")
+    conversations = make_conversations(50, seed=0)
+    save_checkpoint(folder / "Qwen" / "Qwen3.5-2B", conversations)
+    write_conversations(folder / "data" / "train.jsonl", conversations)
+    return folder
+
+
+PROGRAMS = [(page.name, i) for page in RUN for i in range(len(blocks(page, "python")))]
+
+
+@pytest.mark.parametrize(("name", "number"), PROGRAMS)
+def test_python_runs(name: str, number: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    code = blocks(next(page for page in RUN if page.name == name), "python")[number]
+    code = code.replace('"outputs/mine",', '"outputs/mine", use_cpu=True,')
+    # the same graphs, without generated code
+    code = code.replace("CompileOptions()", 'CompileOptions(backend="aot_eager")')
+    (workplace / "program.py").write_text(code, encoding="utf-8")
+    runpy.run_path("program.py")
 
 
 def test_code_imports_public_names() -> None:
