@@ -86,6 +86,27 @@ def test_a_larger_batch_decides_again() -> None:
     assert second.predicted_bytes > first.predicted_bytes
 
 
+def test_a_setting_that_changes_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    prepared = prepare(model, compile=TRACED, checkpointing="auto")
+    expected = train(model)
+    reports = [prepared.compile_report]
+    for room in (1, 2**40, 1):  # batches of one shape: another setting is all that can ask for another graph
+        monkeypatch.setattr(memory, "usable_memory", lambda _device, room=room: room)
+        prepared.decide_checkpointing(96)
+        assert prepared.report.checkpointing == ("layer" if room == 1 else "none")
+        torch.testing.assert_close(train(model), expected, rtol=1e-5, atol=0)
+        reports.append(prepared.compile_report)
+    none, layer, none_again, layer_again = reports
+    assert none is none_again
+    assert layer is layer_again
+    assert none is not layer
+    for report in (none, layer):
+        assert report is not None
+        assert set(report.graphs.values()) == {1}
+        assert report.recompiles == []
+
+
 def test_layers_in_front_of_all_that_trains_count_for_nothing() -> None:
     config = peft.LoraConfig(r=4, target_modules=r".*layers\.3\..*q_proj", init_lora_weights=False)
     late = prepare(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.compile.graphs import forget_graphs
 from deltatune.compile.memory import (
     Choice,
     candidate_settings,
@@ -125,10 +124,7 @@ class _LeftError(Exception):
 
 def _decide(state: State, tokens: int, choice: Choice) -> None:
     assert state.facts.auto is not None
-    before = state.checkpointing
     state.facts.auto.tokens, state.facts.auto.choice = tokens, choice
-    if state.checkpointing != before:
-        forget_graphs(state)
 
 
 def _from_shapes(model: Any, state: State, tokens: int, device: torch.device) -> Choice:

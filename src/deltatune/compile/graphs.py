@@ -29,7 +29,6 @@ __all__ = [
     "Graphs",
     "compile_options",
     "eager",
-    "forget_graphs",
     "fresh_code",
     "graphs_of",
     "validate_checkpointing",
@@ -156,7 +155,7 @@ class CompileReport:
 
 
 class Graphs:
-    """The compiled functions of one prepared model, made when first called, one for each name.
+    """The compiled functions of one prepared model at one checkpointing setting, made when first called, by name.
 
     Each name gets a code object of its own: the compiler keeps its cache and its recompile limit with the code object,
     so two models in one process, or two types of layer, never count against each other.
@@ -294,20 +293,15 @@ def _num_breaks() -> int:
 
 
 # Compiled functions cannot be copied or pickled, so they live beside the model and are made again for a copy.
-_graphs: weakref.WeakKeyDictionary[object, Graphs] = weakref.WeakKeyDictionary()
+_graphs: weakref.WeakKeyDictionary[object, dict[str | float, Graphs]] = weakref.WeakKeyDictionary()
 
 
 def graphs_of(owner: object, options: CompileOptions, checkpointing: str | float) -> Graphs:
-    """The compiled functions that belong to ``owner`` (what a prepared model's layers share)."""
-    graphs = _graphs.get(owner)
-    if graphs is None:
-        graphs = _graphs[owner] = Graphs(options, checkpointing)
-    return graphs
-
-
-def forget_graphs(owner: object) -> None:
-    """Drops the compiled functions of ``owner``; its next call makes new ones."""
-    _graphs.pop(owner, None)
+    """The compiled functions that belong to ``owner`` (what a prepared model's layers share) at this setting."""
+    by_setting = _graphs.setdefault(owner, {})
+    if checkpointing not in by_setting:
+        by_setting[checkpointing] = Graphs(options, checkpointing)
+    return by_setting[checkpointing]
 
 
 #: Prepared models whose layers run eagerly in this thread (or task), by what their layers share.
