@@ -20,6 +20,7 @@ from deltatune.hf import model as hf_model
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
 from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
+from deltatune.layers.rotary import DocumentRotary, length_dependent_rotary
 from deltatune.models.family import Family
 from deltatune.models.registry import family_of
 from deltatune.report import KernelRow, LoraRow, PrepareReport, SwapRow, TrainableRow
@@ -178,6 +179,7 @@ def prepare(
     _kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
     if lora == "fused":
         check_all_fused(base, text_model)
+    _refuse_rotary_in_one_graph(text_model, compile)
     _revert(base)
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
     if "forward" in base.__dict__:
@@ -261,6 +263,10 @@ def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
     plan.append(_Planned(type(text_model).__name__, TextModel, 1, (text_model,)))
     if base is not text_model:
         plan.append(_Planned(type(base).__name__, CausalLM, 1, (base,)))
+    by_class = {}
+    for rotary in length_dependent_rotary(text_model):
+        by_class.setdefault(type(rotary).__name__, []).append(rotary)
+    plan.extend(_Planned(name, DocumentRotary, None, tuple(modules)) for name, modules in by_class.items())
     return plan
 
 
@@ -280,6 +286,15 @@ def _check_head(base: Any, text_model: nn.Module) -> None:
 def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
     if hf_model.is_sharded(model):
         raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
+
+
+def _refuse_rotary_in_one_graph(text_model: Any, compile: CompileOptions | None) -> None:
+    """Lengths of documents are read on the host between the stock forwards of such a module."""
+    if length_dependent_rotary(text_model) and compile is not None and compile.scope == "model":
+        raise ValueError(
+            "compile scope 'model' cannot hold rotary embeddings whose frequencies depend on the length of a document "
+            "(rope_type 'longrope' or 'dynamic'); use CompileOptions(scope='layer')"
+        )
 
 
 def _validate_lora(lora: str) -> None:

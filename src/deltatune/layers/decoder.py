@@ -20,6 +20,7 @@ from deltatune.hf import attention_interface
 from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
 from deltatune.layers.attention import attention_cost, attention_spec
+from deltatune.layers.rotary import rotary_boundaries
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, resolve_metadata
 from deltatune.packing.sequences import Sequences
@@ -130,7 +131,7 @@ class TextModel(Swapped):
         call["sequences"] = resolved.sequences.static()
         call["inputs_embeds"] = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         call["input_ids"] = None
-        with deciding(self, tokens.shape[0] * tokens.shape[1]):
+        with deciding(self, tokens.shape[0] * tokens.shape[1]), rotary_boundaries(self._deltatune, resolved.sequences):
             output = self._run(call)
         cell = _hidden.get()
         if cell is not None:
