@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from deltatune import Sequences, prepare
+from deltatune import Sequences, ops, prepare
 from tiny import documents
 
 LENGTHS = [5, 1, 30, 7]
@@ -112,3 +112,23 @@ def test_another_attention_set_afterwards_is_refused() -> None:
         model(**packed_call())
     prepare(model)
     model(**packed_call())
+
+
+def test_the_implementation_that_was_asked_for_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, free = dense("llama"), dense("qwen2")
+    prepared = prepare(asked, kernels={"varlen_attention": "reference"})
+    prepare(free)
+    seen: list[Any] = []
+    attention = ops.varlen_attention
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("impl"))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "varlen_attention", watch)
+    for model in (asked, copy.deepcopy(asked), free):
+        model(**packed_call())
+    assert seen == ["reference"] * 4 + ["auto"] * 2
+    assert {row.op: row.impl for row in prepared.report.kernels}["varlen_attention"] == "reference"
+    prepared.revert()
+    assert not any("_deltatune_impl" in module.__dict__ for module in asked.modules())

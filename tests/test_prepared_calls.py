@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from deltatune import Sequences, prepare
@@ -93,6 +94,57 @@ def test_generation_equals_the_stock_model(family: str) -> None:
     ours, theirs = model.generate(tokens, **kwargs), stock.generate(tokens, **kwargs)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
+
+
+CACHES = ("static", "sliding_window", "hybrid", "dynamic")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_generation_with_a_cache_of_fixed_size_beside_padding(family: str, cache: str, side: str) -> None:
+    changes = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1} if family == "qwen3" else {}
+    model = tiny_model(family, **changes).eval()
+    stock = copy.deepcopy(model)
+    prepare(model)
+    tokens, mask = torch.stack(documents([9, 9, 9])), torch.ones(3, 9, dtype=torch.long)
+    for row, padding in enumerate((0, 3, 7)):
+        mask[row, slice(padding) if side == "left" else slice(9 - padding, None)] = 0
+    call = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    call |= {"cache_implementation": cache, "disable_compile": True}
+    assert torch.equal(model.generate(tokens, **call), stock.generate(tokens, **call))
+
+
+@pytest.mark.parametrize("cache", [transformers.StaticCache, transformers.DynamicCache])
+def test_generation_goes_on_from_a_cache_beside_padding(cache: Any) -> None:
+    model = tiny_model("qwen3_5").eval()
+    stock = copy.deepcopy(model)
+    prepare(model)
+    tokens, mask = torch.stack(documents([12, 12])), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    found = []
+    for one in (model, stock):
+        size = {"max_cache_len": 24} if cache is transformers.StaticCache else {}
+        kept = cache(config=one.config, **size)
+        call = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "past_key_values": kept}
+        call |= {"max_new_tokens": 4, "disable_compile": True}
+        first = one.generate(tokens, attention_mask=mask, **call)
+        longer = torch.nn.functional.pad(mask, (0, first.shape[1] - 12), value=1)
+        found.append(one.generate(first, attention_mask=longer, **call))
+    assert torch.equal(*found)
+
+
+def test_packed_documents_beside_a_cache_and_a_mask_of_pairs_are_refused() -> None:
+    model = tiny_model("qwen3")
+    prepare(model)
+    pairs = torch.ones(1, 1, 43, 43, dtype=torch.bool)
+    with pytest.raises(ValueError, match="past_key_values cannot hold packed documents"):
+        model(
+            packed_call()["input_ids"],
+            attention_mask=pairs,
+            position_ids=packed_call()["sequences"].positions.long()[None],
+            past_key_values=transformers.DynamicCache(config=model.config),
+        )
 
 
 def test_a_cache_that_is_asked_for_is_returned() -> None:
@@ -214,6 +266,39 @@ def test_a_loss_of_ones_own_is_honoured_and_sees_no_target_across_documents() ->
     starts = call["sequences"].positions[None] == 0
     assert bool((seen[0][starts] == -100).all())
     assert torch.equal(seen[0][~starts], call["labels"][~starts])
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_shifted_labels_see_no_target_across_documents(own_loss: bool) -> None:
+    model = tiny_model("qwen3_5")
+    stock = copy.deepcopy(model)
+    prepare(model)
+    seen = []
+    if own_loss:
+        model.loss_function = lambda logits, labels=None, shift_labels=None, **_: (
+            seen.append(shift_labels)
+            or F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), ignore_index=-100)
+        )
+    call = packed_call()
+    tokens = call["input_ids"]
+    shifted = F.pad(tokens, (0, 1), value=7)[:, 1:]  # every token trains, the next document's first one included
+    docs = tokens[0].split(LENGTHS)
+    expected = sum(
+        F.cross_entropy(stock(doc[None], use_cache=False).logits[0, :-1], doc[1:], reduction="sum") for doc in docs
+    ) / sum(len(doc) - 1 for doc in docs)
+    loss = model(**call, shift_labels=shifted, **({"labels": tokens} if own_loss else {})).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_layers_see_integers_of_the_shape_alone() -> None:
+    model = tiny_model("qwen3", layers=1)
+    prepare(model)
+    seen = []
+    layer = model.model.layers[0]
+    layer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["sequences"]), with_kwargs=True)
+    for lengths in ([43], [1] * 43, LENGTHS):
+        model(packed_call()["input_ids"], sequences=Sequences.from_lengths(lengths))
+    assert {(one.max_length, one.num_sequences) for one in seen} == {(43, 44)}
 
 
 def test_the_text_model_takes_arguments_by_position() -> None:

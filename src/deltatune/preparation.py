@@ -15,7 +15,7 @@ from deltatune import ops
 from deltatune.compile.auto import AutoCheckpointing, decide_for
 from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of, validate_checkpointing
 from deltatune.compile.memory import Choice
-from deltatune.hf import attention_interface, capture
+from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
@@ -168,6 +168,7 @@ def prepare(
     if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
         raise ValueError(TWICE)
     _validate_lora(lora)
+    peft.refuse_prompt_learning(model)
     family = family_of(text_model)
     for refusal in family.refusals:
         reason = refusal(text_model)
@@ -201,7 +202,7 @@ def prepare(
         ours = copy.copy(text_model.config)
         ours._attn_implementation_internal = attention_interface.NAME
         _set_config(text_model, ours)
-        attention_interface.mark_windows(text_model)
+        attention_interface.mark(text_model, requests["varlen_attention"])
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
@@ -219,7 +220,7 @@ def _revert(base: nn.Module) -> None:
         return
     if state.options.stock_config is not None:
         _set_config(text_model, state.options.stock_config)
-        attention_interface.forget_windows(text_model)
+        attention_interface.forget_marks(text_model)
     capture.forget_capture_hooks(text_model)
     forget_lora(text_model)
     for module in base.modules():

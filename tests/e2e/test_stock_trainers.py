@@ -24,7 +24,7 @@ from trainer_cases import (
 )
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from deltatune import CompileOptions, prepare
+from deltatune import CompileOptions, PackedCollator, prepare
 from tiny import FAMILIES, tiny_model
 
 # every set of the collator's options that says where documents begin
@@ -184,3 +184,28 @@ def test_a_separator_is_never_a_target() -> None:
     usual, odd = flattening()(features), flattening(separator_id=7)(features)
     assert not torch.equal(usual["labels"], odd["labels"])
     assert torch.equal(model(**odd).loss, model(**usual).loss)
+
+
+@pytest.mark.parametrize("config", [{}, {"dispatch_batches": False}], ids=["dispatched", "not_dispatched"])
+def test_a_stream_of_packs(config: dict[str, Any], tmp_path: Path) -> None:
+    """accelerate's loader of an IterableDataset cuts every tensor of a batch to the batch's number of rows."""
+    packs = [samples()[:4], samples()[4:8], samples()[8:12]]
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([{"samples": pack} for pack in packs])
+
+    model = hybrid()
+    stock = copy.deepcopy(model)
+    prepare(model)
+    record = Record()
+    values = training_values(tmp_path, per_device_train_batch_size=1, accelerator_config=config)
+    trainer = Trainer(
+        model,
+        TrainingArguments(**values | {"remove_unused_columns": False}),
+        data_collator=PackedCollator(tokens_per_batch=128, pad_token_id=0),
+        train_dataset=Stream(),
+        callbacks=[record],
+    )
+    trainer.train()
+    assert_same_training(trainer, record, stock, packs)

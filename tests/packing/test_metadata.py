@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -208,7 +209,36 @@ def test_what_cannot_be_is_refused(shape: tuple[int, int], call: dict[str, Any],
         enter(*shape, **call)
 
 
-def test_the_model_refuses_what_the_door_refuses() -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    entry = enter(2, 4, attention_mask=ids([1, 1, 1, 0], [0, 1, 1, 1]).to(dtype))
+    assert entry.sequences.lengths == [3, 1, 1, 3]
+    assert entry.padding_mask is not None
+    assert entry.padding_mask.tolist() == [[True, True, True, False], [False, True, True, True]]
+    if dtype != torch.bool:
+        assert enter(1, 4, attention_mask=ids([1, 1, 2, 0]).to(dtype)).sequences.lengths == [2, 1, 1]
+
+
+@pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1.0])
+@pytest.mark.parametrize("row", [[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+def test_masks_that_are_added_to_scores_are_refused(masked: float, row: list[int]) -> None:
+    additive = torch.zeros(1, 4).masked_fill(ids(row) == 0, masked)
+    for call in ({}, {"position_ids": torch.arange(4)[None]}, {"sequences": Sequences.from_lengths([2, 2])}):
+        with pytest.raises(ValueError, match=r"must be >= 0.*pass attention_mask=\(mask == 0\).long\(\)"):
+            enter(1, 4, attention_mask=additive, **call)
+    assert enter(1, 4, attention_mask=(additive == 0).long()).padding_mask.tolist() == (ids(row) == 1).tolist()  # type: ignore[union-attr]
+
+
+def test_boundaries_that_a_loader_cut_are_read_from_what_it_left_whole() -> None:
+    cut = {"cu_seq_lens_q": cu(0), "cu_seq_lens_k": cu(0), "max_length_q": 3, "max_length_k": 3}
+    for form in ("sequences", "attention_mask", "seq_idx", "position_ids"):
+        assert enter(1, 6, **cut, **FORMS[form]).sequences.lengths == [3, 2, 1]
+    for rest in ({}, {"attention_mask": ids([1, 1, 1, 1, 1, 1])}, {"position_ids": torch.arange(6)[None]}):
+        with pytest.raises(ValueError, match=r'accelerator_config=\{"dispatch_batches": False\}'):
+            enter(1, 6, **cut, **rest)
+
+
+def test_the_model_refuses_what_its_metadata_forbid() -> None:
     from deltatune import prepare
     from tiny import tiny_model
 

@@ -181,6 +181,18 @@ def test_pinning_leaves_the_copy_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     assert away.pin_memory() is away
 
 
+def test_static_integers_depend_on_the_total_alone() -> None:
+    packs = [Sequences.from_lengths(lengths, total=40) for lengths in ([40], [1] * 40, [3, 0, 7], [])]
+    for pack in packs:
+        static = pack.static()
+        assert (static.max_length, static.num_sequences) == (40, 41)  # the total, and all that the shape has room for
+        assert static.cu_seqlens.shape == (42,)
+        for name in ("cu_seqlens", "cu_seqlens_cpu", "positions"):
+            assert getattr(static, name) is getattr(pack, name)
+        assert static.max_length >= pack.max_length
+        assert [n for n in static.lengths if n] == [n for n in pack.lengths if n]
+
+
 def test_copies_and_pickles() -> None:
     sequences = Sequences.from_lengths([3, 2], total=6)
     _check(copy.deepcopy(sequences), [3, 2, 1])

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from deltatune import ops
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["NAME", "forget_windows", "mark_windows", "register"]
+__all__ = ["NAME", "forget_marks", "mark", "register"]
 
 #: No "flash" in the name: transformers would look for the flash-attn package when a model is built with it.
 NAME = "deltatune_varlen"
 
 _WINDOW = "_deltatune_window"
+_IMPL = "_deltatune_impl"
 
 
 def register() -> None:
@@ -81,25 +82,29 @@ def packed_attention(
         sequences=sequences,
         scale=scaling,
         window=sliding_window,
+        impl=getattr(module, _IMPL),
     )
     return out, None
 
 
-def mark_windows(text_model: nn.Module) -> None:
-    """Notes on every attention module whether the config gives its layer a sliding window.
+def mark(text_model: nn.Module, impl: str) -> None:
+    """Notes on every module of a text model what ``packed_attention`` reads there.
 
-    Decided here and not in ``packed_attention``: a layer index read while tracing would be a graph for each layer.
+    Which implementation ``prepare`` was asked for, and, on attention modules, whether the config gives the layer a
+    sliding window. Decided here and not there: a layer index read while tracing would be a graph for each layer.
     """
     for module in text_model.modules():
+        module.__dict__[_IMPL] = impl
         index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
         if isinstance(index, int) and config is not None:
             module.__dict__[_WINDOW] = _has_window(config, index)
 
 
-def forget_windows(text_model: nn.Module) -> None:
-    """Undoes ``mark_windows``."""
+def forget_marks(text_model: nn.Module) -> None:
+    """Undoes ``mark``."""
     for module in text_model.modules():
         module.__dict__.pop(_WINDOW, None)
+        module.__dict__.pop(_IMPL, None)
 
 
 def _has_window(config: Any, index: int) -> bool:

@@ -56,21 +56,31 @@ def _is_packed(call: Mapping[str, Any]) -> str | None:
     if tokens is None or tokens.shape[1] < 2:
         return None
     mask, positions = call.get("attention_mask"), call.get("position_ids")
+    of_pairs = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
     # a mask in generation also covers the tokens in the cache
     mask = mask[:, -tokens.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if mask is not None and bool((mask > 1).any()):
         return "attention_mask"
-    if isinstance(positions, Tensor) and _restarts(positions, mask):
+    if isinstance(positions, Tensor) and _restarts(positions, mask, padding_unknown=of_pairs):
         return "position_ids"
     return None
 
 
-def _restarts(positions: Tensor, mask: Tensor | None) -> bool:
-    """Whether positions fail to grow by one between real tokens; three-row ones may stand still or jump."""
+def _restarts(positions: Tensor, mask: Tensor | None, *, padding_unknown: bool) -> bool:
+    """Whether positions fail to grow by one between real tokens; three-row ones may stand still or jump.
+
+    A cache of fixed size comes with a mask of pairs in place of the one that names the padding. Positions of padding,
+    before or after a row's tokens, stand still, so only a break between two stretches that grow is one of documents.
+    """
+    three_rows = positions.ndim == 3 and positions.shape[0] == 3
     step = (positions[0] if positions.ndim == 3 else positions).diff(dim=-1)
-    broken = step < 0 if positions.ndim == 3 and positions.shape[0] == 3 else step != 1
+    broken = step < 0 if three_rows else step != 1
     if mask is not None:
         broken = broken & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if padding_unknown:
+        grows = step > 0 if three_rows else step == 1
+        before = grows.cumsum(-1)
+        broken = broken & (before > 0) & (before < before[..., -1:])
     return bool(broken.any())
 
 

@@ -1,10 +1,18 @@
-"""Reading a module's weights through what PEFT may have wrapped around it."""
+"""What PEFT may have wrapped around a module or a model: weights read through it, virtual tokens refused."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
 from torch import nn
 
-__all__ = ["readable", "trained_copy"]
+__all__ = ["readable", "refuse_prompt_learning", "refuse_virtual_tokens", "trained_copy"]
+
+#: Calls between PEFT's forward and that of the model inside it, two for each module call, and some room.
+_FRAMES: Final = 10
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
@@ -35,3 +43,39 @@ def readable(module: nn.Module) -> nn.Module:
             "norms and convolutions out of the adapter, or train them whole with modules_to_save"
         )
     return module
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Refuses adapters that put virtual tokens in front of a row (prompt, p- and prefix tuning and their kin).
+
+    Raises:
+        ValueError: such an adapter in a PeftModel's ``peft_config``.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"adapter {name!r} is of type {kind}: PEFT puts its virtual tokens in front of a row and drops the "
+                "position ids, so the documents of a pack would become one; use LoRA, or leave the model unprepared"
+            )
+
+
+def refuse_virtual_tokens(call: Mapping[str, Any]) -> None:
+    """Refuses a call that comes from a PeftModel with such an adapter, put around the model after ``prepare``.
+
+    PEFT leaves no trace of itself on the model inside, nor in the call, so its forward is looked for among the callers.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or torch.compiler.is_compiling():
+        return
+    if call.get("inputs_embeds") is None and call.get("past_key_values") is None:
+        return
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if isinstance(caller, peft.PeftModel):
+            refuse_prompt_learning(caller)
+            return

@@ -18,6 +18,12 @@ __all__ = ["METADATA", "Resolved", "resolve_metadata"]
 #: What stock collators, TRL and transformers.Trainer attach to a batch about documents; layers see ``sequences`` alone.
 METADATA = ("sequences", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
+#: A loader took a batch apart by rows, and no other description of documents is left.
+CUT = (
+    "cu_seq_lens_q has one entry, so a loader cut it: accelerate's does with the batches of an IterableDataset; pass "
+    'accelerator_config={"dispatch_batches": False} to the TrainingArguments'
+)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -68,7 +74,7 @@ class _Batch:
     def __init__(self, call: Mapping[str, Any], rows: int, tokens: int) -> None:
         self.rows, self.tokens, self.size = rows, tokens, rows * tokens
         self.sequences = call.get("sequences")
-        self.cu_seqlens = _boundaries(call)
+        self.cu_seqlens, self.cut = _boundaries(call)
         self.seq_idx = self._ids("seq_idx", call.get("seq_idx"))
         self.mask = self._mask(call.get("attention_mask"))
         self.indexed = self.mask is not None and bool((self.mask > 1).any())
@@ -95,6 +101,8 @@ class _Batch:
         starts = self._position_starts()
         if starts is not None and self._restarts(starts):
             return "position_ids", Sequences._from_starts(starts | self._mask_starts())
+        if self.cut:
+            raise ValueError(CUT)
         if self.mask is not None:
             return "attention_mask", Sequences._from_starts(self._one_document_a_row())
         return "rows", Sequences.from_lengths([self.tokens] * self.rows)
@@ -229,10 +237,16 @@ class _Batch:
                 f"attention_mask must be [B, T] (0/1, or 0 for padding and 1..N for documents), got {got}; a mask of "
                 "pairs cannot be honoured by the recurrent layers: describe documents with sequences= or cu_seq_lens_q="
             )
-        shaped = self._shaped(mask)
+        shaped = self._shaped(mask).cpu()
+        if bool((shaped < 0).any()) or (shaped.is_floating_point() and shaped.numel() and not bool(shaped.any())):
+            raise ValueError(
+                "attention_mask [B, T] must be >= 0, 0 for padding and 1 (or 1 to N for documents) for tokens; got "
+                f"{shaped.dtype} from {float(shaped.min()):g} to {float(shaped.max()):g}, as in a mask that is added "
+                "to scores, where 0 keeps a token: pass attention_mask=(mask == 0).long()"
+            )
         if shaped.is_floating_point() and not torch.equal(shaped, shaped.round()):
             raise ValueError(f"attention_mask must hold whole numbers or booleans, got fractions in {shaped.dtype}")
-        return shaped.cpu().long()
+        return shaped.long()
 
     def _ids(self, name: str, ids: Tensor | None) -> Tensor | None:
         if ids is None:
@@ -250,15 +264,22 @@ class _Batch:
         return mask
 
 
-def _boundaries(call: Mapping[str, Any]) -> Tensor | None:
-    """``cu_seq_lens_q`` of the call, once it agrees with what came beside it."""
-    given = [call.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
-    cu_q, cu_k = (None if cu is None else torch.as_tensor(cu).reshape(-1) for cu in given)
+def _boundaries(call: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
+    """``cu_seq_lens_q`` of the call, once it agrees with what came beside it; and whether a loader cut it.
+
+    A loader that takes batches apart by rows leaves one entry of it, which describes nothing; boundaries are then read
+    from what it left whole.
+    """
+    names = ("cu_seq_lens_q", "cu_seq_lens_k")
+    given = [None if call.get(name) is None else torch.as_tensor(call[name]).reshape(-1) for name in names]
+    cut = any(cu is not None and cu.numel() == 1 for cu in given)
+    cu_q, cu_k = (None if cut else cu for cu in given)
     if cu_q is None or cu_k is None:
-        return cu_k if cu_q is None else cu_q
-    if call.get("sequences") is None and given[0] is not given[1] and not _same(cu_q, cu_k):
+        return (cu_k if cu_q is None else cu_q), cut
+    same = call[names[0]] is call[names[1]]
+    if call.get("sequences") is None and not same and not _same(cu_q, cu_k):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; documents attend to themselves, so pass the same")
-    return cu_q
+    return cu_q, cut
 
 
 def _same(cu_q: Tensor, cu_k: Tensor) -> bool:
