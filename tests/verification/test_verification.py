@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -8,9 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import deltatune.layers.causal_lm
+import deltatune.layers.decoder
 from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
 from deltatune.compile.graphs import compile_options
 from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
@@ -331,7 +334,123 @@ def test_a_model_that_amplifies_rounding_is_not_called_a_leak() -> None:
     assert max(row.forward, row.input_grad, row.parameter_grads) > 1e-6
     assert max(row.limits) > 1e-6
     assert report.ok, str(report)
-    assert "amplifies rounding" in str(report)
+    assert "its own rounding is beyond the tolerance" in str(report)
+
+
+def gemma(seed: int) -> Any:
+    """Embeddings scaled by the width and weights that ship small: input gradients round by more than 1e-5."""
+    values = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 262145}
+    values |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model("gemma3_text", **values)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_limits_follow_the_rounding_of_the_model(seed: int) -> None:
+    model = gemma(seed)
+    prepare(model)
+    report = verify(model, tolerance=2e-7)  # below what any float32 model rounds
+    row = report.rows[-1]
+    figures = (row.forward, row.input_grad, row.parameter_grads)
+    assert max(figures) > 2e-7
+    assert report.ok, str(report)
+    assert max(row.limits) < 1e-3  # where a leak begins
+
+
+@pytest.mark.parametrize("tolerance", [2e-7, 1e-5])
+def test_a_leak_without_a_gradient_hides_in_no_limit(tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = ops.varlen_attention
+
+    def longer_packs_are_louder(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attention(q, *args, **kwargs) * (1 + 1e-6 * q.shape[1])
+
+    model = tiny_model("qwen3")
+    prepare(model)
+    monkeypatch.setattr(ops, "varlen_attention", longer_packs_are_louder)
+    report = verify(model, tolerance=tolerance)
+    row = _rows(report)["full_attention"]
+    assert row.cross_document_gradient == row.perturbation == 0
+    assert not row.ok
+    assert report.verdict.startswith("LEAK: full_attention")
+
+
+def test_a_layer_that_computes_another_function_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = ops.varlen_attention
+    monkeypatch.setattr(ops, "varlen_attention", lambda *a, **k: 1.01 * attention(*a, **k))
+    model = tiny_model("qwen3")
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    assert all(row.ok for row in report.rows)  # packed and alone are wrong alike
+    (check,) = report.checks
+    assert not check.ok
+    assert not report.ok
+    assert report.verdict.startswith("FAILED: what is computed differs from the stock model on documents alone")
+    assert "one document of 66 tokens against the stock class" in str(report)
+    assert report.to_dict()["checks"][0]["ok"] is False
+
+
+def test_a_wrong_gradient_of_the_right_function_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = ops.varlen_attention
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        out = attention(*args, **kwargs)
+        return out.detach() + 1.01 * (out - out.detach())
+
+    monkeypatch.setattr(ops, "varlen_attention", wrong)
+    model = tiny_model("qwen3")
+    prepare(model)
+    (check,) = verify(model, lengths=LENGTHS).checks
+    assert check.figures[0] <= check.limits[0]
+    assert max(check.figures[1:]) > 1e-4
+    assert not check.ok
+
+
+def test_a_window_that_is_dropped_is_found_beyond_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = {"sliding_window": 80, "use_sliding_window": True, "max_window_layers": 1}
+    attention = ops.varlen_attention
+    monkeypatch.setattr(ops, "varlen_attention", lambda *a, **k: attention(*a, **{**k, "window": None}))
+    model = tiny_model("qwen3", **window)
+    prepare(model)
+    alone, longer = verify(model).checks
+    assert alone.ok
+    assert not longer.ok
+    assert longer.name == "a document of 121 tokens (longer than sliding_window=80)"
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def test_frequencies_of_the_longest_document_for_all_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3", max_position_embeddings=80, rope_parameters=DYNAMIC)
+    prepare(model)
+    assert [check.ok for check in verify(model).checks] == [True, True]
+    monkeypatch.setattr(deltatune.layers.decoder, "rotary_boundaries", lambda *_: contextlib.nullcontext())
+    report = verify(model)
+    assert [check.ok for check in report.checks] == [True, False]
+    assert "longer than max_position_embeddings=80" in report.verdict
+
+
+def test_a_length_that_is_too_long_to_run_is_told() -> None:
+    model = tiny_model("qwen3", sliding_window=5000, use_sliding_window=True, max_window_layers=1)
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    assert len(report.checks) == 1
+    assert "documents longer than sliding_window=5000 were not run: 1024 tokens are the most" in str(report)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_rotary_embedding_forgets_the_probe(prepared: bool) -> None:
+    model = tiny_model("qwen3", max_position_embeddings=80, rope_parameters=DYNAMIC)
+    if prepared:
+        prepare(model)
+    rotary = model.model.rotary_emb
+    before = copy.deepcopy(rotary.__dict__), dict(rotary._buffers)
+    verify(model)
+    assert rotary.max_seq_len_cached == before[0]["max_seq_len_cached"] == 80
+    for name, buffer in before[1].items():
+        assert rotary._buffers[name] is buffer
+        assert torch.equal(buffer, before[0]["_buffers"][name])
 
 
 def test_bfloat16_has_a_budget_of_its_own_and_no_leak_hides_in_it() -> None:

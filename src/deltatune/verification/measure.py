@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.verification.report import VerifyRow
+from deltatune.verification.rounding import MARGIN, nudged
 
-__all__ = ["Documents", "Run", "Subject", "measure"]
+__all__ = ["Documents", "Outcome", "Run", "Subject", "differences", "measure", "relative", "run_once", "worst_of"]
 
 #: ``(inputs [1, T, E], trained [T]) -> (output [1, T, ...], scalar objective of the tokens in trained)``
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -80,7 +81,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """What one forward and backward gave."""
 
     output: Tensor
@@ -90,7 +91,7 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """What all documents gave: a tensor for each of them, sums over them for the objective and the parameters."""
 
     outputs: list[Tensor]
@@ -103,9 +104,9 @@ def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: 
     """All columns of one row; see ``VerifyRow`` and ``VerifyReport.exact``."""
     trained = (torch.arange(documents.total) < sum(documents.lengths)).to(subject.inputs.device)
     alone = _alone(subject, documents, subject.inputs)
-    packed = _run(subject.packed, subject.inputs, trained, tuple(subject.parameters.values()))
+    packed = run_once(subject.packed, subject.inputs, trained, tuple(subject.parameters.values()))
     found = _split(packed, documents)
-    figures, worst_parameter = _differences(subject, found, alone)
+    figures, worst_parameter = differences(subject, found, alone)
     crossing, changed, largest = _disturb(subject, documents, packed, trained)
     limits = (tolerance,) * 3
     if crossing == 0 and any(figure > tolerance for figure in figures):
@@ -127,23 +128,23 @@ def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: 
     )
 
 
-def _alone(subject: Subject, documents: Documents, inputs: Tensor) -> _Outcome:
+def _alone(subject: Subject, documents: Documents, inputs: Tensor) -> Outcome:
     parameters = tuple(subject.parameters.values())
     summed: tuple[Tensor | None, ...] = (None,) * len(parameters)
     outputs, objectives, input_grads = [], [], []
     for index, place in enumerate(documents.slices[: len(documents.lengths)]):
         trained = torch.ones(documents.lengths[index], dtype=torch.bool, device=inputs.device)
-        one = _run(subject.alone(index), inputs[:, place], trained, parameters)
+        one = run_once(subject.alone(index), inputs[:, place], trained, parameters)
         summed = tuple(_add(total, grad) for total, grad in zip(summed, one.parameter_grads, strict=True))
         outputs.append(one.output)
         objectives.append(one.objective)
         input_grads.append(one.input_grad)
-    return _Outcome(outputs, torch.stack(objectives).sum(), input_grads, summed)
+    return Outcome(outputs, torch.stack(objectives).sum(), input_grads, summed)
 
 
-def _split(packed: _Pass, documents: Documents) -> _Outcome:
+def _split(packed: Pass, documents: Documents) -> Outcome:
     places = documents.slices[: len(documents.lengths)]
-    return _Outcome(
+    return Outcome(
         [packed.output[:, place] for place in places],
         packed.objective,
         [packed.input_grad[:, place] for place in places],
@@ -151,44 +152,42 @@ def _split(packed: _Pass, documents: Documents) -> _Outcome:
     )
 
 
-def _run(run: Run, inputs: Tensor, trained: Tensor, parameters: tuple[nn.Parameter, ...]) -> _Pass:
+def run_once(run: Run, inputs: Tensor, trained: Tensor, parameters: tuple[nn.Parameter, ...]) -> Pass:
     """Forward and backward; ``.grad`` stays untouched."""
     leaf = inputs.detach().clone().requires_grad_()
     output, objective = run(leaf, trained)
     grads = torch.autograd.grad(objective, [leaf, *parameters], allow_unused=True)
     input_grad = torch.zeros_like(leaf) if grads[0] is None else grads[0]
-    return _Pass(output.detach(), objective.detach(), input_grad, grads[1:])
+    return Pass(output.detach(), objective.detach(), input_grad, grads[1:])
 
 
-def _differences(subject: Subject, found: _Outcome, expected: _Outcome) -> tuple[tuple[float, float, float], str]:
+def differences(subject: Subject, found: Outcome, expected: Outcome) -> tuple[tuple[float, float, float], str]:
     """``((forward, input grad, parameter grads), the parameter behind the last)``."""
-    forward = [_relative(*pair) for pair in zip(found.outputs, expected.outputs, strict=True)]
+    forward = [relative(*pair) for pair in zip(found.outputs, expected.outputs, strict=True)]
     if subject.has_loss:
-        forward.append(_relative(found.objective, expected.objective))
-    input_grad = [_relative(*pair) for pair in zip(found.input_grads, expected.input_grads, strict=True)]
+        forward.append(relative(found.objective, expected.objective))
+    input_grad = [relative(*pair) for pair in zip(found.input_grads, expected.input_grads, strict=True)]
     worst, parameter_grads = "", 0.0
     pairs = zip(subject.parameters, found.parameter_grads, expected.parameter_grads, strict=True)
     for name, ours, theirs in pairs:
-        error = _relative(ours, theirs)
+        error = relative(ours, theirs)
         if not error <= parameter_grads:
             worst, parameter_grads = name, error
-    return (_worst(forward), _worst(input_grad), parameter_grads), worst
+    return (worst_of(forward), worst_of(input_grad), parameter_grads), worst
 
 
-def _rounding(subject: Subject, documents: Documents, alone: _Outcome, tolerance: float) -> tuple[float, float, float]:
-    """The limits of a subject that amplifies rounding, as deep models do.
+def _rounding(subject: Subject, documents: Documents, alone: Outcome, tolerance: float) -> tuple[float, float, float]:
+    """The limits of a subject whose own rounding, measured on documents alone, is beyond the tolerance.
 
-    Changing the inputs by a quarter of the tolerance changes the documents alone by this much; packed and alone sum in
-    another order, which is a change of that kind at every layer and cannot be told from it.
+    Packed and alone sum in another order, which is a change of that kind at every operation.
     """
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, subject.inputs.shape, generator=generator).to(subject.inputs) * 2 - 1
-    nudged = subject.inputs + subject.inputs * signs * (tolerance / 4)
-    forward, input_grad, parameter_grads = _differences(subject, _alone(subject, documents, nudged), alone)[0]
+    with nudged():
+        other = _alone(subject, documents, subject.inputs)
+    forward, input_grad, parameter_grads = (MARGIN * f for f in differences(subject, other, alone)[0])
     return max(tolerance, forward), max(tolerance, input_grad), max(tolerance, parameter_grads)
 
 
-def _disturb(subject: Subject, documents: Documents, packed: _Pass, trained: Tensor) -> tuple[float, float, float]:
+def _disturb(subject: Subject, documents: Documents, packed: Pass, trained: Tensor) -> tuple[float, float, float]:
     """``(gradient across documents, change under perturbation, largest value compared)``.
 
     For each group of documents, all others get other inputs and no objective. The group must not notice the inputs,
@@ -198,11 +197,11 @@ def _disturb(subject: Subject, documents: Documents, packed: _Pass, trained: Ten
     for group in documents.groups():
         group = group.to(trained.device)
         inputs = torch.where(group[:, None], subject.inputs, subject.others)
-        one = _run(subject.packed, inputs, group & trained, ())
+        one = run_once(subject.packed, inputs, group & trained, ())
         crossing.append(_largest(one.input_grad[:, ~group]))
         changed.append(_largest(one.output[:, group] - packed.output[:, group]))
         changed.append(_largest(one.input_grad[:, group] - packed.input_grad[:, group]))
-    return _worst(crossing), _worst(changed), max(_largest(packed.output), _largest(packed.input_grad))
+    return worst_of(crossing), worst_of(changed), max(_largest(packed.output), _largest(packed.input_grad))
 
 
 def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -213,7 +212,7 @@ def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return grad.to(wide, copy=True) if total is None else total.add_(grad)
 
 
-def _relative(found: Tensor | None, expected: Tensor | None) -> float:
+def relative(found: Tensor | None, expected: Tensor | None) -> float:
     """``||found - expected|| / ||expected||``, 0 where they are equal and 1 where only ``expected`` is zero."""
     if found is None or expected is None:
         given = expected if found is None else found
@@ -238,6 +237,6 @@ def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def _worst(figures: list[float]) -> float:
+def worst_of(figures: list[float]) -> float:
     """The maximum, NaN where any is."""
     return float(torch.tensor(figures, dtype=torch.float64).max())

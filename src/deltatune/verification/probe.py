@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deltatune.hf import model as hf_model
+from deltatune.verification.against_stock import compare_beyond_bounds, compare_with_stock
 from deltatune.verification.measure import Documents, measure
 from deltatune.verification.report import VerifyReport
 from deltatune.verification.subjects import Probed, layer_subjects, model_subject
@@ -42,6 +43,10 @@ def verify(
     must change nothing. Recurrent layers run with slow decay so that a leak cannot hide. The model comes back as it
     was found: weights bit for bit, ``.grad``, training mode, random number generators.
 
+    A prepared model is then held against the stock class's own forward on one document, with gradients; and documents
+    longer than a length that the config names (original positions, windows, sparse attention's top-k) run packed and
+    alone, forward only, up to 1024 tokens on the CPU and 8192 elsewhere. What is longer is told in the notes.
+
     A stock model is fed what stock collators emit for a pack: restarting positions, and ``cu_seq_lens_*`` where the
     model takes them. A leak is a finding, never an exception. With 16-bit weights the routing of a mixture of experts
     may differ between packed and alone where two experts tie within rounding; such a model is best probed in float32.
@@ -50,7 +55,7 @@ def verify(
         model: a transformers model, prepared or not, with adapters or without; before ``fully_shard``.
         lengths: tokens of each document, at least two documents of one token or more.
         tolerance: limit of the relative differences; by default 1e-5 (norms compute in float32 under float64 too), 2e-2
-            for bfloat16, 1e-2 for float16. Where it is exceeded without a leak, the model's own amplification of
+            for bfloat16, 1e-2 for float16. Where it is exceeded and no gradient crosses documents, the model's own
             rounding is measured and taken into account; see ``VerifyRow.limits``.
         tokens: length of the pack, filled with padding; by default a few more than the documents hold.
         compiled: run the pack through the compiled graphs of a prepared model. By default the same layers run eagerly:
@@ -79,9 +84,14 @@ def verify(
         probed = Probed(model, text_model, documents, compiled=compiled)
         subjects = layer_subjects(probed, _layer_types(text_model))
         every = {f"{s.name}.{name}": p for s in subjects for name, p in s.parameters.items()}
-        for subject in (*subjects, model_subject(probed, every)):
+        whole = model_subject(probed, every)
+        for subject in (*subjects, whole):
             with requiring_grad(subject.parameters.values()):
                 rows.append(measure(subject, documents, tolerance=limit, exact=exact))
+        compared = list(compare_beyond_bounds(probed, limit))
+        if state is not None:
+            with requiring_grad(whole.parameters.values()):
+                compared.insert(0, compare_with_stock(probed, whole, limit))
     return VerifyReport(
         rows=tuple(rows),
         tolerance=limit,
@@ -92,7 +102,8 @@ def verify(
         device=str(device),
         prepared=state is not None,
         compiled=compiled,
-        notes=tuple(_notes(probed)),
+        notes=(*_notes(probed), *(one for one in compared if isinstance(one, str))),
+        checks=tuple(one for one in compared if not isinstance(one, str)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltatune.report import table
 
-__all__ = ["VerifyReport", "VerifyRow"]
+__all__ = ["VerifyCheck", "VerifyReport", "VerifyRow"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class VerifyRow:
             document's inputs.
         perturbation: largest absolute change in a document's outputs and input gradients when other documents hold
             other values.
-        limits: of the first three columns: the tolerance, or more where a model is measured
-            to amplify rounding (a nudge of its inputs by a quarter of the tolerance changes documents alone by this).
+        limits: of the first three columns: the tolerance, or more where the model's own rounding is: documents alone
+            are then run once more with every operand of every operation changed by about its last place.
         reach: tokens from a document's start up to which its outputs differ from the document alone; 0 where none do.
         worst_parameter: the parameter behind ``parameter_grads``.
         ok: every column is within its limit.
@@ -75,7 +75,36 @@ class VerifyRow:
     def limits_line(self) -> str:
         """The row's own limits in words."""
         limits = ", ".join(f"{limit:.1e}" for limit in self.limits)
-        return f"{self.name}: amplifies rounding, measured on documents alone; limits {limits}"
+        return f"{self.name}: its own rounding is beyond the tolerance, measured on documents alone; limits {limits}"
+
+
+_COMPARED = ("outputs", "input gradients", "parameter gradients")
+
+
+@dataclass(frozen=True)
+class VerifyCheck:
+    """A comparison with the stock class's own forward on the same weights.
+
+    Attributes:
+        name: what was run.
+        figures: relative differences of outputs, and of gradients of inputs and parameters where backward ran.
+        limits: of each of them: the tolerance, or more where the model's own rounding was measured to be.
+    """
+
+    name: str
+    figures: tuple[float, ...]
+    limits: tuple[float, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every figure is finite and within its limit."""
+        return all(figure <= limit for figure, limit in zip(self.figures, self.limits, strict=True))
+
+    @property
+    def text(self) -> str:
+        """The figures in words."""
+        pairs = zip(_COMPARED, self.figures, self.limits, strict=False)
+        return ", ".join(f"{name} {_figure(figure)} (limit {_figure(limit)})" for name, figure, limit in pairs)
 
 
 @dataclass(frozen=True)
@@ -94,7 +123,9 @@ class VerifyReport:
         device: where.
         prepared: whether the model was prepared; a stock one is fed what stock collators emit.
         compiled: whether the compiled graphs ran, rather than the same layers eagerly.
-        notes: how the model was probed.
+        notes: how the model was probed, and what was not run.
+        checks: comparisons of a prepared model with the stock class's own forward, and of documents longer than the
+            lengths that the config names.
     """
 
     rows: tuple[VerifyRow, ...]
@@ -107,11 +138,12 @@ class VerifyReport:
     prepared: bool
     compiled: bool
     notes: tuple[str, ...]
+    checks: tuple[VerifyCheck, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every document is independent of every other one, by every row."""
-        return all(row.ok for row in self.rows)
+        """Whether every row and every check holds."""
+        return all(row.ok for row in self.rows) and all(check.ok for check in self.checks)
 
     @property
     def verdict(self) -> str:
@@ -119,6 +151,9 @@ class VerifyReport:
         if self.ok:
             return "OK: every document is as independent as if it were alone"
         wrong = [row for row in self.rows if not row.ok]
+        if not wrong:
+            findings = "; ".join(f"{check.name}: {check.text}" for check in self.checks if not check.ok)
+            return f"FAILED: what is computed differs from the stock model on documents alone: {findings}"
         # the whole model inherits what its layers do
         blamed = [row for row in wrong if row.name != "model"] or wrong
         findings = "; ".join(f"{row.name}: {row.verdict}" for row in blamed)
@@ -128,7 +163,9 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data of the same facts."""
-        facts = {name: value for name, value in vars(self).items() if name not in ("rows", "lengths", "notes")}
+        facts = {
+            name: value for name, value in vars(self).items() if name not in ("rows", "lengths", "notes", "checks")
+        }
         return {
             "ok": self.ok,
             "verdict": self.verdict,
@@ -136,6 +173,7 @@ class VerifyReport:
             "lengths": list(self.lengths),
             "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
+            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
         }
 
     def __str__(self) -> str:
@@ -161,6 +199,7 @@ class VerifyReport:
                 "",
                 f"limits: {self.tolerance:g} relative; cross-document gradient 0; perturbation {limit}",
                 *(row.limits_line for row in self.rows if max(row.limits) > self.tolerance),
+                *(f"{check.name}: {check.text}: {'ok' if check.ok else 'FAILED'}" for check in self.checks),
                 *self.notes,
                 self.verdict,
             ]

@@ -15,7 +15,7 @@ from deltatune.state import State
 from deltatune.verification.measure import Documents, Subject
 from deltatune.verification.untouched import compiled_as
 
-__all__ = ["Probed", "layer_subjects", "model_subject"]
+__all__ = ["Probed", "boundaries_of", "layer_subjects", "model_subject"]
 
 _SEED = 20
 
@@ -65,6 +65,15 @@ class Probed:
             self.switches["output_router_logits"] = False
         self.metadata = _metadata(documents, self.device, prepared=self.state is not None)
         self.refused: str | None = None
+
+    def random_inputs(self, tokens: int) -> Tensor:
+        """Embeddings ``[1, T, E]`` of random tokens."""
+        embedding: Any = self.text_model.get_input_embeddings()  # type: ignore[operator]
+        config: Any = self.text_model.config
+        ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(_SEED))
+        with torch.no_grad():
+            embedded: Tensor = embedding(ids.to(self.device)).detach()
+        return embedded
 
     def packed_calls(self, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, _Call]:
         """How the text model calls these layers for the pack; settles which metadata a stock model takes."""
@@ -142,6 +151,12 @@ def model_subject(probed: Probed, fallback: Mapping[str, nn.Parameter]) -> Subje
         alone=alone,
         has_loss=_has_head(probed),
     )
+
+
+def boundaries_of(probed: Probed, documents: Documents) -> dict[str, Any]:
+    """What describes the documents of a pack to this model, in the form that it was found to take."""
+    metadata = _metadata(documents, probed.device, prepared=probed.state is not None)
+    return {name: value for name, value in metadata.items() if name in probed.metadata}
 
 
 def _metadata(documents: Documents, device: torch.device, *, prepared: bool) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
         training: every module in training mode except dropout, or all of them in evaluation mode.
     """
     modes = {module: module.training for module in model.modules()}
+    rotary = [_Kept(module) for module in modes if hasattr(module, "rope_type")]
     decays = {p: p.detach().clone() for name, p in model.named_parameters() if name.endswith("A_log")}
     with ExitStack() as stack:
         for device_type, indices in _accelerators(model).items():
@@ -42,6 +43,8 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
             yield
         finally:
             _write(decays, decays)
+            for kept in rotary:
+                kept.restore()
             for module, mode in modes.items():
                 module.training = mode
 
@@ -62,6 +65,23 @@ def requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def compiled_as(state: State | None, *, compiled: bool) -> AbstractContextManager[None]:
     """A prepared model's layers run eagerly inside unless ``compiled``; its graphs stay."""
     return nullcontext() if state is None or compiled else eager(state)
+
+
+class _Kept:
+    """A rotary embedding's attributes and buffers: of type ``dynamic`` or ``longrope`` it remembers long calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._attributes = module, dict(module.__dict__)
+        self._buffers = [(name, b, None if b is None else b.clone()) for name, b in module._buffers.items()]
+
+    def restore(self) -> None:
+        self._module.__dict__.clear()
+        self._module.__dict__.update(self._attributes)
+        self._module._buffers.clear()
+        for name, buffer, value in self._buffers:
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+            self._module._buffers[name] = buffer
 
 
 def _write(parameters: Iterable[nn.Parameter], values: dict[nn.Parameter, torch.Tensor]) -> None:

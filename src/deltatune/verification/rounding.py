@@ -1,0 +1,48 @@
+"""What rounding alone does to a run: every operand of every operation is changed by about its last place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["MARGIN", "nudged"]
+
+#: What is measured is one draw, and a long sum rounds by more than its operands' last place: packed and alone differed
+#: by 4.7 times the measure in the input gradient of a head with 262,145 tokens (Gemma 3 of width 16, float32, CPU).
+MARGIN: Final = 16.0
+
+_ROUNDED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def nudged() -> AbstractContextManager[object]:
+    """``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating operand x, in forward and in backward.
+
+    A sum taken in another order is the sum of operands that are off by about their last place, so the difference that
+    this makes is the one that another arrangement of the same numbers can make, amplified as the model amplifies it.
+    """
+    mode: Callable[[], AbstractContextManager[object]] = _Nudged
+    return mode()
+
+
+class _Nudged(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation on nudged operands; views and writes in place pass as they are."""
+        del types
+        if not getattr(func, "is_view", True) and not func._schema.is_mutable:
+            args = tree_map_only(Tensor, self._nudge, args)
+        return func(*args, **(kwargs or {}))
+
+    def _nudge(self, x: Tensor) -> Tensor:
+        if x.dtype not in _ROUNDED or not x.numel():
+            return x
+        generators: dict[torch.device, torch.Generator] = self.__dict__.setdefault("generators", {})
+        if x.device not in generators:
+            generators[x.device] = torch.Generator(x.device).manual_seed(0)
+        signs = torch.randint(0, 2, x.shape, generator=generators[x.device], device=x.device, dtype=torch.int8) * 2 - 1
+        return x * (1 + torch.finfo(x.dtype).eps * signs.to(x.dtype))
