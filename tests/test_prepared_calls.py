@@ -1,4 +1,4 @@
-"""What a prepared model takes and gives back: metadata in every form, losses, caches, generation."""
+"""What a prepared model accepts and returns: metadata of every kind, losses, caches, generation."""
 
 from __future__ import annotations
 

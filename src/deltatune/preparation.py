@@ -1,4 +1,4 @@
-"""prepare(model): plan, check, apply; a report of all of it; and the way back."""
+"""prepare(model): plan, check, apply; a report of all of it; and revert()."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltatune.compile.memory import Choice
 from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
 from deltatune.layers.causal_lm import CausalLM
-from deltatune.layers.decoder import TWICE, DecoderLayer, TextModel
+from deltatune.layers.decoder import DOUBLE_CHECKPOINTING, DecoderLayer, TextModel
 from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
 from deltatune.layers.rotary import DocumentRotary, length_dependent_rotary
 from deltatune.models.family import Family
@@ -166,7 +166,7 @@ def prepare(
     _refuse_sharded(model, "prepare(model) comes")
     validate_checkpointing(checkpointing, compile)
     if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
-        raise ValueError(TWICE)
+        raise ValueError(DOUBLE_CHECKPOINTING)
     _validate_lora(lora)
     peft.refuse_prompt_learning(model)
     family = family_of(text_model)
@@ -241,7 +241,7 @@ def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
     found = family.find(text_model) if family.swaps else {}
     for declared in family.swaps:
         modules = tuple(module for _, module in found[declared.stock])
-        # PEFT's modules_to_save keeps a trained copy beside the original
+        # PEFT's modules_to_save keeps a trained copy next to the original
         places = sum(".modules_to_save." not in path for path, _ in found[declared.stock])
         expected = None if declared.expected is None else declared.expected(text_model.config)
         if expected is not None and places != expected:

@@ -60,7 +60,7 @@ class Swapped(nn.Module):
         return Cost()
 
     def before_restore(self) -> None:
-        """Gives back what the layer took, while it still is one."""
+        """Undoes what the layer changed, while it still is one."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts

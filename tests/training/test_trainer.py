@@ -144,7 +144,7 @@ def test_evaluation_sets_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", [2, 3])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, split: int) -> None:
     def run(name: str, **training: Any) -> Any:
-        # three steps an epoch: the resumed run starts inside an epoch, or on its border
+        # three steps an epoch: the resumed run starts inside an epoch, or at its end
         return make_trainer(
             tmp_path / name,
             model=prepared(),

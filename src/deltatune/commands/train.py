@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains; 1 when the compiler could not capture a layer, with its reason."""
     loaded: LoadedRecipe = args.loaded
     try:
-        # training prints the warnings, beside everything else that is saved with the run
+        # training prints the warnings, with everything else that is saved with the run
         train(loaded.recipe, resume=args.resume)
     except GraphBreakError as error:
         if args.debug:

@@ -62,7 +62,7 @@ class CompileOptions:
         backend: ``"inductor"``, or ``"aot_eager"``: the same graphs without generated code, for debugging and tests.
 
     Raises:
-        ValueError: an unknown scope or backend, options beside ``"aot_eager"``, a key outside the list, a value of the
+        ValueError: an unknown scope or backend, options with ``"aot_eager"``, a key outside the list, a value of the
             wrong type, or a setting that the installed torch does not have.
     """
 
@@ -292,7 +292,7 @@ def _num_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-# Compiled functions cannot be copied or pickled, so they live beside the model and are made again for a copy.
+# Compiled functions cannot be copied or pickled, so they live outside the model and are made again for a copy.
 _graphs: weakref.WeakKeyDictionary[object, dict[str | float, Graphs]] = weakref.WeakKeyDictionary()
 
 

@@ -289,7 +289,7 @@ def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
             extra += _adapter_bytes(name, module, width_bytes)
         elif isinstance(module, nn.Linear):
             elements += module.in_features if module.out_features == width else module.out_features
-            # silu(gate), beside the gate itself
+            # silu(gate), and the gate itself
             elements += module.out_features if "gate_proj" in name else 0
     own = layer_cost(layer, tokens=1)
     return float((elements + own.kept) * width_bytes + extra + own.kept_bytes)

@@ -89,7 +89,7 @@ class LoraSection(Section):
     """Names, or one regular expression, that `target_modules` shall not match."""
 
     modules_to_save: tuple[Text, ...] | None = None
-    """Modules trained fully and saved beside the adapter, such as `lm_head`."""
+    """Modules trained fully and saved with the adapter, such as `lm_head`."""
 
     layers_to_transform: tuple[Integer, ...] | None = None
     """Indices of the decoder layers that get adapters; all by default."""

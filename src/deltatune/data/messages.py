@@ -94,7 +94,7 @@ def resolve_format(
 def read_conversation(row: Row, layout: Layout, where: str) -> Conversation:
     """The messages and tools of a chat row, or of a prompt/completion row that holds messages.
 
-    A string prompt beside a list of messages is a user turn, a string completion an assistant turn.
+    A string prompt with a list of messages is a user turn, a string completion an assistant turn.
 
     Raises:
         DataError: no messages, an unknown role, a message without content, tools that are no list.

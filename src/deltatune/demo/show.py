@@ -31,7 +31,7 @@ def heading(console: Console, text: str, detail: str = "") -> None:
 
 
 def show_answers(console: Console, before: Sequence[Answer], after: Sequence[Answer]) -> None:
-    """What was asked, and both answers beside the right one."""
+    """What was asked, and both answers next to the right one."""
     for old, new in zip(before, after, strict=True):
         table = Table(box=None, show_header=False, padding=(0, 1))
         table.add_column(style="dim", no_wrap=True)
@@ -82,7 +82,7 @@ def show_run(console: Console, metrics: dict[str, Any]) -> None:
 
 
 def show_speed(console: Console, packed: Timing, padded: Timing) -> None:
-    """Both ways beside each other, the faster one's factor below."""
+    """Both systems next to each other, the faster one's factor below."""
     table = _table(console, "the same documents", "fill", "median step", "trained tokens/s", "tokens/s", "slots/s")
     for name, timing in (("packed, compiled (deltatune)", packed), ("padded, eager (stock)", padded)):
         table.add_row(

@@ -30,7 +30,7 @@ def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
     ``use_cache`` changes nothing.
 
     Raises:
-        ValueError: ``past_key_values`` beside boundaries inside a row.
+        ValueError: ``past_key_values`` together with boundaries inside a row.
     """
     if in_stock_path(model):
         return True

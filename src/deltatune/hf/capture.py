@@ -10,7 +10,7 @@ __all__ = ["forget_capture_hooks", "keep_capture_hooks_outside"]
 
 
 def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str) -> None:
-    """Makes ``output_hidden_states`` work beside compiled layers.
+    """Makes ``output_hidden_states`` work with compiled layers.
 
     The first call that asks for a recorded output makes transformers put a forward hook on every module of a recordable
     class. Hooks on decoder layers run outside a per-layer graph and stay; hooks inside one read a ``ContextVar``, which

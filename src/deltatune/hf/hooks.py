@@ -12,7 +12,7 @@ from deltatune.hf.model import is_sharded
 __all__ = ["hooks_of", "is_hooked", "plain_linear"]
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Put into the instance: a forward of its own, and what accelerate keeps beside one.
+#: Put into the instance: a forward of its own, and what accelerate keeps with one.
 _OWN: Final = ("forward", "_hf_hook", "_old_forward")
 #: Hooks that act on every module of the process.
 _GLOBAL: Final = (

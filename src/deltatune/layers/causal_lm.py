@@ -37,7 +37,7 @@ class CausalLM(Swapped):
     before it. The auxiliary loss of a router counts with the call's share of the targets, ``targets / n``: over
     micro-batches and ranks that share ``num_items_in_batch``, it adds up to its mean weighted by trained targets.
 
-    The loss is computed from chunks of logits. In training, ``.logits`` beside ``labels`` is None unless
+    The loss is computed from chunks of logits. In training, ``.logits`` with ``labels`` is None unless
     ``output_logits=True`` or ``logits_to_keep`` asks for it; in evaluation it is the stock model's, for metrics, unless
     ``output_logits=False``. Without ``labels`` the stock forward answers.
     """

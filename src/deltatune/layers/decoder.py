@@ -28,10 +28,10 @@ from deltatune.packing.sequences import Sequences
 from deltatune.state import State
 from deltatune.subclass import Swapped, named_forward, stock_class
 
-__all__ = ["TWICE", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
+__all__ = ["DOUBLE_CHECKPOINTING", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
 
 #: What is wrong with two kinds of checkpointing at once.
-TWICE = (
+DOUBLE_CHECKPOINTING = (
     "the model checkpoints its layers the stock way and prepare(checkpointing=...) does too, so every layer would be "
     "recomputed twice; call model.gradient_checkpointing_disable() (gradient_checkpointing=False in a trainer's "
     "arguments), or leave checkpointing='none'"
@@ -57,7 +57,7 @@ class DecoderLayer(Swapped):
         state, forward = self._deltatune, stock_class(self).forward
         options = compile_options(state)
         if state.checkpointing != "none" and getattr(self, "gradient_checkpointing", False):
-            raise ValueError(TWICE)
+            raise ValueError(DOUBLE_CHECKPOINTING)
         kwargs["sequences"] = sequences
         if options is not None and options.scope == "layer" and not torch.compiler.is_compiling():
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
@@ -135,9 +135,9 @@ class TextModel(Swapped):
         call["input_ids"] = None
         with deciding(self, tokens.shape[0] * tokens.shape[1]), rotary_boundaries(self._deltatune, resolved.sequences):
             output = self._run(call)
-        cell = _hidden.get()
-        if cell is not None:
-            cell.state, cell.sequences = output[0], resolved.sequences
+        caught = _hidden.get()
+        if caught is not None:
+            caught.state, caught.sequences = output[0], resolved.sequences
         return output
 
     def _own_norms(self) -> None:
@@ -193,9 +193,9 @@ _hidden: contextvars.ContextVar[Hidden | None] = contextvars.ContextVar("deltatu
 @contextmanager
 def catch_hidden() -> Iterator[Hidden]:
     """Catches the last hidden state of the text model called inside the block."""
-    cell = Hidden()
-    token = _hidden.set(cell)
+    caught = Hidden()
+    token = _hidden.set(caught)
     try:
-        yield cell
+        yield caught
     finally:
         _hidden.reset(token)

@@ -50,7 +50,7 @@ Feature = Supported | Experimental | Unsupported
 #: The router's auxiliary loss couples documents by definition, and its logits cannot leave a compiled layer.
 ROUTER_LOSS = Experimental("output_router_logits works without compile; with compile it is refused")
 
-IMAGES = Experimental("the vision tower stays stock; boundaries must be passed beside three-row positions")
+IMAGES = Experimental("the vision tower stays stock; boundaries must be passed together with three-row positions")
 
 
 @dataclass(frozen=True)

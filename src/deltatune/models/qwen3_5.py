@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3.6: Gated DeltaNet beside gated attention, dense or with experts."""
+"""Qwen3.5 and Qwen3.6: Gated DeltaNet and gated attention, dense or with experts."""
 
 from deltatune.layers.attention import GatedAttention
 from deltatune.layers.experts import Experts

@@ -19,7 +19,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def most_demanding(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype that fewest devices and kernels take: fp64 before bf16 before what the others promote to.
 
-    Not what they promote to: a kernel that reads bf16 beside fp32 needs a GPU that knows bf16.
+    Not what they promote to: a kernel that reads bf16 and fp32 needs a GPU that knows bf16.
     """
     for rare in (torch.float64, torch.bfloat16):
         if rare in dtypes:

@@ -228,7 +228,7 @@ class _Batch:
             return None
         if isinstance(mask, dict):
             raise ValueError(
-                "the model around the text model built masks of its own, which cannot be honoured beside documents; "
+                "the model around the text model built masks of its own, which cannot be honoured with documents; "
                 "prepare and call the text model or its *ForCausalLM"
             )
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -265,7 +265,7 @@ class _Batch:
 
 
 def _boundaries(call: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
-    """``cu_seq_lens_q`` of the call, once it agrees with what came beside it; and whether a loader cut it.
+    """``cu_seq_lens_q`` of the call, once it agrees with the rest of the metadata; and whether a loader cut it.
 
     A loader that takes batches apart by rows leaves one entry of it, which describes nothing; boundaries are then read
     from what it left whole.

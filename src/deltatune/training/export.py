@@ -29,7 +29,7 @@ _MARKERS = ("adapter_config.json", "config.json")
 def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path) -> list[str]:
     """Saves the adapter of a PEFT model, or the whole model, with its tokenizer, into ``output_dir``.
 
-    Files are written to a folder beside them and moved in when all are there; an older model in the folder is
+    Files are written to a folder next to them and moved in when all are there; an older model in the folder is
     replaced, checkpoints and records stay.
 
     Returns:
@@ -90,7 +90,7 @@ def merge_adapter(
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not."""
+    """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:

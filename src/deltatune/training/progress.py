@@ -34,7 +34,7 @@ def format_metrics(logs: dict[str, Any]) -> str:
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Steps done and to go, with the last log entry beside them; evaluations get a line of their own.
+    """Steps done and to go, with the last log entry next to them; evaluations get a line of their own.
 
     Args:
         console: where to draw; the standard output by default. Where that is no terminal, log entries become lines.
@@ -80,7 +80,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """The entry beside the bar; on a line of its own for an evaluation, or where there is no bar."""
+        """The entry next to the bar; on a line of its own for an evaluation, or where there is no bar."""
         if self._progress is None or self._console is None or not logs:
             return
         line = format_metrics(logs)

@@ -1,4 +1,4 @@
-"""transformers.Trainer on packs: one loss for all devices and micro-batches, honest evaluation, exact resume."""
+"""transformers.Trainer on packs: one loss for all devices and micro-batches, evaluation by tokens, exact resume."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def _compute_dtype(model: nn.Module, args: TrainingArguments) -> torch.dtype:
         return torch.bfloat16
     if args.fp16:
         return torch.float16
-    # the widest share of the weights: adapters may be kept in float32 beside a 16-bit base
+    # the widest share of the weights: adapters may be float32 on a 16-bit base
     sizes: dict[torch.dtype, int] = {}
     for weight in model.parameters():
         sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.numel()

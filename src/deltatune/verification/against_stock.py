@@ -77,7 +77,7 @@ def compare_with_stock(probed: Probed, subject: Subject, tolerance: float) -> Ve
 
 
 def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCheck | str]:
-    """A short document beside one longer than the bounds, packed, against each alone by the stock layers; no backward.
+    """A short document and one longer than the bounds, packed, against each alone by the stock layers; no backward.
 
     Half as long again, since one more token is one key in a window, or one not among the top k. Bounds too large to be
     run are told in a note.

@@ -64,7 +64,7 @@ class Subject:
         layers: how many of them the model has.
         inputs: ``[1, T, E]``.
         others: other values of the same shape, for the perturbation.
-        parameters: what is differentiated beside the input.
+        parameters: what is differentiated in addition to the input.
         packed: runs the pack.
         alone: runs one document, by its number.
         has_loss: the objective is a loss, compared as an output is.

@@ -36,7 +36,7 @@ def gated_delta_rule(
         q: ``[B, T, H, K]``, any strides, like all inputs.
         k: ``[B, T, H, K]``.
         v: ``[B, T, G, V]``, G a multiple of H; value head j reads key head ``j // (G // H)``.
-        g: ``[B, T, G]``, natural-log decay, <= 0; fp32 beside bf16 q, k and v is usual.
+        g: ``[B, T, G]``, natural-log decay, <= 0; fp32 with bf16 q, k and v is usual.
         beta: ``[B, T, G]``, the strength of each write.
         sequences: documents of the flattened ``[B*T]`` stream; None makes each row one document.
         scale: of q; None means ``K ** -0.5``.

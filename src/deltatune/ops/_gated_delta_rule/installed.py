@@ -1,4 +1,4 @@
-"""What is installed beside torch, found out without importing it: versions, a CUDA compiler, function signatures."""
+"""What is installed besides torch, found out without importing it: versions, a CUDA compiler, function signatures."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _LIBRARIES = {"fla": fla, "flash_qla": flash_qla}
 _OPTIONS = "Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, float scale, bool qk_l2norm, str impl"
 _GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 
-# Forward returns what its implementation keeps for backward beside o (see ``library.Results``; the reference keeps
+# Forward returns what its implementation keeps for backward besides o (see ``library.Results``; the reference keeps
 # nothing), and backward takes that after q, k, v, g and beta, with q and k normalised where forward normalised them.
 torch.library.define(
     "deltatune::gated_delta_rule",

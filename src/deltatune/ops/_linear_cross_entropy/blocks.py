@@ -45,7 +45,7 @@ def weight_blocks(tokens: int, vocabulary: int) -> Blocks:
 
 
 def workspace_bytes(tokens: int, width: int, vocabulary: int, itemsize: int, *, weight_grad: bool) -> int:
-    """The most bytes held beside inputs, loss and gradients, but for a few numbers a token.
+    """The most bytes held besides inputs, loss and gradients, but for a few numbers a token.
 
     A block of exponentials in the dtype of the inputs and fp32 sums of products. Under a trained weight the larger of
     both passes; the second also holds ``hidden`` with its ignored tokens zeroed.

@@ -1,6 +1,6 @@
 """``deltatune::rms_norm_rope``: the Triton kernels as an op, with fake, gradient and FLOP formula.
 
-One tensor or two (q, and k beside it), which then share cos, sin and one launch each way.
+One tensor or two (q and k), which then share cos, sin and one launch each way.
 """
 
 # B batch, T tokens, N and M heads of q and k, D head dim, R rotary dim
