@@ -1,1 +1,1 @@
-"""What is compiled, what is kept for backward and what is computed again."""
+"""Compiled graphs, the activations they save for backward, and activation checkpointing."""

@@ -1,1 +1,1 @@
-"""What ages with transformers and PEFT."""
+"""What depends on the versions of transformers and PEFT."""
