@@ -102,7 +102,7 @@ CACHES = ("static", "sliding_window", "hybrid", "dynamic")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_generation_with_a_cache_of_fixed_size_beside_padding(family: str, cache: str, side: str) -> None:
+def test_generation_with_a_cache_of_fixed_size_with_padding(family: str, cache: str, side: str) -> None:
     changes = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1} if family == "qwen3" else {}
     model = tiny_model(family, **changes).eval()
     stock = copy.deepcopy(model)
@@ -116,7 +116,7 @@ def test_generation_with_a_cache_of_fixed_size_beside_padding(family: str, cache
 
 
 @pytest.mark.parametrize("cache", [transformers.StaticCache, transformers.DynamicCache])
-def test_generation_goes_on_from_a_cache_beside_padding(cache: Any) -> None:
+def test_generation_goes_on_from_a_cache_with_padding(cache: Any) -> None:
     model = tiny_model("qwen3_5").eval()
     stock = copy.deepcopy(model)
     prepare(model)
@@ -134,7 +134,7 @@ def test_generation_goes_on_from_a_cache_beside_padding(cache: Any) -> None:
     assert torch.equal(*found)
 
 
-def test_packed_documents_beside_a_cache_and_a_mask_of_pairs_are_refused() -> None:
+def test_packed_documents_with_a_cache_and_a_mask_of_pairs_are_refused() -> None:
     model = tiny_model("qwen3")
     prepare(model)
     pairs = torch.ones(1, 1, 43, 43, dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_router_loss_counts() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_use_cache_changes_nothing_beside_padding(family: str) -> None:
+def test_use_cache_changes_nothing_with_padding(family: str) -> None:
     model = tiny_model(family).eval()
     prepare(model)
     call = packed_call()
@@ -235,7 +235,7 @@ def test_use_cache_changes_no_loss() -> None:
     assert torch.equal(model(**call, use_cache=True).loss, model(**call).loss)
 
 
-def test_a_cache_beside_packed_documents_is_refused() -> None:
+def test_a_cache_with_packed_documents_is_refused() -> None:
     model = tiny_model("qwen3_5")
     prepare(model)
     for extra in (packed_call(), {"position_ids": packed_call()["sequences"].positions.long()[None]}):

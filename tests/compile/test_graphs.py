@@ -153,7 +153,7 @@ def test_layer_scope_compiles_nothing_else() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == len(names)
 
 
-def test_hidden_states_beside_compiled_layers() -> None:
+def test_hidden_states_with_compiled_layers() -> None:
     model = tiny_model("qwen3_5")
     reference = copy.deepcopy(model)
     prepare(reference)
@@ -169,7 +169,7 @@ def test_hidden_states_beside_compiled_layers() -> None:
     assert prepared.compile_report.breaks == []
 
 
-def test_router_logits_are_refused_beside_compiled_layers() -> None:
+def test_router_logits_are_refused_with_compiled_layers() -> None:
     model = tiny_model("qwen3_moe")
     prepare(model, compile=TRACED)
     with pytest.raises(ValueError, match="output_router_logits is recorded inside"):

@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "longrope, the bound in rope_parameters": lambda: dense(
         "phi3", max_position_embeddings=256, **_OF_64, rope_parameters={**_LONG, **_OF_64}
     ),
-    "longrope, the bound beside them": lambda: dense(
+    "longrope, the bound next to them": lambda: dense(
         "phi3", max_position_embeddings=256, **_OF_64, rope_parameters=dict(_LONG)
     ),
     "longrope that scales by length": lambda: dense(

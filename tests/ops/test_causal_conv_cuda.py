@@ -99,7 +99,7 @@ def test_without_sequences_each_row_is_one_document(batch, tokens, channels):
     assert_within_budget(inputs)
 
 
-def test_an_fp32_weight_beside_bf16_and_autocast():
+def test_an_fp32_weight_with_bf16_and_autocast():
     x, weight, bias = make_inputs(83)
     mixed = [x, *(y.detach().float().requires_grad_() for y in (weight, bias))]
     assert_within_budget(mixed)

@@ -83,7 +83,7 @@ def test_positions_of_padding_say_nothing() -> None:
     assert entry.sequences.lengths == [2, 2, 4]
 
 
-def test_restarting_positions_beside_a_padding_mask() -> None:
+def test_restarting_positions_with_a_padding_mask() -> None:
     entry = enter(1, 7, attention_mask=ids([1, 1, 1, 1, 1, 0, 0]), position_ids=ids([0, 1, 0, 1, 2, 3, 4]))
     assert entry.source == "position_ids"
     assert entry.sequences.lengths == [2, 3, 2]
