@@ -81,7 +81,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "training"),
     [
-        ({"compile": CompileOptions(backend="aot_eager")}, {}),
+        ({"compile": CompileOptions(backend="aot_eager")}, {"max_steps": 2}),
         ({}, {"gradient_checkpointing": True}),
         ({"checkpointing": "layer"}, {}),
     ],

@@ -105,7 +105,7 @@ def train_alone(model: Any, batches: list[Features], loss_of: Loss = loss_alone)
     """Gradient descent on the documents of these batches, unpacked: losses and gradients of every step."""
     model.train()
     values, gradients = [], []
-    for features in batches[:STEPS]:
+    for features in batches:
         model.zero_grad(set_to_none=True)
         loss = loss_of(model, features)
         loss.backward()
@@ -122,8 +122,9 @@ def assert_same_training(
     trainer: Any, record: Record, stock: Any, batches: list[Features], loss_of: Loss = loss_alone
 ) -> None:
     """The trainer's losses, gradients and final weights are those of the documents trained one by one."""
-    values, gradients = train_alone(stock, batches, loss_of)
-    assert len(record.gradients) == STEPS
+    steps = trainer.args.max_steps
+    values, gradients = train_alone(stock, batches[:steps], loss_of)
+    assert len(record.gradients) == steps
     torch.testing.assert_close(losses(trainer), values, rtol=1e-5, atol=0)
     for ours, theirs in zip(record.gradients, gradients, strict=True):
         assert ours.keys() == theirs.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,14 @@ def losses(result: Any) -> list[float]:
     return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
 
-def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(tmp_path: Path, checkpoint: Path) -> None:
+def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Inductor's C++, which takes half a minute; compile/test_graphs.py has that."""
+    given = run_module.compile_options
+    monkeypatch.setattr(
+        run_module, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
+    )
     held_out = write_conversations(tmp_path / "eval.jsonl", 12, first=40)
     recipe = make_recipe(
         tmp_path,

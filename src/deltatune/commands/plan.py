@@ -16,12 +16,12 @@ from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.training.adapters import add_adapters, freeze_unused
-from deltatune.training.arguments import training_arguments
+from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_packs
-from deltatune.training.run import autocast_dtype, decide_checkpointing, prepare_by_recipe
+from deltatune.training.run import decide_checkpointing, prepare_by_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

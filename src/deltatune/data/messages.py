@@ -1,4 +1,4 @@
-"""What a row holds, checked and brought to one form: a conversation, a prompt with its completion, or a text."""
+"""What a row holds, checked and brought to one shape: a conversation, a prompt with its completion, or a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# the names of the ShareGPT form: {"from": "human", "value": "..."}
+# the names of the ShareGPT format: {"from": "human", "value": "..."}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 _REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -181,7 +181,7 @@ def _check_content(content: Any, where: str) -> None:
 
 
 def _read_tool_calls(calls: Any, where: str) -> list[Any]:
-    """Arguments that came as a JSON string become objects, the form that templates iterate over."""
+    """Arguments that came as a JSON string become objects, which templates iterate over."""
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise DataError(f"{where}: tool_calls must be a list, got {_shown(calls)}")
     read = []

@@ -15,7 +15,7 @@ from deltatune.errors import UserError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["training_arguments"]
+__all__ = ["autocast_dtype", "training_arguments"]
 
 # What the packed loop depends on; the recipe's rules refuse other values, each with its reason. A name that the
 # installed transformers does not have is left out.
@@ -60,6 +60,11 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
             f"torchrun --nproc-per-node {arguments.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
     return arguments
+
+
+def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """The dtype autocast computes in, where a run asks for it."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _arguments_class() -> type[TrainingArguments]:

@@ -23,7 +23,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.errors import UserError
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import add_adapters, freeze_unused
-from deltatune.training.arguments import training_arguments
+from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
 from deltatune.training.export import save_trained, write_json, write_text
 from deltatune.training.packs import load_packs, padding_token
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Run",
     "TrainResult",
-    "autocast_dtype",
     "build",
     "compile_options",
     "decide_checkpointing",
@@ -330,11 +329,6 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         "device": _device_name(run.arguments.device),
         "versions": _versions(),
     }
-
-
-def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
-    """The dtype autocast computes in, where a run asks for it."""
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _device_name(device: torch.device) -> str:

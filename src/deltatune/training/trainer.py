@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from deltatune.hf.model import compute_dtype
+from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, PackSource, pack_loader
 from deltatune.training.checkpoint import reload_weights
 from deltatune.training.mesh import Mesh
@@ -79,7 +81,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.meter = Meter(
             model,
             device=args.device,
-            dtype=_compute_dtype(model, args),
+            dtype=autocast_dtype(args) or compute_dtype(model),
             recompiles=recompiles,
             mesh=self._mesh,
         )
@@ -247,15 +249,3 @@ def _take_counts(batch: Batch) -> PackCounts:
     counts = batch.pop(PACK_COUNTS)
     assert isinstance(counts, PackCounts)
     return counts
-
-
-def _compute_dtype(model: nn.Module, args: TrainingArguments) -> torch.dtype:
-    if args.bf16:
-        return torch.bfloat16
-    if args.fp16:
-        return torch.float16
-    # the widest share of the weights: adapters may be float32 on a 16-bit base
-    sizes: dict[torch.dtype, int] = {}
-    for weight in model.parameters():
-        sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
