@@ -36,7 +36,7 @@ PREPARATIONS: dict[str, dict[str, Any]] = {
 
 def build(case: str) -> Any:
     torch.manual_seed(0)
-    model = tiny_model("qwen3" if case == "replicated" else "qwen3_5")
+    model = tiny_model("qwen3" if case in ("replicated", "adapter") else "qwen3_5")
     return (peft.get_peft_model(model, lora()) if case == "adapter" else model).train()
 
 
