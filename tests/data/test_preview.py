@@ -36,8 +36,3 @@ def test_the_first_token_never_trains(tokenizer):
 def test_characters_of_several_tokens_stay_whole(tokenizer):
     ids = np.array(tokenizer("a🙂")["input_ids"])
     assert preview(Sample(ids, ids), tokenizer, color=False) == "a«🙂»"
-
-
-def test_ids_follow_their_stretch(tokenizer):
-    ids = np.array(tokenizer("ab")["input_ids"])
-    assert preview(Sample(ids, ids), tokenizer, color=False, ids=True) == f"a [{ids[0]}] «b» [{ids[1]}] "

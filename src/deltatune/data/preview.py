@@ -17,14 +17,13 @@ __all__ = ["preview"]
 _GREEN, _DIM, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
-def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, color: bool = True, ids: bool = False) -> str:
+def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, color: bool = True) -> str:
     """The text of a sample, its trained stretches in green, or between « and » without colour.
 
     Args:
         sample: the document; its first token counts as untrained, since nothing stands before it to predict it.
         tokenizer: the one that made the sample.
         color: ANSI colours; pass False for files and dumb terminals.
-        ids: put the token ids of every stretch after it, in brackets.
     """
     trained = sample.labels != IGNORE_INDEX
     trained[:1] = False
@@ -34,7 +33,7 @@ def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, color: bool =
         tokens = sample.input_ids[start:end].tolist()
         # stretches are decoded whole: a character may be spread over several tokens
         text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        stretches.append(_marked(text, bool(trained[start]), color) + (f" {tokens} " if ids else ""))
+        stretches.append(_marked(text, bool(trained[start]), color))
     return "".join(stretches)
 
 

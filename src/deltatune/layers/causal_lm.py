@@ -107,7 +107,8 @@ class CausalLM(Swapped):
         loss = _divided(loss, count if num_items is None else num_items)
         aux_loss = self._weighted_aux_loss(output)
         if aux_loss is not None:
-            loss = loss + (aux_loss if num_items is None else aux_loss * _divided(count, num_items)).to(loss.device)
+            share = 1.0 if num_items is None else _divided(count, num_items).to(loss.device)
+            loss = loss + share * aux_loss.to(loss.device)
         fields = {name: value for name, value in output.items() if name != "loss"}
         if not asked:
             del fields["logits"]
@@ -122,7 +123,8 @@ class CausalLM(Swapped):
         aux_loss, num_items = self._weighted_aux_loss(output), call.get("num_items_in_batch")
         if output.loss is not None and aux_loss is not None and num_items is not None:
             # the stock forward has added it whole
-            output.loss = output.loss - (aux_loss * (1 - _divided(count, num_items))).to(output.loss.device)
+            surplus = (1 - _divided(count, num_items)).to(output.loss.device)
+            output.loss = output.loss - surplus * aux_loss.to(output.loss.device)
         return output
 
     def _weighted_aux_loss(self, output: Any) -> Tensor | None:
