@@ -30,7 +30,7 @@ def format_metrics(logs: dict[str, Any]) -> str:
     >>> format_metrics({"loss": 1.25, "fill": 0.5, "epoch": 1})
     'loss 1.2500 · fill 50.0%'
     """
-    return " · ".join(f"{label} {form.format(logs[name])}" for name, (label, form) in _SHOWN.items() if name in logs)
+    return " · ".join(f"{label} {shown.format(logs[name])}" for name, (label, shown) in _SHOWN.items() if name in logs)
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
