@@ -161,10 +161,10 @@ def test_a_run_that_cannot_start_writes_nothing(
 
 
 def test_a_leak_stops_the_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def strict(model: Any, **options: Any) -> Any:
-        return verify(model, **{**options, "tolerance": 1e-30})
+    def unprepared(_model: Any, **options: Any) -> Any:
+        return verify(AutoModelForCausalLM.from_pretrained(checkpoint), **options)
 
-    monkeypatch.setattr(run_module, "verify", strict)
+    monkeypatch.setattr(run_module, "verify", unprepared)
     with pytest.raises(UserError, match=r"verify: .*linear_attention.*; nothing was trained"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output").exists()
