@@ -358,6 +358,20 @@ def test_limits_follow_the_rounding_of_the_model(seed: int) -> None:
     assert max(row.limits) < 1e-3  # where a leak begins
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_limits_of_a_mixture_of_experts_stay_those_of_rounding(kind: str) -> None:
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    torch.manual_seed(0)
+    stock = transformers.MixtralForCausalLM(transformers.MixtralConfig(**values))
+    model = stock if kind == "mixtral" else tiny_model("qwen3_moe")
+    prepare(model)
+    report = verify(model, lengths=LENGTHS, tolerance=2e-7)
+    assert report.ok, str(report)
+    for one in (*report.rows, *report.checks):
+        assert max(one.limits) < 1e-3  # numbers of experts are not rounded, so no token goes elsewhere
+
+
 @pytest.mark.parametrize("tolerance", [2e-7, 1e-5])
 def test_a_leak_without_a_gradient_hides_in_no_limit(tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = ops.varlen_attention
@@ -388,6 +402,28 @@ def test_a_layer_that_computes_another_function_is_found(monkeypatch: pytest.Mon
     assert report.verdict.startswith("FAILED: what is computed differs from the stock model on documents alone")
     assert "one document of 66 tokens against the stock class" in str(report)
     assert report.to_dict()["checks"][0]["ok"] is False
+
+
+def test_what_stock_layers_compute_for_their_own_attention_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sparse attention, which masks keys where it knows the implementation's name, and else leaves it to that."""
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
+    attention = type(model.model.layers[0].self_attn)
+    dense = attention.forward
+
+    def sparse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output, weights = dense(self, *args, **kwargs)
+        return output * (0.5 if self.config._attn_implementation in ("eager", "sdpa") else 1), weights
+
+    monkeypatch.setattr(attention, "forward", sparse)
+    prepare(model)
+    config = model.model.config
+    report = verify(model, lengths=LENGTHS)
+    assert all(row.ok for row in report.rows)
+    assert [check.ok for check in report.checks] == [False]
+    assert {id(m.config) for m in model.model.modules() if hasattr(m, "config")} == {id(config)}
 
 
 def test_a_wrong_gradient_of_the_right_function_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +465,13 @@ def test_frequencies_of_the_longest_document_for_all_are_found(monkeypatch: pyte
     report = verify(model)
     assert [check.ok for check in report.checks] == [True, False]
     assert "longer than max_position_embeddings=80" in report.verdict
+
+
+def test_a_stock_model_leaks_through_the_frequencies_of_the_longest_document() -> None:
+    report = verify(tiny_model("qwen3", max_position_embeddings=80, rope_parameters=DYNAMIC))
+    assert all(row.ok for row in report.rows)
+    assert report.verdict.startswith("LEAK: a document of 121 tokens (longer than max_position_embeddings=80)")
+    assert "prepare(model)" in report.verdict
 
 
 def test_a_length_that_is_too_long_to_run_is_told() -> None:

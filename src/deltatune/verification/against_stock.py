@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from deltatune.hf.cached import stock_path
 from deltatune.verification.measure import Documents, Outcome, Subject, differences, relative, run_once, worst_of
 from deltatune.verification.report import VerifyCheck
-from deltatune.verification.rounding import MARGIN, nudged
+from deltatune.verification.rounding import limit_of, nudged
 from deltatune.verification.subjects import Probed, boundaries_of
 from deltatune.verification.untouched import compiled_as
 
@@ -72,7 +72,7 @@ def compare_with_stock(probed: Probed, subject: Subject, tolerance: float) -> Ve
     if any(figure > tolerance for figure in figures):
         with nudged():
             other = once()
-        limits = _raised(limits, differences(subject, other, found)[0])
+        limits = tuple(limit_of(tolerance, measured) for measured in differences(subject, other, found)[0])
     return VerifyCheck(f"one document of {length} tokens against the stock class", figures, limits)
 
 
@@ -111,7 +111,7 @@ def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCh
         ours = alone()
         with nudged():
             other = alone()
-        limit = max(tolerance, MARGIN * worst_of([relative(*pair) for pair in zip(other, ours, strict=True)]))
+        limit = limit_of(tolerance, worst_of([relative(*pair) for pair in zip(other, ours, strict=True)]))
     yield VerifyCheck(f"a document of {documents.lengths[1]} tokens (longer than {longer})", (figure,), (limit,))
 
 
@@ -132,9 +132,20 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _stock(probed: Probed) -> Iterator[None]:
-    with nullcontext() if probed.state is None else stock_path(probed.text_model):  # type: ignore[arg-type]
+    """The stock layers run inside, and read the stock config: some compute what its attention implementation names."""
+    if probed.state is None:
         yield
-
-
-def _raised(limits: tuple[float, ...], rounding: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(max(limit, MARGIN * one) for limit, one in zip(limits, rounding, strict=True))
+        return
+    text_model: Any = probed.text_model
+    ours, stock = text_model.config, probed.state.options.stock_config
+    readers = [
+        module for module in text_model.modules() if stock is not None and getattr(module, "config", None) is ours
+    ]
+    try:
+        for module in readers:
+            module.config = stock
+        with stock_path(text_model):
+            yield
+    finally:
+        for module in readers:
+            module.config = ours

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.verification.report import VerifyRow
-from deltatune.verification.rounding import MARGIN, nudged
+from deltatune.verification.rounding import limit_of, nudged
 
 __all__ = ["Documents", "Outcome", "Run", "Subject", "differences", "measure", "relative", "run_once", "worst_of"]
 
@@ -183,8 +183,8 @@ def _rounding(subject: Subject, documents: Documents, alone: Outcome, tolerance:
     """
     with nudged():
         other = _alone(subject, documents, subject.inputs)
-    forward, input_grad, parameter_grads = (MARGIN * f for f in differences(subject, other, alone)[0])
-    return max(tolerance, forward), max(tolerance, input_grad), max(tolerance, parameter_grads)
+    forward, input_grad, parameter_grads = (limit_of(tolerance, f) for f in differences(subject, other, alone)[0])
+    return forward, input_grad, parameter_grads
 
 
 def _disturb(subject: Subject, documents: Documents, packed: Pass, trained: Tensor) -> tuple[float, float, float]:

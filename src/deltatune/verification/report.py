@@ -153,6 +153,8 @@ class VerifyReport:
         wrong = [row for row in self.rows if not row.ok]
         if not wrong:
             findings = "; ".join(f"{check.name}: {check.text}" for check in self.checks if not check.ok)
+            if not self.prepared:
+                return f"LEAK: {findings} from the document alone; prepare(model) keeps documents apart"
             return f"FAILED: what is computed differs from the stock model on documents alone: {findings}"
         # the whole model inherits what its layers do
         blamed = [row for row in wrong if row.name != "model"] or wrong

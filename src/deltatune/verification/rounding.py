@@ -11,13 +11,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["MARGIN", "nudged"]
+__all__ = ["limit_of", "nudged"]
 
 #: What is measured is one draw, and a long sum rounds by more than its operands' last place: packed and alone differed
 #: by 4.7 times the measure in the input gradient of a head with 262,145 tokens (Gemma 3 of width 16, float32, CPU).
-MARGIN: Final = 16.0
+_MARGIN: Final = 16.0
+
+#: No rounding raises a limit above these: outputs that differ by a quarter are no longer the same function, and a
+#: tolerance that was given keeps a meaning.
+_MOST: Final = 0.25
+_TIMES_TOLERANCE: Final = 1e4
 
 _ROUNDED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def limit_of(tolerance: float, measured: float) -> float:
+    """The limit of a figure, given what ``nudged`` changes it by."""
+    return max(tolerance, min(_MARGIN * measured, _MOST, _TIMES_TOLERANCE * tolerance))
 
 
 def nudged() -> AbstractContextManager[object]:
@@ -39,7 +49,8 @@ class _Nudged(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def _nudge(self, x: Tensor) -> Tensor:
-        if x.dtype not in _ROUNDED or not x.numel():
+        # whole numbers are counts, numbers of experts and masks, which no arrangement rounds
+        if x.dtype not in _ROUNDED or not x.numel() or bool((x == x.round()).all()):
             return x
         generators: dict[torch.device, torch.Generator] = self.__dict__.setdefault("generators", {})
         if x.device not in generators:
