@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# what benchmarks run on: a GPU machine's own Python has its own torch, `make bench-train RUN=python3`
+RUN ?= $(BIN)/python
 # processes that share the tests; each grows to about 2 GB
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs clean setup
+.PHONY: demo test lint format docs bench-ops bench-train targets clean setup
 
 setup: $(STAMP)
 
@@ -35,7 +37,17 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m deltatune.config.reference > docs/config.md
-	$(BIN)/python -m deltatune.bench.report
+	$(BIN)/python -m benchmarks.tables
+
+# records go to benchmarks/records; ARGS='--model qwen3.5-9b --frontier' and so on
+bench-ops:
+	$(RUN) -m benchmarks.ops $(ARGS)
+
+bench-train:
+	$(RUN) -m benchmarks.train $(ARGS)
+
+targets:
+	$(RUN) -m benchmarks.targets
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ import pytest
 from deltatune.cli import main
 from deltatune.errors import UserError
 
-COMMANDS = ("train", "preprocess", "plan", "verify", "doctor", "merge", "bench")
+COMMANDS = ("train", "preprocess", "plan", "verify", "doctor", "merge")
 
 
 def seconds(*command: str) -> float:
@@ -28,20 +28,12 @@ def test_importing_takes_no_time_and_no_torch() -> None:
 def test_help_takes_no_time_and_no_torch() -> None:
     code = (
         "import sys\nfrom deltatune.cli import main\n"
-        "for words in (['--help'], ['bench', '--help']):\n"
+        "for words in (['--help'], ['doctor', '--help']):\n"
         "    try: main(words)\n"
         "    except SystemExit as exit: assert exit.code == 0\n"
         "assert not {'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)"
     )
     assert seconds(sys.executable, "-c", code) < 0.5
-
-
-@pytest.mark.parametrize("benchmark", ["ops", "train", "report", "targets"])
-def test_help_of_a_benchmark_shows_its_options(capsys, benchmark) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", benchmark, "--help"])
-    assert caught.value.code == 0
-    assert "--records DIR" in capsys.readouterr().out
 
 
 def test_help_names_every_command(capsys) -> None:
@@ -62,9 +54,7 @@ def test_help_names_every_command(capsys) -> None:
         (["verify", "m", "--lengths", "5"], "at least two lengths"),
         (["preprocess", "r.yaml", "--show", "many"], "a whole number"),
         (["merge", "adapter"], "--output"),
-        (["bench"], "BENCHMARK"),
-        (["bench", "op"], "invalid choice: 'op'"),
-        (["bench", "ops", "--op", "softmax"], "invalid choice: 'softmax'"),
+        (["bench"], "invalid choice: 'bench'"),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys, argv, named) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.records import load_records
+from benchmarks.tables import PAGES as TABLES
+from benchmarks.tables import rendered
 from deltatune import cli
-from deltatune.bench import plots, report
-from deltatune.bench.records import Record, load_records, newest_of_each
-from deltatune.bench.report_train import speed_table
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.load import load_recipe
 from deltatune.demo.checkpoint import save_checkpoint
@@ -123,21 +123,15 @@ def choices_of(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """Those of a command, or of a benchmark, which are known once it is chosen."""
-    if hasattr(parser, "fill"):
-        parser.fill()
     return {option for action in parser._actions for option in action.option_strings}
 
 
 def test_commands_and_their_options_exist() -> None:
     choices = choices_of(cli._parser(), "command")
-    benchmarks = choices_of(choices["bench"], "benchmark")
     found = list(commands())
     assert {name for name, _ in found} == set(choices), "the docs name every command and no other"
-    assert {words[0] for name, words in found if name == "bench" and words} == set(benchmarks)
     for name, words in found:
-        parser = benchmarks[words[0]] if name == "bench" and words else choices[name]
-        assert {word for word in words if word.startswith("--")} <= options_of(parser), (name, words)
+        assert {word for word in words if word.startswith("--")} <= options_of(choices[name]), (name, words)
 
 
 def test_complete_command_lines_parse() -> None:
@@ -183,7 +177,7 @@ def test_every_family_and_its_experimental_features_are_in_the_readme() -> None:
 def test_every_implementation_of_an_op_is_listed() -> None:
     from deltatune.models.registry import FAMILIES
 
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     rows = [row for row in text.splitlines() if row.startswith("| `")]
     for op in {op for family in FAMILIES for op in family.ops}:
         row = next(row for row in rows if f"`{op}`" in row)
@@ -192,22 +186,19 @@ def test_every_implementation_of_an_op_is_listed() -> None:
         assert all(f"`{provider.name}`" in row for provider in spec.providers), op
 
 
-def pictures() -> list[tuple[Record, str]]:
-    """The newest records that have a picture, and where it lies."""
-    found = [(record, plots.file_of(record)) for record in newest_of_each(load_records(report.RECORDS))]
-    return [(record, path) for record, path in found if path is not None]
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_the_records(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert rendered(page, name, load_records()) == page, "make docs makes them"
 
 
-def test_figures_come_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    page = report.PAGE.read_text(encoding="utf-8")
-    tables = report.render(report.RECORDS)
-    assert report.with_tables(page, tables) == page
-    assert all(f"`{path.as_posix()}`" in page for path in report.RECORDS.glob("*.json"))
-    stale = [path for record, path in pictures() if not plots.is_drawn_from(report.PAGE.parent / path, record)]
-    assert stale == [], "deltatune bench report draws them"
-    readme, speed = report.README.read_text(encoding="utf-8"), speed_table(load_records(report.RECORDS))
-    if "<!-- speed: begin -->" in readme and speed:
-        assert report.with_tables(readme, speed, "speed") == readme
-    with pytest.raises(ValueError, match="needs the marks"):
-        report.with_tables("no marks", tables)
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"\bmake ([\w-]+)", "\n".join(code_of(page)))}
+    assert named
+    assert named <= targets
+
+
+def code_of(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [*re.findall(r"`(make [^`\n]+)`", text), *blocks(page, "bash")]

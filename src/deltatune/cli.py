@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from deltatune.errors import UserError
 
@@ -83,22 +83,6 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-class _BenchmarkParser(_Parser):
-    """Asks the module of its benchmark for the options once it is chosen: that module loads torch."""
-
-    benchmark: str | None = None
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self.fill()
-        return super().parse_known_args(args, namespace)
-
-    def fill(self) -> None:
-        """Adds the options, the first time."""
-        if self.benchmark is not None:
-            importlib.import_module(f"deltatune.bench.{self.benchmark}").add_arguments(self)
-            self.benchmark = None
-
-
 def _parser() -> argparse.ArgumentParser:
     from deltatune import __version__
 
@@ -112,7 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_doctor(commands)
     _add_merge(commands)
-    _add_bench(commands)
     return parser
 
 
@@ -173,11 +156,8 @@ def _add_doctor(commands: _Commands) -> None:
     parser.add_argument(
         "--build",
         action="append",
-        metavar="MODEL",
-        help="compile the kernels for a model's shapes, such as qwen3.5-2b, before the first run; may be repeated",
-    )
-    parser.add_argument(
-        "--tokens", type=_tokens, default=16384, metavar="T", help="tokens of a pack, for --build; 16384 by default"
+        metavar="RECIPE",
+        help="compile what this recipe's run will compile, before it; may be repeated",
     )
 
 
@@ -190,36 +170,9 @@ def _add_merge(commands: _Commands) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
 
 
-_BENCHMARKS = {
-    "ops": "Time every op at the shapes of models: ours, Inductor's, stock modules and libraries.",
-    "train": "Time training steps beside stock ones, on the same packs in the same run.",
-    "report": "Make the tables and plots of the documentation from the records.",
-    "targets": "Print every target, the figure and its record; exit status 1 while one is not met.",
-}
-
-
-def _add_bench(commands: _Commands) -> None:
-    parser = _add(commands, "bench", "Measure, make tables of the records, and hold them to the targets.")
-    benchmarks = parser.add_subparsers(
-        dest="benchmark", required=True, metavar="BENCHMARK", parser_class=_BenchmarkParser
-    )
-    for name, summary in _BENCHMARKS.items():
-        one = benchmarks.add_parser(name, help=summary, description=summary)
-        one.benchmark = name
-        one.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
-
-
 def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _tokens(text: str) -> int:
-    if not text.isdigit() or int(text) < 64:
-        raise argparse.ArgumentTypeError(f"expected a number of tokens, 64 or more, got {text!r}")
     return int(text)
 
 

@@ -7,15 +7,17 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import Version
 
 from deltatune import __version__, ops
-from deltatune.bench.shapes import Shape, shape_named
-from deltatune.commands.prebuild import build
 from deltatune.models.registry import FAMILIES
 from deltatune.report import table
+
+if TYPE_CHECKING:
+    from deltatune.config.schema import Recipe
 
 __all__ = ["known_problems", "run"]
 
@@ -39,7 +41,7 @@ _OLDEST = {"torch": "2.11", "transformers": "5.17"}
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report, builds kernels where that is asked for; 1 when something is known to go wrong."""
-    shapes = [shape_named(name) for name in args.build or ()]
+    recipes = {path: _loaded(path) for path in args.build or ()}
     versions = installed_versions()
     device = _device()
     lines = [f"deltatune {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
@@ -49,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     problems = known_problems(versions, _capability())
     sys.stdout.write("\n".join(lines) + "\n")
     lines = []
-    for shape in shapes:
-        problems += _build(shape, args.tokens, device)
+    for path, recipe in recipes.items():
+        problems += _build(path, recipe, device)
     if not args.no_compile:
         failure = compile_failure(device)
         lines += ["", f"torch.compile on {device.type}: {failure or 'works'}"]
@@ -60,15 +62,23 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _build(shape: Shape, tokens: int, device: torch.device) -> list[str]:
-    """Compiles the kernels of a model's shapes, a line for each; what went wrong."""
-    what = f"build {shape.name}, packs of {tokens} tokens, bfloat16"
+def _loaded(path: str) -> Recipe:
+    from deltatune.config.load import load_recipe
+
+    return load_recipe(path).recipe
+
+
+def _build(path: str, recipe: Recipe, device: torch.device) -> list[str]:
+    """Compiles what a recipe's run will compile, a line for each step of it; what went wrong."""
+    what = f"build {path}: {recipe.model.name_or_path}, packs of {recipe.packing.tokens_per_batch} tokens"
     if device.type != "cuda":
-        sys.stdout.write(f"\n{what}: would run each op once, which compiles its kernels for the GPU; there is none\n")
-        return [f"--build {shape.name} did nothing: no CUDA device is visible; run it on the machine that trains"]
-    sys.stdout.write(f"\n{what}: the first call of each op\n")
-    for built in build(shape, tokens, device):
-        sys.stdout.write(f"  {built.op} on {built.impl}, {built.kind}: {built.seconds:.1f} s\n")
+        sys.stdout.write(f"\n{what}: would train single steps, which compiles for the GPU; there is none\n")
+        return [f"--build {path} did nothing: no CUDA device is visible; run it on the machine that trains"]
+    from deltatune.commands.prebuild import build
+
+    sys.stdout.write(f"\n{what}\n")
+    for built in build(recipe, device):
+        sys.stdout.write(f"  {built.what}: {built.seconds:.1f} s\n")
         sys.stdout.flush()
     return []
 

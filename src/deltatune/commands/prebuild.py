@@ -1,4 +1,4 @@
-"""Compiling the kernels of a model's shapes before its first run: they are cached on disk by those who compile them."""
+"""Compiling what a recipe's run will compile, before it: the compilers keep their results on disk."""
 
 # G value heads
 
@@ -6,83 +6,127 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Final
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from deltatune.bench.ops.case import Case, Setting
-from deltatune.bench.ops.catalog import OPS
-from deltatune.bench.ops.gate import results
-from deltatune.bench.shapes import Shape
-from deltatune.ops._lora_linear import gated_act, up_backward
+from deltatune.config.schema import Recipe
+from deltatune.packing.collate import PackedCollator
+from deltatune.packing.sequences import Sequences
+from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.arguments import autocast_dtype, training_arguments
+from deltatune.training.checkpoint import empty_model, load_config, model_class
+from deltatune.training.run import decide_checkpointing, prepare_by_recipe
 
-__all__ = ["Built", "build", "document_counts"]
-
-#: Columns that the kernels of an op take, each compiled apart.
-_WIDTHS: Final = {"lora_gated": gated_act.WIDTHS, "lora_low_rank": up_backward.WIDTHS}
+__all__ = ["Built", "build", "document_counts", "shallow"]
 
 
 @dataclass(frozen=True)
 class Built:
-    """What was compiled: an op, its implementation, for which of its kernels, and how long the first call took."""
+    """One step that was run for what it compiles: what it was, and how long it took."""
 
-    op: str
-    impl: str
-    kind: str
+    what: str
     seconds: float
 
 
-def build(shape: Shape, tokens: int, device: torch.device) -> Iterator[Built]:
-    """Runs every op of a model forward and backward, as ``auto`` chooses, on random values of a pack's shape.
+def build(recipe: Recipe, device: torch.device) -> Iterator[Built]:
+    """Trains a step of the recipe's model, shallow and at random, for every kernel that its run may choose.
 
-    A second call of the same kind finds the kernels in the caches of FlashQLA's TileLang and of Triton and takes next
-    to no time. The graphs of ``torch.compile`` depend on the model and are cached by its own first run.
+    Layers, adapters, kernels, compile options and the checkpointing setting are the recipe's, and so are the shapes of
+    a pack: kernels of Triton and TileLang and Inductor's graphs of the layers are then in their caches on disk, and the
+    run itself finds them there.
+
+    Raises:
+        UserError: a model that cannot be found or prepared.
     """
-    for op, entry in OPS.items():
-        if not entry.built_ahead or (entry.hybrid and not shape.hybrid):
-            continue
-        for kind, setting in _settings(op, shape, device):
-            case = entry.build(shape, tokens, setting)
-            yield Built(op, case.auto, kind, _first_call(case, device))
+    model, autocast = _model(recipe, device)
+    config = model.config.get_text_config()
+    for count in document_counts(config, device):
+        documents = f"{count} document{'s' * (count > 1)}"
+        yield Built(f"a step, {documents}", _seconds(model, _batch(recipe, config, count, device), autocast))
+    if recipe.data.eval:
+        model.eval()
+        with torch.no_grad():
+            yield Built("evaluation", _seconds(model, _batch(recipe, config, 1, device), autocast))
 
 
-def _settings(op: str, shape: Shape, device: torch.device) -> Iterator[tuple[str, Setting]]:
-    """One for each kernel that an op may choose, by what it is chosen by."""
-    if op == "gated_delta_rule":
-        for count in document_counts(shape, device):
-            yield f"{count} document{'s' * (count > 1)}", Setting(device, documents=count)
-    elif op in _WIDTHS:
-        for rank in _WIDTHS[op]:
-            yield f"rank {rank}", Setting(device, documents=1, rank=rank)
-    else:
-        yield "1 document", Setting(device, documents=1)
-
-
-def document_counts(shape: Shape, device: torch.device) -> list[int]:
-    """One count of documents for each kernel that FlashQLA may choose.
+def document_counts(config: Any, device: torch.device) -> list[int]:
+    """One count of documents for each kernel that FlashQLA may choose; one for a model without a delta rule.
 
     It compiles its forward for blocks of 32, 64 or 128 value dims: the smaller ones for packs whose documents times
     value heads would leave processors without work. The limits are a factor of two apart, so counts that double meet
     every class.
     """
+    G = getattr(config, "linear_num_value_heads", None)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     counts = [1]
-    while counts[-1] * shape.values["linear_num_value_heads"] < processors:
+    while G is not None and counts[-1] * G < processors:
         counts.append(2 * counts[-1])
     return counts
 
 
-def _first_call(case: Case, device: torch.device) -> float:
-    function = next(variant for variant in case.variants if variant.name == case.auto).build()
-    inputs = case.draw(1)
-    _wait(device)
+def shallow(config: Any) -> Any:
+    """The config with the fewest layers that hold every kind twice: in front of the first adapter and behind it."""
+    text = config.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+    depth = min(len(kinds), 2 * (1 + max(kinds.index(kind) for kind in kinds)))
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = kinds[:depth]
+    return config
+
+
+def _model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None]:
+    """As the run prepares it, and the dtype of its autocast."""
+    arguments = training_arguments(recipe.training)
+    if recipe.checkpointing == "auto":  # decided at the model's own depth
+        whole = prepare_by_recipe(recipe, _adapted(recipe, empty_model(recipe.model)))
+        decide_checkpointing(recipe, whole, arguments, device=device)
+        recipe = recipe.model_copy(update={"checkpointing": whole.report.checkpointing})
+    config = shallow(load_config(recipe.model))
+    loader = model_class(config)
+    dtype = (config.dtype or torch.float32) if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
+    with device:
+        model = _adapted(recipe, make(config, dtype=dtype))
+    model.to(device)
+    prepare_by_recipe(recipe, model)
+    return model.train(), autocast_dtype(arguments)
+
+
+def _adapted(recipe: Recipe, model: nn.Module) -> nn.Module:
+    freeze_unused(model)
+    return model if recipe.lora is None else add_adapters(model, recipe.lora)
+
+
+def _batch(recipe: Recipe, config: Any, count: int, device: torch.device) -> dict[str, Any]:
+    """A pack of documents of about equal length."""
+    tokens = recipe.packing.tokens_per_batch
+    ends = [tokens * i // count for i in range(count + 1)]
+    draw = np.random.default_rng(0)
+    samples = [{"input_ids": draw.integers(1, config.vocab_size, end - start)} for start, end in pairwise(ends)]
+    batch = PackedCollator(tokens_per_batch=tokens, pad_token_id=0)(samples)
+    names = ("input_ids", "labels", "position_ids", "sequences")
+    moved: dict[str, Any] = {}
+    for name in names:
+        value = batch[name]
+        moved[name] = value.to(device) if isinstance(value, Tensor | Sequences) else value
+    return moved
+
+
+def _seconds(model: nn.Module, batch: dict[str, Any], autocast: torch.dtype | None) -> float:
+    device = batch["input_ids"].device
     started = time.perf_counter()
-    results(function, inputs, case.outputs, case.trained)
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
+    with torch.autocast(device.type, autocast) if autocast else nullcontext():
+        loss = model(**batch).loss
+    if loss.requires_grad:
+        loss.backward()
+        model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,280 @@
+"""The tables of the documentation, made of the records.
+
+    python -m benchmarks.tables              # rewrites them in README.md and docs/performance.md
+    python -m benchmarks.tables RECORD ...   # prints all that these records hold instead
+
+A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.figures import GIB, Steps, newest_full, newest_ops, of_bound, roofline_of, steps_of
+from benchmarks.op_cases import CASES
+from benchmarks.records import RECORDS, Record, load_records
+from benchmarks.systems import OURS
+from benchmarks.targets import DEVICE, evaluate
+
+__all__ = ["MODELS", "PAGES", "main", "rendered", "with_table"]
+
+_ROOT: Final = Path(__file__).parents[1]
+MODELS: Final = ("qwen3.5-2b", "qwen3.5-9b")
+_DIRECTIONS: Final = ("forward", "forward+backward")
+
+
+def speed(records: Sequence[Record]) -> list[str]:
+    """Of each model the newest record with a baseline beside ours at full depth: what a user chooses between."""
+    rows, files = [], []
+    for model in MODELS:
+        steps = _beside_stock(records, model)
+        if steps is None:
+            continue
+        stock = steps.find("stock", "layer")[0]
+        shown = [
+            ("stock", "layer", "stock, made leak-free"),
+            ("stock liger", "layer", "the same with Liger"),
+            ("stock as shipped", "layer", "stock as shipped (leaks)"),
+            (OURS, "layer", "**deltatune**"),
+            (OURS, "none", "**deltatune**"),
+        ]
+        for system, how, name in shown:
+            for result in steps.find(system, how):
+                against = f"{stock['median_ms'] / result['median_ms']:.2f}x"
+                rows.append([model, name, _recomputed(how), *_step_cells(result), against])
+        files.append(steps.record)
+    header = ("model", "system", "recomputed", "ms a step", "tokens a second", "peak GiB", "against stock")
+    return [*_markdown(header, rows), "", _sources(files)]
+
+
+def memory(records: Sequence[Record]) -> list[str]:
+    """What recomputation costs and saves: every setting of ours, and its time over that of none."""
+    found = [steps for model in MODELS if (steps := _beside_stock(records, model))]
+    rows: dict[str, list[str]] = {}
+    for index, steps in enumerate(found):
+        least = min(r["median_ms"] for r in steps.find(OURS))
+        for r in steps.find(OURS):
+            taken = f", takes `{r['checkpointing_taken']}`" if r["checkpointing"] == "auto" else ""
+            setting = f"`{r['checkpointing']}`{taken}"
+            cell = f"{r['median_ms']:.0f} ms ({r['median_ms'] / least - 1:+.0%}), {_gib(r)} GiB"
+            rows.setdefault(setting, [setting] + ["-"] * len(found))[index + 1] = cell
+    header = ("`checkpointing`", *(steps.record.subject for steps in found))
+    return [*_markdown(header, list(rows.values())), "", _sources([steps.record for steps in found])]
+
+
+def adapters(records: Sequence[Record]) -> list[str]:
+    """Adapters on all linears beside those on q, k, v and o, in one record."""
+    rows, files = [], []
+    for model in MODELS:
+        steps = next((s for s in newest_full(records, model, DEVICE) if s.find(OURS, targets="all")), None)
+        for every in steps.find(OURS, targets="all") if steps else ():
+            for few in steps.find(OURS, every["checkpointing"]) if steps else ():
+                ratio = f"{every['median_ms'] / few['median_ms']:.3f}x"
+                pair = [f"{r['median_ms']:.0f} ms, {_gib(r)} GiB" for r in (few, every)]
+                rows.append([model, f"`{every['checkpointing']}`", *pair, ratio])
+        files += [steps.record] if steps else []
+    header = ("model", "`checkpointing`", "q, k, v, o", "all linears", "step")
+    return [*_markdown(header, rows), "", _sources(files)]
+
+
+def shapes(records: Sequence[Record]) -> list[str]:
+    """Other models and packs, stock with layer checkpointing beside ours; fewer layers where it says so."""
+    rows, seen = [], set()
+    for steps in steps_of(records):
+        about = steps.config
+        size = (about["model"], about["layers"], about["tokens"], about["documents"])
+        stock, ours = steps.find("stock", "layer"), steps.find(OURS)
+        if size in seen or not stock or not ours or DEVICE not in steps.record.device:
+            continue
+        if steps.full and about["model"] in MODELS:
+            continue
+        seen.add(size)
+        cells = [_of(stock), *(_of(steps.find(OURS, how)) for how in ("layer", "none"))]
+        depth = f"{about['layers']} of {about['full_layers']}"
+        rows.append([about["model"], depth, f"{about['tokens']:,} in {about['documents']}", *cells])
+    header = ("model", "layers", "tokens in documents", "stock, layers recomputed", "ours, the same", "ours, none")
+    return _markdown(header, sorted(rows))
+
+
+def bound(records: Sequence[Record]) -> list[str]:
+    """The roofline of a step, part by part, beside the step."""
+    rows: dict[str, list[str]] = {}
+    totals = []
+    found = [steps for model in MODELS if (steps := _beside_stock(records, model))]
+    for index, steps in enumerate(found):
+        parts = roofline_of(steps, "qkvo") or []
+        for part in parts:
+            rows.setdefault(part.name, [part.name] + ["-"] * len(found))[index + 1] = f"{part.ms:.1f}"
+        total = sum(part.ms for part in parts)
+        step = min(r["median_ms"] for r in steps.find(OURS))
+        totals.append((f"**{total:.1f}**", f"{step:.1f}", f"{total / step:.0%}"))
+    lines = [["**all**"], ["a step, measured"], ["of the roofline"]]
+    summary = [[*line, *(total[i] for total in totals)] for i, line in enumerate(lines)]
+    return _markdown(("ms", *(steps.record.subject for steps in found)), [*rows.values(), *summary])
+
+
+def ops(records: Sequence[Record]) -> list[str]:
+    """Every op, the newest of each shape: ours, Inductor's, the best of the others that are exact enough."""
+    rows = []
+    for op in CASES:
+        for case in newest_ops([r for r in records if DEVICE in r.device], op):
+            auto = case.auto(_DIRECTIONS[1])
+            if auto is None or case.config["T"] != 16384:
+                continue
+            sizes = " ".join(f"{k} {v}" for k, v in case.config.items() if k in "DEHGKNMV")
+            cells = [_pair(case.results, "impl", auto["impl"]), _pair(case.results, "by", "compile")]
+            others = [r for r in case.results(_DIRECTIONS[1]) if r.get("by") in ("stock", "library")]
+            exact = [r for r in others if r["status"] == "ok" and r["impl"] != "reference"]
+            best = min(exact, key=lambda r: r["median_ms"], default=None)
+            name = "-" if best is None else best["impl"]
+            cells += [_pair(case.results, "impl", name) + (f" ({name})" if best else "")]
+            rows.append([f"`{op}`", sizes, f"`{auto['impl']}`", *cells, f"{of_bound(auto):.0%}"])
+    header = ("op", "shape", "`auto`", "ours, ms", "compiled reference, ms", "best other, ms", "of bound")
+    return _markdown(header, rows)
+
+
+def missed(records: Sequence[Record]) -> list[str]:
+    """The targets that are not met."""
+    outcomes = evaluate(records)
+    rows = [list(o.cells[:3]) for o in outcomes if o.verdict != "met"]
+    met = f"{len(outcomes) - len(rows)} of {len(outcomes)} targets are met."
+    return [met, "", *_markdown(("not met", "wanted", "figure"), rows)] if rows else [met]
+
+
+def changes(records: Sequence[Record]) -> list[str]:
+    """Two trees in turns, from the newest record of each model that compares them."""
+    rows, seen, files = [], set(), []
+    for record in records:
+        for config in record.configs if record.kind == "compare" and record.complete else ():
+            about = config["config"]
+            size = (about["model"], about["layers"], about["tokens"], record.device)
+            if size in seen or record.device == "cpu":
+                continue
+            seen.add(size)
+            files.append(record)
+            for r in config["ratios"]:
+                each = ", ".join(f"{one:.3f}" for one in r["by_round"])
+                rows.append([about["model"], str(about["layers"]), record.device, r["name"], f"{r['ratio']:.3f}", each])
+    header = ("model", "layers", "device", "setting", "after / before", "by round")
+    return [*_markdown(header, rows), "", _sources(files)] if rows else ["No record compares two trees yet."]
+
+
+PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]] = {
+    "README.md": {"speed": speed},
+    "docs/performance.md": {
+        "speed": speed,
+        "memory": memory,
+        "adapters": adapters,
+        "shapes": shapes,
+        "bound": bound,
+        "ops": ops,
+        "missed": missed,
+        "changes": changes,
+    },
+}
+"""Page -> the name of a table in it -> what makes it."""
+
+
+def rendered(page: str, name: str, records: Sequence[Record]) -> str:
+    """A page with its tables as the records have them."""
+    for table, make in PAGES[name].items():
+        if f"<!-- {table}: begin -->" in page:
+            page = with_table(page, "\n".join(make(records)), table)
+    return page
+
+
+def with_table(page: str, table: str, name: str) -> str:
+    """The page with what stands between two of its marks replaced.
+
+    Raises:
+        ValueError: a page without the marks.
+    """
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        raise ValueError(f"the page needs the marks {first} and {last}")
+    return f"{before}{first}\n\n{table}\n\n{last}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrites the pages, or prints records."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("record", nargs="*", type=Path, help="print these instead")
+    args = parser.parse_args(argv)
+    for path in args.record:
+        sys.stdout.write("\n".join(_printed(json.loads(path.read_text(encoding="utf-8")))) + "\n\n")
+    if not args.record:
+        records = load_records(RECORDS)
+        for name in PAGES:
+            path = _ROOT / name
+            path.write_text(rendered(path.read_text(encoding="utf-8"), name, records), encoding="utf-8")
+    return 0
+
+
+def _printed(data: Mapping[str, Any]) -> Iterator[str]:
+    """A record of any layout for a terminal."""
+    yield f"{data['kind']} on {data['device']}, {data['date']}, commit {str(data.get('commit'))[:7]}"
+    for config in data["configs"]:
+        about = {k: v for k, v in config["config"].items() if not isinstance(v, list) and len(str(v)) < 40}
+        yield f"  {', '.join(f'{k} {v}' for k, v in about.items())}"
+        for r in config["results"]:
+            name = " ".join(filter(None, (r.get("name") or r.get("impl"), r.get("label"), r.get("what"))))
+            if r.get("median_ms") is None:
+                yield f"    {name:58}{r.get('status')}: {r.get('reason')}"
+                continue
+            times = " ".join(f"{r[key]:10.3f}" for key in ("median_ms", "p20_ms", "p80_ms"))
+            peak = f"{r['peak_bytes'] / 2**20:12.1f} MiB" if r.get("peak_bytes") else ""
+            yield f"    {name:58}{times}{peak} {'' if r.get('status', 'ok') == 'ok' else r['status']}"
+        checks = config.get("checks") or config.get("gates") or []
+        yield f"    {len(checks)} checks, {sum(not check['ok'] for check in checks)} red"
+        yield from (f"    {r['name']}: after / before {r['ratio']:.4f}" for r in config.get("ratios", ()))
+
+
+def _beside_stock(records: Sequence[Record], model: str) -> Steps | None:
+    """The newest of full depth that has stock and ours at several settings."""
+    for steps in newest_full(records, model, DEVICE):
+        if steps.find("stock", "layer") and len(steps.find(OURS)) > 1:
+            return steps
+    return None
+
+
+def _recomputed(how: object) -> str:
+    return {"layer": "every layer", "none": "nothing"}.get(str(how), str(how))
+
+
+def _step_cells(result: Mapping[str, Any]) -> list[str]:
+    return [f"{result['median_ms']:.0f}", f"{result['tokens_per_second']:,.0f}", _gib(result)]
+
+
+def _gib(result: Mapping[str, Any]) -> str:
+    return f"{result['peak_bytes'] / GIB:.1f}" if result.get("peak_bytes") else "-"
+
+
+def _of(results: Sequence[Mapping[str, Any]]) -> str:
+    return f"{results[0]['median_ms']:.0f} ms, {_gib(results[0])} GiB" if results else "-"
+
+
+def _pair(results: Callable[[str], list[Mapping[str, Any]]], key: str, wanted: str) -> str:
+    """Forward, and forward with backward."""
+    found = [next((r for r in results(what) if r.get(key) == wanted), None) for what in _DIRECTIONS]
+    return " / ".join("-" if r is None else f"{r['median_ms']:.2f}" for r in found) if any(found) else "-"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _sources(records: Sequence[Record]) -> str:
+    names = ", ".join(f"`{record.path.name}`" for record in records)
+    devices = ", ".join(dict.fromkeys(record.device for record in records))
+    return f"{devices}, packs of 16384 tokens; {names} in `benchmarks/records`."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Benchmark records, and the pages made from them."""

@@ -1,0 +1,250 @@
+"""Timing, checks and processes, on a CPU with tiny shapes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import checks, compare, op_cases, ops, timing, train
+from benchmarks.checks import Seen
+from benchmarks.shapes import SHAPES, adapters, build_model
+from benchmarks.systems import Packs, Setting, System, draw_lengths
+from benchmarks.worker import Spec, outcome_of
+
+CPU = torch.device("cpu")
+
+
+def test_a_summary_keeps_the_samples_in_their_order() -> None:
+    found = timing.summary([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert found == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0, "samples_ms": [5.0, 1.0, 2.0, 4.0, 3.0, 6.0]}
+    with pytest.raises(ValueError, match="at least one sample"):
+        timing.summary([])
+
+
+def test_variants_take_turns_and_numbers_rise() -> None:
+    seen: list[tuple[str, int]] = []
+    calls = {name: (lambda i, name=name: seen.append((name, i))) for name in "ab"}
+    samples = timing.measure(calls, CPU, rounds=2, calls=2, warmup=1)
+    assert "".join(name for name, _ in seen) == "ab" + "aabb" * 2
+    assert [number for _, number in seen] == list(range(10))
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 4, "b": 4}
+
+
+def test_input_sets_are_larger_than_a_cache() -> None:
+    assert timing.num_sets(2**20) == 16
+    assert timing.num_sets(2**27) * 2**27 >= 256 * 2**20
+    assert timing.num_sets(2**33) == 2
+
+
+def test_ceilings_are_rates() -> None:
+    found = timing.ceilings(CPU, torch.float32)
+    assert found["copy_bytes_per_second"] > 1e6
+    assert found["gemm_flops_per_second"] > 1e6
+
+
+@pytest.mark.parametrize("tokens", [64, 100, 4096, 16384])
+def test_lengths_fill_a_pack(tokens) -> None:
+    lengths = draw_lengths(tokens)
+    assert sum(lengths) == tokens
+    assert all(64 <= n <= 2048 for n in lengths) or len(lengths) == 1
+    assert draw_lengths(tokens, shortest=tokens, longest=tokens) == [tokens]
+
+
+def test_the_lengths_are_those_of_the_records() -> None:
+    assert draw_lengths(16384)[:8] == [582, 163, 74, 68, 1072, 1514, 524, 802]
+
+
+def test_packs_hold_the_same_documents_in_another_order() -> None:
+    packs = Packs((5, 9, 70), 96)
+    first, second = (packs.batch(number)["sequences"].cu_seqlens_cpu.diff().tolist() for number in (0, 3))
+    assert first[:3] == [5, 9, 70]
+    assert sorted(second[:3]) == [5, 9, 70]
+    only = packs.only(1)["labels"][0]
+    assert (only != -100).nonzero().flatten().tolist() == list(range(6, 14))
+    assert packs.alone(1)["input_ids"].tolist() == packs.batch(0)["input_ids"][:, 5:14].tolist()
+
+
+def seen(error: float, whole: float = 0.0) -> Seen:
+    tokens, gradient = torch.ones(100), torch.ones(10)
+    return Seen({2: tokens + error}, {2: 1.0 + error}, {2: {"a": gradient + error}}, {"a": gradient + whole})
+
+
+@pytest.mark.parametrize(("error", "ok"), [(1.9e-2, True), (2.1e-2, False), (math.nan, False)])
+def test_ours_may_be_twice_as_far_from_the_truth_as_stock(error, ok) -> None:
+    found = checks.against_truth("x", seen(error), seen(1e-2), seen(0.0))
+    assert [check.ok for check in found] == [ok] * 3
+    assert all(check.to_dict()["limit"] == pytest.approx(2e-2, rel=1e-3) for check in found)
+
+
+@pytest.mark.parametrize(("apart", "ok"), [(2.9e-2, True), (3.1e-2, False), (math.nan, False)])
+def test_the_whole_pack_is_near_stock(apart, ok) -> None:
+    assert checks.against_stock("x", seen(0.0, apart), seen(1e-2), seen(0.0)).ok is ok
+
+
+def test_a_stock_path_that_is_no_rounding_away_is_red() -> None:
+    assert all(check.ok for check in checks.stock_checks("x", seen(0.1), seen(0.0)))
+    assert not any(check.ok for check in checks.stock_checks("x", seen(0.3), seen(0.0)))
+
+
+def test_gradients_of_other_names_are_infinitely_far() -> None:
+    assert checks.relative({"a": torch.ones(1)}, {"b": torch.ones(1)}) == math.inf
+
+
+def test_sampled_documents_are_spread() -> None:
+    assert checks.sample_documents([100, 2000, 64, 500, 90]) == [1, 2, 4]
+    assert checks.sample_documents([5000]) == [0]
+
+
+def test_a_failure_says_what_kind_it_is() -> None:
+    assert outcome_of(torch.OutOfMemoryError("no\nroom")) == ("out_of_memory", "no")
+    assert outcome_of(ImportError("fla")) == ("unavailable", "ImportError: fla")
+    assert outcome_of(RuntimeError("a\n b")) == ("failed", "RuntimeError: a b")
+
+
+def test_a_spec_survives_its_file() -> None:
+    spec = Spec("tiny", None, (3, 4), (Setting("deltatune", 0.5, "all", "auto"),), known="x", profile=True)
+    assert Spec.of_json(spec.to_json()) == spec
+
+
+def test_settings_are_named_as_in_records() -> None:
+    assert Setting("deltatune", "none", "qkvo", "auto").name == "deltatune none qkvo auto"
+    assert Setting("stock as shipped", "layer").name == "stock as shipped layer qkvo"
+
+
+def test_every_model_has_a_config() -> None:
+    for shape in SHAPES.values():
+        assert shape.config(4).num_hidden_layers == 4
+    with pytest.raises(ValueError, match="at least 4 layers"):
+        SHAPES["qwen3.5-2b"].config(3)
+
+
+def test_adapters_have_the_same_values_in_every_system() -> None:
+    values = []
+    for lora in ("stock", "auto"):
+        model = build_model(SHAPES["tiny"], CPU, dtype=torch.float32)
+        system = System(Setting("deltatune", "none", "qkvo", lora), model, backend="none")
+        values.append(dict(adapters(system.model)))
+    assert values[0].keys() == values[1].keys()
+    assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
+
+
+def test_a_step_leaves_adapters_as_they_are() -> None:
+    system = System(Setting("deltatune", "none", "qkvo", "auto"), build_model(SHAPES["tiny"], CPU), backend="none")
+    before = {name: p.detach().clone() for name, p in adapters(system.model)}
+    system.step(Packs((5, 20), 96).batch(0))
+    assert system.first_step_seconds > 0
+    assert all(torch.equal(p, before[name]) for name, p in adapters(system.model))
+
+
+def test_documents_that_leak_are_found(tmp_path) -> None:
+    """The checks are no formality: stock as shipped does not pass them."""
+    packs, found = Packs((70, 5, 90), 96), {}
+    for name in ("reference", "stock", "stock as shipped"):
+        model = build_model(SHAPES["tiny"], CPU, dtype=torch.float32)
+        scope = vars(__import__(type(model).__module__, fromlist=["x"]))
+        before = dict(scope)
+        found[name] = checks.observe(System(Setting(name), model), packs)
+        scope.update(before)
+    assert all(check.ok for check in checks.against_truth("x", found["stock"], found["stock"], found["reference"]))
+    leaks = checks.against_truth("x", found["stock as shipped"], found["stock"], found["reference"])
+    assert not any(check.ok for check in leaks)
+
+
+def only_record(folder) -> dict:
+    paths = list(folder.iterdir())
+    assert len(paths) == 1, paths
+    return json.loads(paths[0].read_text(encoding="utf-8"))
+
+
+def small(*more: str, output) -> list[str]:
+    fixed = ["--model", "tiny", "--device", "cpu", "--tokens", "192", "--dtype", "float32", "--backend", "none"]
+    return [*fixed, "--warmup", "1", "--steps", "2", "--output", str(output), *more]
+
+
+def test_training_steps_make_a_record(tmp_path, capsys) -> None:
+    options = ["--baselines", "stock", "stock liger", "--checkpointing", "layer", "0.5"]
+    # Liger is missing or has nothing to run on, and a share needs compile: both say so, and the rest is timed
+    assert train.main(small(*options, output=tmp_path)) == 1
+    record = only_record(tmp_path)
+    results = {r["name"]: r for r in record["configs"][0]["results"]}
+    assert list(results) == [
+        "stock layer qkvo", "stock liger layer qkvo", "deltatune layer qkvo auto", "deltatune 0.5 qkvo auto"
+    ]  # fmt: skip
+    ours = results["deltatune layer qkvo auto"]
+    assert ours["status"] == results["stock layer qkvo"]["status"] == "ok"
+    assert len(ours["samples_ms"]) == 2
+    assert results["deltatune 0.5 qkvo auto"]["status"] == "unavailable"
+    config = record["configs"][0]
+    assert all(check["ok"] for check in config["checks"])
+    assert {"verify", "adapter gradients against float32"} <= {check["name"] for check in config["checks"]}
+    assert config["roofline"]["qkvo"]["total_ms"] > 0
+    assert str(tmp_path) not in json.dumps(record)
+    assert "deltatune layer qkvo auto" in capsys.readouterr().out
+
+
+def test_when_time_is_up_what_was_measured_is_kept(tmp_path) -> None:
+    assert train.main(small("--no-checks", "--limit-s", "0", output=tmp_path)) == 1
+    results = only_record(tmp_path)["configs"][0]["results"]
+    assert {(r["status"], r["reason"]) for r in results} == {("not run", "time was up")}
+
+
+def test_two_trees_take_turns(tmp_path, capsys) -> None:
+    src = str(compare.Path(compare.__file__).parents[1] / "src")
+    options = ["--before", src, "--after", src, "--no-checks", "--checkpointing", "none"]
+    assert compare.main(small(*options, output=tmp_path)) == 0
+    config = only_record(tmp_path)["configs"][0]
+    assert [r["label"] for r in config["results"]] == ["before", "after"]
+    assert [len(r["samples_ms"]) for r in config["results"]] == [4, 4]
+    (ratio,) = config["ratios"]
+    medians = [r["median_ms"] for r in config["results"]]
+    assert ratio["ratio"] == pytest.approx(medians[1] / medians[0])
+    assert len(ratio["by_round"]) == 2
+    assert config["sources"]["before"] == config["sources"]["after"]
+    assert "after / before" in capsys.readouterr().out
+
+
+def test_a_folder_without_deltatune_is_refused(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--before", str(tmp_path)])
+    assert "expected a folder that holds deltatune/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "named"), [(["--model", "qwen9"], "qwen9"), (["--model", "tiny:3"], "at least 4")])
+def test_what_cannot_be_measured_ends_at_once(more, named, tmp_path) -> None:
+    with pytest.raises(SystemExit, match=named):
+        train.main([*more, "--output", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+RUN = op_cases.Run(CPU)
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "causal_conv", "linear_cross_entropy"])
+def test_an_op_makes_a_record(op, tmp_path) -> None:
+    options = ["--op", op, "--shape", "tiny", "--tokens", "130", "--seconds", "0.01", "--device", "cpu"]
+    assert ops.main([*options, "--output", str(tmp_path)]) == 0
+    record = only_record(tmp_path)
+    config = record["configs"][0]
+    assert config["auto"] == "reference"
+    timed = [r for r in config["results"] if r.get("median_ms")]
+    assert {"reference"} <= {r["impl"] for r in timed}
+    assert all(r["bound_ms"] > 0 and r["of_bound"] > 0 for r in timed)
+    assert next(r for r in config["results"] if r["by"] == "library")["status"] == "unavailable"
+
+
+def test_a_wrong_answer_of_ours_is_not_timed(monkeypatch) -> None:
+    case = op_cases.causal_conv(SHAPES["tiny"], 130, RUN)
+    right = case.variants["reference"].build()
+    wrong = {"wrong": op_cases.Variant("deltatune", lambda: lambda t: 1.05 * right(t))}
+    case = op_cases.Case(**{**vars(case), "variants": {"reference": case.variants["reference"], **wrong}})
+    results = ops.measure_case(case, RUN, seconds=0.01)["results"]
+    assert {r["status"] for r in results if r["impl"] == "wrong"} == {"red check"}
+    assert not any("median_ms" in r for r in results if r["impl"] == "wrong")
+
+
+def test_the_delta_rule_may_round_its_operands() -> None:
+    """Matrix units take 16 bits: the budget is that of products with rounded operands, through the opaque op."""
+    case = op_cases.gated_delta_rule(SHAPES["tiny"], 130, RUN)
+    found = ops.measure_case(case, RUN, seconds=0.01)
+    assert found["error_budget"]["dg"] > 100 * found["errors"]["reference"]["dg"]

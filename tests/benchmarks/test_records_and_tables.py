@@ -1,0 +1,210 @@
+"""The committed records stay readable, and the tables and targets made of them say what they hold."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import figures, roofline, tables, targets
+from benchmarks.records import RECORDS, Record, head, load_records, source_of, write_record
+from benchmarks.shapes import SHAPES
+
+COMMITTED = load_records()
+PREDICTED = {"deltatune_auto_qkvo_auto": {"predicted_bytes": 1}}
+FRONTIER = RECORDS / "frontier-qwen3.5-2b-h200-2026-11-21-2.json"
+
+
+def frontier(**changes) -> Record:
+    """The frontier of 2B with other values of its results, by name."""
+    data = json.loads(FRONTIER.read_text(encoding="utf-8"))
+    for result in data["configs"][0]["results"]:
+        result.update(changes.get(result["name"].replace(" ", "_").replace(".", "_"), {}))
+    return Record(Path("made-up-2026-11-22.json"), data)
+
+
+def outcome(name: str, *records: Record) -> targets.Outcome:
+    return next(o for o in targets.evaluate(records) if o.target.name == name)
+
+
+def test_every_committed_record_is_read_and_printed(capsys) -> None:
+    assert len(COMMITTED) == len(list(RECORDS.glob("*.json"))) >= 44
+    assert tables.main([str(record.path) for record in COMMITTED]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("commit ") == len(COMMITTED)
+    assert sum(len(list(config["results"])) for record in COMMITTED for config in record.configs) < printed.count("\n")
+
+
+def test_records_are_sorted_by_age() -> None:
+    ages = [record.age for record in COMMITTED]
+    assert ages == sorted(ages, reverse=True)
+    assert Record(Path("train-x-h200-2026-11-21-10.json"), {"date": "2026-11-21"}).age == ("2026-11-21", 10)
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path) -> None:
+    (tmp_path / "a.json").write_text('{"kind": "train"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is no benchmark record: it lacks configs, date, device"):
+        load_records(tmp_path)
+    (tmp_path / "a.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is no JSON"):
+        load_records(tmp_path)
+
+
+def test_a_record_is_never_written_over(tmp_path) -> None:
+    record = head("train", "tiny", "how", device="NVIDIA H200", source={"commit": "a"}) | {"configs": []}
+    paths = [write_record(record, tmp_path) for _ in range(2)]
+    assert paths[1].name == paths[0].name.replace(".json", "-2.json")
+    assert paths[0].name == f"train-tiny-h200-{record['date']}.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_record({**record, "nan": math.nan}, tmp_path)
+
+
+def test_a_source_is_known_by_its_files(tmp_path) -> None:
+    (tmp_path / "a.py").write_text("1", encoding="utf-8")
+    before = source_of(tmp_path, "abc")
+    assert before["commit"] == "abc"
+    (tmp_path / "a.py").write_text("2", encoding="utf-8")
+    assert source_of(tmp_path, "abc")["source_sha256"] != before["source_sha256"]
+
+
+def test_speed_takes_the_newest_record_beside_stock() -> None:
+    rows = tables.speed(COMMITTED)
+    assert "| qwen3.5-2b | stock, made leak-free | every layer | 543 | 30,163 | 7.4 | 1.00x |" in rows
+    assert "| qwen3.5-2b | **deltatune** | nothing | 233 | 70,441 | 25.0 | 2.34x |" in rows
+    newer = frontier(deltatune_none_qkvo_auto={"median_ms": 200.0, "tokens_per_second": 81920.0})
+    assert "| qwen3.5-2b | **deltatune** | nothing | 200 | 81,920 | 25.0 | 2.72x |" in tables.speed([newer, *COMMITTED])
+
+
+def test_a_red_check_leaves_no_row() -> None:
+    red = frontier(deltatune_none_qkvo_auto={"status": "red check"})
+    assert not any("| nothing |" in row and "2b" in row for row in tables.speed([red, *COMMITTED]))
+
+
+def test_an_interrupted_record_shows_nothing() -> None:
+    record = frontier()
+    cut = Record(record.path, {**record.data, "interrupted": True})
+    assert list(figures.steps_of([cut])) == []
+
+
+def test_tables_stand_between_their_marks() -> None:
+    page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n"
+    made = tables.with_table(page, "new", "x")
+    assert made == "a\n<!-- x: begin -->\n\nnew\n\n<!-- x: end -->\nb\n"
+    assert tables.with_table(made, "new", "x") == made
+    with pytest.raises(ValueError, match="needs the marks"):
+        tables.with_table("no marks", "new", "x")
+
+
+def test_a_comparison_is_shown() -> None:
+    data = copy.deepcopy(dict(frontier().data)) | {"kind": "compare"}
+    name = "deltatune none qkvo auto"
+    data["configs"][0]["ratios"] = [{"name": name, "ratio": 0.9876, "by_round": [0.98, 0.99], "peak_bytes_more": 0}]
+    lines = tables.changes([Record(Path("compare-2026-11-22.json"), data)])
+    assert f"| qwen3.5-2b | 24 | NVIDIA H200 | {name} | 0.988 | 0.980, 0.990 |" in lines
+
+
+def test_targets_of_the_committed_records() -> None:
+    outcomes = targets.evaluate(COMMITTED)
+    assert all(o.verdict != "no record" for o in outcomes)
+    ratio = outcome("qwen3.5-2b: against the same, memory free", *COMMITTED)
+    assert ratio.figure[0] == pytest.approx(543.1816 / 232.5928, rel=1e-5)
+    assert ratio.record.path == FRONTIER
+    missed = [o.target.name for o in outcomes if o.verdict == "missed"]
+    assert missed == [f"{model}: LoRA on all linears against q/k/v/o, same checkpointing" for model in tables.MODELS]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "verdict"),
+    [
+        ("against the same, memory free", {"deltatune_none_qkvo_auto": {"median_ms": 500.0}}, "missed"),
+        ("host syncs in a step", {"deltatune_layer_qkvo_auto": {"host_syncs": 1}}, "missed"),
+        ("graph breaks and recompiles", {"deltatune_layer_qkvo_auto": {"recompiles": 1}}, "missed"),
+        ("graphs of a layer type", {"deltatune_layer_qkvo_auto": {"graphs": {"a": 2}}}, "missed"),
+        ("points of the memory frontier", {"deltatune_0_2_qkvo_auto": {"status": "out_of_memory"}}, "missed"),
+        ("checkpointing auto, error of the predicted peak", PREDICTED, "missed"),
+        ("of the roofline", {}, "met"),
+        ("against leak-free stock with layer checkpointing, no more memory", {}, "met"),
+    ],
+)  # fmt: skip
+def test_a_target_reads_its_figure(name, changes, verdict) -> None:
+    changes = {"deltatune_auto_qkvo_auto": {"median_ms": 500.0}, **changes} if "memory free" in name else changes
+    slow = {key: {"median_ms": 500.0} for key in ("deltatune_0_8_qkvo_auto", "deltatune_0_6_qkvo_auto")}
+    slow |= {key: {"median_ms": 500.0} for key in ("deltatune_0_4_qkvo_auto", "deltatune_0_2_qkvo_auto")}
+    slow |= {"deltatune_layer_qkvo_auto": {"median_ms": 500.0}}
+    changes = {**slow, **changes} if "memory free" in name else changes
+    assert outcome(f"qwen3.5-2b: {name}", frontier(**changes)).verdict == verdict
+
+
+def test_more_memory_than_stock_is_missed() -> None:
+    name = "qwen3.5-2b: against leak-free stock with layer checkpointing, no more memory"
+    found = outcome(name, frontier(stock_layer_qkvo={"peak_bytes": 1}))
+    assert found.figure[0] == 0.0
+    assert found.verdict == "missed"
+
+
+def test_targets_exit_with_one_while_one_is_missed(capsys, tmp_path) -> None:
+    assert targets.main([]) == 1
+    assert "2 missed, 0 no record" in capsys.readouterr().out
+    assert targets.main(["--records", str(tmp_path)]) == 1
+    assert "0 met, 0 missed" in capsys.readouterr().out
+
+
+def step(**changes) -> roofline.Step:
+    return replace(roofline.Step(SHAPES["qwen3.5-2b"].values, 24, (16384,)), **changes)
+
+
+def parts(step: roofline.Step, **rates: float) -> dict[str, roofline.Part]:
+    rates = {"flops_per_second": 1e15, "bytes_per_second": 1e18, **rates}
+    return {part.name: part for part in roofline.roofline(step, **rates)}
+
+
+def test_the_head_is_booked_with_the_loss() -> None:
+    # logits, and the gradient of the hidden states
+    assert parts(step())["head and loss"].flops == 2 * 2 * 16384 * 2048 * 248320
+
+
+def test_a_part_takes_the_longer_of_operations_and_bytes() -> None:
+    fast, slow = parts(step())["base products"], parts(step(), bytes_per_second=1e9)["base products"]
+    assert fast.ms == pytest.approx(1e3 * fast.flops / 1e15)
+    assert slow.ms == pytest.approx(1e3 * slow.num_bytes / 1e9)
+
+
+def test_nothing_in_front_of_the_first_adapter_has_a_backward() -> None:
+    T, E = 16384, 2048
+    # three layers of the delta rule: input of every projection but the first layer's own, and the head's part aside
+    layer = 2 * T * (E * (6144 + 2048 + 16 + 16) + 2048 * E + 3 * E * 6144)
+    more = parts(step(targets="all"))["base products"].flops - parts(step())["base products"].flops
+    attention_inputs = 2 * T * E * (2 * 2048 + 2 * 512)
+    own_inputs = 2 * T * E * (6144 + 2048 + 16 + 16)
+    assert more == 3 * layer - own_inputs + attention_inputs
+
+
+def test_no_measured_step_beats_its_roofline() -> None:
+    shares = []
+    for steps in figures.steps_of(COMMITTED):
+        for result in steps.find("deltatune", targets=None):
+            found = figures.roofline_of(steps, result["targets"])
+            shares.append(sum(part.ms for part in found) / result["median_ms"])
+    assert len(shares) > 80
+    assert max(shares) < 0.85
+
+
+def test_experts_have_no_roofline() -> None:
+    values = SHAPES["qwen3.5-35b-a3b"].values
+    assert roofline.roofline(step(values=values), flops_per_second=1.0, bytes_per_second=1.0) is None
+
+
+def test_the_modules_run_as_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.targets"],
+        cwd=RECORDS.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "2 missed" in done.stdout
