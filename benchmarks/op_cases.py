@@ -282,7 +282,7 @@ def gated_rms_norm(shape: Shape, tokens: int, run: Run) -> Case:
         return lambda t: torch.func.functional_call(norm, {"weight": t["weight"]}, (t["x"], t["gate"]))
 
     def fla() -> Function:
-        norm = _imported("fla.modules.fused_norm_gate", "rms_norm_gated")
+        norm = _imported("fla.modules.norm.fused_norm_gate", "rms_norm_gated")
         return lambda t: norm(t["x"], t["gate"], t["weight"], None, activation="swish", eps=_EPS)
 
     stream = tokens * G * V * run.dtype.itemsize
