@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from deltatune.ops import _nvidia, choose_gated_delta_rule, gated_delta_rule
-from deltatune.ops._gated_delta_rule import documents, fla, flash_qla, installed, library, op, providers, reference
+from deltatune.ops._gated_delta_rule import documents, fla, flash_qla, installed, library, providers, reference
 from deltatune.packing.sequences import Sequences
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -254,7 +254,7 @@ class FakeNorm:
 def fake(monkeypatch):
     """The op with ``impl="fla"`` runs the fake library."""
     found = FakeLibrary()
-    monkeypatch.setitem(op._LIBRARIES, "fla", found)
+    monkeypatch.setattr(providers.GatedDeltaRuleSpec, "load", lambda impl: found)
     monkeypatch.setitem(sys.modules, "deltatune.ops._gated_delta_rule.l2_norm", FakeNorm)
     monkeypatch.setattr(providers, "_library_refusal", lambda name, device, dtype: None)
     monkeypatch.setattr(fla, "dim_refusal", lambda *dims: None)

@@ -106,7 +106,7 @@ def causal_conv(
     if choice.impl == "reference":
         return reference.parts(x, weight, bias, activation, positions, sizes, heads)
     fused = heads if _can_fuse(heads) else [0] * len(heads)
-    parts = op.causal_conv(x, weight, bias, positions, sizes, fused, activation == "silu")
+    parts = tuple(op.causal_conv(x, weight, bias, positions, sizes, fused, activation == "silu"))
     if split is None:
         return parts[0]
     if fused == heads:

@@ -1,4 +1,4 @@
-"""``deltatune::causal_conv``: the schema of the Triton kernel, its gradient and its cost, opaque to the compiler.
+"""``deltatune::causal_conv``: the Triton kernels as an op.
 
 Opaque, because the compiler's own kernel reads x once for every tap, and cannot write the parts where they are wanted.
 """
@@ -10,85 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from deltatune.ops._autocast import without_autocast
+from deltatune.ops._opaque import opaque
 
 __all__ = ["causal_conv"]
-
-_OPTIONS = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, SymInt[] split, SymInt[] l2norm, bool silu"
-
-torch.library.define("deltatune::causal_conv", f"({_OPTIONS}) -> Tensor[]")
-# dweight and dbias are empty where they are not wanted: a frozen convolution computes neither
-torch.library.define(
-    "deltatune::causal_conv_backward",
-    f"(Tensor?[] grads, {_OPTIONS}, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)",
-)
-
-
-def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    split: Sequence[int],
-    l2norm: Sequence[int],
-    silu: bool,
-) -> tuple[Tensor, ...]:
-    """The parts ``[B, T, split[i]]``; inputs are validated by ``api``."""
-    return tuple(torch.ops.deltatune.causal_conv(x, weight, bias, positions, split, l2norm, silu))
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    split: Sequence[int],
-    l2norm: Sequence[int],
-    silu: bool,
-) -> list[Tensor]:
-    from deltatune.ops._causal_conv import launch  # Triton, where it runs
-
-    return launch.forward(x, weight, bias, positions, split, l2norm, silu)
-
-
-def _backward(
-    grads: Sequence[Tensor | None],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    split: Sequence[int],
-    l2norm: Sequence[int],
-    silu: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from deltatune.ops._causal_conv import launch
-
-    wanted = {"weight_grad": weight_grad, "bias_grad": bias_grad}
-    with without_autocast(x):
-        dx, dweight, dbias = launch.backward(grads, x, weight, bias, positions, split, l2norm, silu, **wanted)
-    return (
-        dx,
-        weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
-        (weight if bias is None else bias).new_empty(0) if dbias is None else dbias,
-    )
-
-
-def _forward_fake(
-    x: Tensor,
-    _weight: Tensor,
-    _bias: Tensor | None,
-    _positions: Tensor,
-    split: Sequence[int],
-    _l2norm: Sequence[int],
-    _silu: bool,
-) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], size) for size in split]
 
 
 def _backward_fake(
@@ -110,44 +36,6 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    del output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _differentiate(ctx: Any, grads: Sequence[Tensor | None] | None) -> tuple[Tensor | None, ...]:
-    if grads is None or all(grad is None for grad in grads):
-        return (None,) * 7
-    needs = ctx.needs_input_grad
-    found = torch.ops.deltatune.causal_conv_backward(grads, *ctx.saved_tensors, *ctx.options, needs[1], needs[2])
-    wanted = (x if needed else None for x, needed in zip(found, needs, strict=False))
-    return (*wanted, None, None, None, None)
-
-
-def _refuse_double_backward(_ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "causal_conv has no second derivative on Triton; call backward() without create_graph=True, or use "
-        "impl='reference'"
-    )
-
-
-torch.library.impl("deltatune::causal_conv", "CompositeExplicitAutograd", _forward)
-torch.library.impl("deltatune::causal_conv_backward", "CompositeExplicitAutograd", _backward)
-torch.library.register_fake("deltatune::causal_conv", _forward_fake)
-torch.library.register_fake("deltatune::causal_conv_backward", _backward_fake)
-torch.library.register_autograd("deltatune::causal_conv", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("deltatune::causal_conv_backward", _refuse_double_backward)
-
-
-@register_flop_formula(torch.ops.deltatune.causal_conv)
-def _forward_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
-    """A multiply-add for every tap of every output."""
-    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * weight_shape[1]
-
-
-@register_flop_formula(torch.ops.deltatune.causal_conv_backward)
 def _backward_flops(
     _grad_shapes: Sequence[Sequence[int] | None],
     x_shape: Sequence[int],
@@ -162,4 +50,78 @@ def _backward_flops(
     **__: object,
 ) -> int:
     """The sum again, the gradient of x, and that of the weight where it is wanted."""
-    return _forward_flops(x_shape, weight_shape) * (2 + weight_grad)
+    return _flops(x_shape, weight_shape) * (2 + weight_grad)
+
+
+@opaque(fake=_backward_fake, flops=_backward_flops, gradient_of="causal_conv", remedy="use impl='reference'")
+def causal_conv_backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    split: Sequence[int],
+    l2norm: Sequence[int],
+    silu: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias, these two empty where they are not wanted: a frozen convolution computes neither."""
+    from deltatune.ops._causal_conv import launch  # Triton, where it runs
+
+    wanted = {"weight_grad": weight_grad, "bias_grad": bias_grad}
+    dx, dweight, dbias = launch.backward(grads, x, weight, bias, positions, split, l2norm, silu, **wanted)
+    return (
+        dx,
+        weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
+        (weight if bias is None else bias).new_empty(0) if dbias is None else dbias,
+    )
+
+
+def _fake(
+    x: Tensor,
+    _weight: Tensor,
+    _bias: Tensor | None,
+    _positions: Tensor,
+    split: Sequence[int],
+    _l2norm: Sequence[int],
+    _silu: bool,
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], size) for size in split]
+
+
+def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
+    """A multiply-add for every tap of every output."""
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * weight_shape[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    del output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None] | None) -> tuple[Tensor | None, ...]:
+    if grads is None or all(grad is None for grad in grads):
+        return (None,) * 7
+    needs = ctx.needs_input_grad
+    found = causal_conv_backward(grads, *ctx.saved_tensors, *ctx.options, needs[1], needs[2])
+    wanted = (x if needed else None for x, needed in zip(found, needs, strict=False))
+    return (*wanted, None, None, None, None)
+
+
+@opaque(fake=_fake, flops=_flops, setup_context=_setup_context, backward=_differentiate)
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    split: Sequence[int],
+    l2norm: Sequence[int],
+    silu: bool,
+) -> list[Tensor]:
+    """The parts ``[B, T, split[i]]``; inputs are validated by ``api``."""
+    from deltatune.ops._causal_conv import launch  # Triton, where it runs
+
+    return launch.forward(x, weight, bias, positions, split, l2norm, silu)

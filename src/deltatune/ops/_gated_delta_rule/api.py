@@ -74,7 +74,7 @@ def gated_delta_rule(
         q.shape[-1] ** -0.5 if scale is None else scale,
         qk_l2norm,
         choice.impl,
-    )
+    )[0]
 
 
 def choose_gated_delta_rule(

@@ -11,99 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from deltatune.ops._autocast import without_autocast
-from deltatune.ops._gated_delta_rule import fla, flash_qla, library, reference
+from deltatune.ops._gated_delta_rule import library, reference
 from deltatune.ops._gated_delta_rule.chunks import CHUNK_SIZES
 from deltatune.ops._gated_delta_rule.documents import Documents, documents_of, rows_as_documents
 from deltatune.ops._gated_delta_rule.library import Results, results_like
+from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
+from deltatune.ops._opaque import opaque
 
 __all__ = ["gated_delta_rule"]
 
-_LIBRARIES = {"fla": fla, "flash_qla": flash_qla}
-
-_OPTIONS = "Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, float scale, bool qk_l2norm, str impl"
-_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-
 # Forward returns what its implementation keeps for backward besides o (see ``library.Results``; the reference keeps
 # nothing), and backward takes that after q, k, v, g and beta, with q and k normalised where forward normalised them.
-torch.library.define(
-    "deltatune::gated_delta_rule",
-    f"(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})",
-)
-torch.library.define(
-    "deltatune::gated_delta_rule_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
-    f"Tensor q_rstd, Tensor k_rstd, Tensor decay, Tensor solved, {_OPTIONS}) -> ({_GRADS})",
-)
-
-
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    impl: str,
-) -> Tensor:
-    """Calls the op; inputs are validated and ``impl`` is chosen by ``api``."""
-    o: Tensor = torch.ops.deltatune.gated_delta_rule(
-        q, k, v, g, beta, cu_seqlens, cu_seqlens_cpu, scale, qk_l2norm, impl
-    )[0]
-    return o
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    _cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    impl: str,
-) -> Results:
-    _check_total(v, cu_seqlens_cpu)
-    inputs = (q, k, v, g, beta)
-    with without_autocast(v):
-        if impl in _LIBRARIES:
-            documents = _documents(v, cu_seqlens_cpu)
-            return library.forward(_LIBRARIES[impl], *inputs, documents, scale=scale, qk_l2norm=qk_l2norm)
-        o = reference.forward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
-    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=False)._replace(o=o)
-
-
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    q_rstd: Tensor,
-    k_rstd: Tensor,
-    decay: Tensor,
-    solved: Tensor,
-    _cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_total(v, cu_seqlens_cpu)
-    inputs = (grad, q, k, v, g, beta)
-    with without_autocast(v):
-        if impl in _LIBRARIES:
-            kept = (q_rstd, k_rstd, decay, solved, _documents(v, cu_seqlens_cpu))
-            return library.backward(_LIBRARIES[impl], *inputs, *kept, scale=scale, qk_l2norm=qk_l2norm)
-        return reference.backward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
 
 
 def _check_total(v: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
@@ -128,62 +47,8 @@ def _documents(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Documents:
     return documents_of(cu_seqlens_cpu, v.device)
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    _g: Tensor,
-    _beta: Tensor,
-    _cu_seqlens: Tensor | None,
-    _cu_seqlens_cpu: Tensor | None,
-    _scale: float,
-    qk_l2norm: bool,
-    impl: str,
-) -> Results:
-    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=impl in _LIBRARIES)
-
-
-def _backward_fake(
-    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *_: object
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    results = Results(*output)
-    ctx.mark_non_differentiable(*results[1:])
-    ctx.set_materialize_grads(False)
-    *_, qk_l2norm, impl = inputs
-    q, k = results[1:3] if qk_l2norm and impl in _LIBRARIES else inputs[:2]
-    ctx.save_for_backward(q, k, *inputs[2:5], *results[3:], *inputs[5:7])
-    ctx.options = inputs[7:]
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 10
-    grads = torch.ops.deltatune.gated_delta_rule_backward(grad, *ctx.saved_tensors, *ctx.options)
-    wanted = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
-    return (*wanted, None, None, None, None, None)
-
-
-def _refuse_double_backward(_ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "gated_delta_rule has no second derivative; call backward() without create_graph=True, or detach its input"
-    )
-
-
-torch.library.impl("deltatune::gated_delta_rule", "CompositeExplicitAutograd", _forward)
-torch.library.impl("deltatune::gated_delta_rule_backward", "CompositeExplicitAutograd", _backward)
-torch.library.register_fake("deltatune::gated_delta_rule", _forward_fake)
-torch.library.register_fake("deltatune::gated_delta_rule_backward", _backward_fake)
-torch.library.register_autograd("deltatune::gated_delta_rule", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("deltatune::gated_delta_rule_backward", _refuse_double_backward)
-
-
 # Multiply-adds per token and value head, in matrix products alone. C is the chunk, and a triangular solve of C rows
 # counts as the half product it is. Reading documents would need data, so every chunk counts as full.
-@register_flop_formula(torch.ops.deltatune.gated_delta_rule)
 def _forward_flops(
     q_shape: Sequence[int], _k_shape: Sequence[int], v_shape: Sequence[int], *_: object, **__: object
 ) -> int:
@@ -193,7 +58,6 @@ def _forward_flops(
     return 2 * batch * tokens * heads * (intra + 3 * key_dim * value_dim)
 
 
-@register_flop_formula(torch.ops.deltatune.gated_delta_rule_backward)
 def _backward_flops(
     _grad_shape: Sequence[int],
     q_shape: Sequence[int],
@@ -207,3 +71,90 @@ def _backward_flops(
     again = 2 * chunk * key_dim + chunk * (key_dim + value_dim) // 2 + 2 * key_dim * value_dim
     intra = 3 * chunk * key_dim + 3 * chunk * value_dim + chunk * value_dim // 2
     return 2 * batch * tokens * heads * (again + intra + 8 * key_dim * value_dim)
+
+
+def _backward_fake(
+    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *_: object
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta))
+
+
+@opaque(fake=_backward_fake, flops=_backward_flops, gradient_of="gated_delta_rule")
+def gated_delta_rule_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    q_rstd: Tensor,
+    k_rstd: Tensor,
+    decay: Tensor,
+    solved: Tensor,
+    _cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    scale: float,
+    qk_l2norm: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_total(v, cu_seqlens_cpu)
+    inputs = (grad, q, k, v, g, beta)
+    if impl != "reference":
+        kept = (q_rstd, k_rstd, decay, solved, _documents(v, cu_seqlens_cpu))
+        return library.backward(GatedDeltaRuleSpec.load(impl), *inputs, *kept, scale=scale, qk_l2norm=qk_l2norm)
+    return reference.backward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _g: Tensor,
+    _beta: Tensor,
+    _cu_seqlens: Tensor | None,
+    _cu_seqlens_cpu: Tensor | None,
+    _scale: float,
+    qk_l2norm: bool,
+    impl: str,
+) -> Results:
+    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=impl != "reference")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    results = Results(*output)
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.set_materialize_grads(False)
+    *_, qk_l2norm, impl = inputs
+    q, k = results[1:3] if qk_l2norm and impl != "reference" else inputs[:2]
+    ctx.save_for_backward(q, k, *inputs[2:5], *results[3:], *inputs[5:7])
+    ctx.options = inputs[7:]
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    grads = gated_delta_rule_backward(grad, *ctx.saved_tensors, *ctx.options)
+    wanted = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return (*wanted, None, None, None, None, None)
+
+
+@opaque(fake=_forward_fake, flops=_forward_flops, setup_context=_setup_context, backward=_differentiate)
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    _cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    scale: float,
+    qk_l2norm: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_total(v, cu_seqlens_cpu)
+    inputs = (q, k, v, g, beta)
+    if impl != "reference":
+        documents = _documents(v, cu_seqlens_cpu)
+        return library.forward(GatedDeltaRuleSpec.load(impl), *inputs, documents, scale=scale, qk_l2norm=qk_l2norm)
+    o = reference.forward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
+    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=False)._replace(o=o)

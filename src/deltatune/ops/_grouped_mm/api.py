@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._autocast import autocast
-from deltatune.ops._grouped_mm.op import multiply
+from deltatune.ops._grouped_mm import op as _op
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
@@ -33,8 +33,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto"
             where they are equal. The last one is R: every row belongs to a group (the reference checks that; on a GPU
             checking would wait for it).
         impl: ``"torch"``: ``torch.nn.functional.grouped_mm``, bf16 on NVIDIA GPUs, widths multiples of 8.
-            ``"reference"``: anywhere; a row's result and gradient do not depend on the other rows or on its place among
-            them by a single bit (on a GPU it waits for ``offsets``). ``"auto"``: the first that can run.
+            ``"reference"``: anywhere; on a CPU a row's result and gradient do not depend on the other rows or on its
+            place among them by a single bit, on a GPU it waits for ``offsets``. ``"auto"``: the first that can run.
 
     Returns:
         ``[R, N]`` in the dtype of ``x``, accumulated in fp32 (fp64 for fp64).
@@ -55,4 +55,4 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto"
         raise ValueError(f"{op}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
     if offsets.dtype != torch.int32:
         raise ValueError(f"{op}: offsets must be int32, got {offsets.dtype}")
-    return multiply(x, weight, offsets, choose(GroupedMmSpec(x.device, x.dtype, weight.shape), impl).impl)
+    return _op.grouped_mm(x, weight, offsets, choose(GroupedMmSpec(x.device, x.dtype, weight.shape), impl).impl)

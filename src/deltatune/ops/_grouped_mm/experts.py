@@ -39,8 +39,8 @@ def moe_experts(
         gate_up_proj: ``[X, 2 I, H]``, the gate's rows first.
         down_proj: ``[X, H, I]``.
         act: elementwise.
-        impl: of ``grouped_mm``. With ``"reference"`` a token's result and gradient do not depend on the other tokens,
-            or on where those are routed, by a single bit.
+        impl: of ``grouped_mm``. With ``"reference"`` on a CPU a token's result and gradient do not depend on the other
+            tokens, or on where those are routed, by a single bit.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden``.

@@ -1,8 +1,9 @@
-"""Grouped matrix products in plain torch, where no row's result depends on the rows around it.
+"""Grouped matrix products in plain torch; on a CPU no row's result depends on the rows around it by a single bit.
 
-The order of additions inside a matrix product may depend on how many rows there are, so that a token's result would
-change in its last bit when another document sends one more token to the same expert. Here every product has the same
-shape: 32 rows at a time, the last ones padded with zeros.
+A BLAS may add up a row's product in another order when there are more rows, when the row stands at another place among
+them, or when it begins at another place of a cache line. So on a CPU every product is of one row, whose operands begin
+at cache lines: the same call on the same numbers, whatever else is routed where. On a GPU, where a launch for each row
+would cost too much, every product has one shape: 32 rows at a time, the last ones padded with zeros.
 """
 
 # R rows, G groups, K input width, N output width
@@ -17,6 +18,7 @@ from deltatune.ops._numerics import accumulation_dtype
 __all__ = ["forward", "weight_gradient"]
 
 _BLOCK_ROWS = 32
+_LINE_BYTES = 64
 
 
 def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -27,11 +29,12 @@ def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             f"grouped_mm: offsets must end at the number of rows: expected {x.shape[0]}, got {ends[-1:]}; "
             "give every row a group"
         )
+    product = _product_by_rows if x.device.type == "cpu" else _product_in_blocks
     y = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
     for group, end in enumerate(ends):
         if end > start:
-            y[start:end] = _product_in_blocks(x[start:end], weight[group])
+            y[start:end] = product(x[start:end], weight[group])
         start = end
     return y
 
@@ -46,6 +49,22 @@ def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
             dweight[group] = dy[start:end].to(dtype).mT @ x[start:end].to(dtype)
         start = end
     return dweight
+
+
+def _product_by_rows(x: Tensor, matrix: Tensor) -> Tensor:
+    dtype = accumulation_dtype(x)
+    factor = matrix.to(dtype).contiguous()
+    rows = _at_cache_lines(x.shape[0], x.shape[1], dtype).copy_(x)
+    y = _at_cache_lines(x.shape[0], matrix.shape[0], dtype)
+    for row, out in zip(rows.unbind(), y.unbind(), strict=True):
+        torch.mv(factor, row, out=out)
+    return y
+
+
+def _at_cache_lines(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros ``[rows, width]``, each row of which begins where a cache line does, as every tensor of torch's does."""
+    step = _LINE_BYTES // dtype.itemsize
+    return torch.zeros(rows, -(-width // step) * step, dtype=dtype)[:, :width]
 
 
 def _product_in_blocks(x: Tensor, matrix: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from deltatune.ops._linear_cross_entropy import torch_chunked
 from deltatune.ops._linear_cross_entropy.op import summed_loss
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._linear_cross_entropy.reference import check_targets
+from deltatune.ops._opaque import first_order
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import check_floating, check_same_device
 
@@ -78,6 +79,7 @@ def linear_cross_entropy(
         loss = loss.float() if torch_chunked.rounds_loss(loss.dtype) else loss
     else:
         loss = summed_loss(rows, weight, targets, ignore_index, choice.impl)
+    loss = first_order("linear_cross_entropy", loss, rows, weight)
     return loss if reduction == "sum" else loss / (targets != ignore_index).sum()
 
 

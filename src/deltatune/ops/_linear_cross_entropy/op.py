@@ -1,4 +1,4 @@
-"""``deltatune::linear_cross_entropy``: schema, kernel, fake, autograd and FLOP formula.
+"""``deltatune::linear_cross_entropy``: the loss and its gradients in one call.
 
 Opaque, because the loop over chunks would otherwise be unrolled into the graph and fused across chunks.
 """
@@ -13,36 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from deltatune.ops._autocast import without_autocast
-from deltatune.ops._linear_cross_entropy import blocked, reference
+from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
+from deltatune.ops._numerics import accumulation_dtype
+from deltatune.ops._opaque import opaque
 
-__all__ = ["summed_loss"]
-
-torch.library.define(
-    "deltatune::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool hidden_grad, bool weight_grad, str impl) "
-    "-> (Tensor, Tensor, Tensor)",
-)
+__all__ = ["linear_cross_entropy", "summed_loss"]
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, impl: str) -> Tensor:
     """The loss of hidden ``[S, E]``, summed over the tokens that count; inputs are validated by ``api``."""
     recording = torch.is_grad_enabled()
     hidden_grad, weight_grad = recording and hidden.requires_grad, recording and weight.requires_grad
-    loss: Tensor = torch.ops.deltatune.linear_cross_entropy(
-        hidden, weight, labels, ignore_index, hidden_grad, weight_grad, impl
-    )[0]
-    return loss
-
-
-def _kernel(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute = blocked.loss_and_gradients if impl == "triton" else reference.loss_and_gradients
-    with without_autocast(hidden), torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
-        return compute(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
+    return linear_cross_entropy(hidden, weight, labels, ignore_index, hidden_grad, weight_grad, impl)[0]
 
 
 def _fake(
@@ -54,13 +37,28 @@ def _fake(
     weight_grad: bool,
     _impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     width = hidden.shape[1]
     return (
-        hidden.new_empty((), dtype=loss_dtype),
+        hidden.new_empty((), dtype=accumulation_dtype(hidden)),
         hidden.new_empty(hidden.shape[0] if hidden_grad else 0, width),
         weight.new_empty(weight.shape[0] if weight_grad else 0, width),
     )
+
+
+def _flops(
+    hidden_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    _labels_shape: Sequence[int],
+    _ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    impl: str,
+    *_: object,
+    **__: object,
+) -> int:
+    """One product for the logits, one for each gradient; in blocks, logits again for the weight's."""
+    products = 1 + hidden_grad + weight_grad * (2 if impl == "triton" else 1)
+    return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * products
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -94,23 +92,12 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     return gradient.mul_(dloss)
 
 
-torch.library.impl("deltatune::linear_cross_entropy", "CompositeExplicitAutograd", _kernel)
-torch.library.register_fake("deltatune::linear_cross_entropy", _fake)
-torch.library.register_autograd("deltatune::linear_cross_entropy", _differentiate, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.deltatune.linear_cross_entropy)
-def _flops(
-    hidden_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    _labels_shape: Sequence[int],
-    _ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-    impl: str,
-    *_: object,
-    **__: object,
-) -> int:
-    """One product for the logits, one for each gradient; in blocks, logits again for the weight's."""
-    products = 1 + hidden_grad + weight_grad * (2 if impl == "triton" else 1)
-    return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * products
+@opaque(fake=_fake, flops=_flops, setup_context=_setup_context, backward=_differentiate)
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and its gradients; one that is not asked for is an empty tensor."""
+    compute = LinearCrossEntropySpec.load(impl).loss_and_gradients
+    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+        results: tuple[Tensor, Tensor, Tensor] = compute(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
+    return results

@@ -1,6 +1,7 @@
-"""``deltatune::rms_norm_rope``: the Triton kernels as an op, with fake, gradient and FLOP formula.
+"""``deltatune::rms_norm_rope``: the Triton kernels as an op.
 
-One tensor or two (q and k), which then share cos, sin and one launch each way.
+One tensor or two (q and k), which then share cos, sin and one launch each way. A result that is not asked
+for is an empty tensor.
 """
 
 # B batch, T tokens, N and M heads of q and k, D head dim, R rotary dim
@@ -11,92 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from deltatune.ops._opaque import opaque
 from deltatune.ops._rms_norm_rope.reference import result_dtype
 
 __all__ = ["rms_norm_rope"]
-
-_INPUTS = "Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin"
-
-# a result that is not asked for is an empty tensor
-torch.library.define("deltatune::rms_norm_rope", f"({_INPUTS}, float eps, bool unit_offset) -> (Tensor, Tensor)")
-torch.library.define(
-    "deltatune::rms_norm_rope_backward",
-    f"(Tensor q_grad, Tensor? k_grad, {_INPUTS}, float eps, bool unit_offset, bool weight_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-def rms_norm_rope(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    unit_offset: bool,
-) -> tuple[Tensor, Tensor]:
-    """Calls the op for q ``[B, T, N, D]`` and k ``[B, T, M, D]`` or None; ``api`` validates the inputs.
-
-    Where both are given they share a dtype, and so do their weights.
-    """
-    results: tuple[Tensor, Tensor] = torch.ops.deltatune.rms_norm_rope(
-        q, k, q_weight, k_weight, cos, sin, eps, unit_offset
-    )
-    return results
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    unit_offset: bool,
-) -> tuple[Tensor, Tensor]:
-    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
-
-    with torch.cuda.device(q.get_device()):
-        q_out, k_out = launch.forward(
-            _stream(q), _stream(k), q_weight, k_weight, _stream(cos), _stream(sin), eps, unit_offset
-        )
-    return q_out.view(q.shape), _like(k_out, k, q)
-
-
-def _backward(
-    q_grad: Tensor,
-    k_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    unit_offset: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
-
-    with torch.cuda.device(q.get_device()):
-        dq, dk, dq_weight, dk_weight = launch.backward(
-            _stream(q_grad),
-            _stream(k_grad),
-            _stream(q),
-            _stream(k),
-            q_weight,
-            k_weight,
-            _stream(cos),
-            _stream(sin),
-            eps,
-            unit_offset,
-            weight_grad,
-        )
-    return dq.view(q.shape), _like(dk, k, q), _like(dq_weight, q_weight, q), _like(dk_weight, k_weight, q)
 
 
 def _stream(x: Tensor | None) -> Any:
@@ -106,20 +26,6 @@ def _stream(x: Tensor | None) -> Any:
 
 def _like(x: Tensor | None, shape_of: Tensor | None, q: Tensor) -> Tensor:
     return q.new_empty(0) if x is None or shape_of is None else x.view(shape_of.shape)
-
-
-def _forward_fake(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    _k_weight: Tensor | None,
-    cos: Tensor,
-    _sin: Tensor,
-    _eps: float,
-    unit_offset: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(q, q_weight, cos, unit_offset)
-    return q.new_empty(q.shape, dtype=dtype), q.new_empty(0) if k is None else k.new_empty(k.shape, dtype=dtype)
 
 
 def _backward_fake(
@@ -141,6 +47,46 @@ def _backward_fake(
     return dq, dk, dq_weight, dk_weight
 
 
+@opaque(fake=_backward_fake, gradient_of="rms_norm_rope", remedy="use impl='reference'")
+def rms_norm_rope_backward(
+    q_grad: Tensor,
+    k_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    unit_offset: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q and k, and those of the weights where they are wanted."""
+    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
+
+    grads, inputs = (_stream(q_grad), _stream(k_grad)), (_stream(q), _stream(k))
+    angles = (_stream(cos), _stream(sin))
+    with torch.cuda.device(q.get_device()):
+        dq, dk, dq_weight, dk_weight = launch.backward(
+            *grads, *inputs, q_weight, k_weight, *angles, eps, unit_offset, weight_grad
+        )
+    return dq.view(q.shape), _like(dk, k, q), _like(dq_weight, q_weight, q), _like(dk_weight, k_weight, q)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    _k_weight: Tensor | None,
+    cos: Tensor,
+    _sin: Tensor,
+    _eps: float,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = result_dtype(q, q_weight, cos, unit_offset)
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty(0) if k is None else k.new_empty(k.shape, dtype=dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
@@ -151,28 +97,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
     # asked for once: under checkpointing a second look is an error
     saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
-    grads = torch.ops.deltatune.rms_norm_rope_backward(
-        q_grad, None if saved[1] is None else k_grad, *saved, *ctx.options, any(wanted[2:])
-    )
+    grads = rms_norm_rope_backward(q_grad, None if saved[1] is None else k_grad, *saved, *ctx.options, any(wanted[2:]))
     return *(grad if needed else None for grad, needed in zip(grads, wanted, strict=True)), *(None,) * 4
 
 
-def _refuse_double_backward(_ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "rms_norm_rope with impl='triton' has no second derivative; call backward() without create_graph=True, "
-        "or use impl='reference'"
-    )
+@opaque(fake=_fake, setup_context=_setup_context, backward=_differentiate)
+def rms_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    """Calls the kernel for q ``[B, T, N, D]`` and k ``[B, T, M, D]`` or None; ``api`` validates the inputs.
 
+    Where both are given they share a dtype, and so do their weights.
+    """
+    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
 
-torch.library.impl("deltatune::rms_norm_rope", "CompositeExplicitAutograd", _forward)
-torch.library.impl("deltatune::rms_norm_rope_backward", "CompositeExplicitAutograd", _backward)
-torch.library.register_fake("deltatune::rms_norm_rope", _forward_fake)
-torch.library.register_fake("deltatune::rms_norm_rope_backward", _backward_fake)
-torch.library.register_autograd("deltatune::rms_norm_rope", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("deltatune::rms_norm_rope_backward", _refuse_double_backward)
-
-
-# As torch's own counter: matrix products alone. Its time is bytes, and recomputing it counts as free.
-@register_flop_formula([torch.ops.deltatune.rms_norm_rope, torch.ops.deltatune.rms_norm_rope_backward])
-def _flops(*_: object, **__: object) -> int:
-    return 0
+    with torch.cuda.device(q.get_device()):
+        q_out, k_out = launch.forward(
+            _stream(q), _stream(k), q_weight, k_weight, _stream(cos), _stream(sin), eps, unit_offset
+        )
+    return q_out.view(q.shape), _like(k_out, k, q)

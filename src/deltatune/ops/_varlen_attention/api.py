@@ -10,7 +10,7 @@ from torch import Tensor
 from deltatune.ops._autocast import autocast
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
-from deltatune.ops._varlen_attention.op import attend
+from deltatune.ops._varlen_attention import op as _op
 from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 from deltatune.packing.sequences import Sequences
 
@@ -75,15 +75,15 @@ def varlen_attention(
         cu_seqlens_cpu = torch.arange(batch + 1, dtype=torch.int32) * tokens
     else:
         cu_seqlens, cu_seqlens_cpu = sequences.cu_seqlens, sequences.cu_seqlens_cpu
-    o = attend(
+    o, _ = _op.varlen_attention(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
         cu_seqlens,
         cu_seqlens_cpu,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        window=window,
-        impl=choice.impl,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        window,
+        choice.impl,
     )
     return o.view(batch, tokens, *o.shape[1:])
 

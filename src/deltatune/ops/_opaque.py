@@ -1,0 +1,169 @@
+"""Ops that are opaque to the compiler: schema, kernel, fake, gradient, cost and first-order refusal in one place.
+
+A decorated kernel becomes ``torch.ops.deltatune.<its name>``, with the schema that its annotations say::
+
+    @opaque(fake=_backward_fake, flops=_backward_flops, gradient_of="my_op")
+    def my_op_backward(grad: Tensor, x: Tensor) -> Tensor: ...
+
+    @opaque(fake=_fake, flops=_flops, setup_context=_setup_context, backward=_differentiate)
+    def my_op(x: Tensor) -> Tensor: ...
+
+An op without ``backward`` is the end of the line: autograd records it, and differentiating it is a RuntimeError. So a
+backward that is an op needs no more than ``gradient_of`` to refuse a second derivative. What is no op of ours, or keeps
+nothing that leads back to its inputs, is wrapped in ``first_order``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["first_order", "opaque"]
+
+_library: Any = torch.library.Library
+_LIBRARY = _library("deltatune", "FRAGMENT")
+_R = TypeVar("_R")
+
+
+def opaque(
+    *,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    raw_flops: bool = False,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    gradient_of: str | None = None,
+    remedy: str = "detach its input",
+) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
+    """Registers the kernel it decorates; see the top of this file.
+
+    Args:
+        fake: shapes and dtypes of the results, for the same arguments.
+        flops: of a call, from the shapes of the arguments; None counts none, as torch does for elementwise work.
+        raw_flops: hand ``flops`` the tensors themselves.
+        setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
+        backward: ``(ctx, *grads)`` to a gradient for every input.
+        gradient_of: the public op whose gradient this is, for messages; its own name by default.
+        remedy: what to do for want of its derivative.
+
+    Inside the kernel autocast is off: it would round what accumulates in fp32.
+    """
+
+    def register(kernel: Callable[..., _R]) -> Callable[..., _R]:
+        name = kernel.__name__
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deltatune::{name}", fake, lib=_LIBRARY)
+        packet: Any = getattr(torch.ops.deltatune, name)
+        refusal = functools.partial(_refuse, _message(gradient_of or name, remedy))
+        _record(packet.default, schema, setup_context or _keep_nothing, backward or refusal)
+        register_flop_formula(packet, get_raw=raw_flops)(flops or _no_flops)
+        call: Callable[..., _R] = packet.default
+        return call
+
+    return register
+
+
+def first_order(op: str, result: Tensor, *inputs: Tensor, remedy: str = "detach its input") -> Tensor:
+    """``result``, whose second derivatives to the inputs raise, where its own would be left out in silence.
+
+    Args:
+        op: the public op, for the message.
+        result: of the op, which autograd has recorded.
+        inputs: those that may want gradients.
+        remedy: what to do for want of the derivative.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return result  # a compiled graph refuses by itself
+    # slices without elements lead back to the inputs and keep nothing of them
+    ends = [x[:0].clone() for x in inputs if x.requires_grad]
+    linked: Tensor = _link(_message(op, remedy), result, *ends)
+    return linked
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, message: str, result: Tensor, *ends: Tensor) -> Tensor:
+        ctx.message = message
+        ctx.save_for_backward(*ends)
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = _refuse_later(ctx.message, grad, *ctx.saved_tensors)
+        return None, grad, *(None for _ in ctx.saved_tensors)
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient that cannot be differentiated: whoever tries comes through here."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, grad: Tensor, *_: Tensor) -> Tensor:
+        ctx.message = message
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(ctx.message)
+
+
+_link: Callable[..., Tensor] = _FirstOrder.apply
+_refuse_later: Callable[..., Tensor] = _Refused.apply
+
+
+def _message(op: str, remedy: str) -> str:
+    return f"{op} has no second derivative; call backward() without create_graph=True, or {remedy}"
+
+
+def _refuse(message: str, _ctx: Any, *_: object) -> tuple[None, ...]:
+    raise RuntimeError(message)
+
+
+def _record(op: Any, schema: str, setup_context: Callable[..., None], differentiate: Callable[..., Any]) -> None:
+    """Makes autograd record the op, by a Function under the Autograd key: cheaper than torch's own registration.
+
+    That one also sees the tensors of a list, so ops with lists of tensors use it.
+    """
+    if "Tensor[]" in schema or "Tensor?[]" in schema:
+        torch.library.register_autograd(op._name, differentiate, setup_context=setup_context, lib=_LIBRARY)
+        return
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    recorded: Callable[..., Any] = Recorded.apply
+    _LIBRARY.impl(op._schema.name.partition("::")[2], lambda *args: recorded(*args), "Autograd")
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    del ctx, inputs, output
+
+
+def _without_autocast(kernel: Callable[..., _R]) -> Callable[..., _R]:
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> _R:
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
+def _no_flops(*_: object, **__: object) -> int:
+    return 0

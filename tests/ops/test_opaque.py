@@ -1,0 +1,194 @@
+"""Registration of ops in one place: what autograd records, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltatune import ops
+from deltatune.ops._linear_cross_entropy import torch_chunked
+from deltatune.ops._opaque import first_order, opaque
+
+
+def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def delta_rule(impl: str) -> tuple[Tensor, list[Tensor]]:
+    q, k, v, g, beta = _leaves((1, 5, 2, 4), (1, 5, 2, 4), (1, 5, 2, 4), (1, 5, 2), (1, 5, 2))
+    return ops.gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), impl=impl), [q, k, v, g, beta]
+
+
+def attention(impl: str) -> tuple[Tensor, list[Tensor]]:
+    inputs = _leaves((1, 5, 2, 4), (1, 5, 2, 4), (1, 5, 2, 4))
+    return ops.varlen_attention(*inputs, impl=impl), inputs
+
+
+def loss(impl: str, reduction: str = "sum") -> tuple[Tensor, list[Tensor]]:
+    inputs = _leaves((6, 8), (11, 8))
+    labels = torch.tensor([0, 3, -100, 10, 3, 5])
+    return ops.linear_cross_entropy(*inputs, labels, reduction=reduction, impl=impl), inputs
+
+
+needs_chunked = pytest.mark.skipif(torch_chunked.missing() is not None, reason=torch_chunked.missing() or "")
+REFUSING = [
+    pytest.param(delta_rule, {"impl": "reference"}, id="gated_delta_rule"),
+    pytest.param(attention, {"impl": "reference"}, id="varlen_attention"),
+    pytest.param(loss, {"impl": "reference"}, id="linear_cross_entropy-reference"),
+    pytest.param(loss, {"impl": "reference", "reduction": "mean"}, id="linear_cross_entropy-mean"),
+    pytest.param(loss, {"impl": "torch"}, id="linear_cross_entropy-torch", marks=needs_chunked),
+    pytest.param(
+        loss, {"impl": "torch", "reduction": "mean"}, id="linear_cross_entropy-torch-mean", marks=needs_chunked
+    ),
+]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("op", "options"), REFUSING)
+def test_a_second_derivative_is_refused_to_every_input(op, options, weighted):
+    """Also where the gradient that comes in is a constant, and where another term of the penalty has one."""
+    y, inputs = op(**options)
+    weights = torch.ones_like(y).requires_grad_(weighted)
+    first = torch.autograd.grad((y * weights).sum(), inputs, create_graph=True)
+    for x in inputs:
+        penalty = sum(grad.square().sum() for grad in first) + x.square().sum()
+        with pytest.raises(RuntimeError, match=r"no second derivative; call backward\(\) without create_graph"):
+            torch.autograd.grad(penalty, x, retain_graph=True)
+
+
+@pytest.mark.parametrize(("op", "options"), REFUSING)
+def test_a_graph_that_nobody_differentiates_twice_gives_the_gradients(op, options):
+    y, inputs = op(**options)
+    plain = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    for found, expected in zip(torch.autograd.grad(y.sum(), inputs, create_graph=True), plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_plain_torch_references_are_right_in_second_order():
+    x, weight = _leaves((1, 6, 3), (3, 4))
+    gate, scale = _leaves((1, 6, 3), (3,))
+    assert torch.autograd.gradgradcheck(lambda x, w: ops.causal_conv(x, w, impl="reference"), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda *t: ops.gated_rms_norm(*t, eps=1e-6, impl="reference"), (x, gate, scale))
+    heads, scale, angles = *_leaves((1, 3, 2, 4), (4,)), torch.randn(1, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda x, w: ops.rms_norm_rope(x, w, angles.cos(), angles.sin(), eps=1e-6, impl="reference"), (heads, scale)
+    )
+
+
+def test_the_gradient_to_the_rows_of_a_frozen_grouped_weight_is_right_in_second_order():
+    x, weight = _leaves((6, 4), (2, 3, 4))
+    offsets = torch.tensor([2, 6], dtype=torch.int32)
+    frozen = weight.detach()
+    assert torch.autograd.gradgradcheck(lambda x: ops.grouped_mm(x, frozen, offsets, impl="reference").square(), x)
+
+
+def test_the_gradient_of_a_grouped_weight_cannot_be_differentiated():
+    x, weight = _leaves((6, 4), (2, 3, 4))
+    y = ops.grouped_mm(x, weight, torch.tensor([2, 6], dtype=torch.int32), impl="reference")
+    (first,) = torch.autograd.grad(y.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"grouped_mm has no second derivative.*or freeze its weight"):
+        torch.autograd.grad(first.sum() + x.square().sum(), x)
+
+
+def test_the_refusal_keeps_nothing_of_the_inputs():
+    hidden, weight = _leaves((64, 8), (11, 8))
+    grown = hidden * 2
+    kept = weakref.ref(grown.untyped_storage())
+    found = first_order("op", (grown @ weight.T).detach().sum().requires_grad_(), grown, weight)
+    del grown
+    assert kept() is None
+    assert found.requires_grad
+
+
+def test_a_result_behind_the_refusal_may_be_changed_in_place():
+    y, (hidden, _) = loss("reference")
+    y /= 2
+    y.backward()
+    expected, (again, _) = loss("reference")
+    expected.backward()
+    assert torch.equal(hidden.grad, again.grad / 2)
+
+
+def test_a_compiled_loss_is_one_graph():
+    hidden, weight = _leaves((6, 8), (11, 8))
+    labels = torch.tensor([0, 3, -100, 10, 3, 5])
+
+    def function(hidden, weight):
+        return ops.linear_cross_entropy(2 * hidden, weight, labels, impl="reference")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for x, y in zip(
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(function(hidden, weight), (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
+# an op of the test's own, whose backward is plain torch
+
+
+def _double_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _double_setup(ctx, inputs, output):
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+@opaque(fake=_double_fake, setup_context=_double_setup, backward=lambda ctx, grad: 2 * grad * ctx.saved_tensors[0])
+def test_only_square(x: Tensor) -> Tensor:
+    return x @ torch.eye(x.shape[-1]) * x
+
+
+@opaque(fake=lambda xs, y: [x.new_empty(x.shape) for x in xs], gradient_of="listed")
+def test_only_listed(xs: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+    return [x * y for x in xs]
+
+
+# pytest would take them for tests
+square, listed = test_only_square, test_only_listed
+del test_only_square, test_only_listed
+
+
+def test_autograd_sees_an_op_as_any_other():
+    x = torch.randn(3, 4, requires_grad=True)
+    torch.library.opcheck(square, (x,))
+    (grad,) = torch.autograd.grad(square(x).sum(), x)
+    torch.testing.assert_close(grad, 2 * x.detach())
+    with torch.no_grad():
+        assert not square(x).requires_grad
+    assert not square(x.detach()).requires_grad
+
+
+def test_autocast_is_off_inside():
+    x = torch.randn(3, 4) * (1 + 2**-12)
+    expected = square(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = square(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_tensors_in_lists_are_refused_too():
+    xs, y = [torch.randn(3, requires_grad=True), torch.randn(3)], torch.randn(3)
+    first, _ = listed(xs, y)
+    with pytest.raises(RuntimeError, match="listed has no second derivative"):
+        first.sum().backward()
+
+
+def test_an_op_costs_no_flops_unless_it_says_so():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        square(torch.randn(3, 4))
+        F.linear(torch.randn(2, 4), torch.randn(5, 4))
+    assert counter.get_total_flops() == 2 * 2 * 4 * 5
