@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deltatune.compile.partition import Partitioner
 from deltatune.compile.recomputation import recompute_functions
 from deltatune.config.inductor import INDUCTOR_OPTIONS
+from deltatune.hf.hooks import hooks_inside
 from deltatune.state import State
 
 __all__ = [
@@ -158,7 +159,8 @@ class Graphs:
     """The compiled functions of one prepared model at one checkpointing setting, made when first called, by name.
 
     Each name gets a code object of its own: the compiler keeps its cache and its recompile limit with the code object,
-    so two models in one process, or two types of layer, never count against each other.
+    so two models in one process, or two types of layer, never count against each other. Layers with something hung on
+    modules inside them have graphs, and names, of their own.
     """
 
     def __init__(self, options: CompileOptions, checkpointing: str | float) -> None:
@@ -166,6 +168,7 @@ class Graphs:
         self.checkpointing = checkpointing
         self.report = CompileReport()
         self._functions: dict[tuple[str, Forward], Forward] = {}
+        self._hung: dict[tuple[object, ...], int] = {}
 
     def run(self, name: str, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """``forward(module, *args, **kwargs)``, compiled.
@@ -177,6 +180,9 @@ class Graphs:
             name += INFERENCE
         elif not torch.is_grad_enabled() and not name.endswith(FROZEN):
             name += EVALUATION
+        hung = hooks_inside(module)
+        if hung:
+            name += f" (hooks {self._hung.setdefault(hung, len(self._hung) + 1)})"
         function = self._functions.get((name, forward))
         if function is None:
             function = self._functions[name, forward] = self._compile(name, forward)

@@ -9,7 +9,7 @@ from torch.nn.modules import module as every_module
 
 from deltatune.hf.model import is_sharded
 
-__all__ = ["hooks_of", "is_hooked", "plain_linear"]
+__all__ = ["hooks_inside", "hooks_of", "is_hooked", "plain_linear"]
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Put into the instance: a forward of its own, and what accelerate keeps with one.
@@ -41,6 +41,20 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
 def is_hooked(module: nn.Module) -> bool:
     """Whether anything is hung on this very module, not on those inside it."""
     return len(hooks_of(module)) > 0
+
+
+def hooks_inside(module: nn.Module) -> tuple[object, ...]:
+    """What is hung on the modules inside a module, to tell apart its graphs by; empty where nothing is.
+
+    The compiler reads hooks and forwards of instances once, while it captures, and looks for no others later.
+    """
+    found: list[object] = []
+    for place, inner in enumerate(module.modules()):
+        own = inner.__dict__
+        if place and (any(own.get(name) for name in _HOOKS) or "forward" in own):
+            # handles count up, so that no other hook ever has this one's
+            found.append((place, *(tuple(own.get(name) or ()) for name in _HOOKS), own.get("forward")))
+    return tuple(found)
 
 
 def plain_linear(module: Any) -> bool:
