@@ -1,4 +1,4 @@
-"""Tiny models with adapters, once as PEFT's own and once folded into the base products."""
+"""Tiny models with adapters, once as PEFT's own and once fused with their base layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import peft
 import torch
 
 from deltatune import Sequences, prepare
-from deltatune.lora.group import LoraGroup
+from deltatune.layers.lora import lora_modes
 from tiny import documents, tiny_model
 
 LENGTHS = [5, 1, 30, 7]
@@ -18,10 +18,12 @@ LENGTHS = [5, 1, 30, 7]
 def adapted(family: str = "qwen3_5", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A PEFT model with adapters on every linear layer, B not zero."""
     values = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": False, **changes}
-    wide = values.pop("autocast_adapter_dtype", True)
+    wide, layers = values.pop("autocast_adapter_dtype", True), values.pop("layers", 2)
     torch.manual_seed(seed)
     config = peft.LoraConfig(**values)
-    return peft.get_peft_model(tiny_model(family, dtype=dtype), config, autocast_adapter_dtype=wide).train()
+    return peft.get_peft_model(
+        tiny_model(family, dtype=dtype, layers=layers), config, autocast_adapter_dtype=wide
+    ).train()
 
 
 def pair(family: str = "qwen3_5", *, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
@@ -38,15 +40,11 @@ def packed_call(seed: int = 0, **extra: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "labels": tokens, "sequences": Sequences.from_lengths(LENGTHS), **extra}
 
 
-def groups(model: Any) -> list[LoraGroup]:
-    """The groups of a prepared model, whatever they hold now."""
-    layers = model.get_base_model().get_decoder().layers if isinstance(model, peft.PeftModel) else model.model.layers
-    return [group for layer in layers for group in layer.__dict__.get("_lora_groups", ())]
-
-
-def bordered(model: Any) -> int:
-    """How many base weights lie in buffers."""
-    return sum(len(group.fused) for group in groups(model))
+def fused_layers(model: Any) -> int:
+    """How many layers of a model run fused, as its report would say it."""
+    text_model = (model.get_base_model() if isinstance(model, peft.PeftModel) else model).get_decoder()
+    modes = lora_modes(model, text_model, "fused", torch.device("cpu"))
+    return sum(mode.name == "fused" for _, mode in modes)
 
 
 def logits(model: Any, seed: int = 0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import DOUBLE_CHECKPOINTING, DecoderLayer, TextModel
-from deltatune.layers.lora import check_all_fused, forget_lora, install_lora, lora_forms, release_lora
+from deltatune.layers.lora import check_all_fused, install_lora, lora_modes
 from deltatune.layers.rotary import DocumentRotary, length_dependent_rotary
 from deltatune.models.family import Family
 from deltatune.models.registry import family_of
@@ -107,13 +107,6 @@ class Prepared:
         decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
 
-    def release_adapters(self) -> None:
-        """Gives base weights that lie in the buffers of fused adapters back as plain contiguous tensors.
-
-        For tools that want such, ``fully_shard`` among them; the next forward takes them in again where it still can.
-        """
-        release_lora(hf_model.text_model(self.model))
-
     def revert(self) -> None:
         """The model as it was: classes and configs; adapters and weights stay as they are now.
 
@@ -148,16 +141,17 @@ def prepare(
             compiler keep that share of a layer's activations; ``"auto"`` takes the least recomputation whose predicted
             peak of a step with AdamW fits the device, at the first training forward and again where a batch has more
             tokens (``Prepared.auto_checkpointing`` then says what and why).
-        lora: ``"auto"`` folds LoRA adapters into the base products of the decoder layers where that is exact and pays
-            (16-bit weights on a GPU), runs them beside those in the dtype of the activations where only that can be
-            (dropout, sharded, quantised or trained base weights), and leaves all else, and a CPU, to PEFT's own layers.
-            ``"fused"`` is an error where a layer cannot be folded in; ``"stock"`` keeps PEFT's layers. The report
-            counts them. Adapters added later are PEFT's own until the model is prepared again.
+        lora: ``"auto"`` makes LoRA adapters part of the base products of the decoder layers where that is exact and
+            pays (16-bit weights on a GPU), calls the base layer and adds their product in the dtype of the activations
+            where only that can be (dropout, sharded, quantised or trained bases), and leaves all else, and a CPU, to
+            PEFT's own layers. ``"fused"`` is an error where a layer cannot be fused; ``"stock"`` keeps PEFT's layers.
+            How a layer runs is decided at every call, and the report counts it. Adapters added later are PEFT's own
+            until the model is prepared again.
 
     Raises:
         ValueError: a model that cannot be kept leak-free (with the reason), an unknown kernel or one that cannot run
-            here, a checkpointing setting that cannot act, adapters that ``lora="fused"`` cannot fold in, or modules
-            that are not as the config says.
+            here, a checkpointing setting that cannot act, adapters that ``lora="fused"`` cannot fuse, or that
+            a strict compile would break on, or modules that are not as the config says.
     """
     if compile is not None and not isinstance(compile, CompileOptions):
         raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
@@ -222,7 +216,6 @@ def _revert(base: nn.Module) -> None:
         _set_config(text_model, state.options.stock_config)
         attention_interface.forget_marks(text_model)
     capture.forget_capture_hooks(text_model)
-    forget_lora(text_model)
     for module in base.modules():
         restore(module)
 
@@ -364,7 +357,7 @@ def _lora_text(model: nn.Module) -> str | None:
 def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
     """Layers with adapters, counted by how they run and why."""
     counts: dict[tuple[str, str], int] = {}
-    for _, form in lora_forms(model, hf_model.text_model(model), setting, device):
-        key = (form.name, form.reason)
+    for _, mode in lora_modes(model, hf_model.text_model(model), setting, device):
+        key = (mode.name, mode.reason)
         counts[key] = counts.get(key, 0) + 1
-    return [LoraRow(form, reason, count) for (form, reason), count in counts.items()]
+    return [LoraRow(mode, reason, count) for (mode, reason), count in counts.items()]

@@ -41,9 +41,9 @@ class TrainableRow:
 
 @dataclass(frozen=True)
 class LoraRow:
-    """Layers with adapters that run in one form (``fused``, ``beside`` or ``stock``) for one reason."""
+    """Layers with adapters that run in one mode (``fused``, ``unfused`` or ``stock``) for one reason."""
 
-    form: str
+    mode: str
     reason: str
     layers: int
 
@@ -109,7 +109,7 @@ class PrepareReport:
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
         if self.lora is not None:
             lines += ["", f"lora: {self.lora}"]
-            lines += table(("runs", "because", "layers"), [(r.form, r.reason, r.layers) for r in self.lora_rows])
+            lines += table(("runs", "because", "layers"), [(r.mode, r.reason, r.layers) for r in self.lora_rows])
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
         reason = "" if self.checkpointing_reason is None else f": {self.checkpointing_reason}"

@@ -58,7 +58,6 @@ class State:
 
     options: Options
     facts: Facts = field(default_factory=Facts)
-    in_own_graph: bool = False
 
     @property
     def checkpointing(self) -> str | float:

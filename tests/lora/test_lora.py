@@ -1,4 +1,4 @@
-"""Adapters inside the base products of whole models: compiled and packed, against PEFT's layers and against float64."""
+"""Adapters as part of the base products of whole models: compiled and packed, against PEFT's and against float64."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from deltatune import CompileOptions, Sequences, prepare, verify
-from deltatune.lora import linear as lora_linear
 from lora_cases import (
     adapted,
     assert_gradients_close,
     assert_same,
-    bordered,
-    groups,
+    fused_layers,
     logits,
     packed_call,
     pair,
@@ -52,68 +50,7 @@ def test_compiled_layers_train_as_pefts_do(scope: Any, checkpointing: Any) -> No
     assert report is not None
     assert list(report.graphs.values()) == [1] * (2 if scope == "layer" else 1)
     assert report.breaks == report.recompiles == []
-    assert bordered(fused) == 15
-
-
-@pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the activation's op inside the down projection on any device."""
-    monkeypatch.setattr(lora_linear, "gated_act_runs", lambda *_: True)
-
-
-def calls_of_the_activation(model: Any) -> int:
-    """How often a step runs the op."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        train(model, 1)
-    return sum(event.name == "deltatune::lora_gated_act" for event in profile.events())
-
-
-@pytest.mark.usefixtures("gated")
-@pytest.mark.parametrize(
-    ("scope", "checkpointing", "times"),
-    [
-        (None, "none", {1}),
-        (None, "layer", {2}),
-        ("layer", "none", {1}),
-        ("layer", "layer", {2}),
-        ("layer", 0.5, {1, 2}),  # as the compiler chooses
-        ("model", "none", {1}),
-    ],
-)
-def test_the_activation_joins_the_down_projection(scope: Any, checkpointing: Any, times: set[int]) -> None:
-    fused = adapted()
-    for module in fused.modules():
-        if hasattr(module, "down_proj"):
-            module.down_proj.base_layer.bias = torch.nn.Parameter(torch.randn(32), requires_grad=False)
-    stock = copy.deepcopy(fused)
-    prepare(stock, lora="stock")
-    options = None if scope is None else CompileOptions(scope=scope, backend="aot_eager")
-    prepare(fused, lora="fused", compile=options, checkpointing=checkpointing)
-    for ours, theirs in zip(train(fused, 4), train(stock, 4), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
-    activations = sum(hasattr(module, "act_fn") for module in fused.modules())
-    assert calls_of_the_activation(fused) in {activations * number for number in times}
-
-
-@pytest.mark.usefixtures("gated")
-@pytest.mark.parametrize("why", ["a hook", "a hook on it", "another activation", "no adapter behind it", "disabled"])
-def test_the_activation_stays_by_itself_where_it_must(why: str) -> None:
-    more = {"target_modules": ["gate_proj", "up_proj"]} if why == "no adapter behind it" else {}
-    fused, stock = pair(**more)
-    for model in (fused, stock):
-        for module in model.modules():
-            if why == "a hook" and hasattr(module, "down_proj"):
-                module.down_proj.register_forward_hook(lambda *_: None)
-            if why == "a hook on it" and hasattr(module, "act_fn"):
-                module.act_fn.register_forward_hook(lambda *_: None)
-            if why == "another activation" and hasattr(module, "act_fn"):
-                module.act_fn = torch.nn.GELU()
-    if why == "disabled":
-        with fused.disable_adapter(), stock.disable_adapter():
-            torch.testing.assert_close(logits(fused), logits(stock))
-    else:
-        assert_same(fused, stock)
-        assert calls_of_the_activation(fused) == 0
+    assert fused_layers(fused) == 15
 
 
 def test_one_graph_a_type_of_layer_whatever_the_depth_and_the_values() -> None:
@@ -123,7 +60,7 @@ def test_one_graph_a_type_of_layer_whatever_the_depth_and_the_values() -> None:
 
     model = get_peft_model(
         tiny_model("qwen3_5", layers=6),
-        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, alpha_pattern={"layers.2": 3}),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
     ).train()
     prepared = prepare(model, lora="fused", compile=TRACED)
     train(model, 1)
@@ -131,6 +68,24 @@ def test_one_graph_a_type_of_layer_whatever_the_depth_and_the_values() -> None:
         train(model, 3)
     assert prepared.compile_report is not None
     assert list(prepared.compile_report.graphs.values()) == [1, 1]
+
+
+def test_scales_of_every_kind_share_two_graphs() -> None:
+    """A scale is a number of the graph until a layer or a call has another one."""
+    alpha = {rf".*layers\.{i}\..*": 3 + i for i in range(4)}
+    fused, stock = pair("qwen3", layers=4, alpha_pattern=alpha)
+    prepared = prepare(fused, lora="fused", compile=TRACED)
+    assert_same(fused, stock)
+    before = dict(prepared.compile_report.graphs)  # type: ignore[union-attr]
+    for factor in (0.5, 3.0):
+        for model in (fused, stock):
+            for module in model.modules():
+                if hasattr(module, "scale_layer"):
+                    module.scale_layer(factor)
+        assert_same(fused, stock)
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.graphs == before
+    assert max(before.values()) <= 2
 
 
 def test_a_reference_without_the_adapter_between_compiled_forwards() -> None:
@@ -148,16 +103,11 @@ def test_a_reference_without_the_adapter_between_compiled_forwards() -> None:
     assert prepared.compile_report.breaks == []
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_recomputed_layers_keep_no_more_than_pefts_own(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_linear, "gated_act_runs", lambda *_: joined)
-
+def test_recomputed_layers_keep_no_more_than_pefts_own() -> None:
     def kept(lora: Any) -> int:
         model = adapted()
         prepare(model, lora=lora, compile=TRACED, checkpointing="layer")
-        model(**packed_call())  # makes the operands
         own = [*model.parameters(), *model.buffers()]
-        own += [x for group in groups(model) if group.operands for x in _tensors(vars(group.operands).values())]
         static, found = {x.untyped_storage().data_ptr() for x in own}, {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
@@ -170,11 +120,6 @@ def test_recomputed_layers_keep_no_more_than_pefts_own(joined: bool, monkeypatch
         return sum(size for storage, size in found.items() if storage not in static)
 
     assert kept("fused") == kept("stock")
-
-
-def _tensors(values: Any) -> Any:
-    for value in values:
-        yield from value if isinstance(value, tuple) else (value,)
 
 
 def test_generated_code_computes_the_same() -> None:
@@ -226,7 +171,7 @@ def test_no_gradient_and_no_bit_between_documents(family: str) -> None:
     for before, after in zip(outputs(docs), outputs(changed), strict=True):
         for i, (a, b) in enumerate(zip(before.split(lengths), after.split(lengths), strict=True)):
             assert torch.equal(a, b) == (i != 2)
-    assert bordered(model) > 0
+    assert fused_layers(model) > 0
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -240,12 +185,12 @@ def test_verify_finds_documents_independent(compiled: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_report_counts_forms_and_reasons() -> None:
+def test_the_report_counts_modes_and_reasons() -> None:
     model = adapted(target_modules=["q_proj", "up_proj", "gate_proj", "lm_head"])
     prepared = prepare(model)
-    rows = {(row.form, row.reason): row.layers for row in prepared.report.lora_rows}
+    rows = {(row.mode, row.reason): row.layers for row in prepared.report.lora_rows}
     assert rows == {
-        ("stock", "on a CPU; lora='fused' folds adapters in there too"): 5,
+        ("stock", "on a CPU; lora='fused' makes adapters part of the products there too"): 5,
         ("stock", "outside the decoder layers"): 1,
     }
     assert "on a CPU" in str(prepared.report)
@@ -254,13 +199,21 @@ def test_the_report_counts_forms_and_reasons() -> None:
         prepare(model, lora="fused")
 
 
-def test_every_layer_of_a_group_shares_one_narrow_product() -> None:
-    fused, _ = pair()
-    fused(**packed_call())
-    sizes = {len(group.layers): group.layout for group in groups(fused)}
-    assert set(sizes) >= {1, 2}
-    assert sizes[2].forward_border
-    assert sizes[2].backward_border
+def narrow_products(model: Any) -> int:
+    """How many narrow products a forward runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        logits(model)
+    return sum(event.name == "deltatune::lora_narrow_product" for event in profile.events())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_layers_of_one_input_share_a_narrow_product(family: str) -> None:
+    """Of a mixer: its projections in, and out; of an MLP: gate with up, and down."""
+    fused, _ = pair(family)
+    assert narrow_products(fused) == 2 * 4
+    for layer in fused.get_base_model().get_decoder().layers:
+        layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert narrow_products(fused) == 2 * 5
 
 
 @pytest.mark.cuda
@@ -271,7 +224,7 @@ def test_auto_fuses_on_a_gpu_within_the_error_budget(adapter_dtype: torch.dtype)
     stock = adapted(dtype=torch.bfloat16, autocast_adapter_dtype=wide).cuda()
     fused, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
     rows = prepare(fused).report.lora_rows
-    assert {row.form for row in rows} == {"fused"}
+    assert {row.mode for row in rows} == {"fused"}
     for model in (stock, exact):
         prepare(model, lora="stock")
     call = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in packed_call().items()}
@@ -283,12 +236,3 @@ def test_auto_fuses_on_a_gpu_within_the_error_budget(adapter_dtype: torch.dtype)
     ours = sum(relative(a, c) for a, _, c in trained)
     theirs = sum(relative(b, c) for _, b, c in trained)
     assert ours <= 2 * theirs
-    for parameter in fused.parameters():
-        if parameter.requires_grad:
-            parameter.data.mul_(1.5)
-    fused(**call)
-    for group in groups(fused):
-        for slot, name in zip(group.layout.slots, group.names, strict=True):
-            weight = group.fused[slot.target].lora_A[name].weight
-            rows_of = group.operands.rows[slot.offset : slot.offset + slot.rank]
-            assert torch.equal(rows_of, weight.to(torch.bfloat16))

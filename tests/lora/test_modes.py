@@ -1,8 +1,10 @@
-"""Which form a LoRA layer runs in and why; whatever the form, it computes what PEFT's layer computes."""
+"""Which mode a LoRA layer runs in and why; whatever the mode, it computes what PEFT's layer computes."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +12,19 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from deltatune import CompileOptions, prepare
+from deltatune.layers.lora import lora_modes
 from deltatune.layers.mlp import _CLASSES
-from deltatune.lora.group import layout_of
-from deltatune.lora.mode import BESIDE, FUSED, STOCK, form_of
+from deltatune.lora.mode import FUSED, STOCK, UNFUSED, is_lora_linear, mode_of
 from lora_cases import (
     adapted,
     assert_gradients_close,
     assert_same,
-    bordered,
-    groups,
+    fused_layers,
     logits,
     packed_call,
     pair,
@@ -43,57 +45,57 @@ def _hook(module: nn.Module) -> None:
     module.register_forward_pre_hook(lambda *_: None)
 
 
-FORMS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, str]] = {
+MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, str]] = {
     "plain": (layer, lambda m: None, FUSED, "one product"),
     "bias": (lambda: layer(bias=True), lambda m: None, FUSED, "one product"),
     "rslora": (lambda: layer(use_rslora=True), lambda m: None, FUSED, "one product"),
     "float32": (lambda: layer(dtype=torch.float32), lambda m: None, FUSED, "one product"),
-    "dropout": (lambda: layer(lora_dropout=0.1), lambda m: None, BESIDE, "lora_dropout"),
+    "dropout": (lambda: layer(lora_dropout=0.1), lambda m: None, UNFUSED, "lora_dropout"),
     "dora": (lambda: layer(use_dora=True), lambda m: None, STOCK, "DoraLinearVariant"),
     "lora_bias": (lambda: layer(bias=True, lora_bias=True), lambda m: None, STOCK, "lora_bias"),
     "merged": (layer, lambda m: m.merge(), STOCK, "merged"),
     "inactive": (layer, lambda m: m.delete_adapter("default"), STOCK, "no active adapter"),
-    "trained": (layer, lambda m: m.base_layer.weight.requires_grad_(), BESIDE, "trains"),
+    "trained": (layer, lambda m: m.base_layer.weight.requires_grad_(), UNFUSED, "trains"),
     "subclass": (
         layer,
         lambda m: setattr(m.base_layer, "__class__", type("Other", (nn.Linear,), {})),
-        BESIDE,
+        UNFUSED,
         "is a Other",
     ),
-    "base_hook": (layer, lambda m: _hook(m.base_layer), BESIDE, "hooks on the base layer"),
+    "base_hook": (layer, lambda m: _hook(m.base_layer), UNFUSED, "hooks on the base layer"),
     "adapter_hook": (layer, lambda m: _hook(m.lora_A["default"]), STOCK, "hooks on the adapters"),
     "meta": (layer, lambda m: m.to("meta"), STOCK, "no storage"),
     "quantised": (
         layer,
         lambda m: setattr(m.base_layer, "weight", nn.Parameter(torch.zeros(16, 8).char(), requires_grad=False)),
-        BESIDE,
+        UNFUSED,
         "int8",
     ),
     "zero_3": (layer, lambda m: setattr(m.lora_A["default"].weight, "ds_id", 0), STOCK, "ZeRO-3"),
 }
 
 
-@pytest.mark.parametrize("case", FORMS)
-def test_forms_and_their_reasons(case: str) -> None:
-    build, change, name, reason = FORMS[case]
+@pytest.mark.parametrize("case", MODES)
+def test_modes_and_their_reasons(case: str) -> None:
+    build, change, name, reason = MODES[case]
     module = build()
     module.base_layer.requires_grad_(False)
     change(module)
-    form = form_of(module, "fused")
-    assert (form.name, reason in form.reason) == (name, True), form
-    assert form_of(module, "stock").name == STOCK
+    mode = mode_of(module, "fused")
+    assert (mode.name, reason in mode.reason) == (name, True), mode
+    assert mode_of(module, "stock").name == STOCK
 
 
 def test_auto_fuses_16_bit_weights_on_a_gpu_alone() -> None:
     module = layer()
     module.base_layer.requires_grad_(False)
     on_meta, wide = copy.deepcopy(module).to("meta"), copy.deepcopy(module).to("meta", torch.float32)
-    assert form_of(module, "auto").name == STOCK
-    assert "on a CPU" in form_of(module, "auto").reason
-    assert form_of(on_meta, "auto", device=CUDA).name == FUSED
-    assert form_of(wide, "auto", device=CUDA).name == STOCK
-    assert "float32" in form_of(wide, "auto", device=CUDA).reason
-    assert form_of(on_meta, "auto", device=CPU).name == STOCK
+    assert mode_of(module, "auto").name == STOCK
+    assert "on a CPU" in mode_of(module, "auto").reason
+    assert mode_of(on_meta, "auto", device=CUDA).name == FUSED
+    assert mode_of(wide, "auto", device=CUDA).name == STOCK
+    assert "float32" in mode_of(wide, "auto", device=CUDA).reason
+    assert mode_of(on_meta, "auto", device=CPU).name == STOCK
 
 
 def reference_of(model: Any) -> Any:
@@ -118,7 +120,7 @@ def reference_of(model: Any) -> Any:
 def test_configurations_of_peft(changes: dict[str, Any]) -> None:
     fused, stock = pair(dtype=torch.float64, **changes)
     assert_same(fused, stock)
-    assert bordered(fused) == sum(type(m).__name__ == "Linear" and hasattr(m, "lora_A") for m in fused.modules())
+    assert fused_layers(fused) == sum(type(m).__name__ == "Linear" and hasattr(m, "lora_A") for m in fused.modules())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
@@ -173,9 +175,9 @@ def test_a_bias_is_added_and_trains() -> None:
     assert any(p.grad is not None and name.endswith("bias") for name, p in fused.named_parameters())
 
 
-def test_dropout_runs_beside_the_base_product() -> None:
+def test_dropout_runs_unfused() -> None:
     """Without randomness the same as PEFT's; with it, the mask that PEFT's layer would draw."""
-    model = adapted(lora_dropout=0.5)
+    model = adapted(dtype=torch.float64, lora_dropout=0.5)
     stock = reference_of(model)
     _as_if_on_a_gpu(model)
     assert relative(logits(model.eval()), logits(stock.eval())) < 1e-6
@@ -185,15 +187,14 @@ def test_dropout_runs_beside_the_base_product() -> None:
         each.zero_grad()
         each(**packed_call()).loss.backward()
     assert_gradients_close(model, stock)
-    assert bordered(model) == 0
+    assert fused_layers(model) == 0
 
 
-def _as_if_on_a_gpu(model: Any) -> None:
-    """Forms that ``lora="fused"`` refuses ahead of time, on a CPU."""
-    prepare(adapted(), lora="fused")
-    prepare(model, lora="auto")
-    for group in groups(model):
-        group.setting = "fused"
+def _as_if_on_a_gpu(model: Any, options: CompileOptions | None = None) -> None:
+    """Modes that ``lora="fused"`` refuses ahead of time, on a CPU."""
+    prepare(model, lora="auto", compile=options)
+    state = model.get_base_model()._deltatune
+    state.options = dataclasses.replace(state.options, lora="fused")
 
 
 def test_a_base_weight_that_trains_gets_its_gradient() -> None:
@@ -211,7 +212,54 @@ def test_a_base_weight_that_trains_gets_its_gradient() -> None:
             if "base_layer" in name:
                 parameter.requires_grad_(False)
     assert_same(model, stock)
-    assert bordered(model) == 15
+    assert fused_layers(model) == 15
+
+
+class Int8Linear(nn.Module):
+    """A quantised base: no floating-point weight to read."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("scale", linear.weight.detach().abs().max() / 127)
+        self.register_buffer("qweight", (linear.weight.detach() / self.scale).round().char())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.qweight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+QUANTISED = ["aqlm.AqlmLoraLinear", "gptq.GPTQLoraLinear", "awq.AwqLoraLinear", "te.TeLinear"]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_layers_over_quantised_bases_run_unfused(kind: str, compiled: bool) -> None:
+    module, name = kind.split(".")
+    cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
+    model = adapted("qwen3", target_modules=["q_proj"])
+    config = peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
+    for layer_of in model.get_base_model().model.layers:
+        for parent, child in ((layer_of.mlp, "up_proj"), (layer_of.self_attn, "v_proj")):
+            setattr(
+                parent, child, cls(Int8Linear(getattr(parent, child)), "default", config=config, r=4, lora_alpha=12)
+            )
+    stock = reference_of(model)
+    _as_if_on_a_gpu(model, CompileOptions(backend="aot_eager") if compiled else None)
+    modes = lora_modes(model, model.get_base_model().model, "fused", CPU)
+    assert [mode for path, mode in modes if "q_proj" not in path] == [(UNFUSED, "the base layer is a Int8Linear")] * 4
+    assert_same(model, stock)
+    with model.disable_adapter(), stock.disable_adapter():
+        assert relative(logits(model), logits(stock)) < 1e-6
+
+
+def test_only_layers_that_add_products_of_their_input_are_taken() -> None:
+    base = nn.ModuleDict({"linear": nn.Linear(8, 8), "embedding": nn.Embedding(9, 8), "conv": nn.Conv1d(8, 8, 1)})
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["linear", "embedding", "conv"]), base)
+    assert [name for name, module in model.named_children() if is_lora_linear(module)] == ["linear"]
+    wrapped = nn.Sequential(nn.Linear(8, 8))
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_parameters=["0.weight"]), wrapped)
+    assert not is_lora_linear(wrapped[0])
 
 
 def test_dora_is_pefts_own_layer() -> None:
@@ -220,7 +268,7 @@ def test_dora_is_pefts_own_layer() -> None:
     rows = prepare(model, lora="auto").report.lora_rows
     _as_if_on_a_gpu(model)
     assert torch.equal(logits(model), logits(stock))
-    assert [row.form for row in rows] == ["stock"]
+    assert [row.mode for row in rows] == ["stock"]
     with pytest.raises(ValueError, match=r"lora='fused' cannot run .*q_proj.*DoraLinearVariant|cannot run .*Dora"):
         prepare(model, lora="fused")
 
@@ -262,7 +310,7 @@ def test_autocast_over_16_bit_weights_stays_fused() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = logits(fused), logits(stock)
     assert relative(ours, logits(exact)) <= 2 * relative(theirs, logits(exact))
-    assert bordered(fused) == 15
+    assert fused_layers(fused) == 15
 
 
 @pytest.fixture
@@ -274,54 +322,28 @@ def one_process() -> Any:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("ran", [False, True])
-def test_sharded_layers_run_beside_the_base_product(one_process: Any, ran: bool, compiled: bool) -> None:
+def test_sharded_layers_run_unfused(one_process: Any, ran: bool, compiled: bool) -> None:
     model = adapted()
     stock = reference_of(model)
-    prepared = prepare(model, lora="fused", compile=CompileOptions(backend="aot_eager") if compiled else None)
+    prepare(model, lora="fused", compile=CompileOptions(backend="aot_eager") if compiled else None)
     if ran:
         logits(model)
-        prepared.release_adapters()
     for block in model.get_base_model().model.layers:
         fully_shard(block)
     fully_shard(model)
     for each in (model, stock):
         for _ in range(2):
             each(**packed_call()).loss.backward()
-    assert bordered(model) == 0
+    assert fused_layers(model) == 0
     for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
         if theirs.grad is not None:
             assert relative(ours.grad.full_tensor(), theirs.grad) < 1e-5, name
 
 
-@pytest.mark.parametrize(
-    ("shapes", "ranks", "around", "expected"),
-    [
-        ([(6144, 2048)], [[16]], "", (64, True, False)),
-        ([(2048, 6144)], [[16]], "", (64, False, True)),
-        ([(2048, 6144)], [[16]], "gated_input", (64, True, True)),
-        ([(2048, 6144)], [[20, 12]], "gated_input", (64, True, True)),
-        ([(2048, 6144)], [[33]], "gated_input", (64, False, True)),
-        ([(2048, 2048)], [[16]], "", (64, False, False)),
-        ([(6144, 2048), (6144, 2048)], [[16], [16]], "pointwise_gradients", (64, True, True)),
-        ([(4096, 2048), (512, 2048), (512, 2048)], [[16], [16], [16]], "", (64, True, False)),
-        ([(6144, 2048)], [[256]], "", (256, False, False)),
-        ([(2048, 6144)], [[256]], "gated_input", (256, False, False)),
-        ([(6144, 2048)], [[8, 9]], "", (64, True, False)),
-    ],
-)
-def test_where_a_border_pays(shapes: Any, ranks: Any, around: str, expected: Any) -> None:
-    known = {what: what == around for what in ("gated_input", "pointwise_gradients")}
-    layout = layout_of(shapes, ranks, **known)
-    assert (layout.width, layout.forward_border, layout.backward_border) == expected
-    ends = [target.offset + target.width for target in layout.targets]
-    assert [target.offset for target in layout.targets] == [0, *ends[:-1]]
-    assert ends[-1] <= layout.width
-    assert all(target.offset % 16 == 0 for target in layout.targets)
-
-
 def test_a_model_without_adapters_is_left_alone() -> None:
     model = tiny_model("qwen3_5")
+    classes = [type(module) for module in model.modules() if isinstance(module, nn.Linear)]
     prepare(model)
-    assert groups(model) == []
+    assert [type(module) for module in model.modules() if isinstance(module, nn.Linear)] == classes
     with pytest.raises(ValueError, match="needs LoRA layers, and the model has none"):
         prepare(model, lora="fused")

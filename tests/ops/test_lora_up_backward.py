@@ -1,4 +1,4 @@
-"""``t = dy B`` and ``dB = dy^T u``: the ops on any device, their kernels in Triton's interpreter and on a GPU."""
+"""``t = dy B`` and ``dB = dy^T u``: the op on any device, its kernels in Triton's interpreter and on a GPU."""
 
 # M tokens, N output width, W columns of B and u
 
@@ -24,16 +24,14 @@ HOPPER = pytest.mark.skipif(
 )
 
 
-def matrices(m: int, n: int, w: int, dtype=torch.float64, *, device="cpu", border=8) -> tuple[Tensor, Tensor, Tensor]:
-    """``[dy | NaN]`` ``[M, N + w + border]``, B and u, each inside a wider matrix."""
+def matrices(m: int, n: int, w: int, dtype=torch.float64, *, device="cpu", more=8) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, B and u, each inside a wider matrix."""
     generator = torch.Generator(device).manual_seed(m + n + w)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    extended = random(m, n + w + border)
-    extended[:, n:] = float("nan")
-    return extended, random(n, w + 16)[:, 16:], random(m, w + 16)[:, 16:]
+    return random(m, n + more)[:, :n], random(n, w + 16)[:, 16:], random(m, w + 16)[:, 16:]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -45,22 +43,10 @@ def exact(dy: Tensor, up: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63])
-def test_a_border_is_filled_as_wide_as_its_weight(tokens):
-    extended, up, narrow = matrices(tokens, 24, 5)
-    dy = extended[:, :24].clone()
-    sums = ops.fill_border_and_sum(extended, up, narrow)
-    t, want = exact(dy, up, narrow)
-    torch.testing.assert_close(extended[:, 24:29], t)
-    torch.testing.assert_close(sums, want)
-    assert torch.equal(extended[:, :24], dy)
-    assert extended[:, 29:].isnan().all()
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 63])
 def test_every_gradient_has_its_columns_and_others_are_zero(tokens):
-    extended, first, narrow = matrices(tokens, 24, 20)
+    dy, first, narrow = matrices(tokens, 24, 20)
     second = torch.randn(7, 3, dtype=torch.float64)
-    grads = [extended[:, :24], torch.randn(7, tokens, dtype=torch.float64).mT]
+    grads = [dy, torch.randn(7, tokens, dtype=torch.float64).mT]
     t, sums = ops.up_backward(grads, [first[:, :5], second], narrow, [1, 12], 20)
     assert t.shape == (tokens, 20)
     for dy, up, offset, found in zip(grads, (first[:, :5], second), (1, 12), sums, strict=True):
@@ -73,28 +59,25 @@ def test_every_gradient_has_its_columns_and_others_are_zero(tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
-    extended, up, narrow = matrices(9, 24, 8, dtype)
-    extended[:, 24:] = 0
-    torch.library.opcheck(torch.ops.deltatune.lora_fill_border_and_sum.default, (extended, up, narrow))
+    dy, up, narrow = matrices(9, 24, 8, dtype)
     torch.library.opcheck(
         torch.ops.deltatune.lora_up_backward.default,
-        ([extended[:, :24], up.mT.contiguous().mT[:9]], [up, up[:8]], narrow, [0, 0], 8),
+        ([dy, up.mT.contiguous().mT[:9]], [up, up[:8]], narrow, [0, 0], 8),
     )
 
 
 def test_both_products_count():
-    extended, up, narrow = matrices(9, 24, 8)
+    dy, up, narrow = matrices(9, 24, 8)
     with FlopCounterMode(display=False) as counter:
-        ops.fill_border_and_sum(extended, up, narrow)
-        ops.up_backward([extended[:, :24]] * 2, [up, up[:, :3]], narrow, [0, 3], 8)
-    assert counter.get_total_flops() == 4 * 9 * 24 * (8 + 8 + 3)
+        ops.up_backward([dy] * 2, [up, up[:, :3]], narrow, [0, 3], 8)
+    assert counter.get_total_flops() == 4 * 9 * 24 * (8 + 3)
 
 
 def test_autocast_rounds_nothing():
-    extended, up, narrow = matrices(9, 24, 8, torch.float32)
-    want = ops.up_backward([extended[:, :24]], [up], narrow, [0], 8)
+    dy, up, narrow = matrices(9, 24, 8, torch.float32)
+    want = ops.up_backward([dy], [up], narrow, [0], 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ops.up_backward([extended[:, :24]], [up], narrow, [0], 8)
+        found = ops.up_backward([dy], [up], narrow, [0], 8)
     assert torch.equal(found[0], want[0])
     assert torch.equal(found[1][0], want[1][0])
 
@@ -119,14 +102,15 @@ def test_in_the_interpreter():
 def test_interpreted_kernels(tokens, outer, programs, width):
     from deltatune.ops._lora_linear.one_read import Tile, both_products
 
-    extended, up, narrow = matrices(tokens, outer, width, torch.float16)
-    dy, t = extended[:, :outer], extended[:, outer : outer + width]
+    dy, up, narrow = matrices(tokens, outer, width, torch.float16)
+    wide = torch.full((tokens, width + 8), float("nan"), dtype=torch.float16)
+    t = wide[:, :width]
     want, want_sums = exact(dy, up, narrow)
     sums = both_products(dy, up, narrow, t, Tile(32, 64, 4, 1, programs))
     assert sums.dtype == torch.float32
     assert relative(t, want) <= 2**-11  # rounded once
     assert relative(sums, want_sums) <= 1e-6
-    assert extended[:, outer + width :].isnan().all()
+    assert wide[:, width:].isnan().all()
 
 
 @pytest.mark.cuda
@@ -135,17 +119,13 @@ def test_interpreted_kernels(tokens, outer, programs, width):
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize(("tokens", "outer"), [(16384, 2048), (5501, 6144), (16390, 2064)])
 def test_one_read_is_as_exact_as_two_products_and_repeats_its_bits(tokens, outer, width, dtype):
-    extended, up, narrow = matrices(tokens, outer, width, dtype, device="cuda", border=64 - width)
-    dy = extended[:, :outer]
+    dy, up, narrow = matrices(tokens, outer, width, dtype, device="cuda", more=64)
     assert ops._reads_once(dy, up, narrow)
     want = exact(dy, up, narrow)
-    found = ops.fill_border_and_sum(extended, up, narrow), extended[:, outer : outer + width].clone()
-    again = ops.fill_border_and_sum(extended, up, narrow), extended[:, outer : outer + width].clone()
-    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
-    assert extended[:, outer + width :].isnan().all()
     t, (sums,) = ops.up_backward([dy], [up], narrow, [0], width)
-    assert torch.equal(t, found[1])
-    assert torch.equal(sums, found[0])
+    again = ops.up_backward([dy], [up], narrow, [0], width)
+    assert torch.equal(again[0], t)
+    assert torch.equal(again[1][0], sums)
     assert relative(t, want[0]) <= 2 * relative(dy @ up, want[0])
     assert relative(sums, want[1]) <= 2 * relative(sum_products(dy, narrow), want[1])
 
@@ -153,8 +133,7 @@ def test_one_read_is_as_exact_as_two_products_and_repeats_its_bits(tokens, outer
 @pytest.mark.cuda
 @HOPPER
 def test_rows_that_the_kernel_cannot_address_take_two_products():
-    extended, up, narrow = matrices(16384, 2048, 16, torch.bfloat16, device="cuda", border=7)
-    dy = extended[:, :2048]
+    dy, up, narrow = matrices(16384, 2048, 16, torch.bfloat16, device="cuda", more=7)
     assert not ops._reads_once(dy, up, narrow)
     t, (sums,) = ops.up_backward([dy], [up], narrow, [0], 16)
     want = exact(dy, up, narrow)

@@ -184,17 +184,11 @@ def _layer_memories(
 def _traced(
     layer: nn.Module, state: State, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[Setting, LayerMemory]:
-    """The layer as its graph will be: with its adapters in step, and as one of ours."""
-    for group in layer.__dict__.get("_lora_groups", ()):
-        group.sync()
-    state.in_own_graph = True
-    try:
-        with _autocast(args[0], state.facts.auto):
-            return trace_layer(
-                stock_class(layer).forward, layer, args, kwargs, settings=settings, options=state.options.compile
-            )
-    finally:
-        state.in_own_graph = False
+    """The layer as its graph will be."""
+    with _autocast(args[0], state.facts.auto):
+        return trace_layer(
+            stock_class(layer).forward, layer, args, kwargs, settings=settings, options=state.options.compile
+        )
 
 
 def _autocast(like: Tensor, auto: AutoCheckpointing | None) -> Any:

@@ -25,8 +25,6 @@ class Attention(Swapped):
     """Attention with RMS-normalised q and k (Qwen3): ``W_o attend(rope(norm(q)), rope(norm(k)), v)``."""
 
     ops = ("rms_norm_rope", "varlen_attention")
-    #: children that read the same input
-    shared_inputs = (("q_proj", "k_proj", "v_proj"),)
     #: the norms multiply by ``1 + weight``
     unit_offset = False
 

@@ -94,12 +94,8 @@ def _run_graph(
     state: State, label: str, forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     assert state.options.compile is not None
-    state.in_own_graph = True
-    try:
-        graphs = graphs_of(state, state.options.compile, state.checkpointing)
-        return graphs.run(label, forward, module, *args, **kwargs)
-    finally:
-        state.in_own_graph = False
+    graphs = graphs_of(state, state.options.compile, state.checkpointing)
+    return graphs.run(label, forward, module, *args, **kwargs)
 
 
 class TextModel(Swapped):

@@ -30,9 +30,6 @@ class GatedDeltaNet(Swapped):
     """
 
     ops = ("causal_conv", "gated_delta_rule", "gated_rms_norm")
-    #: children that read the same input
-    shared_inputs: tuple[tuple[str, ...], ...] = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
-
     num_v_heads: int
     num_k_heads: int
     head_k_dim: int
@@ -130,8 +127,6 @@ class GatedDeltaNet(Swapped):
 
 class InterleavedGatedDeltaNet(GatedDeltaNet):
     """Gated DeltaNet whose projections interleave q, k, v, z and b, a by key head (Qwen3-Next)."""
-
-    shared_inputs = (("in_proj_qkvz", "in_proj_ba"),)
 
     in_proj_qkvz: nn.Module
     in_proj_ba: nn.Module

@@ -1,37 +1,47 @@
-"""How a LoRA layer runs, and why: inside the base product, beside it, or as PEFT's own layer."""
+"""How a LoRA layer runs, and why: as one product with its base, as its base and a product added, or as PEFT's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from deltatune.hf.hooks import is_hooked
+from deltatune.hf.model import is_sharded
 
-__all__ = ["BESIDE", "FUSED", "STOCK", "Form", "active_adapters", "form_of", "is_lora_linear"]
+__all__ = ["FUSED", "STOCK", "UNFUSED", "Mode", "active_adapters", "is_lora_linear", "mode_of"]
 
 FUSED = "fused"
-BESIDE = "beside"
+UNFUSED = "unfused"
 STOCK = "stock"
 
-_WIDTHS = (torch.bfloat16, torch.float16)
-_DTYPES = (*_WIDTHS, torch.float32, torch.float64)
+_NARROW = (torch.bfloat16, torch.float16)
+_DTYPES = (*_NARROW, torch.float32, torch.float64)
+#: Bases whose LoRA layers compute something else than a base's output and a low-rank product of the same input.
+_OTHER_BASES = (nn.Embedding, nn.MultiheadAttention, nn.modules.conv._ConvNd)
 
 
-@dataclass(frozen=True)
-class Form:
-    """``FUSED``, ``BESIDE`` (products of its own, in the dtype of the input) or ``STOCK``, with the reason."""
+class Mode(NamedTuple):
+    """``FUSED``, ``UNFUSED`` (the base layer is called, the product added in the dtype of the input) or ``STOCK``."""
 
     name: str
     reason: str
 
 
 def is_lora_linear(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA layer over a linear one, exactly; quantised and other kinds are classes apart."""
-    cls = type(module)
-    return cls.__module__ == "peft.tuners.lora.layer" and cls.__qualname__ == "Linear"
+    """Whether a module is one of PEFT's LoRA layers that add low-rank products of their input to a base's output.
+
+    Those over quantised bases are classes apart with the same arithmetic. Not what adapts a named parameter.
+    """
+    if not type(module).__module__.startswith("peft.tuners.lora."):
+        return False
+    parts = module._modules
+    return (
+        {"base_layer", "lora_A", "lora_B", "lora_dropout"} <= parts.keys()
+        and not isinstance(parts["base_layer"], _OTHER_BASES)
+        and not hasattr(module, "parameter_name")
+    )
 
 
 def active_adapters(layer: Any) -> tuple[str, ...]:
@@ -40,48 +50,52 @@ def active_adapters(layer: Any) -> tuple[str, ...]:
     return tuple(name for name in ((names,) if isinstance(names, str) else names) if name in layer.lora_A)
 
 
-def form_of(layer: Any, setting: str, *, device: torch.device | None = None) -> Form:
-    """The form of one of PEFT's LoRA layers, as it is now.
+def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Mode:
+    """The mode of one of PEFT's LoRA layers, from what it is now; called by the layer itself and by the report.
 
     Args:
         layer: the layer, swapped or not.
         setting: ``prepare``'s ``lora``.
+        dtype: what a call computes in; the base weight's own by default.
         device: where the layer will run, for a report ahead of time on one without storage.
     """
     if setting == "stock":
-        return Form(STOCK, "asked for")
+        return Mode(STOCK, "asked for")
     names = active_adapters(layer)
     reason = _stock_reason(layer, names, planned=device is not None)
     if reason is not None:
-        return Form(STOCK, reason)
-    weight, device = layer.base_layer.weight, device or layer.base_layer.weight.device
-    if setting == "auto" and device.type == "cpu":
-        return Form(STOCK, "on a CPU; lora='fused' folds adapters in there too")
-    reason = _beside_reason(layer, names)
+        return Mode(STOCK, reason)
+    place = device or layer.lora_A[names[0]].weight.device
+    if setting == "auto" and place.type == "cpu":
+        return Mode(STOCK, "on a CPU; lora='fused' makes adapters part of the products there too")
+    reason = _unfused_reason(layer, names)
     if reason is not None:
-        return Form(BESIDE, reason)
-    if setting == "auto" and weight.dtype not in _WIDTHS:
-        return Form(STOCK, f"the base weights are {_name(weight.dtype)}")
-    return Form(FUSED, "one product for base and adapter")
+        return Mode(UNFUSED, reason)
+    weight = layer.base_layer.weight
+    if setting == "auto" and weight.dtype not in _NARROW:
+        return Mode(STOCK, f"the base weights are {_name(weight.dtype)}")
+    if dtype is not None and dtype != weight.dtype:
+        return Mode(STOCK, f"autocast to {_name(dtype)} casts the base weights, {_name(weight.dtype)}, in every call")
+    return Mode(FUSED, "one product for base and adapter")
 
 
 def _stock_reason(layer: Any, names: tuple[str, ...], *, planned: bool) -> str | None:
     """What only PEFT's layer computes."""
     if not names:
         return "no active adapter"
+    if layer._disable_adapters:
+        return "adapters are disabled"
     if layer.merged_adapters:
         return "merged into the base weight"
-    variants = {type(layer.lora_variant[name]).__name__ for name in names if name in layer.lora_variant}
-    if variants:
-        return f"a variant of LoRA ({', '.join(sorted(variants))})"
-    if any(layer.lora_bias.get(name, False) for name in names):
-        return "lora_bias"
-    if layer.fan_in_fan_out:
+    for name in names:
+        if name in layer.lora_variant:
+            return f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+        if layer.lora_bias.get(name, False):
+            return "lora_bias"
+    if getattr(layer, "fan_in_fan_out", False):
         return "the base weight is transposed (fan_in_fan_out)"
     base = getattr(layer.base_layer, "weight", None)
-    if base is None:
-        return f"the base layer, {type(layer.base_layer).__name__}, has no weight"
-    if base.device.type == "meta" and not planned:
+    if base is not None and base.device.type == "meta" and not planned:
         return "the weights have no storage"
     for name in names:
         for module in (layer.lora_A[name], layer.lora_B[name]):
@@ -91,7 +105,7 @@ def _stock_reason(layer: Any, names: tuple[str, ...], *, planned: bool) -> str |
     return None
 
 
-def _adapter_reason(module: nn.Module, base: torch.Tensor) -> str | None:
+def _adapter_reason(module: nn.Module, base: torch.Tensor | None) -> str | None:
     if type(module) is not nn.Linear:
         return f"an adapter is a {type(module).__name__}"
     if is_hooked(module):
@@ -101,27 +115,33 @@ def _adapter_reason(module: nn.Module, base: torch.Tensor) -> str | None:
         return "partitioned by DeepSpeed ZeRO-3"
     if weight.dtype not in _DTYPES:
         return f"the adapters are {_name(weight.dtype)}"
-    if weight.device != base.device:
+    if base is not None and weight.device != base.device:
         return f"the adapters are on {weight.device}, the base weight on {base.device}"
     return None
 
 
-def _beside_reason(layer: Any, names: tuple[str, ...]) -> str | None:
-    """Why a base weight cannot be bordered."""
+def _unfused_reason(layer: Any, names: tuple[str, ...]) -> str | None:
+    """Why the base layer is called."""
     base = layer.base_layer
-    weight = base.weight
-    if any(getattr(layer.lora_dropout[name], "p", 0.0) > 0 for name in names):
-        return "lora_dropout"
+    for name in names:
+        dropout = layer.lora_dropout[name]
+        if is_hooked(dropout):
+            return "hooks on lora_dropout"
+        if type(dropout) is not nn.Identity:
+            return "lora_dropout"
     if type(base) is not nn.Linear:
         return f"the base layer is a {type(base).__name__}"
-    if getattr(base, "_is_fsdp_managed_module", False) or type(weight) is not nn.Parameter:
+    if is_hooked(base):
+        return "hooks on the base layer (offload, or a tool's own)"
+    weight = base.weight
+    if getattr(base, "_is_fsdp_managed_module", False):
         return "the base weight is sharded"
+    if type(weight) is not nn.Parameter:
+        return "the base weight is sharded" if is_sharded(weight) else f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in _DTYPES:
         return f"the base weight is {_name(weight.dtype)}"
     if weight.requires_grad:
         return "the base weight trains"
-    if is_hooked(base):
-        return "hooks on the base layer (offload, or a tool's own)"
     if any(
         type(module.weight) is not nn.Parameter for name in names for module in (layer.lora_A[name], layer.lora_B[name])
     ):

@@ -211,9 +211,6 @@ def _verify(run: Run, console: Console) -> VerifyReport | None:
     if section.tolerance is not None:
         given["tolerance"] = section.tolerance
     report = verify(run.model, **given)
-    if run.arguments.fsdp or run.arguments.deepspeed:
-        # the probe ran the model, and what shards it wants weights in storage of their own
-        run.prepared.release_adapters()
     console.out(str(report), highlight=False)
     if not report.ok:
         raise UserError(f"verify: {report.verdict}; nothing was trained")

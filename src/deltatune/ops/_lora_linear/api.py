@@ -1,109 +1,214 @@
-"""``y = x W^T + s (x A^T) B^T`` for layers that share their input, as one matrix product for each of them.
+"""``y = x W^T + s (x A^T) B^T`` for linear layers that share their input, adapters as part of the products.
 
-With ``u = x A^T``, ``t = s dy B`` and bordered weights, base and adapter are one product forward and one backward::
+With ``u = x cat(A)^T``, one narrow product for all layers, and ``t = s dy B``::
 
-    y = [x | u] [W | s B]^T      dx = [dy | t] [W; A]      dA = t^T x      dB = s dy^T u
+    y = u (s B)^T + x W^T      dx = t A + dy W      dA = t^T x      dB = s dy^T u
 
-Where the border would cost more than it saves, the narrow product is computed first and the wide one adds to it in its
-epilogue: ``y = u (s B)^T + x W^T``, ``dx = t A + dy W``.
+The wide product adds to the narrow one in its epilogue, forward and backward.
 """
 
-# M tokens, K input width, N output width, W border width (all adapters of the group, padded), R rank
+# M tokens, K input width, N output width, R rank, W columns of u (all adapters, those of a layer in whole 16s)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from deltatune.ops._lora_linear.gradients import Wanted, adapter_gradients, cast, extend, input_gradient
-from deltatune.ops._lora_linear.layout import Layout, Operands
-from deltatune.ops._lora_linear.op import accumulate, fill_border
+from deltatune.ops._lora_linear.op import accumulate, narrow_product, sum_products
+from deltatune.ops._lora_linear.up_backward import up_backward
 
-__all__ = ["linear_with_lora"]
+__all__ = ["Adapter", "linear_with_lora", "low_rank"]
+
+#: What tensor cores multiply at once.
+_MULTIPLE: Final = 16
+#: Outputs of a layer whose input gradient is computed with the adapters' of all, such as Gated DeltaNet's gates: alone,
+#: 16 columns of 2048 cost 82 us to add (H200, M = 16384, bf16), most of it passing over the result.
+_FEW: Final = 64
 
 
-def linear_with_lora(
-    x: Tensor,
-    operands: Operands,
-    layout: Layout,
-    down: Sequence[Tensor],
-    up: Sequence[Tensor],
-    *,
-    numbers: tuple[int, ...],
-) -> tuple[Tensor, ...]:
-    """``x W_i^T + sum_j s_j (x A_j^T) B_j^T`` for some targets i of a group.
+class Adapter(NamedTuple):
+    """``A [R, K]``, ``B [N, R]`` and what their product is multiplied with."""
 
-    Values come from ``operands``; ``down`` and ``up`` only receive gradients, so the caller keeps the two the same. The
-    weights are frozen and get none. The input is extended by its narrow products in a copy that a compiler writes in
-    place of the input; a copy of its own otherwise.
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Sequence[Adapter]]) -> tuple[Tensor, ...]:
+    """``x W_i^T + sum_j s_ij (x A_ij^T) B_ij^T`` of every layer i.
 
     Args:
-        x: ``[..., K]`` in the dtype of the operands.
-        operands: of the whole group.
-        layout: of the whole group.
-        down: ``A [R, K]`` of every slot of the targets asked for, in the order of ``layout.slots``.
-        up: ``B [N, R]``, likewise.
-        numbers: which targets, ascending.
+        x: ``[..., K]``, in the dtype of the weights.
+        weights: ``W [N, K]`` of every layer, frozen: they get no gradient. None at all: the low-rank products alone.
+        adapters: of every layer, one at least; in any floating dtype, cast to that of ``x`` for the products.
 
     Returns:
-        ``[..., N_i]`` for each of them. Sums are fp32 inside a product (fp64 for fp64); ``u`` and ``t`` are rounded to
-        the dtype of ``x``, gradients of A and B are fp32 sums cast to the dtype of A and B.
+        ``[..., N_i]`` of each layer. Sums are fp32 inside a product (fp64 for fp64); ``u`` and ``t`` are rounded to the
+        dtype of ``x``; gradients of A and B are fp32 sums cast to the dtypes of A and B.
 
-    Saved for backward: ``[x | u]`` with a forward border, else ``x`` and ``u``; the operands. Backward is of first
-    order. Source: Hu et al., LoRA (2021); the folding into the base product is ours.
+    Saved for backward: ``x``, ``u``, and the weights, A and B themselves, so that torch refuses a backward after one of
+    them was written to. Backward is of first order. Source: Hu et al., LoRA (2021).
     """
-    part = layout if len(numbers) == len(layout.targets) else layout.select(numbers)
+    every = [adapter for of_layer in adapters for adapter in of_layer]
+    layout = _Layout(
+        len(weights), tuple(len(of_layer) for of_layer in adapters), tuple(adapter.scale for adapter in every)
+    )
     outputs = _apply(
-        x.reshape(-1, layout.inner),
-        part,
-        operands.down,
-        operands.rows,
-        operands.scale,
-        *(operands.bordered[number] for number in numbers),
-        *(operands.up[number] for number in numbers),
-        *down,
-        *up,
+        x.reshape(-1, x.shape[-1]),
+        layout,
+        *weights,
+        *(adapter.down for adapter in every),
+        *(adapter.up for adapter in every),
     )
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
+def low_rank(x: Tensor, adapter: Adapter) -> Tensor:
+    """``s (x A^T) B^T`` in the dtype of ``x``, as ``linear_with_lora`` without a weight."""
+    return linear_with_lora(x, (), [[adapter]])[0]
+
+
+class _Layout(NamedTuple):
+    """How the tensors of a call are laid out: how many weights, adapters of every layer, scales of all adapters."""
+
+    weights: int
+    counts: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+class _Operands(NamedTuple):
+    """What the products take: ``A [W, K]``, ``s B [N, W_i]`` of every layer, weights, first columns and W."""
+
+    rows: Tensor
+    up: list[Tensor]
+    weights: Sequence[Tensor]
+    offsets: list[int]
+    width: int
+
+    def columns(self, narrow: Tensor) -> list[Tensor]:
+        """A layer's columns of ``[M, W]``, of every layer."""
+        return [narrow[:, at : at + b.shape[1]] for at, b in zip(self.offsets, self.up, strict=True)]
+
+
+def _layers(layout: _Layout, of_adapters: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """What belongs to the adapters of each layer."""
+    first = 0
+    for count in layout.counts:
+        yield of_adapters[first : first + count]
+        first += count
+
+
+def _operands(layout: _Layout, tensors: Sequence[Tensor], dtype: torch.dtype) -> _Operands:
+    num = len(layout.scales)
+    weights = tensors[: layout.weights]
+    down, up = tensors[layout.weights : layout.weights + num], tensors[layout.weights + num :]
+    rows, columns, offsets, place = [], [], [], 0
+    for of_down, of_up, scales in zip(
+        _layers(layout, down), _layers(layout, up), _layers(layout, layout.scales), strict=True
+    ):
+        used = sum(a.shape[0] for a in of_down)
+        more = -used % _MULTIPLE
+        rows.append(_joined([a.to(dtype) for a in of_down], 0, (0, 0, 0, more)))
+        columns.append(_joined([_scaled(b, s, dtype) for b, s in zip(of_up, scales, strict=True)], 1, (0, more)))
+        offsets.append(place)
+        place += used + more
+    return _Operands(rows[0] if len(rows) == 1 else torch.cat(rows), columns, weights, offsets, place)
+
+
+def _joined(parts: list[Tensor], dim: int, more: tuple[int, ...]) -> Tensor:
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return pad(joined, more) if any(more) else joined
+
+
+def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (up.to(torch.promote_types(up.dtype, torch.float32)) * scale).to(dtype)
+
+
 class _LinearWithLora(torch.autograd.Function):
+    # Dynamo of torch 2.11 takes a forward with as many parameters as it is given arguments for one without ctx; there
+    # are always more arguments than these.
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layout: Layout, down: Tensor, rows: Tensor, scale: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        num = len(layout.targets)
-        bordered, up, adapters = rest[:num], rest[num : 2 * num], rest[2 * num :]
-        ctx.layout, ctx.dtypes = layout, tuple(adapter.dtype for adapter in adapters)
-        weights = [buffer[: target.outer].mT for buffer, target in zip(bordered, layout.targets, strict=True)]
-        if layout.forward_border:
-            extended = extend(x, layout.width)
-            fill_border(extended, down)
-            ctx.save_for_backward(extended, rows, scale, *bordered, *up)
-            return tuple(extended @ weight for weight in weights)
-        narrow = x @ down
-        ctx.save_for_backward(x, rows, scale, *bordered, *up, narrow)
+    def forward(ctx: Any, x: Tensor, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+        operands = _operands(layout, tensors, x.dtype)
+        narrow = narrow_product(x, operands.rows)
+        ctx.layout = layout
+        ctx.save_for_backward(x, narrow, *tensors)
+        parts = zip(operands.columns(narrow), operands.up, strict=True)
+        if not layout.weights:
+            return tuple(u @ b.mT for u, b in parts)
         return tuple(
-            accumulate(narrow[:, target.offset : target.offset + target.width], b.mT, [x], [weight])
-            for target, b, weight in zip(layout.targets, up, weights, strict=True)
+            accumulate(u, b.mT, [x], [weight.mT]) for (u, b), weight in zip(parts, operands.weights, strict=True)
         )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layout: Layout = ctx.layout
-        num, slots = len(layout.targets), len(layout.slots)
-        x, rows, scale, *rest = ctx.saved_tensors
-        bordered, up = rest[:num], rest[num : 2 * num]
-        narrow = rest[2 * num] if len(rest) > 2 * num else x[:, layout.inner :]
-        needed, first = ctx.needs_input_grad, 5 + 2 * num
-        wanted = Wanted(needed[0], any(needed[first : first + slots]), any(needed[first + slots :]))
-        dx, t, sums = input_gradient(layout, grads, rows, bordered, up, wanted, narrow)
-        adapters = adapter_gradients(layout, grads, x[:, : layout.inner], narrow, t, sums, scale, wanted)
-        return dx, *(None,) * (first - 1), *cast(adapters, ctx.dtypes)
+        layout: _Layout = ctx.layout
+        x, narrow, *tensors = ctx.saved_tensors
+        num, needed = len(layout.scales), ctx.needs_input_grad
+        first = 2 + layout.weights
+        down_trains, up_trains = any(needed[first : first + num]), any(needed[first + num :])
+        operands = _operands(layout, tensors, x.dtype)
+        t: Tensor | None = None
+        sums: list[Tensor] = []
+        if up_trains and (needed[0] or down_trains):
+            t, sums = up_backward(grads, operands.up, narrow, operands.offsets, operands.width)
+        elif up_trains:
+            sums = [sum_products(dy, u) for dy, u in zip(grads, operands.columns(narrow), strict=True)]
+        elif needed[0] or down_trains:
+            t = torch.cat([dy @ b for dy, b in zip(grads, operands.up, strict=True)], dim=1)
+        adapters = tensors[layout.weights :]
+        down: Sequence[Tensor | None] = (None,) * num
+        up: Sequence[Tensor | None] = (None,) * num
+        if down_trains and t is not None:
+            down = _down_gradients(layout, operands, sum_products(t, x), adapters[:num])
+        if up_trains:
+            up = _up_gradients(layout, sums, adapters[num:])
+        dx = _input_gradient(operands, grads, t) if needed[0] and t is not None else None
+        return dx, None, *(None,) * layout.weights, *down, *up
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _LinearWithLora.apply
+
+
+def _input_gradient(operands: _Operands, grads: Sequence[Tensor], t: Tensor) -> Tensor:
+    """``dx = t A + dy W``."""
+    if not operands.weights:
+        return t @ operands.rows
+    pairs = list(zip(grads, operands.weights, strict=True))
+    few = [pair for pair in pairs if pair[1].shape[0] <= _FEW]
+    rest = [pair for pair in pairs if pair[1].shape[0] > _FEW]
+    first, to_it = t, operands.rows
+    if few:
+        # layers of a few outputs join the narrow product, where they cost nothing: no further pass over the result
+        first = torch.cat([t, *(dy for dy, _ in few)], dim=1)
+        to_it = torch.cat([to_it, *(weight for _, weight in few)])
+    return accumulate(first, to_it, [dy for dy, _ in rest], [weight for _, weight in rest])
+
+
+def _down_gradients(
+    layout: _Layout, operands: _Operands, products: Tensor, down: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """``dA = t^T x`` of every adapter."""
+    found: list[Tensor | None] = []
+    for of_layer, offset in zip(_layers(layout, down), operands.offsets, strict=True):
+        place = offset
+        for a in of_layer:
+            found.append(products[place : place + a.shape[0]].to(a.dtype))
+            place += a.shape[0]
+    return found
+
+
+def _up_gradients(layout: _Layout, sums: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor | None]:
+    """``dB = s dy^T u`` of every adapter."""
+    found: list[Tensor | None] = []
+    for of_layer, scales, products in zip(_layers(layout, up), _layers(layout, layout.scales), sums, strict=True):
+        place = 0
+        for b, scale in zip(of_layer, scales, strict=True):
+            found.append((products[:, place : place + b.shape[1]] * scale).to(b.dtype))
+            place += b.shape[1]
+    return found

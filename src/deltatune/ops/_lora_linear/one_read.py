@@ -51,7 +51,7 @@ def both_products(dy: Tensor, up: Tensor, narrow: Tensor, t: Tensor, tile: Tile 
         dy: ``[M, N]`` in bf16 or fp16, as are the others; rows dense, each beginning at a multiple of 16 bytes.
         up: ``[N, W]``, rows dense; W is 16 or 32.
         narrow: ``[M, W]``, rows dense.
-        t: ``[M, W]``, rows dense; where it lies in a buffer of dy, beside what is read of that.
+        t: ``[M, W]``, rows dense.
         tile: other sizes than the measured ones.
 
     The parts take ``4 M W ceil(N / cols)`` and about ``4 N W`` bytes for each row of programs, freed on return.

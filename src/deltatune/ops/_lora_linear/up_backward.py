@@ -1,10 +1,9 @@
-"""``t = dy (s B)`` and ``dB = dy^T u``: ops that read a gradient once for both, where a kernel of ours is the faster.
+"""``t = dy (s B)`` and ``dB = dy^T u``: an op that reads a gradient once for both where a kernel of ours is faster.
 
-Elsewhere they are the two products of the device's matrix library. Mutable like ``lora_fill_border``, or with a t of
-their own.
+Elsewhere it is the two products of the device's matrix library.
 """
 
-# M tokens, N output width, W border width
+# M tokens, N output width, W columns of all adapters
 
 from __future__ import annotations
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deltatune.ops._autocast import without_autocast
-from deltatune.ops._lora_linear.op import sum_dtype, sum_products
+from deltatune.ops._lora_linear.op import sum_products
+from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._triton import triton_refusal
 
-__all__ = ["WIDTHS", "fill_border_and_sum", "up_backward"]
+__all__ = ["WIDTHS", "up_backward"]
 
 # Both products of the library over one read, us on one H200 (torch 2.11, Triton 3.6, bf16, M = 16384, operands of
 # more than L2 by turns), N = 2048, 6144, 12288: W = 16 42.8 / 28.7, 104.7 / 70.8, 195.1 / 132.1; W = 32 39.7 / 33.3,
@@ -29,23 +29,11 @@ WIDTHS: Final = (16, 32)
 """The columns that the kernel takes."""
 _FEWEST: Final = 16384 * 2048
 
-torch.library.define(
-    "deltatune::lora_fill_border_and_sum", "(Tensor(a!) extended, Tensor weight, Tensor narrow) -> Tensor"
-)
 # t first, then the sums of every gradient
 torch.library.define(
     "deltatune::lora_up_backward",
     "(Tensor[] grads, Tensor[] up, Tensor narrow, SymInt[] offsets, SymInt width) -> Tensor[]",
 )
-
-
-def fill_border_and_sum(extended: Tensor, weight: Tensor, narrow: Tensor) -> Tensor:
-    """``extended[:, N : N + W] = dy @ weight`` in place, and ``dy^T narrow`` as ``sum_products``.
-
-    ``dy = extended[:, :N]``, weight ``[N, W]``, narrow ``[M, W]``; columns behind those are left as they are.
-    """
-    sums: Tensor = torch.ops.deltatune.lora_fill_border_and_sum(extended, weight, narrow)
-    return sums
 
 
 def up_backward(
@@ -58,11 +46,6 @@ def up_backward(
     """
     t, *sums = torch.ops.deltatune.lora_up_backward(list(grads), list(up), narrow, list(offsets), width)
     return t, sums
-
-
-def _fill_border_and_sum(extended: Tensor, weight: Tensor, narrow: Tensor) -> Tensor:
-    outer, width = weight.shape
-    return _into(extended[:, outer : outer + width], extended[:, :outer], weight, narrow)
 
 
 def _up_backward(
@@ -106,29 +89,15 @@ def _reads_once(dy: Tensor, up: Tensor, narrow: Tensor) -> bool:
     )
 
 
-def _fill_border_and_sum_fake(extended: Tensor, weight: Tensor, narrow: Tensor) -> Tensor:
-    assert extended.shape[1] >= sum(weight.shape), "the border holds the product"
-    return narrow.new_empty(weight.shape, dtype=sum_dtype(narrow))
-
-
 def _up_backward_fake(
     _grads: object, up: Sequence[Tensor], narrow: Tensor, _offsets: object, width: int
 ) -> list[Tensor]:
     t = narrow.new_empty(narrow.shape[0], width)
-    return [t, *(narrow.new_empty(b.shape, dtype=sum_dtype(narrow)) for b in up)]
+    return [t, *(narrow.new_empty(b.shape, dtype=accumulation_dtype(narrow)) for b in up)]
 
 
-for _name, _kernel, _fake in (
-    ("fill_border_and_sum", _fill_border_and_sum, _fill_border_and_sum_fake),
-    ("up_backward", _up_backward, _up_backward_fake),
-):
-    torch.library.impl(f"deltatune::lora_{_name}", "CompositeExplicitAutograd", _kernel)
-    torch.library.register_fake(f"deltatune::lora_{_name}", _fake)
-
-
-@register_flop_formula(torch.ops.deltatune.lora_fill_border_and_sum)
-def _fill_border_and_sum_flops(extended_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    return 4 * extended_shape[0] * weight_shape[0] * weight_shape[1]
+torch.library.impl("deltatune::lora_up_backward", "CompositeExplicitAutograd", _up_backward)
+torch.library.register_fake("deltatune::lora_up_backward", _up_backward_fake)
 
 
 @register_flop_formula(torch.ops.deltatune.lora_up_backward)
