@@ -15,6 +15,7 @@ from deltatune import ops
 from deltatune.compile.auto import AutoCheckpointing, decide_for
 from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of, validate_checkpointing
 from deltatune.compile.memory import Choice
+from deltatune.compile.tuners import check_tuners
 from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
 from deltatune.layers.causal_lm import CausalLM
@@ -175,6 +176,8 @@ def prepare(
     if lora == "fused":
         check_all_fused(base, text_model)
     _refuse_rotary_in_one_graph(text_model, compile)
+    if compile is not None and compile.strict:
+        check_tuners(text_model)
     _revert(base)
     layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
     if "forward" in base.__dict__:

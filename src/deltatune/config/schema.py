@@ -107,7 +107,7 @@ class LoraSection(Section):
     """Scale by `lora_alpha / sqrt(r)`."""
 
     use_dora: Flag = False
-    """Weight-decomposed adapters; they run on PEFT's own layers."""
+    """Weight-decomposed adapters on PEFT's own layers, which torch 2.13 takes with `compile.strict: false` alone."""
 
     init_lora_weights: Flag | Text = True
     """PEFT's initialisation of A and B by name; `true` starts at the base model exactly."""
@@ -116,7 +116,7 @@ class LoraSection(Section):
     """The dtype of A and B; `model` takes the base weights' and halves the optimizer's memory at some precision."""
 
     impl: Literal["auto", "fused", "stock"] = "auto"
-    """`fused` folds the adapter into the base product, `stock` is PEFT's layer; `auto` fuses where it can."""
+    """`fused` makes the adapter part of the base product, `stock` is PEFT's layer; `auto` fuses where it can."""
 
     def peft_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``peft.LoraConfig``; ``adapter_dtype`` and ``impl`` are ours and left out."""
