@@ -161,6 +161,15 @@ def test_every_compile_option_is_described() -> None:
     assert {key: rows.get(key) for key in INDUCTOR_OPTIONS} == {k: o.doc for k, o in INDUCTOR_OPTIONS.items()}
 
 
+def test_tested_versions_are_those_of_the_environment() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (torch|transformers|peft|trl|triton) \| ([\d.]+)", text, re.MULTILINE))
+    pins = dict(
+        re.findall(r"^(\w+)==(\S+)$", (ROOT / "constraints" / "cpu.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert rows == {name: pins[name] for name in ("torch", "transformers", "peft", "trl", "triton")}
+
+
 def test_every_family_and_its_experimental_features_are_in_the_readme() -> None:
     from deltatune.models.family import Experimental
     from deltatune.models.registry import ANY, FAMILIES
