@@ -1,4 +1,4 @@
-"""How fast deltatune is, beside what else there is: ops, training steps, and the tables made of the records.
+"""How fast deltatune is, against what else there is: ops, training steps, and the tables made of the records.
 
 ``python -m benchmarks.ops``, ``benchmarks.train``, ``benchmarks.compare`` measure and write records;
 ``benchmarks.tables`` makes the tables of the documentation; ``benchmarks.targets`` says what is met. Outside the

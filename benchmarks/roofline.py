@@ -122,7 +122,7 @@ def _products(step: Step) -> Iterator[_Line]:
 def _adapter(step: Step, K: int, N: int, *, wanted: bool) -> Iterator[_Line]:
     """``u = x A^T``, ``u B^T``; ``du = dy B``, ``dB = dy^T u``, ``dA = du^T x``, and ``du A`` where wanted.
 
-    Bytes of u and du alone: the wide operands are on chip for the products beside them, at best.
+    Bytes of u and du alone: the wide operands are on chip for the wide products, at best.
     """
     T, r = sum(step.lengths), step.rank
     yield "adapter products", "products", 2 * T * r * (3 * K + 3 * N - (0 if wanted else K)), 4 * step.item * T * r

@@ -52,12 +52,12 @@ class Job:
 
     Attributes:
         settings: of one system, in order.
-        label: of its results, beside the name; empty for none.
+        label: of its results, next to the name; empty for none.
         path: the folder that holds the ``deltatune`` to time; None for the one that runs this.
         rounds: turns of it.
         checked: hold it to the reference and the stock path first.
         timed: False for what runs for the sake of the checks alone.
-        environment: beside the usual one.
+        environment: in addition to the usual one.
     """
 
     settings: tuple[Setting, ...]

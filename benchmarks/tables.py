@@ -29,10 +29,10 @@ _DIRECTIONS: Final = ("forward", "forward+backward")
 
 
 def speed(records: Sequence[Record]) -> list[str]:
-    """Of each model the newest record with a baseline beside ours at full depth: what a user chooses between."""
+    """Of each model the newest record with a baseline and ours at full depth: what a user chooses between."""
     rows, files = [], []
     for model in MODELS:
-        steps = _beside_stock(records, model)
+        steps = _with_stock(records, model)
         if steps is None:
             continue
         stock = steps.find("stock", "layer")[0]
@@ -46,15 +46,15 @@ def speed(records: Sequence[Record]) -> list[str]:
         for system, how, name in shown:
             for result in steps.find(system, how):
                 against = f"{stock['median_ms'] / result['median_ms']:.2f}x"
-                rows.append([model, name, _recomputed(how), *_step_cells(result), against])
+                rows.append([model, name, f"`{how}`", *_step_cells(result), against])
         files.append(steps.record)
-    header = ("model", "system", "recomputed", "ms a step", "tokens a second", "peak GiB", "against stock")
+    header = ("model", "system", "checkpointing", "ms a step", "tokens a second", "peak GiB", "against stock")
     return [*_markdown(header, rows), "", _sources(files)]
 
 
 def memory(records: Sequence[Record]) -> list[str]:
     """What recomputation costs and saves: every setting of ours, and its time over that of none."""
-    found = [steps for model in MODELS if (steps := _beside_stock(records, model))]
+    found = [steps for model in MODELS if (steps := _with_stock(records, model))]
     rows: dict[str, list[str]] = {}
     for index, steps in enumerate(found):
         least = min(r["median_ms"] for r in steps.find(OURS))
@@ -68,7 +68,7 @@ def memory(records: Sequence[Record]) -> list[str]:
 
 
 def adapters(records: Sequence[Record]) -> list[str]:
-    """Adapters on all linears beside those on q, k, v and o, in one record."""
+    """Adapters on all linears against those on q, k, v and o, in one record."""
     rows, files = [], []
     for model in MODELS:
         steps = next((s for s in newest_full(records, model, DEVICE) if s.find(OURS, targets="all")), None)
@@ -83,7 +83,7 @@ def adapters(records: Sequence[Record]) -> list[str]:
 
 
 def shapes(records: Sequence[Record]) -> list[str]:
-    """Other models and packs, stock with layer checkpointing beside ours; fewer layers where it says so."""
+    """Other models and packs, stock with layer checkpointing and ours; fewer layers where it says so."""
     rows, seen = [], set()
     for steps in steps_of(records):
         about = steps.config
@@ -97,15 +97,15 @@ def shapes(records: Sequence[Record]) -> list[str]:
         cells = [_of(stock), *(_of(steps.find(OURS, how)) for how in ("layer", "none"))]
         depth = f"{about['layers']} of {about['full_layers']}"
         rows.append([about["model"], depth, f"{about['tokens']:,} in {about['documents']}", *cells])
-    header = ("model", "layers", "tokens in documents", "stock, layers recomputed", "ours, the same", "ours, none")
+    header = ("model", "layers", "tokens in documents", "stock, `layer`", "ours, `layer`", "ours, `none`")
     return _markdown(header, sorted(rows))
 
 
 def bound(records: Sequence[Record]) -> list[str]:
-    """The roofline of a step, part by part, beside the step."""
+    """The roofline of a step, part by part, and the step."""
     rows: dict[str, list[str]] = {}
     totals = []
-    found = [steps for model in MODELS if (steps := _beside_stock(records, model))]
+    found = [steps for model in MODELS if (steps := _with_stock(records, model))]
     for index, steps in enumerate(found):
         parts = roofline_of(steps, "qkvo") or []
         for part in parts:
@@ -236,16 +236,12 @@ def _printed(data: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"    {r['name']}: after / before {r['ratio']:.4f}" for r in config.get("ratios", ()))
 
 
-def _beside_stock(records: Sequence[Record], model: str) -> Steps | None:
+def _with_stock(records: Sequence[Record], model: str) -> Steps | None:
     """The newest of full depth that has stock and ours at several settings."""
     for steps in newest_full(records, model, DEVICE):
         if steps.find("stock", "layer") and len(steps.find(OURS)) > 1:
             return steps
     return None
-
-
-def _recomputed(how: object) -> str:
-    return {"layer": "every layer", "none": "nothing"}.get(str(how), str(how))
 
 
 def _step_cells(result: Mapping[str, Any]) -> list[str]:

@@ -54,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target beside the newest record that shows it: both None where there is none."""
+    """A target and the newest record that shows it: both None where there is none."""
 
     target: Target
     record: Record | None
@@ -283,7 +283,7 @@ def _ops() -> Iterator[Target]:
 
 
 TARGETS: Final[tuple[Target, ...]] = (
-    # 68 and 77% of the roofline are what 80 and 85% came to of an earlier floor, which took each product at its own
+    # 68 and 77% of the roofline are what 80 and 85% came to of an earlier bound, which took each product at its own
     # measured rate, on the frontiers of both models (172.9 against 202.3 ms, 691.4 against 759.5)
     *_training("qwen3.5-2b", 0.68, 1.6, 2.2, 2.6),
     *_training("qwen3.5-9b", 0.77, 1.4, 1.9, 2.2),

@@ -1,12 +1,12 @@
-"""Training steps beside stock ones: each system checked, then timed, in a process of its own; a record a model.
+"""Training steps against stock ones: each system checked, then timed, in a process of its own; a record a model.
 
     python -m benchmarks.train --model qwen3.5-2b qwen3.5-9b:8 --checkpointing none layer --output out
 
-times qwen3.5-2b at full depth and qwen3.5-9b at 8 layers, each beside leak-free stock with layer checkpointing.
+times qwen3.5-2b at full depth and qwen3.5-9b at 8 layers, each against leak-free stock with layer checkpointing.
 ``--frontier`` sweeps the memory settings; ``--targets qkvo all`` adds adapters on all linears; ``--baselines`` names
-what it stands beside; ``--profile`` adds the kernels of a step; ``--cold-start`` adds first steps with the compiler's
-cache empty and filled. What cannot run (a package is missing, memory is short, time is up) says so in the record and
-the rest goes on. ``--limit-s`` bounds the whole invocation. Every system is held to float32 and to the stock path
+what it is timed against; ``--profile`` adds the kernels of a step; ``--cold-start`` adds first steps, with an empty
+and a filled compiler cache. What cannot run (a package is missing, memory is short, time is up) says so in the record
+and the rest goes on. ``--limit-s`` bounds the whole invocation. Every system is held to float32 and to the stock path
 first; ``--no-checks`` leaves that out, for a second look at a tree that has been checked.
 
 On a GPU machine: ``PYTHONPATH=$SITE:src:. python -m benchmarks.train ... --output $OUT``. The ``deltatune`` that is

@@ -7,6 +7,7 @@ import ast
 import importlib
 import re
 import runpy
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +160,14 @@ def test_every_compile_option_is_described() -> None:
     text = (ROOT / "docs" / "compile.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", text, re.MULTILINE))
     assert {key: rows.get(key) for key in INDUCTOR_OPTIONS} == {k: o.doc for k, o in INDUCTOR_OPTIONS.items()}
+
+
+def test_the_rooms_are_those_of_the_import_contract() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [f"deltatune.{room}" for room in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)] == contract["layers"]
 
 
 def test_tested_versions_are_those_of_the_environment() -> None:

@@ -71,17 +71,17 @@ def test_a_source_is_known_by_its_files(tmp_path) -> None:
     assert source_of(tmp_path, "abc")["source_sha256"] != before["source_sha256"]
 
 
-def test_speed_takes_the_newest_record_beside_stock() -> None:
+def test_speed_takes_the_newest_record_with_stock() -> None:
     rows = tables.speed(COMMITTED)
-    assert "| qwen3.5-2b | stock, made leak-free | every layer | 543 | 30,163 | 7.4 | 1.00x |" in rows
-    assert "| qwen3.5-2b | **deltatune** | nothing | 233 | 70,441 | 25.0 | 2.34x |" in rows
+    assert "| qwen3.5-2b | stock, made leak-free | `layer` | 543 | 30,163 | 7.4 | 1.00x |" in rows
+    assert "| qwen3.5-2b | **deltatune** | `none` | 233 | 70,441 | 25.0 | 2.34x |" in rows
     newer = frontier(deltatune_none_qkvo_auto={"median_ms": 200.0, "tokens_per_second": 81920.0})
-    assert "| qwen3.5-2b | **deltatune** | nothing | 200 | 81,920 | 25.0 | 2.72x |" in tables.speed([newer, *COMMITTED])
+    assert "| qwen3.5-2b | **deltatune** | `none` | 200 | 81,920 | 25.0 | 2.72x |" in tables.speed([newer, *COMMITTED])
 
 
 def test_a_red_check_leaves_no_row() -> None:
     red = frontier(deltatune_none_qkvo_auto={"status": "red check"})
-    assert not any("| nothing |" in row and "2b" in row for row in tables.speed([red, *COMMITTED]))
+    assert not any("| `none` |" in row and "2b" in row for row in tables.speed([red, *COMMITTED]))
 
 
 def test_an_interrupted_record_shows_nothing() -> None:
