@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import nn
 
-__all__ = ["readable", "refuse_prompt_learning", "refuse_virtual_tokens", "trained_copy"]
-
-#: Calls between PEFT's forward and that of the model inside it, two for each module call, and some room.
-_FRAMES: Final = 10
+__all__ = ["readable", "refuse_prompt_learning", "trained_copy"]
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
@@ -58,24 +52,3 @@ def refuse_prompt_learning(model: Any) -> None:
                 f"adapter {name!r} is of type {kind}: PEFT puts its virtual tokens in front of a row and drops the "
                 "position ids, so the documents of a pack would become one; use LoRA, or leave the model unprepared"
             )
-
-
-def refuse_virtual_tokens(call: Mapping[str, Any]) -> None:
-    """Refuses a call that comes from a PeftModel with such an adapter, put around the model after ``prepare``.
-
-    PEFT leaves no trace of itself on the model inside, nor in the call, so its forward is looked for among the callers.
-    """
-    peft = sys.modules.get("peft")
-    if peft is None or torch.compiler.is_compiling():
-        return
-    if call.get("inputs_embeds") is None and call.get("past_key_values") is None:
-        return
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame.f_back is None:
-            return
-        frame = frame.f_back
-        caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
-        if isinstance(caller, peft.PeftModel):
-            refuse_prompt_learning(caller)
-            return

@@ -16,7 +16,7 @@ from deltatune import ops
 from deltatune.compile.auto import deciding
 from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.hooks import plain_linear
-from deltatune.hf.peft import refuse_virtual_tokens, trained_copy
+from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import Hidden, catch_hidden
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, resolve_metadata
@@ -62,7 +62,6 @@ class CausalLM(Swapped):
         )
 
     def _forward(self, call: dict[str, Any]) -> Any:
-        refuse_virtual_tokens(call)
         wants_logits = call.pop("output_logits", None)
         if is_cached_call(self, call):
             with stock_path(self):

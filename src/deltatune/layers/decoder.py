@@ -19,7 +19,6 @@ from deltatune.cost import Cost
 from deltatune.hf import attention_interface
 from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
-from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
 from deltatune.layers.rotary import rotary_boundaries
 from deltatune.ops import Spec
@@ -112,7 +111,6 @@ class TextModel(Swapped):
     def _forward(self, given: dict[str, Any]) -> Any:
         """As the stock text model, with ``sequences`` and every other form of packing metadata."""
         self._own_norms()
-        refuse_virtual_tokens(given)
         if is_cached_call(self, given):
             with stock_path(self):
                 return super().forward(**given)
