@@ -38,7 +38,7 @@ def test_boundaries_no_longer_fit_where_they_came_later(kind: str, text_model_al
     prepare(model.model if text_model_alone else model)
     wrapped = peft.get_peft_model(model, CONFIGS[kind]())
     call = {"input_ids": packed_call()["input_ids"], "cu_seq_lens_q": packed_call()["sequences"].cu_seqlens}
-    with pytest.raises(ValueError, match="must end at the number of tokens|cannot hold packed documents"):
+    with pytest.raises(ValueError, match=r"must end at the number of tokens|cannot hold packed documents"):
         wrapped(**call)
     with torch.no_grad():
         model(**call)  # the model inside is as it was
