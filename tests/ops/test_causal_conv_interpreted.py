@@ -233,3 +233,30 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(y.sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="launches nothing")
+@pytest.mark.parametrize("tokens", [100, 5_000_000])
+def test_any_number_of_tokens_fits_a_grid(monkeypatch, tokens):
+    """The first axis of a grid ends at 2^31 - 1, the others at 65535."""
+    pytest.importorskip("triton", reason="needs triton")
+    from deltatune.ops._causal_conv import kernel, launch
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(kernel, "forward_kernel", Recorder())
+    monkeypatch.setattr(kernel, "backward_kernel", Recorder())
+    monkeypatch.setattr(launch, "_FORWARD", launch._Tile(rows=64, unroll=8))
+    x, weight = torch.zeros(1, tokens, 2, dtype=torch.float16), torch.zeros(2, 4, dtype=torch.float16)
+    positions = torch.zeros(tokens, dtype=torch.int32)
+    (y,) = launch.forward(x, weight, None, positions, [2], [0], True)
+    launch.backward([y], x, weight, None, positions, [2], [0], True, weight_grad=False, bias_grad=False)
+    assert len(grids) == 2
+    for grid in grids:
+        assert all(size <= 65535 for size in grid[1:])
+        assert grid[0] >= tokens // 128

@@ -179,3 +179,13 @@ def test_auto_takes_the_kernel():
     assert choose_gated_rms_norm(DEVICE, torch.float32).impl == "triton"
     inputs = make_inputs(1, 9, 3, 16, dtype=HALVES[-1])
     assert torch.equal(gated_rms_norm(*inputs, eps=EPS), gated_rms_norm(*inputs, eps=EPS, impl="triton"))
+
+
+def test_offsets_beyond_32_bits():
+    """Heads ``2^30`` elements apart: the third lies beyond what 32 bits count."""
+    x, gate, weight = make_inputs(2, 3, 16, dtype=torch.float16)
+    expected = run((x, gate, weight), "triton")
+    buffers = [torch.empty(2**31 + 2**10, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    views = [buffer.as_strided((2, 3, 16), (16, 2**30, 1)) for buffer in buffers]
+    far = [view.copy_(y.detach()).requires_grad_() for view, y in zip(views, (x, gate), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(run((*far, weight), "triton"), expected, strict=True))

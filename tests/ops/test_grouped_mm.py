@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
 from deltatune.ops._grouped_mm.experts import moe_experts
+from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._registry import Support
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES = {"mixed": [5, 1, 0, 70, 7], "first empty": [0, 33, 32], "one": [64], "all empty": [0, 0]}
@@ -249,3 +253,20 @@ def test_cuda_experts(compiled):
     grads = torch.autograd.grad(found.float().square().sum(), trained)
     for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), trained), strict=True):
         assert_close(got, want, 3e-2)
+
+
+def test_experts_choose_by_the_dtype_that_autocast_gives(monkeypatch):
+    """fp32 hidden states under a bf16 autocast are bf16 to the products."""
+    asked = []
+
+    def supports(spec):
+        asked.append(spec)
+        return Support(True, "the test's own")
+
+    (torch_provider, reference_provider) = GroupedMmSpec.providers
+    monkeypatch.setattr(GroupedMmSpec, "providers", (replace(reference_provider, supports=supports),))
+    assert torch_provider.name == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        moe_experts(*mixture(5), F.silu)
+    assert {spec.dtype for spec in asked} == {torch.bfloat16}
+    assert {spec.weight_shape for spec in asked} == {torch.Size([8, 48, 32]), torch.Size([8, 32, 24])}

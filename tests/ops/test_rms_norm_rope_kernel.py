@@ -295,3 +295,23 @@ def test_auto_takes_the_kernel():
     assert choose_rms_norm_rope(DEVICE, torch.float32).impl == "triton"
     inputs, options = make_inputs(dtype=HALVES[-1])
     assert torch.equal(rms_norm_rope(*inputs, **options), rms_norm_rope(*inputs, **options, impl="triton"))
+
+
+def far_apart(x, dim):
+    """The same values in fp16, ``2^30`` elements apart along a dimension: the third lies beyond what 32 bits count."""
+    apart = 2**30
+    buffer = torch.empty(apart * (x.shape[dim] - 1) + x.numel(), dtype=torch.float16, device=DEVICE)
+    strides = [apart if i == dim else stride for i, stride in enumerate(x.stride())]
+    return buffer.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("far", ["heads", "angles"])
+def test_offsets_beyond_32_bits(far):
+    (x, weight, cos, sin), options = make_inputs(tokens=3, heads=3, dtype=torch.float16)
+    expected = run((x, weight, cos, sin), options, "triton")
+    if far == "heads":
+        x = far_apart(x.detach(), 2).requires_grad_()
+    else:
+        cos, sin = far_apart(cos, 1), far_apart(sin, 1)
+    got = run((x, weight, cos, sin), options, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -5,6 +5,8 @@ x is read once, but for the ``W - 1`` tokens before a strip. Each group of ``UNR
 computed, so that several loads are in flight. Every output has blocks of channels of its own; where it is normalised,
 a block is a head.
 
+The grid is one row, blocks of channels first: other axes of a grid end at 65535, which 4.2 million tokens would pass.
+
 Forward reads ND and writes ND. Backward computes the activation again, reads 2ND (x, dy) and writes ND; the dx of a
 token is complete ``W - 1`` tokens later, so ``W - 1`` sums wait in registers too.
 """
@@ -142,8 +144,10 @@ def _forward(
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ) -> None:
-    block, start = tl.program_id(0), tl.program_id(1) * ROWS
+    strip = tl.program_id(0) // BLOCKS
+    block, start = tl.program_id(0) % BLOCKS, strip * ROWS
     size = _of_block(block, sizes, firsts)
     out = _of_block(block, outs, firsts)
     cols = (block - _of_block(block, firsts, firsts)) * BLOCK + tl.arange(0, BLOCK)
@@ -257,8 +261,10 @@ def _backward(
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ) -> None:
-    block, start = tl.program_id(0), tl.program_id(1) * ROWS
+    strip = tl.program_id(0) // BLOCKS
+    block, start = tl.program_id(0) % BLOCKS, strip * ROWS
     size = _of_block(block, sizes, firsts)
     grad_stride = _of_block(block, grad_strides, firsts)
     norm = None if norms is None else _of_block(block, norms, firsts)
@@ -299,7 +305,7 @@ def _backward(
         dx_at += UNROLL * D
     sums = state[2]
     if partial is not None:
-        planes = partial + tl.program_id(1).to(tl.int64) * len(sums) * D + channels
+        planes = partial + strip.to(tl.int64) * len(sums) * D + channels
         for j in tl.static_range(len(sums)):
             plane = W - 1 - j if WEIGHT_GRAD and j < W else j
             tl.store(planes + plane * D, sums[j], mask=cols < size)

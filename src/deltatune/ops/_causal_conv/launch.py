@@ -129,10 +129,10 @@ class _Parts(NamedTuple):
         usual = self.block == _BLOCK and stream.element_size() == 2 and width <= _LIMITED_WIDTH
         limit = {"maxnreg": tile.registers} if usual and tile.registers is not None else {}
         with torch.cuda.device(stream.get_device()):
-            function[(self.num_blocks, programs)](
+            function[(self.num_blocks * programs,)](
                 *(stream, stream.stride(0), len(stream), *args, *self[:4]),
                 *(width, 1 << (width - 1).bit_length(), *options),
-                *(tile.rows, tile.unroll, self.block),
+                *(tile.rows, tile.unroll, self.block, self.num_blocks),
                 num_warps=max(1, self.block // 256),
                 **limit,
             )

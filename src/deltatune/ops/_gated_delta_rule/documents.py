@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["CHUNK_SIZE", "Documents", "documents_of", "rows_as_documents"]
+__all__ = ["CHUNK_SIZE", "Documents", "documents_of"]
 
 CHUNK_SIZE = 64  # of the libraries' kernels
 
@@ -31,27 +30,20 @@ class Documents:
     chunk_indices: Tensor
 
 
-# Keyed by identity, since all layers of a step hold the same tensor and the libraries' own caches go by identity too.
-_KNOWN = WeakTensorKeyDictionary()
-
-
 def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
-    """Those of cumulative lengths on the CPU ``[any + 1]``; the same object again while that tensor lives.
+    """Those of cumulative lengths on the CPU ``[any + 1]``; the same object for the same boundaries, so for all layers.
 
-    Copies to the device without waiting for it.
+    Copies to the device without waiting for it. Known by what the boundaries say: the tensor may be rewritten, and the
+    libraries' own caches go by the identity of what is returned here.
     """
-    if cu_seqlens_cpu not in _KNOWN:
-        _KNOWN[cu_seqlens_cpu] = {}
-    on_devices: dict[torch.device, Documents] = _KNOWN[cu_seqlens_cpu]
-    if device not in on_devices:
-        on_devices[device] = _documents(cu_seqlens_cpu, device)
-    return on_devices[device]
+    # the repeated tail says nothing, and is most of the tensor
+    used = cu_seqlens_cpu[: int(torch.searchsorted(cu_seqlens_cpu, cu_seqlens_cpu[-1])) + 1]
+    return _known(tuple(used.tolist()), device)
 
 
-@functools.lru_cache(maxsize=8)
-def rows_as_documents(batch: int, tokens: int, device: torch.device) -> Documents:
-    """Each of ``batch`` rows one document."""
-    return _documents(torch.arange(batch + 1, dtype=torch.int32) * tokens, device)
+@functools.lru_cache(maxsize=16)
+def _known(boundaries: tuple[int, ...], device: torch.device) -> Documents:
+    return _documents(torch.tensor(boundaries), device)
 
 
 def _documents(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:

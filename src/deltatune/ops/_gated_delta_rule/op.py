@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltatune.ops._gated_delta_rule import library, reference
 from deltatune.ops._gated_delta_rule.chunks import CHUNK_SIZES
-from deltatune.ops._gated_delta_rule.documents import Documents, documents_of, rows_as_documents
+from deltatune.ops._gated_delta_rule.documents import Documents, documents_of
 from deltatune.ops._gated_delta_rule.library import Results, results_like
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
 from deltatune.ops._opaque import opaque
@@ -42,9 +42,7 @@ def _boundaries(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:
 
 def _documents(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Documents:
     """The same boundaries for a library on the device of ``v``."""
-    if cu_seqlens_cpu is None:
-        return rows_as_documents(v.shape[0], v.shape[1], v.device)
-    return documents_of(cu_seqlens_cpu, v.device)
+    return documents_of(_boundaries(v, cu_seqlens_cpu), v.device)
 
 
 # Multiply-adds per token and value head, in matrix products alone. C is the chunk, and a triangular solve of C rows

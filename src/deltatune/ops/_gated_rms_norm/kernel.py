@@ -95,7 +95,7 @@ def _forward(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.broadcast_to(tl.arange(0, DIM)[None, :], [ROWS, DIM])
     mask = (rows < num_rows)[:, None] & (cols < D)
-    tokens, heads = (rows // N).to(tl.int64), rows % N
+    tokens, heads = (rows // N).to(tl.int64), (rows % N).to(tl.int64)
     value = _load(x, (tokens * token_stride + heads * head_stride)[:, None] + cols, mask)
     opened = _load(gate, (tokens * gate_token_stride + heads * gate_head_stride)[:, None] + cols, mask)
     rstd = tl.rsqrt(tl.sum(value * value, axis=1) / D + EPS)[:, None]
@@ -137,7 +137,7 @@ def _backward(
         rows = (program * TILES + tile) * ROWS + tl.arange(0, ROWS)
         live = rows < num_rows
         mask = live[:, None] & (cols < D)
-        tokens, heads = (rows // N).to(tl.int64), rows % N
+        tokens, heads = (rows // N).to(tl.int64), (rows % N).to(tl.int64)
         value = _load(x, (tokens * token_stride + heads * head_stride)[:, None] + cols, mask)
         opened = _load(gate, (tokens * gate_token_stride + heads * gate_head_stride)[:, None] + cols, mask)
         dy = _load(grad, (tokens * grad_token_stride + heads * grad_head_stride)[:, None] + cols, mask)

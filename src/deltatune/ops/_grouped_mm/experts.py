@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
+from deltatune.ops._autocast import autocast
+from deltatune.ops._grouped_mm.api import grouped_mm
+from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import bind_shapes
 
 __all__ = ["moe_experts"]
@@ -61,7 +64,8 @@ def moe_experts(
             f"moe_experts: gate_up_proj {list(gate_up_proj.shape)} must hold twice the width of "
             f"down_proj {list(down_proj.shape)}"
         )
-    choice = choose_grouped_mm(hidden.device, hidden.dtype, weight_shape=gate_up_proj.shape, impl=impl)
+    (cast,) = autocast(hidden)  # as grouped_mm sees it
+    impls = {choose(GroupedMmSpec(cast.device, cast.dtype, w.shape), impl).impl for w in (gate_up_proj, down_proj)}
     experts = top_k_index.flatten()
     order = experts.argsort(stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
@@ -71,7 +75,7 @@ def moe_experts(
     rows = _repeat_rows(hidden, sizes["k"])
     gate_up = grouped_mm(_permute(rows, order, place), gate_up_proj, offsets, impl=impl)
     # Vectorised CPU loops may round an element differently at their ends, so there it must not move with the routing.
-    fixed_place = choice.impl == "reference"
+    fixed_place = "reference" in impls
     if fixed_place:
         gate_up = _permute(gate_up, place, order)
     gate, up = gate_up.chunk(2, dim=-1)

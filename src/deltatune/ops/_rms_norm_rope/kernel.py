@@ -57,13 +57,14 @@ def _heads_of_tile(
 
 
 def _starts_of_rows(tokens: tl.tensor, heads: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor) -> tl.tensor:
-    return (tokens.to(tl.int64) * token_stride + heads * head_stride)[:, None]
+    # in 64 bits: heads may lie further apart than tokens, and both further than 2^31 elements
+    return (tokens.to(tl.int64) * token_stride + heads.to(tl.int64) * head_stride)[:, None]
 
 
 def _starts_of_angles(
     tokens: tl.tensor, num_positions: tl.tensor, cos_stride: tl.tensor, sin_stride: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    positions = tokens % num_positions
+    positions = (tokens % num_positions).to(tl.int64)
     return (positions * cos_stride)[:, None], (positions * sin_stride)[:, None]
 
 
