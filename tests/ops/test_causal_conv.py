@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import _triton, causal_conv, choose_causal_conv
+from deltatune.ops import CausalConvSpec, _triton, causal_conv, choose, choose_causal_conv
 from deltatune.ops._causal_conv import op
 from deltatune.packing.sequences import Sequences
 
@@ -258,3 +258,90 @@ def test_a_frozen_convolution_costs_a_product_less(weight_grad, products):
         _, weight, _ = fake_step(weight_grad)
     assert counter.get_total_flops() == products * 2 * 18 * 6 * 4
     assert weight.grad is None or weight_grad
+
+
+# what stands before a sequence
+
+
+def halves(x, cut, width):
+    """Both pieces of each row of x, and what the second one has on its left."""
+    before = torch.cat([x.new_zeros(x.shape[0], width - 1, x.shape[2]), x[:, :cut]], 1)[:, cut : cut + width - 1]
+    return x[:, :cut], x[:, cut:], before
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 5, 63, 64, 65])
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("split", [None, [4, 2]])
+def test_two_pieces_with_what_stands_before_equal_the_whole(cut, width, split):
+    x, weight, bias = (t.double().detach().requires_grad_() for t in make_inputs(66, width=width))
+    options = {"split": split, "l2norm": None if split is None else [2, 0]}
+    joined = [causal_conv(x, weight, bias, **options)]
+    first, second, left = halves(x, cut, width)
+    pieces = [causal_conv(first, weight, bias, **options), causal_conv(second, weight, bias, left=left, **options)]
+    if split is not None:
+        joined = list(joined[0])
+        pieces = [torch.cat(parts, 1) for parts in zip(*pieces, strict=True)]
+    else:
+        pieces = [torch.cat(pieces, 1)]
+    weights = [torch.randn_like(y) for y in joined]
+    for y, piece in zip(joined, pieces, strict=True):
+        torch.testing.assert_close(piece, y)
+    expected = torch.autograd.grad(joined, (x, weight, bias), weights)
+    for found, wanted in zip(torch.autograd.grad(pieces, (x, weight, bias), weights), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_each_sequence_has_its_own_left_and_empty_ones_none_of_it():
+    lengths, width = [2, 0, 1, 5, 0], 4
+    sequences = Sequences.from_lengths(lengths, total=10, capacity=8)
+    x, weight, bias = (t.double().detach() for t in make_inputs(10, width=width))
+    left = torch.randn(6, 3, x.shape[2], dtype=torch.float64)
+    left[[1, 4]] = float("nan")  # of the empty sequences
+    left.requires_grad_()
+    got = causal_conv(x, weight, bias, sequences=sequences, left=left)
+    starts = [0, 2, 2, 3, 8, 8]
+    for number, (start, length) in enumerate(zip(starts, [*lengths, 2], strict=True)):
+        part = torch.cat([left[number : number + 1], x[:, start : start + length]], 1)
+        if length:
+            expected = causal_conv(part, weight, bias)[:, width - 1 :]
+            torch.testing.assert_close(got[:, start : start + length], expected)
+    (grad,) = torch.autograd.grad(got[:, 3:8].sum(), left)
+    assert grad[3].any()
+    assert not grad[[0, 1, 2, 4, 5]].any()
+
+
+def test_the_gradient_of_what_stands_before():
+    x, weight, bias = (t.double().detach().requires_grad_() for t in make_inputs(7, batch=2, width=3))
+    left = torch.randn(2, 2, x.shape[2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: causal_conv(*t[:3], left=t[3]), (x, weight, bias, left))
+
+
+def test_what_stands_before_is_traceable():
+    x, weight, bias = make_inputs(8)
+    left = torch.randn(4, 3, x.shape[2])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def conv(x, left, sequences):
+        return causal_conv(x, weight, bias, sequences=sequences, left=left)
+
+    for i, lengths in enumerate(([3, 5], [1, 1, 1, 5])):
+        sequences = Sequences.from_lengths(lengths, capacity=4).static()
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            found = conv(x, left, sequences)
+        torch.testing.assert_close(found, causal_conv(x, weight, bias, sequences=sequences, left=left))
+
+
+def test_what_stands_before_must_fit():
+    x, weight, bias = make_inputs(5)
+    with pytest.raises(ValueError, match=r"left must be \[number of sequences, W - 1, D\] = \[1, 3, 6\], got"):
+        causal_conv(x, weight, bias, left=torch.zeros(1, 2, x.shape[2]))
+    with pytest.raises(ValueError, match=r"= \[2, 3, 6\], got \[1, 3, 6\]"):
+        causal_conv(x, weight, bias, left=torch.zeros(1, 3, 6), sequences=Sequences.from_lengths([2, 3]))
+
+
+def test_the_kernel_refuses_what_stands_before(monkeypatch):
+    monkeypatch.setattr(_triton, "_has_triton", lambda: True)
+    spec = CausalConvSpec(torch.device("cuda"), torch.float16, width=4, left=True)
+    assert choose(spec).impl == "reference"
+    with pytest.raises(ValueError, match="it takes no left; use impl='reference'"):
+        choose(spec, "triton")

@@ -253,11 +253,12 @@ def test_opcheck(described):
     sequences = Sequences.from_lengths([5, 1, 70, 7])
     metadata = (sequences.cu_seqlens, sequences.cu_seqlens_cpu) if described else (None, None)
     options = (*metadata, 0.5, True, "reference")
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, None, *options))
     detached = [x.detach() for x in inputs]
     grad = torch.ones_like(detached[2])
     kept = [torch.empty(0) for _ in range(4)]
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, (grad, *detached, *kept, *options))
+    arguments = (grad, *detached, *kept, None, None, *options)
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 
 def test_compiles_whole_and_only_once_for_any_documents():

@@ -271,13 +271,13 @@ def test_backward_writes_into_nothing_it_is_given(impl, qk_l2norm):
     inputs = [x.detach() for x in short_keys(make_inputs(83))]
     sequences = Sequences.from_lengths([5, 1, 70, 7]).to("cuda")
     options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, DIM**-0.5, qk_l2norm, impl)
-    o, q, k, *kept = torch.ops.deltatune.gated_delta_rule(*inputs, *options)
+    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*inputs, None, *options)
     q, k = (q, k) if qk_l2norm else inputs[:2]
     given = [torch.ones_like(o), q, k, *inputs[2:], *kept]
     before = [x.clone() for x in given]
-    first = torch.ops.deltatune.gated_delta_rule_backward(*given, *options)
+    first = torch.ops.deltatune.gated_delta_rule_backward(*given, None, None, *options)
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
-    second = torch.ops.deltatune.gated_delta_rule_backward(*given, *options)
+    second = torch.ops.deltatune.gated_delta_rule_backward(*given, None, None, *options)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
@@ -305,11 +305,11 @@ def test_opcheck(impl, qk_l2norm):
     inputs = short_keys(make_inputs(83))
     sequences = Sequences.from_lengths([5, 1, 70, 7]).to("cuda")
     options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, DIM**-0.5, qk_l2norm, impl)
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, None, *options))
     detached = [x.detach() for x in inputs]
-    o, q, k, *kept = torch.ops.deltatune.gated_delta_rule(*detached, *options)
+    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*detached, None, *options)
     q, k = (q, k) if qk_l2norm else detached[:2]
-    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, *options)
+    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, None, None, *options)
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 

@@ -325,16 +325,17 @@ def test_opcheck_with_what_a_library_keeps(fake, qk_l2norm):
         inputs[1] /= 4
     sequences = Sequences.from_lengths([5, 1, 70, 7])
     options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, 0.5, qk_l2norm, "fla")
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, None, *options))
     detached = [x.detach() for x in inputs]
-    o, q, k, *kept = torch.ops.deltatune.gated_delta_rule(*detached, *options)
+    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*detached, None, *options)
     q, k = (q, k) if qk_l2norm else detached[:2]
-    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, *options)
+    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, None, None, *options)
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 
 def test_compiled_layers_share_the_documents_of_a_batch(fake, monkeypatch):
     built = []
+    documents._known.cache_clear()
     build = documents._documents
     monkeypatch.setattr(documents, "_documents", lambda *args: built.append(args) or build(*args))
 

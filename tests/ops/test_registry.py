@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from deltatune import ops
 from deltatune.ops import _nvidia, _registry, _triton
 from deltatune.ops._linear_cross_entropy import providers as loss_providers
 from deltatune.ops._numerics import most_demanding
+from deltatune.packing.sequences import Sequences
 
 SPECS = [
     ops.CausalConvSpec,
@@ -127,3 +129,13 @@ def test_where_nothing_runs_every_refusal_is_said():
 
     with pytest.raises(ValueError, match="nothing: no implementation can run here: no a; no b"):
         ops.choose(Nowhere(CPU, torch.float32))
+
+
+@pytest.mark.parametrize("op", ["causal_conv", "gated_delta_rule", "varlen_attention"])
+def test_examples_say_what_happens(op):
+    function = getattr(ops, op)
+    torch.manual_seed(0)
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    (example,) = finder.find(function, globs={"torch": torch, "Sequences": Sequences, op: function})
+    assert example.examples
+    assert runner.run(example).failed == 0

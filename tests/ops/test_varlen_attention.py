@@ -183,11 +183,12 @@ def test_second_derivative_is_refused():
 def test_opcheck(window):
     sequences = Sequences.from_lengths([5, 1, 4])
     q, k, v = (x.detach()[0].requires_grad_() for x in inputs(10))
-    args = (q, k, v, sequences.cu_seqlens, sequences.cu_seqlens_cpu, 0.25, window, "reference")
+    args = (q, k, v, None, sequences.cu_seqlens, sequences.cu_seqlens_cpu, None, 0.25, window, "reference")
     torch.library.opcheck(torch.ops.deltatune.varlen_attention.default, args)
     o, lse = torch.ops.deltatune.varlen_attention(*(x.detach() if isinstance(x, Tensor) else x for x in args))
-    saved = [x.detach() for x in (torch.randn_like(o), q, k, v, o, lse)]
-    torch.library.opcheck(torch.ops.deltatune.varlen_attention_backward.default, (*saved, *args[3:]))
+    saved = [x.detach() for x in (q, k, v, o, lse)]
+    arguments = (torch.randn_like(o), None, *saved, *args[3:])
+    torch.library.opcheck(torch.ops.deltatune.varlen_attention_backward.default, arguments)
 
 
 def test_one_graph_for_every_batch():
@@ -238,10 +239,10 @@ def test_no_intermediate_is_larger_than_a_block_of_queries_by_all_keys(window):
             return out
 
     q, k, v = (x.detach()[0] for x in inputs(tokens, heads, 1, dim))
-    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+    boundaries = reference.Boundaries(torch.tensor([0, tokens], dtype=torch.int32), None)
     with Largest():
-        o, lse = reference.forward(q, k, v, cu_seqlens, 0.5, window)
-        reference.backward(torch.ones_like(o), q, k, v, o, lse, cu_seqlens, 0.5, window)
+        o, lse = reference.forward(q, k, v, boundaries, 0.5, window)
+        reference.backward(torch.ones_like(o), q, k, v, o, lse, boundaries, 0.5, window)
     assert largest <= heads * 128 * tokens
 
 
@@ -303,7 +304,7 @@ def test_boundaries_that_end_early_are_refused_in_the_op():
     q, k, v = (x.detach()[0] for x in inputs(10))
     short = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected B\*T = 10, got 9"):
-        torch.ops.deltatune.varlen_attention(q, k, v, short, short, 1.0, None, "reference")
+        torch.ops.deltatune.varlen_attention(q, k, v, None, short, short, None, 1.0, None, "reference")
 
 
 def test_choice_says_why():

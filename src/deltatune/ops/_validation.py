@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["bind_shapes", "check_floating", "check_same_device", "check_sequences"]
+__all__ = ["bind_shapes", "check_floating", "check_same_device", "check_sequences", "num_sequences"]
 
 
 def bind_shapes(op: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
@@ -77,3 +77,12 @@ def check_sequences(op: str, sequences: Sequences | None, like: Tensor) -> None:
             f"{op}: sequences are on {sequences.positions.device} but the input is on {like.device}; "
             f"pass sequences.to({str(like.device)!r})"
         )
+
+
+def num_sequences(sequences: Sequences | None, like: Tensor) -> int:
+    """The number of sequences that a state has an entry for: ``sequences.num_sequences``, or the rows of ``like``.
+
+    An integer of the description, so only ops that are given or asked for a state read it: in a graph every other
+    number is another graph, but for ``Sequences.static()``, whose number is its capacity.
+    """
+    return like.shape[0] if sequences is None else sequences.num_sequences

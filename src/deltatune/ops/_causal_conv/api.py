@@ -12,7 +12,7 @@ from deltatune.ops._causal_conv import op, reference
 from deltatune.ops._causal_conv.providers import CausalConvSpec
 from deltatune.ops._numerics import most_demanding
 from deltatune.ops._registry import Choice, choose
-from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences
+from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences, num_sequences
 from deltatune.packing.sequences import Sequences
 
 __all__ = ["ACTIVATIONS", "causal_conv", "choose_causal_conv"]
@@ -30,6 +30,7 @@ def causal_conv(
     *,
     activation: str | None = "silu",
     sequences: Sequences | None = None,
+    left: Tensor | None = None,
     split: None = None,
     l2norm: None = None,
     impl: str = "auto",
@@ -44,6 +45,7 @@ def causal_conv(
     *,
     activation: str | None = "silu",
     sequences: Sequences | None = None,
+    left: Tensor | None = None,
     split: Sequence[int],
     l2norm: Sequence[int] | None = None,
     impl: str = "auto",
@@ -57,6 +59,7 @@ def causal_conv(
     *,
     activation: str | None = "silu",
     sequences: Sequences | None = None,
+    left: Tensor | None = None,
     split: Sequence[int] | None = None,
     l2norm: Sequence[int] | None = None,
     impl: str = "auto",
@@ -73,12 +76,15 @@ def causal_conv(
         bias: ``[D]`` or None.
         activation: ``"silu"`` or None.
         sequences: documents of the flattened ``[B*T]`` stream; None makes each row one document.
+        left: ``[S, W - 1, D]``, the inputs that stand before each of the S sequences, the nearest last; zeros if None.
+            S is the number of sequences: ``sequences.num_sequences``, or B. It has a gradient.
         split: widths that sum to D. The output comes in that many tensors, each contiguous, and their gradients are
             read where they are: neither direction splits, copies or concatenates.
         l2norm: for each part of ``split`` the width of the heads to normalise, ``y * rsqrt(sum(y^2) + 1e-6)`` over
             every head; 0 leaves a part as it is. None normalises nothing.
         impl: ``"triton"``: one kernel for forward and one for backward, on NVIDIA GPUs, for bf16, fp16 or fp32 and
-            widths up to 8. ``"reference"``: plain torch, anywhere. ``"auto"``: the first of these that can run.
+            widths up to 8, without ``left``. ``"reference"``: plain torch, anywhere. ``"auto"``: the first of these
+            that can run.
 
     Returns:
         ``[B, T, D]``, or with ``split`` a tuple of contiguous ``[B, T, split[i]]``, in ``x.dtype``: accumulated,
@@ -92,19 +98,31 @@ def causal_conv(
         ValueError: shapes, widths or heads that do not fit, an activation that is not supported, an implementation
             that cannot run.
 
+    Examples:
+        >>> x, weight = torch.randn(1, 12, 8), torch.randn(8, 4)
+        >>> whole = causal_conv(x, weight, sequences=Sequences.from_lengths([5, 7]))
+
+        The second document in two pieces, the second of which begins behind the last three inputs of the first:
+
+        >>> first = causal_conv(x[:, 5:9], weight)
+        >>> second = causal_conv(x[:, 9:], weight, left=x[:, 6:9])
+        >>> torch.allclose(torch.cat([first, second], 1), whole[:, 5:], atol=1e-6)
+        True
+
     Source: the convolution of Gated Delta Networks (arXiv 2412.06464), as ``causal_conv1d_fn`` with ``seq_idx``.
     """
-    _check(x, weight, bias, activation, sequences)
+    _check(x, weight, bias, activation, sequences, left)
     sizes = [x.shape[-1]] if split is None else list(split)
     heads = [0] * len(sizes) if l2norm is None else list(l2norm)
     _check_parts(x.shape[-1], split, sizes, l2norm, heads)
-    spec = CausalConvSpec(x.device, most_demanding(x.dtype, weight.dtype), weight.shape[1])
+    spec = CausalConvSpec(x.device, most_demanding(x.dtype, weight.dtype), weight.shape[1], left is not None)
     choice = choose(spec, impl)
     positions = _row_positions(x) if sequences is None else sequences.positions
-    if choice.impl == "reference" and split is None:
-        return reference.causal_conv(x, weight, bias, activation, positions)
     if choice.impl == "reference":
-        return reference.parts(x, weight, bias, activation, positions, sizes, heads)
+        before = None if left is None or left.shape[1] == 0 else (left, _sequence_of_tokens(x, sequences).long())
+        if split is None:
+            return reference.causal_conv(x, weight, bias, activation, positions, before)
+        return reference.parts(x, weight, bias, activation, positions, sizes, heads, before)
     fused = heads if _can_fuse(heads) else [0] * len(heads)
     parts = tuple(op.causal_conv(x, weight, bias, positions, sizes, fused, activation == "silu"))
     if split is None:
@@ -131,7 +149,22 @@ def _row_positions(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device, dtype=torch.int32).repeat(x.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequences: Sequences | None) -> None:
+def _sequence_of_tokens(x: Tensor, sequences: Sequences | None) -> Tensor:
+    """The number of the sequence that each token of the stream is in."""
+    tokens = torch.arange(x.shape[0] * x.shape[1], device=x.device, dtype=torch.int32)
+    if sequences is None:
+        return tokens // max(x.shape[1], 1)
+    return torch.searchsorted(sequences.cu_seqlens, tokens, right=True) - 1
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    sequences: Sequences | None,
+    left: Tensor | None,
+) -> None:
     op = "causal_conv"
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     patterns = {"x": "B T D", "weight": "D W", "bias": "D"}
@@ -139,6 +172,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     check_floating(op, **tensors)
     check_same_device(op, **tensors)
     check_sequences(op, sequences, x)
+    if left is not None:
+        check_floating(op, left=left)
+        check_same_device(op, x=x, left=left)
+        expected = [num_sequences(sequences, x), weight.shape[1] - 1, x.shape[-1]]
+        if list(left.shape) != expected:
+            raise ValueError(
+                f"{op}: left must be [number of sequences, W - 1, D] = {expected}, got {list(left.shape)}; a sequence "
+                "with nothing before it has zeros there"
+            )
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{op}: activation={activation!r} is not supported; expected one of {', '.join(map(repr, ACTIVATIONS))}"

@@ -17,12 +17,14 @@ def _triton(spec: CausalConvSpec) -> Support:
     refusal = triton_refusal(spec.device, spec.dtype)
     if refusal is None and spec.width is not None and spec.width > _MAX_WIDTH:
         refusal = f"the kernel takes widths up to {_MAX_WIDTH}, got {spec.width}; use impl='reference'"
+    if refusal is None and spec.left:
+        refusal = "the kernel begins every sequence with zeros, it takes no left; use impl='reference'"
     return support("one Triton kernel, resets inside; 2 passes over memory forward, 3 backward", refusal)
 
 
 @dataclass(frozen=True)
 class CausalConvSpec(Spec):
-    """What the choice for ``causal_conv`` goes by; ``width`` is W."""
+    """What the choice for ``causal_conv`` goes by; ``width`` is W, ``left`` whether there is such an argument."""
 
     op: ClassVar[str] = "causal_conv"
     providers: ClassVar[tuple[Provider, ...]] = (
@@ -31,3 +33,4 @@ class CausalConvSpec(Spec):
     )
 
     width: int | None = None
+    left: bool = False

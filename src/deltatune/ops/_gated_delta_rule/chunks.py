@@ -29,6 +29,8 @@ class Chunks:
         firsts: the number of documents, hence of chunks that are their document's first: chunks ``0..firsts``.
         links: for each step of the scan, the chunks that go on and the chunks that follow them, in the same order.
         before: int64 ``[n - firsts]``, the chunk before each chunk that is not its document's first.
+        documents: int64 ``[firsts]``, the document of each first chunk, as its number among all boundaries.
+        lasts: int64 ``[firsts]``, the last chunk of each of these documents, in the same order.
     """
 
     tokens: Tensor
@@ -37,6 +39,8 @@ class Chunks:
     firsts: int
     links: list[tuple[slice, slice]]
     before: Tensor
+    documents: Tensor
+    lasts: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, heads, X]`` to ``[n, heads, C, X]``, or the same without X; zeros in empty slots."""
@@ -67,12 +71,13 @@ def cut_into_chunks(cu_seqlens_cpu: Tensor, device: torch.device) -> list[Chunks
         if size != CHUNK_SIZES[-1]:
             belongs &= lengths <= size
         if bool(belongs.any()):
-            parts.append(_cut(starts[belongs], lengths[belongs], size, device))
+            numbers = belongs.nonzero().squeeze(1)
+            parts.append(_cut(starts[belongs], lengths[belongs], numbers, size, device))
         shortest = size + 1
     return parts
 
 
-def _cut(starts: Tensor, lengths: Tensor, size: int, device: torch.device) -> Chunks:
+def _cut(starts: Tensor, lengths: Tensor, numbers: Tensor, size: int, device: torch.device) -> Chunks:
     lengths, order = lengths.sort(descending=True, stable=True)
     starts = starts[order]
     num_steps = -(-int(lengths[0]) // size)
@@ -93,4 +98,9 @@ def _cut(starts: Tensor, lengths: Tensor, size: int, device: torch.device) -> Ch
     firsts = counts[0]
     before = (begins[step - 1] + document)[firsts:]
     filled = (~empty).reshape(-1).nonzero().squeeze(1)
-    return Chunks(tokens.to(device), empty.to(device), filled.to(device), firsts, links, before.to(device))
+    # documents that go on are the first ones of a step, so each keeps its place among the chunks of every step
+    lasts = begins[-(-lengths // size) - 1] + torch.arange(firsts)
+    tokens, empty, filled, before, documents, lasts = (
+        x.to(device) for x in (tokens, empty, filled, before, numbers[order], lasts)
+    )
+    return Chunks(tokens, empty, filled, firsts, links, before, documents, lasts)

@@ -7,7 +7,7 @@ where documents begin, which is data: the kernels read that from the CPU copy, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,12 +17,18 @@ from deltatune.ops._gated_delta_rule.chunks import CHUNK_SIZES
 from deltatune.ops._gated_delta_rule.documents import Documents, documents_of
 from deltatune.ops._gated_delta_rule.library import Results, results_like
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
+from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import opaque
 
 __all__ = ["gated_delta_rule"]
 
 # Forward returns what its implementation keeps for backward besides o (see ``library.Results``; the reference keeps
 # nothing), and backward takes that after q, k, v, g and beta, with q and k normalised where forward normalised them.
+
+
+class _Options(TypedDict):
+    scale: float
+    qk_l2norm: bool
 
 
 def _check_total(v: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
@@ -72,9 +78,11 @@ def _backward_flops(
 
 
 def _backward_fake(
-    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *_: object
+    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta))
+    initial_state = rest[4]
+    grads = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
+    return *grads, v.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
 
 
 @opaque(fake=_backward_fake, flops=_backward_flops, gradient_of="gated_delta_rule")
@@ -89,18 +97,27 @@ def gated_delta_rule_backward(
     k_rstd: Tensor,
     decay: Tensor,
     solved: Tensor,
+    initial_state: Tensor | None,
+    final_grad: Tensor | None,
     _cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
     scale: float,
     qk_l2norm: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g, beta and the initial state, the last one ``[0]`` without one."""
     _check_total(v, cu_seqlens_cpu)
-    inputs = (grad, q, k, v, g, beta)
+    inputs, options = (grad, q, k, v, g, beta), _Options(scale=scale, qk_l2norm=qk_l2norm)
     if impl != "reference":
         kept = (q_rstd, k_rstd, decay, solved, _documents(v, cu_seqlens_cpu))
-        return library.backward(GatedDeltaRuleSpec.load(impl), *inputs, *kept, scale=scale, qk_l2norm=qk_l2norm)
-    return reference.backward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
+        return *library.backward(GatedDeltaRuleSpec.load(impl), *inputs, *kept, **options), v.new_empty(0)
+    if initial_state is not None and final_grad is None:
+        final_grad = torch.zeros_like(initial_state)
+    boundaries = _boundaries(v, cu_seqlens_cpu)
+    grads, dinitial = reference.backward_with_state(*inputs, boundaries, initial_state, final_grad, **options)
+    if initial_state is None or dinitial is None:
+        return *grads, v.new_empty(0)
+    return *grads, dinitial.to(initial_state.dtype)
 
 
 def _forward_fake(
@@ -109,29 +126,41 @@ def _forward_fake(
     v: Tensor,
     _g: Tensor,
     _beta: Tensor,
+    initial_state: Tensor | None,
     _cu_seqlens: Tensor | None,
     _cu_seqlens_cpu: Tensor | None,
     _scale: float,
     qk_l2norm: bool,
     impl: str,
-) -> Results:
-    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=impl != "reference")
+) -> tuple[Tensor, ...]:
+    results = results_like(q, k, v, qk_l2norm=qk_l2norm, saves=impl != "reference")
+    return *results, _state_like(initial_state, q, k, v)
+
+
+def _state_like(initial_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An uninitialised final state; ``[0]`` without an initial one."""
+    if initial_state is None:
+        return v.new_empty(0)
+    return v.new_empty(initial_state.shape, dtype=accumulation_dtype(q, k, v))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    results = Results(*output)
-    ctx.mark_non_differentiable(*results[1:])
+    results, initial_state = Results(*output[:-1]), inputs[5]
+    ctx.mark_non_differentiable(*results[1:], *([output[-1]] if initial_state is None else []))
     ctx.set_materialize_grads(False)
     *_, qk_l2norm, impl = inputs
     q, k = results[1:3] if qk_l2norm and impl != "reference" else inputs[:2]
-    ctx.save_for_backward(q, k, *inputs[2:5], *results[3:], *inputs[5:7])
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(q, k, *inputs[2:5], *results[3:], *inputs[5:8])
+    ctx.options = inputs[8:]
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 10
-    grads = gated_delta_rule_backward(grad, *ctx.saved_tensors, *ctx.options)
+def _differentiate(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    final_grad = others[-1]
+    if grad is None and final_grad is None:
+        return (None,) * 11
+    *kept, initial_state, cu_seqlens, cu_seqlens_cpu = ctx.saved_tensors
+    grad = torch.zeros_like(kept[2]) if grad is None else grad
+    grads = gated_delta_rule_backward(grad, *kept, initial_state, final_grad, cu_seqlens, cu_seqlens_cpu, *ctx.options)
     wanted = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return (*wanted, None, None, None, None, None)
 
@@ -143,16 +172,20 @@ def gated_delta_rule(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    initial_state: Tensor | None,
     _cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
     scale: float,
     qk_l2norm: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, what backward keeps of it, and the final state, which is ``[0]`` without an initial one."""
     _check_total(v, cu_seqlens_cpu)
-    inputs = (q, k, v, g, beta)
+    inputs, options = (q, k, v, g, beta), _Options(scale=scale, qk_l2norm=qk_l2norm)
     if impl != "reference":
         documents = _documents(v, cu_seqlens_cpu)
-        return library.forward(GatedDeltaRuleSpec.load(impl), *inputs, documents, scale=scale, qk_l2norm=qk_l2norm)
-    o = reference.forward(*inputs, _boundaries(v, cu_seqlens_cpu), scale=scale, qk_l2norm=qk_l2norm)
-    return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=False)._replace(o=o)
+        return *library.forward(GatedDeltaRuleSpec.load(impl), *inputs, documents, **options), v.new_empty(0)
+    boundaries = _boundaries(v, cu_seqlens_cpu)
+    o, final = reference.forward_with_state(*inputs, boundaries, initial_state, **options)
+    results = results_like(q, k, v, qk_l2norm=qk_l2norm, saves=False)._replace(o=o)
+    return *results, v.new_empty(0) if final is None else final

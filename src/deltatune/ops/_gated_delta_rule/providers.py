@@ -33,6 +33,8 @@ _LIBRARIES: dict[str, ModuleType] = {"flash_qla": flash_qla, "fla": fla}
 
 def _refusal(name: str, spec: GatedDeltaRuleSpec) -> str | None:
     refusal = _library_refusal(name, spec.device, spec.dtype)
+    if refusal is None and spec.state:
+        refusal = f"{name} runs without initial and final states here; use impl='reference'"
     if refusal is None and spec.head_dims is not None:
         refusal = _LIBRARIES[name].dim_refusal(*spec.head_dims)
     return refusal
@@ -64,3 +66,4 @@ class GatedDeltaRuleSpec(Spec):
     )
 
     head_dims: tuple[int, int] | None = None
+    state: bool = False  # goes in or out

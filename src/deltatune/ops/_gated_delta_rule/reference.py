@@ -19,6 +19,7 @@ at most 0 whatever the decay, and lose nothing where a strong decay is followed 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from deltatune.ops._gated_delta_rule.chunks import Chunks, cut_into_chunks
 from deltatune.ops._numerics import L2_EPS, accumulation_dtype
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_with_state", "forward", "forward_with_state"]
 
 
 def forward(
@@ -40,16 +41,37 @@ def forward(
     scale: float,
     qk_l2norm: bool,
 ) -> Tensor:
-    """``o`` like ``v``; see ``deltatune.ops.gated_delta_rule`` for shapes."""
+    """``o`` like ``v``, every document from S = 0; see ``deltatune.ops.gated_delta_rule`` for shapes."""
+    return forward_with_state(q, k, v, g, beta, cu_seqlens_cpu, None, scale=scale, qk_l2norm=qk_l2norm)[0]
+
+
+def forward_with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens_cpu: Tensor,
+    initial_state: Tensor | None,
+    *,
+    scale: float,
+    qk_l2norm: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``o``, and the final state where there is an initial one."""
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = None if initial_state is None else initial_state.to(accumulation_dtype(q, k, v), copy=True)
     for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
         c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
-        states, updates = _scan(chunks, c)
-        later = slice(chunks.firsts, None)  # a document's first chunk begins with S = 0
+        initial = None if final is None else final[chunks.documents]
+        states, updates = _scan(chunks, c, initial)
+        later = _with_state(chunks, initial)
         o = c.p @ updates
         o[later] += (c.a[later] * c.q[later]) @ states
         chunks.scatter(o, out)
-    return out
+        if final is not None:
+            last = chunks.lasts
+            final[chunks.documents] = (c.z[last] * c.k[last]).mT @ updates[last] + c.a[last, :, -1:] * states[last]
+    return out, final
 
 
 def backward(
@@ -64,31 +86,68 @@ def backward(
     scale: float,
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, g and beta, each like its input; the forward pass is run again.
+    """The gradients of q, k, v, g and beta, each like its input; the forward pass is run again."""
+    inputs = (q, k, v, g, beta, cu_seqlens_cpu)
+    return backward_with_state(grad, *inputs, None, None, scale=scale, qk_l2norm=qk_l2norm)[0]
 
-    ``dX`` below is the gradient of X. The state's own gradient is scanned from the last chunk to the first::
+
+def backward_with_state(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens_cpu: Tensor,
+    initial_state: Tensor | None,
+    final_grad: Tensor | None,
+    *,
+    scale: float,
+    qk_l2norm: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+    """The gradients of q, k, v, g, beta, and that of the initial state, where there is one.
+
+    With an initial state ``final_grad`` is the gradient of the final one, otherwise None. ``dX`` below is the gradient
+    of X. The state's own gradient is scanned from the last chunk to the first::
 
         dU = P^T dO + z K dS'
         dS = (a Q)^T dO + a_C dS' - W^T dU          with W = (I + A)^-1 (beta a K)
     """
     inputs = (q, k, v, g, beta)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    # of a sequence without tokens the final state is the initial one
+    dinitial = None if final_grad is None else final_grad.to(accumulation_dtype(q, k, v), copy=True)
     for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
         c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
-        dq, dk, dv, dg, dbeta = _chunk_gradients(chunks, c, chunks.gather(grad).to(c.v.dtype))
+        ends = None
+        if initial_state is not None and dinitial is not None:
+            ends = _Ends(initial_state[chunks.documents].to(dinitial.dtype), dinitial[chunks.documents])
+        dq, dk, dv, dg, dbeta, dfirst = _chunk_gradients(chunks, c, chunks.gather(grad).to(c.v.dtype), ends)
+        if dinitial is not None and dfirst is not None:
+            dinitial[chunks.documents] = dfirst
         dq, dk = _sum_groups(dq * scale, q.shape[2]), _sum_groups(dk, k.shape[2])
         if qk_l2norm:
             dq, dk = _normalise_backward(chunks.gather(q), dq), _normalise_backward(chunks.gather(k), dk)
         for chunked, out in zip((dq, dk, dv, dg, dbeta), grads, strict=True):
             chunks.scatter(chunked, out)
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+    return (grads[0], grads[1], grads[2], grads[3], grads[4]), dinitial
 
 
-def _chunk_gradients(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the q, k, v, g and beta of ``_Prepared``."""
-    states, updates = _scan(chunks, c)
-    du, dstates = _scan_backward(chunks, c, do)
-    later, before = slice(chunks.firsts, None), chunks.before  # chunks that begin with a state, chunks that pass one on
+class _Ends(NamedTuple):
+    """Of the documents of the first chunks: their initial states, and the gradients of their final ones."""
+
+    initial: Tensor  # [firsts, G, K, V]
+    final_grad: Tensor  # [firsts, G, K, V]
+
+
+def _chunk_gradients(
+    chunks: Chunks, c: _Prepared, do: Tensor, ends: _Ends | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of the q, k, v, g and beta of ``_Prepared``, and of the initial states."""
+    initial = None if ends is None else ends.initial
+    states, updates = _scan(chunks, c, initial)
+    du, dpassed, dfirst = _scan_backward(chunks, c, do, None if ends is None else ends.final_grad)
+    later = _with_state(chunks, initial)
 
     # (I + A) U = beta (V - a K S)
     dr = torch.linalg.solve_triangular(c.system.mT, du, upper=True, unitriangular=True)
@@ -113,12 +172,22 @@ def _chunk_gradients(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, 
     dk[later] -= (c.a[later] * dv[later]) @ states.mT
 
     # S' = a_C S + (z K)^T U
-    dzk = torch.zeros_like(dk).index_copy_(0, before, updates[before] @ dstates.mT)
+    if ends is None:
+        before = chunks.before  # the chunks that pass a state on
+        dzk = torch.zeros_like(dk).index_copy_(0, before, updates[before] @ dpassed.mT)
+        inner = chunks.links[0][1].stop - chunks.firsts if chunks.links else 0  # the chunks before these have no state
+        carried = before[inner:]
+        da[carried, :, -1] += (states[carried - chunks.firsts] * dpassed[inner:]).sum((-2, -1))
+    else:
+        dzk = updates @ dpassed.mT
+        da[..., -1] += (states * dpassed).sum((-2, -1))
     dk += c.z * dzk
-    inner = chunks.links[0][1].stop - chunks.firsts if chunks.links else 0  # the chunks before these have no state
-    carried = before[inner:]
-    da[carried, :, -1] += (states[carried - chunks.firsts] * dstates[inner:]).sum((-2, -1))
-    return dq, dk, dv, _decay_backward(c, dd, da, (c.k * dzk).sum(-1)), dbeta
+    return dq, dk, dv, _decay_backward(c, dd, da, (c.k * dzk).sum(-1)), dbeta, dfirst
+
+
+def _with_state(chunks: Chunks, initial: Tensor | None) -> slice:
+    """The chunks that begin with a state: without initial states a document's first chunk begins with S = 0."""
+    return slice(chunks.firsts if initial is None else 0, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,24 +241,34 @@ def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def _scan(chunks: Chunks, c: _Prepared) -> tuple[Tensor, Tensor]:
-    """S of every chunk that is not its document's first, ``[n - firsts, G, K, V]``, and U, ``[n, G, C, V]``."""
+def _scan(chunks: Chunks, c: _Prepared, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S of every chunk that begins with one, ``[n, G, K, V]`` or ``[n - firsts, ...]``, and U, ``[n, G, C, V]``."""
     updates = c.u.clone()
     zk = (c.z * c.k).mT
     states = [updates.new_empty(0, updates.shape[1], c.k.shape[-1], updates.shape[-1])]
+    if initial is not None:
+        states = [initial]
+        updates[: chunks.firsts] -= c.w[: chunks.firsts] @ initial
     for before, after in chunks.links:
         state = zk[before] @ updates[before]
-        if before.start >= chunks.firsts:
+        if initial is not None or before.start >= chunks.firsts:
             state += c.a[before, :, -1:] * states[-1][: state.shape[0]]
         updates[after] -= c.w[after] @ state
         states.append(state)
     return torch.cat(states), updates
 
 
-def _scan_backward(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, Tensor]:
-    """``dU`` ``[n, G, C, V]``, and dS of every chunk that is not its document's first, ``[n - firsts, G, K, V]``."""
+def _scan_backward(
+    chunks: Chunks, c: _Prepared, do: Tensor, final_grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``dU`` ``[n, G, C, V]``, dS' of the chunks that pass a state on, and dS of first chunks where states go out.
+
+    dS' is ``[n - firsts, G, K, V]`` in the order of ``chunks.before``; where states go out, ``[n, G, K, V]``.
+    """
     du = c.p.mT @ do
     aq, zk = (c.a * c.q).mT, c.z * c.k
+    if final_grad is not None:
+        return _scan_backward_from(chunks, c, do, du, aq, zk, final_grad)
     dstates = [aq.new_empty(0, aq.shape[1], aq.shape[2], do.shape[-1])]
     for before, after in reversed(chunks.links):
         dstate = aq[after] @ do[after] - c.w[after].mT @ du[after]
@@ -197,7 +276,21 @@ def _scan_backward(chunks: Chunks, c: _Prepared, do: Tensor) -> tuple[Tensor, Te
         dstate[:going_on] += c.a[after, :, -1:][:going_on] * dstates[-1]
         du[before] += zk[before] @ dstate
         dstates.append(dstate)
-    return du, torch.cat(dstates[::-1])
+    return du, torch.cat(dstates[::-1]), None
+
+
+def _scan_backward_from(
+    chunks: Chunks, c: _Prepared, do: Tensor, du: Tensor, aq: Tensor, zk: Tensor, final_grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpassed = aq.new_zeros(*aq.shape[:3], do.shape[-1])
+    dpassed[chunks.lasts] = final_grad
+    du[chunks.lasts] += zk[chunks.lasts] @ final_grad
+    for before, after in reversed([(None, slice(0, chunks.firsts)), *chunks.links]):
+        dstate = aq[after] @ do[after] - c.w[after].mT @ du[after] + c.a[after, :, -1:] * dpassed[after]
+        if before is not None:
+            dpassed[before] = dstate
+            du[before] += zk[before] @ dstate
+    return du, dpassed, dstate
 
 
 def _decay_backward(c: _Prepared, dd: Tensor, da: Tensor, dz: Tensor) -> Tensor:

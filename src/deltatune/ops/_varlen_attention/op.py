@@ -14,86 +14,98 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import opaque
 from deltatune.ops._varlen_attention import reference, torch_varlen
+from deltatune.ops._varlen_attention.reference import Boundaries
 
 __all__ = ["varlen_attention"]
 
 
-def _backward_fake(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _backward_fake(
+    _grad: Tensor,
+    _lse_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _o: Tensor,
+    _lse: Tensor,
+    sinks: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks
 
 
 def _backward_flops(
-    _grad: Tensor,
-    q: Tensor,
-    _k: Tensor,
-    _v: Tensor,
-    _o: Tensor,
-    _lse: Tensor,
-    _cu_seqlens: Tensor,
-    cu_seqlens_cpu: Tensor,
-    _scale: float,
-    window: int | None,
-    *_: object,
-    **__: object,
+    _grad: Tensor, _lse_grad: Tensor | None, q: Tensor, k: Tensor, _v: Tensor, *rest: Any, **__: object
 ) -> int:
     """``q k^T`` again, ``do v^T``, ``P^T do``, ``dS k`` and ``dS^T q``: five products."""
-    return 10 * q.shape[1] * q.shape[2] * _visible_pairs(q.shape[0], cu_seqlens_cpu, window)
+    _, _, _, _, cu_seqlens_cpu, kv_cu_seqlens_cpu, _, window, *_ = rest
+    return 10 * q.shape[1] * q.shape[2] * _visible_pairs(q, k, cu_seqlens_cpu, kv_cu_seqlens_cpu, window)
 
 
 @opaque(fake=_backward_fake, flops=_backward_flops, raw_flops=True, gradient_of="varlen_attention")
 def varlen_attention_backward(
     grad: Tensor,
+    lse_grad: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    sinks: Tensor | None,
     cu_seqlens: Tensor,
     cu_seqlens_cpu: Tensor,
+    kv_cu_seqlens_cpu: Tensor | None,
     scale: float,
     window: int | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and the sinks, the last one ``[0]`` without any."""
+    dsinks = q.new_empty(0) if sinks is None else reference.sink_gradient(grad, o, lse, lse_grad, sinks)
     if impl == "torch" and q.shape[0]:
-        return torch_varlen.backward(grad, q, k, v, o, lse, cu_seqlens, cu_seqlens_cpu, scale, window)
-    return reference.backward(grad, q, k, v, o, lse, cu_seqlens_cpu, scale, window)
+        assert lse_grad is None, "refused by the provider"
+        return *torch_varlen.backward(grad, q, k, v, o, lse, cu_seqlens, cu_seqlens_cpu, scale, window), dsinks
+    boundaries = Boundaries(cu_seqlens_cpu, kv_cu_seqlens_cpu)
+    return *reference.backward(grad, q, k, v, o, lse, boundaries, scale, window, lse_grad), dsinks
 
 
 def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))
 
 
 def _forward_flops(
     q: Tensor,
-    _k: Tensor,
+    k: Tensor,
     _v: Tensor,
+    _sinks: Tensor | None,
     _cu_seqlens: Tensor,
     cu_seqlens_cpu: Tensor,
+    kv_cu_seqlens_cpu: Tensor | None,
     _scale: float,
     window: int | None,
     *_: object,
     **__: object,
 ) -> int:
     """``q k^T`` and ``P v``: two products of 2 D operations for every pair of a query and a key it sees."""
-    return 4 * q.shape[1] * q.shape[2] * _visible_pairs(q.shape[0], cu_seqlens_cpu, window)
+    return 4 * q.shape[1] * q.shape[2] * _visible_pairs(q, k, cu_seqlens_cpu, kv_cu_seqlens_cpu, window)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
-    ctx.options = inputs[5:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.options = inputs[7:]
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _lse_grad: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    grads = varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+def _differentiate(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None and lse_grad is None:
+        return (None,) * 10
+    saved = ctx.saved_tensors
+    grad = torch.zeros_like(saved[3]) if grad is None else grad
+    grads = varlen_attention_backward(grad, lse_grad, *saved, *ctx.options)
     wanted = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
-    return (*wanted, None, None, None, None, None)
+    return (*wanted, *(None,) * 6)
 
 
 @opaque(fake=_forward_fake, flops=_forward_flops, raw_flops=True, setup_context=_setup_context, backward=_differentiate)
@@ -101,29 +113,49 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     cu_seqlens: Tensor,
     cu_seqlens_cpu: Tensor,
+    kv_cu_seqlens_cpu: Tensor | None,
     scale: float,
     window: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    # reading the last entry is free here, and one too few would leave tokens of the output unwritten
-    if int(cu_seqlens_cpu[-1]) != q.shape[0]:
+    """``o`` ``[S, N, D]`` and ``lse`` ``[N, S]`` for q ``[S, N, D]``; ``api`` validates inputs and chooses ``impl``."""
+    _check_total("cu_seqlens", cu_seqlens_cpu, q)
+    if kv_cu_seqlens_cpu is not None:
+        _check_total("kv_sequences", kv_cu_seqlens_cpu, k)
+    if impl == "torch" and q.shape[0]:
+        return torch_varlen.forward(q, k, v, cu_seqlens, cu_seqlens_cpu, scale, window, sinks)
+    return reference.forward(q, k, v, Boundaries(cu_seqlens_cpu, kv_cu_seqlens_cpu), scale, window, sinks)
+
+
+def _check_total(name: str, cu_seqlens_cpu: Tensor, like: Tensor) -> None:
+    """Reading the last entry is free here, and one too few would leave tokens of the output unwritten."""
+    if int(cu_seqlens_cpu[-1]) != like.shape[0]:
         raise ValueError(
-            f"varlen_attention: cu_seqlens must end at the number of tokens: expected B*T = {q.shape[0]}, "
+            f"varlen_attention: {name} must end at the number of tokens: expected B*T = {like.shape[0]}, "
             f"got {int(cu_seqlens_cpu[-1])}; describe padding as a document of its own"
         )
-    if impl == "torch" and q.shape[0]:
-        return torch_varlen.forward(q, k, v, cu_seqlens, cu_seqlens_cpu, scale, window)
-    return reference.forward(q, k, v, cu_seqlens_cpu, scale, window)
 
 
-def _visible_pairs(tokens: int, cu_seqlens_cpu: Tensor, window: int | None) -> int:
+def _visible_pairs(
+    q: Tensor, k: Tensor, cu_seqlens_cpu: Tensor, kv_cu_seqlens_cpu: Tensor | None, window: int | None
+) -> int:
     """Exact from real boundaries; while tracing, where only shapes are known, as if the pack were one document."""
-    if isinstance(cu_seqlens_cpu, FakeTensor) or cu_seqlens_cpu.is_meta:
-        lengths = torch.tensor([tokens])
+    keys = cu_seqlens_cpu if kv_cu_seqlens_cpu is None else kv_cu_seqlens_cpu
+    if any(isinstance(x, FakeTensor) or x.is_meta for x in (cu_seqlens_cpu, keys)):
+        lengths, key_lengths = torch.tensor([q.shape[0]]), torch.tensor([k.shape[0]])
     else:
-        lengths = cu_seqlens_cpu.diff().long()
-    seen = lengths if window is None else lengths.clamp(max=window)
-    # the first `seen` queries see 1, 2, ..., seen keys, the rest see `seen` each
-    return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
+        lengths, key_lengths = cu_seqlens_cpu.diff().long(), keys.diff().long()
+    pairs = min(lengths.numel(), key_lengths.numel())  # what is longer ends in empty sequences
+    lengths, key_lengths = lengths[:pairs], key_lengths[:pairs]
+    # queries see one key more each, up to all keys of the last one
+    return int((_seen(key_lengths, window) - _seen(key_lengths - lengths, window))[lengths > 0].sum())
+
+
+def _seen(keys: Tensor, window: int | None) -> Tensor:
+    """Pairs of as many queries as keys: 1 + 2 + ... keys, each at most the window."""
+    keys = keys.clamp(min=0)
+    grown = keys if window is None else keys.clamp(max=window)
+    return grown * (grown + 1) // 2 + (keys - grown) * grown

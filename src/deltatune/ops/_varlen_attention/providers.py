@@ -13,6 +13,10 @@ __all__ = ["VarlenAttentionSpec"]
 
 def _torch(spec: VarlenAttentionSpec) -> Support:
     refusal = torch_varlen.refusal(spec.device, spec.dtype, spec.head_dim)
+    if refusal is None and spec.lse:
+        refusal = "torch's varlen attention has no gradient through lse"
+    if refusal is None and spec.kv_sequences:
+        refusal = "torch's varlen attention runs here with one set of boundaries for q, k and v"
     return support("torch's varlen attention runs on this device", refusal)
 
 
@@ -22,7 +26,7 @@ def _reference(spec: VarlenAttentionSpec) -> Support:
 
 @dataclass(frozen=True)
 class VarlenAttentionSpec(Spec):
-    """What the choice for ``varlen_attention`` goes by; ``head_dim`` is D, ``window`` as the op takes it."""
+    """What the choice for ``varlen_attention`` goes by; ``head_dim`` is D, the others as the op takes them."""
 
     op: ClassVar[str] = "varlen_attention"
     providers: ClassVar[tuple[Provider, ...]] = (
@@ -32,3 +36,5 @@ class VarlenAttentionSpec(Spec):
 
     head_dim: int | None = None
     window: int | None = None
+    kv_sequences: bool = False
+    lse: bool = False

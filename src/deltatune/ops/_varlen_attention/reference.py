@@ -5,36 +5,52 @@ computed for a document depends on its own values and on the lengths in the pack
 """
 
 # S tokens of the stream, N query heads, M key heads, R = N // M, D head dim
-# G documents of one length, L their length, I queries of a block, J keys it sees
+# G sequences of one length, L their length, I queries of a block, J keys it sees
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltatune.ops._numerics import accumulation_dtype
 
-__all__ = ["backward", "forward"]
+__all__ = ["Boundaries", "backward", "forward", "sink_gradient"]
 
 _QUERY_BLOCK = 128
 
 
+class Boundaries(NamedTuple):
+    """Cumulative lengths on the CPU, of queries and of keys; sequence n of the one meets sequence n of the other."""
+
+    queries: Tensor
+    keys: Tensor | None  # None: those of the queries
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_cpu: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Boundaries,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``o`` like ``q`` and the natural-log normaliser ``lse`` ``[N, S]``, accumulated in fp32 (fp64 for fp64)."""
     o, lse = (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q)),
     )
-    for rows in _documents_by_length(cu_seqlens_cpu, q.device):
-        qg, kg, vg = _queries(q, rows, k.shape[1]), _keys(k, rows), _keys(v, rows)
-        for block, seen in _blocks(rows.shape[1], window):
-            scores = _scores(qg[..., block, :], kg[..., seen, :], scale, _mask(block, seen, window, q.device))
-            normaliser = scores.logsumexp(-1)
-            weights = (scores - normaliser.unsqueeze(-1)).exp_()
+    for rows, key_rows in _by_length(boundaries, q.device):
+        qg, kg, vg = _queries(q, rows, k.shape[1]), _keys(k, key_rows), _keys(v, key_rows)
+        ahead = key_rows.shape[1] - rows.shape[1]
+        for block, seen in _blocks(rows.shape[1], ahead, window):
+            mask = _mask(block, seen, ahead, window, q.device)
+            scores = _scores(qg[..., block, :], kg[..., seen, :], scale, mask)
+            normaliser = _with_sinks(scores.logsumexp(-1), sinks)
+            weights = (scores - _finite(normaliser, ahead).unsqueeze(-1)).exp_()
             og = _per_key_head(weights) @ vg[..., seen, :]
             o[rows[:, block]] = _to_tokens(og.view(*normaliser.shape, -1)).to(o.dtype)
             lse[:, rows[:, block]] = normaliser.flatten(1, 2).transpose(0, 1)
@@ -48,57 +64,102 @@ def backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens_cpu: Tensor,
+    boundaries: Boundaries,
     scale: float,
     window: int | None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq, dk, dv``; the weights of a block are recomputed from ``lse``.
+    """``dq, dk, dv``; the weights of a block are recomputed from ``lse``, sinks included.
 
-    ``P = exp(s q k^T - lse)``, ``dv = P^T do``, ``dS = P (do v^T - rowsum(do o))``, ``dq = s dS k``, ``dk = s dS^T q``
+    ``P = exp(s q k^T - lse)``, ``dv = P^T do``, ``dS = P (do v^T - rowsum(do o) + dlse)``, ``dq = s dS k``,
+    ``dk = s dS^T q``
     """
     heads = k.shape[1]
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows in _documents_by_length(cu_seqlens_cpu, q.device):
-        qg, kg, vg = _queries(q, rows, heads), _keys(k, rows), _keys(v, rows)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    # keys of a sequence without queries are in no pair
+    empty = torch.empty_like if boundaries.keys is None else torch.zeros_like
+    dk, dv = (empty(x, memory_format=torch.contiguous_format) for x in (k, v))
+    for rows, key_rows in _by_length(boundaries, q.device):
+        qg, kg, vg = _queries(q, rows, heads), _keys(k, key_rows), _keys(v, key_rows)
         dog = _queries(do, rows, heads)
+        ahead = key_rows.shape[1] - rows.shape[1]
         mean = (dog * _queries(o, rows, heads)).sum(-1, keepdim=True)
-        normaliser = lse[:, rows].transpose(0, 1).reshape(*qg.shape[:-1], 1)
+        if dlse is not None:
+            mean = mean - _per_query(dlse, rows, qg)
+        normaliser = _finite(_per_query(lse, rows, qg), ahead)
         dkg, dvg = torch.zeros_like(kg), torch.zeros_like(vg)
-        for block, seen in _blocks(rows.shape[1], window):
+        for block, seen in _blocks(rows.shape[1], ahead, window):
             qb, kb, vb, dob = qg[..., block, :], kg[..., seen, :], vg[..., seen, :], _per_key_head(dog[..., block, :])
-            scores = _scores(qb, kb, scale, _mask(block, seen, window, q.device))
+            scores = _scores(qb, kb, scale, _mask(block, seen, ahead, window, q.device))
             weights = scores.sub_(normaliser[..., block, :]).exp_()
             dvg[..., seen, :] += _per_key_head(weights).mT @ dob
             dweights = (dob @ vb.mT).view_as(weights)
             dscores = _per_key_head(dweights.sub_(mean[..., block, :]).mul_(weights).mul_(scale))
             dkg[..., seen, :] += dscores.mT @ _per_key_head(qb)
             dq[rows[:, block]] = _to_tokens((dscores @ kb).view(qb.shape)).to(dq.dtype)
-        dk[rows], dv[rows] = dkg.transpose(1, 2).to(dk.dtype), dvg.transpose(1, 2).to(dv.dtype)
+        dk[key_rows], dv[key_rows] = dkg.transpose(1, 2).to(dk.dtype), dvg.transpose(1, 2).to(dv.dtype)
     return dq, dk, dv
 
 
-def _documents_by_length(cu_seqlens_cpu: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Token indices ``[G, L]`` of all documents of one length, for every length but zero."""
-    lengths = cu_seqlens_cpu.diff()
-    for length in sorted(set(lengths.tolist())):
+def sink_gradient(do: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor) -> Tensor:
+    """``dsink_n = sum_i exp(sink_n - lse_ni) (dlse_ni - do_in . o_in)``: a sink is a key whose value is zero."""
+    dtype = lse.dtype
+    pull = -(do.to(dtype) * o.to(dtype)).sum(-1).mT
+    if dlse is not None:
+        pull = pull + dlse
+    return ((sinks.to(dtype).unsqueeze(1) - lse).exp() * pull).sum(1).to(sinks.dtype)
+
+
+def _by_length(boundaries: Boundaries, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token indices ``[G, L]`` of the queries and of the keys of all sequences of equal lengths; none without queries.
+
+    Sequences past the end of either list of boundaries are empty there.
+    """
+    queries, keys = boundaries.queries, boundaries.queries if boundaries.keys is None else boundaries.keys
+    # the repeated tail says nothing, and is most of the tensor
+    used = max(int(torch.searchsorted(x, x[-1])) for x in (queries, keys)) + 1
+    queries, keys = (torch.cat([x[:used], x[-1:].expand(max(used - x.numel(), 0))]) for x in (queries, keys))
+    pairs = torch.stack([queries.diff(), keys.diff()], dim=1)
+    for length, key_length in sorted(set(map(tuple, pairs.tolist()))):
         if length > 0:
-            starts = cu_seqlens_cpu[:-1][lengths == length].long()
-            yield (starts.unsqueeze(1) + torch.arange(length)).to(device)
+            same = (pairs == pairs.new_tensor([length, key_length])).all(1)
+            rows, key_rows = (
+                (x[:-1][same].long().unsqueeze(1) + torch.arange(n)).to(device)
+                for x, n in ((queries, length), (keys, key_length))
+            )
+            yield rows, key_rows
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Each block of queries with the keys that any of them sees."""
+def _blocks(length: int, ahead: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Each block of queries with the keys that any of them sees; the last query sees the last key."""
     for start in range(0, length, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, length)
-        yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
+        last = max(stop + ahead, 0)
+        yield slice(start, stop), slice(0 if window is None else min(max(0, start + ahead - window + 1), last), last)
 
 
-def _mask(block: slice, seen: slice, window: int | None, device: torch.device) -> Tensor:
-    """True where query i may not look at key j: j > i or j <= i - window."""
-    ahead = torch.arange(seen.start, seen.stop, device=device) - torch.arange(
-        block.start, block.stop, device=device
-    ).unsqueeze(1)
-    return ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+def _with_sinks(normaliser: Tensor, sinks: Tensor | None) -> Tensor:
+    """``log(exp(normaliser) + exp(sink))`` ``[G, M, R, I]``, for sinks ``[N]``."""
+    if sinks is None:
+        return normaliser
+    return torch.logaddexp(normaliser, sinks.to(normaliser.dtype).view(*normaliser.shape[1:3], 1))
+
+
+def _finite(normaliser: Tensor, ahead: int) -> Tensor:
+    """Of a query that sees no key, as there are where queries outnumber keys, 0: its weights are exp(-inf)."""
+    return normaliser if ahead >= 0 else normaliser.masked_fill(normaliser == float("-inf"), 0.0)
+
+
+def _per_query(x: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """``[N, S]`` -> ``[G, M, R, L, 1]``."""
+    return x[:, rows].transpose(0, 1).reshape(*like.shape[:-1], 1)
+
+
+def _mask(block: slice, seen: slice, ahead: int, window: int | None, device: torch.device) -> Tensor:
+    """True where query i may not look at key j: j > i or j <= i - window, i counted from the key it stands at."""
+    queries = torch.arange(block.start + ahead, block.stop + ahead, device=device)
+    distance = torch.arange(seen.start, seen.stop, device=device) - queries.unsqueeze(1)
+    return distance > 0 if window is None else (distance > 0) | (distance <= -window)
 
 
 def _queries(x: Tensor, rows: Tensor, key_heads: int) -> Tensor:

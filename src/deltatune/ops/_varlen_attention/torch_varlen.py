@@ -59,15 +59,29 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> s
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_cpu: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``o`` like ``q`` and the natural-log normaliser ``lse`` ``[N, S]`` fp32."""
+    """``o`` like ``q`` and the natural-log normaliser ``lse`` ``[N, S]`` fp32.
+
+    A sink grows the normaliser, ``lse' = log(exp(lse) + exp(sink))``, and shrinks the output by ``exp(lse - lse')``.
+    Backward computes weights from the normaliser and their mean gradient from the output, so both are all it needs.
+    """
     boundaries, longest = _trimmed(cu_seqlens, cu_seqlens_cpu)
     q, k, v = (_dense_heads(x) for x in (q, k, v))
     o, lse, _ = torch.ops.torch_attn._varlen_attn(
         q, k, v, boundaries, boundaries, longest, longest, window is None, scale, _window_size(window), **_GROUPED
     )
-    return o.contiguous(), lse.contiguous()
+    if sinks is None:
+        return o.contiguous(), lse.contiguous()
+    whole = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
+    return (o * (lse - whole).exp().mT.unsqueeze(-1)).to(o.dtype).contiguous(), whole.contiguous()
 
 
 def backward(
