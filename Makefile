@@ -36,7 +36,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 docs: $(STAMP)
-	$(BIN)/python -m deltatune.config.reference > docs/config.md
+	$(BIN)/python -m tools.config_reference > docs/config.md
 	$(BIN)/python -m benchmarks.tables
 
 # records go to benchmarks/records; ARGS='--model qwen3.5-9b --frontier' and so on

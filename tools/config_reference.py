@@ -1,4 +1,4 @@
-"""docs/config.md, generated from the schema: ``python -m deltatune.config.reference > docs/config.md``."""
+"""docs/config.md, generated from the schema: ``python -m tools.config_reference > docs/config.md``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 _INTRODUCTION = """\
 # Recipe reference
 
-Generated from `deltatune.config.schema` by `python -m deltatune.config.reference`; do not edit.
+Generated from `deltatune.config.schema` by `python -m tools.config_reference`; do not edit.
 
 A recipe is a YAML file. Unknown keys, wrong types, keys given twice and options that cannot act are errors. On the
 command line `--set key=value` changes one key, such as `--set training.max_steps=100` or
