@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import pytest
 import torch
 
 from deltatune import PackedCollator, prepare
@@ -40,7 +39,7 @@ def test_both_ways_train_on_the_same_documents() -> None:
     prepare(prepared)
     packs = [[sample(5, 0), sample(11, 1), sample(1 + step, 2 + step)] for step in range(1, 4)]
     packed, padded = compare(prepared, stock, packs, tokens_per_batch=24, pad_token_id=0, learning_rate=1e-3, warm_up=1)
-    assert len(packed.seconds) == len(padded.seconds) == 2
+    assert min(*packed.rates, *padded.rates) > 0
     assert packed.tokens == padded.tokens == 2 * 16 + 3 + 4
     assert packed.trained == padded.trained == 2 * (3 + 6) + 2 + 2
     assert packed.slots == 2 * 24
@@ -58,8 +57,4 @@ def test_a_pack_and_its_padded_rows_have_one_loss() -> None:
 
 
 def test_rates_follow_from_the_counts() -> None:
-    timing = Timing(trained=10, tokens=30, slots=40, seconds=[0.5, 1.0, 0.5])
-    assert timing.trained_per_second == pytest.approx(5)
-    assert timing.tokens_per_second == pytest.approx(15)
-    assert timing.fill == pytest.approx(0.75)
-    assert timing.median_ms == pytest.approx(500)
+    assert Timing(trained=10, tokens=30, slots=40, seconds=2.0).rates == (5, 15, 20)

@@ -8,30 +8,33 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
+from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import load_recipe
 from deltatune.config.schema import Recipe
-from deltatune.demo import show
 from deltatune.demo.checkpoint import save_checkpoint
 from deltatune.demo.conversations import Conversation, make_conversations, write_conversations
-from deltatune.demo.scoring import Answer, ask
+from deltatune.demo.scoring import Answer, ask, exact_match
 from deltatune.demo.speed import compare
 from deltatune.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from deltatune.data.dataset import PackedDataset
-    from deltatune.packing.sample import Sample
+from deltatune.preparation import prepare
+from deltatune.report import table
+from deltatune.training.checkpoint import load_tokenizer
+from deltatune.training.packs import load_packs, padding_token
+from deltatune.training.run import prepare_by_recipe, train
+from deltatune.verification import verify
 
 __all__ = ["main", "make_files", "run"]
 
 RECIPE = Path("recipes/demo.yaml")
 HELD_OUT_FILE = "held_out.jsonl"
-NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 8000, 200, 4
+NUM_TRAIN, NUM_HELD_OUT = 8000, 200
 NUM_TIMED, NUM_WARM_UP = 30, 4
 
 
@@ -46,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
     )
     args = parser.parse_args(argv)
-    console = show.make_console()
+    console = Console()
     try:
         recipe = load_recipe(args.recipe, args.overrides).recipe
-        with _one_thread(), _no_bars():
+        with _one_thread(), quiet_libraries():
             if args.prepare_only:
                 make_files(recipe, console)
             else:
@@ -62,47 +65,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_files(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list[Conversation]:
     """Writes the checkpoint and the data where the recipe looks for them; returns the held-out conversations."""
-    from deltatune.training.checkpoint import load_tokenizer
-
     checkpoint, data = Path(recipe.model.name_or_path), Path(recipe.data.train[0].path)
-    show.heading(console, "A model and data, made here")
     held_out = make_conversations(NUM_HELD_OUT, seed=1)
-    train = make_conversations(num_train, seed=0, exclude=held_out)
-    write_conversations(data, train)
+    conversations = make_conversations(num_train, seed=0, exclude=held_out)
+    write_conversations(data, conversations)
     write_conversations(data.with_name(HELD_OUT_FILE), held_out)
-    save_checkpoint(checkpoint, train)
+    save_checkpoint(checkpoint, conversations)
     words = len(load_tokenizer(recipe.model))
-    console.print(
-        f"{checkpoint}: a Qwen3.5-architecture model, randomly initialised, and its tokenizer of {words} tokens\n"
-        f"{data}: {len(train):,} conversations to train on\n"
+    _show(
+        console,
+        "A model and data, made here",
+        f"{checkpoint}: a Qwen3.5-architecture model, randomly initialised, and its tokenizer of {words} tokens",
+        f"{data}: {len(conversations):,} conversations to train on",
         f"{data.with_name(HELD_OUT_FILE)}: {len(held_out):,} held out; no training scene reads the same",
-        markup=False,
     )
     return held_out
 
 
 def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list[Answer]:
     """The demo from beginning to end; returns the trained model's answers to the held-out questions."""
-    from deltatune.training.run import train
-
     began = time.perf_counter()
     held_out = make_files(recipe, console, num_train=num_train)
-    show.heading(console, "Asking it", f"{len(held_out)} held-out questions, answered greedily by the untrained model")
+    _show(console, "Asking it", f"{len(held_out)} held-out questions, answered greedily by the untrained model")
     before = _ask(recipe.model.name_or_path, held_out)
-    show.heading(console, "Training it", "as `deltatune train` does it: packed, compiled, every weight")
+    _show(console, "Training it", "as `deltatune train` does it: packed, compiled, every weight")
     result = train(recipe, console=console)
-    show.heading(console, "Asking it again", f"the same questions, to the model that was saved to {result.output_dir}")
-    after = _ask(str(result.output_dir), held_out)
-    shown = _one_of_each_kind(held_out)
-    show.show_answers(console, [before[i] for i in shown], [after[i] for i in shown])
-    show.show_scores(console, before, after)
-    show.heading(console, "Are documents independent?", "the probe on the trained weights, packed against alone")
-    _verify(str(result.output_dir), console)
-    show.heading(console, "How it ran")
-    show.show_run(console, result.metrics)
-    _speed(recipe, console)
-    console.print(f"\n{time.perf_counter() - began:.0f} s in all")
+    trained = str(result.output_dir)
+    after = _ask(trained, held_out)
+    _show(
+        console,
+        "Asking it again",
+        f"the same questions, to the model that was saved to {trained}",
+        "",
+        *_answers(before, after),
+        *_scores(before, after),
+    )
+    _show(console, "Are documents independent?", "the probe on the trained weights", "", _verify(trained))
+    _show(console, "How it ran", *_figures(result.metrics))
+    _show(
+        console,
+        "Against the stock model",
+        f"{NUM_TIMED} training steps of each in turn, after {NUM_WARM_UP} to warm up: forward, backward and AdamW.",
+        "Both see the same documents: one model as packs, the other in shuffled batches, each padded to its longest.",
+        "",
+        *_speed(recipe),
+    )
+    _show(console, f"{time.perf_counter() - began:.0f} s in all")
     return after
+
+
+def _show(console: Console, heading: str, *lines: str) -> None:
+    console.print(f"\n{heading}", style="bold cyan", highlight=False)
+    if lines:
+        console.out("\n".join(lines), highlight=False)
 
 
 @contextmanager
@@ -120,24 +135,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars for weights that load in an instant."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
 def _errors_only() -> Iterator[None]:
     """No advice on kernels for other devices; not around training, whose progress bar goes by the same setting."""
-    from transformers.utils import logging
-
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -146,68 +145,78 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _load(name: str) -> Any:
-    """The model as stock transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(name)
-
-
 @_errors_only()
 def _ask(name: str, conversations: Sequence[Conversation]) -> list[Answer]:
-    from transformers import AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(name)
+    return ask(model, AutoTokenizer.from_pretrained(name), conversations)
 
-    return ask(_load(name), AutoTokenizer.from_pretrained(name), conversations)
+
+def _answers(before: Sequence[Answer], after: Sequence[Answer]) -> Iterator[str]:
+    """The first conversation of each kind: what was asked, and both answers next to the right one."""
+    shown = set()
+    for old, new in zip(before, after, strict=True):
+        if new.conversation.kind not in shown:
+            shown.add(new.conversation.kind)
+            lines = [(message["role"], message["content"]) for message in new.conversation.messages[:-1]]
+            lines += [("before", old.printable), ("after", new.printable), ("right", new.conversation.turns[-1][1])]
+            yield from (f"{name:>9}  {text}" for name, text in lines)
+            yield ""
 
 
-def _one_of_each_kind(conversations: Sequence[Conversation]) -> list[int]:
-    first: dict[str, int] = {}
-    for index, conversation in enumerate(conversations):
-        first.setdefault(conversation.kind, index)
-    return list(first.values())[:NUM_SHOWN]
+def _scores(before: Sequence[Answer], after: Sequence[Answer]) -> list[str]:
+    old, new = exact_match(before), exact_match(after)
+    rows = [(kind, f"{old[kind]:.1%}", f"{new[kind]:.1%}") for kind in new]
+    return table(("held-out questions", "right before", "right after"), rows)
 
 
 @_errors_only()
-def _verify(name: str, console: Console) -> None:
-    from deltatune import prepare, verify
-
-    model = _load(name)
+def _verify(name: str) -> str:
+    model = AutoModelForCausalLM.from_pretrained(name)
     prepare(model)
-    console.print(str(verify(model)), markup=False)
+    return str(verify(model))
+
+
+def _figures(metrics: dict[str, Any]) -> Iterator[str]:
+    """Fill, rates and graphs of the training run."""
+    yield f"packs: {metrics['packs']:,} trained on, {metrics['fill']:.1%} full"
+    yield f"training: {metrics['seconds']:.0f} s in all, compiling included"
+    if "steady_tokens_per_second" in metrics:
+        rates = metrics["steady_tokens_per_second"], metrics["steady_trained_tokens_per_second"]
+        yield "rate after the first steps: {:,.0f} tokens/s, {:,.0f} of them trained".format(*rates)
+    if (compiled := metrics["compile"]) is not None:
+        yield "graphs: " + ", ".join(f"{name} {count}" for name, count in compiled["graphs"].items())
+        yield f"graph breaks: {len(compiled['breaks'])}, recompiles: {len(compiled['recompiles'])}"
+        yield f"compiling: {compiled['seconds']:.0f} s"
 
 
 @_errors_only()
-def _speed(recipe: Recipe, console: Console) -> None:
-    from deltatune import prepare
-    from deltatune.training.checkpoint import load_tokenizer
-    from deltatune.training.packs import load_packs, padding_token
-    from deltatune.training.run import compile_options
-
-    name, tokenizer = recipe.model.name_or_path, load_tokenizer(recipe.model)
+def _speed(recipe: Recipe) -> list[str]:
+    tokenizer = load_tokenizer(recipe.model)
     packs = load_packs(recipe.data.train, recipe, tokenizer)
-    prepared, stock = _load(name), _load(name)
-    prepare(prepared, compile=compile_options(recipe))
-    console.print(
-        f"\nAgainst the stock model: {NUM_TIMED} training steps of each in turn, after {NUM_WARM_UP} to warm up.\n"
-        "A step is forward, backward and AdamW on one thread; making the batch is not counted. Both see the same\n"
-        "documents: one model as packs, the other in shuffled batches, each padded to its longest document.",
-        markup=False,
-    )
-    packed, padded = compare(
+    prepared, stock = (AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path) for _ in range(2))
+    prepare_by_recipe(recipe, prepared)
+    count = NUM_WARM_UP + NUM_TIMED
+    timings = compare(
         prepared,
         stock,
-        _spread(packs, NUM_WARM_UP + NUM_TIMED),
+        # from the whole list: it begins with packs of the longest documents
+        [packs[number * len(packs) // count] for number in range(count)],
         tokens_per_batch=recipe.packing.tokens_per_batch,
         pad_token_id=padding_token(tokenizer),
         learning_rate=recipe.training.learning_rate,
         warm_up=NUM_WARM_UP,
     )
-    show.show_speed(console, packed, padded)
-
-
-def _spread(packs: PackedDataset, count: int) -> list[list[Sample]]:
-    """Packs from the whole list: it begins with those of the longest documents."""
-    return [packs[number * len(packs) // count] for number in range(count)]
+    names = "packed, compiled (deltatune)", "padded, eager (stock)"
+    rows = [
+        (name, f"{timing.tokens / timing.slots:.1%}", *(f"{rate:,.0f}" for rate in timing.rates))
+        for name, timing in zip(names, timings, strict=True)
+    ]
+    trained, _, slots = (ours / theirs for ours, theirs in zip(*(timing.rates for timing in timings), strict=True))
+    return [
+        *table(("the same documents", "fill", "trained tokens/s", "tokens/s", "slots/s"), rows),
+        "",
+        f"{trained:.2f} times the stock model's trained tokens per second; slot for slot, padding counted, {slots:.2f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from deltatune.demo.conversations import Conversation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["CHAT_TEMPLATE", "make_tokenizer", "save_checkpoint"]
 
@@ -22,17 +21,11 @@ CHAT_TEMPLATE: Final = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
     {%- if message['role'] == 'assistant' %}
-        {%- generation %}
-            {{- message['content'] + '<|im_end|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message['content'] + '<|im_end|>' }}
-    {%- endif %}
+        {%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}
+    {%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}
     {{- '\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 
 # the proportions of the real ones: three linear layers to one of attention, gated q, a quarter of each head rotated
@@ -75,16 +68,12 @@ def save_checkpoint(folder: Path, conversations: Iterable[Conversation], *, seed
         seed: of the weights.
     """
     tokenizer = make_tokenizer(conversations)
-    model = _random_model(tokenizer, seed)
-    model.save_pretrained(str(folder))
+    _random_model(tokenizer, seed).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
 def make_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: any text can be written in it, and the words of these conversations are one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -94,7 +83,8 @@ def make_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_turn_texts(conversations), trainer)
+    messages = (message for conversation in conversations for message in conversation.messages)
+    backend.train_from_iterator((f"{message['role']}\n{message['content']}" for message in messages), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=END_OF_TEXT,
@@ -104,16 +94,7 @@ def make_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenizer
     )
 
 
-def _turn_texts(conversations: Iterable[Conversation]) -> Iterator[str]:
-    for conversation in conversations:
-        for message in conversation.messages:
-            yield f"{message['role']}\n"
-            yield message["content"]
-
-
 def _random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
-    from transformers import GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen3_5TextConfig(vocab_size=len(tokenizer), **_SHAPE, **tokens)
     with torch.random.fork_rng(devices=[]):
@@ -134,5 +115,4 @@ def _widen(model: Any) -> None:
             elif name.endswith("embed_tokens.weight"):
                 weight.normal_(std=_EMBEDDING_STD)
             elif name.endswith("conv1d.weight"):
-                # four taps, each of which should be heard
                 weight.normal_(std=_CONV_STD)

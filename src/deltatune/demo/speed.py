@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
@@ -27,38 +27,31 @@ class Timing:
         trained: trained tokens of the timed steps, the same for both ways.
         tokens: their document tokens, the same for both ways.
         slots: tokens that went through the model, padding included.
-        seconds: of each timed step: forward, backward, optimizer.
+        seconds: of forward, backward and optimizer.
     """
 
     trained: int = 0
     tokens: int = 0
     slots: int = 0
-    seconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
-    def trained_per_second(self) -> float:
-        """Trained tokens per second."""
-        return self.trained / sum(self.seconds)
+    def rates(self) -> tuple[float, float, float]:
+        """Trained tokens, document tokens and slots per second."""
+        return self.trained / self.seconds, self.tokens / self.seconds, self.slots / self.seconds
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Document tokens per second, padding not counted."""
-        return self.tokens / sum(self.seconds)
-
-    @property
-    def slots_per_second(self) -> float:
-        """Slots per second, padding counted: the speed of the model apart from what packing saves."""
-        return self.slots / sum(self.seconds)
-
-    @property
-    def fill(self) -> float:
-        """The share of slots that held a document."""
-        return self.tokens / self.slots
-
-    @property
-    def median_ms(self) -> float:
-        """The median step."""
-        return 1000 * statistics.median(self.seconds)
+    def step(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, samples: Sequence[Sample], batch: Batch
+    ) -> None:
+        """Trains on a batch, and counts it."""
+        began = time.perf_counter()
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.seconds += time.perf_counter() - began
+        self.trained += sum(sample.num_trained for sample in samples)
+        self.tokens += sum(map(len, samples))
+        self.slots += batch["input_ids"].numel()
 
 
 def compare(
@@ -75,7 +68,7 @@ def compare(
 
     The prepared model gets them pack by pack. The stock model gets them in shuffled order, as many batches as there
     are packs, each padded to its longest document: what a collator that pads makes of them. Both have an AdamW of
-    their own with equal settings. The first ``warm_up`` packs compile and warm caches and are not timed; their
+    their own with equal settings. The first ``warm_up`` packs compile and warm caches and are not counted; their
     documents stay among themselves.
 
     Returns:
@@ -83,45 +76,16 @@ def compare(
     """
     collate = PackedCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id)
     mixed = [*shuffled_batches(packs[:warm_up]), *shuffled_batches(packs[warm_up:])]
-    sides = (
-        _Side(prepared, learning_rate, list(packs), collate),
-        _Side(stock, learning_rate, mixed, lambda batch: padded_batch(batch, pad_token_id)),
+    first, second = (
+        torch.optim.AdamW(model.train().parameters(), lr=learning_rate, fused=True) for model in (prepared, stock)
     )
-    for number in range(len(packs)):
-        for side in sides:
-            side.step(number, timed=number >= warm_up)
-    return sides[0].timing, sides[1].timing
-
-
-class _Side:
-    """A model, its optimizer, and how it takes its documents."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        learning_rate: float,
-        batches: list[Sequence[Sample]],
-        collate: Callable[[Sequence[Sample]], Batch],
-    ) -> None:
-        self.timing = Timing()
-        self._model = model.train()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-        self._batches = batches
-        self._collate = collate
-
-    def step(self, number: int, *, timed: bool) -> None:
-        samples = self._batches[number]
-        batch = self._collate(samples)
-        began = time.perf_counter()
-        self._model(**batch, use_cache=False).loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        if timed:
-            self.timing.seconds.append(seconds)
-            self.timing.trained += sum(sample.num_trained for sample in samples)
-            self.timing.tokens += sum(map(len, samples))
-            self.timing.slots += batch["input_ids"].numel()
+    packed, padded = Timing(), Timing()
+    for number, (pack, rows) in enumerate(zip(packs, mixed, strict=True)):
+        if number == warm_up:
+            packed, padded = Timing(), Timing()
+        packed.step(prepared, first, pack, collate(pack))
+        padded.step(stock, second, rows, padded_batch(rows, pad_token_id))
+    return packed, padded
 
 
 def shuffled_batches(packs: Sequence[Sequence[Sample]], *, seed: int = 0) -> list[Sequence[Sample]]:
@@ -133,14 +97,10 @@ def shuffled_batches(packs: Sequence[Sequence[Sample]], *, seed: int = 0) -> lis
 
 def padded_batch(samples: Sequence[Sample], pad_token_id: int) -> Batch:
     """One sample a row ``[B, T]``, padded on the right to the longest, with a 0/1 mask; padding never trains."""
-    shape = len(samples), max(map(len, samples))
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id),
-        "labels": torch.full(shape, IGNORE_INDEX),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
+    ids = [torch.from_numpy(sample.input_ids) for sample in samples]
+    labels = [torch.from_numpy(sample.labels) for sample in samples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
     }
-    for row, sample in enumerate(samples):
-        batch["input_ids"][row, : len(sample)] = torch.from_numpy(sample.input_ids)
-        batch["labels"][row, : len(sample)] = torch.from_numpy(sample.labels)
-        batch["attention_mask"][row, : len(sample)] = 1
-    return batch
