@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltatune import ops
 from deltatune.compile.auto import AutoCheckpointing, decide_for
 from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of, validate_checkpointing
 from deltatune.compile.memory import Choice
 from deltatune.compile.tuners import check_tuners
 from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
-from deltatune.layers.causal_lm import CausalLM
-from deltatune.layers.decoder import DOUBLE_CHECKPOINTING, DecoderLayer, TextModel
-from deltatune.layers.lora import check_all_fused, install_lora, lora_modes
-from deltatune.layers.rotary import DocumentRotary, length_dependent_rotary
+from deltatune.hf.forwards import foreign_forward
+from deltatune.hf.patches import rotates_otherwise
+from deltatune.layers.decoder import DOUBLE_CHECKPOINTING
+from deltatune.layers.lora import check_all_fused, install_lora
+from deltatune.layers.rotary import length_dependent_rotary
 from deltatune.models.family import Family
+from deltatune.models.plan import check_reached, plan_swaps, refuse_offload
 from deltatune.models.registry import family_of
-from deltatune.report import KernelRow, LoraRow, PrepareReport, SwapRow, TrainableRow
+from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
 from deltatune.state import Facts, Options, State
-from deltatune.subclass import Swapped, restore, stock_class, swap
+from deltatune.subclass import restore, stock_class, swap
 
 __all__ = ["Prepared", "prepare"]
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One kind of module and what it becomes."""
-
-    stock: str
-    layer: type[Swapped]
-    expected: int | None
-    modules: tuple[nn.Module, ...]
 
 
 class Prepared:
@@ -55,21 +45,7 @@ class Prepared:
     @property
     def report(self) -> PrepareReport:
         """What runs now: trainable parameters and compile counts are read when this is called."""
-        return PrepareReport(
-            family=self._family.name,
-            features={name: _feature_text(feature) for name, feature in self._family.features.items()},
-            swaps=self._swaps,
-            kernels=_kernel_rows(_swapped(self.model), self._state.options.kernels, self.model),
-            trainable=_trainable_rows(self.model),
-            total_parameters=sum(p.numel() for p in self.model.parameters()),
-            checkpointing=self._state.checkpointing,
-            checkpointing_reason=_auto_reason(self._state),
-            compile=self._state.options.compile,
-            compile_report=self.compile_report,
-            lora=_lora_text(self.model),
-            lora_rows=_lora_rows(self.model, self._state.options.lora, hf_model.device_of(self.model)),
-            head=self._state.facts.head,
-        )
+        return report_of(self.model, self._family, self._state, self._swaps)
 
     @property
     def compile_report(self) -> CompileReport | None:
@@ -154,52 +130,31 @@ def prepare(
             here, a checkpointing setting that cannot act, adapters that ``lora="fused"`` cannot fuse, or that
             a strict compile would break on, or modules that are not as the config says.
     """
-    if compile is not None and not isinstance(compile, CompileOptions):
-        raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
     base, text_model = hf_model.base_model(model), hf_model.text_model(model)
-    _check_head(base, text_model)
-    _refuse_sharded(model, "prepare(model) comes")
-    validate_checkpointing(checkpointing, compile)
-    if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers):
-        raise ValueError(DOUBLE_CHECKPOINTING)
-    _validate_lora(lora)
-    peft.refuse_prompt_learning(model)
+    _validate(model, compile, checkpointing, lora)
     family = family_of(text_model)
-    for refusal in family.refusals:
-        reason = refusal(text_model)
-        if reason is not None:
-            raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
+    _refuse(base, text_model, family, compile)
     requests = _kernel_requests(family, kernels)
-    plan = _plan(base, text_model, family)
+    plan = plan_swaps(base, text_model, family)
+    check_reached(base, plan)
     # raises for a kernel that cannot run
-    _kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
+    kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
     if lora == "fused":
         check_all_fused(base, text_model)
-    _refuse_rotary_in_one_graph(text_model, compile)
     if compile is not None and compile.strict:
         check_tuners(text_model)
     _revert(base)
-    layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
-    if "forward" in base.__dict__:
+    put = foreign_forward(base)
+    if put is not None and base is not text_model:
         warnings.warn(
-            f"{type(base).__name__}.forward was replaced on this model before prepare, so a loss from labels= is that "
-            "function's; boundaries are kept all the same. Prepare the model before it is given to a trainer",
+            f"{type(base).__name__}.forward was replaced on this model before prepare, by {put}, so a loss from "
+            "labels= is that function's; boundaries are kept all the same, also between labels. Prepare the model "
+            "before it is given to a trainer",
             stacklevel=2,
         )
-    stock_config = None if family.swaps else text_model.config
-    stock_attention = None if family.swaps else text_model.config._attn_implementation
-    # "auto" is decided at the first training forward, which knows the tokens of a batch
-    auto = AutoCheckpointing() if checkpointing == "auto" else None
-    state = State(
-        Options(requests, family.mask_form, layer_types, compile, checkpointing, lora, stock_config, stock_attention),
-        Facts(head="linear" if family.swaps else "unknown", auto=auto),
-    )
+    state = _new_state(text_model, family, requests, compile, checkpointing, lora)
     if not family.swaps:
-        attention_interface.register()
-        ours = copy.copy(text_model.config)
-        ours._attn_implementation_internal = attention_interface.NAME
-        _set_config(text_model, ours)
-        attention_interface.mark(text_model, requests["varlen_attention"])
+        _put_attention(text_model, requests)
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
@@ -207,6 +162,63 @@ def prepare(
     install_lora(text_model, state)
     swaps = [SwapRow(p.stock, p.layer.__name__, p.expected, len(p.modules)) for p in plan]
     return Prepared(model, family, state, swaps)
+
+
+def _validate(model: nn.Module, compile: CompileOptions | None, checkpointing: str | float, lora: str) -> None:
+    """The arguments of ``prepare``, by themselves and with the model's own settings."""
+    if compile is not None and not isinstance(compile, CompileOptions):
+        raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
+    if lora not in ("auto", "stock", "fused"):
+        raise ValueError(f"lora must be 'auto', 'fused' or 'stock', got {lora!r}")
+    validate_checkpointing(checkpointing, compile)
+    layers = hf_model.text_model(model).layers
+    if checkpointing != "none" and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        raise ValueError(DOUBLE_CHECKPOINTING)
+    _refuse_sharded(model, "prepare(model) comes")
+    peft.refuse_prompt_learning(model)
+
+
+def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOptions | None) -> None:
+    """What a model is, or what other tools made of it, that cannot be kept leak-free."""
+    _check_head(base, text_model)
+    for refusal in family.refusals:
+        reason = refusal(text_model)
+        if reason is not None:
+            raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")
+    rotary = rotates_otherwise(text_model) if family.swaps else None
+    if rotary is not None:
+        raise ValueError(rotary)
+    if compile is not None:
+        refuse_offload(text_model)
+        _refuse_rotary_in_one_graph(text_model, compile)
+
+
+def _new_state(
+    text_model: Any,
+    family: Family,
+    requests: Mapping[str, str],
+    compile: CompileOptions | None,
+    checkpointing: str | float,
+    lora: str,
+) -> State:
+    layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
+    stock_config = None if family.swaps else text_model.config
+    stock_attention = None if family.swaps else text_model.config._attn_implementation
+    # "auto" is decided at the first training forward, which knows the tokens of a batch
+    auto = AutoCheckpointing() if checkpointing == "auto" else None
+    return State(
+        Options(requests, family.mask_form, layer_types, compile, checkpointing, lora, stock_config, stock_attention),
+        Facts(head="linear" if family.swaps else "unknown", auto=auto),
+    )
+
+
+def _put_attention(text_model: Any, requests: Mapping[str, str]) -> None:
+    """Gives a family without layers of its own our attention, by a config that names it."""
+    attention_interface.register()
+    ours = copy.copy(text_model.config)
+    ours._attn_implementation_internal = attention_interface.NAME
+    _set_config(text_model, ours)
+    attention_interface.mark(text_model, requests["varlen_attention"])
 
 
 def _revert(base: nn.Module) -> None:
@@ -231,47 +243,6 @@ def _set_config(text_model: Any, config: Any) -> None:
             module.config = config
 
 
-def _plan(base: nn.Module, text_model: Any, family: Family) -> list[_Planned]:
-    """Every module to swap, checked against what the config implies."""
-    plan = []
-    found = family.find(text_model) if family.swaps else {}
-    for declared in family.swaps:
-        modules = tuple(module for _, module in found[declared.stock])
-        # PEFT's modules_to_save keeps a trained copy next to the original
-        places = sum(".modules_to_save." not in path for path, _ in found[declared.stock])
-        expected = None if declared.expected is None else declared.expected(text_model.config)
-        if expected is not None and places != expected:
-            raise ValueError(
-                f"{type(base).__name__}: expected {expected} {declared.stock} from its config, found {places}; "
-                "modules that were replaced by other tools cannot be kept leak-free"
-            )
-        if modules:
-            plan.append(_Planned(declared.stock, declared.layer, expected, modules))
-    by_class: dict[str, list[nn.Module]] = {}
-    for layer in text_model.layers:
-        by_class.setdefault(type(layer).__name__, []).append(layer)
-    for name, modules_of in by_class.items():
-        expected = int(text_model.config.num_hidden_layers) if len(by_class) == 1 else None
-        plan.append(_Planned(name, DecoderLayer, expected, tuple(modules_of)))
-    if family.final_norm is not None:
-        norms = _final_norms(text_model, family)
-        if norms:
-            plan.append(_Planned(type(norms[0]).__name__, family.final_norm, None, norms))
-    plan.append(_Planned(type(text_model).__name__, TextModel, 1, (text_model,)))
-    if base is not text_model:
-        plan.append(_Planned(type(base).__name__, CausalLM, 1, (base,)))
-    by_class = {}
-    for rotary in length_dependent_rotary(text_model):
-        by_class.setdefault(type(rotary).__name__, []).append(rotary)
-    plan.extend(_Planned(name, DocumentRotary, None, tuple(modules)) for name, modules in by_class.items())
-    return plan
-
-
-def _final_norms(text_model: Any, family: Family) -> tuple[nn.Module, ...]:
-    """The norm behind the last layer, and PEFT's trained copies of it; another tool's norm is left alone."""
-    return tuple(module for module in text_model.norm.modules() if stock_class(module).__module__ == family.module)
-
-
 def _check_head(base: Any, text_model: nn.Module) -> None:
     if base is not text_model and hf_model.head_of(base) is None:
         raise ValueError(
@@ -285,18 +256,13 @@ def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
         raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
 
 
-def _refuse_rotary_in_one_graph(text_model: Any, compile: CompileOptions | None) -> None:
+def _refuse_rotary_in_one_graph(text_model: Any, compile: CompileOptions) -> None:
     """Lengths of documents are read on the host between the stock forwards of such a module."""
-    if length_dependent_rotary(text_model) and compile is not None and compile.scope == "model":
+    if length_dependent_rotary(text_model) and compile.scope == "model":
         raise ValueError(
             "compile scope 'model' cannot hold rotary embeddings whose frequencies depend on the length of a document "
             "(rope_type 'longrope' or 'dynamic'); use CompileOptions(scope='layer')"
         )
-
-
-def _validate_lora(lora: str) -> None:
-    if lora not in ("auto", "stock", "fused"):
-        raise ValueError(f"lora must be 'auto', 'fused' or 'stock', got {lora!r}")
 
 
 def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[str, str]:
@@ -310,57 +276,3 @@ def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[s
             raise ValueError(f"kernels: {op!r} is not an op of {family.name}; expected one of {', '.join(requests)}")
         requests[op] = impl
     return requests
-
-
-def _swapped(model: nn.Module) -> Iterator[tuple[type[Swapped], nn.Module]]:
-    return ((type(module), module) for module in model.modules() if isinstance(module, Swapped))
-
-
-def _kernel_rows(
-    layers: Iterable[tuple[type[Swapped], nn.Module]], requests: Mapping[str, str], model: nn.Module
-) -> list[KernelRow]:
-    """What the layers in front of these modules take: chosen as they do, by the same specs."""
-    device, dtype = hf_model.device_of(model), hf_model.compute_dtype(model)
-    specs = dict.fromkeys(spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
-    rows = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
-    order = list(requests)
-    found = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in rows)
-    return sorted(found, key=lambda row: order.index(row.op))
-
-
-def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
-    """Trainable parameters by the kind of module that owns them, layer numbers left out."""
-    counts: dict[str, tuple[int, int]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            tensors, elements = counts.get(kind, (0, 0))
-            counts[kind] = (tensors + 1, elements + parameter.numel())
-    return [TrainableRow(kind, tensors, elements) for kind, (tensors, elements) in counts.items()]
-
-
-def _feature_text(feature: object) -> str:
-    detail = getattr(feature, "limit", None) or getattr(feature, "reason", None)
-    name = type(feature).__name__.lower()
-    return f"{name}: {detail}" if detail else name
-
-
-def _auto_reason(state: State) -> str | None:
-    if state.facts.auto is None:
-        return None
-    choice = state.facts.auto.choice
-    return "auto, decided at the first training forward" if choice is None else f"auto takes it, {choice.reason}"
-
-
-def _lora_text(model: nn.Module) -> str | None:
-    adapters = getattr(model, "peft_config", None)
-    return f"adapter {', '.join(adapters)}" if adapters else None
-
-
-def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
-    """Layers with adapters, counted by how they run and why."""
-    counts: dict[tuple[str, str], int] = {}
-    for _, mode in lora_modes(model, hf_model.text_model(model), setting, device):
-        key = (mode.name, mode.reason)
-        counts[key] = counts.get(key, 0) + 1
-    return [LoraRow(mode, reason, count) for (mode, reason), count in counts.items()]

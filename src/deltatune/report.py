@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deltatune.compile.graphs import CompileOptions, CompileReport
+import torch
+from torch import nn
 
-__all__ = ["KernelRow", "LoraRow", "PrepareReport", "SwapRow", "TrainableRow", "table"]
+from deltatune import ops
+from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of
+from deltatune.hf import model as hf_model
+from deltatune.hf.patches import Patch, patches
+from deltatune.layers.lora import lora_modes
+from deltatune.models.family import Family
+from deltatune.state import State
+from deltatune.subclass import Swapped
+
+__all__ = [
+    "KernelRow",
+    "LoraRow",
+    "PrepareReport",
+    "SwapRow",
+    "TrainableRow",
+    "kernel_rows",
+    "report_of",
+    "swapped",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,7 @@ class PrepareReport:
     lora: str | None
     lora_rows: list[LoraRow]
     head: str
+    patches: list[Patch]
 
     @property
     def trainable_parameters(self) -> int:
@@ -95,6 +116,7 @@ class PrepareReport:
             "lora": self.lora,
             "lora_layers": [asdict(row) for row in self.lora_rows],
             "head": self.head,
+            "patches": [asdict(row) for row in self.patches],
         }
 
     def __str__(self) -> str:
@@ -112,6 +134,9 @@ class PrepareReport:
             lines += table(("runs", "because", "layers"), [(r.mode, r.reason, r.layers) for r in self.lora_rows])
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
+        if self.patches:
+            found = [(p.what, p.by, p.count, p.outcome) for p in self.patches]
+            lines += ["", *table(("other tools' work on", "by", "modules", "becomes"), found)]
         reason = "" if self.checkpointing_reason is None else f": {self.checkpointing_reason}"
         lines += ["", f"checkpointing {self.checkpointing}{reason}", self._compile_line()]
         return "\n".join(lines)
@@ -133,3 +158,80 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRow]) -> PrepareReport:
+    """What runs now: trainable parameters and compile counts are read when this is called."""
+    options = state.options
+    compiled = None if options.compile is None else graphs_of(state, options.compile, state.checkpointing).report
+    return PrepareReport(
+        family=family.name,
+        features={name: _feature_text(feature) for name, feature in family.features.items()},
+        swaps=swaps,
+        kernels=kernel_rows(swapped(model), options.kernels, model),
+        trainable=_trainable_rows(model),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        checkpointing=state.checkpointing,
+        checkpointing_reason=_auto_reason(state),
+        compile=options.compile,
+        compile_report=compiled,
+        lora=_lora_text(model),
+        lora_rows=_lora_rows(model, options.lora, hf_model.device_of(model)),
+        head=state.facts.head,
+        patches=patches(hf_model.base_model(model), hf_model.text_model(model)),
+    )
+
+
+def swapped(model: nn.Module) -> Iterator[tuple[type[Swapped], nn.Module]]:
+    """Every module of ours, with its class."""
+    return ((type(module), module) for module in model.modules() if isinstance(module, Swapped))
+
+
+def kernel_rows(
+    layers: Iterable[tuple[type[Swapped], nn.Module]], requests: Mapping[str, str], model: nn.Module
+) -> list[KernelRow]:
+    """What the layers in front of these modules take: chosen as they do, by the same specs."""
+    device, dtype = hf_model.device_of(model), hf_model.compute_dtype(model)
+    specs = dict.fromkeys(spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
+    rows = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
+    order = list(requests)
+    found = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in rows)
+    return sorted(found, key=lambda row: order.index(row.op))
+
+
+def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
+    """Trainable parameters by the kind of module that owns them, layer numbers left out."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            tensors, elements = counts.get(kind, (0, 0))
+            counts[kind] = (tensors + 1, elements + parameter.numel())
+    return [TrainableRow(kind, tensors, elements) for kind, (tensors, elements) in counts.items()]
+
+
+def _feature_text(feature: object) -> str:
+    detail = getattr(feature, "limit", None) or getattr(feature, "reason", None)
+    name = type(feature).__name__.lower()
+    return f"{name}: {detail}" if detail else name
+
+
+def _auto_reason(state: State) -> str | None:
+    if state.facts.auto is None:
+        return None
+    choice = state.facts.auto.choice
+    return "auto, decided at the first training forward" if choice is None else f"auto takes it, {choice.reason}"
+
+
+def _lora_text(model: nn.Module) -> str | None:
+    adapters = getattr(model, "peft_config", None)
+    return f"adapter {', '.join(adapters)}" if adapters else None
+
+
+def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
+    """Layers with adapters, counted by how they run and why."""
+    counts: dict[tuple[str, str], int] = {}
+    for _, mode in lora_modes(model, hf_model.text_model(model), setting, device):
+        key = (mode.name, mode.reason)
+        counts[key] = counts.get(key, 0) + 1
+    return [LoraRow(mode, reason, count) for (mode, reason), count in counts.items()]

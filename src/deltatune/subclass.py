@@ -7,8 +7,10 @@ a subclass of the stock class, made once for each pair of stock class and layer,
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,6 +27,10 @@ __all__ = ["Swapped", "named_forward", "restore", "stock_class", "swap"]
 class Swapped(nn.Module):
     """Base of every layer that ``swap`` puts in front of a stock class."""
 
+    #: whether a copy of this module is a model of its own
+    whole_model: ClassVar[bool] = False
+    #: whether the layer computes in place of the stock forward, and so drops another that was put on the class
+    replaces_forward: ClassVar[bool] = False
     #: the ops that the layer calls
     ops: ClassVar[tuple[str, ...]] = ()
 
@@ -62,6 +68,18 @@ class Swapped(nn.Module):
     def before_restore(self) -> None:
         """Undoes what the layer changed, while it still is one."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Swapped:
+        """The copy of a whole model gets a state of its own; that of a part, as PEFT makes, shares the model's."""
+        if id(self._deltatune) not in memo:
+            state = copy.deepcopy(self._deltatune, memo) if self.whole_model else self._deltatune
+            memo[id(self._deltatune)] = state
+        build, parts, own = self.__reduce_ex__(4)
+        copied: Any = build(*parts)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(own, memo))
+        made: Swapped = copied
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
         layer, stock = _parts(type(self))
@@ -83,9 +101,7 @@ def named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..
     rest = parameters[-1].name if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else ""
 
     @functools.wraps(stock.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Swapped):  # a wrapper put on the instance kept this method beyond revert()
-            return stock.forward(self, *args, **kwargs)
+    def forward(self: Swapped, *args: Any, **kwargs: Any) -> Any:
         call = dict(ours.bind_partial(self, *args, **kwargs).arguments)
         del call["self"]
         call.update(call.pop(rest, {}))
@@ -98,7 +114,7 @@ def named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..
 def swap(module: nn.Module, layer: type[Swapped], state: State) -> None:
     """Makes ``module`` an instance of ``layer`` in front of its own class."""
     assert not isinstance(module, Swapped), f"{type(module).__name__} is swapped already"
-    module.__class__ = _subclass(type(module), layer)
+    _set_class(module, _subclass(type(module), layer))
     module.__dict__["_deltatune"] = state
 
 
@@ -106,9 +122,18 @@ def restore(module: nn.Module) -> None:
     """Gives ``module`` its stock class back."""
     if isinstance(module, Swapped):
         module.before_restore()
-        stock = stock_class(module)
         del module.__dict__["_deltatune"]
-        module.__class__ = stock  # type: ignore[assignment]
+        _set_class(module, stock_class(module))
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes the class, and the forward where tools keep it as a bound method in the instance, as accelerate does."""
+    before = type(module).forward
+    module.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        kept = module.__dict__.get(name)
+        if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is before:
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
@@ -136,7 +161,19 @@ def _subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
 def _make_subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
     # transformers keys its recorders and the saved config's architecture on the printed name of the class
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
-    return type(stock.__name__, (layer, stock), names | layer.class_attributes(stock))
+    own = layer.class_attributes(stock)
+    forward = _usable_beyond_restore(own.get("forward", layer.forward), stock)
+    return type(stock.__name__, (layer, stock), names | own | {"forward": forward})
+
+
+def _usable_beyond_restore(ours: Callable[..., Any], stock: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a subclass: a wrapper on the instance may keep it, and call it when the class is the stock one."""
+
+    @functools.wraps(ours)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs) if isinstance(self, Swapped) else stock.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _blank(stock: type[nn.Module], layer: type[Swapped]) -> nn.Module:

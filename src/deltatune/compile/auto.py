@@ -74,7 +74,8 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
             return
 
         def before_first_layer(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _decide(state, tokens, _from_graphs(model, state, tokens, args, kwargs))
+            if _whole_model.get() is model:  # not of another thread's call
+                _decide(state, tokens, _from_graphs(model, state, tokens, args, kwargs))
 
         first = model.get_decoder().layers[0]
         handle = first.register_forward_pre_hook(before_first_layer, with_kwargs=True)

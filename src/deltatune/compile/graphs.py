@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 import types
 import warnings
@@ -169,6 +170,8 @@ class Graphs:
         self.report = CompileReport()
         self._functions: dict[tuple[str, Forward], Forward] = {}
         self._hung: dict[tuple[object, ...], int] = {}
+        self._lock, self._compiling = threading.Lock(), threading.RLock()
+        self._called: set[tuple[str, Forward]] = set()
 
     def run(self, name: str, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """``forward(module, *args, **kwargs)``, compiled.
@@ -181,14 +184,15 @@ class Graphs:
         elif not torch.is_grad_enabled() and not name.endswith(FROZEN):
             name += EVALUATION
         hung = hooks_inside(module)
-        if hung:
-            name += f" (hooks {self._hung.setdefault(hung, len(self._hung) + 1)})"
-        function = self._functions.get((name, forward))
-        if function is None:
-            function = self._functions[name, forward] = self._compile(name, forward)
+        with self._lock:
+            if hung:
+                name += f" (hooks {self._hung.setdefault(hung, len(self._hung) + 1)})"
+            function = self._functions.get((name, forward))
+            if function is None:
+                function = self._functions[name, forward] = self._compile(name, forward)
         broken = _num_breaks()
         try:
-            with _whole_under_ddp():
+            with _whole_under_ddp(), self._alone_at_first((name, forward)):
                 result = function(module, *args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             last = self.report.recompiles[-1] if self.report.recompiles else str(error)
@@ -202,6 +206,16 @@ class Graphs:
             reasons = torch._dynamo.utils.counters["graph_break"]
             self.report.breaks.extend(f"{name}: {reason}" for reason in list(reasons)[-(_num_breaks() - broken) :])
         return result
+
+    @contextmanager
+    def _alone_at_first(self, key: tuple[str, Forward]) -> Iterator[None]:
+        """A function's first call compiles it; the compiler would do so again for every thread that comes meanwhile."""
+        if key in self._called:
+            yield
+            return
+        with self._compiling:
+            yield
+            self._called.add(key)
 
     def _compile(self, name: str, forward: Forward) -> Forward:
         # under scope="model" the layers checkpoint themselves while they are traced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any, Final
 
 from torch import nn
@@ -9,11 +10,14 @@ from torch.nn.modules import module as every_module
 
 from deltatune.hf.model import is_sharded
 
-__all__ = ["hooks_inside", "hooks_of", "is_hooked", "plain_linear"]
+__all__ = ["OFFLOADED", "hooks_inside", "hooks_of", "is_bound", "is_hooked", "plain_linear"]
+
+#: Where accelerate keeps its hook on a module.
+OFFLOADED: Final = "_hf_hook"
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Put into the instance: a forward of its own, and what accelerate keeps with one.
-_OWN: Final = ("forward", "_hf_hook", "_old_forward")
+_OWN: Final = ("forward", OFFLOADED, "_old_forward")
 #: Hooks that act on every module of the process.
 _GLOBAL: Final = (
     "_global_forward_hooks",
@@ -21,6 +25,10 @@ _GLOBAL: Final = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+
+
+#: Hooks of these change nothing that a graph computes.
+_OUR_OWN: Final = ("deltatune.", "torch.distributed.")
 
 
 def hooks_of(module: nn.Module) -> tuple[str, ...]:
@@ -31,7 +39,7 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
     """
     own = module.__dict__
     found = [name for name in _HOOKS if own.get(name)]
-    found += [name for name in _OWN if name in own]
+    found += [name for name in _OWN if name in own and not is_bound(own[name], module)]
     if "parametrizations" in own["_modules"]:
         found.append("parametrizations")
     found += [name for name in _GLOBAL if getattr(every_module, name)]
@@ -43,18 +51,45 @@ def is_hooked(module: nn.Module) -> bool:
     return len(hooks_of(module)) > 0
 
 
-def hooks_inside(module: nn.Module) -> tuple[object, ...]:
-    """What is hung on the modules inside a module, to tell apart its graphs by; empty where nothing is.
+def hooks_inside(root: nn.Module) -> tuple[object, ...]:
+    """What is hung on the modules under one, not on itself: equal where the same functions hang at the same places.
 
-    The compiler reads hooks and forwards of instances once, while it captures, and looks for no others later.
+    The compiler guards on no hooks: one that comes, goes, or differs from layer to layer needs a graph of its own.
     """
-    found: list[object] = []
-    for place, inner in enumerate(module.modules()):
-        own = inner.__dict__
-        if place and (any(own.get(name) for name in _HOOKS) or "forward" in own):
-            # handles count up, so that no other hook ever has this one's
-            found.append((place, *(tuple(own.get(name) or ()) for name in _HOOKS), own.get("forward")))
+    found: list[object] = [value for name in _GLOBAL for value in getattr(every_module, name).values()]
+    _collect(root, "", found)
     return tuple(found)
+
+
+def _collect(parent: nn.Module, path: str, found: list[object]) -> None:
+    for name, module in parent._modules.items():
+        if module is None:
+            continue
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            for kind in hooks_of(module):
+                functions = _functions(own, kind)
+                found += [(path, name, kind, *functions)] if functions else []
+        _collect(module, f"{path}.{name}", found)
+
+
+def _functions(own: dict[str, Any], kind: str) -> list[object]:
+    if kind == "forward":  # one function bound to many modules is one
+        return [getattr(own[kind], "__func__", own[kind])]
+    if kind not in _HOOKS:
+        return []
+    with_kwargs = own.get(f"{kind}_with_kwargs", ())
+    return [
+        (function, key in with_kwargs)
+        for key, function in own[kind].items()
+        if not str(getattr(function, "__module__", "")).startswith(_OUR_OWN)
+    ]
 
 
 def plain_linear(module: Any) -> bool:
@@ -63,3 +98,8 @@ def plain_linear(module: Any) -> bool:
         return False
     linear: Any = module
     return linear.bias is None and not is_sharded(linear.weight)
+
+
+def is_bound(put: Any, module: nn.Module) -> bool:
+    """Whether something is the bound method of the module's class, as its instance may hold it."""
+    return isinstance(put, types.MethodType) and put.__self__ is module and put.__func__ is type(module).forward

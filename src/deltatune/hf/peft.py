@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.hf.hooks import is_hooked
+
 __all__ = ["readable", "refuse_prompt_learning", "trained_copy"]
 
 
@@ -24,19 +26,24 @@ def trained_copy(module: nn.Module) -> nn.Module:
     return copies[active[0]]
 
 
-def readable(module: nn.Module) -> nn.Module:
-    """``trained_copy`` of a module whose weights a fused op reads.
+def readable(module: nn.Module, owner: type[nn.Module]) -> nn.Module | None:
+    """``trained_copy`` of a module whose weights a fused op reads in place of a call; None where it must be called.
+
+    It is called where anything is hung on it, or on PEFT's wrapper around it, and where it is of another module than
+    ``owner``, the stock class whose forward calls it: another tool's class computes what it likes.
 
     Raises:
         ValueError: an adapter around the module, which the op would ignore.
     """
-    module = trained_copy(module)
-    if hasattr(module, "base_layer"):
+    inner = trained_copy(module)
+    if hasattr(inner, "base_layer"):
         raise ValueError(
-            f"{type(module).__name__} adapts a module whose weights a fused op reads, and would be ignored; leave "
+            f"{type(inner).__name__} adapts a module whose weights a fused op reads, and would be ignored; leave "
             "norms and convolutions out of the adapter, or train them whole with modules_to_save"
         )
-    return module
+    cls = type(inner)
+    known = cls.__module__ == owner.__module__ == cls.forward.__module__
+    return inner if known and not is_hooked(inner) and not is_hooked(module) else None
 
 
 def refuse_prompt_learning(model: Any) -> None:

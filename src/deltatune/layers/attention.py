@@ -15,8 +15,9 @@ from deltatune.hf.peft import readable
 from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
+from deltatune.ops._rms_norm_rope.reference import rotate
 from deltatune.packing.sequences import Sequences
-from deltatune.subclass import Swapped
+from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["Attention", "GatedAttention", "attention_cost", "attention_spec"]
 
@@ -25,6 +26,7 @@ class Attention(Swapped):
     """Attention with RMS-normalised q and k (Qwen3): ``W_o attend(rope(norm(q)), rope(norm(k)), v)``."""
 
     ops = ("rms_norm_rope", "varlen_attention")
+    replaces_forward = True
     #: the norms multiply by ``1 + weight``
     unit_offset = False
 
@@ -91,7 +93,10 @@ class Attention(Swapped):
 
     def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """RMS norm over each head of q ``[B, T, N, D]`` and k ``[B, T, M, D]``, then rotary embedding."""
-        q_norm, k_norm = readable(self.q_norm), readable(self.k_norm)
+        owner = stock_class(self)
+        q_norm, k_norm = readable(self.q_norm, owner), readable(self.k_norm, owner)
+        if q_norm is None or k_norm is None:
+            return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return ops.rms_norm_rope_pair(
             q,
             k,

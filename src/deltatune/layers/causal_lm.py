@@ -4,22 +4,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from deltatune import ops
 from deltatune.compile.auto import deciding
 from deltatune.hf.cached import is_cached_call, stock_path
-from deltatune.hf.hooks import plain_linear
+from deltatune.hf.forwards import check_reached
+from deltatune.hf.hooks import is_hooked, plain_linear
 from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import Hidden, catch_hidden
 from deltatune.ops import Spec
-from deltatune.packing.metadata import METADATA, resolve_metadata
+from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, named_forward
 
@@ -43,6 +46,7 @@ class CausalLM(Swapped):
     """
 
     ops = ("linear_cross_entropy",)
+    whole_model = True
 
     get_output_embeddings: Callable[[], nn.Module]
     loss_function: Callable[..., Tensor]
@@ -61,18 +65,26 @@ class CausalLM(Swapped):
             ),
         )
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward that another tool put on the instance sees no target across a document's start either."""
+        if "forward" in self.__dict__ and not {"labels", "shift_labels"}.isdisjoint(kwargs):
+            kwargs = self._without_crossing_targets(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _without_crossing_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments)
+        named |= named.pop("kwargs", {})
+        sequences = _resolved(named).sequences
+        masked, _ = _with_masked_labels({**kwargs, "sequences": sequences})
+        return {name: masked[name] for name in kwargs}
+
     def _forward(self, call: dict[str, Any]) -> Any:
         wants_logits = call.pop("output_logits", None)
         if is_cached_call(self, call):
             with stock_path(self):
                 return super().forward(**call)
-        sequences = call.pop("sequences", None)
-        tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-        if tokens is None:
-            raise ValueError("pass input_ids [B, T] or inputs_embeds [B, T, E]")
-        resolved = resolve_metadata(
-            {**call, "sequences": sequences}, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device
-        )
+        check_reached(cast("Any", self).get_decoder(), "the text model")
+        resolved = _resolved(call)
         for name in METADATA:
             call.pop(name, None)
         call["sequences"], call["use_cache"] = resolved.sequences, False
@@ -80,7 +92,7 @@ class CausalLM(Swapped):
             call["attention_mask"] = resolved.padding_mask
         if call.get("position_ids") is None and not _has_media(call):
             call["position_ids"] = resolved.position_ids
-        with deciding(self, tokens.shape[0] * tokens.shape[1]):
+        with deciding(self, resolved.sequences.total):
             if call.get("labels") is None and call.get("shift_labels") is None:
                 return super().forward(**call)
             return self._with_loss(call, wants_logits)
@@ -94,13 +106,14 @@ class CausalLM(Swapped):
         labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
         num_items, keep = call.pop("num_items_in_batch", None), call.get("logits_to_keep", 0)
         asked = self._returns_logits(keep, wants_logits)
-        needs_all = self._deltatune.facts.head != "linear"
+        called = self._calls_head()
+        needs_all = called or self._deltatune.facts.head != "linear"
         if needs_all:
             call.pop("logits_to_keep", None)
-        output, hidden = self._stock_output(call, whole=asked)
+        output, hidden = self._stock_output(call, whole=asked or called)
         assert hidden.sequences is not None, "the text model was not prepared"
         targets = next_token_targets(labels, shifted, hidden.sequences)
-        linear = self._deltatune.facts.head == "linear"
+        linear = self._deltatune.facts.head == "linear" and not called
         loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
         count = (targets != -100).sum()
         loss = _divided(loss, count if num_items is None else num_items)
@@ -114,6 +127,16 @@ class CausalLM(Swapped):
         elif needs_all:
             fields["logits"] = fields["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
         return type(output)(loss=loss, **fields)
+
+    def _calls_head(self) -> bool:
+        """Whether the loss takes the logits of the stock forward, whole, since something is hung on what makes them.
+
+        On the head or in it, or on what stands between the text model and this one; FSDP2's own hooks are no reason.
+        """
+        head, between = self.get_output_embeddings(), cast("Any", self).base_model
+        if isinstance(head, FSDPModule):
+            return False
+        return any(map(is_hooked, head.modules())) or (not isinstance(between, Swapped) and is_hooked(between))
 
     def _custom_loss(self, call: dict[str, Any]) -> Any:
         """The stock forward with its own loss and logits; the router's share of that loss as in ours."""
@@ -189,6 +212,13 @@ class CausalLM(Swapped):
                 impl=self._deltatune.options.kernels["linear_cross_entropy"],
             )
         return _chunked_loss(head, state, targets.flatten())
+
+
+def _resolved(call: dict[str, Any]) -> Resolved:
+    tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if tokens is None:
+        raise ValueError("pass input_ids [B, T] or inputs_embeds [B, T, E]")
+    return resolve_metadata(call, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device)
 
 
 def next_token_targets(labels: Tensor | None, shift_labels: Tensor | None, sequences: Sequences) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from deltatune.compile.auto import deciding, layer_label
@@ -19,6 +20,8 @@ from deltatune.cost import Cost
 from deltatune.hf import attention_interface
 from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
+from deltatune.hf.forwards import check_reached
+from deltatune.hf.hooks import hooks_inside
 from deltatune.layers.attention import attention_cost, attention_spec
 from deltatune.layers.rotary import rotary_boundaries
 from deltatune.ops import Spec
@@ -60,11 +63,10 @@ class DecoderLayer(Swapped):
         kwargs["sequences"] = sequences
         if options is not None and options.scope == "layer" and not torch.compiler.is_compiling():
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
-                if not any(parameter.requires_grad for parameter in self.parameters()):
+                if not _brings_gradients(self, (args, kwargs)):
+                    label = layer_label(self) + FROZEN
                     with torch.no_grad():
-                        return _run_graph(
-                            state, layer_label(self) + FROZEN, forward, self, hidden_states, *args, **kwargs
-                        )
+                        return _run_graph(state, label, forward, self, hidden_states, *args, **kwargs)
                 # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
                 hidden_states = hidden_states.detach().requires_grad_()
             return _run_graph(state, layer_label(self), forward, self, hidden_states, *args, **kwargs)
@@ -89,6 +91,19 @@ class DecoderLayer(Swapped):
         return attention_cost(heads, config.num_key_value_heads, head_dim, tokens, squares)
 
 
+def _brings_gradients(layer: nn.Module, given: object) -> bool:
+    """Whether a gradient may begin in a layer whose input has none.
+
+    In what trains, in a tensor that the call brings, or in what is hung inside, which may add anything. Hooks on the
+    layer itself run outside its graph.
+    """
+    return (
+        any(parameter.requires_grad for parameter in layer.parameters())
+        or len(hooks_inside(layer)) > 0
+        or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given))
+    )
+
+
 def _run_graph(
     state: State, label: str, forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
@@ -100,7 +115,10 @@ def _run_graph(
 class TextModel(Swapped):
     """The text model: resolves boundaries, keeps the stock model from building a mask, and feeds the layers."""
 
+    whole_model = True
+
     config: Any
+    layers: nn.ModuleList
     get_input_embeddings: Callable[[], nn.Module]
 
     @classmethod
@@ -110,11 +128,11 @@ class TextModel(Swapped):
 
     def _forward(self, given: dict[str, Any]) -> Any:
         """As the stock text model, with ``sequences`` and every other form of packing metadata."""
-        self._own_norms()
         if is_cached_call(self, given):
             with stock_path(self):
                 return super().forward(**given)
         self._refuse(given)
+        self._check_layers()
         input_ids, inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = inputs_embeds if input_ids is None else input_ids
         assert tokens is not None
@@ -131,15 +149,16 @@ class TextModel(Swapped):
             output = self._run(call)
         caught = _hidden.get()
         if caught is not None:
-            caught.state, caught.sequences = output[0], resolved.sequences
+            caught.sequences = resolved.sequences
         return output
 
-    def _own_norms(self) -> None:
-        """Gives a copy of the final norm, made since (PEFT trains one), the state that all of the model share."""
-        norm = getattr(self, "norm", None)
-        for module in norm.modules() if isinstance(norm, nn.Module) else ():
-            if isinstance(module, Swapped):
-                module.__dict__["_deltatune"] = self._deltatune
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss reads the last hidden state as hooks and wrappers around the forward leave it."""
+        output = super().__call__(*args, **kwargs)
+        caught = _hidden.get()
+        if caught is not None:
+            caught.state = output[0]
+        return output
 
     def _refuse(self, given: dict[str, Any]) -> None:
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
@@ -156,6 +175,14 @@ class TextModel(Swapped):
                 "documents; call prepare(model) again"
             )
 
+    def _check_layers(self) -> None:
+        """Layers, and what computes in place of stock modules in them, are reached; outside every graph."""
+        for index, layer in enumerate(self.layers):
+            for module in (layer, *_below(layer)):
+                ours = "forward" in module.__dict__ and isinstance(module, Swapped)
+                if ours and (module is layer or module.replaces_forward):
+                    check_reached(module, f"{stock_class(module).__name__} of layer {index}")
+
     def _run(self, call: dict[str, Any]) -> Any:
         state = self._deltatune
         options = compile_options(state)
@@ -171,6 +198,14 @@ class TextModel(Swapped):
         if self._deltatune.options.mask_form == "mapping":
             return dict.fromkeys(self._deltatune.options.layer_types)
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _below(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer's modules and theirs: attention, delta rule and experts lie no deeper."""
+    for child in layer._modules.values():
+        if child is not None:
+            yield child
+            yield from (module for module in child._modules.values() if module is not None)
 
 
 @dataclass

@@ -24,6 +24,7 @@ class Experts(Swapped):
     """
 
     ops = ("grouped_mm",)
+    replaces_forward = True
 
     gate_up_proj: Tensor
     down_proj: Tensor

@@ -37,14 +37,11 @@ class FinalNorm(Swapped):
         """A forward with the stock signature, ``[B, T, E] -> [B, T, E]``."""
 
         @functools.wraps(stock.forward)
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(self: FinalNorm, *args: Tensor, **kwargs: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
-            impl = self._kernel(x) if isinstance(self, FinalNorm) else None  # kept by a wrapper beyond revert()
-            if impl is None:
-                normed: Tensor = stock.forward(self, x)
-                return normed
-            assert isinstance(self, FinalNorm)
-            return self._by_kernel(x, impl)
+            impl = self._kernel(x)
+            normed: Tensor = stock.forward(self, x) if impl is None else self._by_kernel(x, impl)
+            return normed
 
         return {"forward": forward}
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.cost import Cost
+from deltatune.hf.offload import offload_hook, readable_conv
 from deltatune.hf.peft import readable
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
 from deltatune.packing.sequences import Sequences
-from deltatune.subclass import Swapped
+from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["GatedDeltaNet", "InterleavedGatedDeltaNet"]
 
@@ -30,6 +31,8 @@ class GatedDeltaNet(Swapped):
     """
 
     ops = ("causal_conv", "gated_delta_rule", "gated_rms_norm")
+    replaces_forward = True
+
     num_v_heads: int
     num_k_heads: int
     head_k_dim: int
@@ -62,18 +65,7 @@ class GatedDeltaNet(Swapped):
             return stock
         kernels = self._deltatune.options.kernels
         mixed, z, b, a = self.project(hidden_states)
-        conv = readable(self.conv1d)
-        # q and k come normalised out of the convolution: the delta rule would read and write them once more for it
-        q, k, v = ops.causal_conv(
-            mixed,
-            conv.weight.squeeze(1),  # type: ignore[operator]
-            conv.bias,  # type: ignore[arg-type]
-            activation="silu",
-            sequences=sequences,
-            split=(self.key_dim, self.key_dim, self.value_dim),
-            l2norm=(self.head_k_dim, self.head_k_dim, 0),
-            impl=kernels["causal_conv"],
-        )
+        q, k, v = self.convolve(mixed, sequences)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         out = ops.gated_delta_rule(
             _heads(q, self.head_k_dim),
@@ -85,15 +77,7 @@ class GatedDeltaNet(Swapped):
             qk_l2norm=False,
             impl=kernels["gated_delta_rule"],
         )
-        norm = readable(self.norm)
-        out = ops.gated_rms_norm(
-            out,
-            _heads(z, self.head_v_dim),
-            norm.weight,  # type: ignore[arg-type]
-            eps=norm.variance_epsilon,  # type: ignore[arg-type]
-            impl=kernels["gated_rms_norm"],
-        )
-        projected: Tensor = self.out_proj(out.flatten(-2))
+        projected: Tensor = self.out_proj(self.norm_and_gate(out, z).flatten(-2))
         return projected
 
     @classmethod
@@ -117,6 +101,40 @@ class GatedDeltaNet(Swapped):
             flops=6.0 * tokens * width * self.head_k_dim,
             kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads)),
             kept_bytes=2.0 * 4 * tokens * heads,
+        )
+
+    def convolve(self, mixed: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
+        """q, k and v ``[B, T, ...]``, q and k normalised: the delta rule would read and write them once more for it."""
+        conv = readable_conv(self.conv1d)
+        hook = offload_hook(conv)
+        if hook is not None:
+            hook.pre_forward(conv)
+        convolved = ops.causal_conv(
+            mixed,
+            conv.weight.squeeze(1),  # type: ignore[operator]
+            conv.bias,  # type: ignore[arg-type]
+            activation="silu",
+            sequences=sequences,
+            split=(self.key_dim, self.key_dim, self.value_dim),
+            l2norm=(self.head_k_dim, self.head_k_dim, 0),
+            impl=self._deltatune.options.kernels["causal_conv"],
+        )
+        if hook is not None:
+            hook.post_forward(conv, ())
+        return convolved
+
+    def norm_and_gate(self, out: Tensor, z: Tensor) -> Tensor:
+        """``rmsnorm(out) * weight * silu(z)`` over each head of ``out [B, T, G, V]``, ``z [B, T, GV]``."""
+        norm, gate = readable(self.norm, stock_class(self)), _heads(z, self.head_v_dim)
+        if norm is None:
+            called: Tensor = self.norm(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
+            return called.view(out.shape)
+        return ops.gated_rms_norm(
+            out,
+            gate,
+            norm.weight,  # type: ignore[arg-type]
+            eps=norm.variance_epsilon,  # type: ignore[arg-type]
+            impl=self._deltatune.options.kernels["gated_rms_norm"],
         )
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

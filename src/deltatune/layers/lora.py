@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.hf.forwards import runs_own_forward
 from deltatune.layers.mlp import GatedMLP, is_gated_mlp
 from deltatune.lora.linear import LoRALinear
 from deltatune.lora.mode import FUSED, STOCK, Mode, is_lora_linear, mode_of
@@ -42,6 +43,8 @@ def install_lora(text_model: Any, state: State) -> None:
         if not any(map(is_lora_linear, modules)):
             continue
         for module in modules:
+            if not runs_own_forward(module):
+                continue  # called as it is, which is right for whatever another tool put there
             if is_lora_linear(module):
                 swap(module, LoRALinear, state)
             elif is_gated_mlp(module):

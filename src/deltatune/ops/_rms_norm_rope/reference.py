@@ -9,12 +9,12 @@ from torch import Tensor
 
 from deltatune.ops._numerics import accumulation_dtype
 
-__all__ = ["result_dtype", "rms_norm_rope", "scaled_dtype"]
+__all__ = ["result_dtype", "rms_norm_rope", "rotate", "scaled_dtype"]
 
 
 def rms_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """``rotate(RMSNorm(x) * weight)``, with ``rotate(a, b) = (a cos - b sin, b cos + a sin)`` on halves of R dims."""
-    return _rotate(_rms_norm(x, weight, eps, unit_offset), cos.unsqueeze(2), sin.unsqueeze(2))
+    return rotate(_rms_norm(x, weight, eps, unit_offset), cos, sin)
 
 
 def scaled_dtype(x: Tensor, weight: Tensor | None, unit_offset: bool) -> torch.dtype:
@@ -38,7 +38,9 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -
     return weight * normed.to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation alone, of ``x [B, T, N, D]``."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     rotary = cos.shape[-1]
     turning, passing = x[..., :rotary], x[..., rotary:]
     first, second = turning.chunk(2, dim=-1)

@@ -1,0 +1,205 @@
+"""Models that other tools patched, before prepare and after it: each works as on documents alone, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import nn
+
+from deltatune import CompileOptions, prepare
+from packed_cases import alone, assert_same_gradients, packed, packed_call
+from tiny import documents, tiny_model
+
+COMPILED = CompileOptions(backend="aot_eager")
+
+
+def method(module: nn.Module) -> None:
+    inner = module.forward
+    module.forward = types.MethodType(lambda self, *a, **k: inner(*a, **k), module)
+
+
+def partial(module: nn.Module) -> None:
+    inner = module.forward
+    module.forward = functools.partial(lambda *a, **k: inner(*a, **k))
+
+
+def bound_by_name(module: nn.Module) -> None:
+    stock = type(module).forward
+    object.__setattr__(module, "forward", (lambda self, *a, **k: stock(self, *a, **k)).__get__(module))
+
+
+WAYS = {"method": method, "partial": partial, "bound by name": bound_by_name}
+KEEPS_DOCUMENTS_APART: dict[str, Callable[[Any], nn.Module]] = {
+    "model.layers.0.linear_attn": lambda m: m.model.layers[0].linear_attn,
+    "model.layers.1.self_attn": lambda m: m.model.layers[1].self_attn,
+    "model.layers.1": lambda m: m.model.layers[1],
+    "model": lambda m: m.model,
+}
+OTHERS: dict[str, Callable[[Any], nn.Module]] = {
+    "mlp": lambda m: m.model.layers[0].mlp,
+    "final norm": lambda m: m.model.norm,
+    "head": lambda m: m.lm_head,
+    "q_norm": lambda m: m.model.layers[1].self_attn.q_norm,
+    "embedding": lambda m: m.model.embed_tokens,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("path", KEEPS_DOCUMENTS_APART)
+def test_a_forward_that_hides_a_class_is_refused_by_name_and_nothing_is_changed(path: str, way: str) -> None:
+    model = tiny_model("qwen3_5")
+    WAYS[way](KEEPS_DOCUMENTS_APART[path](model))
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=rf"^{path}: expected the forward of .*, got test_other_tools\."):
+        prepare(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_forward_put_on_experts_or_on_a_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe")
+    method(model.model.layers[1].mlp.experts)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts: expected the forward of Qwen3MoeExperts"):
+        prepare(model)
+    model = tiny_model("qwen3")
+    stock = type(model.model.layers[0].self_attn).forward
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", lambda *a, **k: stock(*a, **k))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn: expected the forward of Qwen3Attention"):
+        prepare(model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", [*KEEPS_DOCUMENTS_APART, *OTHERS, "outer"])
+def test_a_forward_put_there_after_prepare_wraps_ours(place: str, way: str) -> None:
+    pick = (KEEPS_DOCUMENTS_APART | OTHERS | {"outer": lambda m: m})[place]
+    stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()
+    prepared = prepare(model)
+    WAYS["method" if way == "bound by name" else way](pick(model))
+    expected = alone(stock)
+    assert packed(model) == pytest.approx(expected, rel=1e-5)
+    assert_same_gradients(model, stock)
+    again = prepare(model)  # what was put on since leads to our class still
+    model.zero_grad()
+    assert packed(model) == pytest.approx(expected, rel=1e-5)
+    again.revert()
+    (doc,) = documents([20])
+    assert torch.equal(model(doc[None]).logits, stock(doc[None]).logits)
+    del prepared
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", OTHERS)
+def test_a_forward_that_hides_nothing_is_kept_and_called(place: str, way: str) -> None:
+    stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()
+    WAYS[way](OTHERS[place](model))
+    prepared = prepare(model)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
+    prepared.revert()
+    (doc,) = documents([20])
+    assert torch.equal(model(doc[None]).logits, stock(doc[None]).logits)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before prepare", "after prepare"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_of_the_outer_model_sees_no_target_across_documents(way: str, first: bool) -> None:
+    stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()
+    if first:
+        WAYS[way](model)
+        with pytest.warns(UserWarning, match="replaced on this model before prepare, by test_other_tools"):
+            prepare(model)
+    else:
+        prepare(model)
+        WAYS["method" if way == "bound by name" else way](model)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
+
+
+def test_a_bound_method_of_the_class_itself_hides_nothing() -> None:
+    stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()
+    for module in model.modules():
+        module.forward = module.forward
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = prepare(model)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # a copy that called the original would notice
+    assert packed(copied) == pytest.approx(alone(stock), rel=1e-5)
+    prepared.revert()
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+    assert all(module.forward.__func__ is type(module).forward for module in model.modules())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before prepare", "after prepare"])
+@pytest.mark.parametrize("how", ["cpu_offload", "dispatch", "hooks", "removed again"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_moe"])
+def test_accelerates_hooks_stand_around_our_forwards(family: str, how: str, first: bool) -> None:
+    stock, model = tiny_model(family).train(), tiny_model(family).train()
+    prepared = None if first else prepare(model)
+    _accelerated(model, how)
+    prepared = prepared or prepare(model)
+    if how == "cpu_offload":  # no gradients reach weights that are not there
+        with torch.no_grad():
+            loss = float(model(**packed_call(labels=packed_call()["input_ids"])).loss)
+        assert loss == pytest.approx(alone(stock), rel=1e-5)
+    else:
+        assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+        assert_same_gradients(model, stock)
+    (doc,) = documents([20])
+    prepared.revert()
+    with torch.no_grad():
+        assert torch.equal(model(doc[None]).logits, stock(doc[None]).logits)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    with torch.no_grad():
+        assert torch.equal(model(doc[None]).logits, stock(doc[None]).logits)
+
+
+def _accelerated(model: nn.Module, how: str) -> None:
+    if how == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    elif how == "dispatch":
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    else:
+        for module in model.modules():
+            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook(), append=True)
+    if how == "removed again":
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+
+def test_offloading_inside_a_graph_is_refused() -> None:
+    model = tiny_model("qwen3")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match="accelerate moves weights"):
+        prepare(model, compile=COMPILED)
+
+
+def test_lora_layers_with_a_forward_of_their_own_are_left_to_peft() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    stock = peft.get_peft_model(tiny_model("qwen3"), config).train()
+    model = copy.deepcopy(stock)
+    method(model.get_base_model().model.layers[0].self_attn.q_proj)
+    report = str(prepare(model, lora="auto").report)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert "lora" in report
+
+
+def test_pickle_with_a_bound_forward() -> None:
+    model = tiny_model("qwen3_5")
+    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
+    prepare(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**packed_call()).logits, model(**packed_call()).logits)
