@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltatune import CompileOptions, prepare
 from deltatune.layers.lora import lora_modes
-from deltatune.layers.mlp import _CLASSES
+from deltatune.layers.mlp import GatedMLP, is_gated_mlp
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, is_lora_linear, mode_of
 from lora_cases import (
     adapted,
@@ -30,7 +31,7 @@ from lora_cases import (
     pair,
     relative,
 )
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -131,18 +132,49 @@ def test_every_family(family: str) -> None:
     assert_same(fused, stock)
 
 
-@pytest.mark.parametrize("mlp", _CLASSES)
-def test_gated_mlps_are_what_they_are_taken_for(mlp: str) -> None:
-    """Their forward is replaced by name: each computes down(act(gate(x)) * up(x))."""
-    module = __import__(f"transformers.models.{mlp}.modeling_{mlp}", fromlist=[_CLASSES[mlp]])
-    from transformers import AutoConfig
+class MLP(nn.Module):
+    """As transformers writes them."""
 
-    config = AutoConfig.for_model({"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.get(mlp, mlp))
-    config.hidden_size, config.intermediate_size = 8, 12
-    arguments = () if mlp in ("llama", "mistral", "qwen2", "qwen3") else (12,)
-    stock = getattr(module, _CLASSES[mlp])(config, *arguments).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    assert torch.equal(stock(x), stock.down_proj(stock.act_fn(stock.gate_proj(x)) * stock.up_proj(x)))
+    def __init__(self, act_fn: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(12, 8, bias=False), act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ClampedMLP(MLP):
+    """The same parts, another function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(max=0.01)
+
+
+@pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.functional.silu])
+def test_a_gated_mlp_is_known_by_what_it_computes(act_fn: Any) -> None:
+    torch.manual_seed(0)
+    module = MLP(act_fn)
+    assert is_gated_mlp(module)
+    assert is_gated_mlp(MLP(act_fn).to("meta"))
+    assert not is_gated_mlp(ClampedMLP(act_fn))
+    assert module.training
+    module.norm = nn.LayerNorm(8)
+    assert not is_gated_mlp(module)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "qwen3_5_moe", "llama", "gemma3_text"])
+def test_mlps_of_transformers_share_the_product_of_their_input(family: str) -> None:
+    if family in FAMILIES:
+        base = tiny_model(family)
+    else:
+        values = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        base = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, vocab_size=96, num_hidden_layers=2, head_dim=8, **values)
+        )
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    prepare(model)
+    assert sum(isinstance(module, GatedMLP) for module in model.modules()) == 2
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -158,7 +190,6 @@ def test_several_active_adapters(train: bool) -> None:
 
 
 def test_a_bias_is_added_and_trains() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("qwen2", vocab_size=96, num_hidden_layers=2, **values)

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from deltatune.hf.hooks import is_hooked
 from deltatune.lora.linear import project
-from deltatune.subclass import Swapped, stock_class
+from deltatune.subclass import Swapped
 
 __all__ = ["GatedMLP", "is_gated_mlp"]
 
-# transformers classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)), by module of their family
-_CLASSES = {
-    "llama": "LlamaMLP",
-    "mistral": "MistralMLP",
-    "qwen2": "Qwen2MLP",
-    "qwen3": "Qwen3MLP",
-    "qwen3_moe": "Qwen3MoeMLP",
-    "qwen3_next": "Qwen3NextMLP",
-    "qwen3_5": "Qwen3_5MLP",
-    "qwen3_5_moe": "Qwen3_5MoeMLP",
-}
+_PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 
 
 class GatedMLP(Swapped):
@@ -40,7 +32,23 @@ class GatedMLP(Swapped):
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether this is a stock module of the kind."""
-    cls = stock_class(module)
-    family = cls.__module__.removeprefix("transformers.models.").partition(".")[0]
-    return cls.__module__.startswith("transformers.models.") and _CLASSES.get(family) == cls.__qualname__
+    """Whether a stock module has these parts alone, and computes this with them: one token tells."""
+    parts = set(module._modules)
+    if not (_PROJECTIONS <= parts <= _PROJECTIONS | {"act_fn"} and hasattr(module, "act_fn")):
+        return False
+    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    if module._parameters or not weights or any(map(is_hooked, module.modules())):
+        return False
+    if weights[0].is_meta:
+        return True
+    mlp: Any = module
+    x = torch.linspace(-1, 1, mlp.gate_proj.in_features, dtype=weights[0].dtype, device=weights[0].device)[None]
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+            return bool(torch.allclose(mlp(x), expected))
+    finally:
+        for part, training in modes:
+            part.training = training
