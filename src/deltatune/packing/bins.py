@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -74,7 +75,7 @@ def _checked_lengths(lengths: Sequence[int] | NDArray[np.integer], capacity: int
 def _best_fit_decreasing(descending: Indices, capacity: int) -> Indices:
     """The bin of each document, for lengths in descending order."""
     bins = np.zeros(descending.size, dtype=np.int64)
-    open_bins = _OpenBins(capacity)
+    open_bins = _OpenBins()
     num_bins = 0
     lengths, starts = np.unique(-descending, return_index=True)
     ends = np.append(starts[1:], descending.size)
@@ -100,37 +101,24 @@ def _best_fit_decreasing(descending: Indices, capacity: int) -> Indices:
 
 
 class _OpenBins:
-    """Bins by the tokens they have left, with the fullest bin that fits in about sqrt(capacity) / 64 word operations.
+    """Bins by the tokens they have left; ``_rooms`` holds the amounts that occur, ascending."""
 
-    Which amounts of room occur is a two-level bit set: ``_blocks`` has a bit per block of ``2**_shift`` amounts, each
-    entry of ``_bits`` a bit per amount.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._shift = max(1, capacity.bit_length() // 2)
-        self._bits = [0] * ((capacity >> self._shift) + 1)
-        self._blocks = 0
+    def __init__(self) -> None:
+        self._rooms: list[int] = []
         self._bins: dict[int, list[Indices]] = {}
 
     def best_fit(self, length: int) -> int:
         """The least room >= ``length`` that some bin has; 0 if none has."""
-        block, offset = length >> self._shift, length & ((1 << self._shift) - 1)
-        here = self._bits[block] >> offset
-        if here:
-            return length + _lowest_bit(here)
-        later = self._blocks >> (block + 1)
-        if not later:
-            return 0
-        block += 1 + _lowest_bit(later)
-        return (block << self._shift) + _lowest_bit(self._bits[block])
+        place = bisect_left(self._rooms, length)
+        return self._rooms[place] if place < len(self._rooms) else 0
 
     def put(self, room: int, bins: Indices) -> None:
         if room == 0 or bins.size == 0:
             return
-        self._bins.setdefault(room, []).append(bins)
-        block = room >> self._shift
-        self._bits[block] |= 1 << (room & ((1 << self._shift) - 1))
-        self._blocks |= 1 << block
+        if room not in self._bins:
+            insort(self._rooms, room)
+            self._bins[room] = []
+        self._bins[room].append(bins)
 
     def take(self, room: int, wanted: int) -> Indices:
         """Removes up to ``wanted`` of the bins with this much room, the latest put first."""
@@ -144,12 +132,5 @@ class _OpenBins:
             wanted -= group.size
         if not groups:
             del self._bins[room]
-            block = room >> self._shift
-            self._bits[block] &= ~(1 << (room & ((1 << self._shift) - 1)))
-            if not self._bits[block]:
-                self._blocks &= ~(1 << block)
-        return taken[0] if len(taken) == 1 else np.concatenate(taken)
-
-
-def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
+            self._rooms.remove(room)
+        return np.concatenate(taken)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltatune.packing.sequences import Sequences, text_positions
+from deltatune.packing.sequences import Sequences, row_starts, text_positions
 
 __all__ = ["METADATA", "Resolved", "resolve_metadata"]
 
@@ -56,9 +57,14 @@ def resolve_metadata(call: Mapping[str, Any], *, rows: int, tokens: int, device:
     source, sequences = batch.primary()
     if sequences.total != batch.size:
         raise ValueError(f"{source} describes {sequences.total} tokens, but the batch holds {rows} x {tokens}")
-    batch.check_rows(source, sequences)
+    starts = batch.starts_at(sequences.cu_seqlens_cpu)
+    if not bool(starts[:, :1].all()):
+        raise ValueError(
+            f"{source} has a document that spans two of the batch's {rows} rows; boundaries are those of the "
+            f"flattened [B * T] stream and every row of {tokens} tokens begins a document"
+        )
     if source != "sequences" or device.type == "cpu":
-        batch.check_agreement(source, sequences)
+        batch.check_agreement(source, starts)
     sequences = sequences.to(device)
     position_ids = batch.position_ids
     if position_ids is None:
@@ -69,21 +75,26 @@ def resolve_metadata(call: Mapping[str, Any], *, rows: int, tokens: int, device:
 
 
 class _Batch:
-    """The metadata of one call, each kind brought to the CPU at most once."""
+    """The metadata of one call, each kind brought to the CPU at most once.
+
+    ``mask`` is 1 everywhere where none came; ``inside`` is True for real tokens, a row's first aside, that follow one.
+    """
 
     def __init__(self, call: Mapping[str, Any], rows: int, tokens: int) -> None:
-        self.rows, self.tokens, self.size = rows, tokens, rows * tokens
+        self.shape, self.size = (rows, tokens), rows * tokens
         self.sequences = call.get("sequences")
         self.cu_seqlens, self.cut = _boundaries(call)
-        self.seq_idx = self._ids("seq_idx", call.get("seq_idx"))
-        self.mask = self._mask(call.get("attention_mask"))
-        self.indexed = self.mask is not None and bool((self.mask > 1).any())
-        self.padding_mask = None if self.mask is None else self._shaped(call["attention_mask"]) != 0
+        self.seq_idx = None if call.get("seq_idx") is None else self._ids(torch.as_tensor(call["seq_idx"]))
+        given = call.get("attention_mask")
+        self.mask = torch.ones(self.shape, dtype=torch.long) if given is None else self._checked_mask(given)
+        self.padding_mask = None if given is None else given != 0
+        self.indexed = bool((self.mask > 1).any())
+        self.inside = (self.mask[:, 1:] != 0) & (self.mask[:, :-1] != 0)
         positions = call.get("position_ids")
         self.position_ids = None if positions is None else torch.as_tensor(positions)
-        self.mrope = self.position_ids is not None and self.position_ids.ndim == 3 and self.position_ids.shape[0] == 3
 
     def primary(self) -> tuple[str, Sequences]:
+        """The first description that is there, by name."""
         if self.sequences is not None:
             if not isinstance(self.sequences, Sequences):
                 raise ValueError(f"sequences must be a deltatune.Sequences, got {type(self.sequences).__name__}")
@@ -91,141 +102,97 @@ class _Batch:
         if self.cu_seqlens is not None:
             return "cu_seq_lens_q", Sequences.from_cu_seqlens(self.cu_seqlens, total=self.size)
         if self.indexed:
-            assert self.mask is not None
             return "attention_mask", Sequences.from_document_ids(self.mask)
         if self.seq_idx is not None:
             return "seq_idx", Sequences.from_document_ids(self.seq_idx + 1)
-        if self.mrope and (self.mask is None or self._time_goes_back()):
-            assert self.position_ids is not None
-            text_positions(self.position_ids)  # raises: three rows hold no boundaries
-        starts = self._position_starts()
-        if starts is not None and self._restarts(starts):
-            return "position_ids", Sequences._from_starts(starts | self._mask_starts())
+        starts = self._restarts()
+        if starts is not None:
+            return "position_ids", Sequences._from_starts(starts | row_starts(self.mask, step=0))
         if self.cut:
             raise ValueError(CUT)
-        if self.mask is not None:
-            return "attention_mask", Sequences._from_starts(self._one_document_a_row())
-        return "rows", Sequences.from_lengths([self.tokens] * self.rows)
+        if self.padding_mask is not None:
+            return "attention_mask", Sequences.from_document_ids(self._one_document_a_row())
+        rows, tokens = self.shape
+        return "rows", Sequences.from_lengths([tokens] * rows)
 
-    def _time_goes_back(self) -> bool:
-        """Whether the temporal row of mRoPE positions decreases between real tokens, which no one document does."""
-        assert self.position_ids is not None
-        assert self.mask is not None
-        back = self.position_ids[0].cpu().diff(dim=-1) < 0
-        return bool((back & (self.mask[:, 1:] != 0) & (self.mask[:, :-1] != 0)).any())
-
-    def check_rows(self, source: str, sequences: Sequences) -> None:
-        """No document may span two rows."""
-        if self.rows == 1:
-            return
-        ends = sequences.cu_seqlens_cpu
-        expected = torch.arange(0, self.size + 1, self.tokens, dtype=ends.dtype)
-        if not bool(torch.isin(expected, ends).all()):
-            raise ValueError(
-                f"{source} has a document that spans two of the batch's {self.rows} rows; boundaries are those of the "
-                f"flattened [B * T] stream and every row of {self.tokens} tokens begins a document"
-            )
-
-    def check_agreement(self, source: str, sequences: Sequences) -> None:
+    def check_agreement(self, source: str, starts: Tensor) -> None:
         """Every other description of boundaries must say the same about real tokens."""
-        starts = torch.zeros(self.size + 1, dtype=torch.bool)
-        starts[sequences.cu_seqlens_cpu.long()] = True
-        starts = starts[: self.size].view(self.rows, self.tokens)
-        others = {"seq_idx": None if self.seq_idx is None else _changes(self.seq_idx)}
-        if self.cu_seqlens is not None and source != "cu_seq_lens_q":
-            other = torch.zeros(self.size + 1, dtype=torch.bool)
-            other[self.cu_seqlens.cpu().long().clamp(0, self.size)] = True
-            others["cu_seq_lens_q"] = other[: self.size].view(self.rows, self.tokens)
+        others = {}
+        if self.seq_idx is not None:
+            others["seq_idx"] = row_starts(self.seq_idx, step=0)
+        if self.cu_seqlens is not None:
+            others["cu_seq_lens_q"] = self.starts_at(self.cu_seqlens)
         if self.indexed:
-            assert self.mask is not None
-            others["attention_mask"] = _changes(self.mask)
-        position_starts = self._position_starts()
-        if position_starts is not None:
+            others["attention_mask"] = row_starts(self.mask, step=0)
+        if self.positions is not None:
+            restarts = row_starts(self.positions, step=1)
             # a row whose positions never restart says nothing: offsets are free under rotary embeddings
-            silent = ~position_starts[:, 1:].any(dim=1, keepdim=True)
-            others["position_ids"] = torch.where(silent, starts, position_starts)
+            others["position_ids"] = torch.where(restarts[:, 1:].any(dim=1, keepdim=True), restarts, starts)
         for name, theirs in others.items():
-            if name != source and theirs is not None:
-                self._compare(source, starts, name, theirs)
-        if source != "attention_mask" and bool((self._unpadded_starts() & ~starts).any()):
+            wrong = (starts != theirs) & self._real()
+            if name != source and bool(wrong.any()):
+                row, column = (int(i) for i in wrong.nonzero()[0])
+                says = "begins" if bool(starts[row, column]) else "continues"
+                raise ValueError(
+                    f"{source} and {name} contradict each other: at row {row}, token {column} a document {says} by "
+                    f"{source} but not by {name}; pass one of them, or make them agree"
+                )
+        after_padding = (self.mask[:, 1:] != 0) & (self.mask[:, :-1] == 0)
+        if source != "attention_mask" and bool((after_padding & ~starts[:, 1:]).any()):
             raise ValueError(f"attention_mask has padding inside a document that {source} describes as one")
 
-    def _compare(self, source: str, ours: Tensor, name: str, theirs: Tensor) -> None:
-        wrong = (ours != theirs) & self._real()
-        if bool(wrong.any()):
-            row, column = (int(i) for i in wrong.nonzero()[0])
-            says = "begins" if bool(ours[row, column]) else "continues"
-            raise ValueError(
-                f"{source} and {name} contradict each other: at row {row}, token {column} a document {says} by "
-                f"{source} but not by {name}; pass one of them, or make them agree"
-            )
+    def starts_at(self, cu_seqlens: Tensor) -> Tensor:
+        """``[B, T]``: True where cumulative lengths begin a document."""
+        starts = torch.zeros(self.size + 1, dtype=torch.bool)
+        starts[cu_seqlens.cpu().long().clamp(0, self.size)] = True
+        return starts[: self.size].view(self.shape)
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """The text positions ``[B, T]``; None where none came, or three rows, which may stand still in a document."""
+        if self.position_ids is None or self._has_three_rows():
+            return None
+        rows = text_positions(self.position_ids)
+        if rows.shape[0] == 1:
+            rows = rows.expand(self.shape[0], -1)
+        self._check_shape("position_ids", rows, given=self.position_ids)
+        return rows.cpu()
+
+    def _has_three_rows(self) -> bool:
+        return self.position_ids is not None and self.position_ids.ndim == 3 and self.position_ids.shape[0] == 3
+
+    def _restarts(self) -> Tensor | None:
+        """Where positions begin documents, if they say more than the padding mask does; padding may carry any."""
+        if self.positions is not None:
+            starts = row_starts(self.positions, step=1)
+            return starts if bool((starts[:, 1:] & self.inside).any()) else None
+        if self.position_ids is not None:
+            # no document goes back in time; without a mask, which says that each row is one, three rows say nothing
+            back = self.position_ids[0].cpu().diff(dim=-1) < 0
+            if self.padding_mask is None or bool((back & self.inside).any()):
+                text_positions(self.position_ids)  # raises
+        return None
 
     def _real(self) -> Tensor:
         """True for tokens that are not known to be padding."""
-        real = torch.ones(self.rows, self.tokens, dtype=torch.bool)
-        if self.mask is not None:
-            real &= self.mask != 0
-        if self.position_ids is not None and not self.mrope:
-            positions = self._positions_checked()
-            # collators that pad positions repeat one value to the end of the row
-            trailing = (positions == positions[:, -1:]).flip(1).cumprod(1).flip(1).bool()
-            real &= ~(trailing & (trailing.sum(1, keepdim=True) > 1))
-        return real
-
-    def _position_starts(self) -> Tensor | None:
-        if self.position_ids is None or self.mrope:
-            return None
-        positions = self._positions_checked()
-        starts = torch.ones_like(positions, dtype=torch.bool)
-        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-        return starts
-
-    def _positions_checked(self) -> Tensor:
-        assert self.position_ids is not None
-        rows = text_positions(self.position_ids)
-        if rows.shape[0] == 1 and self.rows > 1:
-            rows = rows.expand(self.rows, -1)
-        if tuple(rows.shape) != (self.rows, self.tokens):
-            raise ValueError(
-                f"position_ids must be [{self.rows}, {self.tokens}] like the tokens, "
-                f"got {tuple(self.position_ids.shape)}"
-            )
-        return rows.cpu()
-
-    def _restarts(self, starts: Tensor) -> bool:
-        """Whether positions say more than the padding mask does; padding may carry any positions."""
-        inside = starts[:, 1:]
-        if self.mask is not None:
-            inside = inside & (self.mask[:, 1:] != 0) & (self.mask[:, :-1] != 0)
-        return bool(inside.any())
-
-    def _mask_starts(self) -> Tensor:
-        if self.mask is None:
-            return torch.zeros(self.rows, self.tokens, dtype=torch.bool)
-        return _changes(self.mask)
-
-    def _unpadded_starts(self) -> Tensor:
-        """Real tokens that follow padding inside their row."""
-        after = torch.zeros(self.rows, self.tokens, dtype=torch.bool)
-        if self.mask is not None:
-            after[:, 1:] = (self.mask[:, 1:] != 0) & (self.mask[:, :-1] == 0)
-        return after
+        real = self.mask != 0
+        if self.positions is None:
+            return real
+        # collators that pad positions repeat one value to the end of the row
+        trailing = (self.positions == self.positions[:, -1:]).flip(1).cumprod(1).flip(1).bool()
+        return real & ~(trailing & (trailing.sum(1, keepdim=True) > 1))
 
     def _one_document_a_row(self) -> Tensor:
-        assert self.mask is not None
-        starts = _changes(self.mask)
-        runs = (starts & (self.mask != 0)).sum(dim=1)
+        runs = (row_starts(self.mask, step=0) & (self.mask != 0)).sum(dim=1)
         if bool((runs > 1).any()):
             row = int((runs > 1).nonzero()[0])
             raise ValueError(
                 f"attention_mask row {row} has padding between real tokens; a 0/1 mask means one document a row with "
                 "padding before or after it, an indexed mask (1..N) several documents"
             )
-        return starts
+        return self.mask
 
-    def _mask(self, mask: Any) -> Tensor | None:
-        if mask is None:
-            return None
+    def _checked_mask(self, mask: Any) -> Tensor:
         if isinstance(mask, dict):
             raise ValueError(
                 "the model around the text model built masks of its own, which cannot be honoured with documents; "
@@ -237,31 +204,27 @@ class _Batch:
                 f"attention_mask must be [B, T] (0/1, or 0 for padding and 1..N for documents), got {got}; a mask of "
                 "pairs cannot be honoured by the recurrent layers: describe documents with sequences= or cu_seq_lens_q="
             )
-        shaped = self._shaped(mask).cpu()
-        if bool((shaped < 0).any()) or (shaped.is_floating_point() and shaped.numel() and not bool(shaped.any())):
+        self._check_shape("attention_mask", mask, given=mask)
+        values: Tensor = mask.cpu()
+        if bool((values < 0).any()) or (values.is_floating_point() and values.numel() and not bool(values.any())):
             raise ValueError(
                 "attention_mask [B, T] must be >= 0, 0 for padding and 1 (or 1 to N for documents) for tokens; got "
-                f"{shaped.dtype} from {float(shaped.min()):g} to {float(shaped.max()):g}, as in a mask that is added "
+                f"{values.dtype} from {float(values.min()):g} to {float(values.max()):g}, as in a mask that is added "
                 "to scores, where 0 keeps a token: pass attention_mask=(mask == 0).long()"
             )
-        if shaped.is_floating_point() and not torch.equal(shaped, shaped.round()):
-            raise ValueError(f"attention_mask must hold whole numbers or booleans, got fractions in {shaped.dtype}")
-        return shaped.long()
+        if values.is_floating_point() and not torch.equal(values, values.round()):
+            raise ValueError(f"attention_mask must hold whole numbers or booleans, got fractions in {values.dtype}")
+        return values.long()
 
-    def _ids(self, name: str, ids: Tensor | None) -> Tensor | None:
-        if ids is None:
-            return None
-        ids = torch.as_tensor(ids)
-        if ids.numel() != self.size:
-            raise ValueError(f"{name} must be [{self.rows}, {self.tokens}] like the tokens, got {tuple(ids.shape)}")
-        return ids.reshape(self.rows, self.tokens).cpu().long()
+    def _ids(self, ids: Tensor) -> Tensor:
+        if ids.numel() == self.size:
+            ids = ids.reshape(self.shape)
+        self._check_shape("seq_idx", ids, given=ids)
+        return ids.cpu().long()
 
-    def _shaped(self, mask: Tensor) -> Tensor:
-        if tuple(mask.shape) != (self.rows, self.tokens):
-            raise ValueError(
-                f"attention_mask must be [{self.rows}, {self.tokens}] like the tokens, got {tuple(mask.shape)}"
-            )
-        return mask
+    def _check_shape(self, name: str, values: Tensor, *, given: Tensor) -> None:
+        if tuple(values.shape) != self.shape:
+            raise ValueError(f"{name} must be {list(self.shape)} like the tokens, got {tuple(given.shape)}")
 
 
 def _boundaries(call: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
@@ -271,24 +234,11 @@ def _boundaries(call: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
     from what it left whole.
     """
     names = ("cu_seq_lens_q", "cu_seq_lens_k")
-    given = [None if call.get(name) is None else torch.as_tensor(call[name]).reshape(-1) for name in names]
-    cut = any(cu is not None and cu.numel() == 1 for cu in given)
-    cu_q, cu_k = (None if cut else cu for cu in given)
-    if cu_q is None or cu_k is None:
-        return (cu_k if cu_q is None else cu_q), cut
-    same = call[names[0]] is call[names[1]]
-    if call.get("sequences") is None and not same and not _same(cu_q, cu_k):
+    given = [torch.as_tensor(call[name]).reshape(-1) for name in names if call.get(name) is not None]
+    if any(cu.numel() == 1 for cu in given):
+        return None, True
+    both = len(given) == 2 and call.get("sequences") is None and call[names[0]] is not call[names[1]]
+    # equal up to empty documents
+    if both and not torch.equal(*map(torch.unique_consecutive, given)):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; documents attend to themselves, so pass the same")
-    return cu_q, cut
-
-
-def _same(cu_q: Tensor, cu_k: Tensor) -> bool:
-    """Equal up to empty documents."""
-    return torch.equal(torch.unique_consecutive(cu_q), torch.unique_consecutive(cu_k))
-
-
-def _changes(ids: Tensor) -> Tensor:
-    """True where a row begins or an id differs from the one before it."""
-    starts = torch.ones_like(ids, dtype=torch.bool)
-    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return starts
+    return (given[0] if given else None), False

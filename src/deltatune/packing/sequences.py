@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,10 +85,7 @@ class Sequences:
             ValueError: ``[3, B, T]``: three-row mRoPE positions stand still inside an image and restart nowhere, so
                 boundaries cannot be read from them.
         """
-        rows = text_positions(position_ids)
-        starts = torch.ones_like(rows, dtype=torch.bool)
-        starts[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
-        return cls._from_starts(starts)
+        return cls._from_starts(row_starts(text_positions(position_ids), step=1))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, total: int | None = None) -> Sequences:
@@ -133,9 +130,7 @@ class Sequences:
         ids = document_ids.detach().cpu()
         if ids.dtype != torch.bool and ids.numel() and int(ids.min()) < 0:
             raise ValueError(f"document_ids must be >= 0 (0 is padding), got {int(ids.min())}")
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        return cls._from_starts(starts, device=document_ids.device)
+        return cls._from_starts(row_starts(ids, step=0), device=document_ids.device)
 
     @classmethod
     def _from_starts(cls, starts: Tensor, device: torch.device | None = None) -> Sequences:
@@ -183,13 +178,7 @@ class Sequences:
         ``max_length`` becomes the total and the repeated tail counts as empty documents, so that a tracer which guards
         on the integers of its inputs still sees one value for every batch of a shape.
         """
-        return Sequences(
-            cu_seqlens=self.cu_seqlens,
-            cu_seqlens_cpu=self.cu_seqlens_cpu,
-            positions=self.positions,
-            max_length=self.total,
-            num_sequences=self.cu_seqlens.numel() - 1,
-        )
+        return replace(self, max_length=self.total, num_sequences=self.cu_seqlens.numel() - 1)
 
     def to(
         self,
@@ -206,12 +195,10 @@ class Sequences:
             device = device.device
         if device is None or isinstance(device, torch.dtype) or torch.device(device) == self.cu_seqlens.device:
             return self
-        return Sequences(
+        return replace(
+            self,
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            cu_seqlens_cpu=self.cu_seqlens_cpu,
             positions=self.positions.to(device, non_blocking=non_blocking),
-            max_length=self.max_length,
-            num_sequences=self.num_sequences,
         )
 
     def pin_memory(self) -> Sequences:
@@ -221,19 +208,20 @@ class Sequences:
         """
         if self.cu_seqlens.device.type != "cpu" or not torch.accelerator.is_available():
             return self
-        return Sequences(
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            cu_seqlens_cpu=self.cu_seqlens_cpu,
-            positions=self.positions.pin_memory(),
-            max_length=self.max_length,
-            num_sequences=self.num_sequences,
-        )
+        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory(), positions=self.positions.pin_memory())
 
     def __repr__(self) -> str:
         return (
             f"Sequences(num_sequences={self.num_sequences}, total={self.total}, max_length={self.max_length}, "
             f"device={self.cu_seqlens.device})"
         )
+
+
+def row_starts(values: Tensor, *, step: int) -> Tensor:
+    """``[B, T]``: True where a row begins, or a value is not the one before it plus ``step``."""
+    starts = torch.ones_like(values, dtype=torch.bool)
+    starts[:, 1:] = values[:, 1:] != values[:, :-1] + step
+    return starts
 
 
 def text_positions(position_ids: Tensor) -> Tensor:
