@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "UserError"]
+__all__ = ["DataError", "UserError", "one_line"]
 
 
 class UserError(ValueError):
@@ -14,3 +14,8 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """A row, file or data option that cannot be trained on; one line that names where it is and the remedy."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

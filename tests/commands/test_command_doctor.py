@@ -6,6 +6,7 @@ from deltatune.cli import main
 from deltatune.commands import doctor, prebuild
 from deltatune.config.load import load_recipe
 from deltatune.training import run
+from deltatune.training.adapters import adapt
 from tiny import tiny_model
 
 GOOD = {"torch": "2.13.0", "triton": "3.6.0", "transformers": "5.23.0"}
@@ -88,7 +89,7 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, chec
     assert found.compile_report.breaks == []
 
     # the run's own model, at its own depth
-    model = prebuild._adapted(recipe, tiny_model("qwen3_5", layers=4, vocab_size=259))
+    model = adapt(tiny_model("qwen3_5", layers=4, vocab_size=259), recipe.lora)
     whole = run.prepare_by_recipe(recipe, model.train())
     prebuild._seconds(model, prebuild._batch(recipe, model.config, 1, CPU), None)
     assert found.compile_report.graphs == whole.compile_report.graphs

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from deltatune.commands.preprocess import show_progress
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.memory import device_memory, estimate_memory
 from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
-from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
@@ -35,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     loaded: LoadedRecipe = args.loaded
     recipe = loaded.recipe
     arguments = training_arguments(recipe.training)
-    model = _empty_model_with_adapters(recipe)
+    model = adapt(empty_model(recipe.model), recipe.lora)
     prepared = prepare_by_recipe(recipe, model)
     decide_checkpointing(recipe, prepared, arguments, device=arguments.device)
     report = prepared.report
     tokenizer = load_tokenizer(recipe.model)
-    packs = load_packs(recipe.data.train, recipe, tokenizer, progress=show_progress)
-    held_out = load_packs(recipe.data.eval, recipe, tokenizer, progress=show_progress) if recipe.data.eval else None
+    packs = load_packs(recipe.data.train, recipe, tokenizer)
+    held_out = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
     sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += ["", str(packs.report), *_steps(packs, arguments)]
@@ -49,12 +48,6 @@ def run(args: argparse.Namespace) -> int:
     lines += ["", *_memory(recipe, model, arguments, report.checkpointing)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
-
-
-def _empty_model_with_adapters(recipe: Recipe) -> nn.Module:
-    model = empty_model(recipe.model)
-    freeze_unused(model)
-    return model if recipe.lora is None else add_adapters(model, recipe.lora)
 
 
 def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.config.schema import Recipe
 from deltatune.packing.collate import PackedCollator
-from deltatune.packing.sequences import Sequences
-from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
-from deltatune.training.checkpoint import empty_model, load_config, model_class
+from deltatune.training.checkpoint import empty_model, load_config, new_model
 from deltatune.training.run import decide_checkpointing, prepare_by_recipe
 
 __all__ = ["Built", "build", "document_counts", "shallow"]
@@ -85,23 +84,14 @@ def _model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | Non
     """As the run prepares it, and the dtype of its autocast."""
     arguments = training_arguments(recipe.training)
     if recipe.checkpointing == "auto":  # decided at the model's own depth
-        whole = prepare_by_recipe(recipe, _adapted(recipe, empty_model(recipe.model)))
+        whole = prepare_by_recipe(recipe, adapt(empty_model(recipe.model), recipe.lora))
         decide_checkpointing(recipe, whole, arguments, device=device)
         recipe = recipe.model_copy(update={"checkpointing": whole.report.checkpointing})
-    config = shallow(load_config(recipe.model))
-    loader = model_class(config)
-    dtype = (config.dtype or torch.float32) if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
     with device:
-        model = _adapted(recipe, make(config, dtype=dtype))
+        model = adapt(new_model(recipe.model, shallow(load_config(recipe.model))), recipe.lora)
     model.to(device)
     prepare_by_recipe(recipe, model)
     return model.train(), autocast_dtype(arguments)
-
-
-def _adapted(recipe: Recipe, model: nn.Module) -> nn.Module:
-    freeze_unused(model)
-    return model if recipe.lora is None else add_adapters(model, recipe.lora)
 
 
 def _batch(recipe: Recipe, config: Any, count: int, device: torch.device) -> dict[str, Any]:
@@ -110,13 +100,8 @@ def _batch(recipe: Recipe, config: Any, count: int, device: torch.device) -> dic
     ends = [tokens * i // count for i in range(count + 1)]
     draw = np.random.default_rng(0)
     samples = [{"input_ids": draw.integers(1, config.vocab_size, end - start)} for start, end in pairwise(ends)]
-    batch = PackedCollator(tokens_per_batch=tokens, pad_token_id=0)(samples)
-    names = ("input_ids", "labels", "position_ids", "sequences")
-    moved: dict[str, Any] = {}
-    for name in names:
-        value = batch[name]
-        moved[name] = value.to(device) if isinstance(value, Tensor | Sequences) else value
-    return moved
+    batch: dict[str, Any] = PackedCollator(tokens_per_batch=tokens, pad_token_id=0)(samples)
+    return {name: batch[name].to(device) for name in ("input_ids", "labels", "position_ids", "sequences")}
 
 
 def _seconds(model: nn.Module, batch: dict[str, Any], autocast: torch.dtype | None) -> float:

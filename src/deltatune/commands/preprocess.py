@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from itertools import islice
 
 from transformers import TrainingArguments
@@ -14,13 +13,11 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import LoadedRecipe
 from deltatune.config.rules import check_training_names
-from deltatune.data.dataset import PackedDataset
 from deltatune.data.preview import preview
-from deltatune.packing.sample import Sample
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.packs import cache_folder, load_packs
 
-__all__ = ["run", "show_progress"]
+__all__ = ["run"]
 
 
 @quiet_libraries()
@@ -31,32 +28,17 @@ def run(args: argparse.Namespace) -> int:
     check_training_names(recipe.training, [field.name for field in dataclasses.fields(TrainingArguments)])
     tokenizer = load_tokenizer(recipe.model)
     parts = {"train": recipe.data.train, "eval": recipe.data.eval}
-    packs = {
-        name: load_packs(sources, recipe, tokenizer, progress=show_progress)
-        for name, sources in parts.items()
-        if sources
-    }
+    packs = {name: load_packs(sources, recipe, tokenizer) for name, sources in parts.items() if sources}
     sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
     for name, packed in packs.items():
         sys.stdout.write(f"{name}: {packed.report}\n")
     sys.stdout.write(f"tokenised data is in {cache_folder(recipe)}\n")
     color = _wants_color(args.color)
-    for number, sample in enumerate(islice(_samples(packs["train"]), args.show), start=1):
+    samples = (sample for index in range(len(packs["train"])) for sample in packs["train"][index])
+    for number, sample in enumerate(islice(samples, args.show), start=1):
         sys.stdout.write(f"\nsample {number}: {len(sample):,} tokens, {sample.num_trained:,} of them trained\n")
         sys.stdout.write(f"{preview(sample, tokenizer, color=color)}\n")
     return 0
-
-
-def show_progress(done: int, total: int) -> None:
-    """Rows tokenised so far, on one line of a terminal that is rewritten; nothing elsewhere."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\rtokenising {done:,} of {total:,} rows" + ("\r\x1b[K" if done == total else ""))
-        sys.stderr.flush()
-
-
-def _samples(packs: PackedDataset) -> Iterator[Sample]:
-    for index in range(len(packs)):
-        yield from packs[index]
 
 
 def _wants_color(choice: str) -> bool:

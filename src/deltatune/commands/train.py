@@ -8,6 +8,7 @@ import sys
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.graphs import GraphBreakError
 from deltatune.config.load import LoadedRecipe
+from deltatune.errors import one_line
 from deltatune.training.run import train
 
 __all__ = ["run"]
@@ -23,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
     except GraphBreakError as error:
         if args.debug:
             raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 1
     return 0

@@ -6,9 +6,11 @@ import argparse
 import sys
 from typing import Any
 
+import torch
+
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.schema import ModelSection
-from deltatune.devices import usable_device
+from deltatune.errors import UserError
 from deltatune.preparation import prepare
 from deltatune.training.checkpoint import load_config, load_model
 from deltatune.verification import verify
@@ -19,7 +21,7 @@ __all__ = ["run"]
 @quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 when a document saw another, 0 when none did."""
-    device = usable_device(args.device)
+    device = _usable_device(args.device)
     section = ModelSection.model_validate(
         {"name_or_path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     )
@@ -30,3 +32,13 @@ def run(args: argparse.Namespace) -> int:
     report = verify(model, **{name: value for name, value in given.items() if value is not None})
     sys.stdout.write(f"{report}\n")
     return 0 if report.ok else 1
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--device {name} cannot be used here: {first}") from error
+    return device

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 
 try:
     import yaml
@@ -73,7 +73,7 @@ def parse_document(text: str, name: str) -> Document:
         line = f":{mark.line + 1}" if mark is not None else ""
         raise UserError(f"{name}{line}: broken YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{name}: broken YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name}: broken YAML: {one_line(error)}") from error
 
 
 def parse_value(text: str, name: str) -> Any:

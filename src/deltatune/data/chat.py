@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltatune.data.messages import Conversation, Layout, Message, Row, read_conversation, read_text
-from deltatune.errors import DataError
+from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _Template:
         try:
             self._source = tokenizer.get_chat_template(renderer.chat_template, conversation.tools)
         except ValueError as error:
-            raise DataError(f"{where}: no chat template to use: {_one_line(error)}") from error
+            raise DataError(f"{where}: no chat template to use: {one_line(error)}") from error
         self._variables = {**tokenizer.special_tokens_map, **renderer.template_kwargs}
         self._texts: dict[tuple[int, bool], str] = {}
         self.has_generation_blocks = bool(_GENERATION_BLOCK.search(self._source))
@@ -245,7 +245,7 @@ class _Template:
             num_messages = len(self._conversation.messages)
             part = f"its first {len(messages)} of {num_messages} messages" if len(messages) < num_messages else "it"
             raise DataError(
-                f"{self._where}: the chat template cannot render {part}: {_one_line(error)}; mend the row, or use "
+                f"{self._where}: the chat template cannot render {part}: {one_line(error)}; mend the row, or use "
                 "train_on: last where only a part fails"
             ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if spans else []
@@ -269,7 +269,3 @@ def _of_turns(spans: list[Span], turns: list[int], wanted: list[int], where: str
 
 def _labelled(ids: Indices, trained: NDArray[np.bool_]) -> Sample:
     return Sample(ids, np.where(trained, ids, IGNORE_INDEX))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from deltatune.config.schema import LoraSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["add_adapters", "freeze_unused"]
+__all__ = ["adapt", "add_adapters", "freeze_unused"]
+
+
+def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
+    """The model as a recipe trains it: with its adapters, if any, and without what text gives no gradient."""
+    freeze_unused(model)
+    return model if section is None else add_adapters(model, section)
 
 
 def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
@@ -28,12 +34,9 @@ def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
     Raises:
         UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
             out of range, or a combination that PEFT refuses.
-        ImportError: peft is missing.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("lora needs peft: pip install 'deltatune[train]'") from error
+    import peft
+
     arguments = section.peft_arguments()
     _check_names(model, section)
     towers = _towers(model)
@@ -43,7 +46,7 @@ def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=section.adapter_dtype == "float32")
     except (TypeError, ValueError) as error:
-        raise UserError(f"lora: {' '.join(str(error).split())}") from error
+        raise UserError(f"lora: {one_line(error)}") from error
     return adapted
 
 
@@ -55,69 +58,42 @@ def freeze_unused(model: nn.Module) -> None:
 
 def _check_names(model: nn.Module, section: LoraSection) -> None:
     names = [name for name, _ in model.named_modules() if name]
-    if section.target_modules != "all-linear":
-        _each_matches("lora.target_modules", section.target_modules, names, model)
-    if section.exclude_modules is not None:
-        _each_matches("lora.exclude_modules", section.exclude_modules, names, model)
-    if section.modules_to_save is not None:
-        _each_matches("lora.modules_to_save", section.modules_to_save, names, model)
-    for field in ("rank_pattern", "alpha_pattern"):
-        _each_matches(f"lora.{field}", tuple(getattr(section, field)), names, model, _matches_pattern)
-    count = _num_layers(model)
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        wanted = getattr(section, field)
+        if wanted is not None and wanted != "all-linear":
+            _each_matches(f"lora.{field}", wanted, names, model)
+    count = int(hf_model.text_config(model).num_hidden_layers)
     for index in section.layers_to_transform or ():
         if not 0 <= index < count:
             raise UserError(f"lora.layers_to_transform: {index} is no layer; the model has layers 0 to {count - 1}")
 
 
 def _each_matches(
-    field: str,
-    wanted: str | tuple[str, ...],
-    names: list[str],
-    model: nn.Module,
-    matches: Callable[[str, str], bool] | None = None,
+    field: str, wanted: str | tuple[str, ...] | dict[str, int], names: list[str], model: nn.Module
 ) -> None:
-    """One string is a regular expression over full names; of several each is the ending of a name."""
-    expression = isinstance(wanted, str)
-    test = matches or (_matches_expression if expression else _matches_ending)
+    """As PEFT reads them: one string is a regular expression over full names, a pattern one for the end of a name, and
+    of several names each is the end of one.
+    """
     for entry in (wanted,) if isinstance(wanted, str) else wanted:
+        ending = re.escape(entry) if isinstance(wanted, tuple) else entry
+        expression = entry if isinstance(wanted, str) else rf"(.*\.)?({ending})"
         try:
-            found = any(test(entry, name) for name in names)
+            found = any(re.fullmatch(expression, name) for name in names)
         except re.error as error:
             raise UserError(f"{field}: {entry!r} is no regular expression: {error}") from error
         if not found:
             raise UserError(f"{field}: {entry!r} matches no module{_nearest(entry, model)}")
 
 
-def _matches_expression(entry: str, name: str) -> bool:
-    return re.fullmatch(entry, name) is not None
-
-
-def _matches_ending(entry: str, name: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
-
-
-def _matches_pattern(entry: str, name: str) -> bool:
-    # PEFT's own reading of rank_pattern: the end of a name, or a regular expression for it
-    return re.match(rf"(.*\.)?({entry})$", name) is not None
-
-
 def _nearest(entry: str, model: nn.Module) -> str:
-    linear = _unique(name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module))
+    linear = _unique(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear))
     wanted = re.sub(r"\W+", " ", entry).split()
     close = difflib.get_close_matches(wanted[-1] if wanted else entry, linear, n=3, cutoff=0.4)
     return f"; nearest: {', '.join(close)}" if close else f"; linear layers here: {', '.join(linear)}"
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
 def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _num_layers(model: nn.Module) -> int:
-    return int(hf_model.text_config(model).num_hidden_layers)
 
 
 def _towers(model: nn.Module) -> list[str]:
@@ -128,7 +104,7 @@ def _towers(model: nn.Module) -> list[str]:
     outside = [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and module is not head and prefix and not name.startswith(f"{prefix}.")
+        if isinstance(module, nn.Linear) and module is not head and prefix and not name.startswith(f"{prefix}.")
     ]
     depth = prefix.count(".") + 1
     return _unique(".".join(name.split(".")[:depth]) for name in outside)

@@ -40,10 +40,10 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     Raises:
         UserError: an unknown name, a value that TrainingArguments refuses, an order of data that packs do not have,
             or several visible GPUs in one process.
-        ImportError: accelerate is missing.
     """
-    arguments_class = _arguments_class()
-    known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     check_training_names(section, known)
     values = {**_DEFAULTS, **section.arguments(), **_FIXED}
     _check_order(values)
@@ -51,7 +51,7 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:
-        arguments = arguments_class(**{name: value for name, value in values.items() if name in known})
+        arguments = TrainingArguments(**{name: value for name, value in values.items() if name in known})
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
     if arguments.n_gpu > 1:
@@ -65,16 +65,6 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
 def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
     """The dtype autocast computes in, where a run asks for it."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-
-
-def _arguments_class() -> type[TrainingArguments]:
-    try:
-        import accelerate  # noqa: F401
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install 'deltatune[train]'") from error
-    from transformers import TrainingArguments
-
-    return TrainingArguments  # type: ignore[no-any-return]
 
 
 def _check_order(values: Mapping[str, Any]) -> None:

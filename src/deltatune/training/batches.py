@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,8 +43,10 @@ class PackCounts:
     packs: int = 0
 
     def __add__(self, other: PackCounts) -> PackCounts:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return PackCounts(*(left + right for left, right in pairs))
+        return PackCounts(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+    def __sub__(self, other: PackCounts) -> PackCounts:
+        return PackCounts(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 class PackSource(Protocol):

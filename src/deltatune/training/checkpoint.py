@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_class",
+    "new_model",
     "reload_weights",
     "resume_point",
 ]
@@ -110,12 +110,16 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
 
 def empty_model(section: ModelSection) -> nn.Module:
     """The model on the meta device: every module and shape, no weights; what ``deltatune plan`` looks at."""
-    config = load_config(section)
+    with torch.device("meta"):
+        return new_model(section, load_config(section))
+
+
+def new_model(section: ModelSection, config: PreTrainedConfig) -> nn.Module:
+    """A model of this config in ``section.dtype``, its weights drawn at random on the current default device."""
     loader = model_class(config)
     dtype = (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
     make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
-    with torch.device("meta"):
-        model = make(config, dtype=dtype)
+    model = make(config, dtype=dtype)
     assert isinstance(model, nn.Module)
     return model
 
@@ -160,30 +164,37 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder} is no checkpoint of this model: {_first_line(error)}") from error
 
 
-def resume_point(output_dir: Path, resume: str | bool | None) -> Path | None:
+def resume_point(output_dir: Path, resume: str | Path | bool | None) -> Path | None:
     """The checkpoint to resume from: a given folder, or for ``True`` the last complete one of ``output_dir``.
 
     The Trainer's state is the last file written, so a folder without it was interrupted while saving.
 
     Raises:
-        UserError: nothing there to resume from.
+        UserError: nothing there to resume from; or, for a run from the beginning, checkpoints of another one.
     """
     if resume is None or resume is False:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(f"training.output_dir: {output_dir} is a file; choose a folder")
+        if any(output_dir.glob("checkpoint-*")):
+            raise UserError(
+                f"training.output_dir: {output_dir} holds checkpoints of an earlier run; continue it with --resume, "
+                "or choose another folder"
+            )
         return None
     if resume is not True:
         folder = Path(resume).expanduser()
         if not _is_complete(folder):
             raise UserError(f"{folder} is no complete training checkpoint: it holds no trainer_state.json")
         return folder
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _step(path))]
-    for _, path in sorted(found, reverse=True):
-        if _is_complete(path):
-            return path
-    raise UserError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
+    complete = [path for path in output_dir.glob("checkpoint-*") if _step(path) >= 0 and _is_complete(path)]
+    if not complete:
+        raise UserError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
+    return max(complete, key=_step)
 
 
-def _step(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+def _step(path: Path) -> int:
+    step = path.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else -1
 
 
 def _is_complete(folder: Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -138,14 +138,12 @@ def _adapter_base(adapter: Path) -> str | None:
 
 
 def _merged(model: nn.Module, adapter: Path) -> nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError("merging needs peft: pip install 'deltatune[train]'") from error
+    from peft import PeftModel
+
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{adapter} does not fit its base model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{adapter} does not fit its base model: {one_line(error)[:300]}") from error
     with torch.no_grad():
         merged = adapted.merge_and_unload(safe_merge=True)
     assert isinstance(merged, nn.Module)

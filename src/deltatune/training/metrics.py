@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 import time
@@ -24,7 +25,7 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class MeterReading:
-    """Counts over a stretch of time. Seconds exclude evaluation and checkpoints; counts are of all ranks."""
+    """What a run has counted up to a moment, or between two; seconds exclude evaluation and checkpoints."""
 
     counts: PackCounts
     seconds: float
@@ -69,30 +70,25 @@ class Meter:
         self._peak = peak_flops(device, dtype)
         self._recompiles = recompiles
         self._mesh = mesh
-        self._window = PackCounts()
-        self._window_start = self._start = time.perf_counter()
-        self._window_paused = self._paused = 0.0
-        self._window_steps = 0
-        self._total = PackCounts()
-        self._steps = 0
-        self._warm: tuple[float, float, PackCounts] | None = None
+        self.start()
 
     def start(self) -> None:
-        """Begins to count time: call before the first batch is fetched."""
-        self._window_start = self._start = time.perf_counter()
+        """Begins to count: call before the first batch is fetched."""
+        self._counts, self._steps, self._paused = PackCounts(), 0, 0.0
+        self._began = self._window_began = self._now()
+        self._warm: MeterReading | None = None
 
     def add(self, counts: PackCounts) -> None:
         """The batches of one optimizer step on this rank."""
-        self._window += counts
+        self._counts += counts
 
     def step(self) -> None:
         """An optimizer step is done (launched, on an asynchronous device)."""
-        self._window_steps += 1
         self._steps += 1
         if self._steps == WARM_UP_STEPS:
             # the only wait outside logging: without it the steady rate would begin inside the warm-up
             self._synchronize()
-            self._warm = (time.perf_counter(), self._paused, self._total + self._window)
+            self._warm = self._now()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -105,19 +101,14 @@ class Meter:
 
     def window(self) -> dict[str, float]:
         """Metrics since the last call, for a log line."""
-        now = time.perf_counter()
-        seconds = now - self._window_start - (self._paused - self._window_paused)
-        reading = MeterReading(self._over_ranks(self._window), seconds, self._window_steps)
-        self._total += self._window
-        self._window, self._window_start, self._window_paused = PackCounts(), now, self._paused
-        self._window_steps = 0
+        reading = self._since(self._window_began)
+        self._window_began = self._now()
         return {**reading.rates(), **self._utilization(reading), **self._state()}
 
     def summary(self) -> dict[str, float]:
         """Metrics of the whole run; ``steady_`` ones leave out the first steps, which compile."""
         self._synchronize()
-        now, total = time.perf_counter(), self._total + self._window
-        whole = MeterReading(self._over_ranks(total), now - self._start - self._paused, self._steps)
+        whole = self._since(self._began)
         metrics: dict[str, float] = {
             "steps": whole.steps,
             "seconds": round(whole.seconds, 3),
@@ -128,13 +119,22 @@ class Meter:
             **self._state(),
         }
         if self._warm is not None and self._steps > WARM_UP_STEPS:
-            began, paused_before, before = self._warm
-            steady = _difference(total, before)
-            seconds = now - began - (self._paused - paused_before)
-            reading = MeterReading(self._over_ranks(steady), seconds, self._steps - WARM_UP_STEPS)
-            metrics |= {f"steady_{name}": value for name, value in reading.rates().items() if name != "fill"}
-            metrics |= self._utilization(reading)
+            steady = self._since(self._warm)
+            metrics |= {f"steady_{name}": value for name, value in steady.rates().items() if name != "fill"}
+            metrics |= self._utilization(steady)
         return metrics
+
+    def _now(self) -> MeterReading:
+        return MeterReading(self._counts, time.perf_counter() - self._paused, self._steps)
+
+    def _since(self, before: MeterReading) -> MeterReading:
+        """What came after a moment, on all ranks."""
+        now = self._now()
+        counts = now.counts - before.counts
+        if self._mesh.data_size > 1:
+            fields = torch.tensor(dataclasses.astuple(counts), dtype=torch.int64, device=self._device)
+            counts = PackCounts(*self._mesh.sum_over_data(fields).tolist())
+        return MeterReading(counts, now.seconds - before.seconds, now.steps - before.steps)
 
     def _utilization(self, reading: MeterReading) -> dict[str, float]:
         if self._peak is None or reading.seconds <= 0 or not reading.counts.tokens:
@@ -146,13 +146,6 @@ class Meter:
         if self._recompiles is not None:
             state["recompiles"] = self._recompiles()
         return state
-
-    def _over_ranks(self, counts: PackCounts) -> PackCounts:
-        if self._mesh.data_size == 1:
-            return counts
-        fields = [counts.trained, counts.tokens, counts.capacity, counts.squares, counts.packs]
-        summed = self._mesh.sum_over_data(torch.tensor(fields, dtype=torch.int64, device=self._device))
-        return PackCounts(*(int(value) for value in summed.tolist()))
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":
@@ -166,13 +159,3 @@ def peak_memory_gib(device: torch.device) -> float:
     # kilobytes on Linux, bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
-
-
-def _difference(total: PackCounts, part: PackCounts) -> PackCounts:
-    return PackCounts(
-        trained=total.trained - part.trained,
-        tokens=total.tokens - part.tokens,
-        capacity=total.capacity - part.capacity,
-        squares=total.squares - part.squares,
-        packs=total.packs - part.packs,
-    )

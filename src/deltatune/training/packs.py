@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,30 +19,21 @@ from deltatune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Progress", "cache_folder", "load_packs", "padding_token", "renderer_of"]
-
-Progress = Callable[[int, int], None]
+__all__ = ["cache_folder", "load_packs", "padding_token"]
 
 
-def load_packs(
-    sources: Sequence[Source],
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    progress: Progress | None = None,
-) -> PackedDataset:
+def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
     """Reads, tokenises (or takes from the cache) and packs ``recipe.data.train`` or ``recipe.data.eval``.
 
     Args:
         sources: the entries to read.
         recipe: says how: which tokens train, what to do with over-long documents, the capacity of a pack, the seed.
         tokenizer: with the chat template to use.
-        progress: called with the rows done and the rows in all, source by source.
 
     Raises:
         DataError: rows that cannot be read, rendered or trained on, named.
     """
-    renderer = renderer_of(recipe, tokenizer)
+    renderer = Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
     documents = []
     for source in sources:
         rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
@@ -53,7 +45,7 @@ def load_packs(
                 renderer,
                 num_proc=recipe.data.num_proc or 1,
                 cache_dir=cache_folder(recipe),
-                progress=progress,
+                progress=_show_progress,
             )
         )
     return pack_documents(
@@ -64,9 +56,11 @@ def load_packs(
     )
 
 
-def renderer_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """What turns rows into samples; the tokenizer already carries the recipe's template."""
-    return Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
+def _show_progress(done: int, total: int) -> None:
+    """Rows tokenised so far, on one line of a terminal that is rewritten; nothing elsewhere."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\rtokenising {done:,} of {total:,} rows" + ("\r\x1b[K" if done == total else ""))
+        sys.stderr.flush()
 
 
 def cache_folder(recipe: Recipe) -> Path:

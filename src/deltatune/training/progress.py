@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
 
 __all__ = ["ProgressBar", "format_metrics"]
 
@@ -37,29 +35,11 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
     """Steps done and to go, with the last log entry next to them; evaluations get a line of their own.
 
     Args:
-        console: where to draw; the standard output by default. Where that is no terminal, log entries become lines.
+        console: where to draw. Where that is no terminal, log entries become lines.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress: Progress | None = None
-        self._task: Any = None
-
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Draws the bar, at the step a run resumes from."""
-        if not state.is_world_process_zero:
-            return
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._console = self._console or Console()
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
@@ -68,29 +48,31 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, metrics="")
-        self._progress.start()
+        self._task = self._progress.add_task("training", total=None, metrics="")
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Draws the bar, at the step a run resumes from."""
+        if state.is_world_process_zero:
+            self._progress.reset(self._task, total=state.max_steps, completed=state.global_step)
+            self._progress.start()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """One step further."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
         """The entry next to the bar; on a line of its own for an evaluation, or where there is no bar."""
-        if self._progress is None or self._console is None or not logs:
-            return
         line = format_metrics(logs)
+        if not line or not state.is_world_process_zero:
+            return
         if "loss" in logs and self._console.is_terminal:
             self._progress.update(self._task, metrics=line)
-        elif line:
+        else:
             self._console.out(f"step {state.global_step}/{state.max_steps} · {line}", highlight=False)
 
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Leaves the finished bar in the terminal."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._progress.stop()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from deltatune import __version__
@@ -22,7 +23,7 @@ from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.errors import UserError
 from deltatune.preparation import Prepared, prepare
-from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
 from deltatune.training.export import save_trained, write_json, write_text
@@ -31,7 +32,6 @@ from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 __all__ = [
@@ -103,10 +103,10 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
     """
     warnings = check_recipe(recipe)
     arguments = training_arguments(recipe.training)
-    console = _console(console, quiet=arguments.process_index != 0)
+    console = Console(quiet=True) if arguments.process_index else console or Console()
     for warning in warnings:
         console.out(f"warning: {warning}", highlight=False)
-    checkpoint = _resume_point(recipe, resume)
+    checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     run = build(recipe, arguments, console)
     verified = _verify(run, console)
     records = _records(run, verified)
@@ -128,15 +128,12 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # one process tokenises, the others then read its cache
-    with arguments.main_process_first(desc="tokenising"), _counting(console) as progress:
-        train_packs = load_packs(recipe.data.train, recipe, tokenizer, progress=progress)
-        eval_packs = load_packs(recipe.data.eval, recipe, tokenizer, progress=progress) if recipe.data.eval else None
+    with arguments.main_process_first(desc="tokenising"):
+        train_packs = load_packs(recipe.data.train, recipe, tokenizer)
+        eval_packs = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
     console.out(str(train_packs.report), highlight=False)
     set_seed(arguments.seed)
-    model = load_model(recipe.model, config)
-    freeze_unused(model)
-    if recipe.lora is not None:
-        model = add_adapters(model, recipe.lora)
+    model = adapt(load_model(recipe.model, config), recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
@@ -145,20 +142,6 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     decide_checkpointing(recipe, prepared, arguments, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
     return Run(recipe, arguments, tokenizer, train_packs, eval_packs, model, prepared)
-
-
-def _resume_point(recipe: Recipe, resume: str | Path | bool | None) -> Path | None:
-    output_dir = Path(recipe.training.output_dir).expanduser()
-    if resume is not None and resume is not False:
-        return resume_point(output_dir, resume if resume is True else str(resume))
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"training.output_dir: {output_dir} is a file; choose a folder")
-    if any(output_dir.glob("checkpoint-*")):
-        raise UserError(
-            f"training.output_dir: {output_dir} holds checkpoints of an earlier run; continue it with --resume, "
-            "or choose another folder"
-        )
-    return None
 
 
 def decide_checkpointing(
@@ -205,12 +188,7 @@ def _verify(run: Run, console: Console) -> VerifyReport | None:
     section = run.recipe.verify
     if not section.enabled:
         return None
-    given: dict[str, Any] = {}
-    if section.lengths is not None:
-        given["lengths"] = list(section.lengths)
-    if section.tolerance is not None:
-        given["tolerance"] = section.tolerance
-    report = verify(run.model, **given)
+    report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
     console.out(str(report), highlight=False)
     if not report.ok:
         raise UserError(f"verify: {report.verdict}; nothing was trained")
@@ -218,9 +196,7 @@ def _verify(run: Run, console: Console) -> VerifyReport | None:
 
 
 def _trainer(run: Run, console: Console) -> PackedTrainer:
-    from deltatune.training.progress import ProgressBar
-
-    trainer = PackedTrainer(
+    return PackedTrainer(
         run.model,
         run.arguments,
         train_dataset=run.train_packs,
@@ -229,11 +205,8 @@ def _trainer(run: Run, console: Console) -> PackedTrainer:
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
         recompiles=lambda: _recompiles(run.prepared),
+        console=console,
     )
-    if not run.arguments.disable_tqdm:
-        trainer.remove_callback(ProgressBar)
-        trainer.add_callback(ProgressBar(console))
-    return trainer
 
 
 def _recompiles(prepared: Prepared) -> int:
@@ -244,25 +217,23 @@ def _recompiles(prepared: Prepared) -> int:
 @contextmanager
 def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
     """The Trainer switches ``use_cache`` off for its own steps; the model that is saved shall generate with one."""
-    config: Any = model.config
-    had, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+    config = vars(model.config)
+    kept = {"use_cache": config["use_cache"]} if "use_cache" in config else {}
     try:
         yield
     finally:
-        if had:
-            config.use_cache = before
-        elif hasattr(config, "use_cache"):
-            del config.use_cache
+        config.pop("use_cache", None)
+        config.update(kept)
 
 
-def _last_evaluation(run: Run, trainer: PackedTrainer) -> Mapping[str, Any]:
+def _last_evaluation(run: Run, trainer: PackedTrainer) -> Any:
     """The evaluation after the last step, made now if the schedule did not."""
     if run.eval_packs is None:
         return {}
-    step = trainer.state.global_step
-    done = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
-    metrics: Mapping[str, Any] = done[-1] if done else trainer.evaluate()
-    return metrics
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return entry
+    return trainer.evaluate()
 
 
 def _finish(
@@ -340,22 +311,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _console(console: Console | None, *, quiet: bool = False) -> Console:
-    from rich.console import Console
-
-    if quiet:
-        return Console(quiet=True)
-    return Console() if console is None else console
-
-
-@contextmanager
-def _counting(console: Console) -> Iterator[Any]:
-    """Rows tokenised, as a bar that disappears."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("tokenising"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("rows"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rows")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -45,8 +46,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         tokens_per_batch: tokens of a pack, >= the longest pack.
         pad_token_id: fills the rest of a pack.
         processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: further callbacks.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
+        console: where progress is drawn; the standard output by default.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         tokens_per_batch: int,
         pad_token_id: int,
         processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         recompiles: Callable[[], int] | None = None,
+        console: Console | None = None,
     ) -> None:
         self._tokens_per_batch = tokens_per_batch
         self._pad_token_id = pad_token_id
@@ -74,7 +75,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -89,7 +89,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
         if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
+            self.add_callback(ProgressBar(console or Console()))
 
     # Batches
 
@@ -118,13 +118,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def _loader(
         self, source: PackSource, *, packs_per_batch: int, seed: int | None = None, drop_last: bool = False
     ) -> DataLoader[Any]:
-        order = PackOrder(
-            len(source),
-            batch_size=packs_per_batch,
-            seed=seed,
-            mesh=self._mesh,
-            drop_last=drop_last,
-        )
+        order = PackOrder(len(source), batch_size=packs_per_batch, seed=seed, mesh=self._mesh, drop_last=drop_last)
         return pack_loader(source, order, self._collator(packs_per_batch), self.args)
 
     def _collator(self, packs_per_batch: int) -> CountingCollator:
@@ -218,7 +212,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if hasattr(target, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._loads_as_stock(target):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             # the stock way loads tensors by the names on disk, which for some families are not the module's names,
@@ -226,10 +220,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             reload_weights(target, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._loads_as_stock(self.model):
             super()._load_best_model()
         else:
             reload_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def _loads_as_stock(self, model: nn.Module) -> bool:
+        return hasattr(model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled
 
 
 class _MeterSteps(TrainerCallback):  # type: ignore[misc]
