@@ -222,8 +222,18 @@ def test_recomputation_changes_nothing():
 def test_a_second_derivative_is_refused():
     made, x = case(), inputs(3)
     (grad,) = torch.autograd.grad(loss(made.run(x)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="linear_with_lora has no second derivative"):
         grad.sum().backward()
+
+
+def test_a_second_derivative_behind_a_plain_sum_is_refused_too():
+    """The gradient that comes in is a constant there; those of A and B depend on x and on each other all the same."""
+    made, x = case(), inputs(3)
+    down, up = made.down()[0], made.up()[0]
+    (grad,) = torch.autograd.grad(sum(y.sum() for y in made.run(x)), down, create_graph=True)
+    for source in (x, up):
+        with pytest.raises(RuntimeError, match="linear_with_lora has no second derivative"):
+            torch.autograd.grad(grad.square().sum() + source.square().sum(), source, retain_graph=True)
 
 
 def test_autocast_rounds_nothing_inside():

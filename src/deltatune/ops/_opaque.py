@@ -10,7 +10,8 @@ A decorated kernel becomes ``torch.ops.deltatune.<its name>``, with the schema t
 
 An op without ``backward`` is the end of the line: autograd records it, and differentiating it is a RuntimeError. So a
 backward that is an op needs no more than ``gradient_of`` to refuse a second derivative. What is no op of ours, or keeps
-nothing that leads back to its inputs, is wrapped in ``first_order``.
+nothing that leads back to its inputs, is wrapped in ``first_order``; the backward of a Function of its own in
+``first_order_backward``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["first_order", "opaque"]
+__all__ = ["first_order", "first_order_backward", "opaque"]
 
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
@@ -85,6 +86,31 @@ def first_order(op: str, result: Tensor, *inputs: Tensor, remedy: str = "detach 
     ends = [x[:0].clone() for x in inputs if x.requires_grad]
     linked: Tensor = _link(_message(op, remedy), result, *ends)
     return linked
+
+
+def first_order_backward(
+    op: str, remedy: str = "detach its input"
+) -> Callable[[Callable[..., tuple[Tensor | None, ...]]], Callable[..., tuple[Tensor | None, ...]]]:
+    """For the backward of a Function that has no second derivative; torch's ``once_differentiable`` with every refusal.
+
+    That one refuses only where a gradient that comes in can be differentiated. What comes out depends on saved tensors
+    too, and behind a plain sum the gradient that comes in is a constant.
+    """
+
+    def decorate(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+            message = _message(op, remedy)
+            return tuple(None if grad is None else _refuse_later(message, grad, *sources) for grad in found)
+
+        return run
+
+    return decorate
 
 
 class _FirstOrder(torch.autograd.Function):

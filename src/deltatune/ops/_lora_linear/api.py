@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from deltatune.ops._lora_linear.op import accumulate, narrow_product, sum_products
 from deltatune.ops._lora_linear.up_backward import up_backward
+from deltatune.ops._opaque import first_order_backward
 
 __all__ = ["Adapter", "linear_with_lora", "low_rank"]
 
@@ -145,7 +146,7 @@ class _LinearWithLora(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_backward("linear_with_lora", remedy="detach its input and its adapters")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
         x, narrow, *tensors = ctx.saved_tensors
