@@ -170,6 +170,11 @@ def test_the_rooms_are_those_of_the_import_contract() -> None:
     assert [f"deltatune.{room}" for room in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)] == contract["layers"]
 
 
+def test_decisions_have_a_number_each() -> None:
+    numbers = [path.name[:4] for path in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
+    assert numbers == [f"{number:04}" for number in range(1, len(numbers) + 1)]
+
+
 def test_tested_versions_are_those_of_the_environment() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (torch|transformers|peft|trl|triton) \| ([\d.]+)", text, re.MULTILINE))
