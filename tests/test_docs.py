@@ -162,12 +162,12 @@ def test_every_compile_option_is_described() -> None:
     assert {key: rows.get(key) for key in INDUCTOR_OPTIONS} == {k: o.doc for k, o in INDUCTOR_OPTIONS.items()}
 
 
-def test_the_rooms_are_those_of_the_import_contract() -> None:
+def test_the_packages_are_those_of_the_import_contract() -> None:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ][0]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert [f"deltatune.{room}" for room in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)] == contract["layers"]
+    assert [f"deltatune.{name}" for name in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)] == contract["layers"]
 
 
 def test_decisions_have_a_number_each() -> None:
