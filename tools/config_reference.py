@@ -74,8 +74,8 @@ def _inductor() -> Iterator[str]:
     yield "## `compile.options`\n"
     yield "| key | type | |"
     yield "|---|---|---|"
-    for name, option in INDUCTOR_OPTIONS.items():
-        yield f"| `{name}` | {option.type.__name__} | {option.doc} |"
+    for name, meaning in INDUCTOR_OPTIONS.items():
+        yield f"| `{name}` | bool | {meaning} |"
     yield ""
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 
 __all__ = ["main"]
 
@@ -26,14 +26,10 @@ _TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
+    debug = False
     try:
         args = _parser().parse_args(argv)
-    except (UserError, ModuleNotFoundError) as error:
-        if not _is_users(error):
-            raise
-        return _fail(error, debug=False)
-    args.argv = ["deltatune", *(sys.argv[1:] if argv is None else argv)]  # for what a run keeps of itself
-    try:
+        debug = args.debug
         if "recipe" in args:
             # before the command, and with it torch, is imported: a typo costs no seconds
             args.loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
@@ -45,15 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if not _is_users(error):
             raise
-        return _fail(error, debug=args.debug)
+        if debug:
+            traceback.print_exception(error)
+        sys.stderr.write(f"error: {_message(error)}\n")
+        return 2
     return status
-
-
-def _fail(error: Exception, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    sys.stderr.write(f"error: {_one_line(error)}\n")
-    return 2
 
 
 def _is_users(error: Exception) -> bool:
@@ -62,18 +54,20 @@ def _is_users(error: Exception) -> bool:
     Ours say so. A bare ValueError or ImportError counts when our own code raised it, where it is a check; from the
     inside of a library it is a surprise, and its traceback is needed. An OSError is the machine's or the path's.
     """
-    if isinstance(error, UserError | OSError):
-        return True
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES:
+    if isinstance(error, UserError | OSError) or _is_missing(error):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES:
-        return f"the package {error.name} is missing: pip install 'deltatune[train]'"
-    return " ".join(str(error).split()) or type(error).__name__
+def _is_missing(error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES
+
+
+def _message(error: Exception) -> str:
+    if _is_missing(error):
+        return f"the package {getattr(error, 'name', '')} is missing: pip install 'deltatune[train]'"
+    return one_line(error)
 
 
 class _Parser(argparse.ArgumentParser):

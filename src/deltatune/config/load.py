@@ -8,19 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltatune.config.yaml_text import dump_yaml, parse_document, parse_value
-from deltatune.errors import UserError
-
-try:
-    import pydantic
-except ModuleNotFoundError as error:
-    raise UserError("reading recipes needs pydantic: pip install 'deltatune[train]'") from error
+import pydantic
 
 from deltatune.config.explain import explain, shown
 from deltatune.config.names import nearest
 from deltatune.config.paths import dotted, known_keys, names_free_mapping
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
+from deltatune.config.yaml_text import dump_yaml, parse_document
+from deltatune.errors import UserError
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
 
@@ -84,7 +80,7 @@ def apply_overrides(data: Any, overrides: Sequence[str]) -> Any:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {override}: expected key=value, such as --set training.max_steps=100")
-        _assign(data, _parts(key.strip()), parse_value(text, f"--set {key}"), f"--set {override}")
+        _assign(data, _parts(key.strip()), parse_document(text, f"--set {key}").data, f"--set {override}")
     return data
 
 

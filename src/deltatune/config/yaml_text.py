@@ -6,14 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from deltatune.errors import UserError, one_line
 
-try:
-    import yaml
-except ModuleNotFoundError as error:
-    raise UserError("reading recipes needs pyyaml: pip install 'deltatune[train]'") from error
-
-__all__ = ["Document", "dump_yaml", "parse_document", "parse_value"]
+__all__ = ["Document", "dump_yaml", "parse_document"]
 
 Path = tuple[str | int, ...]
 
@@ -74,11 +71,6 @@ def parse_document(text: str, name: str) -> Document:
         raise UserError(f"{name}{line}: broken YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{name}: broken YAML: {one_line(error)}") from error
-
-
-def parse_value(text: str, name: str) -> Any:
-    """The value in ``--set key=value``."""
-    return parse_document(text, name).data
 
 
 def dump_yaml(data: Any) -> str:

@@ -74,19 +74,6 @@ class PackingReport:
         return "\n".join([*lines, *(["over-long documents: " + ", ".join(cut)] if cut else [])])
 
 
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Documents or parts of them: ``[start, end)`` in the flat arrays of a source, and its number."""
-
-    source: NDArray[np.int64]
-    start: NDArray[np.int64]
-    end: NDArray[np.int64]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return self.end - self.start
-
-
 class PackedDataset:
     """A map-style data set whose items are packs: lists of samples that fit in one batch together.
 
@@ -98,10 +85,14 @@ class PackedDataset:
     """
 
     def __init__(
-        self, documents: Sequence[Documents], pieces: _Pieces, packs: list[list[int]], report: PackingReport
+        self,
+        documents: Sequence[Documents],
+        pieces: NDArray[np.int64],
+        packs: list[NDArray[np.int64]],
+        report: PackingReport,
     ) -> None:
         self._documents = documents
-        self._pieces = pieces
+        self._pieces = pieces  # [P, 3]: the number of a source, and [start, end) in its flat arrays
         self._packs = packs
         self.report = report
 
@@ -109,12 +100,8 @@ class PackedDataset:
         return len(self._packs)
 
     def __getitem__(self, index: int) -> list[Sample]:
-        return [self._sample(piece) for piece in self._packs[index]]
-
-    def _sample(self, piece: int) -> Sample:
-        pieces = self._pieces
-        documents = self._documents[int(pieces.source[piece])]
-        return documents.sample(int(pieces.start[piece]), int(pieces.end[piece]))
+        pieces = self._pieces[self._packs[index]].tolist()
+        return [self._documents[source].sample(start, end) for source, start, end in pieces]
 
 
 def pack_documents(
@@ -133,28 +120,27 @@ def pack_documents(
         DataError: an over-long document under ``error``, named; or nothing left to train on.
     """
     counts = {"split": 0, "truncated": 0, "dropped": 0, "unlabelled": 0}
-    parts = []
+    parts, trained_tokens = [], 0
     for number, source in enumerate(documents):
-        start, end = _cut(source, tokens_per_batch, overlong, counts)
-        parts.append(_Pieces(np.full(start.size, number), start, end))
-    pieces = _Pieces(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("source", "start", "end")))
-    if pieces.start.size == 0:
+        starts, ends = _cut(source, tokens_per_batch, overlong, counts)
+        parts.append(np.stack([np.full_like(starts, number), starts, ends], axis=1))
+        trained_tokens += int(_num_trained(source, starts, ends).sum())
+    pieces = np.concatenate(parts)
+    if not len(pieces):
         raise DataError(
             f"no document is left to train on: all are longer than packing.tokens_per_batch={tokens_per_batch}; raise "
             "it, or set data.overlong to split or truncate"
         )
     # equal lengths lie together after packing: mixing first keeps neighbours in the file from sharing every pack
-    order = np.random.default_rng(seed).permutation(pieces.start.size)
-    packs = [order[members].tolist() for members in pack(pieces.lengths[order], tokens_per_batch)]
-    tokens = int(pieces.lengths.sum())
+    order = np.random.default_rng(seed).permutation(len(pieces))
+    lengths = pieces[:, 2] - pieces[:, 1]
+    packs = [order[members] for members in pack(lengths[order], tokens_per_batch)]
+    tokens = int(lengths.sum())
     report = PackingReport(
         rows=sum(len(source.source) for source in documents),
-        documents=pieces.start.size,
+        documents=len(pieces),
         tokens=tokens,
-        trained_tokens=sum(
-            int(_num_trained(source, pieces.start[pieces.source == number], pieces.end[pieces.source == number]).sum())
-            for number, source in enumerate(documents)
-        ),
+        trained_tokens=trained_tokens,
         packs=len(packs),
         tokens_per_batch=tokens_per_batch,
         fill=tokens / (len(packs) * tokens_per_batch),

@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -182,20 +181,18 @@ def _fingerprint(rows: Rows, layout: Layout, renderer: Renderer) -> str:
 def _save(folder: Path, arrays: Part) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        partial = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent)
     except OSError as error:
         raise DataError(f"cannot write the cache of tokenised data: {error}; set data.cache_dir") from error
-    try:
-        for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
+    with partial as name:
+        for array_name, array in arrays.items():
+            np.save(Path(name) / f"{array_name}.npy", array)
         try:
-            partial.rename(folder)
+            Path(name).rename(folder)
         except OSError:
             # another process finished the same work first; its result is as good
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load(folder: Path, rows: Rows) -> Documents:

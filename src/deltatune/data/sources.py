@@ -6,17 +6,15 @@ import difflib
 import hashlib
 import json
 import re
+from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from deltatune.errors import DataError
-
-if TYPE_CHECKING:
-    import datasets
+from deltatune.errors import DataError, one_line
 
 __all__ = ["Rows", "load_rows"]
 
@@ -24,7 +22,7 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-class Rows(Protocol):
+class Rows:
     """Rows that can be read in any order, and by several processes.
 
     Attributes:
@@ -33,19 +31,19 @@ class Rows(Protocol):
         identity: a digest of the content, equal for equal rows.
     """
 
-    name: str
-    columns: tuple[str, ...]
-    identity: str
+    def __init__(self, name: str, columns: Iterable[str], identity: str) -> None:
+        self.name, self.columns, self.identity = name, tuple(dict.fromkeys(columns)), identity
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        """Rows ``start`` to ``end``."""
-        ...
+        """Rows ``start`` to ``end``, as far as there are any."""
 
     def where(self, index: int) -> str:
         """The place of a row in words: file and line, or data set and row."""
-        ...
+        return f"{self.name}, row {index + 1}"
 
 
 def load_rows(path: str, *, split: str = "train", name: str | None = None, limit: int | None = None) -> Rows:
@@ -65,12 +63,13 @@ def load_rows(path: str, *, split: str = "train", name: str | None = None, limit
     """
     files = _local_files(path)
     if files is None:
-        rows: Rows = _hub_rows(path, split, name)
+        parts: list[Rows] = [_hub_rows(path, split, name)]
     else:
         parts = [_file_rows(file) for file in files]
-        rows = parts[0] if len(parts) == 1 else _ManyRows(path, parts)
-    if limit is not None and limit < len(rows):
-        rows = _FirstRows(rows, limit)
+    total = sum(map(len, parts))
+    rows = parts[0] if len(parts) == 1 else _ManyRows(path, parts, total)
+    if limit is not None and limit < total:
+        rows = _ManyRows(rows.name, parts, limit)
     if len(rows) == 0:
         raise DataError(f"{path} holds no rows; expected at least one")
     return rows
@@ -114,14 +113,13 @@ def _file_rows(file: Path) -> Rows:
         raise DataError(f"{file} is empty; expected at least one row")
     if file.suffix == ".parquet":
         return _parquet_rows(file)
-    return _JsonRows(file) if file.suffix == ".json" else _JsonLines(file)
+    return _json_rows(file) if file.suffix == ".json" else _JsonLines(file)
 
 
-class _JsonLines:
+class _JsonLines(Rows):
     """One object per line; blank lines are passed over. Lines are found once and parsed when they are read."""
 
     def __init__(self, file: Path) -> None:
-        self.name = str(file)
         self._file = file
         columns: dict[str, None] = {}
         offsets, lines = [], []
@@ -137,8 +135,7 @@ class _JsonLines:
         if not lines:
             raise DataError(f"{file} holds blank lines only; expected one JSON object per line")
         self._offsets, self._lines = np.array(offsets), np.array(lines)
-        self.columns = tuple(columns)
-        self.identity = digest.hexdigest()
+        super().__init__(str(file), columns, digest.hexdigest())
 
     def __len__(self) -> int:
         return self._lines.size
@@ -154,96 +151,68 @@ class _JsonLines:
 
 
 def _parse_line(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(content.decode("utf-8-sig").rstrip("\r\n"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not valid JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
+    row = _parse(content.rstrip(b"\r\n"), where, "expected one JSON object per line")
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__}; expected one JSON object per line")
     return row
 
 
-class _JsonRows:
-    """A file that holds one list of objects."""
+def _parse(content: bytes, where: str, expected: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if error.doc.count("\n") else ""
+        raise DataError(f"{where}{line} is not valid JSON: {error.msg} at column {error.colno}; {expected}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
 
-    def __init__(self, file: Path) -> None:
-        self.name = str(file)
-        content = file.read_bytes()
-        try:
-            rows = json.loads(content.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}, line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}; expected a list "
-                "of objects (one object per line belongs in a .jsonl file)"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
-        if not isinstance(rows, list):
-            raise DataError(f"{file} is a JSON {type(rows).__name__}; expected a list of objects")
-        for index, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, row {index + 1} is a JSON {type(row).__name__}; expected an object")
-        self._rows: list[dict[str, Any]] = rows
-        self.columns = tuple(dict.fromkeys(column for row in rows for column in row))
-        self.identity = hashlib.blake2b(content, digest_size=16).hexdigest()
+
+class _IndexedRows(Rows):
+    """A list of objects, or a ``datasets.Dataset``."""
+
+    def __init__(self, name: str, rows: Any, columns: Iterable[str], identity: str) -> None:
+        super().__init__(name, columns, identity)
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        return iter(self._rows[start:end])
-
-    def where(self, index: int) -> str:
-        return f"{self.name}, row {index + 1}"
-
-
-class _TableRows:
-    """A ``datasets.Dataset``: memory-mapped columns."""
-
-    def __init__(self, name: str, table: datasets.Dataset, identity: str) -> None:
-        self.name = name
-        self._table = table
-        self.columns = tuple(table.column_names)
-        self.identity = identity
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
         for index in range(start, min(end, len(self))):
-            yield self._table[index]
-
-    def where(self, index: int) -> str:
-        return f"{self.name}, row {index + 1}"
+            yield self._rows[index]
 
 
-def _parquet_rows(file: Path) -> _TableRows:
+def _json_rows(file: Path) -> Rows:
+    content = file.read_bytes()
+    rows = _parse(content, str(file), "expected a list of objects (one object per line belongs in a .jsonl file)")
+    if not isinstance(rows, list):
+        raise DataError(f"{file} is a JSON {type(rows).__name__}; expected a list of objects")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, row {index + 1} is a JSON {type(row).__name__}; expected an object")
+    return _IndexedRows(str(file), rows, (column for row in rows for column in row), _digest(content))
+
+
+def _parquet_rows(file: Path) -> Rows:
     library = _datasets()
     try:
         table = library.Dataset.from_parquet(str(file))
     except (OSError, ValueError, library.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise DataError(
-            f"{file} cannot be read as Parquet, or holds no rows: {' '.join(str(cause).split())}"
-        ) from error
+        cause = one_line(error.__cause__ or error)
+        raise DataError(f"{file} cannot be read as Parquet, or holds no rows: {cause}") from error
     with file.open("rb") as stream:
         identity = hashlib.file_digest(stream, "blake2b").hexdigest()
-    return _TableRows(str(file), table, identity)
+    return _IndexedRows(str(file), table, table.column_names, identity)
 
 
-def _hub_rows(path: str, split: str, name: str | None) -> _TableRows:
+def _hub_rows(path: str, split: str, name: str | None) -> Rows:
     library = _datasets()
     where = f"{path} (split {split})" if name is None else f"{path} ({name}, split {split})"
     try:
         table = library.load_dataset(path, name, split=split)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{where} is neither a local file nor a data set on the Hub: {reason}") from error
-    return _TableRows(where, table, str(table._fingerprint))
+        raise DataError(f"{where} is neither a local file nor a data set on the Hub: {one_line(error)}") from error
+    return _IndexedRows(where, table, table.column_names, str(table._fingerprint))
 
 
 def _datasets() -> Any:
@@ -256,20 +225,21 @@ def _datasets() -> Any:
     return datasets
 
 
-class _ManyRows:
-    """Several files, one after the other."""
+class _ManyRows(Rows):
+    """Several files, one after the other, up to a number of rows."""
 
-    def __init__(self, name: str, parts: Sequence[Rows]) -> None:
-        self.name = name
+    def __init__(self, name: str, parts: Sequence[Rows], total: int) -> None:
+        columns = (column for part in parts for column in part.columns)
+        super().__init__(name, columns, _digest(f"{[part.identity for part in parts]}:{total}".encode()))
         self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)]).tolist()
-        self.columns = tuple(dict.fromkeys(column for part in parts for column in part.columns))
-        self.identity = hashlib.blake2b("".join(part.identity for part in parts).encode(), digest_size=16).hexdigest()
+        self._total = total
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._total
 
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
+        end = min(end, self._total)
         for part, first in zip(self._parts, self._starts, strict=False):
             if start < first + len(part) and end > first:
                 yield from part.read(max(0, start - first), end - first)
@@ -279,20 +249,5 @@ class _ManyRows:
         return self._parts[part].where(index - self._starts[part])
 
 
-class _FirstRows:
-    """The first rows of others."""
-
-    def __init__(self, rows: Rows, limit: int) -> None:
-        self._rows = rows
-        self._limit = limit
-        self.name, self.columns = rows.name, rows.columns
-        self.identity = f"{rows.identity}:{limit}"
-
-    def __len__(self) -> int:
-        return self._limit
-
-    def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        return self._rows.read(start, min(end, self._limit))
-
-    def where(self, index: int) -> str:
-        return self._rows.where(index)
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,16 +91,13 @@ def merge_adapter(
 def staged(path: Path) -> Iterator[Path]:
     """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        yield folder
-        # mkdtemp makes folders private; a model is not
-        folder.chmod(0o755)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        yield Path(folder)
+        # temporary folders are private; a model is not
+        Path(folder).chmod(0o755)
         if path.is_dir():
             path.rmdir()
-        folder.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        Path(folder).replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
