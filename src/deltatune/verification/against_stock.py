@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from deltatune.hf.cached import stock_path
-from deltatune.verification.measure import Documents, Outcome, Subject, differences, relative, run_once, worst_of
+from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
 from deltatune.verification.report import VerifyCheck
-from deltatune.verification.rounding import limit_of, nudged
-from deltatune.verification.subjects import Probed, boundaries_of
+from deltatune.verification.rounding import limits_of
+from deltatune.verification.subjects import Probed
 from deltatune.verification.untouched import compiled_as
 
 __all__ = ["bounds_of", "compare_beyond_bounds", "compare_with_stock"]
@@ -30,11 +30,6 @@ _BOUNDS: Final = ("original_max_position_embeddings", "sliding_window", "attenti
 
 #: What a stock layer raises where it cannot run: a kernel or a package that is missing, memory.
 _NOT_RUNNING: Final = (RuntimeError, ValueError, ImportError)
-
-
-def _longest_run(device: torch.device) -> int:
-    """Tokens of the longest document that is run on a device."""
-    return _LONGEST.get(device.type, _LONGEST_ELSEWHERE)
 
 
 def bounds_of(config: Any) -> dict[str, int]:
@@ -52,28 +47,18 @@ def bounds_of(config: Any) -> dict[str, int]:
 
 def compare_with_stock(probed: Probed, subject: Subject, tolerance: float) -> VerifyCheck | str:
     """The longest document alone, by the prepared layers and by the stock ones; a note where those cannot run."""
-    number = max(range(len(probed.documents.lengths)), key=lambda i: probed.documents.lengths[i])
-    length = probed.documents.lengths[number]
-    place = probed.documents.slices[number]
+    lengths = probed.documents.lengths
+    number = lengths.index(max(lengths))
+    inputs = probed.inputs[:, probed.documents.places[number]]
 
-    def once() -> Outcome:
-        trained = torch.ones(length, dtype=torch.bool, device=probed.device)
-        one = run_once(subject.alone(number), probed.inputs[:, place], trained, tuple(subject.parameters.values()))
-        return Outcome([one.output], one.objective, [one.input_grad], one.parameter_grads)
+    def once() -> Pass:
+        return run_once(subject.alone[number], inputs, tuple(subject.parameters.values()))
 
-    found = once()
-    try:
-        with _stock(probed):
-            expected = once()
-    except _NOT_RUNNING as error:
-        return f"not compared with the stock class, which does not run here ({_line(error)})"
-    figures, _ = differences(subject, found, expected)
-    limits: tuple[float, ...] = (tolerance,) * 3
-    if any(figure > tolerance for figure in figures):
-        with nudged():
-            other = once()
-        limits = tuple(limit_of(tolerance, measured) for measured in differences(subject, other, found)[0])
-    return VerifyCheck(f"one document of {length} tokens against the stock class", figures, limits)
+    def differ(found: Pass, expected: Pass) -> tuple[float, ...]:
+        return differences(subject, found, expected, [slice(None)])
+
+    name = f"one document of {lengths[number]} tokens against the stock class"
+    return _check(probed, name, once(), once, differ, tolerance)
 
 
 def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCheck | str]:
@@ -82,7 +67,7 @@ def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCh
     Half as long again, since one more token is one key in a window, or one not among the top k. Bounds too large to be
     run are told in a note.
     """
-    near, most = {}, _longest_run(probed.device)
+    near, most = {}, _LONGEST.get(probed.device.type, _LONGEST_ELSEWHERE)
     for name, length in bounds_of(probed.text_model.config).items():
         if _beyond(length) <= most:
             near[name] = length
@@ -91,28 +76,38 @@ def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCh
     if not near:
         return
     documents = Documents((_SHORT, _beyond(max(near.values()))), _PADDING if probed.state is not None else 0)
-    inputs = probed.random_inputs(documents.total)
-    places = documents.slices[:2]
+    inputs = probed.random(1, documents.total)[1]
+    places = documents.places
 
-    def alone() -> list[Tensor]:
-        return [_hidden(probed, inputs[:, place], {}) for place in places]
+    def alone() -> Tensor:
+        return torch.cat([_hidden(probed, inputs[:, place], {}) for place in places], dim=1)
+
+    def differ(found: Tensor, expected: Tensor) -> tuple[float, ...]:
+        return (worst_of(relative(found[:, place], expected[:, place]) for place in places),)
 
     longer = ", ".join(f"{name}={length}" for name, length in near.items())
-    packed = _hidden(probed, inputs, boundaries_of(probed, documents))
+    name = f"a document of {documents.lengths[1]} tokens (longer than {longer})"
+    packed = _hidden(probed, inputs, probed.metadata(documents))
+    yield _check(probed, name, packed, alone, differ, tolerance)
+
+
+def _check(
+    probed: Probed,
+    name: str,
+    found: Any,
+    alone: Callable[[], Any],
+    differ: Callable[[Any, Any], tuple[float, ...]],
+    tolerance: float,
+) -> VerifyCheck | str:
+    """What was found, against documents alone by the stock layers; a note where those cannot run."""
     try:
         with _stock(probed):
             expected = alone()
     except _NOT_RUNNING as error:
-        yield f"documents longer than {longer} were not compared with the stock class ({_line(error)})"
-        return
-    figure = worst_of([relative(packed[:, place], one) for place, one in zip(places, expected, strict=True)])
-    limit = tolerance
-    if figure > tolerance:
-        ours = alone()
-        with nudged():
-            other = alone()
-        limit = limit_of(tolerance, worst_of([relative(*pair) for pair in zip(other, ours, strict=True)]))
-    yield VerifyCheck(f"a document of {documents.lengths[1]} tokens (longer than {longer})", (figure,), (limit,))
+        reason = str(error).partition("\n")[0]
+        return f"{name}: not compared with the stock class, which does not run here ({reason})"
+    figures = differ(found, expected)
+    return VerifyCheck(name, figures, limits_of(figures, tolerance, alone, differ))
 
 
 def _beyond(length: int) -> int:
@@ -124,10 +119,6 @@ def _hidden(probed: Probed, inputs: Tensor, metadata: dict[str, Any]) -> Tensor:
         run: Callable[..., Any] = probed.text_model
         output: Tensor = run(inputs_embeds=inputs, **probed.switches, **metadata)[0]
     return output
-
-
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.verification.report import VerifyRow
-from deltatune.verification.rounding import limit_of, nudged
+from deltatune.verification.rounding import limits_of
 
-__all__ = ["Documents", "Outcome", "Run", "Subject", "differences", "measure", "relative", "run_once", "worst_of"]
+__all__ = ["Documents", "Pass", "Run", "Subject", "differences", "measure", "relative", "run_once", "worst_of"]
 
 #: ``(inputs [1, T, E], trained [T]) -> (output [1, T, ...], scalar objective of the tokens in trained)``
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -35,6 +35,11 @@ class Documents:
             bounds.append(slice(start, start + length))
             start += length
         return bounds
+
+    @property
+    def places(self) -> list[slice]:
+        """Where each document lies in the pack, without the padding."""
+        return self.slices[: len(self.lengths)]
 
     @property
     def total(self) -> int:
@@ -66,7 +71,7 @@ class Subject:
         others: other values of the same shape, for the perturbation.
         parameters: what is differentiated in addition to the input.
         packed: runs the pack.
-        alone: runs one document, by its number.
+        alone: what runs each document alone.
         has_loss: the objective is a loss, compared as an output is.
     """
 
@@ -76,13 +81,13 @@ class Subject:
     others: Tensor
     parameters: Mapping[str, nn.Parameter]
     packed: Run
-    alone: Callable[[int], Run]
+    alone: Sequence[Run]
     has_loss: bool = False
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward and backward gave."""
+    """What forward and backward gave; of documents alone end to end, with sums for the objective and the parameters."""
 
     output: Tensor
     objective: Tensor
@@ -90,29 +95,27 @@ class Pass:
     parameter_grads: tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What all documents gave: a tensor for each of them, sums over them for the objective and the parameters."""
-
-    outputs: list[Tensor]
-    objective: Tensor
-    input_grads: list[Tensor]
-    parameter_grads: tuple[Tensor | None, ...]
-
-
 def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: bool) -> VerifyRow:
     """All columns of one row; see ``VerifyRow`` and ``VerifyReport.exact``."""
+    places = documents.places
     trained = (torch.arange(documents.total) < sum(documents.lengths)).to(subject.inputs.device)
-    alone = _alone(subject, documents, subject.inputs)
-    packed = run_once(subject.packed, subject.inputs, trained, tuple(subject.parameters.values()))
-    found = _split(packed, documents)
-    figures, worst_parameter = differences(subject, found, alone)
+
+    def run_alone() -> Pass:
+        return _alone(subject, places)
+
+    def differ(found: Pass, expected: Pass) -> tuple[float, ...]:
+        return differences(subject, found, expected, places)
+
+    alone = run_alone()
+    packed = run_once(subject.packed, subject.inputs, tuple(subject.parameters.values()), trained)
+    figures = differ(packed, alone)
     crossing, changed, largest = _disturb(subject, documents, packed, trained)
-    limits = (tolerance,) * 3
-    if crossing == 0 and any(figure > tolerance for figure in figures):
-        limits = _rounding(subject, documents, alone, tolerance)
+    limits: tuple[float, ...] = (tolerance,) * 3
+    if crossing == 0:
+        limits = limits_of(figures, tolerance, run_alone, differ)
     # comparisons with NaN are False, so that figures that are not finite fail
     within = all(figure <= limit for figure, limit in zip(figures, limits, strict=True))
+    errors = _parameter_errors(subject, packed, alone)
     return VerifyRow(
         name=subject.name,
         layers=subject.layers,
@@ -122,69 +125,49 @@ def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: 
         cross_document_gradient=crossing,
         perturbation=changed,
         limits=limits,
-        reach=max(_reach(*pair, limits[0]) for pair in zip(found.outputs, alone.outputs, strict=True)),
-        worst_parameter=worst_parameter,
+        reach=max(_reach(packed.output[:, place], alone.output[:, place], limits[0]) for place in places),
+        worst_parameter=max(errors, key=errors.__getitem__, default=""),
         ok=within and crossing == 0 and changed <= (0.0 if exact else tolerance * largest),
     )
 
 
-def _alone(subject: Subject, documents: Documents, inputs: Tensor) -> Outcome:
+def _alone(subject: Subject, places: Sequence[slice]) -> Pass:
     parameters = tuple(subject.parameters.values())
     summed: tuple[Tensor | None, ...] = (None,) * len(parameters)
     outputs, objectives, input_grads = [], [], []
-    for index, place in enumerate(documents.slices[: len(documents.lengths)]):
-        trained = torch.ones(documents.lengths[index], dtype=torch.bool, device=inputs.device)
-        one = run_once(subject.alone(index), inputs[:, place], trained, parameters)
-        summed = tuple(_add(total, grad) for total, grad in zip(summed, one.parameter_grads, strict=True))
+    for run, place in zip(subject.alone, places, strict=True):
+        one = run_once(run, subject.inputs[:, place], parameters)
+        summed = tuple(map(_add, summed, one.parameter_grads))
         outputs.append(one.output)
         objectives.append(one.objective)
         input_grads.append(one.input_grad)
-    return Outcome(outputs, torch.stack(objectives).sum(), input_grads, summed)
+    return Pass(torch.cat(outputs, dim=1), torch.stack(objectives).sum(), torch.cat(input_grads, dim=1), summed)
 
 
-def _split(packed: Pass, documents: Documents) -> Outcome:
-    places = documents.slices[: len(documents.lengths)]
-    return Outcome(
-        [packed.output[:, place] for place in places],
-        packed.objective,
-        [packed.input_grad[:, place] for place in places],
-        packed.parameter_grads,
-    )
-
-
-def run_once(run: Run, inputs: Tensor, trained: Tensor, parameters: tuple[nn.Parameter, ...]) -> Pass:
-    """Forward and backward; ``.grad`` stays untouched."""
+def run_once(run: Run, inputs: Tensor, parameters: tuple[nn.Parameter, ...], trained: Tensor | None = None) -> Pass:
+    """Forward and backward, of all tokens unless ``trained`` says otherwise; ``.grad`` stays untouched."""
     leaf = inputs.detach().clone().requires_grad_()
+    if trained is None:
+        trained = torch.ones(inputs.shape[1], dtype=torch.bool, device=inputs.device)
     output, objective = run(leaf, trained)
     grads = torch.autograd.grad(objective, [leaf, *parameters], allow_unused=True)
     input_grad = torch.zeros_like(leaf) if grads[0] is None else grads[0]
     return Pass(output.detach(), objective.detach(), input_grad, grads[1:])
 
 
-def differences(subject: Subject, found: Outcome, expected: Outcome) -> tuple[tuple[float, float, float], str]:
-    """``((forward, input grad, parameter grads), the parameter behind the last)``."""
-    forward = [relative(*pair) for pair in zip(found.outputs, expected.outputs, strict=True)]
+def differences(subject: Subject, found: Pass, expected: Pass, places: Sequence[slice]) -> tuple[float, ...]:
+    """``(forward, input grad, parameter grads)``, the largest of all documents, which lie at ``places``."""
+    forward = [relative(found.output[:, place], expected.output[:, place]) for place in places]
     if subject.has_loss:
         forward.append(relative(found.objective, expected.objective))
-    input_grad = [relative(*pair) for pair in zip(found.input_grads, expected.input_grads, strict=True)]
-    worst, parameter_grads = "", 0.0
-    pairs = zip(subject.parameters, found.parameter_grads, expected.parameter_grads, strict=True)
-    for name, ours, theirs in pairs:
-        error = relative(ours, theirs)
-        if not error <= parameter_grads:
-            worst, parameter_grads = name, error
-    return (worst_of(forward), worst_of(input_grad), parameter_grads), worst
+    input_grad = [relative(found.input_grad[:, place], expected.input_grad[:, place]) for place in places]
+    parameter_grads = _parameter_errors(subject, found, expected).values()
+    return worst_of(forward), worst_of(input_grad), worst_of(parameter_grads)
 
 
-def _rounding(subject: Subject, documents: Documents, alone: Outcome, tolerance: float) -> tuple[float, float, float]:
-    """The limits of a subject whose own rounding, measured on documents alone, is beyond the tolerance.
-
-    Packed and alone sum in another order, which is a change of that kind at every operation.
-    """
-    with nudged():
-        other = _alone(subject, documents, subject.inputs)
-    forward, input_grad, parameter_grads = (limit_of(tolerance, f) for f in differences(subject, other, alone)[0])
-    return forward, input_grad, parameter_grads
+def _parameter_errors(subject: Subject, found: Pass, expected: Pass) -> dict[str, float]:
+    pairs = zip(found.parameter_grads, expected.parameter_grads, strict=True)
+    return {name: relative(*pair) for name, pair in zip(subject.parameters, pairs, strict=True)}
 
 
 def _disturb(subject: Subject, documents: Documents, packed: Pass, trained: Tensor) -> tuple[float, float, float]:
@@ -197,7 +180,7 @@ def _disturb(subject: Subject, documents: Documents, packed: Pass, trained: Tens
     for group in documents.groups():
         group = group.to(trained.device)
         inputs = torch.where(group[:, None], subject.inputs, subject.others)
-        one = run_once(subject.packed, inputs, group & trained, ())
+        one = run_once(subject.packed, inputs, (), group & trained)
         crossing.append(_largest(one.input_grad[:, ~group]))
         changed.append(_largest(one.output[:, group] - packed.output[:, group]))
         changed.append(_largest(one.input_grad[:, group] - packed.input_grad[:, group]))
@@ -237,6 +220,6 @@ def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def worst_of(figures: list[float]) -> float:
-    """The maximum, NaN where any is."""
-    return float(torch.tensor(figures, dtype=torch.float64).max())
+def worst_of(figures: Iterable[float]) -> float:
+    """The maximum, NaN where any is; 0 of none."""
+    return float(torch.tensor([0.0, *figures], dtype=torch.float64).max())

@@ -67,9 +67,9 @@ def verify(
             packed, or ``compiled`` on a model that is not compiled.
     """
     text_model = hf_model.text_model(model)
-    documents = _documents(lengths, tokens, prepared="_deltatune" in text_model.__dict__)
-    _check_weights(model)
     state = text_model.__dict__.get("_deltatune")
+    documents = _documents(lengths, tokens, prepared=state is not None)
+    _check_weights(model)
     if compiled and (state is None or state.options.compile is None):
         raise ValueError("compiled=True needs a model prepared with compile=CompileOptions()")
     device = hf_model.device_of(text_model)

@@ -40,10 +40,15 @@ class VerifyRow:
     parameter_grads: float
     cross_document_gradient: float
     perturbation: float
-    limits: tuple[float, float, float]
+    limits: tuple[float, ...]
     reach: int
     worst_parameter: str
     ok: bool
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """The five columns."""
+        return (self.forward, self.input_grad, self.parameter_grads, self.cross_document_gradient, self.perturbation)
 
     @property
     def leaks(self) -> bool:
@@ -55,8 +60,7 @@ class VerifyRow:
         """``ok``, or what is wrong with this row in words."""
         if self.ok:
             return "ok"
-        figures = (self.forward, self.input_grad, self.parameter_grads, self.cross_document_gradient, self.perturbation)
-        if any(math.isnan(figure) for figure in figures):
+        if any(map(math.isnan, self.figures)):
             return "some outputs or gradients are not finite"
         found = []
         if self.forward > self.limits[0]:
@@ -74,7 +78,7 @@ class VerifyRow:
     @property
     def limits_line(self) -> str:
         """The row's own limits in words."""
-        limits = ", ".join(f"{limit:.1e}" for limit in self.limits)
+        limits = ", ".join(map(_figure, self.limits))
         return f"{self.name}: its own rounding is beyond the tolerance, measured on documents alone; limits {limits}"
 
 
@@ -165,31 +169,12 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data of the same facts."""
-        facts = {
-            name: value for name, value in vars(self).items() if name not in ("rows", "lengths", "notes", "checks")
-        }
-        return {
-            "ok": self.ok,
-            "verdict": self.verdict,
-            **facts,
-            "lengths": list(self.lengths),
-            "notes": list(self.notes),
-            "rows": [asdict(row) for row in self.rows],
-            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
-        }
+        checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
+        return {"ok": self.ok, "verdict": self.verdict, **asdict(self), "checks": checks}
 
     def __str__(self) -> str:
         header = ("probed", "layers", "forward", "input grad", "parameter grads", "cross-document grad", "perturbation")
-        rows = [
-            (
-                row.name,
-                row.layers,
-                *map(_figure, (row.forward, row.input_grad, row.parameter_grads)),
-                *map(_figure, (row.cross_document_gradient, row.perturbation)),
-                "ok" if row.ok else "FAILED",
-            )
-            for row in self.rows
-        ]
+        rows = [(row.name, row.layers, *map(_figure, row.figures), "ok" if row.ok else "FAILED") for row in self.rows]
         kind = ("prepared" if self.prepared else "stock") + (", compiled" if self.compiled else "")
         limit = "0" if self.exact else f"{self.tolerance:g} of the largest value"
         return "\n".join(

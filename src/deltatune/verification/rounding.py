@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["limit_of", "nudged"]
+__all__ = ["limits_of"]
 
 #: What is measured is one draw, and a long sum rounds by more than its operands' last place: packed and alone differed
 #: by 4.7 times the measure in the input gradient of a head with 262,145 tokens (Gemma 3 of width 16, float32, CPU).
@@ -25,19 +25,32 @@ _TIMES_TOLERANCE: Final = 1e4
 _ROUNDED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def limit_of(tolerance: float, measured: float) -> float:
-    """The limit of a figure, given what ``nudged`` changes it by."""
-    return max(tolerance, min(_MARGIN * measured, _MOST, _TIMES_TOLERANCE * tolerance))
-
-
-def nudged() -> AbstractContextManager[object]:
-    """``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating operand x, in forward and in backward.
+def limits_of(
+    figures: Sequence[float],
+    tolerance: float,
+    run: Callable[[], Any],
+    differ: Callable[[Any, Any], Sequence[float]],
+) -> tuple[float, ...]:
+    """Of each figure: the tolerance, or more where figures exceed it and rounding alone differs by that order.
 
     A sum taken in another order is the sum of operands that are off by about their last place, so the difference that
     this makes is the one that another arrangement of the same numbers can make, amplified as the model amplifies it.
+
+    Args:
+        figures: relative differences of what was measured.
+        tolerance: their limit where nothing exceeds it.
+        run: what is run as it is, and again with ``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating
+            operand x, in forward and in backward.
+        differ: the same figures of two runs.
     """
-    mode: Callable[[], AbstractContextManager[object]] = _Nudged
-    return mode()
+    if not any(figure > tolerance for figure in figures):
+        return (tolerance,) * len(figures)
+    nudged: Callable[[], AbstractContextManager[object]] = _Nudged
+    ours = run()
+    with nudged():
+        other = run()
+    most = min(_MOST, _TIMES_TOLERANCE * tolerance)
+    return tuple(max(tolerance, min(_MARGIN * measured, most)) for measured in differ(other, ours))
 
 
 class _Nudged(TorchDispatchMode):  # type: ignore[no-untyped-call]

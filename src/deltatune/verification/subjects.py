@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,12 @@ from torch import Tensor, nn
 
 from deltatune.packing.sequences import Sequences
 from deltatune.state import State
-from deltatune.verification.measure import Documents, Subject
+from deltatune.verification.measure import Documents, Run, Subject
 from deltatune.verification.untouched import compiled_as
 
-__all__ = ["Probed", "boundaries_of", "layer_subjects", "model_subject"]
+__all__ = ["Probed", "layer_subjects", "model_subject"]
 
 _SEED = 20
-
-#: Collators that flatten emit these; a model that refuses one raises ValueError.
-_STOCK_EXTRAS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
@@ -40,20 +38,16 @@ class Probed:
         text_model: the module that holds the decoder layers.
         state: what ``prepare`` shares among the layers; None for a stock model.
         compiled: whether packed calls run the compiled graphs; documents alone run eagerly either way.
-        metadata: what describes the documents of the pack.
         refused: why the model refused what stock collators emit, where it did.
     """
 
     def __init__(self, model: nn.Module, text_model: nn.Module, documents: Documents, *, compiled: bool) -> None:
         self.model, self.text_model, self.documents, self.compiled = model, text_model, documents, compiled
         self.state: State | None = text_model.__dict__.get("_deltatune")
-        embedding: Any = text_model.get_input_embeddings()  # type: ignore[operator]
-        self.device: torch.device = embedding.weight.device
-        generator = torch.Generator().manual_seed(_SEED)
-        config: Any = text_model.config
-        ids = torch.randint(0, config.vocab_size, (2, documents.total), generator=generator).to(self.device)
-        with torch.no_grad():
-            embedded = embedding(ids).detach()
+        self.refused: str | None = None
+        self._embedding: Any = text_model.get_input_embeddings()  # type: ignore[operator]
+        self.device: torch.device = self._embedding.weight.device
+        ids, embedded = self.random(2, documents.total)
         self.inputs, self.others = embedded[:1], embedded[1:]
         self.labels = ids[:1].clone()
         if self.state is None:
@@ -61,43 +55,57 @@ class Probed:
             self.labels[0, [place.start for place in documents.slices]] = -100
         # a cache would switch packing off, and the router's loss couples documents by definition
         self.switches = {"use_cache": False}
-        if hasattr(config, "output_router_logits"):
+        if hasattr(text_model.config, "output_router_logits"):
             self.switches["output_router_logits"] = False
-        self.metadata = _metadata(documents, self.device, prepared=self.state is not None)
-        self.refused: str | None = None
 
-    def random_inputs(self, tokens: int) -> Tensor:
-        """Embeddings ``[1, T, E]`` of random tokens."""
-        embedding: Any = self.text_model.get_input_embeddings()  # type: ignore[operator]
+    def random(self, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Random tokens ``[B, T]`` and their embeddings ``[B, T, E]``."""
         config: Any = self.text_model.config
-        ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(_SEED))
+        ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(_SEED))
         with torch.no_grad():
-            embedded: Tensor = embedding(ids.to(self.device)).detach()
-        return embedded
+            embedded: Tensor = self._embedding(ids.to(self.device)).detach()
+        return ids.to(self.device), embedded
+
+    def metadata(self, documents: Documents) -> dict[str, Any]:
+        """What describes the documents of a pack to this model, as it was found to take it."""
+        sequences = Sequences.from_lengths(documents.lengths, total=documents.total, device=self.device)
+        found: dict[str, Any] = {"position_ids": sequences.positions.view(1, -1).long()}
+        if self.state is not None:
+            return found | {"sequences": sequences}
+        if self.refused is not None:
+            return found
+        # as collators that flatten emit
+        boundaries, longest = sequences.cu_seqlens[: sequences.num_sequences + 1], sequences.max_length
+        found |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        return found | {"max_length_q": longest, "max_length_k": longest}
 
     def packed_calls(self, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, _Call]:
         """How the text model calls these layers for the pack; settles which metadata a stock model takes."""
         try:
-            return self._calls(inputs, layers, self.metadata)
+            return self._calls(inputs, layers, self.metadata(self.documents))
         except ValueError as error:
-            if self.state is not None or "cu_seq_lens_q" not in self.metadata:
+            if self.state is not None or self.refused is not None:
                 raise
             self.refused = str(error).partition("\n")[0]
-        self.metadata = {name: value for name, value in self.metadata.items() if name not in _STOCK_EXTRAS}
-        return self._calls(inputs, layers, self.metadata)
+        return self._calls(inputs, layers, self.metadata(self.documents))
 
     def alone_calls(self, layers: Mapping[str, nn.Module]) -> list[dict[str, _Call]]:
         """How the text model calls these layers for every document alone."""
-        places = self.documents.slices[: len(self.documents.lengths)]
-        return [self._calls(self.inputs[:, place], layers, {}) for place in places]
+        return [self._calls(self.inputs[:, place], layers, {}) for place in self.documents.places]
 
     def _calls(self, inputs: Tensor, layers: Mapping[str, nn.Module], metadata: dict[str, Any]) -> dict[str, _Call]:
         calls: dict[str, _Call] = {}
+
+        def record(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            hidden = args[0] if args else rest.pop("hidden_states")
+            calls[name] = _Call(hidden.detach(), args[1:], rest)
+
         with ExitStack() as stack:
             stack.enter_context(compiled_as(self.state, compiled=False))
             stack.enter_context(torch.no_grad())
             for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(_recorder(calls, name), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(functools.partial(record, name), with_kwargs=True)
                 stack.callback(hook.remove)
             self.text_model(inputs_embeds=inputs, **self.switches, **metadata)
         return calls
@@ -109,12 +117,12 @@ def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -
     packed = probed.packed_calls(probed.inputs, layers)
     others = probed.packed_calls(probed.others, layers)
     alone = probed.alone_calls(layers)
-    compiled = probed.compiled and probed.state is not None and _scope(probed.state) == "layer"
+    options = None if probed.state is None else probed.state.options.compile
+    compiled = probed.compiled and options is not None and options.scope == "layer"
     generator = torch.Generator().manual_seed(_SEED)
     subjects = []
     for name, (layer, count) in types.items():
         weights = torch.randn(packed[name].hidden.shape, generator=generator).to(packed[name].hidden)
-        places = probed.documents.slices
         subjects.append(
             Subject(
                 name=name,
@@ -122,8 +130,11 @@ def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -
                 inputs=packed[name].hidden,
                 others=others[name].hidden,
                 parameters=_parameters(layer, trained_only=compiled),
-                packed=_run_layer(probed, layer, packed[name], weights, compiled),
-                alone=_alone_layer(probed, layer, [calls[name] for calls in alone], weights, places),
+                packed=_run_layer(probed, layer, packed[name], weights, compiled=compiled),
+                alone=[
+                    _run_layer(probed, layer, calls[name], weights[:, place], compiled=False)
+                    for calls, place in zip(alone, probed.documents.places, strict=True)
+                ],
             )
         )
     return subjects
@@ -137,53 +148,19 @@ def model_subject(probed: Probed, fallback: Mapping[str, nn.Parameter]) -> Subje
         fallback: parameters to differentiate where none is trained.
     """
     trained = {name: p for name, p in probed.model.named_parameters() if p.requires_grad and p.is_floating_point()}
-
-    def alone(document: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return _run_model(probed, {}, probed.labels[:, probed.documents.slices[document]], compiled=False)
-
     return Subject(
         name="model",
         layers=len(probed.text_model.layers),  # type: ignore[arg-type]
         inputs=probed.inputs,
         others=probed.others,
         parameters=trained or fallback,
-        packed=_run_model(probed, probed.metadata, probed.labels, compiled=probed.compiled),
-        alone=alone,
+        packed=_run_model(probed, probed.metadata(probed.documents), probed.labels, compiled=probed.compiled),
+        alone=[_run_model(probed, {}, probed.labels[:, place], compiled=False) for place in probed.documents.places],
         has_loss=_has_head(probed),
     )
 
 
-def boundaries_of(probed: Probed, documents: Documents) -> dict[str, Any]:
-    """What describes the documents of a pack to this model, in the form that it was found to take."""
-    metadata = _metadata(documents, probed.device, prepared=probed.state is not None)
-    return {name: value for name, value in metadata.items() if name in probed.metadata}
-
-
-def _metadata(documents: Documents, device: torch.device, *, prepared: bool) -> dict[str, Any]:
-    sequences = Sequences.from_lengths(documents.lengths, total=documents.total, device=device)
-    position_ids = sequences.positions.view(1, -1).long()
-    if prepared:
-        return {"position_ids": position_ids, "sequences": sequences}
-    boundaries = sequences.cu_seqlens[: sequences.num_sequences + 1]
-    longest = sequences.max_length
-    return {
-        "position_ids": position_ids,
-        **dict(zip(_STOCK_EXTRAS, (boundaries, boundaries, longest, longest), strict=True)),
-    }
-
-
-def _recorder(calls: dict[str, _Call], name: str) -> Callable[..., None]:
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = dict(kwargs)
-        hidden = args[0] if args else rest.pop("hidden_states")
-        calls[name] = _Call(hidden.detach(), args[1:], rest)
-
-    return record
-
-
-def _run_layer(
-    probed: Probed, layer: nn.Module, call: _Call, weights: Tensor, compiled: bool
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _run_layer(probed: Probed, layer: nn.Module, call: _Call, weights: Tensor, *, compiled: bool) -> Run:
     """The layer, and a random linear function of its output."""
 
     def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,18 +172,7 @@ def _run_layer(
     return run
 
 
-def _alone_layer(
-    probed: Probed, layer: nn.Module, calls: list[_Call], weights: Tensor, places: list[slice]
-) -> Callable[[int], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    def alone(document: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return _run_layer(probed, layer, calls[document], weights[:, places[document]], compiled=False)
-
-    return alone
-
-
-def _run_model(
-    probed: Probed, metadata: dict[str, Any], labels: Tensor, *, compiled: bool
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _run_model(probed: Probed, metadata: dict[str, Any], labels: Tensor, *, compiled: bool) -> Run:
     """Logits and the summed loss; without a head, hidden states and a fixed function of them."""
 
     def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +203,3 @@ def _parameters(layer: nn.Module, *, trained_only: bool) -> dict[str, nn.Paramet
 
 def _has_head(probed: Probed) -> bool:
     return probed.model.get_output_embeddings() is not None  # type: ignore[operator]
-
-
-def _scope(state: State) -> str | None:
-    return None if state.options.compile is None else state.options.compile.scope

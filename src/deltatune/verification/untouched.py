@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from deltatune.compile.graphs import eager
 from deltatune.state import State
@@ -18,8 +19,6 @@ __all__ = ["SLOW_DECAY", "compiled_as", "requiring_grad", "untouched"]
 #: one document would be felt hundreds of tokens into the next.
 SLOW_DECAY = 0.05
 
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
 
 @contextmanager
 def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
@@ -29,22 +28,23 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
         training: every module in training mode except dropout, or all of them in evaluation mode.
     """
     modes = {module: module.training for module in model.modules()}
-    rotary = [_Kept(module) for module in modes if hasattr(module, "rope_type")]
-    decays = {p: p.detach().clone() for name, p in model.named_parameters() if name.endswith("A_log")}
+    decays: dict[torch.Tensor, torch.Tensor] = {
+        p: p.detach().clone() for name, p in model.named_parameters() if name.endswith("A_log")
+    }
     with ExitStack() as stack:
-        for device_type, indices in _accelerators(model).items():
-            stack.enter_context(torch.random.fork_rng(indices, device_type=device_type))
         stack.enter_context(torch.random.fork_rng(()))
+        for device in {p.device for p in model.parameters() if p.device.type != "cpu"}:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        for rotary in (module for module in modes if hasattr(module, "rope_type")):
+            stack.enter_context(_forgetful(rotary))
         stack.enter_context(torch.enable_grad())
         try:
             for module in modes:
-                module.training = training and not isinstance(module, _DROPOUT)
-            _write(decays, {p: torch.full_like(p, math.log(SLOW_DECAY)) for p in decays})
+                module.training = training and not isinstance(module, _DropoutNd)
+            _write({p: torch.full_like(p, math.log(SLOW_DECAY)) for p in decays})
             yield
         finally:
-            _write(decays, decays)
-            for kept in rotary:
-                kept.restore()
+            _write(decays)
             for module, mode in modes.items():
                 module.training = mode
 
@@ -67,32 +67,20 @@ def compiled_as(state: State | None, *, compiled: bool) -> AbstractContextManage
     return nullcontext() if state is None or compiled else eager(state)
 
 
-class _Kept:
-    """A rotary embedding's attributes and buffers: of type ``dynamic`` or ``longrope`` it remembers long calls."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._attributes = module, dict(module.__dict__)
-        self._buffers = [(name, b, None if b is None else b.clone()) for name, b in module._buffers.items()]
-
-    def restore(self) -> None:
-        self._module.__dict__.clear()
-        self._module.__dict__.update(self._attributes)
-        self._module._buffers.clear()
-        for name, buffer, value in self._buffers:
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-            self._module._buffers[name] = buffer
+@contextmanager
+def _forgetful(rotary: nn.Module) -> Iterator[None]:
+    """Attributes and buffers of a rotary embedding as before, after: of some types it remembers long calls."""
+    attributes = {**rotary.__dict__, "_buffers": dict(rotary._buffers)}
+    values = {buffer: buffer.clone() for buffer in rotary._buffers.values() if buffer is not None}
+    try:
+        yield
+    finally:
+        rotary.__dict__.clear()
+        rotary.__dict__.update(attributes)
+        _write(values)
 
 
-def _write(parameters: Iterable[nn.Parameter], values: dict[nn.Parameter, torch.Tensor]) -> None:
+def _write(values: Mapping[torch.Tensor, torch.Tensor]) -> None:
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(values[parameter])
-
-
-def _accelerators(model: nn.Module) -> dict[str, list[int]]:
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    found: dict[str, list[int]] = {}
-    for device in devices:
-        found.setdefault(device.type, []).append(device.index or 0)
-    return found
+        for tensor, value in values.items():
+            tensor.copy_(value)
