@@ -211,9 +211,8 @@ def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
 
 
 def _feature_text(feature: object) -> str:
-    detail = getattr(feature, "limit", None) or getattr(feature, "reason", None)
-    name = type(feature).__name__.lower()
-    return f"{name}: {detail}" if detail else name
+    limit = getattr(feature, "limit", None)
+    return f"experimental: {limit}" if limit else "supported"
 
 
 def _auto_reason(state: State) -> str | None:

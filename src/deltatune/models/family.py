@@ -20,7 +20,6 @@ __all__ = [
     "Feature",
     "Supported",
     "Swap",
-    "Unsupported",
     "count_layers",
     "count_sparse",
 ]
@@ -38,14 +37,7 @@ class Experimental:
     limit: str
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """Refused, with the reason."""
-
-    reason: str
-
-
-Feature = Supported | Experimental | Unsupported
+Feature = Supported | Experimental
 
 #: The router's auxiliary loss couples documents by definition, and its logits cannot leave a compiled layer.
 ROUTER_LOSS = Experimental("output_router_logits works without compile; with compile it is refused")
@@ -60,12 +52,12 @@ class Swap:
     Attributes:
         stock: class name in the family's module.
         layer: what ``prepare`` puts in front of it.
-        expected: how many instances a text config implies; None where any number is right.
+        expected: how many instances a text config implies.
     """
 
     stock: str
     layer: type[Swapped]
-    expected: Callable[[Any], int] | None
+    expected: Callable[[Any], int]
 
 
 @dataclass(frozen=True)

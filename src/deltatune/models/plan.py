@@ -60,8 +60,8 @@ def _of_family(base: nn.Module, text_model: Any, family: Family) -> Iterator[Pla
         modules = tuple(module for _, module in found[declared.stock])
         # PEFT's modules_to_save keeps a trained copy next to the original
         places = sum(".modules_to_save." not in path for path, _ in found[declared.stock])
-        expected = None if declared.expected is None else declared.expected(text_model.config)
-        if expected is not None and places != expected:
+        expected = declared.expected(text_model.config)
+        if places != expected:
             raise ValueError(
                 f"{type(base).__name__}: expected {expected} {declared.stock} from its config, found {places}; "
                 "modules that were replaced by other tools cannot be kept leak-free"
