@@ -42,7 +42,7 @@ def named(put: Any) -> str:
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether the forward is the one that its class was written with, neither replaced there nor on the instance."""
     cls = type(module)
-    return cls.forward.__module__ == cls.__module__ and foreign_forward(module) is None
+    return getattr(cls.forward, "__module__", None) == cls.__module__ and foreign_forward(module) is None
 
 
 def leads_to_class(module: nn.Module) -> bool:
