@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "UserError", "one_line"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["DataError", "UserError", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -19,3 +22,9 @@ class DataError(UserError):
 def one_line(error: BaseException) -> str:
     """The message of an error without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean x?)"`` for the closest known name, or nothing when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""

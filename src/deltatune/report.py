@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -229,8 +230,6 @@ def _lora_text(model: nn.Module) -> str | None:
 
 def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
     """Layers with adapters, counted by how they run and why."""
-    counts: dict[tuple[str, str], int] = {}
-    for _, mode in lora_modes(model, hf_model.text_model(model), setting, device):
-        key = (mode.name, mode.reason)
-        counts[key] = counts.get(key, 0) + 1
+    modes = lora_modes(model, hf_model.text_model(model), setting, device)
+    counts = Counter((mode.name, mode.reason) for _, mode in modes)
     return [LoraRow(mode, reason, count) for (mode, reason), count in counts.items()]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import TrainingArguments
 
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.memory import device_memory, estimate_memory
@@ -21,9 +21,6 @@ from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_packs
 from deltatune.training.run import decide_checkpointing, prepare_by_recipe
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 __all__ = ["run"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from deltatune.config.names import nearest
 from deltatune.config.paths import dotted, known_keys
+from deltatune.errors import nearest
 
 __all__ = ["explain", "shown"]
 

@@ -11,12 +11,11 @@ from typing import Any
 import pydantic
 
 from deltatune.config.explain import explain, shown
-from deltatune.config.names import nearest
 from deltatune.config.paths import dotted, known_keys, names_free_mapping
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml, parse_document
-from deltatune.errors import UserError
+from deltatune.errors import UserError, nearest
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
 

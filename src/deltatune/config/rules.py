@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable
 from pydantic import BaseModel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
-from deltatune.config.names import nearest
 from deltatune.config.refused import refusal
 from deltatune.config.schema import Recipe, Source, TrainingSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, nearest
 
 __all__ = ["ERROR_RULES", "WARNING_RULES", "check_recipe", "check_training_names"]
 

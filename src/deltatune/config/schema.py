@@ -120,8 +120,7 @@ class LoraSection(Section):
 
     def peft_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``peft.LoraConfig``; ``adapter_dtype`` and ``impl`` are ours and left out."""
-        values = self.model_dump(exclude={"adapter_dtype", "impl"}, exclude_none=True)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return self.model_dump(mode="json", exclude={"adapter_dtype", "impl"}, exclude_none=True)
 
 
 class Source(Section):
@@ -302,8 +301,7 @@ class TrainingSection(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included."""
-        values = self.model_dump(exclude_none=True)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class VerifySection(Section):

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deltatune.config.names import nearest
-from deltatune.errors import DataError
+from deltatune.errors import DataError, nearest
 
 __all__ = ["ROLES", "Conversation", "Format", "Layout", "read_conversation", "read_text", "resolve_format"]
 

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         recipe = load_recipe(args.recipe, args.overrides).recipe
-        with _one_thread(), quiet_libraries():
+        with quiet_libraries():
             if args.prepare_only:
                 make_files(recipe, console)
             else:
@@ -120,32 +119,6 @@ def _show(console: Console, heading: str, *lines: str) -> None:
         console.out("\n".join(lines), highlight=False)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads wait for each other at every small product: two crawl whenever something else has one of the cores.
-
-    It also makes the run repeat itself bit for bit.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """No advice on kernels for other devices; not around training, whose progress bar goes by the same setting."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@_errors_only()
 def _ask(name: str, conversations: Sequence[Conversation]) -> list[Answer]:
     model = AutoModelForCausalLM.from_pretrained(name)
     return ask(model, AutoTokenizer.from_pretrained(name), conversations)
@@ -169,7 +142,6 @@ def _scores(before: Sequence[Answer], after: Sequence[Answer]) -> list[str]:
     return table(("held-out questions", "right before", "right after"), rows)
 
 
-@_errors_only()
 def _verify(name: str) -> str:
     model = AutoModelForCausalLM.from_pretrained(name)
     prepare(model)
@@ -189,7 +161,6 @@ def _figures(metrics: dict[str, Any]) -> Iterator[str]:
         yield f"compiling: {compiled['seconds']:.0f} s"
 
 
-@_errors_only()
 def _speed(recipe: Recipe) -> list[str]:
     tokenizer = load_tokenizer(recipe.model)
     packs = load_packs(recipe.data.train, recipe, tokenizer)
@@ -220,4 +191,8 @@ def _speed(recipe: Recipe) -> list[str]:
 
 
 if __name__ == "__main__":
+    # threads wait for each other at every small product; one alone also repeats itself bit for bit
+    torch.set_num_threads(1)
+    # no advice on kernels for other devices
+    logging.set_verbosity_error()
     sys.exit(main())

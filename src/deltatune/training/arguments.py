@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from transformers import TrainingArguments
 
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 __all__ = ["autocast_dtype", "training_arguments"]
 
@@ -41,8 +39,6 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
         UserError: an unknown name, a value that TrainingArguments refuses, an order of data that packs do not have,
             or several visible GPUs in one process.
     """
-    from transformers import TrainingArguments
-
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     check_training_names(section, known)
     values = {**_DEFAULTS, **section.arguments(), **_FIXED}

@@ -6,17 +6,16 @@ import dataclasses
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
 
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.mesh import ALONE, Mesh
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 __all__ = ["PACK_COUNTS", "CountingCollator", "PackCounts", "PackOrder", "pack_loader"]
 
@@ -156,8 +155,6 @@ def pack_loader(
     ``order`` has already given every rank its packs: accelerate's own sharding repeats the first packs on a ragged
     epoch, and its dispatch would read everything on rank 0.
     """
-    from accelerate.data_loader import prepare_data_loader
-
     workers = args.dataloader_num_workers
     loader: DataLoader[Any] = DataLoader(
         source,  # type: ignore[arg-type]

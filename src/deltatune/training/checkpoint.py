@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.training.hub import silence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 __all__ = [
     "empty_model",
@@ -39,9 +41,6 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     path = Path(section.name_or_path).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(_no_checkpoint(path))
@@ -64,8 +63,6 @@ def model_class(config: PreTrainedConfig) -> Any:
     Raises:
         UserError: an architecture that is no causal language model.
     """
-    import transformers
-
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None and name.endswith(_SUFFIXES):
@@ -81,18 +78,13 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     Raises:
         UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
     """
-    from safetensors import SafetensorError
-
     config = load_config(section) if config is None else config
     loader = model_class(config)
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     try:
+        origin = _origin(section, section.name_or_path)
         model, info = loader.from_pretrained(
-            _location(section),
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            **_origin(section, section.name_or_path),
+            _location(section), config=config, dtype=dtype, output_loading_info=True, **origin
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -130,8 +122,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer there, or a template file that cannot be read.
     """
-    from transformers import AutoTokenizer
-
     name = section.tokenizer or section.name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_origin(section, name))
@@ -241,9 +231,6 @@ def _silence_about(name: str) -> str | None:
 
 def _why(error: BaseException, name: str) -> str:
     """What went wrong with a model or tokenizer of this name."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     silent = _silence_about(name)
     if silent is None or not isinstance(error, OSError):
         return _first_line(error)

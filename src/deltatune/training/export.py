@@ -7,17 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["merge_adapter", "save_trained", "staged", "write_json"]
 
@@ -134,8 +133,6 @@ def _adapter_base(adapter: Path) -> str | None:
 
 
 def _merged(model: nn.Module, adapter: Path) -> nn.Module:
-    from peft import PeftModel
-
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError) as error:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from accelerate.utils import reduce
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+from transformers import TrainingArguments
 
 __all__ = ["ALONE", "Mesh"]
 
@@ -37,8 +36,6 @@ class Mesh:
         """The sum of a tensor over the data axis, on every rank of it."""
         if self.data_size == 1:
             return value
-        from accelerate.utils import reduce
-
         summed: Tensor = reduce(value, reduction="sum")
         return summed
 

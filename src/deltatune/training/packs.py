@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
 
 from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
@@ -15,9 +17,6 @@ from deltatune.data.documents import tokenize
 from deltatune.data.messages import resolve_format
 from deltatune.data.sources import load_rows
 from deltatune.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["cache_folder", "load_packs", "padding_token"]
 
@@ -67,8 +66,6 @@ def cache_folder(recipe: Recipe) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``, or a folder in the cache of the ``datasets`` package."""
     if recipe.data.cache_dir is not None:
         return Path(recipe.data.cache_dir).expanduser()
-    from huggingface_hub.constants import HF_HOME
-
     return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets")) / "deltatune"
 
 

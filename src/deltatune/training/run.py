@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
 from deltatune.compile.graphs import CompileOptions
@@ -30,9 +31,6 @@ from deltatune.training.export import save_trained, write_json, write_text
 from deltatune.training.packs import load_packs, padding_token
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 __all__ = [
     "Run",
@@ -123,8 +121,6 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
-    from transformers import set_seed
-
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # one process tokenises, the others then read its cache

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from deltatune.hf.model import compute_dtype
 from deltatune.training.arguments import autocast_dtype
@@ -20,9 +27,6 @@ from deltatune.training.checkpoint import reload_weights
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.progress import ProgressBar
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 __all__ = ["PackedTrainer"]
 
