@@ -227,6 +227,15 @@ def test_a_wrong_weight_gradient_of_packs_is_found(broken: Callable[..., VerifyR
     assert "conv1d" in report.verdict
 
 
+def test_a_weight_gradient_that_is_not_finite_is_not_passed_over(broken: Callable[..., VerifyReport]) -> None:
+    def poison(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, *a, **k: op(x, _ScaledGradient.apply(weight, float("nan")), *a, **k)
+
+    row = _rows(broken("causal_conv", poison))["linear_attention"]
+    assert "not finite" in row.verdict
+    assert max(row.forward, row.input_grad) < 1e-5
+
+
 def test_an_influence_below_the_tolerance_is_found_by_the_perturbation(broken: Callable[..., VerifyReport]) -> None:
     def faint(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Any:
