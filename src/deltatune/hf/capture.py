@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -19,14 +20,9 @@ def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str
     Raises:
         ValueError: an output that only hooks inside the graph could record.
     """
-    config = text_model.config
-    wanted = [
-        name
-        for name in ("output_hidden_states", "output_router_logits")
-        if call.get(name, getattr(config, name, False))
-    ]
-    outside = [] if scope == "model" else ["output_hidden_states"]
-    refused = [name for name in wanted if name not in outside]
+    names = ("output_hidden_states", "output_router_logits")
+    wanted = [name for name in names if call.get(name, getattr(text_model.config, name, False))]
+    refused = [name for name in wanted if scope == "model" or name != "output_hidden_states"]
     if refused:
         raise ValueError(
             f"{refused[0]} is recorded inside the compiled graph (scope={scope!r}) and cannot be returned; "
@@ -34,30 +30,24 @@ def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str
             "model without compile"
         )
     if wanted:
-        _install(text_model)
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        maybe_install_capturing_hooks(text_model)
     if getattr(text_model, "_output_capturing_hooks_installed", False):
+        outside = set(text_model.layers) if scope == "layer" else set()
         for layer in text_model.layers:
-            for module in layer.modules():
-                if module is not layer or scope == "model":
-                    _remove_capture_hooks(module)
-
-
-def _install(text_model: Any) -> None:
-    from transformers.utils import output_capturing
-
-    output_capturing.maybe_install_capturing_hooks(text_model)
-
-
-def _remove_capture_hooks(module: nn.Module) -> None:
-    for key, hook in list(module._forward_hooks.items()):
-        if getattr(hook, "__module__", "").endswith("output_capturing"):
-            del module._forward_hooks[key]
+            _remove_capture_hooks(set(layer.modules()) - outside)
 
 
 def forget_capture_hooks(text_model: Any) -> None:
     """Takes every recording hook off, so that transformers puts them on afresh when it needs them."""
-    if not getattr(text_model, "_output_capturing_hooks_installed", False):
-        return
-    for module in text_model.modules():
-        _remove_capture_hooks(module)
-    del text_model._output_capturing_hooks_installed
+    if getattr(text_model, "_output_capturing_hooks_installed", False):
+        _remove_capture_hooks(text_model.modules())
+        del text_model._output_capturing_hooks_installed
+
+
+def _remove_capture_hooks(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", "").endswith("output_capturing"):
+                del module._forward_hooks[key]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from deltatune.packing.sequences import Sequences
 from deltatune.state import State
@@ -62,7 +63,7 @@ def length_dependent_rotary(text_model: Any) -> tuple[nn.Module, ...]:
     Raises:
         ValueError: one inside a decoder layer, where it would run in the layer's graph and be recomputed in backward.
     """
-    found = [module for module in text_model.modules() if any(map(_depends_on_length, _rope_types(module)))]
+    found = tuple(module for module in text_model.modules() if any(map(_depends_on_length, _rope_types(module))))
     inside = {module for layer in text_model.layers for module in layer.modules()}
     for module in found:
         if module in inside:
@@ -71,7 +72,7 @@ def length_dependent_rotary(text_model: Any) -> tuple[nn.Module, ...]:
                 f"position of a call (rope_type {', '.join(_rope_types(module))}), and so on what else is in the pack; "
                 "set a rope_type whose frequencies do not, such as 'yarn'"
             )
-    return tuple(found)
+    return found
 
 
 def _rope_types(module: nn.Module) -> list[str]:
@@ -94,7 +95,9 @@ def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Ten
     lengths = _document_lengths(position_ids, sequences)
     if rope_type == "longrope":
         # two sets of frequencies: nothing to learn from the device
-        bound = int(_parameters(rotary, layer_type)["original_max_position_embeddings"])
+        parameters = rotary.config.rope_parameters
+        parameters = parameters if layer_type is None else parameters[layer_type]
+        bound = int(parameters["original_max_position_embeddings"])
         lengths = torch.where(lengths > bound, bound + 1, bound)
         distinct = [bound, bound + 1]
     else:
@@ -102,8 +105,10 @@ def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Ten
         distinct = torch.unique_consecutive(lengths.flatten().sort().values).tolist()
     result = None
     for length in distinct:
-        one = _as_if_of_length(rotary, x, position_ids, length, longest=length == distinct[-1], named=named)
-        result = one if result is None else _choose(lengths == length, one, result)
+        # the longest documents need no cut
+        cut = position_ids if length == distinct[-1] else position_ids.clamp(max=length - 1)
+        one = _as_if_of_length(rotary, x, cut, length, named)
+        result = one if result is None else tree_map(functools.partial(_choose, lengths == length), one, result)
     return result
 
 
@@ -116,20 +121,14 @@ def _document_lengths(position_ids: Tensor, sequences: Sequences) -> Tensor:
     return (largest[document] + 1).view(rows.shape)
 
 
-def _as_if_of_length(
-    rotary: Any, x: Tensor, position_ids: Tensor, length: int, *, longest: bool, named: dict[str, str]
-) -> Any:
+def _as_if_of_length(rotary: Any, x: Tensor, position_ids: Tensor, length: int, named: dict[str, str]) -> Any:
     """The stock forward for documents of one length; tokens of others get values that nobody reads.
 
-    A last token at the largest position, cut off again, tells the stock module the length.
-
-    Args:
-        longest: no document has another length beyond this one, so positions need no cut.
+    A last token at the largest position, cut off again, tells the stock module the length, of which none is beyond it.
     """
     last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
-    told = torch.cat([position_ids if longest else position_ids.clamp(max=length - 1), last], dim=-1)
-    output = stock_class(rotary).forward(_at_first_state(rotary), x, told, **named)
-    return tuple(map(_without_last, output)) if isinstance(output, tuple) else _without_last(output)
+    told = torch.cat([position_ids, last], dim=-1)
+    return tree_map(_without_last, stock_class(rotary).forward(_at_first_state(rotary), x, told, **named))
 
 
 def _without_last(part: Tensor) -> Tensor:
@@ -150,12 +149,5 @@ def _at_first_state(rotary: Any) -> nn.Module:
     return fresh
 
 
-def _parameters(rotary: Any, layer_type: str | None) -> Any:
-    parameters = rotary.config.rope_parameters
-    return parameters if layer_type is None else parameters[layer_type]
-
-
-def _choose(where: Tensor, this: Any, other: Any) -> Any:
-    if isinstance(this, tuple):
-        return tuple(torch.where(where[..., None], a, b) for a, b in zip(this, other, strict=True))
+def _choose(where: Tensor, this: Tensor, other: Tensor) -> Tensor:
     return torch.where(where[..., None], this, other)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["fill", "pack"]
+__all__ = ["pack"]
 
 Indices = NDArray[np.int64]
 
@@ -43,13 +43,6 @@ def pack(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> list[li
     ends = np.cumsum(np.bincount(bin_of)).tolist()
     members = by_bin.tolist()
     return [members[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def fill(packs: Iterable[Sequence[int]], lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> float:
-    """The share of the packs' tokens that documents take, 0..1; 0 without packs."""
-    counts = np.asarray(lengths, dtype=np.int64)
-    used = [int(counts[np.asarray(members, dtype=np.int64)].sum()) for members in packs]
-    return sum(used) / (len(used) * capacity) if used else 0.0
 
 
 def _checked_lengths(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> Indices:
