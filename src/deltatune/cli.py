@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_train(commands)
     _add_preprocess(commands)
-    _add_plan(commands)
+    _add(commands, "plan", "Say what a run would do, without loading weights.", recipe=True)
     _add_verify(commands)
     _add_doctor(commands)
     _add_merge(commands)
@@ -127,10 +127,6 @@ def _add_preprocess(commands: _Commands) -> None:
     parser = _add(commands, "preprocess", "Tokenise and pack a recipe's data, and report on it.", recipe=True)
     parser.add_argument("--show", type=_count, default=0, metavar="N", help="print N samples, trained tokens coloured")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
-
-
-def _add_plan(commands: _Commands) -> None:
-    _add(commands, "plan", "Say what a run would do, without loading weights.", recipe=True)
 
 
 def _add_verify(commands: _Commands) -> None:

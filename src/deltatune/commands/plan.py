@@ -10,17 +10,17 @@ from torch import nn
 from transformers import TrainingArguments
 
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.compile.memory import device_memory, estimate_memory
+from deltatune.compile.memory import device_memory
 from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.training.adapters import adapt
-from deltatune.training.arguments import autocast_dtype, training_arguments
+from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_packs
-from deltatune.training.run import decide_checkpointing, prepare_by_recipe
+from deltatune.training.run import decide_checkpointing, estimate_step, prepare_by_recipe
 
 __all__ = ["run"]
 
@@ -62,13 +62,7 @@ def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
 
 
 def _memory(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, checkpointing: str | float) -> list[str]:
-    estimate = estimate_memory(
-        model,
-        tokens_per_batch=recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        checkpointing=checkpointing,
-        compute_dtype=autocast_dtype(arguments),
-    )
+    estimate = estimate_step(recipe, model, arguments, checkpointing)
     available = device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     return [

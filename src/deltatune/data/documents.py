@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deltatune.packing.sample import IGNORE_INDEX, Sample
 __all__ = ["Documents", "tokenize"]
 
 _ROWS_PER_TASK = 256
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,10 @@ class Documents:
         return self.source.where(int(self.rows[document]))
 
 
+def _show_nothing(_done: int, _total: int) -> None:
+    pass
+
+
 def tokenize(
     rows: Rows,
     layout: Layout,
@@ -70,7 +76,7 @@ def tokenize(
     *,
     num_proc: int = 1,
     cache_dir: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = _show_nothing,
 ) -> Documents:
     """Renders and tokenises every row, or takes the result of an earlier run from the cache.
 
@@ -90,8 +96,7 @@ def tokenize(
     """
     folder = None if cache_dir is None else cache_dir / _fingerprint(rows, layout, renderer)
     if folder is not None and folder.is_dir():
-        if progress is not None:
-            progress(len(rows), len(rows))
+        progress(len(rows), len(rows))
         return _load(folder, rows)
     parts = list(_parts(rows, layout, renderer, num_proc, progress))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "trained", "rows")}
@@ -106,24 +111,16 @@ def tokenize(
 Part = dict[str, NDArray[Any]]
 
 
-def _parts(
-    rows: Rows, layout: Layout, renderer: Renderer, num_proc: int, progress: Callable[[int, int], None] | None
-) -> Iterator[Part]:
-    total = len(rows)
-    starts = range(0, total, _ROWS_PER_TASK)
+def _parts(rows: Rows, layout: Layout, renderer: Renderer, num_proc: int, progress: Progress) -> Iterator[Part]:
+    starts = range(0, len(rows), _ROWS_PER_TASK)
     task = _Task(rows, layout, renderer)
-    if num_proc == 1 or len(starts) == 1:
-        yield from _counted(map(task, starts), total, progress)
-        return
-    with multiprocessing.Pool(min(num_proc, len(starts)), _start_worker, (task,)) as pool:
-        yield from _counted(pool.imap(_work, starts), total, progress)
-
-
-def _counted(parts: Iterator[Part], total: int, progress: Callable[[int, int], None] | None) -> Iterator[Part]:
-    for number, part in enumerate(parts, start=1):
-        if progress is not None:
-            progress(min(number * _ROWS_PER_TASK, total), total)
-        yield part
+    workers = min(num_proc, len(starts))
+    pool = multiprocessing.Pool(workers, _start_worker, (task,)) if workers > 1 else None
+    with pool or nullcontext():
+        parts = map(task, starts) if pool is None else pool.imap(_work, starts)
+        for start, part in zip(starts, parts, strict=True):
+            progress(min(start + _ROWS_PER_TASK, len(rows)), len(rows))
+            yield part
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _read_messages(value: Any, column: str, where: str) -> list[Message]:
 def _read_message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{where} must be an object with role and content, got {_shown(value)}")
-    message = _without_none(value)
+    message: Message = _plain(value)
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
         message["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
@@ -189,10 +189,7 @@ def _read_tool_calls(calls: Any, where: str) -> list[Any]:
             raise DataError(f"{where}: a tool call must be an object, got {_shown(call)}")
         function = call.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-            try:
-                arguments = json.loads(function["arguments"])
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: the arguments of a tool call are not JSON: {error}") from None
+            arguments = _parse(function["arguments"], f"{where}: the arguments of a tool call")
             call = {**call, "function": {**function, "arguments": arguments}}
         read.append(call)
     return read
@@ -203,26 +200,24 @@ def _read_tools(value: Any, where: str) -> list[Any] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: tools are not JSON: {error}") from None
+        value = _parse(value, f"{where}: tools")
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError(f"{where}: tools must be a list of JSON schemas, got {_shown(value)}")
-    return [_without_none(tool) for tool in value] or None
-
-
-def _without_none(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Columnar files fill absent keys with ``None``, which templates would print."""
-    return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(tool) for tool in value] or None
 
 
 def _plain(value: Any) -> Any:
+    """Columnar files fill absent keys with ``None``, which templates would print."""
     if isinstance(value, Mapping):
-        return _without_none(value)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} are not JSON: {error}") from None
 
 
 def _shown(value: Any) -> str:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from deltatune.training.batches import PackCounts
 from deltatune.training.flops import StepFlops, peak_flops
@@ -42,7 +44,7 @@ class MeterReading:
         }
 
 
-class Meter:
+class Meter(TrainerCallback):  # type: ignore[misc]
     """Adds up what training steps hold and how long they take.
 
     Adding costs a few integer additions and never waits for the device. Reading is for logging steps, where the
@@ -77,6 +79,14 @@ class Meter:
         self._counts, self._steps, self._paused = PackCounts(), 0, 0.0
         self._began = self._window_began = self._now()
         self._warm: MeterReading | None = None
+
+    def on_train_begin(self, *_: Any, **_kwargs: Any) -> None:
+        """The Trainer is about to fetch its first batch."""
+        self.start()
+
+    def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
+        """The Trainer has launched an optimizer step."""
+        self.step()
 
     def add(self, counts: PackCounts) -> None:
         """The batches of one optimizer step on this rank."""

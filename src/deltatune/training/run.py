@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
 from deltatune.compile.graphs import CompileOptions
-from deltatune.compile.memory import estimate_memory
+from deltatune.compile.memory import MemoryEstimate, estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
@@ -38,6 +38,7 @@ __all__ = [
     "build",
     "compile_options",
     "decide_checkpointing",
+    "estimate_step",
     "prepare_by_recipe",
     "train",
 ]
@@ -173,10 +174,20 @@ def prepare_by_recipe(recipe: Recipe, model: nn.Module) -> Prepared:
 
 def compile_options(recipe: Recipe) -> CompileOptions | None:
     """The recipe's ``compile`` section as ``prepare`` takes it."""
-    if recipe.compile is None:
-        return None
-    section = recipe.compile
-    return CompileOptions(scope=section.scope, strict=section.strict, options=dict(section.options))
+    return None if recipe.compile is None else CompileOptions(**recipe.compile.model_dump())
+
+
+def estimate_step(
+    recipe: Recipe, model: nn.Module, arguments: TrainingArguments, checkpointing: str | float
+) -> MemoryEstimate:
+    """What a step of the recipe will hold on one device."""
+    return estimate_memory(
+        model,
+        tokens_per_batch=recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        checkpointing=checkpointing,
+        compute_dtype=autocast_dtype(arguments),
+    )
 
 
 def _verify(run: Run, console: Console) -> VerifyReport | None:
@@ -272,13 +283,7 @@ def _write_records(run: Run, records: dict[str, Any]) -> None:
 
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     report = run.prepared.report
-    estimate = estimate_memory(
-        run.model,
-        tokens_per_batch=run.recipe.packing.tokens_per_batch,
-        optimizer=run.recipe.training.optim,
-        checkpointing=report.checkpointing,
-        compute_dtype=autocast_dtype(run.arguments),
-    )
+    estimate = estimate_step(run.recipe, run.model, run.arguments, report.checkpointing)
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),

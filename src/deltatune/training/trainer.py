@@ -16,7 +16,6 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -89,7 +88,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             recompiles=recompiles,
             mesh=self._mesh,
         )
-        self.add_callback(_MeterSteps(self.meter))
+        self.add_callback(self.meter)
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
         if not args.disable_tqdm:
@@ -231,19 +230,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _loads_as_stock(self, model: nn.Module) -> bool:
         return hasattr(model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-
-class _MeterSteps(TrainerCallback):  # type: ignore[misc]
-    """Tells the meter when training begins and when a step is done."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def on_train_begin(self, *_: Any, **_kwargs: Any) -> None:
-        self._meter.start()
-
-    def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
-        self._meter.step()
 
 
 def _take_counts(batch: Batch) -> PackCounts:
