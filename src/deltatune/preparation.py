@@ -23,6 +23,7 @@ from deltatune.layers.lora import check_all_fused, install_lora
 from deltatune.layers.rotary import length_dependent_rotary
 from deltatune.models.family import Family
 from deltatune.models.plan import check_reached, plan_swaps, refuse_offload
+from deltatune.models.refusals import attention_dropout
 from deltatune.models.registry import family_of
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
 from deltatune.state import Facts, Options, State
@@ -181,7 +182,7 @@ def _validate(model: nn.Module, compile: CompileOptions | None, checkpointing: s
 def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOptions | None) -> None:
     """What a model is, or what other tools made of it, that cannot be kept leak-free."""
     _check_head(base, text_model)
-    for refusal in family.refusals:
+    for refusal in (attention_dropout, *family.refusals):
         reason = refusal(text_model)
         if reason is not None:
             raise ValueError(f"{stock_class(base).__name__} cannot be prepared: {reason}")

@@ -55,13 +55,12 @@ def _is_packed(call: Mapping[str, Any]) -> str | None:
     tokens = next((call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None), None)
     if tokens is None or tokens.shape[1] < 2:
         return None
-    mask, positions = call.get("attention_mask"), call.get("position_ids")
-    of_pairs = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+    given, positions = call.get("attention_mask"), call.get("position_ids")
     # a mask in generation also covers the tokens in the cache
-    mask = mask[:, -tokens.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = given[:, -tokens.shape[1] :] if isinstance(given, Tensor) and given.ndim == 2 else None
     if mask is not None and bool((mask > 1).any()):
         return "attention_mask"
-    if isinstance(positions, Tensor) and _restarts(positions, mask, padding_unknown=of_pairs):
+    if isinstance(positions, Tensor) and _restarts(positions, mask, padding_unknown=given is not None and mask is None):
         return "position_ids"
     return None
 

@@ -72,7 +72,8 @@ class Family:
             the head are found by structure and not listed.
         mask_form: what its text model takes in place of a mask; see ``Options``.
         features: what works there.
-        refusals: checks of a text model, each returning why it cannot be prepared, or None.
+        refusals: checks of a text model, each returning why it cannot be prepared, or None. Attention dropout is
+            refused of every family.
         final_norm: what the norm behind the last layer becomes, where it is of the family's own module.
     """
 

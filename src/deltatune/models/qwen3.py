@@ -3,7 +3,6 @@
 from deltatune.layers.attention import Attention
 from deltatune.layers.final_norm import FinalNorm
 from deltatune.models.family import Family, Supported, Swap, count_layers
-from deltatune.models.refusals import attention_dropout
 
 FAMILY = Family(
     name="qwen3",
@@ -12,6 +11,5 @@ FAMILY = Family(
     swaps=(Swap("Qwen3Attention", Attention, count_layers("full_attention", "sliding_attention")),),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "sliding_window": Supported()},
-    refusals=(attention_dropout,),
     final_norm=FinalNorm,
 )

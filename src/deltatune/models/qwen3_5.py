@@ -5,7 +5,7 @@ from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import GatedDeltaNet
 from deltatune.models.family import IMAGES, ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
-from deltatune.models.refusals import attention_dropout, delta_net_activation
+from deltatune.models.refusals import delta_net_activation
 
 DENSE = Family(
     name="qwen3_5",
@@ -17,7 +17,7 @@ DENSE = Family(
     ),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "images": IMAGES},
-    refusals=(attention_dropout, delta_net_activation),
+    refusals=(delta_net_activation,),
     final_norm=OffsetFinalNorm,
 )
 
@@ -32,6 +32,6 @@ MOE = Family(
     ),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "images": IMAGES, "router_loss": ROUTER_LOSS},
-    refusals=(attention_dropout, delta_net_activation),
+    refusals=(delta_net_activation,),
     final_norm=OffsetFinalNorm,
 )

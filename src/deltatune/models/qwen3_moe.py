@@ -4,7 +4,6 @@ from deltatune.layers.attention import Attention
 from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import FinalNorm
 from deltatune.models.family import ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
-from deltatune.models.refusals import attention_dropout
 
 FAMILY = Family(
     name="qwen3_moe",
@@ -16,6 +15,5 @@ FAMILY = Family(
     ),
     mask_form="4d",
     features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},
-    refusals=(attention_dropout,),
     final_norm=FinalNorm,
 )

@@ -5,7 +5,7 @@ from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import InterleavedGatedDeltaNet
 from deltatune.models.family import ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
-from deltatune.models.refusals import attention_dropout, delta_net_activation
+from deltatune.models.refusals import delta_net_activation
 
 FAMILY = Family(
     name="qwen3_next",
@@ -18,6 +18,6 @@ FAMILY = Family(
     ),
     mask_form="mapping",
     features={"packing": Supported(), "compile": Supported(), "router_loss": ROUTER_LOSS},
-    refusals=(attention_dropout, delta_net_activation),
+    refusals=(delta_net_activation,),
     final_norm=OffsetFinalNorm,
 )

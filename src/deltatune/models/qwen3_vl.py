@@ -4,7 +4,6 @@ from deltatune.layers.attention import Attention
 from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import FinalNorm
 from deltatune.models.family import IMAGES, ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
-from deltatune.models.refusals import attention_dropout
 
 DENSE = Family(
     name="qwen3_vl",
@@ -13,7 +12,6 @@ DENSE = Family(
     swaps=(Swap("Qwen3VLTextAttention", Attention, count_layers("full_attention")),),
     mask_form="4d",
     features={"packing": Supported(), "compile": Supported(), "images": IMAGES},
-    refusals=(attention_dropout,),
     final_norm=FinalNorm,
 )
 
@@ -27,6 +25,5 @@ MOE = Family(
     ),
     mask_form="4d",
     features={"packing": Supported(), "compile": Supported(), "images": IMAGES, "router_loss": ROUTER_LOSS},
-    refusals=(attention_dropout,),
     final_norm=FinalNorm,
 )

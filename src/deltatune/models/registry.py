@@ -8,7 +8,7 @@ from torch import nn
 
 from deltatune.models import qwen3, qwen3_5, qwen3_moe, qwen3_next, qwen3_vl
 from deltatune.models.family import Experimental, Family, Supported
-from deltatune.models.refusals import attention_dropout, unusual_attention
+from deltatune.models.refusals import unusual_attention
 
 __all__ = ["ANY", "FAMILIES", "family_of", "recurrent_modules"]
 
@@ -33,7 +33,7 @@ ANY = Family(
         "packing": Supported(),
         "compile": Experimental("the stock layers must trace as one graph; the first step says so if they do not"),
     },
-    refusals=(attention_dropout, unusual_attention),
+    refusals=(unusual_attention,),
 )
 
 # Parts of class names of layers whose state runs along the sequence.
