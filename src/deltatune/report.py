@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -103,22 +103,10 @@ class PrepareReport:
                 "options": dict(self.compile.options),
             }
             compiled = options | self.compile_report.to_dict()
-        return {
-            "family": self.family,
-            "features": dict(self.features),
-            "swaps": [asdict(row) for row in self.swaps],
-            "kernels": [asdict(row) for row in self.kernels],
-            "trainable": [asdict(row) for row in self.trainable],
-            "trainable_parameters": self.trainable_parameters,
-            "total_parameters": self.total_parameters,
-            "checkpointing": self.checkpointing,
-            "checkpointing_reason": self.checkpointing_reason,
-            "compile": compiled,
-            "lora": self.lora,
-            "lora_layers": [asdict(row) for row in self.lora_rows],
-            "head": self.head,
-            "patches": [asdict(row) for row in self.patches],
-        }
+        facts = asdict(replace(self, compile=None, compile_report=None))
+        del facts["compile_report"]
+        facts["lora_layers"] = facts.pop("lora_rows")
+        return {**facts, "trainable_parameters": self.trainable_parameters, "compile": compiled}
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)

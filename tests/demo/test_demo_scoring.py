@@ -6,7 +6,7 @@ import pytest
 
 from deltatune.demo.checkpoint import make_tokenizer
 from deltatune.demo.conversations import Conversation, make_conversations
-from deltatune.demo.scoring import Answer, ask, exact_match
+from deltatune.demo.scoring import ask, exact_match
 
 CONVERSATIONS = make_conversations(30, seed=0)
 ASKED = Conversation("likes", "Ann likes figs.", (("What does Ann like?", "I read that Ann likes figs."),))
@@ -50,18 +50,16 @@ class Parrot:
     ],
 )
 def test_an_answer_is_right_to_the_letter_or_wrong(text, right) -> None:
-    assert Answer(ASKED, text).right is right
+    assert exact_match([ASKED], [text]) == {"likes": right, "all": right}
 
 
 def test_the_score_is_the_share_of_right_answers() -> None:
-    right, wrong = Answer(ASKED, ASKED.turns[-1][1]), Answer(ASKED, "no")
-    other = Answer(Conversation("lists", "", (("", "yes"),)), "yes")
-    assert exact_match([right, wrong, wrong, wrong]) == {"likes": 0.25, "all": 0.25}
-    assert exact_match([right, wrong, wrong, other]) == {"likes": 1 / 3, "lists": 1.0, "all": 0.5}
+    right, other = ASKED.turns[-1][1], Conversation("lists", "", (("", "yes"),))
+    assert exact_match([ASKED] * 4, [right, "no", "no", "no"]) == {"likes": 0.25, "all": 0.25}
+    assert exact_match([ASKED, ASKED, ASKED, other], [right, "", "", "yes"]) == {"likes": 1 / 3, "lists": 1, "all": 0.5}
 
 
 def test_answers_come_in_the_order_of_the_questions() -> None:
     tokenizer = make_tokenizer(CONVERSATIONS)
     answers = ask(Parrot(tokenizer, CONVERSATIONS), tokenizer, CONVERSATIONS)
-    assert [answer.conversation for answer in answers] == CONVERSATIONS
-    assert set(exact_match(answers).values()) == {1.0}
+    assert answers == [conversation.turns[-1][1] for conversation in CONVERSATIONS]

@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report, builds kernels where that is asked for; 1 when something is known to go wrong."""
     recipes = {path: _loaded(path) for path in args.build or ()}
     versions = installed_versions()
-    device = _device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"deltatune {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
     lines += table(("package", "version"), [(name, version or "-") for name, version in versions.items()])
     lines += ["", *table(("device", "", "memory"), _devices())]
     lines += ["", *table(("op", "runs on", "because"), list(_kernels(device)))]
-    problems = known_problems(versions, _capability())
+    problems = known_problems(versions, torch.cuda.get_device_capability() if device.type == "cuda" else None)
     sys.stdout.write("\n".join(lines) + "\n")
     lines = []
     for path, recipe in recipes.items():
@@ -136,14 +136,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _capability() -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _devices() -> list[tuple[str, str, str]]:

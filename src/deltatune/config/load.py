@@ -88,10 +88,9 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such recipe") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: expected a YAML file, got a folder") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a YAML file, got bytes that are no UTF-8 text") from error
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        found = "a folder" if isinstance(error, OSError) else "bytes that are no UTF-8 text"
+        raise UserError(f"{path}: expected a YAML file, got {found}") from error
 
 
 def _parts(key: str) -> list[str | int]:

@@ -18,8 +18,8 @@ from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import load_recipe
 from deltatune.config.schema import Recipe
 from deltatune.demo.checkpoint import save_checkpoint
-from deltatune.demo.conversations import Conversation, make_conversations, write_conversations
-from deltatune.demo.scoring import Answer, ask, exact_match
+from deltatune.demo.conversations import KINDS, Conversation, make_conversations, write_conversations
+from deltatune.demo.scoring import ask, exact_match
 from deltatune.demo.speed import compare
 from deltatune.errors import UserError
 from deltatune.preparation import prepare
@@ -81,7 +81,7 @@ def make_files(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) 
     return held_out
 
 
-def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list[Answer]:
+def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list[str]:
     """The demo from beginning to end; returns the trained model's answers to the held-out questions."""
     began = time.perf_counter()
     held_out = make_files(recipe, console, num_train=num_train)
@@ -96,8 +96,8 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
         "Asking it again",
         f"the same questions, to the model that was saved to {trained}",
         "",
-        *_answers(before, after),
-        *_scores(before, after),
+        *_answers(held_out, before, after),
+        *_scores(held_out, before, after),
     )
     _show(console, "Are documents independent?", "the probe on the trained weights", "", _verify(trained))
     _show(console, "How it ran", *_figures(result.metrics))
@@ -119,26 +119,26 @@ def _show(console: Console, heading: str, *lines: str) -> None:
         console.out("\n".join(lines), highlight=False)
 
 
-def _ask(name: str, conversations: Sequence[Conversation]) -> list[Answer]:
+def _ask(name: str, conversations: Sequence[Conversation]) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(name)
     return ask(model, AutoTokenizer.from_pretrained(name), conversations)
 
 
-def _answers(before: Sequence[Answer], after: Sequence[Answer]) -> Iterator[str]:
+def _answers(conversations: Sequence[Conversation], before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
     """The first conversation of each kind: what was asked, and both answers next to the right one."""
-    shown = set()
-    for old, new in zip(before, after, strict=True):
-        if new.conversation.kind not in shown:
-            shown.add(new.conversation.kind)
-            lines = [(message["role"], message["content"]) for message in new.conversation.messages[:-1]]
-            lines += [("before", old.printable), ("after", new.printable), ("right", new.conversation.turns[-1][1])]
-            yield from (f"{name:>9}  {text}" for name, text in lines)
-            yield ""
+    for kind in KINDS:
+        index = [conversation.kind for conversation in conversations].index(kind)
+        lines = [(message["role"], message["content"]) for message in conversations[index].messages[:-1]]
+        lines += [("before", before[index]), ("after", after[index]), ("right", conversations[index].turns[-1][1])]
+        for name, text in lines:
+            # an untrained model writes any bytes, those that drive a terminal included
+            yield f"{name:>9}  " + "".join(letter if letter.isprintable() else "·" for letter in text.strip())
+        yield ""
 
 
-def _scores(before: Sequence[Answer], after: Sequence[Answer]) -> list[str]:
-    old, new = exact_match(before), exact_match(after)
-    rows = [(kind, f"{old[kind]:.1%}", f"{new[kind]:.1%}") for kind in new]
+def _scores(conversations: Sequence[Conversation], before: Sequence[str], after: Sequence[str]) -> list[str]:
+    old, new = exact_match(conversations, before), exact_match(conversations, after)
+    rows = [(kind, f"{old[kind]:.1%}", f"{new[kind]:.1%}") for kind in (*KINDS, "all")]
     return table(("held-out questions", "right before", "right after"), rows)
 
 

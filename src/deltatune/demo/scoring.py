@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltatune.demo.conversations import Conversation
@@ -11,31 +10,13 @@ from deltatune.demo.conversations import Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "ask", "exact_match"]
+__all__ = ["ask", "exact_match"]
 
 # longer than any right answer, so that a model which never ends its turn is cut off soon
 _MAX_NEW_TOKENS = 24
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to the last question of a conversation."""
-
-    conversation: Conversation
-    text: str
-
-    @property
-    def right(self) -> bool:
-        """Whether it is the conversation's last turn, spaces around it aside."""
-        return self.text.strip() == self.conversation.turns[-1][1]
-
-    @property
-    def printable(self) -> str:
-        """The text without what drives a terminal: an untrained model writes any bytes."""
-        return "".join(character if character.isprintable() else "·" for character in self.text.strip())
-
-
-def ask(model: Any, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[Answer]:
+def ask(model: Any, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[str]:
     """The model's greedy answers to the last question of each conversation, the turns before it given.
 
     Args:
@@ -54,14 +35,14 @@ def ask(model: Any, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[
     )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
-    texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
-    return [Answer(conversation, text) for conversation, text in zip(conversations, texts, strict=True)]
+    answers: list[str] = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+    return answers
 
 
-def exact_match(answers: Sequence[Answer]) -> dict[str, float]:
-    """The share of right answers for each kind of conversation, and for ``all``."""
+def exact_match(conversations: Sequence[Conversation], answers: Sequence[str]) -> dict[str, float]:
+    """The share of answers equal to the right ones, spaces around them aside: by kind of conversation, and ``all``."""
     kinds: dict[str, list[bool]] = {}
-    for answer in answers:
-        kinds.setdefault(answer.conversation.kind, []).append(answer.right)
-    kinds["all"] = [answer.right for answer in answers]
+    for conversation, answer in zip(conversations, answers, strict=True):
+        for kind in (conversation.kind, "all"):
+            kinds.setdefault(kind, []).append(answer.strip() == conversation.turns[-1][1])
     return {kind: sum(right) / len(right) for kind, right in kinds.items()}
