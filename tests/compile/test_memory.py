@@ -136,7 +136,7 @@ def gradients_of(module: torch.nn.Module) -> int:
 )
 def test_the_peak_is_that_of_the_largest_stage(kept: int, peak: int, stage: str) -> None:
     model = tiny_model("qwen3", layers=3)
-    layers = [LayerMemory(kept, 1000, peak, 0)] * 3
+    layers = [LayerMemory(kept, 1000, peak)] * 3
     found = estimate_traced_memory(model, layers, tokens_per_batch=1, optimizer="sgd")
     activations = {"loss": 3 * kept + 1000 + 2 * 32 * 4, "last": 2 * kept + 1000 + peak, "step": 0}
     assert found.activations == activations[stage]
@@ -149,7 +149,7 @@ def test_the_peak_is_that_of_the_largest_stage(kept: int, peak: int, stage: str)
 def test_gradients_come_while_activations_go() -> None:
     """With a large first layer the peak is its backward, when the other layers' gradients are there."""
     model = tiny_model("qwen3", layers=3)
-    layers = [LayerMemory(10**8, 0, 4 * 10**8, 0), *[LayerMemory(0, 0, 0, 0)] * 2]
+    layers = [LayerMemory(10**8, 0, 4 * 10**8), *[LayerMemory(0, 0, 0)] * 2]
     found = estimate_traced_memory(model, layers, tokens_per_batch=1)
     assert found.gradients == sum(gradients_of(layer) for layer in model.model.layers[1:])
 

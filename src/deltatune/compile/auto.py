@@ -29,7 +29,7 @@ from deltatune.subclass import stock_class
 
 __all__ = ["AutoCheckpointing", "decide_for", "deciding", "layer_label"]
 
-_NOTHING_KEPT = LayerMemory(0, 0, 0, 0)
+_NOTHING_KEPT = LayerMemory(0, 0, 0)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -147,12 +147,7 @@ class CompileReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as saved with a run."""
-        return {
-            "graphs": dict(self.graphs),
-            "breaks": list(self.breaks),
-            "recompiles": list(self.recompiles),
-            "seconds": round(self.seconds, 3),
-        }
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
 class Graphs:
@@ -219,7 +214,7 @@ class Graphs:
     def _compile(self, name: str, forward: Forward) -> Forward:
         # under scope="model" the layers checkpoint themselves while they are traced
         whole = self.checkpointing == "layer" and self.options.scope == "layer"
-        function = fresh_code(_checkpointed(forward) if whole else _plain(forward), name)
+        function = fresh_code(_traced(forward, checkpointed=whole), name)
         backend = functools.partial(self._backend, name, function.__code__)
         compiled: Forward = torch.compile(
             function, fullgraph=self.options.strict, dynamic=self.options.dynamic, backend=backend
@@ -264,24 +259,17 @@ def _traced_alone(graph: Any, inputs: Any, partitioner: Partitioner) -> Any:
     )(graph, inputs)
 
 
-def _checkpointed(forward: Forward) -> Forward:
-    """The function that is traced: a layer whose recomputation is part of its graph."""
+def _traced(forward: Forward, *, checkpointed: bool) -> Forward:
+    """The function that is traced; the recomputation of a checkpointed layer is part of its graph."""
 
-    def checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (module.training and torch.is_grad_enabled()):
+    def traced(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (checkpointed and module.training and torch.is_grad_enabled()):
             return forward(module, *args, **kwargs)
         return torch.utils.checkpoint.checkpoint(
             functools.partial(forward, module, **kwargs), *args, use_reentrant=False
         )
 
-    return checkpointed
-
-
-def _plain(forward: Forward) -> Forward:
-    def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, **kwargs)
-
-    return plain
+    return traced
 
 
 def _whole_under_ddp() -> AbstractContextManager[None]:

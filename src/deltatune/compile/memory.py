@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -34,16 +34,9 @@ __all__ = [
     "usable_memory",
 ]
 
-# Optimizer state per trained element, in copies of the parameter's own dtype; every tensor also has a step count.
-_STATE_COPIES: Final = {
-    "adamw_torch": 2,
-    "adamw_torch_fused": 2,
-    "stable_adamw": 2,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "sgd": 0,
-    "lion_32bit": 1,
-}
+# Optimizer state per trained element, in copies of the parameter's own dtype, where it is not AdamW's two; every tensor
+# also has a step count.
+_STATE_COPIES: Final = {"adagrad": 1, "rmsprop": 1, "sgd": 0, "lion_32bit": 1}
 _STEP_BYTES: Final = 4
 # bitsandbytes keeps a byte an element and a float32 scale a block of 256 (small tensors stay in float32)
 _EIGHT_BIT: Final = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
@@ -80,8 +73,7 @@ class MemoryEstimate:
 
     def to_dict(self) -> dict[str, int]:
         """Bytes by purpose, and their total."""
-        names = ("weights", "gradients", "optimizer", "activations", "logits", "total")
-        return {name: getattr(self, name) for name in names}
+        return asdict(self) | {"total": self.total}
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<12}{_size(value):>12}" for name, value in self.to_dict().items())
@@ -118,11 +110,10 @@ def estimate_memory(
         compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return MemoryEstimate(
-        weights=sum(_bytes(tensor) for tensor in _unique_tensors(model)),
-        gradients=sum(_bytes(parameter) for parameter in trained),
-        optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained),
+        weights=_weight_bytes(model),
+        gradients=_gradient_bytes(model),
+        optimizer=_state_bytes(model, optimizer),
         activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
@@ -153,10 +144,7 @@ def estimate_traced_memory(
         accumulates: gradients of earlier batches are there from the start.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
-    weights = sum(_bytes(tensor) for tensor in _unique_tensors(model))
-    state = sum(optimizer_bytes(parameter, optimizer) for parameter in model.parameters() if parameter.requires_grad)
-    every = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    of_layer = [_trained_bytes(layer) for layer in hf_model.text_model(model).layers]
+    weights, state, every = _weight_bytes(model), _state_bytes(model, optimizer), _gradient_bytes(model)
     boundary = tokens_per_batch * hf_model.text_config(model).hidden_size * width_bytes
     shared = max((layer.shared for layer in layers), default=0)
     kept = shared + sum(layer.kept for layer in layers)
@@ -167,16 +155,24 @@ def estimate_traced_memory(
     ]
     # the head and the final norm are done, the embedding is not
     done = 0
-    for layer, own in zip(reversed(layers), reversed(of_layer), strict=True):
+    for layer, module in zip(reversed(layers), reversed(hf_model.text_model(model).layers), strict=True):
         kept -= layer.kept
         gradients = every if accumulates else done
         stages.append(MemoryEstimate(weights, gradients, state, kept + layer.backward_peak, 0))
-        done += own
+        done += _gradient_bytes(module)
     return max(stages, key=lambda stage: stage.total)
 
 
-def _trained_bytes(module: nn.Module) -> int:
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(map(_bytes, (*model.parameters(), *model.buffers())))
+
+
+def _gradient_bytes(module: nn.Module) -> int:
     return sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _state_bytes(model: nn.Module, optimizer: str) -> int:
+    return sum(optimizer_bytes(parameter, optimizer) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
@@ -282,12 +278,16 @@ def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpoin
 def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
     """Bytes a decoder layer keeps for each token: around its projections, and what each of its parts says."""
     width = config.hidden_size
-    elements = (6.0 if _norms_train(layer) else 4.0) * width
+    norms_train = any("layernorm" in name and weight.requires_grad for name, weight in layer.named_parameters())
+    elements = (6.0 if norms_train else 4.0) * width
     extra = 0.0
     for name, module in layer.named_modules():
-        if ".lora_" in f".{name}":
-            extra += _adapter_bytes(name, module, width_bytes)
-        elif isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear):
+            continue
+        if ".lora_A" in name:
+            itemsize = module.weight.dtype.itemsize
+            extra += itemsize * (module.out_features + (module.in_features if itemsize > width_bytes else 0))
+        elif ".lora_" not in name:
             elements += module.in_features if module.out_features == width else module.out_features
             # silu(gate), and the gate itself
             elements += module.out_features if "gate_proj" in name else 0
@@ -304,18 +304,6 @@ def layer_cost(layer: nn.Module, *, tokens: int = 0, squares: int = 0) -> Cost:
     return total
 
 
-def _adapter_bytes(name: str, module: nn.Module, width_bytes: int) -> float:
-    if not isinstance(module, nn.Linear):
-        return 0
-    itemsize = module.weight.dtype.itemsize
-    widened = module.in_features * itemsize if "lora_A" in name and itemsize > width_bytes else 0
-    return widened + (module.out_features * itemsize if "lora_A" in name else 0)
-
-
-def _norms_train(layer: nn.Module) -> bool:
-    return any("layernorm" in name and weight.requires_grad for name, weight in layer.named_parameters())
-
-
 def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
     """What the loss holds at once, the gradient of the hidden states, and that of a head that trains."""
     head = hf_model.head_of(model)
@@ -330,13 +318,8 @@ def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
         return int(workspace + gradient + trains * width_bytes * vocabulary * width)
     # the gradient of float32 logits takes their place; that of the head is summed in float32 and rounded at the end
     entry = 4 + (width_bytes if width_bytes < 4 else 0)
-    head_gradient = (4 + (width_bytes if width_bytes < 4 else 0)) * vocabulary * width if trains else 0
-    return int(entry * chunk_tokens(tokens, vocabulary, trains) * vocabulary + gradient + head_gradient)
-
-
-def _unique_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+    rows = chunk_tokens(tokens, vocabulary, trains) + trains * width
+    return int(entry * rows * vocabulary + gradient)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -33,7 +33,9 @@ def partition(
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    drawn = budget < 1 and _save_what_is_drawn(joint)
+    drawn = [node for node in joint.graph.nodes if _is_random(node)] if budget < 1 else []
+    for node in drawn:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     with functorch_config.patch(activation_memory_budget=max(budget, _SMALLEST) if drawn else budget):
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
@@ -51,14 +53,6 @@ class Partitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         """What cached graphs depend on."""
         return f"deltatune: random results saved, budget {self._budget}"
-
-
-def _save_what_is_drawn(graph: fx.GraphModule) -> bool:
-    """Marks the results of random nodes as saved; whether there are any."""
-    drawn = [node for node in graph.graph.nodes if _is_random(node)]
-    for node in drawn:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    return bool(drawn)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -22,22 +22,17 @@ def recompute_functions(graph: fx.GraphModule) -> None:
         graph: as Dynamo captured it; its nested graphs are marked in place.
     """
     for region in _called(graph, torch.ops.higher_order.tag_activation_checkpoint):
-        for body in _function_bodies(region):
+        for body in _called(region, torch.ops.higher_order.autograd_function_apply):
             for node in body.graph.nodes:
                 if node.op.startswith("call_"):
                     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _called(graph: fx.GraphModule, higher_order: Any) -> Iterator[fx.GraphModule]:
-    """The first graph that each call of a higher-order operator takes, wherever the call stands."""
+    """The first graph that each call of a higher-order operator takes, in nested graphs too."""
     for module in graph.modules():
         if isinstance(module, fx.GraphModule):
             for call in module.graph.find_nodes(op="call_function", target=higher_order):
                 body = module.get_submodule(str(call.args[0].target))
                 assert isinstance(body, fx.GraphModule)
                 yield body
-
-
-def _function_bodies(region: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The forwards of the autograd functions in a graph; ``modules()`` holds those of nested ones too."""
-    return _called(region, torch.ops.higher_order.autograd_function_apply)

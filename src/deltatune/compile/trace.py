@@ -32,13 +32,11 @@ class LayerMemory(NamedTuple):
         shared: inputs kept that all layers have in common (rotary tables, boundaries): once a model.
         backward_peak: the most at once in its backward: what is left of K, the gradient that comes in, and what
             backward computes, the gradients of its parameters as they appear.
-        recomputed: floating-point operations of its forward that backward does again, as the FLOP formulas count them.
     """
 
     kept: int
     shared: int
     backward_peak: int
-    recomputed: int
 
 
 def trace_layer(
@@ -76,7 +74,7 @@ def trace_layer(
         if not isinstance(error.inner_exception, _TraceEndError):
             raise
     whole = recorder.found[1.0]
-    again = LayerMemory(recorder.input_bytes, whole.shared, whole.backward_peak, recorder.forward_flops)
+    again = LayerMemory(recorder.input_bytes, whole.shared, whole.backward_peak)
     found = recorder.found | {"none": whole, "layer": again}
     return {setting: found[setting if isinstance(setting, str) else float(setting)] for setting in wanted}
 
@@ -107,7 +105,7 @@ class _Recorder(CustomPartitionerFn):
 
     def __init__(self, shares: Iterable[float]) -> None:
         self.found: dict[Setting, LayerMemory] = {}
-        self.input_bytes = self.forward_flops = 0
+        self.input_bytes = 0
         self._shares = tuple(shares)
         self._kinds: list[str] = []
 
@@ -120,7 +118,6 @@ class _Recorder(CustomPartitionerFn):
             joint = fx.GraphModule(gm, copy.deepcopy(gm.graph))
             forward, backward = partition(joint, joint_inputs, budget=share, **kwargs)
             self.found[share] = self._read(forward, backward, kwargs["num_fwd_outputs"])
-            self.forward_flops = sum(_flops(node) for node in forward.graph.nodes)
         raise _TraceEndError
 
     def uuid(self) -> None:
@@ -134,12 +131,10 @@ class _Recorder(CustomPartitionerFn):
         saved = {_storage(n): _storage_bytes(n) for n in outputs[num_outputs:] if _is_tensor(n)}
         self.input_bytes = sum(_storage_bytes(n) for n in inputs if _is_tensor(n) and kinds.get(_storage(n)) == "input")
         static = {storage for storage, kind in kinds.items() if kind in ("parameter", "shared")}
-        before = {n.name for n in forward.graph.nodes}
         return LayerMemory(
             kept=sum(size for storage, size in saved.items() if storage not in static),
             shared=sum(size for storage, size in saved.items() if kinds.get(storage) == "shared"),
             backward_peak=_peak(backward, static),
-            recomputed=sum(_flops(n) for n in backward.graph.nodes if n.op == "call_function" and n.name in before),
         )
 
 
@@ -207,15 +202,6 @@ def _written_over(node: fx.Node, alive: dict[int, int], last: dict[int, int], no
     size = _storage_bytes(node)
     dying = (_storage(n) for n in node.all_input_nodes if _is_tensor(n))
     return size if any(s != _storage(node) and alive.get(s) == size and last.get(s, -1) <= now for s in dying) else 0
-
-
-def _flops(node: fx.Node) -> int:
-    from torch._functorch.partitioners import estimate_runtime
-
-    if node.op != "call_function" or _is_fused(node) or not isinstance(node.target, torch._ops.OpOverload):
-        return 0
-    with functorch_config.patch(activation_memory_budget_runtime_estimator="flops"):
-        return int(estimate_runtime(node))
 
 
 def _is_tensor(node: Any) -> bool:
