@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DataError", "UserError", "nearest", "one_line"]
+__all__ = ["DataError", "UserError", "first_line", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -22,6 +22,11 @@ class DataError(UserError):
 def one_line(error: BaseException) -> str:
     """The message of an error without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that holds anything; reports of compilers and loaders are long."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 
 from deltatune import __version__, ops
+from deltatune.errors import first_line
 from deltatune.models.registry import FAMILIES
 from deltatune.report import table
 
@@ -126,8 +127,7 @@ def compile_failure(device: torch.device) -> str | None:
     try:
         result = torch.compile(affine, fullgraph=True)(x)
     except (RuntimeError, OSError) as error:
-        # the compiler's own report is long, and its first line names the cause
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return first_line(error)
     return None if torch.allclose(result, affine(x), atol=1e-5) else "the compiled function computes something else"
 
 

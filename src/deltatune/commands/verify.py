@@ -10,7 +10,7 @@ import torch
 
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, first_line
 from deltatune.preparation import prepare
 from deltatune.training.checkpoint import load_config, load_model
 from deltatune.verification import verify
@@ -39,6 +39,5 @@ def _usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--device {name} cannot be used here: {first}") from error
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
     return device

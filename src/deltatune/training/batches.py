@@ -127,9 +127,8 @@ class CountingCollator:
     def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, object]:
         """The batch of these packs: ``input_ids``, ``labels``, ``position_ids``, ``sequences`` and the counts."""
         samples = [sample for pack in packs for sample in pack]
-        batch = self._collate(samples) if samples else self._collate_padding([self._padding()])
+        batch: dict[str, Any] = self._collate(samples) if samples else self._collate_padding([self._padding()])
         labels = batch["labels"]
-        assert isinstance(labels, torch.Tensor)
         # only what a prepared model reads first: the stock names would be copied to the device for nothing
         kept = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "sequences")}
         counts = PackCounts(

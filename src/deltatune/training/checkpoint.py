@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, first_line
 from deltatune.training.hub import silence
 
 __all__ = [
@@ -151,7 +151,7 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
     try:
         model.load_state_dict(saved.state_dict(), strict=True)
     except RuntimeError as error:
-        raise UserError(f"{folder} is no checkpoint of this model: {_first_line(error)}") from error
+        raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
 
 
 def resume_point(output_dir: Path, resume: str | Path | bool | None) -> Path | None:
@@ -233,11 +233,7 @@ def _why(error: BaseException, name: str) -> str:
     """What went wrong with a model or tokenizer of this name."""
     silent = _silence_about(name)
     if silent is None or not isinstance(error, OSError):
-        return _first_line(error)
+        return first_line(error)
     absent = isinstance(error.__cause__, LocalEntryNotFoundError)
-    what = f"it is not in {constants.HF_HUB_CACHE}" if absent else _first_line(error).rstrip(".")
+    what = f"it is not in {constants.HF_HUB_CACHE}" if absent else first_line(error).rstrip(".")
     return f"{what}, and {silent}; check the name and the connection, or give a checkpoint folder"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
