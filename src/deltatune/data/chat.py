@@ -174,15 +174,13 @@ class _Template:
         self._conversation = conversation
         self._where = where
         tokenizer = renderer.tokenizer
-        if renderer.chat_template is None and not tokenizer.chat_template:
-            raise DataError(
-                f"{where} is a conversation, but the tokenizer has no chat template; set model.chat_template, or use "
-                "an instruction-tuned checkpoint's tokenizer"
-            )
         try:
             self._source = tokenizer.get_chat_template(renderer.chat_template, conversation.tools)
         except ValueError as error:
-            raise DataError(f"{where}: no chat template to use: {one_line(error)}") from error
+            raise DataError(
+                f"{where} is a conversation, but the tokenizer has no chat template; set model.chat_template, or use "
+                f"an instruction-tuned checkpoint's tokenizer ({one_line(error)})"
+            ) from error
         self._variables = {**tokenizer.special_tokens_map, **renderer.template_kwargs}
         self._texts: dict[tuple[int, bool], str] = {}
         self.has_generation_blocks = bool(_GENERATION_BLOCK.search(self._source))
