@@ -65,7 +65,7 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         before, after = timed.get(("before", name)), timed.get(("after", name))
         if label != "before" or before is None or after is None:
             continue
-        pairs = zip(before["round_medians_ms"], after["round_medians_ms"], strict=True)
+        pairs = zip(before["round_medians_ms"], after["round_medians_ms"], strict=False)
         yield {
             "name": name,
             "ratio": after["median_ms"] / before["median_ms"],

@@ -26,7 +26,7 @@ from benchmarks.systems import OURS, Setting
 from benchmarks.timing import summary
 from benchmarks.worker import Spec
 
-__all__ = ["METHOD", "Job", "Session"]
+__all__ = ["METHOD", "Job", "Session", "merged"]
 
 METHOD: Final = (
     "a sample is the time between the ends of two training steps, by CUDA events (the wall clock on a CPU): the batch "
@@ -107,7 +107,7 @@ class Session:
                         self._keep_checks(line)
                         found.setdefault((job.label, line["name"]), []).append(line)
         finally:
-            self.results += [_merged(label, lines, sum(self.spec.lengths)) for (label, _), lines in found.items()]
+            self.results += [merged(label, lines, sum(self.spec.lengths)) for (label, _), lines in found.items()]
 
     def record(self, kind: str, *, commit: str | None, interrupted: bool, **more: Any) -> dict[str, Any]:
         """All of it, as ``write_record`` takes it; ``more``: other keys of the configuration."""
@@ -219,12 +219,17 @@ def _environment(job: Job) -> dict[str, str]:
     return {**os.environ, **job.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _merged(label: str, lines: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """One result of the rounds of a setting; what one of them failed with, where one did."""
-    bad = next((line for line in lines if line["status"] != "ok"), None)
+def merged(label: str, lines: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """One result of the rounds of a setting; what one of them failed with, where one did.
+
+    Rounds that the time did not reach leave those that were timed as they are.
+    """
+    timed = [line for line in lines if line["status"] == "ok"]
+    bad = next((line for line in lines if line["status"] != "ok" and not (timed and line["status"] == "not run")), None)
     merged = {**lines[0], **({"label": label} if label else {})}
     if bad is not None:
         return merged | {"status": bad["status"], "reason": bad["reason"]}
+    lines = timed
     if "samples_ms" not in merged:
         return merged
     times = summary(sample for line in lines for sample in line["samples_ms"])

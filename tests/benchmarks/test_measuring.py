@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import checks, compare, op_cases, ops, timing, train
+from benchmarks import checks, compare, op_cases, ops, session, timing, train
 from benchmarks.checks import Seen
 from benchmarks.shapes import SHAPES, adapters, build_model
 from benchmarks.systems import Packs, Setting, System, draw_lengths
@@ -248,3 +248,12 @@ def test_the_delta_rule_may_round_its_operands() -> None:
     case = op_cases.gated_delta_rule(SHAPES["tiny"], 130, RUN)
     found = ops.measure_case(case, RUN, seconds=0.01)
     assert found["error_budget"]["dg"] > 100 * found["errors"]["reference"]["dg"]
+
+
+def test_a_round_that_time_did_not_reach_loses_no_other() -> None:
+    first = {"name": "a", "status": "ok", "reason": None, "median_ms": 2.0, "samples_ms": [2.0], "peak_bytes": 5}
+    late = {"name": "a", "status": "not run", "reason": "time was up"}
+    found = session.merged("before", [first, late], tokens=4)
+    assert (found["status"], found["median_ms"], found["rounds"], found["label"]) == ("ok", 2.0, 1, "before")
+    assert session.merged("", [late], tokens=4)["status"] == "not run"
+    assert session.merged("", [first, late | {"status": "failed"}], tokens=4)["status"] == "failed"
