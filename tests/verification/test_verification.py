@@ -476,6 +476,14 @@ def test_frequencies_of_the_longest_document_for_all_are_found(monkeypatch: pyte
     assert "longer than max_position_embeddings=80" in report.verdict
 
 
+def test_long_calls_before_the_probe_change_no_verdict() -> None:
+    model = tiny_model("qwen3", max_position_embeddings=64, rope_parameters=DYNAMIC)
+    prepare(model)
+    model(torch.ones(1, 200, dtype=torch.long), use_cache=True)  # the stock path remembers its length
+    report = verify(model)
+    assert report.ok, str(report)
+
+
 def test_a_stock_model_leaks_through_the_frequencies_of_the_longest_document() -> None:
     report = verify(tiny_model("qwen3", max_position_embeddings=80, rope_parameters=DYNAMIC))
     assert all(row.ok for row in report.rows)

@@ -18,7 +18,7 @@ from deltatune.packing.sequences import Sequences
 from deltatune.state import State
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["DocumentRotary", "length_dependent_rotary", "rotary_boundaries"]
+__all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary", "rotary_boundaries"]
 
 _boundaries: ContextVar[tuple[State, Sequences] | None] = ContextVar("deltatune_rotary_boundaries", default=None)
 
@@ -147,6 +147,15 @@ def _at_first_state(rotary: Any) -> nn.Module:
         if name.endswith("original_inv_freq"):
             fresh._buffers[name.replace("original_inv_freq", "inv_freq")] = value.clone()
     return fresh
+
+
+def forget_lengths(text_model: Any) -> None:
+    """Puts the rotary embeddings of a text model in their first state, as if no call had been."""
+    for rotary in length_dependent_rotary(text_model):
+        fresh = _at_first_state(rotary).__dict__
+        for name in rotary.__dict__.keys() - fresh.keys():
+            del rotary.__dict__[name]
+        rotary.__dict__.update(fresh)
 
 
 def _choose(where: Tensor, this: Tensor, other: Tensor) -> Tensor:

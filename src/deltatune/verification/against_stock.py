@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deltatune.hf.cached import stock_path
+from deltatune.layers.rotary import forget_lengths
 from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
 from deltatune.verification.report import VerifyCheck
 from deltatune.verification.rounding import limits_of
@@ -123,7 +124,10 @@ def _hidden(probed: Probed, inputs: Tensor, metadata: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _stock(probed: Probed) -> Iterator[None]:
-    """The stock layers run inside, and read the stock config: some compute what its attention implementation names."""
+    """The stock layers run inside, with what no earlier call left in them.
+
+    They read the stock config: some compute what its attention implementation names.
+    """
     if probed.state is None:
         yield
         return
@@ -135,6 +139,7 @@ def _stock(probed: Probed) -> Iterator[None]:
     try:
         for module in readers:
             module.config = stock
+        forget_lengths(text_model)
         with stock_path(text_model):
             yield
     finally:
