@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltatune import ops
-    from deltatune.compile.graphs import CompileOptions, CompileReport
+    from deltatune.compile.graphs import CompileReport
+    from deltatune.options import CompileOptions
     from deltatune.packing.bins import pack
     from deltatune.packing.collate import PackedCollator
     from deltatune.packing.sequences import Sequences
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompileOptions": "deltatune.compile.graphs",
+    "CompileOptions": "deltatune.options",
     "CompileReport": "deltatune.compile.graphs",
     "PackedCollator": "deltatune.packing.collate",
     "Prepared": "deltatune.preparation",

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune.compile.auto import AutoCheckpointing, decide_for
-from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of, validate_checkpointing
-from deltatune.compile.memory import Choice
+from deltatune.compile.auto import decide_for
+from deltatune.compile.graphs import CompileReport, graphs_of
 from deltatune.compile.tuners import check_tuners
 from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
@@ -25,8 +24,9 @@ from deltatune.models.family import Family
 from deltatune.models.plan import check_reached, plan_swaps, refuse_offload
 from deltatune.models.refusals import attention_dropout
 from deltatune.models.registry import family_of
+from deltatune.options import CompileOptions, Options, validate_checkpointing
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
-from deltatune.state import Facts, Options, State
+from deltatune.state import AutoCheckpointing, Choice, Facts, State
 from deltatune.subclass import restore, stock_class, swap
 
 __all__ = ["Prepared", "prepare"]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from deltatune import ops
-from deltatune.compile.graphs import CompileOptions, CompileReport, graphs_of
+from deltatune.compile.graphs import CompileReport, graphs_of
 from deltatune.hf import model as hf_model
 from deltatune.hf.patches import Patch, patches
 from deltatune.layers.lora import lora_modes
 from deltatune.models.family import Family
+from deltatune.options import CompileOptions
 from deltatune.state import State
 from deltatune.subclass import Swapped
 

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from deltatune.compile.auto import AutoCheckpointing
-    from deltatune.compile.graphs import CompileOptions
+import torch
 
-__all__ = ["Facts", "Options", "State"]
+from deltatune.options import Options
+
+__all__ = ["AutoCheckpointing", "Choice", "Facts", "State"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``prepare`` decided; nothing changes it.
+class Choice(NamedTuple):
+    """A checkpointing setting that was chosen.
 
     Attributes:
-        kernels: op name -> implementation that was asked for.
-        mask_form: what the stock text model takes in place of a mask it would build: ``"mapping"`` or ``"4d"``.
-        layer_types: the names such a mapping is asked for.
-        compile: how the layers are compiled; None runs them eagerly.
-        checkpointing: ``"none"``, ``"layer"``, ``"auto"`` or the share of activations that may stay.
-        lora: ``"auto"``, ``"fused"`` or ``"stock"``.
-        stock_config: the text model's own config, where a copy that names our attention stands in for it.
-        stock_attention: the implementation that config named when the model was prepared.
+        setting: ``"none"``, a share or ``"layer"``.
+        predicted_bytes: the peak of a step that was predicted for it.
+        reason: why it was taken, in words.
     """
 
-    kernels: Mapping[str, str]
-    mask_form: str
-    layer_types: tuple[str, ...]
-    compile: CompileOptions | None = None
-    checkpointing: str | float = "none"
-    lora: str = "auto"
-    stock_config: Any = None
-    stock_attention: str | None = None
+    setting: str | float
+    predicted_bytes: int
+    reason: str
+
+
+@dataclass
+class AutoCheckpointing:
+    """What ``"auto"`` goes by, and what it took.
+
+    Attributes:
+        optimizer: transformers' name of the optimizer that will train.
+        accumulates: whether gradients of earlier batches are there while a batch runs.
+        compute_dtype: of activations under autocast; None for the weights' own.
+        tokens: of the batch it was decided for; a larger one is decided for again.
+        choice: the setting, its predicted peak, and why; None before the first training forward.
+    """
+
+    optimizer: str = "adamw_torch_fused"
+    accumulates: bool = False
+    compute_dtype: torch.dtype | None = None
+    tokens: int = 0
+    choice: Choice | None = None
 
 
 @dataclass

@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.compile.memory import (
-    Choice,
     candidate_settings,
     choose_checkpointing,
     estimate_traced_memory,
@@ -24,31 +22,12 @@ from deltatune.compile.memory import (
 )
 from deltatune.compile.trace import LayerMemory, Setting, trace_layer
 from deltatune.hf import model as hf_model
-from deltatune.state import State
+from deltatune.state import AutoCheckpointing, Choice, State
 from deltatune.subclass import stock_class
 
-__all__ = ["AutoCheckpointing", "decide_for", "deciding", "layer_label"]
+__all__ = ["decide_for", "deciding", "layer_label"]
 
 _NOTHING_KEPT = LayerMemory(0, 0, 0)
-
-
-@dataclass
-class AutoCheckpointing:
-    """What ``"auto"`` goes by, and what it took.
-
-    Attributes:
-        optimizer: transformers' name of the optimizer that will train.
-        accumulates: whether gradients of earlier batches are there while a batch runs.
-        compute_dtype: of activations under autocast; None for the weights' own.
-        tokens: of the batch it was decided for; a larger one is decided for again.
-        choice: the setting, its predicted peak, and why; None before the first training forward.
-    """
-
-    optimizer: str = "adamw_torch_fused"
-    accumulates: bool = False
-    compute_dtype: torch.dtype | None = None
-    tokens: int = 0
-    choice: Choice | None = None
 
 
 _whole_model: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("deltatune_deciding", default=None)

@@ -6,13 +6,12 @@ import functools
 import threading
 import time
 import types
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.compile.partition import Partitioner
 from deltatune.compile.recomputation import recompute_functions
-from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.hf.hooks import hooks_inside
+from deltatune.options import CompileOptions
 from deltatune.state import State
 
 __all__ = [
-    "CompileOptions",
     "CompileReport",
     "GraphBreakError",
     "Graphs",
@@ -33,7 +31,6 @@ __all__ = [
     "eager",
     "fresh_code",
     "graphs_of",
-    "validate_checkpointing",
 ]
 
 Forward = Callable[..., Any]
@@ -48,83 +45,6 @@ FROZEN = " (frozen)"
 
 class GraphBreakError(RuntimeError):
     """A layer could not be captured as one graph; the message holds the compiler's reason."""
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """How ``prepare`` compiles a model.
-
-    Attributes:
-        scope: ``"layer"`` compiles each decoder layer (one graph for each type of layer, whatever the depth);
-            ``"model"`` the whole text model as one graph (slower to compile, fuses across layers).
-        strict: a graph break or too many recompiles stop the run; otherwise they are counted and reported.
-        options: Inductor settings for these graphs alone, keys of ``deltatune.config.inductor.INDUCTOR_OPTIONS``; the
-            process's own settings are never touched.
-        dynamic: as ``torch.compile``: None makes a dimension dynamic once it has changed, False keeps shapes static.
-        backend: ``"inductor"``, or ``"aot_eager"``: the same graphs without generated code, for debugging and tests.
-
-    Raises:
-        ValueError: an unknown scope or backend, options with ``"aot_eager"``, a key outside the list, a value of the
-            wrong type, or a setting that the installed torch does not have.
-    """
-
-    scope: Literal["layer", "model"] = "layer"
-    strict: bool = True
-    options: Mapping[str, bool] = field(default_factory=dict)
-    dynamic: bool | None = None
-    backend: Literal["inductor", "aot_eager"] = "inductor"
-
-    def __post_init__(self) -> None:
-        if self.scope not in ("layer", "model"):
-            raise ValueError(f"compile scope must be 'layer' or 'model', got {self.scope!r}")
-        for name, allowed in (("strict", (True, False)), ("dynamic", (None, True, False))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"compile {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if not isinstance(self.options, Mapping):
-            raise ValueError(f"compile options must be a mapping of Inductor settings, got {self.options!r}")
-        if self.backend not in ("inductor", "aot_eager"):
-            raise ValueError(f"compile backend must be 'inductor' or 'aot_eager', got {self.backend!r}")
-        if self.options and self.backend != "inductor":
-            raise ValueError(f"compile options are Inductor's and cannot act with backend={self.backend!r}")
-        for key, value in self.options.items():
-            _check_option(key, value)
-        if self.options.get("triton.cudagraphs"):
-            warnings.warn(
-                "triton.cudagraphs with packing: document boundaries are read on the CPU inside the attention and "
-                "delta rule ops, so a graph cannot be replayed for another batch and Inductor skips cudagraphs",
-                stacklevel=3,
-            )
-
-
-def _check_option(key: str, value: object) -> None:
-    if key not in INDUCTOR_OPTIONS:
-        raise ValueError(f"compile option {key!r} is not supported; choose from {', '.join(INDUCTOR_OPTIONS)}")
-    if not isinstance(value, bool):
-        raise ValueError(f"compile option {key} must be bool, got {value!r}")
-    import torch._inductor.config as inductor_config
-
-    if key not in inductor_config._config:  # type: ignore[attr-defined,unused-ignore]
-        raise ValueError(f"compile option {key} does not exist in torch {torch.__version__}; remove it")
-
-
-def validate_checkpointing(checkpointing: str | float, options: CompileOptions | None) -> None:
-    """Checks an activation checkpointing setting.
-
-    Raises:
-        ValueError: neither ``"none"``, ``"layer"``, ``"auto"`` nor a share in [0, 1], or a share without compile.
-    """
-    if checkpointing in ("none", "layer", "auto"):
-        return
-    if isinstance(checkpointing, bool) or not isinstance(checkpointing, float | int) or not 0 <= checkpointing <= 1:
-        raise ValueError(
-            f"checkpointing must be 'none', 'layer', 'auto' or a number from 0 to 1 (the share of activations that may "
-            f"stay), got {checkpointing!r}"
-        )
-    if options is None:
-        raise ValueError(
-            f"checkpointing={checkpointing} is the compiler's own choice of what to recompute and needs compile; "
-            "pass compile=CompileOptions(), or checkpointing='layer'"
-        )
 
 
 @dataclass

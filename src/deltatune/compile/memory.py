@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ from deltatune.hf import model as hf_model
 from deltatune.ops import choose_linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
+from deltatune.state import Choice
 from deltatune.subclass import Swapped
 
 __all__ = [
-    "Choice",
     "MemoryEstimate",
     "candidate_settings",
     "choose_checkpointing",
@@ -191,20 +191,6 @@ def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
         return 4 * sums
     copies = _STATE_COPIES.get(optimizer, 2)
     return copies * _bytes(parameter) + (_STEP_BYTES if copies else 0)
-
-
-class Choice(NamedTuple):
-    """A checkpointing setting that was chosen.
-
-    Attributes:
-        setting: ``"none"``, a share or ``"layer"``.
-        predicted_bytes: the peak of a step that was predicted for it.
-        reason: why it was taken, in words.
-    """
-
-    setting: str | float
-    predicted_bytes: int
-    reason: str
 
 
 def candidate_settings(*, compiled: bool) -> tuple[str | float, ...]:

@@ -13,8 +13,9 @@ from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from deltatune.compile.graphs import CompileOptions, Graphs
+from deltatune.compile.graphs import Graphs
 from deltatune.compile.partition import partition
+from deltatune.options import CompileOptions
 
 __all__ = ["LayerMemory", "Setting", "trace_layer"]
 

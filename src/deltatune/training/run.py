@@ -16,13 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
-from deltatune.compile.graphs import CompileOptions
 from deltatune.compile.memory import MemoryEstimate, estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.errors import UserError
+from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
