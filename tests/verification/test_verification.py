@@ -346,18 +346,17 @@ def test_a_model_that_amplifies_rounding_is_not_called_a_leak() -> None:
     assert "its own rounding is beyond the tolerance" in str(report)
 
 
-def gemma(seed: int) -> Any:
+def gemma() -> Any:
     """Embeddings scaled by the width and weights that ship small: input gradients round by more than 1e-5."""
     values = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 262145}
     values |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = transformers.AutoConfig.for_model("gemma3_text", **values)
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_limits_follow_the_rounding_of_the_model(seed: int) -> None:
-    model = gemma(seed)
+def test_limits_follow_the_rounding_of_the_model() -> None:
+    model = gemma()
     prepare(model)
     report = verify(model, tolerance=2e-7)  # below what any float32 model rounds
     row = report.rows[-1]
