@@ -247,11 +247,11 @@ def gated_delta_rule(shape: Shape, tokens: int, run: Run) -> Case:
     )
 
 
-class _RoundedProducts(TorchDispatchMode):
+class _RoundedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Matrix products of operands rounded to 16 bits, accumulated as before: as matrix units compute them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

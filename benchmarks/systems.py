@@ -205,7 +205,7 @@ class System:
 
     def step(self, batch: Batch) -> None:
         """One step of training: the batch to the device, forward, loss, backward, optimizer."""
-        self.loss(self.moved(batch)).backward()
+        torch.autograd.backward(self.loss(self.moved(batch)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.first_step_seconds is None:
@@ -224,7 +224,7 @@ class System:
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """The training loss of a batch, and the adapters' gradients by name."""
         loss = self.loss(self.moved(batch))
-        loss.backward()
+        torch.autograd.backward(loss)
         gradients = {
             name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().float().cpu()
             for name, p in adapters(self.model)
