@@ -15,7 +15,7 @@ from deltatune.compile.graphs import CompileReport, graphs_of
 from deltatune.hf import model as hf_model
 from deltatune.hf.patches import Patch, patches
 from deltatune.layers.lora import lora_modes
-from deltatune.models.family import Family
+from deltatune.models.family import SUPPORTED, Family
 from deltatune.options import CompileOptions
 from deltatune.state import State
 from deltatune.subclass import Swapped
@@ -156,7 +156,7 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
     compiled = None if options.compile is None else graphs_of(state, options.compile, state.checkpointing).report
     return PrepareReport(
         family=family.name,
-        features={name: _feature_text(feature) for name, feature in family.features.items()},
+        features={"packing": SUPPORTED, "compile": SUPPORTED, **family.features},
         swaps=swaps,
         kernels=kernel_rows(swapped(model), options.kernels, model),
         trainable=_trainable_rows(model),
@@ -198,11 +198,6 @@ def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
             tensors, elements = counts.get(kind, (0, 0))
             counts[kind] = (tensors + 1, elements + parameter.numel())
     return [TrainableRow(kind, tensors, elements) for kind, (tensors, elements) in counts.items()]
-
-
-def _feature_text(feature: object) -> str:
-    limit = getattr(feature, "limit", None)
-    return f"experimental: {limit}" if limit else "supported"
 
 
 def _auto_reason(state: State) -> str | None:

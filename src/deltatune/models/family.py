@@ -12,37 +12,15 @@ from torch import nn
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = [
-    "IMAGES",
-    "ROUTER_LOSS",
-    "Experimental",
-    "Family",
-    "Feature",
-    "Supported",
-    "Swap",
-    "count_layers",
-    "count_sparse",
-]
+__all__ = ["IMAGES", "ROUTER_LOSS", "SUPPORTED", "Family", "Swap", "count_layers", "count_sparse"]
 
-
-@dataclass(frozen=True)
-class Supported:
-    """Held by the laws."""
-
-
-@dataclass(frozen=True)
-class Experimental:
-    """Works, with a known limit."""
-
-    limit: str
-
-
-Feature = Supported | Experimental
+#: A feature held by the laws; one that works with a known limit is ``experimental:`` and the limit.
+SUPPORTED = "supported"
 
 #: The router's auxiliary loss couples documents by definition, and its logits cannot leave a compiled layer.
-ROUTER_LOSS = Experimental("output_router_logits works without compile; with compile it is refused")
+ROUTER_LOSS = "experimental: output_router_logits works without compile; with compile it is refused"
 
-IMAGES = Experimental("the vision tower stays stock; boundaries must be passed together with three-row positions")
+IMAGES = "experimental: the vision tower stays stock; boundaries must be passed together with three-row positions"
 
 
 @dataclass(frozen=True)
@@ -65,13 +43,12 @@ class Family:
     """One model family.
 
     Attributes:
-        name: the name users know it by.
+        name: the name users know it by, and transformers the folder that defines its classes.
         model_type: ``model_type`` of its text config.
-        module: the transformers module that defines its classes.
         swaps: which stock module becomes which of our layers; the text model, its decoder layers and the model with
             the head are found by structure and not listed.
         mask_form: what its text model takes in place of a mask; see ``Options``.
-        features: what works there.
+        features: how it works there, of features that not every family supports.
         refusals: checks of a text model, each returning why it cannot be prepared, or None. Attention dropout is
             refused of every family.
         final_norm: what the norm behind the last layer becomes, where it is of the family's own module.
@@ -79,12 +56,16 @@ class Family:
 
     name: str
     model_type: str
-    module: str
     swaps: tuple[Swap, ...]
     mask_form: str
-    features: Mapping[str, Feature] = field(default_factory=dict)
+    features: Mapping[str, str] = field(default_factory=dict)
     refusals: tuple[Callable[[Any], str | None], ...] = ()
     final_norm: type[Swapped] | None = None
+
+    @property
+    def module(self) -> str:
+        """The transformers module that defines its classes."""
+        return f"transformers.models.{self.name}.modeling_{self.name}"
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -94,22 +75,16 @@ class Family:
         called = [op for layer in layers for op in layer.ops] if layers else ["varlen_attention"]
         return tuple(dict.fromkeys([*called, *CausalLM.ops]))
 
-    def stock_classes(self) -> dict[str, type[nn.Module]]:
-        """The classes named in ``swaps``."""
-        module = importlib.import_module(self.module)
-        return {swap.stock: getattr(module, swap.stock) for swap in self.swaps}
-
-    def find(self, text_model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-        """Instances of every stock class, swapped already or not: class name -> (path, module)."""
-        classes = self.stock_classes()
-        found: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name in classes}
-        for path, module in text_model.named_modules():
-            stock = stock_class(module)
-            for name, cls in classes.items():
-                # another tool may have put its class in the place of this one since
-                if stock is cls or (stock.__module__, stock.__qualname__) == (self.module, name):
-                    found[name].append((path, module))
-        return found
+    def find(self, stock: str, text_model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Path and module of every instance of a stock class, swapped already or not."""
+        # another tool may have put its class in the place of this one since
+        current = getattr(importlib.import_module(self.module), stock)
+        named = ((path, module, stock_class(module)) for path, module in text_model.named_modules())
+        return [
+            (path, module)
+            for path, module, cls in named
+            if cls is current or (cls.__module__, cls.__qualname__) == (self.module, stock)
+        ]
 
 
 def count_layers(*kinds: str) -> Callable[[Any], int]:

@@ -55,11 +55,11 @@ def plan_swaps(base: nn.Module, text_model: Any, family: Family) -> list[Planned
 
 
 def _of_family(base: nn.Module, text_model: Any, family: Family) -> Iterator[Planned]:
-    found = family.find(text_model) if family.swaps else {}
     for declared in family.swaps:
-        modules = tuple(module for _, module in found[declared.stock])
+        found = family.find(declared.stock, text_model)
+        modules = tuple(module for _, module in found)
         # PEFT's modules_to_save keeps a trained copy next to the original
-        places = sum(".modules_to_save." not in path for path, _ in found[declared.stock])
+        places = sum(".modules_to_save." not in path for path, _ in found)
         expected = declared.expected(text_model.config)
         if places != expected:
             raise ValueError(

@@ -4,19 +4,18 @@ from deltatune.layers.attention import GatedAttention
 from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import OffsetFinalNorm
 from deltatune.layers.gated_delta_net import GatedDeltaNet
-from deltatune.models.family import IMAGES, ROUTER_LOSS, Family, Supported, Swap, count_layers, count_sparse
+from deltatune.models.family import IMAGES, ROUTER_LOSS, Family, Swap, count_layers, count_sparse
 from deltatune.models.refusals import delta_net_activation
 
 DENSE = Family(
     name="qwen3_5",
     model_type="qwen3_5_text",
-    module="transformers.models.qwen3_5.modeling_qwen3_5",
     swaps=(
         Swap("Qwen3_5GatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
         Swap("Qwen3_5Attention", GatedAttention, count_layers("full_attention")),
     ),
     mask_form="mapping",
-    features={"packing": Supported(), "compile": Supported(), "images": IMAGES},
+    features={"images": IMAGES},
     refusals=(delta_net_activation,),
     final_norm=OffsetFinalNorm,
 )
@@ -24,14 +23,13 @@ DENSE = Family(
 MOE = Family(
     name="qwen3_5_moe",
     model_type="qwen3_5_moe_text",
-    module="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
     swaps=(
         Swap("Qwen3_5MoeGatedDeltaNet", GatedDeltaNet, count_layers("linear_attention")),
         Swap("Qwen3_5MoeAttention", GatedAttention, count_layers("full_attention")),
         Swap("Qwen3_5MoeExperts", Experts, count_sparse),
     ),
     mask_form="mapping",
-    features={"packing": Supported(), "compile": Supported(), "images": IMAGES, "router_loss": ROUTER_LOSS},
+    features={"images": IMAGES, "router_loss": ROUTER_LOSS},
     refusals=(delta_net_activation,),
     final_norm=OffsetFinalNorm,
 )

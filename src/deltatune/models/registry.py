@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from deltatune.models import qwen3, qwen3_5, qwen3_moe, qwen3_next, qwen3_vl
-from deltatune.models.family import Experimental, Family, Supported
+from deltatune.models.family import Family
 from deltatune.models.refusals import unusual_attention
 
 __all__ = ["ANY", "FAMILIES", "family_of", "recurrent_modules"]
@@ -26,12 +26,10 @@ FAMILIES = (
 ANY = Family(
     name="any",
     model_type="*",
-    module="",
     swaps=(),
     mask_form="4d",
     features={
-        "packing": Supported(),
-        "compile": Experimental("the stock layers must trace as one graph; the first step says so if they do not"),
+        "compile": "experimental: the stock layers must trace as one graph; the first step says so if they do not"
     },
     refusals=(unusual_attention,),
 )
