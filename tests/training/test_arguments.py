@@ -31,8 +31,6 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
         ({"learnin_rate": 1e-4}, r"training\.learnin_rate.*learning_rate"),
         ({"lr_scheduler_type": "linaer"}, r"training: .*linaer"),
         ({"optim": "adamw_of_no_kind"}, r"training: .*adamw_of_no_kind"),
-        ({"train_sampling_strategy": "batch_rebalance"}, r"train_sampling_strategy.*random, sequential"),
-        ({"accelerator_config": {"dispatch_batches": True}}, r"accelerator_config\.dispatch_batches.*own packs"),
     ],
 )
 def test_bad_values_are_user_errors(tmp_path: Path, values: dict[str, object], message: str) -> None:

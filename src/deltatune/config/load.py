@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +46,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         UserError: no such file, broken YAML, an unknown key, a wrong type, or a violated rule.
     """
     path = Path(path)
-    document = parse_document(_read(path), str(path))
-    if document.data is None:
+    data, lines = parse_document(_read(path), str(path))
+    if data is None:
         raise UserError(f"{path}: the recipe is empty; it needs at least model.name_or_path and data.train")
-    data = apply_overrides(document.data, overrides)
-    # a value that --set replaced no longer stands on its line
-    lines = {} if overrides else document.lines
+    for override in overrides:
+        _override(data, override)
     try:
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(explain(error, data, lines, str(path))) from error
+        # a value that --set replaced no longer stands on its line
+        raise UserError(explain(error, data, {} if overrides else lines, str(path))) from error
     try:
         return LoadedRecipe(recipe, check_recipe(recipe))
     except UserError as error:
@@ -68,19 +67,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
-def apply_overrides(data: Any, overrides: Sequence[str]) -> Any:
-    """A copy of ``data`` with each ``key=value`` applied in turn.
-
-    Raises:
-        UserError: no ``=``, an unknown key, a position that the list does not have, or a path through a plain value.
-    """
-    data = copy.deepcopy(data)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"--set {override}: expected key=value, such as --set training.max_steps=100")
-        _assign(data, _parts(key.strip()), parse_document(text, f"--set {key}").data, f"--set {override}")
-    return data
+def _override(data: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: expected key=value, such as --set training.max_steps=100")
+    value, _ = parse_document(text, f"--set {key}")
+    _assign(data, _parts(key.strip()), value, f"--set {override}")
 
 
 def _read(path: Path) -> str:
@@ -105,15 +97,17 @@ def _parts(key: str) -> list[str | int]:
 
 
 def _assign(data: Any, parts: list[str | int], value: Any, override: str) -> None:
+    """Puts a value where the parts lead; sections and lists on the way that are not there are made."""
     parent = data
-    for depth, part in enumerate(parts):
-        _check_step(parent, parts[: depth + 1], override)
-        if depth == len(parts) - 1:
-            _put(parent, part, value)
-            return
-        if _missing(parent, part) or (parent[part] is True and known_keys(parts[: depth + 1])):
-            # `compile: true` is the section with its defaults
-            _put(parent, part, [] if isinstance(parts[depth + 1], int) else {})
+    for depth, part in enumerate(parts, start=1):
+        here, last = parts[:depth], depth == len(parts)
+        _check_step(parent, here, override)
+        new = value if last else [] if isinstance(parts[depth], int) else {}
+        if isinstance(parent, list) and part == len(parent):
+            parent.append(new)
+        # `compile: true` is the section with its defaults
+        elif last or (isinstance(parent, dict) and part not in parent) or (parent[part] is True and known_keys(here)):
+            parent[part] = new
         parent = parent[part]
 
 
@@ -129,14 +123,3 @@ def _check_step(parent: Any, parts: list[str | int], override: str) -> None:
             raise UserError(f"{override}: {where} is a list of {len(parent)}; expected a position up to {len(parent)}")
     else:
         raise UserError(f"{override}: {where} is {shown(parent)} in the recipe; set {where} itself first")
-
-
-def _missing(parent: Any, part: str | int) -> bool:
-    return part >= len(parent) if isinstance(parent, list) and isinstance(part, int) else part not in parent
-
-
-def _put(parent: Any, part: str | int, value: Any) -> None:
-    if isinstance(parent, list) and part == len(parent):
-        parent.append(value)
-    else:
-        parent[part] = value

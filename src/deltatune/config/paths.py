@@ -29,25 +29,18 @@ def names_free_mapping(parts: Sequence[str | int]) -> bool:
 
 
 def _kinds_at(parts: Sequence[str | int]) -> list[Any]:
+    """The types that may stand at this path."""
     kinds: list[Any] = [Recipe]
     for part in parts:
-        kinds = [inner for kind in kinds for inner in _step(kind, part)]
+        fields = [kind.model_fields.get(str(part)) for kind in kinds if _is_section(kind)]
+        inner = [field.annotation for field in fields if field is not None]
+        inner += [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+        kinds = [member for annotation in inner for member in _alternatives(annotation)]
     return kinds
 
 
-def _step(kind: Any, part: str | int) -> list[Any]:
-    if _is_section(kind):
-        field = kind.model_fields.get(str(part))
-        return [] if field is None else _alternatives(field.annotation)
-    if get_origin(kind) is tuple:
-        return _alternatives(get_args(kind)[0])
-    return []
-
-
 def _alternatives(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return [inner for member in get_args(annotation) for inner in _alternatives(member)]
     return [annotation]
 

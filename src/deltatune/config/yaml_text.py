@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from deltatune.errors import UserError, one_line
 
-__all__ = ["Document", "dump_yaml", "parse_document"]
+__all__ = ["dump_yaml", "parse_document"]
 
 Path = tuple[str | int, ...]
 
@@ -43,16 +42,8 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-@dataclass(frozen=True)
-class Document:
-    """A parsed file: its values, and the line (from 1) that each key stands on."""
-
-    data: Any
-    lines: dict[Path, int]
-
-
-def parse_document(text: str, name: str) -> Document:
-    """Parses one YAML document.
+def parse_document(text: str, name: str) -> tuple[Any, dict[Path, int]]:
+    """The values of one YAML document, and the line (from 1) that each key stands on.
 
     Raises:
         UserError: broken YAML, with file and line; a key given twice; a key that is no text.
@@ -62,9 +53,9 @@ def parse_document(text: str, name: str) -> Document:
         node = loader.get_single_node()
         lines: dict[Path, int] = {}
         if node is None:
-            return Document(None, lines)
+            return None, lines
         _index(node, (), lines, name)
-        return Document(loader.construct_document(node), lines)
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from transformers import TrainingArguments
@@ -29,21 +29,16 @@ _FIXED: Final[Mapping[str, object]] = {
 # every trained parameter takes part in every step: looking for others costs a walk of the graph
 _DEFAULTS: Final[Mapping[str, object]] = {"ddp_find_unused_parameters": False}
 
-_ORDERS: Final = ("random", "sequential")
-
 
 def training_arguments(section: TrainingSection) -> TrainingArguments:
     """TrainingArguments from the recipe's names and values.
 
     Raises:
-        UserError: an unknown name, a value that TrainingArguments refuses, an order of data that packs do not have,
-            or several visible GPUs in one process.
+        UserError: an unknown name, a value that TrainingArguments refuses, or several visible GPUs in one process.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     check_training_names(section, known)
     values = {**_DEFAULTS, **section.arguments(), **_FIXED}
-    _check_order(values)
-    _check_sharding(values)
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:
@@ -61,19 +56,3 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
 def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
     """The dtype autocast computes in, where a run asks for it."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-
-
-def _check_order(values: Mapping[str, Any]) -> None:
-    order = values.get("train_sampling_strategy", "random")
-    if order not in _ORDERS:
-        raise UserError(
-            f"training.train_sampling_strategy: {order} cannot act here, since packs are all of one length; "
-            f"choose one of {', '.join(_ORDERS)}"
-        )
-
-
-def _check_sharding(values: Mapping[str, Any]) -> None:
-    config = values.get("accelerator_config")
-    for name in ("dispatch_batches", "split_batches", "even_batches"):
-        if isinstance(config, Mapping) and config.get(name) is not None:
-            raise UserError(f"training.accelerator_config.{name} cannot act here: every rank reads its own packs")
