@@ -74,8 +74,8 @@ def test_a_recipe_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
 def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, checkpointing) -> None:
     prepared = []
 
-    def recorded(*args):
-        prepared.append(run.prepare_by_recipe(*args))
+    def recorded(*args, **options):
+        prepared.append(run.prepare_by_recipe(*args, **options))
         return prepared[-1]
 
     monkeypatch.setattr(prebuild, "prepare_by_recipe", recorded)

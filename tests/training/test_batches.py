@@ -13,15 +13,12 @@ from deltatune.training.mesh import Mesh
 
 @pytest.mark.parametrize("num_packs", [1, 4, 5, 11])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_ranks_share_every_pack_once_in_equally_many_batches(num_packs: int, num_ranks: int, batch_size: int) -> None:
-    orders = [
-        PackOrder(num_packs, batch_size=batch_size, seed=1, mesh=Mesh(num_ranks, rank)) for rank in range(num_ranks)
-    ]
+def test_ranks_share_every_pack_once_in_equally_many_batches(num_packs: int, num_ranks: int) -> None:
+    orders = [PackOrder(num_packs, seed=1, mesh=Mesh(num_ranks, rank)) for rank in range(num_ranks)]
     batches = [list(order) for order in orders]
     assert {len(of_rank) for of_rank in batches} == {len(orders[0])}
     assert sorted(index for of_rank in batches for batch in of_rank for index in batch) == list(range(num_packs))
-    assert max(len(batch) for of_rank in batches for batch in of_rank) <= batch_size
+    assert max(len(batch) for of_rank in batches for batch in of_rank) == 1
 
 
 def test_a_ragged_round_can_be_left_out() -> None:
@@ -31,10 +28,10 @@ def test_a_ragged_round_can_be_left_out() -> None:
     assert all(len(batch) == 1 for of_rank in batches for batch in of_rank)
 
 
-def test_one_rank_of_two_sees_what_a_batch_of_two_holds() -> None:
-    together = list(PackOrder(5, batch_size=2, seed=4))
-    apart = zip(*(PackOrder(5, seed=4, mesh=Mesh(2, rank)) for rank in (0, 1)), strict=True)
-    assert [first + second for first, second in apart] == together
+def test_two_ranks_see_the_packs_of_one_process_in_turn() -> None:
+    alone = list(PackOrder(5, seed=4))
+    first, second = (list(PackOrder(5, seed=4, mesh=Mesh(2, rank))) for rank in (0, 1))
+    assert [batch for both in zip(first, second, strict=True) for batch in both] == [*alone, []]
 
 
 def test_the_permutation_is_that_of_seed_plus_epoch() -> None:
@@ -64,13 +61,10 @@ def test_counts_are_those_of_the_batch() -> None:
     assert counts.trained == int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def test_several_packs_fill_one_row_and_no_pack_is_a_row_of_padding() -> None:
-    packs = Packs(2).packs
-    collator = CountingCollator(tokens_per_batch=TOKENS, pad_token_id=7, packs_per_batch=2)
-    full, half, empty = (collator(packs[:count]) for count in (2, 1, 0))
-    for batch in (full, half, empty):
-        assert batch["input_ids"].shape == (1, 2 * TOKENS)
-    assert full[PACK_COUNTS].packs == 2
-    assert empty[PACK_COUNTS] == PackCounts(capacity=2 * TOKENS)
+def test_no_pack_is_a_row_of_padding() -> None:
+    collator = CountingCollator(tokens_per_batch=TOKENS, pad_token_id=7)
+    full, empty = collator(Packs(1).packs), collator([])
+    assert full["input_ids"].shape == empty["input_ids"].shape == (1, TOKENS)
+    assert empty[PACK_COUNTS] == PackCounts(capacity=TOKENS)
     assert bool((empty["labels"] == IGNORE_INDEX).all())
     assert bool((empty["input_ids"] == 7).all())

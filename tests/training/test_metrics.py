@@ -27,11 +27,11 @@ def meter(**options: object) -> Meter:
 
 def test_evaluation_and_checkpoints_are_not_training_time() -> None:
     running = meter()
-    running.start()
+    running.on_train_begin()
     running.add(PackCounts(trained=10, tokens=50, capacity=100, squares=1, packs=1))
     with running.paused():
         time.sleep(0.3)
-    running.step()
+    running.on_step_end()
     window = running.window()
     assert window["tokens_per_second"] > 50 / 0.2
     assert window["trained_tokens_per_second"] == pytest.approx(window["tokens_per_second"] / 5, rel=1e-3)
@@ -40,10 +40,10 @@ def test_evaluation_and_checkpoints_are_not_training_time() -> None:
 
 def test_a_window_ends_where_the_next_begins_and_the_summary_holds_both() -> None:
     running = meter(recompiles=lambda: 3)
-    running.start()
+    running.on_train_begin()
     for tokens in (10, 30):
         running.add(PackCounts(trained=1, tokens=tokens, capacity=40, packs=1))
-        running.step()
+        running.on_step_end()
         assert running.window()["fill"] == tokens / 40
     summary = running.summary()
     assert (summary["tokens"], summary["steps"], summary["fill"]) == (40, 2, 0.5)
@@ -53,11 +53,11 @@ def test_a_window_ends_where_the_next_begins_and_the_summary_holds_both() -> Non
 
 def test_the_steady_rate_leaves_the_warm_up_out() -> None:
     running = meter()
-    running.start()
+    running.on_train_begin()
     for step in range(4):
         time.sleep(0.2 if step < 2 else 0.01)
         running.add(PackCounts(trained=1, tokens=10, capacity=10, packs=1))
-        running.step()
+        running.on_step_end()
     summary = running.summary()
     assert summary["steady_tokens_per_second"] > 2 * summary["tokens_per_second"]
 
@@ -68,9 +68,9 @@ def test_counts_of_ranks_are_summed() -> None:
             return 2 * value
 
     running = meter(mesh=TwoAlike(2, 0))
-    running.start()
+    running.on_train_begin()
     running.add(PackCounts(trained=3, tokens=5, capacity=8, packs=1))
-    running.step()
+    running.on_step_end()
     assert running.summary()["tokens"] == 10
 
 

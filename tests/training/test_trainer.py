@@ -29,13 +29,11 @@ def small() -> Any:
     return model
 
 
-def train_once(output_dir: Path, accumulation: int, packs_per_batch: int, **training: Any) -> Any:
+def train_once(output_dir: Path, packs: Packs, **training: Any) -> Any:
     trainer = make_trainer(
         output_dir,
         model=prepared(),
-        packs=Packs(4),
-        gradient_accumulation_steps=accumulation,
-        packs_per_batch=packs_per_batch,
+        packs=packs,
         max_steps=2,
         logging_steps=1,
         learning_rate=0.05,
@@ -52,9 +50,11 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_four_accumulated_packs_equal_one_batch_of_four(tmp_path: Path) -> None:
-    accumulated = train_once(tmp_path / "a", 4, 1)
-    at_once = train_once(tmp_path / "b", 1, 4)
+def test_four_accumulated_packs_equal_one_pack_of_all_their_documents(tmp_path: Path) -> None:
+    accumulated = train_once(tmp_path / "a", Packs(4), gradient_accumulation_steps=4)
+    together = Packs(4)
+    together.packs = [[sample for pack in together.packs for sample in pack]]
+    at_once = train_once(tmp_path / "b", together, tokens=4 * TOKENS)
     assert losses(accumulated) == pytest.approx(losses(at_once), rel=1e-6)
     start = weights(prepared())
     for name, value in weights(accumulated.model).items():
@@ -131,14 +131,6 @@ def test_evaluation_of_our_own_holds_no_logits(tmp_path: Path) -> None:
     assert logits == [None, None, None]
     model.eval()
     assert model(torch.ones(1, 5).long(), labels=torch.ones(1, 5).long()).logits.shape == (1, 5, VOCAB)
-
-
-def test_evaluation_sets_by_name(tmp_path: Path) -> None:
-    model, first, second = prepared(), Packs(2, seed=1), Packs(3, seed=2)
-    trainer = make_trainer(tmp_path / "run", model=model, eval_packs={"near": first, "far": second})
-    metrics = trainer.evaluate()
-    assert metrics["eval_near_loss"] == pytest.approx(summed_nll(model, first) / first.num_trained, rel=1e-6)
-    assert metrics["eval_far_loss"] == pytest.approx(summed_nll(model, second) / second.num_trained, rel=1e-6)
 
 
 @pytest.mark.parametrize("split", [2, 3])
@@ -231,7 +223,12 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     for owner, name in ((CountingCollator, "__call__"), (type(trainer), "training_step")):
         forget_inside(monkeypatch, owner, name, reads)
     between: list[int] = []
-    monkeypatch.setattr(trainer.meter, "step", lambda: (between.append(len(reads)), reads.clear()))
+
+    def step_ends(*_: Any, **_kwargs: Any) -> None:
+        between.append(len(reads))
+        reads.clear()
+
+    monkeypatch.setattr(trainer.meter, "on_step_end", step_ends)
     trainer.train()
     assert between[1:] == [0, 0], "the first step also covers what comes before it"
 

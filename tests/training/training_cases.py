@@ -61,12 +61,10 @@ def make_trainer(
     packs: Packs | None = None,
     eval_packs: Any = None,
     tokens: int = TOKENS,
-    packs_per_batch: int = 1,
     **training: Any,
 ) -> PackedTrainer:
     values = {"output_dir": str(output_dir), "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, **training}
     arguments = training_arguments(TrainingSection(**values))
-    arguments.per_device_train_batch_size = packs_per_batch
     if model is None:
         model = tiny_model("qwen3_5")
         prepare(model)

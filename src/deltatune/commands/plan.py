@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -20,7 +21,7 @@ from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_packs
-from deltatune.training.run import decide_checkpointing, estimate_step, prepare_by_recipe
+from deltatune.training.run import estimate_step, prepare_by_recipe
 
 __all__ = ["run"]
 
@@ -32,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = loaded.recipe
     arguments = training_arguments(recipe.training)
     model = adapt(empty_model(recipe.model), recipe.lora)
-    prepared = prepare_by_recipe(recipe, model)
-    decide_checkpointing(recipe, prepared, arguments, device=arguments.device)
-    report = prepared.report
+    report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
     packs = load_packs(recipe.data.train, recipe, tokenizer)
     held_out = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += ["", str(packs.report), *_steps(packs, arguments)]
     lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]
-    lines += ["", *_memory(recipe, model, arguments, report.checkpointing)]
+    lines += ["", *_memory(recipe, model, report.checkpointing, arguments.device)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -61,12 +60,12 @@ def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
     ]
 
 
-def _memory(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, checkpointing: str | float) -> list[str]:
-    estimate = estimate_step(recipe, model, arguments, checkpointing)
-    available = device_memory(arguments.device)
+def _memory(recipe: Recipe, model: nn.Module, checkpointing: str | float, device: torch.device) -> list[str]:
+    estimate = estimate_step(recipe, model, checkpointing)
+    available = device_memory(device)
     verdict = "" if estimate.total <= available else ": more than there is"
     return [
         "memory estimate of a step on one device",
         str(estimate),
-        f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}",
+        f"{device} has {available / 2**30:.1f} GiB{verdict}",
     ]

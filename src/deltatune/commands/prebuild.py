@@ -20,7 +20,7 @@ from deltatune.packing.collate import PackedCollator
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
-from deltatune.training.run import decide_checkpointing, prepare_by_recipe
+from deltatune.training.run import prepare_by_recipe
 
 __all__ = ["Built", "build", "document_counts", "shallow"]
 
@@ -82,16 +82,15 @@ def shallow(config: Any) -> Any:
 
 def _model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None]:
     """As the run prepares it, and the dtype of its autocast."""
-    arguments = training_arguments(recipe.training)
+    training_arguments(recipe.training)  # refuses what the run would refuse
     if recipe.checkpointing == "auto":  # decided at the model's own depth
-        whole = prepare_by_recipe(recipe, adapt(empty_model(recipe.model), recipe.lora))
-        decide_checkpointing(recipe, whole, arguments, device=device)
+        whole = prepare_by_recipe(recipe, adapt(empty_model(recipe.model), recipe.lora), device=device)
         recipe = recipe.model_copy(update={"checkpointing": whole.report.checkpointing})
     with device:
         model = adapt(new_model(recipe.model, shallow(load_config(recipe.model))), recipe.lora)
     model.to(device)
     prepare_by_recipe(recipe, model)
-    return model.train(), autocast_dtype(arguments)
+    return model.train(), autocast_dtype(recipe.training)
 
 
 def _batch(recipe: Recipe, config: Any, count: int, device: torch.device) -> dict[str, Any]:

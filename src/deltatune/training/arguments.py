@@ -53,6 +53,6 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     return arguments
 
 
-def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+def autocast_dtype(arguments: TrainingArguments | TrainingSection) -> torch.dtype | None:
     """The dtype autocast computes in, where a run asks for it."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None

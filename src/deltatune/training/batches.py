@@ -6,13 +6,15 @@ import dataclasses
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
+from deltatune.data.dataset import PackedDataset
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.mesh import ALONE, Mesh
@@ -48,86 +50,60 @@ class PackCounts:
         return PackCounts(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
-class PackSource(Protocol):
-    """A data set of packs: what ``deltatune.data.dataset.PackedDataset`` offers."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sequence[Sample]: ...
-
-
 class PackOrder(Sampler[list[int]]):
-    """Indices of one rank's packs, batch by batch; a function of seed, epoch and rank alone.
+    """Indices of one rank's packs, a pack a batch; a function of seed, epoch and rank alone.
 
-    An epoch is cut into rounds of ``mesh.data_size * batch_size`` packs and every rank takes its slice of each round,
-    so all ranks run the same number of batches and every pack is seen exactly once. In a ragged last round a rank may
-    get fewer packs, or none at all: an empty list, from which ``CountingCollator`` makes a batch without targets.
+    An epoch is cut into rounds of ``mesh.data_size`` packs and every rank takes its own of each round, so all ranks run
+    the same number of batches and every pack is seen exactly once. In a ragged last round a rank may get none at all:
+    an empty list, from which ``CountingCollator`` makes a batch without targets.
 
     Args:
         num_packs: packs of the data set.
-        batch_size: packs of a batch.
         seed: of the permutation; epoch ``e`` uses ``seed + e``. ``None`` keeps the order of the data set.
         mesh: the data-parallel ranks, and which of them this one is.
         drop_last: leave a ragged last round out.
     """
 
-    def __init__(
-        self,
-        num_packs: int,
-        *,
-        batch_size: int = 1,
-        seed: int | None = None,
-        mesh: Mesh = ALONE,
-        drop_last: bool = False,
-    ) -> None:
-        self.num_packs = num_packs
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.seed = seed
-        self.mesh = mesh
+    def __init__(self, num_packs: int, *, seed: int | None = None, mesh: Mesh = ALONE, drop_last: bool = False) -> None:
+        self.num_packs, self.seed, self.mesh = num_packs, seed, mesh
+        self.num_rounds = num_packs // mesh.data_size if drop_last else -(-num_packs // mesh.data_size)
         self.epoch = 0
-        # accelerate looks for set_epoch on the sampler of a wrapped batch sampler, as after skipping at a resume
+        # accelerate looks for set_epoch and batch_size on a wrapped batch sampler, as after skipping at a resume
         self.sampler: Any = self
+        self.batch_size, self.drop_last = 1, drop_last
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the permutation of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        per_round = self.mesh.data_size * self.batch_size
-        return self.num_packs // per_round if self.drop_last else -(-self.num_packs // per_round)
+        return self.num_rounds
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        per_round = self.mesh.data_size * self.batch_size
-        for number in range(len(self)):
-            start = number * per_round + self.mesh.data_rank * self.batch_size
-            yield order[start : start + self.batch_size]
-
-    def _order(self) -> list[int]:
-        if self.seed is None:
-            return list(range(self.num_packs))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self.num_packs, generator=generator).tolist()
-        return order
+        order = list(range(self.num_packs))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_packs, generator=generator).tolist()
+        for number in range(self.num_rounds):
+            place = number * self.mesh.data_size + self.mesh.data_rank
+            yield order[place : place + 1]
 
 
 class CountingCollator:
     """Packs to a batch: ``PackedCollator`` on their samples, plus the ``PackCounts`` of what it holds.
 
-    Several packs become one row of ``packs_per_batch * tokens_per_batch`` tokens, so that shapes never change; no pack
-    at all becomes a row of padding, which adds nothing to the loss of a rank that has run out of packs.
+    No pack at all becomes a row of padding, which adds nothing to the loss of a rank that has run out of packs.
     """
 
-    def __init__(self, *, tokens_per_batch: int, pad_token_id: int, packs_per_batch: int = 1) -> None:
-        total = tokens_per_batch * packs_per_batch
-        self._collate = PackedCollator(tokens_per_batch=total, pad_token_id=pad_token_id)
-        self._collate_padding = PackedCollator(tokens_per_batch=total, pad_token_id=pad_token_id, allow_unlabelled=True)
+    def __init__(self, *, tokens_per_batch: int, pad_token_id: int) -> None:
+        self._collate = PackedCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id)
+        nothing = Sample(np.array([pad_token_id]), np.array([IGNORE_INDEX]))
+        self._padding = dataclasses.replace(self._collate, allow_unlabelled=True)([nothing])
 
     def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, object]:
         """The batch of these packs: ``input_ids``, ``labels``, ``position_ids``, ``sequences`` and the counts."""
         samples = [sample for pack in packs for sample in pack]
-        batch: dict[str, Any] = self._collate(samples) if samples else self._collate_padding([self._padding()])
+        batch: dict[str, Any] = self._collate(samples) if samples else self._padding
         labels = batch["labels"]
         # only what a prepared model reads first: the stock names would be copied to the device for nothing
         kept = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "sequences")}
@@ -140,13 +116,9 @@ class CountingCollator:
         )
         return {**kept, PACK_COUNTS: counts}
 
-    def _padding(self) -> Sample:
-        token = torch.full((1,), self._collate.pad_token_id).numpy()
-        return Sample(token, torch.full((1,), IGNORE_INDEX).numpy())
-
 
 def pack_loader(
-    source: PackSource, order: PackOrder, collator: CountingCollator, args: TrainingArguments
+    source: PackedDataset, order: PackOrder, collator: CountingCollator, args: TrainingArguments
 ) -> DataLoader[Any]:
     """A loader of one rank's batches, on the rank's device.
 

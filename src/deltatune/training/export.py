@@ -24,22 +24,17 @@ __all__ = ["merge_adapter", "save_trained", "staged", "write_json"]
 _MARKERS = ("adapter_config.json", "config.json")
 
 
-def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path) -> list[str]:
+def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path) -> None:
     """Saves the adapter of a PEFT model, or the whole model, with its tokenizer, into ``output_dir``.
 
     Files are written to a folder next to them and moved in when all are there; an older model in the folder is
     replaced, checkpoints and records stay.
-
-    Returns:
-        the names of the files.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder:
         _save(model, tokenizer, Path(folder))
-        paths = sorted(Path(folder).iterdir(), key=lambda path: (path.name in _MARKERS, path.name))
-        for path in paths:
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in _MARKERS):
             path.replace(output_dir / path.name)
-    return [path.name for path in paths]
 
 
 def merge_adapter(

@@ -19,7 +19,7 @@ from deltatune.training.batches import PackCounts
 from deltatune.training.flops import StepFlops, peak_flops
 from deltatune.training.mesh import ALONE, Mesh
 
-__all__ = ["Meter", "MeterReading", "peak_memory_gib"]
+__all__ = ["Meter", "MeterReading"]
 
 WARM_UP_STEPS = 2
 """Steps left out of the steady rate: they compile, and the allocator and the autotuners settle in them."""
@@ -72,27 +72,19 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self._peak = peak_flops(device, dtype)
         self._recompiles = recompiles
         self._mesh = mesh
-        self.start()
+        self.on_train_begin()
 
-    def start(self) -> None:
-        """Begins to count: call before the first batch is fetched."""
+    def on_train_begin(self, *_: Any, **_kwargs: Any) -> None:
+        """Begins to count: the first batch is about to be fetched."""
         self._counts, self._steps, self._paused = PackCounts(), 0, 0.0
         self._began = self._window_began = self._now()
         self._warm: MeterReading | None = None
-
-    def on_train_begin(self, *_: Any, **_kwargs: Any) -> None:
-        """The Trainer is about to fetch its first batch."""
-        self.start()
-
-    def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
-        """The Trainer has launched an optimizer step."""
-        self.step()
 
     def add(self, counts: PackCounts) -> None:
         """The batches of one optimizer step on this rank."""
         self._counts += counts
 
-    def step(self) -> None:
+    def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
         """An optimizer step is done (launched, on an asynchronous device)."""
         self._steps += 1
         if self._steps == WARM_UP_STEPS:

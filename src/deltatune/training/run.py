@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,7 @@ from deltatune.training.packs import load_packs, padding_token
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
-__all__ = [
-    "Run",
-    "TrainResult",
-    "build",
-    "compile_options",
-    "decide_checkpointing",
-    "estimate_step",
-    "prepare_by_recipe",
-    "train",
-]
+__all__ = ["Run", "TrainResult", "build", "compile_options", "estimate_step", "prepare_by_recipe", "train"]
 
 RECIPE_FILE = "config.yaml"
 REPORT_FILE = "report.json"
@@ -55,14 +46,12 @@ class TrainResult:
     Attributes:
         output_dir: where the adapter or model, its tokenizer and the run's records are.
         metrics: as saved in ``metrics.json``: losses, rates, counts, compile counts.
-        files: names of the trained model's files.
         log_history: every log entry, in order.
     """
 
     output_dir: Path
     metrics: dict[str, Any]
-    files: list[str]
-    log_history: list[dict[str, Any]] = field(default_factory=list)
+    log_history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +60,7 @@ class Run:
 
     recipe: Recipe
     arguments: TrainingArguments
+    console: Console
     tokenizer: PreTrainedTokenizerBase
     train_packs: PackedDataset
     eval_packs: PackedDataset | None
@@ -107,17 +97,18 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
         console.out(f"warning: {warning}", highlight=False)
     checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     run = build(recipe, arguments, console)
-    verified = _verify(run, console)
-    records = _records(run, verified)
+    records = _records(run, _verify(run))
     with _cache_setting_kept(run.model):
-        trainer = _trainer(run, console)
+        trainer = _trainer(run)
         if arguments.should_save:
-            _write_records(run, records)
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run.output_dir / RECIPE_FILE, dump_recipe(recipe))
+            write_json(run.output_dir / REPORT_FILE, records)
         if recipe.compile is not None:
             console.out("the first step compiles, which takes a while", highlight=False)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         evaluation = _last_evaluation(run, trainer)
-    return _finish(run, trainer, evaluation, records, console)
+    return _finish(run, trainer, evaluation, records)
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
@@ -134,34 +125,25 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
-    prepared = prepare_by_recipe(recipe, model)
     # what a device will hold of a sharded model is settled later, so its shapes decide
-    decide_checkpointing(recipe, prepared, arguments, device=arguments.device if sharded else None)
+    prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
-    return Run(recipe, arguments, tokenizer, train_packs, eval_packs, model, prepared)
+    return Run(recipe, arguments, console, tokenizer, train_packs, eval_packs, model, prepared)
 
 
-def decide_checkpointing(
-    recipe: Recipe, prepared: Prepared, arguments: TrainingArguments, *, device: torch.device | None
-) -> None:
-    """Makes the recipe's ``checkpointing: auto`` a setting; see ``Prepared.decide_checkpointing``."""
-    prepared.decide_checkpointing(
-        recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        compute_dtype=autocast_dtype(arguments),
-        accumulates=arguments.gradient_accumulation_steps > 1,
-        device=device,
-    )
+def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
+    """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
 
-
-def prepare_by_recipe(recipe: Recipe, model: nn.Module) -> Prepared:
-    """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings.
+    Args:
+        recipe: the run.
+        model: with its adapters.
+        device: where a model that is not there yet, or will be sharded, will train; its shapes decide then.
 
     Raises:
         UserError: what ``prepare`` refuses.
     """
     try:
-        return prepare(
+        prepared = prepare(
             model,
             kernels=recipe.kernels if isinstance(recipe.kernels, str) else dict(recipe.kernels.items()),
             compile=compile_options(recipe),
@@ -170,6 +152,14 @@ def prepare_by_recipe(recipe: Recipe, model: nn.Module) -> Prepared:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    prepared.decide_checkpointing(
+        recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        compute_dtype=autocast_dtype(recipe.training),
+        accumulates=recipe.training.gradient_accumulation_steps > 1,
+        device=device,
+    )
+    return prepared
 
 
 def compile_options(recipe: Recipe) -> CompileOptions | None:
@@ -177,32 +167,34 @@ def compile_options(recipe: Recipe) -> CompileOptions | None:
     return None if recipe.compile is None else CompileOptions(**recipe.compile.model_dump())
 
 
-def estimate_step(
-    recipe: Recipe, model: nn.Module, arguments: TrainingArguments, checkpointing: str | float
-) -> MemoryEstimate:
+def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> MemoryEstimate:
     """What a step of the recipe will hold on one device."""
     return estimate_memory(
         model,
         tokens_per_batch=recipe.packing.tokens_per_batch,
         optimizer=recipe.training.optim,
         checkpointing=checkpointing,
-        compute_dtype=autocast_dtype(arguments),
+        compute_dtype=autocast_dtype(recipe.training),
     )
 
 
-def _verify(run: Run, console: Console) -> VerifyReport | None:
+def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
     section = run.recipe.verify
     if not section.enabled:
         return None
     report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
-    console.out(str(report), highlight=False)
+    run.console.out(str(report), highlight=False)
     if not report.ok:
         raise UserError(f"verify: {report.verdict}; nothing was trained")
     return report
 
 
-def _trainer(run: Run, console: Console) -> PackedTrainer:
+def _trainer(run: Run) -> PackedTrainer:
+    def recompiles() -> int:
+        report = run.prepared.compile_report
+        return 0 if report is None else len(report.recompiles)
+
     return PackedTrainer(
         run.model,
         run.arguments,
@@ -211,14 +203,9 @@ def _trainer(run: Run, console: Console) -> PackedTrainer:
         tokens_per_batch=run.recipe.packing.tokens_per_batch,
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
-        recompiles=lambda: _recompiles(run.prepared),
-        console=console,
+        recompiles=recompiles,
+        console=run.console,
     )
-
-
-def _recompiles(prepared: Prepared) -> int:
-    report = prepared.compile_report
-    return 0 if report is None else len(report.recompiles)
 
 
 @contextmanager
@@ -243,24 +230,20 @@ def _last_evaluation(run: Run, trainer: PackedTrainer) -> Any:
     return trainer.evaluate()
 
 
-def _finish(
-    run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any], console: Console
-) -> TrainResult:
+def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
-    history: list[dict[str, Any]] = trainer.state.log_history
     metrics = _metrics(run, trainer, evaluation)
-    files: list[str] = []
     if run.arguments.should_save:
-        files = save_trained(run.model, run.tokenizer, run.output_dir)
+        save_trained(run.model, run.tokenizer, run.output_dir)
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay
         if metrics["steps"] or not (run.output_dir / METRICS_FILE).exists():
             write_json(run.output_dir / METRICS_FILE, metrics)
     if not metrics["steps"]:
-        console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
-    console.out(f"saved to {run.output_dir}", highlight=False)
-    return TrainResult(run.output_dir, metrics, files, history)
+        run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
+    run.console.out(f"saved to {run.output_dir}", highlight=False)
+    return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
 
 def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,15 +258,9 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
     }
 
 
-def _write_records(run: Run, records: dict[str, Any]) -> None:
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run.output_dir / RECIPE_FILE, dump_recipe(run.recipe))
-    write_json(run.output_dir / REPORT_FILE, records)
-
-
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     report = run.prepared.report
-    estimate = estimate_step(run.recipe, run.model, run.arguments, report.checkpointing)
+    estimate = estimate_step(run.recipe, run.model, report.checkpointing)
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),
@@ -307,8 +284,6 @@ def _device_name(device: torch.device) -> str:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "deltatune": __version__}
     for name in ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from deltatune.data.dataset import PackedDataset
 from deltatune.hf.model import compute_dtype
 from deltatune.training.arguments import autocast_dtype
-from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, PackSource, pack_loader
+from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, pack_loader
 from deltatune.training.checkpoint import reload_weights
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
@@ -36,7 +37,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose batches are packs, for a prepared model.
 
     The loss of an optimizer step is ``sum(nll) / n``, with ``n`` the trained tokens of all its micro-batches on all
-    ranks: four packs in one batch, in four accumulated ones, or on four ranks give the same loss and gradients.
+    ranks: the same documents in one pack, in four accumulated ones, or on four ranks give the same loss and gradients.
     The auxiliary loss of a router, where the model returns one, is the mean of the packs' weighted by their trained
     tokens. Evaluation is ``sum(nll) / trained tokens`` over the whole set, the router's share as in training. No step
     waits for the device; log lines do.
@@ -45,7 +46,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         model: a prepared model, with or without PEFT adapters.
         args: as ``deltatune.training.arguments.training_arguments`` builds them.
         train_dataset: packs, each a list of samples.
-        eval_dataset: packs of held-out data, or several such sets by name.
+        eval_dataset: packs of held-out data.
         tokens_per_batch: tokens of a pack, >= the longest pack.
         pad_token_id: fills the rest of a pack.
         processing_class: the tokenizer, saved with every checkpoint.
@@ -58,23 +59,21 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: TrainingArguments,
         *,
-        train_dataset: PackSource | None,
-        eval_dataset: PackSource | Mapping[str, PackSource] | None = None,
+        train_dataset: PackedDataset,
+        eval_dataset: PackedDataset | None = None,
         tokens_per_batch: int,
         pad_token_id: int,
         processing_class: PreTrainedTokenizerBase | None = None,
         recompiles: Callable[[], int] | None = None,
         console: Console | None = None,
     ) -> None:
-        self._tokens_per_batch = tokens_per_batch
-        self._pad_token_id = pad_token_id
         self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
         self._evaluated_tokens = 0
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator(args.per_device_train_batch_size),
+            data_collator=CountingCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -98,36 +97,22 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's packs in the order of seed and epoch; see ``PackOrder``."""
-        if self.train_dataset is None:
-            raise ValueError("training needs a train_dataset, got None")
         in_order = getattr(self.args, "train_sampling_strategy", "random") == "sequential"
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return self._loader(
-            self.train_dataset,
-            packs_per_batch=self.args.per_device_train_batch_size,
+        order = PackOrder(
+            len(self.train_dataset),
             seed=None if in_order else seed,
+            mesh=self._mesh,
             drop_last=self.args.dataloader_drop_last,
         )
+        return pack_loader(self.train_dataset, order, self.data_collator, self.args)
 
-    def get_eval_dataloader(self, eval_dataset: str | PackSource | None = None) -> DataLoader[Any]:
+    def get_eval_dataloader(self, eval_dataset: PackedDataset | None = None) -> DataLoader[Any]:
         """This rank's packs of an evaluation set, in their own order."""
         source = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(source, str):
-            source = self.eval_dataset[source]
         if source is None:
             raise ValueError("evaluation needs an eval_dataset, got None")
-        return self._loader(source, packs_per_batch=self.args.per_device_eval_batch_size)
-
-    def _loader(
-        self, source: PackSource, *, packs_per_batch: int, seed: int | None = None, drop_last: bool = False
-    ) -> DataLoader[Any]:
-        order = PackOrder(len(source), batch_size=packs_per_batch, seed=seed, mesh=self._mesh, drop_last=drop_last)
-        return pack_loader(source, order, self._collator(packs_per_batch), self.args)
-
-    def _collator(self, packs_per_batch: int) -> CountingCollator:
-        return CountingCollator(
-            tokens_per_batch=self._tokens_per_batch, pad_token_id=self._pad_token_id, packs_per_batch=packs_per_batch
-        )
+        return pack_loader(source, PackOrder(len(source), mesh=self._mesh), self.data_collator, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
