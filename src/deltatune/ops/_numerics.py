@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["L2_EPS", "accumulation_dtype", "most_demanding"]
+__all__ = ["L2_EPS", "accumulation_dtype", "most_demanding", "unit_stride"]
 
 #: of an l2 norm, inside the square root: ``x * rsqrt(sum(x^2) + 1e-6)``
 L2_EPS = 1e-6
@@ -28,3 +28,8 @@ def most_demanding(*dtypes: torch.dtype) -> torch.dtype:
     for dtype in dtypes[1:]:
         found = torch.promote_types(found, dtype)
     return found
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The same numbers, those of the last dim next to each other: what kernels ask that read any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()

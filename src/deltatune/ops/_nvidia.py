@@ -19,10 +19,13 @@ def constant(function: _Function) -> _Function:
     return marked
 
 
-def gpu_refusal(what: str, device: torch.device) -> str | None:
-    """Why something that needs an NVIDIA GPU cannot run on this device; None where it can."""
+def gpu_refusal(what: str, device: torch.device, oldest: tuple[int, int] = (0, 0)) -> str | None:
+    """Why something that needs an NVIDIA GPU of a compute capability cannot run on this device; None where it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{what} needs an NVIDIA GPU, the inputs are on {device.type}"
+    capability = capability_of(device)
+    if capability is not None and capability < oldest:
+        return f"{what} needs compute capability {dotted(oldest)} or newer, this GPU has {dotted(capability)}"
     return None
 
 

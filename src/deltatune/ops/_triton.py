@@ -15,7 +15,7 @@ _OLDEST, _OLDEST_BF16 = (7, 0), (8, 0)
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a kernel that takes bf16, fp16 and fp32 cannot run, with the remedy; None where it can."""
-    refusal = gpu_refusal("triton", device)
+    refusal = gpu_refusal("triton", device, _OLDEST)
     if refusal is not None:
         return f"{refusal}; use impl='reference'"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -23,11 +23,6 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _has_triton():
         return "triton is not installed; pip install triton or use impl='reference'"
     capability = capability_of(device)
-    if capability is not None and capability < _OLDEST:
-        return (
-            f"triton needs compute capability {dotted(_OLDEST)} or newer, this GPU has {dotted(capability)}; "
-            "use impl='reference'"
-        )
     if capability is not None and capability < _OLDEST_BF16 and dtype == torch.bfloat16:
         return (
             f"bf16 kernels need compute capability {dotted(_OLDEST_BF16)} or newer, this GPU has {dotted(capability)}; "

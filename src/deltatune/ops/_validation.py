@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["bind_shapes", "check_floating", "check_same_device", "check_sequences", "num_sequences"]
+__all__ = ["bind_shapes", "check_floating", "check_same_device", "check_sequences", "check_tensors", "num_sequences"]
 
 
 def bind_shapes(op: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
@@ -38,6 +38,16 @@ def _expected_and_got(tensors: dict[str, tuple[Tensor, str]]) -> str:
     expected = ", ".join(f"{name} [{pattern.replace(' ', ', ')}]" for name, (_, pattern) in tensors.items())
     got = ", ".join(f"{name} {list(tensor.shape)}" for name, (tensor, _) in tensors.items())
     return f"expected {expected}; got {got}"
+
+
+def check_tensors(op: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """``bind_shapes`` of those that are not None, all of them floating point and on the first one's device."""
+    given = {name: (tensor, pattern) for name, (tensor, pattern) in tensors.items() if tensor is not None}
+    sizes = bind_shapes(op, **given)
+    alone = {name: tensor for name, (tensor, _) in given.items()}
+    check_floating(op, **alone)
+    check_same_device(op, **alone)
+    return sizes
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:

@@ -12,7 +12,7 @@ from deltatune.ops._causal_conv import op, reference
 from deltatune.ops._causal_conv.providers import CausalConvSpec
 from deltatune.ops._numerics import most_demanding
 from deltatune.ops._registry import Choice, choose
-from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences, num_sequences
+from deltatune.ops._validation import check_floating, check_same_device, check_sequences, check_tensors, num_sequences
 from deltatune.packing.sequences import Sequences
 
 __all__ = ["ACTIVATIONS", "causal_conv", "choose_causal_conv"]
@@ -166,11 +166,7 @@ def _check(
     left: Tensor | None,
 ) -> None:
     op = "causal_conv"
-    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    patterns = {"x": "B T D", "weight": "D W", "bias": "D"}
-    bind_shapes(op, **{name: (tensor, patterns[name]) for name, tensor in tensors.items()})
-    check_floating(op, **tensors)
-    check_same_device(op, **tensors)
+    check_tensors(op, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
     check_sequences(op, sequences, x)
     if left is not None:
         check_floating(op, left=left)

@@ -11,7 +11,7 @@ from deltatune.ops._numerics import most_demanding
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._rms_norm_rope import op, reference
 from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
-from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
+from deltatune.ops._validation import check_tensors
 
 __all__ = ["choose_rms_norm_rope", "rms_norm_rope", "rms_norm_rope_pair"]
 
@@ -114,12 +114,10 @@ def _share_a_launch(q: tuple[Tensor, Tensor | None], k: tuple[Tensor, Tensor | N
 def _check(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> None:
     name = "rms_norm_rope"
     rows = "1" if cos.ndim == 3 and cos.shape[0] == 1 else "B"
-    tensors = {"x": x, "cos": cos, "sin": sin} | ({} if weight is None else {"weight": weight})
-    patterns = {"x": "B T N D", "cos": f"{rows} T R", "sin": f"{rows} T R", "weight": "D"}
-    sizes = bind_shapes(name, **{key: (tensor, patterns[key]) for key, tensor in tensors.items()})
+    sizes = check_tensors(
+        name, x=(x, "B T N D"), cos=(cos, f"{rows} T R"), sin=(sin, f"{rows} T R"), weight=(weight, "D")
+    )
     if sizes["R"] % 2 or sizes["R"] > sizes["D"]:
         raise ValueError(
             f"{name}: the rotary size R of cos and sin must be even and at most D={sizes['D']}, got R={sizes['R']}"
         )
-    check_floating(name, **tensors)
-    check_same_device(name, **tensors)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltatune.ops._autocast import autocast
 from deltatune.ops._registry import Choice, choose
-from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences, num_sequences
+from deltatune.ops._validation import check_sequences, check_tensors, num_sequences
 from deltatune.ops._varlen_attention import op as _op
 from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 from deltatune.packing.sequences import Sequences
@@ -159,16 +159,10 @@ def _validate(
 ) -> None:
     op = "varlen_attention"
     keys = "B T M D" if kv_sequences is None else "C U M D"
-    sizes = bind_shapes(op, q=(q, "B T N D"), k=(k, keys), v=(v, keys))
+    sizes = check_tensors(op, q=(q, "B T N D"), k=(k, keys), v=(v, keys), sinks=(sinks, "N"))
     if kv_sequences is not None:
         check_sequences(op, kv_sequences, k)
         _check_pairs(num_sequences(sequences, q), kv_sequences)
-    if sinks is not None:
-        bind_shapes(op, q=(q, "B T N D"), sinks=(sinks, "N"))
-        check_floating(op, sinks=sinks)
-        check_same_device(op, q=q, sinks=sinks)
-    check_floating(op, q=q)
-    check_same_device(op, q=q, k=k, v=v)
     check_sequences(op, sequences, q)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{op}: q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
