@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from deltatune import CompileOptions, prepare
-from deltatune.compile.trace import LayerMemory, trace_layer
+from deltatune.compile.trace import LayerMemory, _peak, trace_layer
+from deltatune.ops._opaque import opaque
 from deltatune.subclass import stock_class
 from tiny import tiny_model
 
@@ -95,3 +97,17 @@ def test_a_layer_that_cannot_be_traced_says_so() -> None:
 
     with pytest.raises(GraphBreakError, match="does not compile as one graph"):
         trace_layer(broken, model, args, kwargs, settings=["none"])
+
+
+def _pair_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@opaque(fake=_pair_fake, flops=lambda *_, **__: 1, workspace=lambda x: 10 * x.numel() * x.itemsize)
+def _pair_for_a_test(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x + 1, x + 2
+
+
+def test_an_op_holds_its_arguments_all_its_results_and_its_workspace_at_once() -> None:
+    graph = make_fx(lambda x: sum(_pair_for_a_test(x)), tracing_mode="fake")(torch.ones(100))
+    assert _peak(graph, set()) == (1 + 2 + 10) * 400

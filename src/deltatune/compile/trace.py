@@ -15,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from deltatune.compile.graphs import Graphs
 from deltatune.compile.partition import partition
+from deltatune.ops._opaque import workspace_bytes
 from deltatune.options import CompileOptions
 
 __all__ = ["LayerMemory", "Setting", "trace_layer"]
@@ -52,7 +53,7 @@ def trace_layer(
     """Traces ``forward(module, *args, **kwargs)`` once, and partitions its graph for every setting.
 
     ``kept`` is exact: the tensors that the compiled forward hands to its backward. ``backward_peak`` walks the backward
-    graph in order and leaves out what Inductor fuses; the workspace inside an opaque op is not in it. With ``"layer"``
+    graph in order, with the workspaces that ops declare, and leaves out what Inductor fuses. With ``"layer"``
     the whole forward is done again before the first gradient needs it, so its peak is that of ``"none"``.
 
     Args:
@@ -162,11 +163,24 @@ def _peak(graph: fx.GraphModule, static: set[int]) -> int:
     alive = {storage: size for storage, size in inputs.items() if storage not in static}
     peak = sum(alive.values())
     for node in nodes:
-        if node in real and node.op == "call_function" and _storage(node) not in static:
-            alive[_storage(node)] = _storage_bytes(node)
-            peak = max(peak, sum(alive.values()) - _written_over(node, alive, last, order[node]))
+        made = _made(node, real)
+        if made.keys() - static:
+            alive |= {storage: size for storage, size in made.items() if storage not in static}
+            spare = _workspace(node) - _written_over(node, alive, last, order[node])
+            peak = max(peak, sum(alive.values()) + spare)
         alive = {storage: size for storage, size in alive.items() if last.get(storage, -1) > order[node]}
     return peak
+
+
+def _made(node: fx.Node, real: set[fx.Node]) -> dict[int, int]:
+    """Storages that exist once the node has run, and their bytes; an op makes all its results at once."""
+    value = node.meta.get("val")
+    if node.op != "call_function":
+        return {}
+    if isinstance(value, list | tuple) and not _is_fused(node):
+        storages = (x.untyped_storage() for x in value if isinstance(x, torch.Tensor))
+        return {int(storage._cdata): int(storage.nbytes()) for storage in storages}
+    return {_storage(node): _storage_bytes(node)} if node in real else {}
 
 
 def _last_reads(nodes: list[fx.Node], order: dict[fx.Node, int], real: set[fx.Node]) -> dict[int, int]:
@@ -194,6 +208,10 @@ def _is_fused(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return target.namespace in _FUSED_NAMESPACES and target.overloadpacket not in flop_registry
+
+
+def _workspace(node: fx.Node) -> int:
+    return workspace_bytes(node.target, fx.map_arg(node.args, lambda read: read.meta["val"]))
 
 
 def _written_over(node: fx.Node, alive: dict[int, int], last: dict[int, int], now: int) -> int:

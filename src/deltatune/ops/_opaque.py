@@ -17,18 +17,19 @@ nothing that leads back to its inputs, is wrapped in ``first_order``; the backwa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["first_order", "first_order_backward", "opaque"]
+__all__ = ["first_order", "first_order_backward", "opaque", "workspace_bytes"]
 
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
 _R = TypeVar("_R")
+_workspaces: dict[object, Callable[..., int]] = {}
 
 
 def opaque(
@@ -36,6 +37,7 @@ def opaque(
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
     raw_flops: bool = False,
+    workspace: Callable[..., int] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     gradient_of: str | None = None,
@@ -47,6 +49,7 @@ def opaque(
         fake: shapes and dtypes of the results, for the same arguments.
         flops: of a call, from the shapes of the arguments; None counts none, as torch does for elementwise work.
         raw_flops: hand ``flops`` the tensors themselves.
+        workspace: bytes the kernel holds for a while beside its arguments and results, from the arguments.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)`` to a gradient for every input.
         gradient_of: the public op whose gradient this is, for messages; its own name by default.
@@ -65,10 +68,17 @@ def opaque(
         refusal = functools.partial(_refuse, _message(gradient_of or name, remedy))
         _record(packet.default, schema, setup_context or _keep_nothing, backward or refusal)
         register_flop_formula(packet, get_raw=raw_flops)(flops or _no_flops)
+        if workspace is not None:
+            _workspaces[packet.default] = workspace
         call: Callable[..., _R] = packet.default
         return call
 
     return register
+
+
+def workspace_bytes(op: object, args: Iterable[object]) -> int:
+    """What an op of a graph holds beside its arguments and results while it runs; 0 where that is not declared."""
+    return _workspaces[op](*args) if op in _workspaces else 0
 
 
 def first_order(op: str, result: Tensor, *inputs: Tensor, remedy: str = "detach its input") -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.documents import Documents
 from deltatune.ops._gated_delta_rule.installed import has_nvcc, signature_problem, version_of
+from deltatune.ops._gated_delta_rule.library import chunk_states_bytes
 
-__all__ = ["backward", "dim_refusal", "forward", "refusal"]
+__all__ = ["backward", "backward_workspace", "dim_refusal", "forward", "refusal"]
 
 _OLDEST = Version("0.5")
 _MAX_HEAD_DIM = 256
@@ -124,6 +125,14 @@ def backward(
     )
     dq, dk, dv, dbeta, dg, *_ = _counted("backward", results, _BACKWARD_RESULTS)
     return dq, dk, dv, dg, dbeta
+
+
+def backward_workspace(q: Tensor, v: Tensor) -> int:
+    """Bytes inside ``backward``: states and their gradients; w, dw, a second dk, u and the new and updated values."""
+    tokens, heads = v.shape[0] * v.shape[1], v.shape[2]
+    wide_keys = 3 + 2 * (heads > q.shape[2])  # where value heads share keys, dq and dk of every value head too
+    rows = tokens * heads * v.itemsize * (wide_keys * q.shape[3] + 3 * v.shape[3])
+    return 2 * chunk_states_bytes(q, v) + rows
 
 
 @functools.cache

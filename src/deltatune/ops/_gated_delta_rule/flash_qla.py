@@ -18,8 +18,9 @@ from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.documents import Documents
 from deltatune.ops._gated_delta_rule.installed import has_nvcc, signature_problem, version_of
+from deltatune.ops._gated_delta_rule.library import chunk_states_bytes
 
-__all__ = ["backward", "dim_refusal", "forward", "refusal"]
+__all__ = ["backward", "backward_workspace", "dim_refusal", "forward", "refusal"]
 
 _OLDEST, _OLDEST_TILELANG = Version("0.1.3"), Version("0.1.12")
 _CAPABILITIES = ((9, 0), (10, 0), (10, 3))  # those with kernels of both directions
@@ -123,6 +124,12 @@ def backward(
     )
     dq, dk, dv, dbeta, dg, _ = _counted("backward", results, _BACKWARD_RESULTS)
     return dq, dk, dv, dg, dbeta
+
+
+def backward_workspace(q: Tensor, v: Tensor) -> int:
+    """Bytes inside ``backward``: states, and where value heads share keys, dq and dk of every value head."""
+    expanded = 2 * v.shape[:3].numel() * q.shape[3] * q.itemsize * (v.shape[2] > q.shape[2])
+    return chunk_states_bytes(q, v) + expanded
 
 
 _DESCRIBED: weakref.WeakSet[Documents] = weakref.WeakSet()

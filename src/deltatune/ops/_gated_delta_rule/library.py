@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.documents import CHUNK_SIZE, Documents
 
-__all__ = ["Results", "backward", "forward", "results_like"]
+__all__ = ["Results", "backward", "chunk_states_bytes", "forward", "results_like"]
 
 
 # exp of it is 0 but for a denormal; the libraries subtract sums of g, which -inf turns into NaN and -1e4 into noise
@@ -106,6 +106,11 @@ def backward(
             grads[1] = normalise_backward(grads[1][0].contiguous(), k_[0], k_rstd.flatten(0, 1))
     dq, dk, dv, dg, dbeta = (y.to(x.dtype).reshape(x.shape).contiguous() for x, y in zip(inputs, grads, strict=True))
     return dq, dk, dv, dg, dbeta
+
+
+def chunk_states_bytes(q: Tensor, v: Tensor) -> int:
+    """The states in front of all chunks, ``[N / 64, G, K, V]``, as if no chunk were cut short."""
+    return v.numel() * q.shape[-1] * v.itemsize // CHUNK_SIZE
 
 
 def _normalised(q: Tensor, k: Tensor) -> dict[str, Tensor]:

@@ -85,7 +85,12 @@ def _backward_fake(
     return *grads, v.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
 
 
-@opaque(fake=_backward_fake, flops=_backward_flops, gradient_of="gated_delta_rule")
+def _backward_workspace(_grad: Tensor, q: Tensor, _k: Tensor, v: Tensor, *rest: Any) -> int:
+    impl: str = rest[-1]
+    return 0 if impl == "reference" else int(GatedDeltaRuleSpec.load(impl).backward_workspace(q, v))
+
+
+@opaque(fake=_backward_fake, flops=_backward_flops, workspace=_backward_workspace, gradient_of="gated_delta_rule")
 def gated_delta_rule_backward(
     grad: Tensor,
     q: Tensor,

@@ -45,7 +45,17 @@ def _backward_flops(
     return 10 * q.shape[1] * q.shape[2] * _visible_pairs(q, k, cu_seqlens_cpu, kv_cu_seqlens_cpu, window)
 
 
-@opaque(fake=_backward_fake, flops=_backward_flops, raw_flops=True, gradient_of="varlen_attention")
+def _backward_workspace(_grad: Tensor, _lse_grad: Tensor | None, q: Tensor, k: Tensor, *rest: object) -> int:
+    return torch_varlen.backward_workspace(q, k) if rest[-1] == "torch" else 0
+
+
+@opaque(
+    fake=_backward_fake,
+    flops=_backward_flops,
+    raw_flops=True,
+    workspace=_backward_workspace,
+    gradient_of="varlen_attention",
+)
 def varlen_attention_backward(
     grad: Tensor,
     lse_grad: Tensor | None,

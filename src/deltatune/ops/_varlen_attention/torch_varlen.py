@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
 
-__all__ = ["backward", "forward", "refusal"]
+__all__ = ["backward", "backward_workspace", "forward", "refusal"]
 
 _MAX_HEAD_DIM = 256
 _FORWARD = "query key value cu_seq_q cu_seq_k max_q max_k is_causal scale window_size"
@@ -117,6 +117,11 @@ def backward(
         _window_size(window),
     )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def backward_workspace(q: Tensor, k: Tensor) -> int:
+    """Bytes inside ``backward``: dq in fp32 and, where query heads share keys, dk and dv of every query head."""
+    return q.numel() * (4 + 2 * q.itemsize * (q.shape[1] > k.shape[1]))
 
 
 def _trimmed(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor) -> tuple[Tensor, int]:
