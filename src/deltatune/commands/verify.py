@@ -12,7 +12,7 @@ from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, first_line
 from deltatune.preparation import prepare
-from deltatune.training.checkpoint import load_config, load_model
+from deltatune.training.checkpoint import load_model
 from deltatune.verification import verify
 
 __all__ = ["run"]
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     section = ModelSection.model_validate(
         {"name_or_path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     )
-    model = load_model(section, load_config(section)).to(device)
+    model = load_model(section).to(device)
     if not args.stock:
         prepare(model)
     given: dict[str, Any] = {"lengths": args.lengths, "tolerance": args.tolerance}

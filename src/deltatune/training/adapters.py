@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -86,14 +85,11 @@ def _each_matches(
 
 
 def _nearest(entry: str, model: nn.Module) -> str:
-    linear = _unique(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     wanted = re.sub(r"\W+", " ", entry).split()
     close = difflib.get_close_matches(wanted[-1] if wanted else entry, linear, n=3, cutoff=0.4)
     return f"; nearest: {', '.join(close)}" if close else f"; linear layers here: {', '.join(linear)}"
-
-
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
 
 
 def _towers(model: nn.Module) -> list[str]:
@@ -107,4 +103,4 @@ def _towers(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Linear) and module is not head and prefix and not name.startswith(f"{prefix}.")
     ]
     depth = prefix.count(".") + 1
-    return _unique(".".join(name.split(".")[:depth]) for name in outside)
+    return list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in outside))

@@ -81,8 +81,8 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     config = load_config(section) if config is None else config
     loader = model_class(config)
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
+    origin = _origin(section, section.name_or_path)
     try:
-        origin = _origin(section, section.name_or_path)
         model, info = loader.from_pretrained(
             _location(section), config=config, dtype=dtype, output_loading_info=True, **origin
         )
@@ -176,15 +176,14 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> Path | N
         if not _is_complete(folder):
             raise UserError(f"{folder} is no complete training checkpoint: it holds no trainer_state.json")
         return folder
-    complete = [path for path in output_dir.glob("checkpoint-*") if _step(path) >= 0 and _is_complete(path)]
+    complete: dict[int, Path] = {}
+    for path in output_dir.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and _is_complete(path):
+            complete[int(step)] = path
     if not complete:
         raise UserError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
-    return max(complete, key=_step)
-
-
-def _step(path: Path) -> int:
-    step = path.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else -1
+    return complete[max(complete)]
 
 
 def _is_complete(folder: Path) -> bool:

@@ -75,7 +75,10 @@ def merge_adapter(
     except UserError as error:
         raise UserError(f"the adapter's base model: {error}; pass another with --base") from error
     merged = _merged(load_model(section, config), adapter)
-    tokenizer = _tokenizer_of(adapter, section)
+    if (adapter / "tokenizer_config.json").is_file():
+        # the adapter's own has its chat template
+        section = section.model_copy(update={"tokenizer": str(adapter)})
+    tokenizer = load_tokenizer(section)
     with staged(output) as folder:
         _save(merged, tokenizer, folder)
     return output
@@ -136,10 +139,3 @@ def _merged(model: nn.Module, adapter: Path) -> nn.Module:
         merged = adapted.merge_and_unload(safe_merge=True)
     assert isinstance(merged, nn.Module)
     return merged
-
-
-def _tokenizer_of(adapter: Path, section: ModelSection) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer, which has its chat template; the base model's where it was saved without."""
-    if (adapter / "tokenizer_config.json").is_file():
-        section = section.model_copy(update={"tokenizer": str(adapter)})
-    return load_tokenizer(section)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltatune.compile.memory import layer_cost
-from deltatune.hf.model import head_of
+from deltatune.hf.model import head_of, text_model
 from deltatune.training.batches import PackCounts
 
 __all__ = ["PEAK_FLOPS", "StepFlops", "peak_flops"]
@@ -72,23 +72,14 @@ class StepFlops:
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights that multiply activations in a text-only step: of linear layers (a tied head once) and of experts."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = head_of(model)
+    text, head = text_model(model), head_of(model)
+    weights = dict.fromkeys([*text.parameters(), *(() if head is None else head.parameters())])
+    lookups = {module.weight for module in text.modules() if isinstance(module, nn.Embedding)}
     if head is not None:
-        embeddings.discard(id(head.weight))
-    return [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.ndim in (2, 3)
-        and id(weight) not in embeddings
-        and not _outside_text(name)
-        # a depthwise convolution's weight is [D, 1, W]: its work is the size of an elementwise pass
-        and not (weight.ndim == 3 and weight.shape[1] == 1)
-    ]
-
-
-def _outside_text(name: str) -> bool:
-    return any(part in ("visual", "vision_tower", "audio_tower", "mtp") for part in name.split("."))
+        lookups.discard(head.weight)
+    # a depthwise convolution's weight is [D, 1, W]: its work is the size of an elementwise pass
+    kept = [weight for weight in weights if weight.ndim == 2 or (weight.ndim == 3 and weight.shape[1] != 1)]
+    return [weight for weight in kept if weight not in lookups]
 
 
 def _active_shares(model: nn.Module) -> dict[nn.Parameter, float]:
