@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exception(error)
-        sys.stderr.write(f"error: {_message(error)}\n")
+        missing = f"the package {getattr(error, 'name', '')} is missing: pip install 'deltatune[train]'"
+        sys.stderr.write(f"error: {missing if _is_missing(error) else one_line(error)}\n")
         return 2
     return status
 
@@ -64,12 +65,6 @@ def _is_missing(error: Exception) -> bool:
     return isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES
 
 
-def _message(error: Exception) -> str:
-    if _is_missing(error):
-        return f"the package {getattr(error, 'name', '')} is missing: pip install 'deltatune[train]'"
-    return one_line(error)
-
-
 class _Parser(argparse.ArgumentParser):
     """Reports its errors as all others are reported."""
 
@@ -84,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deltatune {__version__}")
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_train(commands)
-    _add_preprocess(commands)
-    _add(commands, "plan", "Say what a run would do, without loading weights.", recipe=True)
+    _add_commands_of_recipes(commands)
     _add_verify(commands)
     _add_doctor(commands)
     _add_merge(commands)
@@ -96,37 +89,25 @@ def _parser() -> argparse.ArgumentParser:
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
-def _add(commands: _Commands, name: str, summary: str, *, recipe: bool = False) -> _Parser:
+def _add(commands: _Commands, name: str, summary: str) -> _Parser:
     parser = commands.add_parser(name, help=summary, description=summary)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if recipe:
-        parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-        parser.add_argument(
-            "--set",
-            dest="overrides",
-            metavar="KEY=VALUE",
-            action="append",
-            default=[],
-            help="change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated",
-        )
     return parser
 
 
-def _add_train(commands: _Commands) -> None:
-    parser = _add(commands, "train", "Fine-tune a model as a recipe says.", recipe=True)
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="DIR",
-        help="go on from the last checkpoint of training.output_dir, or from the one in DIR",
-    )
-
-
-def _add_preprocess(commands: _Commands) -> None:
-    parser = _add(commands, "preprocess", "Tokenise and pack a recipe's data, and report on it.", recipe=True)
-    parser.add_argument("--show", type=_count, default=0, metavar="N", help="print N samples, trained tokens coloured")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
+def _add_commands_of_recipes(commands: _Commands) -> None:
+    train = _add(commands, "train", "Fine-tune a model as a recipe says.")
+    preprocess = _add(commands, "preprocess", "Tokenise and pack a recipe's data, and report on it.")
+    plan = _add(commands, "plan", "Say what a run would do, without loading weights.")
+    for parser in (train, preprocess, plan):
+        parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
+        what = "change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated"
+        parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=what)
+    what = "go on from the last checkpoint of training.output_dir, or from the one in DIR"
+    train.add_argument("--resume", nargs="?", const=True, metavar="DIR", help=what)
+    what = "print N samples, trained tokens coloured"
+    preprocess.add_argument("--show", type=_count, default=0, metavar="N", help=what)
+    preprocess.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
 
 
 def _add_verify(commands: _Commands) -> None:
@@ -143,12 +124,8 @@ def _add_verify(commands: _Commands) -> None:
 def _add_doctor(commands: _Commands) -> None:
     parser = _add(commands, "doctor", "Show versions, devices and the kernels that would run here.")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiler's smoke test")
-    parser.add_argument(
-        "--build",
-        action="append",
-        metavar="RECIPE",
-        help="compile what this recipe's run will compile, before it; may be repeated",
-    )
+    what = "compile what this recipe's run will compile, before it; may be repeated"
+    parser.add_argument("--build", action="append", metavar="RECIPE", help=what)
 
 
 def _add_merge(commands: _Commands) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from packaging.version import Version
 
 from deltatune import CompileOptions
 from deltatune.cli import main
@@ -9,32 +10,31 @@ from deltatune.training import run
 from deltatune.training.adapters import adapt
 from tiny import tiny_model
 
-GOOD = {"torch": "2.13.0", "triton": "3.6.0", "transformers": "5.23.0"}
-HOPPER, AMPERE = (9, 0), (8, 0)
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("versions", "capability", "named"),
+    ("versions", "named"),
     [
-        (GOOD, None, None),
-        (GOOD, HOPPER, None),
-        ({**GOOD, "fla": "0.6.0"}, AMPERE, None),
-        ({**GOOD, "fla": "0.6.0"}, None, None),
-        ({**GOOD, "fla": "0.6.0", "tilelang": "0.1.12"}, HOPPER, None),
-        ({**GOOD, "fla": "0.6.0", "triton": "3.7.1"}, HOPPER, None),
-        ({**GOOD, "fla": "0.6.0", "triton": "3.3.1"}, HOPPER, None),
-        ({**GOOD, "fla": "0.6.0"}, HOPPER, "tilelang"),
-        ({**GOOD, "fla": "0.5.0", "triton": "3.4.0"}, HOPPER, "tilelang"),
-        ({**GOOD, "fla": "0.4.1", "triton": "3.7.0"}, HOPPER, "wrong gradients"),
-        ({**GOOD, "torch": "2.10.1"}, None, "torch>=2.11"),
-        ({**GOOD, "transformers": "5.16.2"}, None, "transformers>=5.17"),
+        ({"torch": "2.13.0", "transformers": "5.23.0"}, None),
+        ({"torch": "2.10.1", "transformers": "5.23.0"}, "torch>=2.11"),
+        ({"torch": "2.13.0", "transformers": "5.16.2"}, "transformers>=5.17"),
     ],
 )
-def test_known_problems(versions, capability, named) -> None:
-    problems = doctor.known_problems(versions, capability)
+def test_known_problems(versions, named) -> None:
+    problems = doctor.known_problems({name: Version(version) for name, version in versions.items()}, None)
     assert len(problems) == (named is not None)
     assert named is None or named in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "found"),
+    [(None, (9, 0), []), ("0.6.0", None, []), ("0.6.0", (7, 5), []), ("0.6.0", (9, 0), ["refused on sm90"])],
+)
+def test_an_fla_that_refuses_this_gpu_is_a_problem(monkeypatch, installed, capability, found) -> None:
+    monkeypatch.setattr(doctor.fla, "refusal", lambda capability, dtype: "refused on sm{}{}".format(*capability))
+    versions = {"fla": installed and Version(installed)}
+    assert doctor.known_problems(versions, capability) == found
 
 
 def test_doctor_shows_versions_and_kernels(capsys) -> None:

@@ -6,7 +6,6 @@ import argparse
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,8 @@ from packaging.version import Version
 from deltatune import __version__, ops
 from deltatune.errors import first_line
 from deltatune.models.registry import FAMILIES
+from deltatune.ops._gated_delta_rule import fla
+from deltatune.ops._gated_delta_rule.installed import version_of
 from deltatune.report import table
 
 if TYPE_CHECKING:
@@ -42,11 +43,15 @@ _OLDEST = {"torch": "2.11", "transformers": "5.17"}
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report, builds kernels where that is asked for; 1 when something is known to go wrong."""
-    recipes = {path: _loaded(path) for path in args.build or ()}
-    versions = installed_versions()
+    recipes = {}
+    if args.build:
+        from deltatune.config.load import load_recipe
+
+        recipes = {path: load_recipe(path).recipe for path in args.build}
+    versions = {name: version_of(*options) for name, options in _PACKAGES.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"deltatune {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
-    lines += table(("package", "version"), [(name, version or "-") for name, version in versions.items()])
+    lines += table(("package", "version"), [(name, str(version or "-")) for name, version in versions.items()])
     lines += ["", *table(("device", "", "memory"), _devices())]
     lines += ["", *table(("op", "runs on", "because"), list(_kernels(device)))]
     problems = known_problems(versions, torch.cuda.get_device_capability() if device.type == "cuda" else None)
@@ -61,12 +66,6 @@ def run(args: argparse.Namespace) -> int:
     lines += ["", *(f"problem: {problem}" for problem in problems)] if problems else ["", "no known problem"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if problems else 0
-
-
-def _loaded(path: str) -> Recipe:
-    from deltatune.config.load import load_recipe
-
-    return load_recipe(path).recipe
 
 
 def _build(path: str, recipe: Recipe, device: torch.device) -> list[str]:
@@ -84,36 +83,19 @@ def _build(path: str, recipe: Recipe, device: torch.device) -> list[str]:
     return []
 
 
-def installed_versions() -> dict[str, str | None]:
-    """The version of each package that matters, None where it is not installed; imports none of them."""
-    return {name: next(filter(None, map(_version, options)), None) for name, options in _PACKAGES.items()}
-
-
-def known_problems(versions: Mapping[str, str | None], capability: tuple[int, int] | None) -> list[str]:
+def known_problems(versions: Mapping[str, Version | None], capability: tuple[int, int] | None) -> list[str]:
     """What is known to go wrong with these versions on a GPU of this compute capability (None: no GPU).
 
     Each line says what to install.
     """
     problems = [
-        f"{name} {version} is older than {_OLDEST[name]}: pip install '{name}>={_OLDEST[name]}'"
-        for name in _OLDEST
-        if (version := versions.get(name)) is not None and Version(version) < Version(_OLDEST[name])
+        f"{name} {version} is older than {oldest}: pip install '{name}>={oldest}'"
+        for name, oldest in _OLDEST.items()
+        if (version := versions.get(name)) is not None and version < Version(oldest)
     ]
-    fla, triton = versions.get("fla"), versions.get("triton")
-    hopper = capability is not None and capability[0] == 9
-    if hopper and fla is not None and triton is not None and versions.get("tilelang") is None:
-        # Triton miscompiles the backward of the delta rule there; FLA before 0.5 does not check
-        miscompiles = Version("3.4") <= Version(triton) < Version("3.7.1")
-        if miscompiles and Version(fla) >= Version("0.5"):
-            problems.append(
-                f"FLA {fla} refuses its backward on Hopper with Triton {triton}: pip install 'tilelang>=0.1.12', "
-                "or Triton 3.7.1 or newer"
-            )
-        elif miscompiles:
-            problems.append(
-                f"FLA {fla} on Hopper with Triton {triton} computes wrong gradients without saying so: "
-                "pip install 'flash-linear-attention>=0.6' 'tilelang>=0.1.12'"
-            )
+    if versions.get("fla") is not None and capability is not None and capability >= (8, 0):
+        refusal = fla.refusal(capability, torch.bfloat16)
+        problems += [refusal] if refusal else []
     return problems
 
 
@@ -129,13 +111,6 @@ def compile_failure(device: torch.device) -> str | None:
     except (RuntimeError, OSError) as error:
         return first_line(error)
     return None if torch.allclose(result, affine(x), atol=1e-5) else "the compiled function computes something else"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[tuple[str, str, str]]:
