@@ -53,7 +53,7 @@ class Prepared:
         """Graphs, breaks, recompiles and seconds so far; None without compile."""
         if self._state.options.compile is None:
             return None
-        return graphs_of(self._state, self._state.options.compile, self._state.checkpointing).report
+        return graphs_of(self._state).report
 
     @property
     def auto_checkpointing(self) -> Choice | None:

@@ -153,7 +153,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRow]) -> PrepareReport:
     """What runs now: trainable parameters and compile counts are read when this is called."""
     options = state.options
-    compiled = None if options.compile is None else graphs_of(state, options.compile, state.checkpointing).report
+    compiled = None if options.compile is None else graphs_of(state).report
     return PrepareReport(
         family=family.name,
         features={"packing": SUPPORTED, "compile": SUPPORTED, **family.features},

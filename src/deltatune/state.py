@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from deltatune.options import Options
 
-__all__ = ["AutoCheckpointing", "Choice", "Facts", "State"]
+if TYPE_CHECKING:
+    from deltatune.compile.graphs import Graphs
+
+__all__ = ["AutoCheckpointing", "Choice", "Facts", "State", "bound"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def bound(variable: ContextVar[T], value: T) -> Iterator[T]:
+    """``variable`` is ``value`` inside, in this thread (or task) alone."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 class Choice(NamedTuple):
@@ -61,10 +79,18 @@ class Facts:
 
 @dataclass(eq=False)
 class State:
-    """Plain data, so a deepcopy or pickle of the model carries it."""
+    """Plain data, so a deepcopy or pickle of the model carries it; all but the compiled functions.
+
+    Those may keep the model alive, through hooks in it, so they are kept here and nowhere outside of it.
+    """
 
     options: Options
     facts: Facts = field(default_factory=Facts)
+    graphs: dict[str | float, Graphs] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles anew."""
+        return self.__dict__ | {"graphs": {}}
 
     @property
     def checkpointing(self) -> str | float:

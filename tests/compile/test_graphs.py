@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import peft
@@ -297,3 +299,18 @@ def test_an_option_torch_no_longer_has_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_cudagraphs_warn_with_the_reason() -> None:
     with pytest.warns(UserWarning, match="boundaries are read on the CPU"):
         CompileOptions(options={"triton.cudagraphs": True})
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_compiled_model_is_freed_with_its_last_reference(hooked: bool) -> None:
+    def one_that_ran() -> weakref.ref[Any]:
+        model = tiny_model("qwen3").train()
+        if hooked:
+            model.model.layers[0].mlp.register_forward_hook(lambda _module, _args, y: y * 2 if model.training else y)
+        prepare(model, compile=TRACED)
+        train(model, 1)
+        return weakref.ref(model)
+
+    freed = one_that_ran()
+    gc.collect()
+    assert freed() is None

@@ -21,7 +21,7 @@ from deltatune.compile.partition import Partitioner
 from deltatune.compile.recomputation import recompute_functions
 from deltatune.hf.hooks import hooks_inside
 from deltatune.options import CompileOptions
-from deltatune.state import State
+from deltatune.state import State, bound
 
 __all__ = [
     "CompileReport",
@@ -135,13 +135,14 @@ class Graphs:
         # under scope="model" the layers checkpoint themselves while they are traced
         whole = self.checkpointing == "layer" and self.options.scope == "layer"
         function = fresh_code(_traced(forward, checkpointed=whole), name)
-        backend = functools.partial(self._backend, name, function.__code__)
+        # the compiler keeps every backend for good, and with it whatever it holds
+        backend = functools.partial(type(self)._backend, weakref.proxy(self), name, weakref.ref(function.__code__))
         compiled: Forward = torch.compile(
             function, fullgraph=self.options.strict, dynamic=self.options.dynamic, backend=backend
         )
         return compiled
 
-    def _backend(self, name: str, code: types.CodeType, graph: Any, inputs: Any, **_: Any) -> Any:
+    def _backend(self, name: str, code: weakref.ref[types.CodeType], graph: Any, inputs: Any, **_: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
         started = time.perf_counter()
@@ -157,7 +158,7 @@ class Graphs:
         count = self.report.graphs.get(name, 0)
         self.report.graphs[name] = count + 1
         if count:
-            reasons = torch._dynamo.utils.guard_failures.get(code) or ["no reason given by the compiler"]
+            reasons = torch._dynamo.utils.guard_failures.get(code()) or ["no reason given by the compiler"]
             self.report.recompiles.append(f"{name}: {reasons[-1]}")
         if count + 1 == torch._dynamo.config.recompile_limit and not self.options.strict:
             self.report.breaks.append(f"{name}: compiled {count + 1} times, the limit; what differs again runs eagerly")
@@ -219,30 +220,21 @@ def _num_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-# Compiled functions cannot be copied or pickled, so they live outside the model and are made again for a copy.
-_graphs: weakref.WeakKeyDictionary[object, dict[str | float, Graphs]] = weakref.WeakKeyDictionary()
-
-
-def graphs_of(owner: object, options: CompileOptions, checkpointing: str | float) -> Graphs:
-    """The compiled functions that belong to ``owner`` (what a prepared model's layers share) at this setting."""
-    by_setting = _graphs.setdefault(owner, {})
-    if checkpointing not in by_setting:
-        by_setting[checkpointing] = Graphs(options, checkpointing)
-    return by_setting[checkpointing]
+def graphs_of(state: State) -> Graphs:
+    """The compiled functions of the layers that share ``state``, at the checkpointing setting in force."""
+    assert state.options.compile is not None
+    if state.checkpointing not in state.graphs:
+        state.graphs[state.checkpointing] = Graphs(state.options.compile, state.checkpointing)
+    return state.graphs[state.checkpointing]
 
 
 #: Prepared models whose layers run eagerly in this thread (or task), by what their layers share.
 _eager: ContextVar[tuple[State, ...]] = ContextVar("deltatune_eager", default=())
 
 
-@contextmanager
-def eager(state: State) -> Iterator[None]:
+def eager(state: State) -> AbstractContextManager[object]:
     """The layers that share ``state`` run eagerly inside, in this thread alone; their graphs stay."""
-    token = _eager.set((*_eager.get(), state))
-    try:
-        yield
-    finally:
-        _eager.reset(token)
+    return bound(_eager, (*_eager.get(), state))
 
 
 def compile_options(state: State) -> CompileOptions | None:

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltatune.packing.metadata import METADATA
-from deltatune.state import State
+from deltatune.state import State, bound
 from deltatune.subclass import Swapped
 
 __all__ = ["in_stock_path", "is_cached_call", "stock_path"]
@@ -83,14 +83,9 @@ def _restarts(positions: Tensor, mask: Tensor | None, *, padding_unknown: bool) 
     return bool(broken.any())
 
 
-@contextmanager
-def stock_path(model: Swapped) -> Iterator[None]:
+def stock_path(model: Swapped) -> AbstractContextManager[object]:
     """Every layer of ``model`` runs its stock forward inside the block, in this thread alone."""
-    token = _stock_paths.set((*_stock_paths.get(), model._deltatune))
-    try:
-        yield
-    finally:
-        _stock_paths.reset(token)
+    return bound(_stock_paths, (*_stock_paths.get(), model._deltatune))
 
 
 def in_stock_path(module: Swapped) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from deltatune.layers.rotary import rotary_boundaries
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, resolve_metadata
 from deltatune.packing.sequences import Sequences
-from deltatune.state import State
+from deltatune.state import bound
 from deltatune.subclass import Swapped, named_forward, stock_class
 
 __all__ = ["DOUBLE_CHECKPOINTING", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
@@ -66,10 +66,10 @@ class DecoderLayer(Swapped):
                 if not _brings_gradients(self, (args, kwargs)):
                     label = layer_label(self) + FROZEN
                     with torch.no_grad():
-                        return _run_graph(state, label, forward, self, hidden_states, *args, **kwargs)
+                        return graphs_of(state).run(label, forward, self, hidden_states, *args, **kwargs)
                 # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
                 hidden_states = hidden_states.detach().requires_grad_()
-            return _run_graph(state, layer_label(self), forward, self, hidden_states, *args, **kwargs)
+            return graphs_of(state).run(layer_label(self), forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
         return forward(self, hidden_states, *args, **kwargs)
@@ -102,14 +102,6 @@ def _brings_gradients(layer: nn.Module, given: object) -> bool:
         or len(hooks_inside(layer)) > 0
         or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given))
     )
-
-
-def _run_graph(
-    state: State, label: str, forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
-) -> Any:
-    assert state.options.compile is not None
-    graphs = graphs_of(state, state.options.compile, state.checkpointing)
-    return graphs.run(label, forward, module, *args, **kwargs)
 
 
 class TextModel(Swapped):
@@ -147,7 +139,7 @@ class TextModel(Swapped):
         call["input_ids"] = None
         with deciding(self, tokens.shape[0] * tokens.shape[1]), rotary_boundaries(self._deltatune, resolved.sequences):
             output = self._run(call)
-        caught = _hidden.get()
+        caught = _hidden.get(None)
         if caught is not None:
             caught.sequences = resolved.sequences
         return output
@@ -155,7 +147,7 @@ class TextModel(Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The loss reads the last hidden state as hooks and wrappers around the forward leave it."""
         output = super().__call__(*args, **kwargs)
-        caught = _hidden.get()
+        caught = _hidden.get(None)
         if caught is not None:
             caught.state = output[0]
         return output
@@ -184,14 +176,13 @@ class TextModel(Swapped):
                     check_reached(module, f"{stock_class(module).__name__} of layer {index}")
 
     def _run(self, call: dict[str, Any]) -> Any:
-        state = self._deltatune
-        options = compile_options(state)
+        options = compile_options(self._deltatune)
         if options is None or torch.compiler.is_compiling():
             return super().forward(**call)
         keep_capture_hooks_outside(self, call, options.scope)
         if options.scope == "layer":
             return super().forward(**call)
-        return _run_graph(state, "text_model", stock_class(self).forward, self, **call)
+        return graphs_of(self._deltatune).run("text_model", stock_class(self).forward, self, **call)
 
     def _no_mask(self, device: torch.device) -> Any:
         """What the stock text model takes as a finished mask; our attention reads boundaries instead."""
@@ -216,15 +207,9 @@ class Hidden:
     sequences: Sequences | None = None
 
 
-_hidden: contextvars.ContextVar[Hidden | None] = contextvars.ContextVar("deltatune_hidden", default=None)
+_hidden: contextvars.ContextVar[Hidden] = contextvars.ContextVar("deltatune_hidden")
 
 
-@contextmanager
-def catch_hidden() -> Iterator[Hidden]:
+def catch_hidden() -> AbstractContextManager[Hidden]:
     """Catches the last hidden state of the text model called inside the block."""
-    caught = Hidden()
-    token = _hidden.set(caught)
-    try:
-        yield caught
-    finally:
-        _hidden.reset(token)
+    return bound(_hidden, Hidden())

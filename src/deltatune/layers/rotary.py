@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from deltatune.packing.sequences import Sequences
-from deltatune.state import State
+from deltatune.state import State, bound
 from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary", "rotary_boundaries"]
@@ -23,14 +22,9 @@ __all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary", "rotar
 _boundaries: ContextVar[tuple[State, Sequences] | None] = ContextVar("deltatune_rotary_boundaries", default=None)
 
 
-@contextmanager
-def rotary_boundaries(state: State, sequences: Sequences) -> Iterator[None]:
+def rotary_boundaries(state: State, sequences: Sequences) -> AbstractContextManager[object]:
     """The boundaries of a packed call of the model that ``state`` belongs to, in this thread alone."""
-    token = _boundaries.set((state, sequences))
-    try:
-        yield
-    finally:
-        _boundaries.reset(token)
+    return bound(_boundaries, (state, sequences))
 
 
 class DocumentRotary(Swapped):
@@ -41,20 +35,14 @@ class DocumentRotary(Swapped):
     state, and each token takes the result of its own document's length.
     """
 
-    @classmethod
-    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
-        """A forward with the stock signature, ``(x, position_ids [.., B, T]) -> cos, sin [.., B, T, R]``."""
-
-        @functools.wraps(stock.forward)
-        def forward(self: nn.Module, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            given = _boundaries.get()
-            if given is None or self.__dict__.get("_deltatune") is not given[0]:
-                return stock.forward(self, x, position_ids, *args, **kwargs)
-            layer_type = args[0] if args else kwargs.get("layer_type")
-            with torch.no_grad():
-                return _by_document(self, given[1], x, position_ids, layer_type)
-
-        return {"forward": forward}
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """``(x, position_ids [.., B, T]) -> cos, sin [.., B, T, R]``, of one type of layer where types differ."""
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        given = _boundaries.get()
+        if given is None or self._deltatune is not given[0]:
+            return super().forward(x, position_ids, **named)
+        with torch.no_grad():
+            return _by_document(self, given[1], x, position_ids, named)
 
 
 def length_dependent_rotary(text_model: Any) -> tuple[nn.Module, ...]:
@@ -85,8 +73,8 @@ def _depends_on_length(rope_type: str) -> bool:
     return "dynamic" in rope_type or rope_type == "longrope"
 
 
-def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Tensor, layer_type: str | None) -> Any:
-    named = {} if layer_type is None else {"layer_type": layer_type}
+def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Tensor, named: dict[str, str]) -> Any:
+    layer_type = named.get("layer_type")
     rope_type = rotary.rope_type if layer_type is None else rotary.rope_type[layer_type]
     if not _depends_on_length(rope_type):
         return stock_class(rotary).forward(rotary, x, position_ids, **named)

@@ -62,7 +62,7 @@ def requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def compiled_as(state: State | None, *, compiled: bool) -> AbstractContextManager[None]:
+def compiled_as(state: State | None, *, compiled: bool) -> AbstractContextManager[object]:
     """A prepared model's layers run eagerly inside unless ``compiled``; its graphs stay."""
     return nullcontext() if state is None or compiled else eager(state)
 
