@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltatune.demo.checkpoint import make_tokenizer
-from deltatune.demo.conversations import Conversation, make_conversations
-from deltatune.demo.scoring import ask, exact_match
+from deltatune.demo.conversations import Conversation, ask, exact_match, make_conversations
 
 CONVERSATIONS = make_conversations(30, seed=0)
 ASKED = Conversation("likes", "Ann likes figs.", (("What does Ann like?", "I read that Ann likes figs."),))

@@ -65,10 +65,6 @@ class Documents:
         return self.source.where(int(self.rows[document]))
 
 
-def _show_nothing(_done: int, _total: int) -> None:
-    pass
-
-
 def tokenize(
     rows: Rows,
     layout: Layout,
@@ -76,7 +72,7 @@ def tokenize(
     *,
     num_proc: int = 1,
     cache_dir: Path | None = None,
-    progress: Progress = _show_nothing,
+    progress: Progress = lambda *_: None,
 ) -> Documents:
     """Renders and tokenises every row, or takes the result of an earlier run from the cache.
 
@@ -166,7 +162,7 @@ def _fingerprint(rows: Rows, layout: Layout, renderer: Renderer) -> str:
         "rows": rows.identity,
         "layout": [layout.format, dict(layout.columns)],
         "train_on": renderer.train_on,
-        "chat_template": renderer.chat_template or tokenizer.chat_template,
+        "chat_template": tokenizer.chat_template,
         "template_kwargs": dict(renderer.template_kwargs),
         "special_tokens": tokenizer.special_tokens_map,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -178,24 +174,18 @@ def _fingerprint(rows: Rows, layout: Layout, renderer: Renderer) -> str:
 def _save(folder: Path, arrays: Part) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent)
-    except OSError as error:
-        raise DataError(f"cannot write the cache of tokenised data: {error}; set data.cache_dir") from error
-    with partial as name:
-        for array_name, array in arrays.items():
-            np.save(Path(name) / f"{array_name}.npy", array)
-        try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as name:
+            for array_name, array in arrays.items():
+                np.save(Path(name) / f"{array_name}.npy", array)
             Path(name).rename(folder)
-        except OSError:
-            # another process finished the same work first; its result is as good
-            if not folder.is_dir():
-                raise
+    except OSError as error:
+        # another process may have finished the same work first; its result is as good
+        if not folder.is_dir():
+            raise DataError(f"cannot write the cache of tokenised data: {error}; set data.cache_dir") from error
 
 
 def _load(folder: Path, rows: Rows) -> Documents:
     # plain arrays over the mapped files: slicing a np.memmap costs several times as much
-    arrays = {
-        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-        for name in ("tokens", "trained", "offsets", "rows")
-    }
+    names = ("tokens", "trained", "offsets", "rows")
+    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
     return Documents(**arrays, source=rows)

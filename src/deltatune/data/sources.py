@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import re
-from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Rows:
-    """Rows that can be read in any order, and by several processes.
+    """Rows that can be read in any order, and by several processes: a list of objects, or a ``datasets.Dataset``.
 
     Attributes:
         name: the source as the user wrote it.
@@ -31,15 +30,17 @@ class Rows:
         identity: a digest of the content, equal for equal rows.
     """
 
-    def __init__(self, name: str, columns: Iterable[str], identity: str) -> None:
+    def __init__(self, name: str, columns: Iterable[str], identity: str, rows: Any) -> None:
         self.name, self.columns, self.identity = name, tuple(dict.fromkeys(columns)), identity
+        self._rows = rows
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._rows)
 
-    @abstractmethod
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
         """Rows ``start`` to ``end``, as far as there are any."""
+        for index in range(start, min(end, len(self))):
+            yield self._rows[index]
 
     def where(self, index: int) -> str:
         """The place of a row in words: file and line, or data set and row."""
@@ -62,10 +63,7 @@ def load_rows(path: str, *, split: str = "train", name: str | None = None, limit
         DataError: nothing there (near names are given), a file that is empty or broken (its line is given), no row.
     """
     files = _local_files(path)
-    if files is None:
-        parts: list[Rows] = [_hub_rows(path, split, name)]
-    else:
-        parts = [_file_rows(file) for file in files]
+    parts = [_hub_rows(path, split, name)] if files is None else [_file_rows(file) for file in files]
     total = sum(map(len, parts))
     rows = parts[0] if len(parts) == 1 else _ManyRows(path, parts, total)
     if limit is not None and limit < total:
@@ -122,32 +120,27 @@ class _JsonLines(Rows):
     def __init__(self, file: Path) -> None:
         self._file = file
         columns: dict[str, None] = {}
-        offsets, lines = [], []
+        found = []  # (where a line begins, its number)
         digest, offset = hashlib.blake2b(digest_size=16), 0
         with file.open("rb") as stream:
             for line, content in enumerate(stream, start=1):
                 digest.update(content)
                 if content.strip():
                     columns |= dict.fromkeys(_parse_line(content, f"{file}, line {line}"))
-                    offsets.append(offset)
-                    lines.append(line)
+                    found.append((offset, line))
                 offset += len(content)
-        if not lines:
+        if not found:
             raise DataError(f"{file} holds blank lines only; expected one JSON object per line")
-        self._offsets, self._lines = np.array(offsets), np.array(lines)
-        super().__init__(str(file), columns, digest.hexdigest())
-
-    def __len__(self) -> int:
-        return self._lines.size
+        super().__init__(str(file), columns, digest.hexdigest(), np.array(found))
 
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
         with self._file.open("rb") as stream:
             for index in range(start, min(end, len(self))):
-                stream.seek(int(self._offsets[index]))
+                stream.seek(int(self._rows[index, 0]))
                 yield _parse_line(stream.readline(), self.where(index))
 
     def where(self, index: int) -> str:
-        return f"{self.name}, line {self._lines[index]}"
+        return f"{self.name}, line {self._rows[index, 1]}"
 
 
 def _parse_line(content: bytes, where: str) -> dict[str, Any]:
@@ -167,21 +160,6 @@ def _parse(content: bytes, where: str, expected: str) -> Any:
         raise DataError(f"{where} is not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
 
 
-class _IndexedRows(Rows):
-    """A list of objects, or a ``datasets.Dataset``."""
-
-    def __init__(self, name: str, rows: Any, columns: Iterable[str], identity: str) -> None:
-        super().__init__(name, columns, identity)
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        for index in range(start, min(end, len(self))):
-            yield self._rows[index]
-
-
 def _json_rows(file: Path) -> Rows:
     content = file.read_bytes()
     rows = _parse(content, str(file), "expected a list of objects (one object per line belongs in a .jsonl file)")
@@ -190,7 +168,7 @@ def _json_rows(file: Path) -> Rows:
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{file}, row {index + 1} is a JSON {type(row).__name__}; expected an object")
-    return _IndexedRows(str(file), rows, (column for row in rows for column in row), _digest(content))
+    return Rows(str(file), (column for row in rows for column in row), _digest(content), rows)
 
 
 def _parquet_rows(file: Path) -> Rows:
@@ -202,7 +180,7 @@ def _parquet_rows(file: Path) -> Rows:
         raise DataError(f"{file} cannot be read as Parquet, or holds no rows: {cause}") from error
     with file.open("rb") as stream:
         identity = hashlib.file_digest(stream, "blake2b").hexdigest()
-    return _IndexedRows(str(file), table, table.column_names, identity)
+    return Rows(str(file), table.column_names, identity, table)
 
 
 def _hub_rows(path: str, split: str, name: str | None) -> Rows:
@@ -212,7 +190,7 @@ def _hub_rows(path: str, split: str, name: str | None) -> Rows:
         table = library.load_dataset(path, name, split=split)
     except (OSError, ValueError) as error:
         raise DataError(f"{where} is neither a local file nor a data set on the Hub: {one_line(error)}") from error
-    return _IndexedRows(where, table, table.column_names, str(table._fingerprint))
+    return Rows(where, table.column_names, str(table._fingerprint), table)
 
 
 def _datasets() -> Any:
@@ -230,16 +208,13 @@ class _ManyRows(Rows):
 
     def __init__(self, name: str, parts: Sequence[Rows], total: int) -> None:
         columns = (column for part in parts for column in part.columns)
-        super().__init__(name, columns, _digest(f"{[part.identity for part in parts]}:{total}".encode()))
+        identity = _digest(f"{[part.identity for part in parts]}:{total}".encode())
+        super().__init__(name, columns, identity, range(total))
         self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)]).tolist()
-        self._total = total
-
-    def __len__(self) -> int:
-        return self._total
 
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        end = min(end, self._total)
+        end = min(end, len(self))
         for part, first in zip(self._parts, self._starts, strict=False):
             if start < first + len(part) and end > first:
                 yield from part.read(max(0, start - first), end - first)

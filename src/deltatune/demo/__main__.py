@@ -18,8 +18,14 @@ from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import load_recipe
 from deltatune.config.schema import Recipe
 from deltatune.demo.checkpoint import save_checkpoint
-from deltatune.demo.conversations import KINDS, Conversation, make_conversations, write_conversations
-from deltatune.demo.scoring import ask, exact_match
+from deltatune.demo.conversations import (
+    KINDS,
+    Conversation,
+    ask,
+    exact_match,
+    make_conversations,
+    write_conversations,
+)
 from deltatune.demo.speed import compare
 from deltatune.errors import UserError
 from deltatune.preparation import prepare
@@ -41,12 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo from the folder that holds ``recipes/``; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deltatune.demo", description="Train a small model and ask it.")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="the recipe to train by (%(default)s)")
-    parser.add_argument(
-        "--prepare-only", action="store_true", help="make checkpoint and data, for `deltatune train RECIPE`"
-    )
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
-    )
+    what = "make checkpoint and data, for `deltatune train RECIPE`"
+    parser.add_argument("--prepare-only", action="store_true", help=what)
+    what = "change a key of the recipe"
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=what)
     args = parser.parse_args(argv)
     console = Console()
     try:
