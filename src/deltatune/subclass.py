@@ -21,7 +21,7 @@ from deltatune.cost import Cost
 from deltatune.ops import Spec
 from deltatune.state import State
 
-__all__ = ["Swapped", "named_forward", "restore", "stock_class", "swap"]
+__all__ = ["Swapped", "restore", "stock_class", "swap"]
 
 
 class Swapped(nn.Module):
@@ -33,16 +33,14 @@ class Swapped(nn.Module):
     replaces_forward: ClassVar[bool] = False
     #: the ops that the layer calls
     ops: ClassVar[tuple[str, ...]] = ()
+    #: keyword arguments in addition to the stock signature, for a layer that takes any of its call by name
+    extra_arguments: ClassVar[tuple[str, ...]] = ()
 
     _deltatune: State
-
-    @classmethod
-    def class_attributes(cls, _stock: type[nn.Module]) -> dict[str, Any]:
-        """Attributes of the subclass that depend on the stock class."""
-        return {}
+    _swap_parts: ClassVar[tuple[type[Swapped], type[nn.Module]]]
 
     def _forward(self, call: dict[str, Any]) -> Any:
-        """What ``named_forward`` calls, with all arguments by name."""
+        """The forward of a layer with ``extra_arguments``; all arguments by name."""
         raise NotImplementedError
 
     def configure(self, config: Any) -> None:
@@ -82,12 +80,11 @@ class Swapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
-        layer, stock = _parts(type(self))
-        return _blank, (stock, layer), self.__dict__.copy()
+        return _blank, self._swap_parts, self.__dict__.copy()
 
 
-def named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..., Any]:
-    """A forward with the stock signature and more keyword arguments, that calls ``self._forward(**call)``.
+def _named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..., Any]:
+    """A forward with the stock signature and more keyword arguments, that calls ``self._forward(call)``.
 
     Trainers and PEFT inspect the signature, and callers may pass the stock arguments by position.
     """
@@ -114,7 +111,7 @@ def named_forward(stock: type[nn.Module], extra: tuple[str, ...]) -> Callable[..
 def swap(module: nn.Module, layer: type[Swapped], state: State) -> None:
     """Makes ``module`` an instance of ``layer`` in front of its own class."""
     assert not isinstance(module, Swapped), f"{type(module).__name__} is swapped already"
-    _set_class(module, _subclass(type(module), layer))
+    _set_class(module, _subclass(layer, type(module)))
     module.__dict__["_deltatune"] = state
 
 
@@ -138,32 +135,20 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class a swapped module had, or the one a stock module has."""
-    return _parts(type(module))[1] if isinstance(module, Swapped) else type(module)
+    return module._swap_parts[1] if isinstance(module, Swapped) else type(module)
 
 
-def _parts(swapped: type) -> tuple[type[Swapped], type[nn.Module]]:
-    for cls in swapped.__mro__:
-        if "_swap_parts" in cls.__dict__:
-            parts: tuple[type[Swapped], type[nn.Module]] = cls.__dict__["_swap_parts"]
-            return parts
-    raise AssertionError(f"{swapped.__name__} was not made by swap()")
+_subclasses: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
 
 
-_subclasses: dict[tuple[type[nn.Module], type[Swapped]], type[nn.Module]] = {}
-
-
-def _subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
-    if (stock, layer) not in _subclasses:
-        _subclasses[stock, layer] = _make_subclass(stock, layer)
-    return _subclasses[stock, layer]
-
-
-def _make_subclass(stock: type[nn.Module], layer: type[Swapped]) -> type[nn.Module]:
-    # transformers keys its recorders and the saved config's architecture on the printed name of the class
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
-    own = layer.class_attributes(stock)
-    forward = _usable_beyond_restore(own.get("forward", layer.forward), stock)
-    return type(stock.__name__, (layer, stock), names | own | {"forward": forward})
+def _subclass(layer: type[Swapped], stock: type[nn.Module]) -> type[nn.Module]:
+    if (layer, stock) not in _subclasses:
+        # transformers keys its recorders and the saved config's architecture on the printed name of the class
+        names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
+        ours = _named_forward(stock, layer.extra_arguments) if layer.extra_arguments else layer.forward
+        own = names | {"forward": _usable_beyond_restore(ours, stock)}
+        _subclasses[layer, stock] = type(stock.__name__, (layer, stock), own)
+    return _subclasses[layer, stock]
 
 
 def _usable_beyond_restore(ours: Callable[..., Any], stock: type[nn.Module]) -> Callable[..., Any]:
@@ -176,6 +161,6 @@ def _usable_beyond_restore(ours: Callable[..., Any], stock: type[nn.Module]) -> 
     return forward
 
 
-def _blank(stock: type[nn.Module], layer: type[Swapped]) -> nn.Module:
-    cls = _subclass(stock, layer)
+def _blank(layer: type[Swapped], stock: type[nn.Module]) -> nn.Module:
+    cls = _subclass(layer, stock)
     return cls.__new__(cls)

@@ -24,7 +24,7 @@ from deltatune.layers.decoder import Hidden, catch_hidden
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
-from deltatune.subclass import Swapped, named_forward
+from deltatune.subclass import Swapped
 
 __all__ = ["CausalLM", "next_token_targets"]
 
@@ -47,14 +47,10 @@ class CausalLM(Swapped):
 
     ops = ("linear_cross_entropy",)
     whole_model = True
+    extra_arguments = ("sequences", "output_logits")
 
     get_output_embeddings: Callable[[], nn.Module]
     loss_function: Callable[..., Tensor]
-
-    @classmethod
-    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
-        """The stock signature, with ``sequences`` and ``output_logits``."""
-        return {"forward": named_forward(stock, ("sequences", "output_logits"))}
 
     @classmethod
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:

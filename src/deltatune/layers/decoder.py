@@ -28,7 +28,7 @@ from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.state import bound
-from deltatune.subclass import Swapped, named_forward, stock_class
+from deltatune.subclass import Swapped, stock_class
 
 __all__ = ["DOUBLE_CHECKPOINTING", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
 
@@ -108,15 +108,11 @@ class TextModel(Swapped):
     """The text model: resolves boundaries, keeps the stock model from building a mask, and feeds the layers."""
 
     whole_model = True
+    extra_arguments = ("sequences",)
 
     config: Any
     layers: nn.ModuleList
     get_input_embeddings: Callable[[], nn.Module]
-
-    @classmethod
-    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
-        """The stock signature, with ``sequences``."""
-        return {"forward": named_forward(stock, ("sequences",))}
 
     def _forward(self, given: dict[str, Any]) -> Any:
         """As the stock text model, with ``sequences`` and every other form of packing metadata."""

@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune import ops
 from deltatune.hf.cached import in_stock_path
@@ -32,18 +31,12 @@ class FinalNorm(Swapped):
 
     weight: Tensor
 
-    @classmethod
-    def class_attributes(cls, stock: type[nn.Module]) -> dict[str, Any]:
-        """A forward with the stock signature, ``[B, T, E] -> [B, T, E]``."""
-
-        @functools.wraps(stock.forward)
-        def forward(self: FinalNorm, *args: Tensor, **kwargs: Tensor) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            impl = self._kernel(x)
-            normed: Tensor = stock.forward(self, x) if impl is None else self._by_kernel(x, impl)
-            return normed
-
-        return {"forward": forward}
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """``[B, T, E] -> [B, T, E]``; stock norms have several names for their argument."""
+        (x,) = (*args, *kwargs.values())
+        impl = self._kernel(x)
+        normed: Tensor = super().forward(x) if impl is None else self._by_kernel(x, impl)
+        return normed
 
     @classmethod
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
