@@ -1,5 +1,7 @@
 """``deltatune::gated_rms_norm``: the Triton kernels as an op."""
 
+# S tokens, N heads, D the dim that is normalised
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,38 +9,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.ops._numerics import unit_stride
 from deltatune.ops._opaque import opaque
 
 __all__ = ["gated_rms_norm"]
 
-_REMEDY = "use impl='reference'"
-
 
 def _heads(x: Tensor) -> Tensor:
     """``[..., N, D]`` to ``[S, N, D]``; a copy only where strides allow no view."""
-    return x.view(1, 1, -1) if x.ndim == 1 else x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
+    heads = x.view(1, 1, -1) if x.ndim == 1 else x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
+    return unit_stride(heads)
 
 
-def _backward_fake(
+def _empty_gradients(
     _grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, _eps: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dweight = weight.new_empty(weight.shape if weight_grad else 0)
-    return x.new_empty(x.shape), gate.new_empty(gate.shape), dweight
+    return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape if weight_grad else 0)
 
 
-@opaque(fake=_backward_fake, gradient_of="gated_rms_norm", remedy=_REMEDY)
+@opaque(fake=_empty_gradients, gradient_of="gated_rms_norm", remedy="use impl='reference'")
 def gated_rms_norm_backward(
     grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and gate, and that of weight where it is wanted."""
+    """The gradients of x and gate, and that of weight where it is wanted.
+
+    The latter is summed in fp32 in a fixed order: each program over its rows, then over the programs.
+    """
     from deltatune.ops._gated_rms_norm import kernel  # Triton, where it runs
 
-    with torch.cuda.device(x.get_device()):
-        dx, dgate, dweight = kernel.backward(_heads(grad), _heads(x), _heads(gate), weight, eps, weight_grad)
-    return dx.view(x.shape), dgate.view(x.shape), x.new_empty(0) if dweight is None else dweight
+    dx, dgate, dweight = _empty_gradients(grad, x, gate, weight, eps, weight_grad)
+    grad, x, gate = _heads(grad), _heads(x), _heads(gate)
+    num_rows, dim = x.shape[0] * x.shape[1], x.shape[2]
+    (rows, width), tiles = kernel.tile(dim), kernel.TILES if weight_grad else 1
+    programs = -(-num_rows // (rows * tiles)) if x.numel() else 0
+    sums = x.new_empty(programs if weight_grad else 0, dim, dtype=torch.float32)
+    if programs:
+        with torch.cuda.device(x.get_device()):
+            kernel.backward_kernel[(programs,)](
+                *(grad, x, gate, weight, dx, dgate, sums, grad.stride()[:2], x.stride()[:2], gate.stride()[:2]),
+                *(num_rows, x.shape[1], dim, eps, weight_grad, tiles, rows, width),
+                num_warps=kernel.WARPS,
+            )
+    return dx, dgate, sums.sum(0).to(weight.dtype) if weight_grad else dweight
 
 
-def _fake(x: Tensor, _gate: Tensor, _weight: Tensor, _eps: float) -> Tensor:
+def _empty_result(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -54,10 +69,21 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(x if needed else None for x, needed in zip(grads, wanted, strict=True)), None
 
 
-@opaque(fake=_fake, setup_context=_setup_context, backward=_differentiate)
+@opaque(fake=_empty_result, setup_context=_setup_context, backward=_differentiate)
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Calls the kernel; ``api`` validates the inputs."""
+    """Like ``x``, contiguous; ``api`` validates the inputs."""
     from deltatune.ops._gated_rms_norm import kernel  # Triton, where it runs
 
-    with torch.cuda.device(x.get_device()):
-        return kernel.forward(_heads(x), _heads(gate), weight, eps).view(x.shape)
+    y = _empty_result(x)
+    x, gate = _heads(x), _heads(gate)
+    num_rows, dim = x.shape[0] * x.shape[1], x.shape[2]
+    rows, width = kernel.tile(dim)
+    if y.numel():
+        scaled = kernel.DTYPES[torch.promote_types(x.dtype, weight.dtype)]
+        with torch.cuda.device(x.get_device()):
+            kernel.forward_kernel[(-(-num_rows // rows),)](
+                *(x, gate, weight, y, x.stride()[:2], gate.stride()[:2]),
+                *(num_rows, x.shape[1], dim, eps, scaled, rows, width),
+                num_warps=kernel.WARPS,
+            )
+    return y

@@ -24,6 +24,6 @@ class GatedRmsNormSpec(Spec):
 
     op: ClassVar[str] = "gated_rms_norm"
     providers: ClassVar[tuple[Provider, ...]] = (
-        Provider("triton", _triton, "deltatune.ops._gated_rms_norm.kernel"),
+        Provider("triton", _triton, "deltatune.ops._gated_rms_norm.op"),
         Provider("reference", traced_reference, "deltatune.ops._gated_rms_norm.reference"),
     )
