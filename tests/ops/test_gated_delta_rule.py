@@ -251,13 +251,12 @@ def test_backward_leaves_its_inputs_alone():
 def test_opcheck(described):
     inputs = make_inputs(83)
     sequences = Sequences.from_lengths([5, 1, 70, 7])
-    metadata = (sequences.cu_seqlens, sequences.cu_seqlens_cpu) if described else (None, None)
-    options = (*metadata, 0.5, True, "reference")
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, None, *options))
+    options = (None, 0.5, True, sequences.cu_seqlens_cpu if described else None, "reference")
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
     detached = [x.detach() for x in inputs]
     grad = torch.ones_like(detached[2])
     kept = [torch.empty(0) for _ in range(4)]
-    arguments = (grad, *detached, *kept, None, None, *options)
+    arguments = (*detached, *options, grad, None, *kept)
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 

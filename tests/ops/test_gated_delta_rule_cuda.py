@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
 from deltatune.ops._gated_delta_rule import documents, reference
+from deltatune.ops._gated_delta_rule.inputs import Inputs
 from deltatune.packing.sequences import Sequences
 
 pytestmark = [
@@ -85,11 +86,11 @@ def exact_and_budget(inputs, *, sequences=None, scale=None, qk_l2norm=True):
     exact = run(gated_delta_rule, exact_inputs, sequences=sequences, impl="reference", **options)
     batch, tokens = inputs[0].shape[:2]
     boundaries = torch.arange(batch + 1) * tokens if sequences is None else sequences.cu_seqlens_cpu
-    detached = [x.detach() for x in inputs]
+    detached = Inputs(*(x.detach() for x in inputs), None, **options)
     with RoundedOperands(inputs[0].dtype):  # an op would hide its products from the mode
-        o = reference.forward(*detached, boundaries, **options)
-        grads = reference.backward(weights_of(o), *detached, boundaries, **options)
-    return exact, relative_errors([o, *grads], exact)
+        o, _ = reference.forward(detached, boundaries)
+        grads = reference.backward(weights_of(o), detached, boundaries)
+    return exact, relative_errors([o, *grads[:5]], exact)
 
 
 def assert_within_budget(inputs, impl, **kwargs):
@@ -270,14 +271,15 @@ def test_views_of_one_projection_and_an_expanded_gradient(impl):
 def test_backward_writes_into_nothing_it_is_given(impl, qk_l2norm):
     inputs = [x.detach() for x in short_keys(make_inputs(83))]
     sequences = Sequences.from_lengths([5, 1, 70, 7]).to("cuda")
-    options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, DIM**-0.5, qk_l2norm, impl)
-    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*inputs, None, *options)
+    options = (None, DIM**-0.5, qk_l2norm, sequences.cu_seqlens_cpu, impl)
+    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*inputs, *options)
     q, k = (q, k) if qk_l2norm else inputs[:2]
-    given = [torch.ones_like(o), q, k, *inputs[2:], *kept]
+    given = [q, k, *inputs[2:], torch.ones_like(o), *kept]
     before = [x.clone() for x in given]
-    first = torch.ops.deltatune.gated_delta_rule_backward(*given, None, None, *options)
+    arguments = (*given[:5], *options, given[5], None, *given[6:])
+    first = torch.ops.deltatune.gated_delta_rule_backward(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
-    second = torch.ops.deltatune.gated_delta_rule_backward(*given, None, None, *options)
+    second = torch.ops.deltatune.gated_delta_rule_backward(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
@@ -304,12 +306,12 @@ def test_nothing_waits_for_the_device(impl):
 def test_opcheck(impl, qk_l2norm):
     inputs = short_keys(make_inputs(83))
     sequences = Sequences.from_lengths([5, 1, 70, 7]).to("cuda")
-    options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, DIM**-0.5, qk_l2norm, impl)
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, None, *options))
+    options = (None, DIM**-0.5, qk_l2norm, sequences.cu_seqlens_cpu, impl)
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
     detached = [x.detach() for x in inputs]
-    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*detached, None, *options)
+    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*detached, *options)
     q, k = (q, k) if qk_l2norm else detached[:2]
-    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, None, None, *options)
+    arguments = (q, k, *detached[2:], *options, torch.ones_like(o), None, *kept)
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 

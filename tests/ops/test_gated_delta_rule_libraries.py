@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from packaging.version import Version
 
 from deltatune.ops import _nvidia, choose_gated_delta_rule, gated_delta_rule
 from deltatune.ops._gated_delta_rule import documents, fla, flash_qla, installed, library, providers, reference
+from deltatune.ops._gated_delta_rule.inputs import Inputs
 from deltatune.packing.sequences import Sequences
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -37,7 +40,7 @@ def machine(monkeypatch):
         for module in (fla, flash_qla):
             monkeypatch.setattr(module, "version_of", version_of)
             monkeypatch.setattr(module, "has_nvcc", lambda: nvcc)
-            monkeypatch.setattr(module, "_signature_problem", lambda: None)
+        monkeypatch.setattr(installed.Library, "problem", None)
 
     return set_up
 
@@ -154,32 +157,52 @@ def test_an_unknown_signature_is_named():
     def newer(*, q, keys, scale):
         pass
 
-    assert installed.signature_problem(known, ("q", "k", "scale")) is None
-    assert installed.signature_problem(newer, ("q", "k")) == "newer lacks k and also wants keys, scale"
+    def problem(function, names):
+        calls = {"forward": installed.Call(names, {}, ())}
+        return installed.Library("X", "x", "X 1", "pip install x", lambda: {"forward": function}, calls).problem
+
+    assert problem(known, ("q", "k", "scale")) is None
+    assert "its newer lacks k and also wants keys, scale; use X 1: pip install x" in problem(newer, ("q", "k"))
 
 
 @pytest.mark.parametrize("module", [fla, flash_qla])
-def test_a_library_of_another_signature_is_refused_with_the_version_to_install(monkeypatch, module):
-    functions = [lambda *, tokens: None] * len(module._Library._fields)
-    monkeypatch.setattr(module, "_library", lambda: module._Library(*functions))
-    problem = module._signature_problem.__wrapped__()
+def test_a_library_of_another_signature_is_refused_with_the_version_to_install(module):
+    functions = dict.fromkeys(module.LIBRARY.calls, lambda *, tokens: None)
+    problem = replace(module.LIBRARY, load=lambda: functions).problem
     assert "is not the one known here: its <lambda> lacks" in problem
     assert "pip install" in problem
 
 
 @pytest.mark.parametrize("module", [fla, flash_qla])
-def test_a_library_that_cannot_be_imported_is_refused(monkeypatch, module):
+def test_a_library_that_cannot_be_imported_is_refused(module):
     def fail():
         raise ImportError("no libcuda")
 
-    monkeypatch.setattr(module, "_library", fail)
-    assert "cannot be imported (no libcuda)" in module._signature_problem.__wrapped__()
+    assert "cannot be imported (no libcuda)" in replace(module.LIBRARY, load=fail).problem
 
 
-@pytest.mark.parametrize("module", [fla, flash_qla])
-def test_another_number_of_results_is_an_error(module):
+@pytest.mark.parametrize(("module", "backward"), [(fla, 8), (flash_qla, 6)])
+def test_functions_get_the_arguments_they_take_and_results_are_counted(module, backward):
+    given, described = [], []
+
+    def function(**arguments):
+        given.append(arguments)
+        return range(6)
+
+    functions = dict.fromkeys(module.LIBRARY.calls, function)
+    called = replace(module.LIBRARY, load=lambda: functions, describe=described.append)
+    documents_ = documents.documents_of(torch.tensor([0, 5, 12]), torch.device("cpu"))
+    inputs = dict.fromkeys(("q", "k", "v", "g", "beta", "scale"), 1)
+    found = called.run("forward", documents_, **inputs)
+    assert {found[name] for name in ("g", "o", "A")} == {0, 1, 2}
+    assert given[0].items() >= (inputs | {"cu_seqlens": documents_.cu_seqlens, "output_final_state": False}).items()
+    assert given[0].keys() == {*module.LIBRARY.calls["forward"].takes, *module.LIBRARY.calls["forward"].options}
+    assert described == [documents_]
+    short = replace(called, load=lambda: dict.fromkeys(functions, lambda **_: (1, 2, 3)))
     with pytest.raises(RuntimeError, match="returns 3 results from its forward where 6 are expected: pip install"):
-        module._counted("forward", (1, 2, 3), 6)
+        short.run("forward", documents_, **inputs)
+    with pytest.raises(RuntimeError, match=f"from its backward where {backward} are expected: pip install"):
+        short.run("backward", documents_, **inputs, do=1, A=1)
 
 
 def test_the_choice_is_a_constant_of_a_traced_graph(monkeypatch):
@@ -218,24 +241,22 @@ class FakeLibrary:
 
     def __init__(self):
         self.calls = Counter()
+        self.given = []
 
-    def forward(self, q, k, v, g, beta, found, scale):
-        self.calls["forward"] += 1
-        self.check(q, k, v, g, beta, found)
-        o = reference.forward(q, k, v, g, beta, found.cu_seqlens_cpu, scale=scale, qk_l2norm=False)
-        return o, g + 0, k.new_ones(*v.shape[:3], documents.CHUNK_SIZE)
-
-    def backward(self, do, q, k, v, beta, decay, solved, found, scale):
-        self.calls["backward"] += 1
-        self.check(do, q, k, v, beta, decay, solved, found)
-        boundaries = found.cu_seqlens_cpu
-        return reference.backward(do, q, k, v, decay, beta, boundaries, scale=scale, qk_l2norm=False)
-
-    def check(self, *given):
-        assert (given[-1].cu_seqlens.diff() > 0).all()
-        for x in given[:-1]:
+    def run(self, direction, found, *, scale, **tensors):
+        self.calls[direction] += 1
+        self.given.append(tensors)
+        assert (found.cu_seqlens.diff() > 0).all()
+        for x in tensors.values():
             assert x.is_contiguous()
-            assert x.shape[:2] == (1, given[-1].cu_seqlens_cpu[-1])
+            assert x.shape[:2] == (1, found.cu_seqlens_cpu[-1])
+        inputs = Inputs(*(tensors[name] for name in ("q", "k", "v", "g", "beta")), None, scale, qk_l2norm=False)
+        if direction == "backward":
+            grads = reference.backward(tensors["do"], inputs, found.cu_seqlens_cpu)
+            return {f"d{name}": grad for name, grad in grads._asdict().items()}
+        o, _ = reference.forward(inputs, found.cu_seqlens_cpu)
+        solved = inputs.k.new_ones(*inputs.v.shape[:3], documents.CHUNK_SIZE)
+        return {"o": o, "g": inputs.g + 0, "A": solved}
 
 
 class FakeNorm:
@@ -256,7 +277,7 @@ class FakeNorm:
 def fake(monkeypatch):
     """The op with ``impl="fla"`` runs the fake library."""
     found = FakeLibrary()
-    monkeypatch.setattr(providers.GatedDeltaRuleSpec, "load", lambda impl: found)
+    monkeypatch.setattr(providers.GatedDeltaRuleSpec, "load", lambda impl: SimpleNamespace(LIBRARY=found))
     monkeypatch.setitem(sys.modules, "deltatune.ops._gated_delta_rule.l2_norm", FakeNorm)
     monkeypatch.setattr(providers, "_library_refusal", lambda name, device, dtype: None)
     monkeypatch.setattr(fla, "dim_refusal", lambda *dims: None)
@@ -298,16 +319,13 @@ def test_rows_and_strided_inputs_reach_a_library_as_one_stream(fake):
         assert torch.allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_have_the_dtypes_of_the_inputs_and_the_decay_is_bounded(fake, monkeypatch):
-    given = []
-    forward = fake.forward
-    monkeypatch.setattr(fake, "forward", lambda *args: given.append(args) or forward(*args))
+def test_gradients_have_the_dtypes_of_the_inputs_and_the_decay_is_bounded(fake):
     inputs = [x.detach().bfloat16().requires_grad_() for x in make_inputs(20)]
     with torch.no_grad():
         inputs[3][:, 3] = -torch.inf
     o, *grads = run(inputs, impl="fla")
-    assert given[0][3].dtype == torch.float32
-    assert given[0][3].min() == -100
+    assert fake.given[0]["g"].dtype == torch.float32
+    assert fake.given[0]["g"].min() == -100
     assert [x.dtype for x in (o, *grads)] == [BF16] * 6
 
 
@@ -324,12 +342,12 @@ def test_opcheck_with_what_a_library_keeps(fake, qk_l2norm):
     with torch.no_grad():
         inputs[1] /= 4
     sequences = Sequences.from_lengths([5, 1, 70, 7])
-    options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, 0.5, qk_l2norm, "fla")
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, None, *options))
+    options = (None, 0.5, qk_l2norm, sequences.cu_seqlens_cpu, "fla")
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
     detached = [x.detach() for x in inputs]
-    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*detached, None, *options)
+    o, q, k, *kept, _ = torch.ops.deltatune.gated_delta_rule(*detached, *options)
     q, k = (q, k) if qk_l2norm else detached[:2]
-    arguments = (torch.ones_like(o), q, k, *detached[2:], *kept, None, None, *options)
+    arguments = (q, k, *detached[2:], *options, torch.ones_like(o), None, *kept)
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 
@@ -355,9 +373,9 @@ def test_compiled_layers_share_the_documents_of_a_batch(fake, monkeypatch):
 
 def test_results_are_kept_only_where_backward_wants_them():
     q, v = torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 4, 12)
-    nothing = library.results_like(q, q, v, qk_l2norm=True, saves=False)
-    assert [x.numel() for x in nothing[1:]] == [0] * 6
-    shapes = [list(x.shape) for x in library.results_like(q, q, v, qk_l2norm=True, saves=True)]
+    inputs = Inputs(q, q, v, v[..., 0], v[..., 0], None, 1.0, qk_l2norm=True)
+    assert [x.numel() for x in library.results_like(inputs, saves=False)[1:]] == [0] * 6
+    shapes = [list(x.shape) for x in library.results_like(inputs, saves=True)]
     assert shapes == [[2, 3, 4, 12], [2, 3, 2, 8], [2, 3, 2, 8], [2, 3, 2], [2, 3, 2], [1, 6, 4], [1, 6, 4, 64]]
 
 

@@ -114,8 +114,8 @@ def test_rows_have_states_of_their_own_and_16_bits_keep_fp32_states():
 def test_opcheck(with_state):
     inputs, sequences = make_inputs(12), Sequences.from_lengths([5, 0, 7])
     initial = make_state(3) if with_state else None
-    options = (sequences.cu_seqlens, sequences.cu_seqlens_cpu, 0.5, True, "reference")
-    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, initial, *options))
+    options = (initial, 0.5, True, sequences.cu_seqlens_cpu, "reference")
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
 
 
 def test_one_graph_for_any_boundaries():

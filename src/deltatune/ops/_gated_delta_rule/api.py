@@ -127,19 +127,9 @@ def gated_delta_rule(
         initial_state = _state(initial_state, q, k, v, sequences)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     choice = choose(GatedDeltaRuleSpec(v.device, dtype, (k.shape[-1], v.shape[-1]), stateful), impl)
-    o, *_, state = op.gated_delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state,
-        None if sequences is None else sequences.cu_seqlens,
-        None if sequences is None else sequences.cu_seqlens_cpu,
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        qk_l2norm,
-        choice.impl,
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    cu_seqlens_cpu = None if sequences is None else sequences.cu_seqlens_cpu
+    o, *_, state = op.gated_delta_rule(q, k, v, g, beta, initial_state, scale, qk_l2norm, cu_seqlens_cpu, choice.impl)
     return (o, state) if return_state else o
 
 
@@ -171,14 +161,9 @@ def _state(initial_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sequen
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sequences: Sequences | None) -> None:
     name = "gated_delta_rule"
-    patterns = {
-        "q": (q, "B T H K"),
-        "k": (k, "B T H K"),
-        "v": (v, "B T G V"),
-        "g": (g, "B T G"),
-        "beta": (beta, "B T G"),
-    }
-    sizes = bind_shapes(name, **patterns)
+    sizes = bind_shapes(
+        name, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T G V"), g=(g, "B T G"), beta=(beta, "B T G")
+    )
     if sizes["H"] == 0 or sizes["G"] % sizes["H"]:
         raise ValueError(
             f"{name}: value heads must be a multiple of key heads, each key head serving G // H of them; "

@@ -1,4 +1,4 @@
-"""What is installed besides torch, found out without importing it: versions, a CUDA compiler, function signatures."""
+"""What is installed besides torch, found out without importing it, and how a library's functions are called."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.version import Version
+from torch import Tensor
 
-__all__ = ["has_nvcc", "signature_problem", "version_of"]
+from deltatune.ops._gated_delta_rule.documents import Documents
+
+__all__ = ["Call", "Library", "has_nvcc", "version_of"]
 
 
 @functools.cache
@@ -39,7 +43,75 @@ def has_nvcc() -> bool:
         return False
 
 
-def signature_problem(function: Callable[..., Any], arguments: Sequence[str]) -> str | None:
+class Call(NamedTuple):
+    """How a function is called.
+
+    Attributes:
+        takes: the names of the arguments that change from call to call.
+        options: the others.
+        returns: the names of its results, empty for those that are not used.
+    """
+
+    takes: tuple[str, ...]
+    options: Mapping[str, object]
+    returns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library of CUDA kernels whose functions depend on its version.
+
+    Names of arguments and results are the libraries' own: ``g`` as a result is the decay summed inside chunks
+    ``[1, N, G]``, which backward takes for ``g``, and ``A`` the inverse of each chunk's system ``[1, N, G, 64]``.
+
+    Attributes:
+        name: as messages call it.
+        distribution: whose version counts.
+        known: the versions that can be called, in words.
+        pip: how one of them is installed.
+        load: imports it and returns its functions, by the keys of ``calls``.
+        calls: of ``"forward"``, ``"backward"`` and what else is called.
+        describe: called with the documents before either, where the library wants to know them.
+    """
+
+    name: str
+    distribution: str
+    known: str
+    pip: str
+    load: Callable[[], Mapping[str, Callable[..., Any]]]
+    calls: Mapping[str, Call]
+    describe: Callable[[Documents], None] | None = None
+
+    def run(self, direction: str, documents: Documents, **given: object) -> dict[str, Tensor]:
+        """The named results of ``"forward"`` or ``"backward"``, for the arguments that ``Call.takes`` names."""
+        if self.describe is not None:
+            self.describe(documents)
+        call = self.calls[direction]
+        given |= vars(documents)
+        results = self.load()[direction](**{name: given[name] for name in call.takes}, **call.options)
+        if len(results) != len(call.returns):
+            raise RuntimeError(
+                f"{self.name} {version_of(self.distribution)} returns {len(results)} results from its {direction} "
+                f"where {len(call.returns)} are expected: {self.pip}, or use impl='reference'"
+            )
+        return dict(zip(call.returns, results, strict=True))
+
+    @functools.cached_property
+    def problem(self) -> str | None:
+        """Why the version that is installed cannot be called, with the remedy; None where it can."""
+        found, remedy = f"{self.name} {version_of(self.distribution)}", f"use {self.known}: {self.pip}"
+        try:
+            functions = self.load()
+        except ImportError as error:
+            return f"{found} cannot be imported ({error}); {remedy}"
+        for key, call in self.calls.items():
+            problem = _signature_problem(functions[key], (*call.takes, *call.options))
+            if problem is not None:
+                return f"{found} is not the one known here: its {problem}; {remedy}"
+        return None
+
+
+def _signature_problem(function: Callable[..., Any], arguments: Sequence[str]) -> str | None:
     """How the function differs from one that takes exactly these keyword arguments; None where it takes them."""
     parameters = inspect.signature(function).parameters
     missing = [name for name in arguments if name not in parameters]

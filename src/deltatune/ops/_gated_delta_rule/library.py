@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.documents import CHUNK_SIZE, Documents
+from deltatune.ops._gated_delta_rule.documents import CHUNK_SIZE, documents_of
+from deltatune.ops._gated_delta_rule.inputs import Gradients, Inputs
+from deltatune.ops._gated_delta_rule.installed import Library
 
 __all__ = ["Results", "backward", "chunk_states_bytes", "forward", "results_like"]
 
@@ -31,15 +32,16 @@ class Results(NamedTuple):
     solved: Tensor  # [1, N, G, 64], the inverse of each chunk's triangular system
 
 
-def results_like(q: Tensor, k: Tensor, v: Tensor, *, qk_l2norm: bool, saves: bool) -> Results:
+def results_like(inputs: Inputs, *, saves: bool) -> Results:
     """Uninitialised results of the right shapes and dtypes; with ``saves=False`` the output alone."""
+    q, k, v = inputs[:3]
     results = Results(v.new_empty(v.shape), *(v.new_empty(0) for _ in Results._fields[1:]))
     if not saves:
         return results
     stream = (1, v.shape[0] * v.shape[1], v.shape[2])
     decay, solved = v.new_empty(stream, dtype=torch.float32), k.new_empty((*stream, CHUNK_SIZE))
     results = results._replace(decay=decay, solved=solved)
-    if not qk_l2norm:
+    if not inputs.qk_l2norm:
         return results
     return results._replace(
         q=q.new_empty(q.shape),
@@ -49,63 +51,41 @@ def results_like(q: Tensor, k: Tensor, v: Tensor, *, qk_l2norm: bool, saves: boo
     )
 
 
-def forward(
-    library: ModuleType,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    documents: Documents,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> Results:
-    """Runs ``library.forward`` on the flattened stream; see ``deltatune.ops.gated_delta_rule`` for shapes."""
+def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> Results:
+    """Runs the library's forward on the flattened stream."""
+    q, k, v, g, beta = inputs[:5]
     if v.numel() == 0:
-        return results_like(q, k, v, qk_l2norm=qk_l2norm, saves=True)
-    results = results_like(q, k, v, qk_l2norm=False, saves=False)
+        return results_like(inputs, saves=True)
+    results = results_like(inputs, saves=False)
     with torch.cuda.device(v.get_device()):
-        if qk_l2norm:
+        if inputs.qk_l2norm:
             results = results._replace(**_normalised(q, k))
             q, k = results.q, results.k
-        stream = [_stream(x) for x in (q, k, v, g.float().clamp(min=_STRONGEST), _gate(beta, v))]
-        o, decay, solved = library.forward(*stream, documents, scale)
-    return results._replace(o=o.to(v.dtype).view(v.shape), decay=decay, solved=solved)
+        stream = _stream(q=q, k=k, v=v, g=g.float().clamp(min=_STRONGEST), beta=_gate(beta, v))
+        found = library.run("forward", documents_of(cu_seqlens_cpu, v.device), **stream, scale=inputs.scale)
+    return results._replace(o=found["o"].to(v.dtype).view(v.shape), decay=found["g"], solved=found["A"])
 
 
 def backward(
-    library: ModuleType,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    q_rstd: Tensor,
-    k_rstd: Tensor,
-    decay: Tensor,
-    solved: Tensor,
-    documents: Documents,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the inputs of ``forward``, each like its input; q and k are the normalised ones."""
-    inputs = (q, k, v, g, beta)
+    library: Library, grad: Tensor, inputs: Inputs, kept: tuple[Tensor, Tensor, Tensor, Tensor], cu_seqlens_cpu: Tensor
+) -> Gradients:
+    """The gradients of the inputs, of which q and k are the normalised ones; ``kept`` are the last of ``Results``."""
+    q, k, v, _, beta = inputs[:5]
+    q_rstd, k_rstd, decay, solved = kept
     if v.numel() == 0:
-        dq, dk, dv, dg, dbeta = (x.new_zeros(x.shape) for x in inputs)
-        return dq, dk, dv, dg, dbeta
+        return Gradients(*(x.new_zeros(x.shape) for x in inputs[:5]))
     with torch.cuda.device(v.get_device()):
-        do, q_, k_, v_, beta_ = (_stream(x) for x in (grad.to(v.dtype), q, k, v, _gate(beta, v)))
-        grads = list(library.backward(do, q_, k_, v_, beta_, decay, solved, documents, scale))
-        if qk_l2norm:
+        stream = _stream(q=q, k=k, v=v, beta=_gate(beta, v), do=grad.to(v.dtype))
+        documents = documents_of(cu_seqlens_cpu, v.device)
+        found = library.run("backward", documents, **stream, g=decay, A=solved, scale=inputs.scale)
+        if inputs.qk_l2norm:
             from deltatune.ops._gated_delta_rule.l2_norm import normalise_backward
 
-            grads[0] = normalise_backward(grads[0][0].contiguous(), q_[0], q_rstd.flatten(0, 1))
-            grads[1] = normalise_backward(grads[1][0].contiguous(), k_[0], k_rstd.flatten(0, 1))
-    dq, dk, dv, dg, dbeta = (y.to(x.dtype).reshape(x.shape).contiguous() for x, y in zip(inputs, grads, strict=True))
-    return dq, dk, dv, dg, dbeta
+            for name, rstd in (("q", q_rstd), ("k", k_rstd)):
+                dy = found[f"d{name}"][0].contiguous()
+                found[f"d{name}"] = normalise_backward(dy, stream[name][0], rstd.flatten(0, 1))
+    pairs = ((x, found[f"d{name}"]) for name, x in zip(Inputs._fields[:5], inputs[:5], strict=True))
+    return Gradients(*(dx.to(x.dtype).reshape(x.shape).contiguous() for x, dx in pairs))
 
 
 def chunk_states_bytes(q: Tensor, v: Tensor) -> int:
@@ -125,9 +105,9 @@ def _normalised(q: Tensor, k: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _stream(x: Tensor) -> Tensor:
-    """``[B, T, ...]`` to a contiguous ``[1, N, ...]``."""
-    return x.reshape(1, -1, *x.shape[2:]).contiguous()
+def _stream(**tensors: Tensor) -> dict[str, Tensor]:
+    """``[B, T, ...]`` to contiguous ``[1, N, ...]``."""
+    return {name: x.reshape(1, -1, *x.shape[2:]).contiguous() for name, x in tensors.items()}
 
 
 def _gate(beta: Tensor, v: Tensor) -> Tensor:

@@ -25,43 +25,19 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.chunks import Chunks, cut_into_chunks
+from deltatune.ops._gated_delta_rule.inputs import Gradients, Inputs
 from deltatune.ops._numerics import L2_EPS, accumulation_dtype
 
-__all__ = ["backward", "backward_with_state", "forward", "forward_with_state"]
+__all__ = ["backward", "forward"]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens_cpu: Tensor,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> Tensor:
-    """``o`` like ``v``, every document from S = 0; see ``deltatune.ops.gated_delta_rule`` for shapes."""
-    return forward_with_state(q, k, v, g, beta, cu_seqlens_cpu, None, scale=scale, qk_l2norm=qk_l2norm)[0]
-
-
-def forward_with_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens_cpu: Tensor,
-    initial_state: Tensor | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``o``, and the final state where there is an initial one."""
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    final = None if initial_state is None else initial_state.to(accumulation_dtype(q, k, v), copy=True)
-    for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
-        c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
+def forward(inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``o`` like ``v``, and the final state where there is an initial one; see ``deltatune.ops.gated_delta_rule``."""
+    initial_state, dtype = inputs.initial_state, accumulation_dtype(*inputs[:3])
+    out = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
+    final = None if initial_state is None else initial_state.to(dtype, copy=True)
+    for chunks in cut_into_chunks(cu_seqlens_cpu, out.device):
+        c = _prepare(chunks, inputs)
         initial = None if final is None else final[chunks.documents]
         states, updates = _scan(chunks, c, initial)
         later = _with_state(chunks, initial)
@@ -74,51 +50,24 @@ def forward_with_state(
     return out, final
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens_cpu: Tensor,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, g and beta, each like its input; the forward pass is run again."""
-    inputs = (q, k, v, g, beta, cu_seqlens_cpu)
-    return backward_with_state(grad, *inputs, None, None, scale=scale, qk_l2norm=qk_l2norm)[0]
+def backward(grad: Tensor, inputs: Inputs, cu_seqlens_cpu: Tensor, final_grad: Tensor | None = None) -> Gradients:
+    """The gradients of the inputs; the forward pass is run again.
 
-
-def backward_with_state(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens_cpu: Tensor,
-    initial_state: Tensor | None,
-    final_grad: Tensor | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-    """The gradients of q, k, v, g, beta, and that of the initial state, where there is one.
-
-    With an initial state ``final_grad`` is the gradient of the final one, otherwise None. ``dX`` below is the gradient
-    of X. The state's own gradient is scanned from the last chunk to the first::
+    ``grad`` is that of ``o``, ``final_grad`` that of a final state, zeros if None. ``dX`` below is the gradient of X.
+    The state's own gradient is scanned from the last chunk to the first::
 
         dU = P^T dO + z K dS'
         dS = (a Q)^T dO + a_C dS' - W^T dU          with W = (I + A)^-1 (beta a K)
     """
-    inputs = (q, k, v, g, beta)
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    # of a sequence without tokens the final state is the initial one
-    dinitial = None if final_grad is None else final_grad.to(accumulation_dtype(q, k, v), copy=True)
+    q, k, v, _, _, initial_state, scale, qk_l2norm = inputs
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:5]]
+    dinitial = None
+    if initial_state is not None:
+        # of a sequence without tokens the final state is the initial one
+        final_grad = torch.zeros_like(initial_state) if final_grad is None else final_grad
+        dinitial = final_grad.to(accumulation_dtype(q, k, v), copy=True)
     for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
-        c = _prepare(chunks, q, k, v, g, beta, scale, qk_l2norm)
+        c = _prepare(chunks, inputs)
         ends = None
         if initial_state is not None and dinitial is not None:
             ends = _Ends(initial_state[chunks.documents].to(dinitial.dtype), dinitial[chunks.documents])
@@ -130,7 +79,10 @@ def backward_with_state(
             dq, dk = _normalise_backward(chunks.gather(q), dq), _normalise_backward(chunks.gather(k), dk)
         for chunked, out in zip((dq, dk, dv, dg, dbeta), grads, strict=True):
             chunks.scatter(chunked, out)
-    return (grads[0], grads[1], grads[2], grads[3], grads[4]), dinitial
+    found = Gradients(*grads)
+    if initial_state is None or dinitial is None:
+        return found
+    return found._replace(initial_state=dinitial.to(initial_state.dtype))
 
 
 class _Ends(NamedTuple):
@@ -209,26 +161,24 @@ class _Prepared:
     w: Tensor  # (I + A)^-1 beta a K, [n, G, C, K]
 
 
-def _prepare(
-    chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, qk_l2norm: bool
-) -> _Prepared:
-    acc_dtype = accumulation_dtype(q, k, v)
-    group = v.shape[2] // k.shape[2]
-    q_, k_, v_, g_, beta_ = (chunks.gather(x).to(acc_dtype) for x in (q, k, v, g, beta))
-    if qk_l2norm:
-        q_, k_ = _normalise(q_)[0], _normalise(k_)[0]
-    q_, k_ = (x.repeat_interleave(group, dim=1) for x in (q_ * scale, k_))
-    beta_ = beta_.unsqueeze(-1)
+def _prepare(chunks: Chunks, inputs: Inputs) -> _Prepared:
+    acc_dtype = accumulation_dtype(*inputs[:3])
+    group = inputs.v.shape[2] // inputs.k.shape[2]
+    q, k, v, g, beta = (chunks.gather(x).to(acc_dtype) for x in inputs[:5])
+    if inputs.qk_l2norm:
+        q, k = _normalise(q)[0], _normalise(k)[0]
+    q, k = (x.repeat_interleave(group, dim=1) for x in (q * inputs.scale, k))
+    beta = beta.unsqueeze(-1)
 
-    exponents = _segment_sums(g_)
+    exponents = _segment_sums(g)
     d = exponents.exp().tril()
-    a, z = g_.cumsum(-1).exp().unsqueeze(-1), d[..., -1, :].unsqueeze(-1)
-    qk, kk = q_ @ k_.mT, k_ @ k_.mT
-    system = (beta_ * d * kk).tril(-1) + torch.eye(d.shape[-1], dtype=acc_dtype, device=d.device)
-    right = torch.cat([beta_ * v_, beta_ * a * k_], dim=-1)
+    a, z = g.cumsum(-1).exp().unsqueeze(-1), d[..., -1, :].unsqueeze(-1)
+    qk, kk = q @ k.mT, k @ k.mT
+    system = (beta * d * kk).tril(-1) + torch.eye(d.shape[-1], dtype=acc_dtype, device=d.device)
+    right = torch.cat([beta * v, beta * a * k], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u, w = solved.split([v_.shape[-1], k_.shape[-1]], dim=-1)
-    return _Prepared(q_, k_, v_, beta_, a, z, d, qk, kk, d * qk, system, u, w)
+    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    return _Prepared(q, k, v, beta, a, z, d, qk, kk, d * qk, system, u, w)
 
 
 def _segment_sums(g: Tensor) -> Tensor:
