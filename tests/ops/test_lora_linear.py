@@ -292,7 +292,7 @@ def test_opcheck(dtype):
 
 def test_sums_of_products_stay_wide():
     left, right = torch.full((4096, 2), 1.0, dtype=torch.bfloat16), torch.full((4096, 3), 1 / 256, dtype=torch.bfloat16)
-    found = op.sum_products(left, right)
+    found = op.lora_sum_products(left, right)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.full((2, 3), 16.0))
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltatune.ops._lora_linear.op import accumulate, narrow_product, sum_products
-from deltatune.ops._lora_linear.up_backward import up_backward
+from deltatune.ops._lora_linear.op import lora_accumulate, lora_narrow_product, lora_sum_products
+from deltatune.ops._lora_linear.up_backward import lora_up_backward
 from deltatune.ops._opaque import first_order_backward
 
 __all__ = ["Adapter", "linear_with_lora", "low_rank"]
@@ -135,14 +135,14 @@ class _LinearWithLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
         operands = _operands(layout, tensors, x.dtype)
-        narrow = narrow_product(x, operands.rows)
+        narrow = lora_narrow_product(x, operands.rows)
         ctx.layout = layout
         ctx.save_for_backward(x, narrow, *tensors)
         parts = zip(operands.columns(narrow), operands.up, strict=True)
         if not layout.weights:
             return tuple(u @ b.mT for u, b in parts)
         return tuple(
-            accumulate(u, b.mT, [x], [weight.mT]) for (u, b), weight in zip(parts, operands.weights, strict=True)
+            lora_accumulate(u, b.mT, [x], [weight.mT]) for (u, b), weight in zip(parts, operands.weights, strict=True)
         )
 
     @staticmethod
@@ -157,16 +157,16 @@ class _LinearWithLora(torch.autograd.Function):
         t: Tensor | None = None
         sums: list[Tensor] = []
         if up_trains and (needed[0] or down_trains):
-            t, sums = up_backward(grads, operands.up, narrow, operands.offsets, operands.width)
+            t, *sums = lora_up_backward(list(grads), operands.up, narrow, operands.offsets, operands.width)
         elif up_trains:
-            sums = [sum_products(dy, u) for dy, u in zip(grads, operands.columns(narrow), strict=True)]
+            sums = [lora_sum_products(dy, u) for dy, u in zip(grads, operands.columns(narrow), strict=True)]
         elif needed[0] or down_trains:
             t = torch.cat([dy @ b for dy, b in zip(grads, operands.up, strict=True)], dim=1)
         adapters = tensors[layout.weights :]
         down: Sequence[Tensor | None] = (None,) * num
         up: Sequence[Tensor | None] = (None,) * num
         if down_trains and t is not None:
-            down = _down_gradients(layout, operands, sum_products(t, x), adapters[:num])
+            down = _down_gradients(layout, operands, lora_sum_products(t, x), adapters[:num])
         if up_trains:
             up = _up_gradients(layout, sums, adapters[num:])
         dx = _input_gradient(operands, grads, t) if needed[0] and t is not None else None
@@ -188,7 +188,7 @@ def _input_gradient(operands: _Operands, grads: Sequence[Tensor], t: Tensor) -> 
         # layers of a few outputs join the narrow product, where they cost nothing: no further pass over the result
         first = torch.cat([t, *(dy for dy, _ in few)], dim=1)
         to_it = torch.cat([to_it, *(weight for _, weight in few)])
-    return accumulate(first, to_it, [dy for dy, _ in rest], [weight for _, weight in rest])
+    return lora_accumulate(first, to_it, [dy for dy, _ in rest], [weight for _, weight in rest])
 
 
 def _down_gradients(
