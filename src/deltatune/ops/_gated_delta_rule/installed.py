@@ -94,7 +94,7 @@ class Library:
                 f"{self.name} {version_of(self.distribution)} returns {len(results)} results from its {direction} "
                 f"where {len(call.returns)} are expected: {self.pip}, or use impl='reference'"
             )
-        return dict(zip(call.returns, results, strict=True))
+        return {name: result for name, result in zip(call.returns, results, strict=True) if name}
 
     @functools.cached_property
     def problem(self) -> str | None:
