@@ -82,8 +82,8 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, chec
     monkeypatch.setattr(run, "compile_options", lambda recipe: CompileOptions(backend="aot_eager"))
     recipe = load_recipe(write_recipe(compile=True, checkpointing=checkpointing)).recipe
     built = list(prebuild.build(recipe, CPU))
-    assert [one.what for one in built] == ["a step, 1 document"]
-    assert all(one.seconds > 0 for one in built)
+    assert [step for step, _ in built] == ["a step, 1 document"]
+    assert all(seconds > 0 for _, seconds in built)
     found = prepared[-1].report
     assert found.checkpointing == "none"
     assert found.compile_report.breaks == []
@@ -99,7 +99,7 @@ def test_evaluation_is_built_where_the_recipe_evaluates(write_recipe) -> None:
     recipe = load_recipe(write_recipe()).recipe
     data = recipe.data.model_copy(update={"eval": recipe.data.train})
     found = prebuild.build(recipe.model_copy(update={"data": data}), CPU)
-    assert [one.what for one in found] == ["a step, 1 document", "evaluation"]
+    assert [step for step, _ in found] == ["a step, 1 document", "evaluation"]
 
 
 @pytest.mark.parametrize(

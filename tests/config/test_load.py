@@ -109,8 +109,8 @@ def test_overrides_set_one_key_each(load) -> None:
     [
         ("training.max_steps", "expected key=value"),
         ("=3", "expected key=value"),
-        ("modl.name_or_path=x", "unknown key modl (did you mean model?)"),
-        ("data.train.0.pth=x", "unknown key data.train.0.pth (did you mean path?)"),
+        ("modl.name_or_path=x", "modl: unknown key (did you mean model?)"),
+        ("data.train.0.pth=x", "data.train.0.pth: unknown key (did you mean path?)"),
         ("data.train.7.path=x", "data.train is a list of 1"),
         ("data.train.first.path=x", "data.train is a list of 1"),
         ("compile.scope=model", "compile is false in the recipe"),

@@ -77,8 +77,8 @@ def _build(path: str, recipe: Recipe, device: torch.device) -> list[str]:
     from deltatune.commands.prebuild import build
 
     sys.stdout.write(f"\n{what}\n")
-    for built in build(recipe, device):
-        sys.stdout.write(f"  {built.what}: {built.seconds:.1f} s\n")
+    for step, seconds in build(recipe, device):
+        sys.stdout.write(f"  {step}: {seconds:.1f} s\n")
         sys.stdout.flush()
     return []
 

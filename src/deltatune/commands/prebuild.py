@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,19 +21,13 @@ from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
 from deltatune.training.run import prepare_by_recipe
 
-__all__ = ["Built", "build", "document_counts", "shallow"]
+__all__ = ["build", "document_counts", "shallow"]
 
 
-@dataclass(frozen=True)
-class Built:
-    """One step that was run for what it compiles: what it was, and how long it took."""
-
-    what: str
-    seconds: float
-
-
-def build(recipe: Recipe, device: torch.device) -> Iterator[Built]:
+def build(recipe: Recipe, device: torch.device) -> Iterator[tuple[str, float]]:
     """Trains a step of the recipe's model, shallow and at random, for every kernel that its run may choose.
+
+    Each step is named, with its seconds.
 
     Layers, adapters, kernels, compile options and the checkpointing setting are the recipe's, and so are the shapes of
     a pack: kernels of Triton and TileLang and Inductor's graphs of the layers are then in their caches on disk, and the
@@ -47,11 +40,11 @@ def build(recipe: Recipe, device: torch.device) -> Iterator[Built]:
     config = model.config.get_text_config()
     for count in document_counts(config, device):
         documents = f"{count} document{'s' * (count > 1)}"
-        yield Built(f"a step, {documents}", _seconds(model, _batch(recipe, config, count, device), autocast))
+        yield f"a step, {documents}", _seconds(model, _batch(recipe, config, count, device), autocast)
     if recipe.data.eval:
         model.eval()
         with torch.no_grad():
-            yield Built("evaluation", _seconds(model, _batch(recipe, config, 1, device), autocast))
+            yield "evaluation", _seconds(model, _batch(recipe, config, 1, device), autocast)
 
 
 def document_counts(config: Any, device: torch.device) -> list[int]:

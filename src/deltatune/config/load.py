@@ -14,7 +14,7 @@ from deltatune.config.paths import dotted, known_keys, names_free_mapping
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml, parse_document
-from deltatune.errors import UserError, nearest
+from deltatune.errors import UserError
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
 
@@ -113,13 +113,8 @@ def _assign(data: Any, parts: list[str | int], value: Any, override: str) -> Non
 
 def _check_step(parent: Any, parts: list[str | int], override: str) -> None:
     part, where = parts[-1], dotted(parts[:-1])
-    if isinstance(parent, dict):
-        keys = known_keys(parts[:-1])
-        # TrainingArguments has more names than the section lists; they are checked with the rest of the recipe
-        if keys and part not in keys and where != "training":
-            raise UserError(f"{override}: unknown key {dotted(parts)}{nearest(str(part), keys)}")
-    elif isinstance(parent, list):
+    if isinstance(parent, list):
         if not isinstance(part, int) or part > len(parent):
             raise UserError(f"{override}: {where} is a list of {len(parent)}; expected a position up to {len(parent)}")
-    else:
+    elif not isinstance(parent, dict):
         raise UserError(f"{override}: {where} is {shown(parent)} in the recipe; set {where} itself first")

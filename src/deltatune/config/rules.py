@@ -161,10 +161,6 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def check_training_names(training: TrainingSection, known: Iterable[str]) -> None:
     """Checks names beyond the section's own fields against TrainingArguments' names, which the caller supplies.
 
-    Args:
-        training: the section.
-        known: the field names of the installed ``transformers.TrainingArguments``.
-
     Raises:
         UserError: a name that is none, with the nearest one.
     """

@@ -80,9 +80,7 @@ def tokenize(
     the pack's capacity: over-long documents are dealt with when packs are made.
 
     Args:
-        rows: from ``load_rows``.
-        layout: from ``resolve_format``.
-        renderer: tokenizer, template, and which tokens train.
+        rows, layout, renderer: what is read, how, and which tokens train.
         num_proc: processes that tokenise.
         cache_dir: where results are kept, each in a folder that appears whole or not at all; ``None`` keeps nothing.
         progress: called with the rows done and the rows in all.

@@ -18,12 +18,9 @@ _GREEN, _DIM, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, color: bool = True) -> str:
-    """The text of a sample, its trained stretches in green, or between « and » without colour.
+    """The text of a sample, its trained stretches in green, or between « and » without ANSI colours.
 
-    Args:
-        sample: the document; its first token counts as untrained, since nothing stands before it to predict it.
-        tokenizer: the one that made the sample.
-        color: ANSI colours; pass False for files and dumb terminals.
+    A document's first token counts as untrained, since nothing stands before it to predict it.
     """
     trained = sample.labels != IGNORE_INDEX
     trained[:1] = False

@@ -55,8 +55,7 @@ def load_rows(path: str, *, split: str = "train", name: str | None = None, limit
 
     Args:
         path: ``*.jsonl``, ``*.ndjson``, ``*.json`` (a list of objects), ``*.parquet``, or a name on the Hub.
-        split: of a data set on the Hub.
-        name: configuration of a data set on the Hub.
+        split, name: the split and the configuration of a data set on the Hub.
         limit: use the first so many rows only.
 
     Raises:

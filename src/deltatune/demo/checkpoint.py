@@ -60,13 +60,7 @@ _EMBEDDING_STD, _CONV_STD = 0.3, 0.5
 
 
 def save_checkpoint(folder: Path, conversations: Iterable[Conversation], *, seed: int = 0) -> None:
-    """Writes a randomly initialised Qwen3.5 model and its tokenizer, as ``save_pretrained`` writes any other.
-
-    Args:
-        folder: where it goes.
-        conversations: the text that the tokenizer learns its words from.
-        seed: of the weights.
-    """
+    """Writes a random Qwen3.5 model, and a tokenizer that learns its words from these conversations."""
     tokenizer = make_tokenizer(conversations)
     _random_model(tokenizer, seed).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))

@@ -122,12 +122,9 @@ def write_conversations(path: Path, conversations: Sequence[Conversation]) -> No
 
 
 def ask(model: Any, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[str]:
-    """The model's greedy answers to the last question of each conversation, the turns before it given.
+    """The greedy answers to the last question of each conversation, the turns before it given, all in one batch.
 
-    Args:
-        model: a causal language model, stock or prepared; it generates with its cache and is left in evaluation mode.
-        tokenizer: with a chat template.
-        conversations: all are asked in one batch.
+    The model, stock or prepared, generates with its cache and is left in evaluation mode.
     """
     model.eval()
     batch: Any = tokenizer.apply_chat_template(

@@ -50,7 +50,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             "(config.json and weights) or a model name (owner/name) on the Hugging Face Hub"
         )
     try:
-        return AutoConfig.from_pretrained(_location(section), **_origin(section, section.name_or_path))
+        return AutoConfig.from_pretrained(**_origin(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(
             f"model.name_or_path: cannot read {section.name_or_path}: {_why(error, section.name_or_path)}"
@@ -83,9 +83,7 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     origin = _origin(section, section.name_or_path)
     try:
-        model, info = loader.from_pretrained(
-            _location(section), config=config, dtype=dtype, output_loading_info=True, **origin
-        )
+        model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.name_or_path: cannot load {section.name_or_path}: {_why(error, section.name_or_path)}"
@@ -124,7 +122,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """
     name = section.tokenizer or section.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(section, name))
+        tokenizer = AutoTokenizer.from_pretrained(**_origin(section, name))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {name}: {_why(error, name)}; set model.tokenizer") from error
     if not tokenizer.get_vocab():
@@ -194,14 +192,15 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def _location(section: ModelSection) -> str:
-    path = Path(section.name_or_path).expanduser()
-    # absolute, because an adapter records where its base model is
-    return str(path.resolve()) if path.exists() else section.name_or_path
-
-
 def _origin(section: ModelSection, name: str) -> dict[str, Any]:
-    origin: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    """Where ``from_pretrained`` finds what goes by this name."""
+    path = Path(name).expanduser()
+    # absolute, because an adapter records where its base model is
+    place = str(path.resolve()) if path.exists() else name
+    origin: dict[str, Any] = {
+        "pretrained_model_name_or_path": place,
+        "trust_remote_code": section.trust_remote_code,
+    }
     if _silence_about(name) is not None:
         origin["local_files_only"] = True
     if section.revision is not None and name == section.name_or_path:

@@ -49,13 +49,10 @@ def merge_adapter(
 
     Args:
         adapter_dir: a folder that PEFT's ``save_pretrained`` wrote.
-        output_dir: where the model goes; must not exist, or be empty.
+        output_dir: the model's folder, which is returned; it must not exist, or be empty.
         base: the base model, where it is no longer where the adapter says.
         dtype: of the merged weights: ``auto`` (the base model's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the base model.
-
-    Returns:
-        the folder of the merged model.
 
     Raises:
         UserError: a folder that holds no adapter, a base model that cannot be found, or an output folder in use.

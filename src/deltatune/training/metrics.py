@@ -50,12 +50,8 @@ class Meter(TrainerCallback):  # type: ignore[misc]
     Adding costs a few integer additions and never waits for the device. Reading is for logging steps, where the
     Trainer has just waited for the loss: there it makes one small reduction over ranks, if there are several.
 
-    Args:
-        model: the model that trains; its matrices give the FLOPs.
-        device: where it trains.
-        dtype: of its matrix products.
-        recompiles: graphs compiled after the first ones, so far; None where nothing is compiled.
-        mesh: the data-parallel ranks.
+    The model's matrices give the FLOPs, which the peak of ``device`` for products in ``dtype`` makes a share.
+    ``recompiles`` counts graphs compiled after the first ones, so far; None where nothing is compiled.
     """
 
     def __init__(

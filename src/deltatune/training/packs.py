@@ -23,11 +23,7 @@ __all__ = ["cache_folder", "load_packs", "padding_token"]
 
 def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
     """Reads, tokenises (or takes from the cache) and packs ``recipe.data.train`` or ``recipe.data.eval``.
-
-    Args:
-        sources: the entries to read.
-        recipe: says how: which tokens train, what to do with over-long documents, the capacity of a pack, the seed.
-        tokenizer: with the chat template to use.
+    The rest of the recipe says which tokens train, what becomes of over-long documents, and a pack's capacity and seed.
 
     Raises:
         DataError: rows that cannot be read, rendered or trained on, named.

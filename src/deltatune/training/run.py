@@ -134,10 +134,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
 def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
     """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
 
-    Args:
-        recipe: the run.
-        model: with its adapters.
-        device: where a model that is not there yet, or will be sharded, will train; its shapes decide then.
+    ``device`` is where a model that is not there yet, or will be sharded, will train; its shapes decide then.
 
     Raises:
         UserError: what ``prepare`` refuses.

@@ -45,8 +45,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: a prepared model, with or without PEFT adapters.
         args: as ``deltatune.training.arguments.training_arguments`` builds them.
-        train_dataset: packs, each a list of samples.
-        eval_dataset: packs of held-out data.
+        train_dataset, eval_dataset: packs, each a list of samples.
         tokens_per_batch: tokens of a pack, >= the longest pack.
         pad_token_id: fills the rest of a pack.
         processing_class: the tokenizer, saved with every checkpoint.
