@@ -32,15 +32,13 @@ def test_it_loads_as_a_hybrid_of_three_linear_layers_to_one_of_attention(checkpo
     assert model.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
 
 
-def test_the_seed_decides_the_weights_and_leaves_the_process_alone(checkpoint, tmp_path) -> None:
+def test_the_weights_are_always_the_same_and_the_process_is_left_alone(checkpoint, tmp_path) -> None:
+    torch.rand(3)
     state = torch.random.get_rng_state()
     save_checkpoint(tmp_path / "same", CONVERSATIONS)
-    save_checkpoint(tmp_path / "other", CONVERSATIONS, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
-    files = [folder / "model.safetensors" for folder in (checkpoint, tmp_path / "same", tmp_path / "other")]
-    first, same, other = (file.read_bytes() for file in files)
+    first, same = ((folder / "model.safetensors").read_bytes() for folder in (checkpoint, tmp_path / "same"))
     assert first == same
-    assert first != other
 
 
 def test_any_text_survives_the_tokenizer(tokenizer) -> None:

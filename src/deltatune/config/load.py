@@ -9,8 +9,7 @@ from typing import Any
 
 import pydantic
 
-from deltatune.config.explain import explain, shown
-from deltatune.config.paths import dotted, known_keys, names_free_mapping
+from deltatune.config.explain import dotted, explain, known_keys, names_free_mapping, shown
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml, parse_document

@@ -68,19 +68,17 @@ class Renderer:
             DataError: a row that does not hold what ``layout`` says, that the template cannot render, or that would
                 train nothing.
         """
+        pair = [row.get(layout.column(role)) for role in ("prompt", "completion")]
         if layout.format == "text":
-            samples = [self._text(read_text(row, layout.column("text"), where))]
-        elif layout.format == "prompt_completion" and _holds_strings(row, layout):
+            ids = self._with_eos(self._ids(read_text(row, layout.column("text"), where), special=True))
+            samples = [Sample(ids, ids)]
+        elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
             samples = [self._completion(row, layout, where)]
         else:
             samples = self._chat(read_conversation(row, layout, where), where)
         if not samples or not all(sample.num_trained for sample in samples):
             raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
         return samples
-
-    def _text(self, text: str) -> Sample:
-        ids = self._with_eos(self._ids(text, special=True))
-        return Sample(ids, ids)
 
     def _completion(self, row: Row, layout: Layout, where: str) -> Sample:
         prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
@@ -245,10 +243,6 @@ class _Template:
                 "train_on: last where only a part fails"
             ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if spans else []
-
-
-def _holds_strings(row: Row, layout: Layout) -> bool:
-    return not any(isinstance(row.get(layout.column(role)), list) for role in ("prompt", "completion"))
 
 
 def _of_turns(spans: list[Span], turns: list[int], wanted: list[int], where: str) -> list[Span]:

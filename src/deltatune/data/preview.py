@@ -30,13 +30,11 @@ def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, color: bool =
         tokens = sample.input_ids[start:end].tolist()
         # stretches are decoded whole: a character may be spread over several tokens
         text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        stretches.append(_marked(text, bool(trained[start]), color))
+        if color:
+            # a colour that spans lines is lost in pagers
+            style = _GREEN if trained[start] else _DIM
+            text = "\n".join(f"{style}{line}{_RESET}" if line else line for line in text.split("\n"))
+        elif trained[start]:
+            text = f"«{text}»"
+        stretches.append(text)
     return "".join(stretches)
-
-
-def _marked(text: str, trained: bool, color: bool) -> str:
-    if not color:
-        return f"«{text}»" if trained else text
-    # a colour that spans lines is lost in pagers
-    style = _GREEN if trained else _DIM
-    return "\n".join(f"{style}{line}{_RESET}" if line else line for line in text.split("\n"))

@@ -59,10 +59,17 @@ _SLOWEST_DECAY, _FASTEST_DECAY = 0.01, 2.0
 _EMBEDDING_STD, _CONV_STD = 0.3, 0.5
 
 
-def save_checkpoint(folder: Path, conversations: Iterable[Conversation], *, seed: int = 0) -> None:
-    """Writes a random Qwen3.5 model, and a tokenizer that learns its words from these conversations."""
+def save_checkpoint(folder: Path, conversations: Iterable[Conversation]) -> None:
+    """Writes a random Qwen3.5 model, always the same, and a tokenizer that learns its words from the conversations."""
     tokenizer = make_tokenizer(conversations)
-    _random_model(tokenizer, seed).save_pretrained(str(folder))
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3_5TextConfig(vocab_size=len(tokenizer), **_SHAPE, **tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = Qwen3_5ForCausalLM(config)
+        _widen(model)
+    model.generation_config = GenerationConfig(**tokens)
+    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
@@ -86,17 +93,6 @@ def make_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenizer
         chat_template=CHAT_TEMPLATE,
         model_max_length=_SHAPE["max_position_embeddings"],
     )
-
-
-def _random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Qwen3_5TextConfig(vocab_size=len(tokenizer), **_SHAPE, **tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3_5ForCausalLM(config)
-        _widen(model)
-    model.generation_config = GenerationConfig(**tokens)
-    return model
 
 
 def _widen(model: Any) -> None:

@@ -43,7 +43,11 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     """
     path = Path(section.name_or_path).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(_no_checkpoint(path))
+        what = "is no checkpoint: it holds no config.json; expected config.json and weights"
+        if (path / "adapter_config.json").is_file():
+            merge = f"deltatune merge {path} --output OUTPUT"
+            what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
+        raise UserError(f"model.name_or_path: {path} {what}")
     if path.is_file() or (not path.exists() and _looks_like_path(section.name_or_path)):
         raise UserError(
             f"model.name_or_path: {section.name_or_path} is no folder; expected a checkpoint folder "
@@ -211,15 +215,6 @@ def _origin(section: ModelSection, name: str) -> dict[str, Any]:
 def _looks_like_path(name: str) -> bool:
     # no model that can be prepared goes by the short names of the Hub's first years
     return name.startswith((".", "/", "~")) or name.count("/") != 1
-
-
-def _no_checkpoint(path: Path) -> str:
-    if (path / "adapter_config.json").is_file():
-        return (
-            f"model.name_or_path: {path} is an adapter, not a model; merge it first "
-            f"(deltatune merge {path} --output OUTPUT) or name its base model"
-        )
-    return f"model.name_or_path: {path} is no checkpoint: it holds no config.json; expected config.json and weights"
 
 
 def _silence_about(name: str) -> str | None:

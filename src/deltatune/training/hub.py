@@ -61,9 +61,7 @@ def _ask(endpoint: str, timeout_seconds: float) -> OSError | None:
         return None
     except OSError as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        return reason if isinstance(reason, OSError) and _is_silence(reason) else None
+        if isinstance(reason, socket.gaierror | ConnectionError | TimeoutError):
+            return reason
+        return reason if isinstance(reason, OSError) and reason.errno in _UNREACHABLE else None
     return None
-
-
-def _is_silence(error: OSError) -> bool:
-    return isinstance(error, socket.gaierror | ConnectionError | TimeoutError) or error.errno in _UNREACHABLE

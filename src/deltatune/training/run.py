@@ -256,7 +256,8 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
 
 
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
-    report = run.prepared.report
+    report, device = run.prepared.report, run.arguments.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     estimate = estimate_step(run.recipe, run.model, report.checkpointing)
     choice = run.prepared.auto_checkpointing
     return {
@@ -269,13 +270,9 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         "memory_estimate": estimate.to_dict(),
         "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,
         "verify": None if verified is None else verified.to_dict(),
-        "device": _device_name(run.arguments.device),
+        "device": name,
         "versions": _versions(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def _versions() -> dict[str, str]:
