@@ -8,23 +8,22 @@ label, in the dtype of ``weight``, and ``e weight`` and the sums of ``e`` add up
 ``dweight = (p - onehot)^T hidden`` needs ``z`` first, and so the logits once more: two further products, block by block
 of the vocabulary, with each block's sum over all tokens in fp32 before it is rounded.
 
-Online softmax: arXiv 1805.02867.
+Online softmax: arXiv 1805.02867. Imports Triton, so it is imported only where it runs.
 """
 
 # S tokens, E width of hidden, V vocabulary, C tokens of a chunk, N entries of a vocabulary block
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltatune.ops._linear_cross_entropy.blocks import Blocks, softmax_blocks, weight_blocks
-
-if TYPE_CHECKING:
-    from deltatune.ops._linear_cross_entropy.launch import Rows
+from deltatune.ops._linear_cross_entropy import launch
+from deltatune.ops._linear_cross_entropy.blocks import Blocks, slices, softmax_blocks, weight_blocks
+from deltatune.ops._linear_cross_entropy.launch import Rows
+from deltatune.ops._linear_cross_entropy.reference import multiply
 
 __all__ = ["loss_and_gradients"]
 
@@ -60,8 +59,6 @@ def loss_and_gradients(
     ``hidden`` ``[S, E]``, ``weight`` ``[V, E]``, ``labels`` int64 ``[S]``. An unknown label fails an assertion on the
     device, as it would in a gather: reading the labels would wait for them.
     """
-    from deltatune.ops._linear_cross_entropy.launch import Rows
-
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight, labels = _addressable(hidden), _addressable(weight), labels.contiguous()
     valid = labels != ignore_index
@@ -89,70 +86,54 @@ def _losses(softmax: _Softmax) -> Tensor:
 def _all_chunks(rows: Rows, dhidden: Tensor | None, sizes: Blocks) -> _Softmax:
     tokens = rows.hidden.shape[0]
     softmax = _Softmax(*_empty(rows.weight, 4, tokens))
-    for chunk in _slices(tokens, sizes.tokens):
-        part = rows._replace(hidden=rows.hidden[chunk], labels=rows.labels[chunk])
+    for chunk in slices(tokens, sizes.tokens):
         found = _Softmax(*(each[chunk] for each in softmax))
-        _softmax(part, found, None if dhidden is None else dhidden[chunk], sizes.entries)
+        _softmax(rows.part(chunk), found, None if dhidden is None else dhidden[chunk], sizes.entries)
     return softmax
 
 
 def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> None:
     """Fills ``found`` and ``dhidden`` for a chunk of tokens."""
-    from deltatune.ops._linear_cross_entropy import launch
-
     (tokens, width), weight = rows.hidden.shape, rows.weight
-    stored = None if dhidden is None else weight.new_empty(tokens, size)
-    inputs = launch.descriptors_of(rows, stored)
-    # what one block's kernels read and the next one's write lies in two places, used in turn
-    references = _empty(weight, 2, tokens)
-    sums = _empty(weight, 2, -(-size // inputs.tile.entries), tokens)
-    maxima, totals = _empty(weight, tokens).fill_(-torch.inf), _empty(weight, tokens)
-    products = None if dhidden is None else _empty(weight, tokens, width)
-    launch.label_logits(rows, references[0])
-    found.picked.copy_(references[0])
+    chunk = launch.chunk_of(rows, None if dhidden is None else weight.new_empty(tokens, size))
+    running = launch.Running(
+        references=_empty(weight, 2, tokens),
+        maxima=_empty(weight, tokens).fill_(-torch.inf),
+        sums=_empty(weight, 2, -(-size // chunk.tile.entries), tokens),
+        totals=_empty(weight, tokens),
+        products=None if dhidden is None else _empty(weight, tokens, width),
+    )
+    launch.label_logits(rows, running.references[0])
+    found.picked.copy_(running.references[0])
     used = turn = 0
-    for index, block in enumerate(_slices(weight.shape[0], size)):
-        turn = index % 2
-        both, new_sums = (references[turn], references[1 - turn]), (sums[turn], sums[1 - turn])
-        launch.powers(rows, inputs, both[0], maxima, sums[turn], block)
-        launch.settle(rows, inputs, both, maxima, new_sums, totals, products, block)
-        used = -(-(block.stop - block.start) // inputs.tile.entries)
-        if stored is not None and products is not None:
-            _multiply(stored[:, : block.stop - block.start], weight[block], products, add=index > 0)
-    found.reference.copy_(references[1 - turn])
-    torch.add(totals, sums[turn, :used].sum(0), out=found.others)
+    for index, block in enumerate(slices(weight.shape[0], size)):
+        turn, entries = index % 2, block.stop - block.start
+        launch.add_block(chunk, running, turn, block)
+        used = -(-entries // chunk.tile.entries)
+        if chunk.stored is not None and running.products is not None:
+            multiply(chunk.stored[:, :entries], weight[block], running.products, add=index > 0)
+    found.reference.copy_(running.references[1 - turn])
+    torch.add(running.totals, running.sums[turn, :used].sum(0), out=found.others)
     torch.reciprocal(found.others + torch.exp(found.picked - found.reference), out=found.inverse)
-    if dhidden is not None and products is not None:
-        launch.hidden_gradient(rows, products, found.others, found.inverse, dhidden)
+    if dhidden is not None and running.products is not None:
+        launch.hidden_gradient(rows, running.products, found.others, found.inverse, dhidden)
 
 
 def _weight_gradient(rows: Rows, softmax: _Softmax, dweight: Tensor, sizes: Blocks) -> None:
-    from deltatune.ops._linear_cross_entropy import launch
-
     (tokens, width), weight = rows.hidden.shape, rows.weight
     stored = weight.new_empty(min(sizes.tokens, tokens), sizes.entries)
     sums = torch.zeros(sizes.entries, width, dtype=torch.float32, device=weight.device)
     chunks = []
-    for chunk in _slices(tokens, sizes.tokens):
-        part = rows._replace(hidden=rows.hidden[chunk], labels=rows.labels[chunk])
-        known = softmax.reference[chunk], softmax.others[chunk], softmax.inverse[chunk]
-        found = stored[: chunk.stop - chunk.start]
-        chunks.append((part, launch.descriptors_of(part, found), known, found))
-    for block in _slices(weight.shape[0], sizes.entries):
+    for part in slices(tokens, sizes.tokens):
+        known = softmax.reference[part], softmax.others[part], softmax.inverse[part]
+        found = stored[: part.stop - part.start]
+        chunks.append((launch.chunk_of(rows.part(part), found), known, found))
+    for block in slices(weight.shape[0], sizes.entries):
         size = block.stop - block.start
-        for number, (part, inputs, known, found) in enumerate(chunks):
-            launch.gradients(part, inputs, *known, block)
-            _multiply(found[:, :size].mT, part.hidden, sums[:size], add=number > 0)
+        for number, (chunk, known, found) in enumerate(chunks):
+            launch.gradients(chunk, *known, block)
+            multiply(found[:, :size].mT, chunk.rows.hidden, sums[:size], add=number > 0)
         dweight[block] = sums[:size]
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """``out = a b``, or ``out += a b``, multiplied as ``a`` and ``b`` are and summed as ``out`` is."""
-    widened: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, a, b, out=out, **widened)
-    else:
-        torch.mm(a, b, out=out, **widened)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -170,8 +151,3 @@ def _addressable(matrix: Tensor) -> Tensor:
 def _assert_known(labels: Tensor, valid: Tensor, vocabulary: int) -> None:
     known = (labels >= 0) & (labels < vocabulary) | ~valid
     torch._assert_async(known.all(), f"linear_cross_entropy: labels must be ignore_index or in [0, {vocabulary})")
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))

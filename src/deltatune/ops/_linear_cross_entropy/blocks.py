@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-__all__ = ["Blocks", "softmax_blocks", "weight_blocks", "workspace_bytes"]
+__all__ = ["Blocks", "slices", "softmax_blocks", "weight_blocks", "workspace_bytes"]
 
 # Forward and backward on one H200 (torch 2.11, Triton 3.6, bf16, 16384 tokens, vocabulary 248320, frozen weight): ms,
 # and peak MiB with inputs. Width 2048: 2048 x 4096 57.7, 1131; x 8192 54.1, 1147; x 12544 52.4, 1164; x 16896 52.0,
@@ -66,3 +67,9 @@ def _blocks(tokens: int, vocabulary: int, most: Blocks) -> Blocks:
 def _even_part(total: int, most: int, tile: int) -> int:
     parts = max(-(-total // max(most, tile)), 1)
     return max(-(-total // (parts * tile)), 1) * tile
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Of ``size`` each, the last one shorter."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

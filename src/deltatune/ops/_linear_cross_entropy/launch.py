@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -13,18 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deltatune.ops._linear_cross_entropy import kernel
 
-__all__ = [
-    "Descriptors",
-    "Rows",
-    "Tile",
-    "descriptors_of",
-    "gradients",
-    "hidden_gradient",
-    "label_logits",
-    "powers",
-    "settle",
-    "tile_for",
-]
+__all__ = ["Chunk", "Rows", "Running", "add_block", "chunk_of", "gradients", "hidden_gradient", "label_logits"]
 
 
 class Tile(NamedTuple):
@@ -44,6 +33,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, Any]:
+        """As the kernels take it."""
+        sizes = {"ROWS": self.rows, "ENTRIES": self.entries, "DEPTH": self.depth}
+        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 # 2048 x 8192 logits of width 2048 with their exponentials on one H200, Triton 3.6, bf16: 637 TFLOP/s with the first and
 # with 128 x 128 and 4 warps; 8 warps there 616, 256 x 128 621, a persistent grid 549, two steps of depth 128 472. The
@@ -58,7 +52,7 @@ _WIDTH_BLOCK: Final = 2048
 
 
 class Rows(NamedTuple):
-    """A chunk of tokens before the head, the head, and what is looked for.
+    """Tokens before the head, the head, and what is looked for.
 
     Attributes:
         hidden: ``[C, E]``, contiguous.
@@ -72,140 +66,109 @@ class Rows(NamedTuple):
     labels: Tensor
     ignore_index: int
 
+    def part(self, chunk: slice) -> Rows:
+        """These tokens before the same head."""
+        return self._replace(hidden=self.hidden[chunk], labels=self.labels[chunk])
 
-class Descriptors(NamedTuple):
-    """A chunk, the head and a place for a block, as the tensor memory accelerator takes them: made once for all blocks.
+
+class Chunk(NamedTuple):
+    """A chunk of tokens, the head and a place for a block, also as the tensor memory accelerator takes them.
+
+    Made once for all blocks.
 
     Attributes:
-        hidden: of ``Rows``.
-        weight: likewise.
+        rows: the tokens and the head.
         stored: ``[C, N or more]`` in 16 bits, or None.
         tile: what programs read and write of them at a time.
+        tiled: descriptors of hidden, weight and stored.
     """
 
-    hidden: TensorDescriptor
-    weight: TensorDescriptor
-    stored: TensorDescriptor | None
+    rows: Rows
+    stored: Tensor | None
     tile: Tile
+    tiled: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]
 
 
-def descriptors_of(rows: Rows, stored: Tensor | None) -> Descriptors:
-    """The tensors of a chunk in tiles of the device's size."""
-    tile = tile_for(rows.weight.device)
-    return Descriptors(
+def chunk_of(rows: Rows, stored: Tensor | None) -> Chunk:
+    """The tensors of a chunk in tiles of the device's size: large where shared memory holds them."""
+    device = rows.weight.device
+    if device.type != "cuda":
+        tile = _INTERPRETED
+    else:  # Hopper and datacenter Blackwell, or others
+        tile = _LARGE if torch.cuda.get_device_capability(device)[0] in (9, 10) else _SMALL
+    tiled = (
         _by_tile(rows.hidden, tile.rows, tile.depth),
         _by_tile(rows.weight, tile.entries, tile.depth),
         None if stored is None else _by_tile(stored, tile.rows, tile.entries),
-        tile,
     )
+    return Chunk(rows, stored, tile, tiled)
 
 
-def tile_for(device: torch.device) -> Tile:
-    """The large tile where shared memory holds it: Hopper and datacenter Blackwell."""
-    if device.type != "cuda":
-        return _INTERPRETED
-    return _LARGE if torch.cuda.get_device_capability(device)[0] in (9, 10) else _SMALL
+class Running(NamedTuple):
+    """What is known of the tokens of a chunk after some blocks.
+
+    What one block's kernels read and the next one's write lies in two places, used in turn.
+
+    Attributes:
+        references: fp32 ``[2, C]``, ``r`` before a block and after it.
+        maxima: fp32 ``[C]``, the highest logits so far.
+        sums: fp32 ``[2, ceil(N / tile.entries) or more, C]``: of a block's exponentials, a row for each tile.
+        totals: fp32 ``[C]``: sums over the blocks before, scaled to the new references.
+        products: fp32 ``[C, E]``: exponentials times weight over the blocks before, likewise; or None.
+    """
+
+    references: Tensor
+    maxima: Tensor
+    sums: Tensor
+    totals: Tensor
+    products: Tensor | None
 
 
 def label_logits(rows: Rows, reference: Tensor) -> None:
     """``reference_i = weight[label_i] . hidden_i`` in fp32; infinity for ignored tokens, NaN for unknown labels."""
     tokens, width = rows.hidden.shape
     kernel.label_logits_kernel[(tokens,)](
-        rows.hidden,
-        rows.weight,
-        rows.labels,
-        reference,
-        rows.weight.stride(0),
-        rows.weight.shape[0],
-        rows.ignore_index,
-        width,
-        _WIDTH_BLOCK,
-        num_warps=4,
+        rows.hidden, rows.weight, rows.labels, reference, *_head(rows), width, _WIDTH_BLOCK, num_warps=4
     )
 
 
-def powers(rows: Rows, inputs: Descriptors, reference: Tensor, maxima: Tensor, sums: Tensor, block: slice) -> None:
-    """``exp(logit - reference)`` over the entries of ``block``, 0 at the label, into ``inputs.stored`` if there is one.
+def add_block(chunk: Chunk, running: Running, turn: int, block: slice) -> None:
+    """``exp(logit - reference)`` over the entries of ``block``, 0 at the label, into ``chunk.stored`` if there is one.
+
+    A second launch raises the references that logits have outgrown, and computes those rows of the block again.
 
     Args:
-        rows: tokens and head.
-        inputs: the same, as descriptors.
-        reference: fp32 ``[C]``.
-        maxima: fp32 ``[C]``, raised to the highest logits of the block.
-        sums: fp32 ``[ceil(N / tile.entries) or more, C]``: of the exponentials, a row for each tile.
+        chunk: tokens and head.
+        running: as the blocks before left it; ``references[turn]`` is raised into the other, ``sums[turn]`` written.
+        turn: 0, 1, 0, ..., block by block.
         block: N entries of the vocabulary.
     """
-    (tokens, width), tile = rows.hidden.shape, inputs.tile
+    (tokens, width), tile = chunk.rows.hidden.shape, chunk.tile
+    inputs, stores = (*chunk.tiled, chunk.rows.labels), chunk.stored is not None
+    reference, sums = running.references[turn], running.sums[turn]
+    within = (tokens, block.start, block.stop)
     kernel.powers_kernel[_grid(tokens, block, tile)](
-        inputs.hidden,
-        inputs.weight,
-        inputs.stored,
-        rows.labels,
-        reference,
-        maxima,
-        sums,
-        tokens,
-        block.start,
-        block.stop,
-        width,
-        inputs.stored is not None,
-        tile.rows,
-        tile.entries,
-        tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        *inputs, reference, running.maxima, sums, *within, width, stores, **tile.options()
     )
-
-
-def settle(
-    rows: Rows,
-    inputs: Descriptors,
-    references: tuple[Tensor, Tensor],
-    maxima: Tensor,
-    sums: tuple[Tensor, Tensor],
-    totals: Tensor,
-    products: Tensor | None,
-    block: slice,
-) -> None:
-    """After ``powers``: raises the references that logits have outgrown, and computes those rows of the block again.
-
-    Args:
-        rows: tokens and head.
-        inputs: as for ``powers``.
-        references: as ``powers`` had them, and a place for the new ones.
-        maxima: as ``powers`` left them.
-        sums: those of this block, and of the one before, which are added to ``totals``.
-        totals: fp32 ``[C]``, scaled to the new references.
-        products: fp32 ``[C, E]``: exponentials times weight over earlier blocks, scaled to the new references.
-        block: as for ``powers``.
-    """
-    (tokens, width), tile = rows.hidden.shape, inputs.tile
-    tiles = sums[0].shape[0]
+    tiles = sums.shape[0]
     splits = min(_SPLITS, tiles)
     kernel.settle_kernel[(triton.cdiv(tokens, tile.rows), splits)](
-        inputs.hidden,
-        inputs.weight,
-        inputs.stored,
-        rows.labels,
-        *references,
-        maxima,
-        *sums,
-        totals,
-        products,
-        tokens,
-        block.start,
-        block.stop,
+        *inputs,
+        reference,
+        running.references[1 - turn],
+        running.maxima,
+        sums,
+        running.sums[1 - turn],
+        running.totals,
+        running.products,
+        *within,
         tiles,
         splits,
         width,
-        inputs.stored is not None,
-        _headroom(rows.hidden.dtype),
+        stores,
+        _headroom(chunk.rows.hidden.dtype),
         _TILES_AT_ONCE,
-        tile.rows,
-        tile.entries,
-        tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options(),
     )
 
 
@@ -216,45 +179,22 @@ def hidden_gradient(rows: Rows, products: Tensor, others: Tensor, inverse: Tenso
     all. ``p_i - 1 = -others_i / z_i``: from a ``p`` rounded to 16 bits it would have no correct digit near p = 1.
     """
     tokens, width = rows.hidden.shape
-    kernel.hidden_gradient_kernel[(tokens,)](
-        products,
-        rows.weight,
-        rows.labels,
-        others,
-        inverse,
-        dhidden,
-        rows.weight.stride(0),
-        rows.weight.shape[0],
-        rows.ignore_index,
-        width,
-        _WIDTH_BLOCK,
-        num_warps=4,
-    )
+    tensors = (products, rows.weight, rows.labels, others, inverse, dhidden)
+    kernel.hidden_gradient_kernel[(tokens,)](*tensors, *_head(rows), width, _WIDTH_BLOCK, num_warps=4)
 
 
-def gradients(
-    rows: Rows, inputs: Descriptors, reference: Tensor, others: Tensor, inverse: Tensor, block: slice
-) -> None:
-    """``inputs.stored = p - onehot`` over the entries of ``block``, 0 for ignored tokens; arguments as above."""
-    (tokens, width), tile = rows.hidden.shape, inputs.tile
+def gradients(chunk: Chunk, reference: Tensor, others: Tensor, inverse: Tensor, block: slice) -> None:
+    """``chunk.stored = p - onehot`` over the entries of ``block``, 0 for ignored tokens; arguments as above."""
+    (tokens, width), tile = chunk.rows.hidden.shape, chunk.tile
+    tensors = (*chunk.tiled, chunk.rows.labels, reference, others, inverse)
     kernel.gradients_kernel[_grid(tokens, block, tile)](
-        inputs.hidden,
-        inputs.weight,
-        inputs.stored,
-        rows.labels,
-        reference,
-        others,
-        inverse,
-        tokens,
-        block.start,
-        rows.ignore_index,
-        width,
-        tile.rows,
-        tile.entries,
-        tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        *tensors, tokens, block.start, chunk.rows.ignore_index, width, **tile.options()
     )
+
+
+def _head(rows: Rows) -> tuple[int, int, int]:
+    """What kernels that gather the label's entry go by."""
+    return rows.weight.stride(0), rows.weight.shape[0], rows.ignore_index
 
 
 def _headroom(dtype: torch.dtype) -> float:

@@ -28,15 +28,8 @@ def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: in
     return linear_cross_entropy(hidden, weight, labels, ignore_index, hidden_grad, weight_grad, impl)[0]
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    _labels: Tensor,
-    _ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-    _impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, hidden_grad, weight_grad, _ = others
     width = hidden.shape[1]
     return (
         hidden.new_empty((), dtype=accumulation_dtype(hidden)),
@@ -45,20 +38,11 @@ def _fake(
     )
 
 
-def _flops(
-    hidden_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    _labels_shape: Sequence[int],
-    _ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-    impl: str,
-    *_: object,
-    **__: object,
-) -> int:
+def _flops(hidden_shape: Sequence[int], weight_shape: Sequence[int], *others: Any, **_: object) -> int:
     """One product for the logits, one for each gradient; in blocks, logits again for the weight's."""
+    *_labels, hidden_grad, weight_grad, impl = others
     products = 1 + hidden_grad + weight_grad * (2 if impl == "triton" else 1)
-    return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * products
+    return int(2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * products)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

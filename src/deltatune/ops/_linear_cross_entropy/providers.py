@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from deltatune.ops._linear_cross_entropy import torch_chunked
-from deltatune.ops._nvidia import capability_of, constant, dotted
+from deltatune.ops._nvidia import constant, gpu_refusal
 from deltatune.ops._registry import Provider, Spec, Support, support
 from deltatune.ops._triton import triton_refusal
 
@@ -30,11 +30,9 @@ def _triton_refusal(spec: LinearCrossEntropySpec) -> str | None:
     refusal = triton_refusal(spec.device, spec.dtype)
     if refusal is not None:
         return refusal
-    capability = capability_of(spec.device)
-    if capability is not None and capability < (9, 0):
-        return (
-            f"its kernels need compute capability 9.0 or newer, this GPU has {dotted(capability)}; use impl='reference'"
-        )
+    too_old = gpu_refusal("the kernel", spec.device, (9, 0))
+    if too_old is not None:
+        return f"{too_old}; use impl='reference'"
     return None if _has_descriptors() else "its kernels need triton >= 3.4; pip install -U triton"
 
 
