@@ -4,7 +4,8 @@ One tensor or two (q and k), which then share cos, sin and one launch each way. 
 for is an empty tensor.
 """
 
-# B batch, T tokens, N and M heads of q and k, D head dim, R rotary dim
+# B batch, T tokens, N and M heads of q and k, D head dim, R rotary dim, S tokens of all rows, P positions of cos and
+# sin (S, or T where one row serves all)
 
 from __future__ import annotations
 
@@ -13,41 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.ops._numerics import unit_stride
 from deltatune.ops._opaque import opaque
-from deltatune.ops._rms_norm_rope.reference import result_dtype
+from deltatune.ops._rms_norm_rope.reference import result_dtype, scaled_dtype
 
 __all__ = ["rms_norm_rope"]
 
 
-def _stream(x: Tensor | None) -> Any:
-    """Rows joined, ``[B, T, ...]`` to ``[B * T, ...]``; a copy only where strides allow no view."""
-    return None if x is None else x.flatten(0, 1)
+def _stream(x: Tensor) -> Tensor:
+    """Rows joined, ``[B, T, ...]`` to ``[S, ...]``; a copy only where strides allow no view."""
+    return unit_stride(x.flatten(0, 1))
 
 
-def _like(x: Tensor | None, shape_of: Tensor | None, q: Tensor) -> Tensor:
-    return q.new_empty(0) if x is None or shape_of is None else x.view(shape_of.shape)
+def _scale(weight: Tensor | None, unit_offset: bool) -> int:
+    """What a head is multiplied by: nothing, ``w`` or ``1 + w``."""
+    return 0 if weight is None else 2 if unit_offset else 1
 
 
-def _backward_fake(
+def _empty_gradients(
     _q_grad: Tensor,
     _k_grad: Tensor | None,
     q: Tensor,
     k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    _cos: Tensor,
-    _sin: Tensor,
-    _eps: float,
-    _unit_offset: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk = q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
-    weights = (weight if weight_grad and x is not None else None for x, weight in ((q, q_weight), (k, k_weight)))
-    dq_weight, dk_weight = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in weights)
-    return dq, dk, dq_weight, dk_weight
+    *options: object,
+) -> tuple[Tensor, ...]:
+    *_, weight_grad = options
+    weights = (q_weight, None if k is None else k_weight) if weight_grad else (None, None)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, *weights))
 
 
-@opaque(fake=_backward_fake, gradient_of="rms_norm_rope", remedy="use impl='reference'")
+@opaque(fake=_empty_gradients, gradient_of="rms_norm_rope", remedy="use impl='reference'")
 def rms_norm_rope_backward(
     q_grad: Tensor,
     k_grad: Tensor | None,
@@ -61,28 +59,47 @@ def rms_norm_rope_backward(
     unit_offset: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q and k, and those of the weights where they are wanted."""
-    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
+    """The gradients of q and k, and those of the weights where they are wanted.
 
-    grads, inputs = (_stream(q_grad), _stream(k_grad)), (_stream(q), _stream(k))
-    angles = (_stream(cos), _stream(sin))
-    with torch.cuda.device(q.get_device()):
-        dq, dk, dq_weight, dk_weight = launch.backward(
-            *grads, *inputs, q_weight, k_weight, *angles, eps, unit_offset, weight_grad
-        )
-    return dq.view(q.shape), _like(dk, k, q), _like(dq_weight, q_weight, q), _like(dk_weight, k_weight, q)
+    A weight's is summed in fp32 in a fixed order: each program over its rows, then over the programs.
+    """
+    from deltatune.ops._rms_norm_rope import kernel  # Triton, where it runs
+
+    dq, dk, dq_weight, dk_weight = _empty_gradients(q_grad, k_grad, q, k, q_weight, k_weight, weight_grad)
+    heads = [(_stream(q_grad), _stream(q), dq, q_weight)]
+    if k is not None:
+        assert k_grad is not None
+        heads.append((_stream(k_grad), _stream(k), dk, k_weight))
+    cos, sin = _stream(cos), _stream(sin)
+    tiles, rows, pairs = kernel.tiles(q.shape[-1], weight_grad=weight_grad)
+    programs = [-(-x.shape[0] * x.shape[1] // (rows * tiles)) for _, x, *_ in heads]
+    sums = q.new_empty(sum(programs) if weight_grad else 0, q.shape[-1], dtype=torch.float32)
+    if sum(programs):
+        (dy, x, _, w), (dy2, x2, *_) = heads[0], heads[-1]
+        with torch.cuda.device(q.get_device()):
+            kernel.backward_kernel[(sum(programs),)](
+                *(heads[0], heads[-1], (cos, sin), sums),
+                *(dy.stride()[:2] + x.stride()[:2], dy2.stride()[:2] + x2.stride()[:2], (cos.stride(0), sin.stride(0))),
+                *(x.shape[0], cos.shape[0], programs[0], x.shape[1], x2.shape[1], x.shape[2], cos.shape[1], eps),
+                *(_scale(w, unit_offset), weight_grad, tiles, rows, pairs),
+                num_warps=kernel.WARPS,
+            )
+    if weight_grad:
+        parts = zip(sums.split_with_sizes(programs), heads, strict=True)
+        found = [q.new_empty(0) if w is None else part.sum(0).to(w.dtype) for part, (*_, w) in parts]
+        dq_weight, dk_weight = [*found, dk_weight][:2]
+    return dq, dk, dq_weight, dk_weight
 
 
-def _fake(
+def _empty_results(
     q: Tensor,
     k: Tensor | None,
     q_weight: Tensor | None,
     _k_weight: Tensor | None,
     cos: Tensor,
-    _sin: Tensor,
-    _eps: float,
-    unit_offset: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
+    *_, unit_offset = options
     dtype = result_dtype(q, q_weight, cos, unit_offset)
     return q.new_empty(q.shape, dtype=dtype), q.new_empty(0) if k is None else k.new_empty(k.shape, dtype=dtype)
 
@@ -101,7 +118,7 @@ def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | N
     return *(grad if needed else None for grad, needed in zip(grads, wanted, strict=True)), *(None,) * 4
 
 
-@opaque(fake=_fake, setup_context=_setup_context, backward=_differentiate)
+@opaque(fake=_empty_results, setup_context=_setup_context, backward=_differentiate)
 def rms_norm_rope(
     q: Tensor,
     k: Tensor | None,
@@ -112,14 +129,29 @@ def rms_norm_rope(
     eps: float,
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Calls the kernel for q ``[B, T, N, D]`` and k ``[B, T, M, D]`` or None; ``api`` validates the inputs.
+    """q ``[B, T, N, D]`` and k ``[B, T, M, D]`` or None, normalised and rotated; ``api`` validates the inputs.
 
     Where both are given they share a dtype, and so do their weights.
     """
-    from deltatune.ops._rms_norm_rope import launch  # Triton, where it runs
+    from deltatune.ops._rms_norm_rope import kernel  # Triton, where it runs
 
-    with torch.cuda.device(q.get_device()):
-        q_out, k_out = launch.forward(
-            _stream(q), _stream(k), q_weight, k_weight, _stream(cos), _stream(sin), eps, unit_offset
-        )
-    return q_out.view(q.shape), _like(k_out, k, q)
+    q_out, k_out = _empty_results(q, k, q_weight, k_weight, cos, unit_offset)
+    # alone, q stands in for k too, which then has no programs
+    heads = [(_stream(q), q_out, q_weight)]
+    if k is not None:
+        heads.append((_stream(k), k_out, k_weight))
+    cos, sin = _stream(cos), _stream(sin)
+    _, rows, pairs = kernel.tiles(q.shape[-1])
+    programs = [-(-x.shape[0] * x.shape[1] // rows) for x, *_ in heads]
+    if sum(programs):
+        (x, _, w), (x2, *_) = heads[0], heads[-1]
+        with torch.cuda.device(q.get_device()):
+            kernel.forward_kernel[(sum(programs),)](
+                *(heads[0], heads[-1], (cos, sin)),
+                *(x.stride()[:2], x2.stride()[:2], (cos.stride(0), sin.stride(0))),
+                *(x.shape[0], cos.shape[0], programs[0], x.shape[1], x2.shape[1], x.shape[2], cos.shape[1], eps),
+                *(_scale(w, unit_offset), kernel.DTYPES[scaled_dtype(x, w, unit_offset)], rows, pairs),
+                num_warps=kernel.WARPS,
+                enable_fp_fusion=False,  # a fused multiply-add would skip a rounding of the stock modules
+            )
+    return q_out, k_out

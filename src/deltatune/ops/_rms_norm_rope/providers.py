@@ -26,7 +26,7 @@ class RmsNormRopeSpec(Spec):
 
     op: ClassVar[str] = "rms_norm_rope"
     providers: ClassVar[tuple[Provider, ...]] = (
-        Provider("triton", _triton, "deltatune.ops._rms_norm_rope.launch"),
+        Provider("triton", _triton, "deltatune.ops._rms_norm_rope.op"),
         Provider("reference", traced_reference, "deltatune.ops._rms_norm_rope.reference"),
     )
 
