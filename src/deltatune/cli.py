@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = args.debug
         if "recipe" in args:
             # before the command, and with it torch, is imported: a typo costs no seconds
-            args.loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
+            loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
+            args.recipe, args.warnings = loaded.recipe, loaded.warnings
         command = importlib.import_module(f"deltatune.commands.{args.command}")
         status: int = command.run(args)
     except KeyboardInterrupt:

@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.memory import device_memory
-from deltatune.config.load import LoadedRecipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.training.adapters import adapt
@@ -29,15 +28,14 @@ __all__ = ["run"]
 @quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
-    loaded: LoadedRecipe = args.loaded
-    recipe = loaded.recipe
+    recipe: Recipe = args.recipe
     arguments = training_arguments(recipe.training)
     model = adapt(empty_model(recipe.model), recipe.lora)
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
     packs = load_packs(recipe.data.train, recipe, tokenizer)
     held_out = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
-    sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
+    sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += ["", str(packs.report), *_steps(packs, arguments)]
     lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]

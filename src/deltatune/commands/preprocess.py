@@ -11,8 +11,8 @@ from itertools import islice
 from transformers import TrainingArguments
 
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.config.load import LoadedRecipe
 from deltatune.config.rules import check_training_names
+from deltatune.config.schema import Recipe
 from deltatune.data.preview import preview
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.packs import cache_folder, load_packs
@@ -23,13 +23,12 @@ __all__ = ["run"]
 @quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Tokenises (which fills the cache that training reads), packs, reports, and shows samples."""
-    loaded: LoadedRecipe = args.loaded
-    recipe = loaded.recipe
+    recipe: Recipe = args.recipe
     check_training_names(recipe.training, [field.name for field in dataclasses.fields(TrainingArguments)])
     tokenizer = load_tokenizer(recipe.model)
     parts = {"train": recipe.data.train, "eval": recipe.data.eval}
     packs = {name: load_packs(sources, recipe, tokenizer) for name, sources in parts.items() if sources}
-    sys.stdout.writelines(f"warning: {warning}\n" for warning in loaded.warnings)
+    sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     for name, packed in packs.items():
         sys.stdout.write(f"{name}: {packed.report}\n")
     sys.stdout.write(f"tokenised data is in {cache_folder(recipe)}\n")

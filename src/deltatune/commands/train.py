@@ -7,7 +7,6 @@ import sys
 
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.graphs import GraphBreakError
-from deltatune.config.load import LoadedRecipe
 from deltatune.errors import one_line
 from deltatune.training.run import train
 
@@ -17,10 +16,9 @@ __all__ = ["run"]
 @quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Trains; 1 when the compiler could not capture a layer, with its reason."""
-    loaded: LoadedRecipe = args.loaded
     try:
         # training prints the warnings, with everything else that is saved with the run
-        train(loaded.recipe, resume=args.resume)
+        train(args.recipe, resume=args.resume)
     except GraphBreakError as error:
         if args.debug:
             raise

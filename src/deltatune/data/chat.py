@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deltatune.data.messages import Conversation, Layout, Message, Row, read_conversation, read_text
+from deltatune.data.messages import Conversation, Layout, Row, read_conversation, read_text
 from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 
@@ -118,7 +118,7 @@ class Renderer:
         if self.train_on == "last":
             wanted = wanted[-1:]
         if template.has_generation_blocks:
-            text, spans = template.blocks()
+            text, spans = template.render(len(messages))
             return [self._encode(text, _of_turns(spans, turns, wanted, where), extend_to_eos=True)]
         return [self._encode(text, spans, trim=True) for text, spans in template.turns(wanted)]
 
@@ -185,12 +185,8 @@ class _Template:
         """The first messages as text, perhaps with the header that asks the model for the next one."""
         key = (num_messages, generation_prompt)
         if key not in self._texts:
-            self._texts[key] = self._render(self._conversation.messages[:num_messages], generation_prompt)[0]
+            self._texts[key] = self.render(*key)[0]
         return self._texts[key]
-
-    def blocks(self) -> tuple[str, list[Span]]:
-        """The conversation as text, and where its generation blocks lie in it."""
-        return self._render(self._conversation.messages, generation_prompt=False)
 
     def turns(self, wanted: list[int]) -> list[tuple[str, list[Span]]]:
         """Texts and the turns that train in each: the fewest texts in which each turn stands as it was asked for.
@@ -222,13 +218,14 @@ class _Template:
             )
         return len(prompt), len(text)
 
-    def _render(self, messages: list[Message], generation_prompt: bool) -> tuple[str, list[Span]]:
+    def render(self, num_messages: int, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The first messages as text, and where generation blocks lie in it."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
-                conversations=[messages],
+                conversations=[self._conversation.messages[:num_messages]],
                 tools=self._conversation.tools,
                 chat_template=self._source,
                 return_assistant_tokens_mask=self.has_generation_blocks,
@@ -236,8 +233,8 @@ class _Template:
                 **self._variables,
             )
         except (TemplateError, TypeError) as error:
-            num_messages = len(self._conversation.messages)
-            part = f"its first {len(messages)} of {num_messages} messages" if len(messages) < num_messages else "it"
+            total = len(self._conversation.messages)
+            part = f"its first {num_messages} of {total} messages" if num_messages < total else "it"
             raise DataError(
                 f"{self._where}: the chat template cannot render {part}: {one_line(error)}; mend the row, or use "
                 "train_on: last where only a part fails"

@@ -88,11 +88,12 @@ def tokenize(
     Raises:
         DataError: the first row that cannot be rendered or trains nothing, named.
     """
-    folder = None if cache_dir is None else cache_dir / _fingerprint(rows, layout, renderer)
+    task = _Task(rows, layout, renderer)
+    folder = None if cache_dir is None else cache_dir / task.fingerprint()
     if folder is not None and folder.is_dir():
         progress(len(rows), len(rows))
         return _load(folder, rows)
-    parts = list(_parts(rows, layout, renderer, num_proc, progress))
+    parts = list(_parts(task, num_proc, progress))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "trained", "rows")}
     lengths = np.concatenate([part["lengths"] for part in parts])
     arrays["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -105,15 +106,15 @@ def tokenize(
 Part = dict[str, NDArray[Any]]
 
 
-def _parts(rows: Rows, layout: Layout, renderer: Renderer, num_proc: int, progress: Progress) -> Iterator[Part]:
-    starts = range(0, len(rows), _ROWS_PER_TASK)
-    task = _Task(rows, layout, renderer)
+def _parts(task: _Task, num_proc: int, progress: Progress) -> Iterator[Part]:
+    total = len(task.rows)
+    starts = range(0, total, _ROWS_PER_TASK)
     workers = min(num_proc, len(starts))
     pool = multiprocessing.Pool(workers, _start_worker, (task,)) if workers > 1 else None
     with pool or nullcontext():
         parts = map(task, starts) if pool is None else pool.imap(_work, starts)
         for start, part in zip(starts, parts, strict=True):
-            progress(min(start + _ROWS_PER_TASK, len(rows)), len(rows))
+            progress(min(start + _ROWS_PER_TASK, total), total)
             yield part
 
 
@@ -139,6 +140,22 @@ class _Task:
             "rows": np.array(row_of, dtype=np.int64),
         }
 
+    def fingerprint(self) -> str:
+        """A digest of all that the result is made from."""
+        tokenizer = self.renderer.tokenizer
+        made_from = {
+            "deltatune": __version__,
+            "rows": self.rows.identity,
+            "layout": [self.layout.format, dict(self.layout.columns)],
+            "train_on": self.renderer.train_on,
+            "chat_template": tokenizer.chat_template,
+            "template_kwargs": dict(self.renderer.template_kwargs),
+            "special_tokens": tokenizer.special_tokens_map,
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        }
+        content = json.dumps(made_from, sort_keys=True, default=str)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
 
 _worker_task: list[_Task] = []
 
@@ -151,22 +168,6 @@ def _start_worker(task: _Task) -> None:
 
 def _work(start: int) -> Part:
     return _worker_task[0](start)
-
-
-def _fingerprint(rows: Rows, layout: Layout, renderer: Renderer) -> str:
-    tokenizer = renderer.tokenizer
-    made_from = {
-        "deltatune": __version__,
-        "rows": rows.identity,
-        "layout": [layout.format, dict(layout.columns)],
-        "train_on": renderer.train_on,
-        "chat_template": tokenizer.chat_template,
-        "template_kwargs": dict(renderer.template_kwargs),
-        "special_tokens": tokenizer.special_tokens_map,
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-    }
-    content = json.dumps(made_from, sort_keys=True, default=str)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _save(folder: Path, arrays: Part) -> None:
