@@ -262,10 +262,10 @@ def test_a_loss_across_a_boundary_is_found_in_the_model_row(monkeypatch: pytest.
     model = tiny_model("qwen3")
     prepare(model)
 
-    def unmasked(labels: Tensor, shift_labels: None, sequences: Sequences) -> Tensor:
-        return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    def unmasked(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        return dict(call), (call["labels"] != -100).sum()
 
-    monkeypatch.setattr(deltatune.layers.causal_lm, "next_token_targets", unmasked)
+    monkeypatch.setattr(deltatune.layers.causal_lm, "without_crossing_labels", unmasked)
     rows = _rows(verify(model, lengths=LENGTHS))
     assert rows["full_attention"].ok
     assert not rows["model"].ok

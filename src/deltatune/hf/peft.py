@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
-from deltatune.hf.hooks import is_hooked
+from deltatune.hf.forwards import foreign_forward
+from deltatune.hf.hooks import OFFLOADED, hooks_of, is_hooked
 
-__all__ = ["readable", "refuse_prompt_learning", "trained_copy"]
+__all__ = ["readable", "readable_conv", "refuse_prompt_learning", "trained_copy"]
+
+#: What accelerate's hook puts into a module; its ``pre_forward`` and ``post_forward`` belong around a read.
+_ACCELERATE: Final = {"forward", OFFLOADED, "_old_forward"}
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
@@ -44,6 +48,29 @@ def readable(module: nn.Module, owner: type[nn.Module]) -> nn.Module | None:
     cls = type(inner)
     known = cls.__module__ == owner.__module__ == cls.forward.__module__
     return inner if known and not is_hooked(inner) and not is_hooked(module) else None
+
+
+def readable_conv(module: nn.Module) -> nn.Module:
+    """The convolution whose weights a fused op reads, through what PEFT put around it.
+
+    It is never called: the stock layer does not call it either, and its own padding knows no documents.
+
+    Raises:
+        ValueError: an adapter, hooks, or another tool's forward, which the op would ignore.
+    """
+    inner = trained_copy(module)
+    hung = {*hooks_of(inner), *hooks_of(module)} - {"parametrizations"}
+    if OFFLOADED in inner.__dict__ and foreign_forward(inner) is None:
+        hung -= _ACCELERATE
+    if hasattr(inner, "base_layer"):
+        hung.add(f"an adapter ({type(inner).__name__})")
+    if hung or not isinstance(inner, nn.Conv1d):
+        raise ValueError(
+            f"a {type(inner).__name__} with {', '.join(sorted(hung)) or 'a forward of its own'} is read by a fused op, "
+            "which would ignore that; leave norms and convolutions out of the adapter, hang it on the layer around the "
+            "convolution, or train the convolution whole with modules_to_save"
+        )
+    return inner
 
 
 def refuse_prompt_learning(model: Any) -> None:

@@ -30,6 +30,7 @@ class Attention(Swapped):
     #: the norms multiply by ``1 + weight``
     unit_offset = False
 
+    config: Any
     head_dim: int
     scaling: float
     q_proj: nn.Module
@@ -59,7 +60,7 @@ class Attention(Swapped):
             return stock
         projected, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, gate = self.split_q(projected)
-        k, v = _heads(k, self.head_dim), _heads(v, self.head_dim)
+        k, v = (torch.unflatten(x, -1, (-1, self.head_dim)) for x in (k, v))
         q, k = self.norm_and_rotate(q, k, *position_embeddings)
         out = ops.varlen_attention(
             q,
@@ -83,13 +84,11 @@ class Attention(Swapped):
 
     def cost(self, tokens: int, squares: int) -> Cost:
         """Causal attention; see ``attention_cost``."""
-        keys = _out_features(self.k_proj) // self.head_dim
-        queries = _in_features(self.o_proj) // self.head_dim
-        return attention_cost(queries, keys, self.head_dim, tokens, squares)
+        return attention_cost(self.config, tokens, squares)
 
     def split_q(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(q [B, T, N, D], output gate [B, T, N, D] or None)``."""
-        return _heads(projected, self.head_dim), None
+        return torch.unflatten(projected, -1, (-1, self.head_dim)), None
 
     def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """RMS norm over each head of q ``[B, T, N, D]`` and k ``[B, T, M, D]``, then rotary embedding."""
@@ -117,7 +116,7 @@ class GatedAttention(Attention):
 
     def split_q(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
-        q, gate = _heads(projected, 2 * self.head_dim).chunk(2, dim=-1)
+        q, gate = torch.unflatten(projected, -1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         return q, gate
 
 
@@ -127,25 +126,15 @@ def attention_spec(module: Any, device: torch.device, dtype: torch.dtype) -> ops
     return ops.VarlenAttentionSpec(device, dtype, head_dim, window)
 
 
-def attention_cost(heads: int, kv_heads: int, head_dim: int, tokens: int, squares: int) -> Cost:
+def attention_cost(config: Any, tokens: int, squares: int) -> Cost:
     """``2 n^2 N D`` FLOPs a document of n tokens (causal: half of ``4 n^2 N D``).
 
     Kept: rotated queries and keys, the output, a float32 log-sum-exp a head.
     """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Cost(
         flops=2.0 * squares * heads * head_dim,
         kept=float(tokens * (2 * heads + kv_heads) * head_dim),
         kept_bytes=4.0 * tokens * heads,
     )
-
-
-def _out_features(linear: Any) -> int:
-    return int(linear.out_features)
-
-
-def _in_features(linear: Any) -> int:
-    return int(linear.in_features)
-
-
-def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.view(*x.shape[:-1], -1, head_dim)

@@ -20,13 +20,12 @@ from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.forwards import check_reached
 from deltatune.hf.hooks import is_hooked, plain_linear
 from deltatune.hf.peft import trained_copy
-from deltatune.layers.decoder import Hidden, catch_hidden
+from deltatune.layers.decoder import catch_hidden, resolved_call
 from deltatune.ops import Spec
-from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
-from deltatune.packing.sequences import Sequences
+from deltatune.packing.metadata import METADATA
 from deltatune.subclass import Swapped
 
-__all__ = ["CausalLM", "next_token_targets"]
+__all__ = ["CausalLM", "without_crossing_labels"]
 
 #: Tokens whose logits exist at a time where the head is not a plain linear layer.
 _HEAD_CHUNK = 1024
@@ -70,8 +69,7 @@ class CausalLM(Swapped):
     def _without_crossing_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         named = dict(inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
-        sequences = _resolved(named).sequences
-        masked, _ = _with_masked_labels({**kwargs, "sequences": sequences})
+        masked, _ = without_crossing_labels({**kwargs, "sequences": resolved_call(named).sequences})
         return {name: masked[name] for name in kwargs}
 
     def _forward(self, call: dict[str, Any]) -> Any:
@@ -80,7 +78,7 @@ class CausalLM(Swapped):
             with stock_path(self):
                 return super().forward(**call)
         check_reached(cast("Any", self).get_decoder(), "the text model")
-        resolved = _resolved(call)
+        resolved = resolved_call(call)
         for name in METADATA:
             call.pop(name, None)
         call["sequences"], call["use_cache"] = resolved.sequences, False
@@ -99,7 +97,10 @@ class CausalLM(Swapped):
         return output.to_tuple() if as_tuple else output
 
     def _own_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
-        labels, shifted = call.pop("labels", None), call.pop("shift_labels", None)
+        call, count = without_crossing_labels(call)
+        labels, targets = call.pop("labels", None), call.pop("shift_labels", None)
+        if targets is None:
+            targets = F.pad(labels.reshape(-1), (0, 1), value=-100)[1:].view(labels.shape)
         num_items, keep = call.pop("num_items_in_batch", None), call.get("logits_to_keep", 0)
         asked = self._returns_logits(keep, wants_logits)
         called = self._calls_head()
@@ -107,11 +108,8 @@ class CausalLM(Swapped):
         if needs_all:
             call.pop("logits_to_keep", None)
         output, hidden = self._stock_output(call, whole=asked or called)
-        assert hidden.sequences is not None, "the text model was not prepared"
-        targets = next_token_targets(labels, shifted, hidden.sequences)
         linear = self._deltatune.facts.head == "linear" and not called
         loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
-        count = (targets != -100).sum()
         loss = _divided(loss, count if num_items is None else num_items)
         aux_loss = self._weighted_aux_loss(output)
         if aux_loss is not None:
@@ -136,7 +134,7 @@ class CausalLM(Swapped):
 
     def _custom_loss(self, call: dict[str, Any]) -> Any:
         """The stock forward with its own loss and logits; the router's share of that loss as in ours."""
-        call, count = _with_masked_labels(call)
+        call, count = without_crossing_labels(call)
         output = super().forward(**call)
         aux_loss, num_items = self._weighted_aux_loss(output), call.get("num_items_in_batch")
         if output.loss is not None and aux_loss is not None and num_items is not None:
@@ -171,7 +169,7 @@ class CausalLM(Swapped):
 
         return self.loss_function is ForCausalLMLoss and "ignore_index" not in call
 
-    def _stock_output(self, call: dict[str, Any], *, whole: bool) -> tuple[Any, Hidden]:
+    def _stock_output(self, call: dict[str, Any], *, whole: bool) -> tuple[Any, Tensor]:
         """The stock forward without labels: with the whole logits where they are needed, else with none.
 
         A head that may be followed by something else keeps the first token's logits of its first call: where they are
@@ -184,22 +182,22 @@ class CausalLM(Swapped):
         positions = torch.tensor(kept, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
         output, hidden = self._caught({**call, "logits_to_keep": positions})
         if facts.head == "unknown":
-            assert hidden.state is not None, "the text model was not prepared"
             with torch.no_grad():
-                plain = torch.equal(output.logits, self.get_output_embeddings()(hidden.state[:, :1]))
+                plain = torch.equal(output.logits, self.get_output_embeddings()(hidden[:, :1]))
             facts.head = "linear" if plain else "transformed"
             if not plain:
                 return self._caught(call)
         return output, hidden
 
-    def _caught(self, call: dict[str, Any]) -> tuple[Any, Hidden]:
+    def _caught(self, call: dict[str, Any]) -> tuple[Any, Tensor]:
         with catch_hidden() as hidden:
-            return super().forward(**call), hidden
+            output = super().forward(**call)
+        assert hidden, "the text model was not prepared"
+        return output, hidden[-1]
 
-    def _loss(self, hidden: Hidden, targets: Tensor) -> Tensor:
-        assert hidden.state is not None
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = trained_copy(self.get_output_embeddings())
-        state = hidden.state.flatten(0, -2)
+        state = hidden.flatten(0, -2)
         if plain_linear(head):
             return ops.linear_cross_entropy(
                 state,
@@ -210,31 +208,11 @@ class CausalLM(Swapped):
         return _chunked_loss(head, state, targets.flatten())
 
 
-def _resolved(call: dict[str, Any]) -> Resolved:
-    tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    if tokens is None:
-        raise ValueError("pass input_ids [B, T] or inputs_embeds [B, T, E]")
-    return resolve_metadata(call, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device)
+def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The call without a target across a document's start, and how many targets are left.
 
-
-def next_token_targets(labels: Tensor | None, shift_labels: Tensor | None, sequences: Sequences) -> Tensor:
-    """The target of every position ``[B, T]``: the next token's label inside the document, -100 elsewhere.
-
-    ``labels`` are aligned with the tokens, ``shift_labels`` already with the positions that predict them.
-    """
-    given = labels if shift_labels is None else shift_labels
-    assert given is not None
-    last = torch.ones_like(sequences.positions, dtype=torch.bool)
-    last[:-1] = sequences.positions[1:] == 0
-    flat = given.reshape(-1)
-    targets = flat if shift_labels is not None else F.pad(flat, (0, 1), value=-100)[1:]
-    return targets.masked_fill(last.to(targets.device), -100).view(given.shape)
-
-
-def _with_masked_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The call of a loss that is not the stock one, which then sees no target across a document's start; its targets.
-
-    Where both kinds of labels are given, losses read ``shift_labels``.
+    ``labels`` are aligned with the tokens, ``shift_labels`` with the positions that predict them; where both are given,
+    losses read the latter.
     """
     ignored, first = call.get("ignore_index", -100), call["sequences"].positions == 0
     masked, count = dict(call), torch.zeros(())

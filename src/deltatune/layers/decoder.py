@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from deltatune.hf.hooks import hooks_inside
 from deltatune.layers.attention import attention_cost, attention_spec
 from deltatune.layers.rotary import rotary_boundaries
 from deltatune.ops import Spec
-from deltatune.packing.metadata import METADATA, resolve_metadata
+from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.state import bound
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["DOUBLE_CHECKPOINTING", "DecoderLayer", "Hidden", "TextModel", "catch_hidden"]
+__all__ = ["DOUBLE_CHECKPOINTING", "DecoderLayer", "TextModel", "catch_hidden", "resolved_call"]
 
 #: What is wrong with two kinds of checkpointing at once.
 DOUBLE_CHECKPOINTING = (
@@ -85,10 +84,7 @@ class DecoderLayer(Swapped):
         attention: Any = getattr(self, "self_attn", None)
         if attention is None or isinstance(attention, Swapped):
             return Cost()
-        config = attention.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return attention_cost(heads, config.num_key_value_heads, head_dim, tokens, squares)
+        return attention_cost(attention.config, tokens, squares)
 
 
 def _brings_gradients(layer: nn.Module, given: object) -> bool:
@@ -121,36 +117,29 @@ class TextModel(Swapped):
                 return super().forward(**given)
         self._refuse(given)
         self._check_layers()
-        input_ids, inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
-        tokens = inputs_embeds if input_ids is None else input_ids
-        assert tokens is not None
-        resolved = resolve_metadata(given, rows=tokens.shape[0], tokens=tokens.shape[1], device=tokens.device)
+        resolved = resolved_call(given)
+        sequences = resolved.sequences
         call = {name: value for name, value in given.items() if name not in _NOT_FOR_LAYERS}
-        call["attention_mask"] = self._no_mask(tokens.device)
+        call["attention_mask"] = self._no_mask(sequences.cu_seqlens.device)
         call["position_ids"] = resolved.position_ids
         call["use_cache"] = False
         call["past_key_values"] = None
-        call["sequences"] = resolved.sequences.static()
-        call["inputs_embeds"] = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        call["sequences"] = sequences.static()
+        if call.get("inputs_embeds") is None:
+            call["inputs_embeds"] = self.get_input_embeddings()(call["input_ids"])
         call["input_ids"] = None
-        with deciding(self, tokens.shape[0] * tokens.shape[1]), rotary_boundaries(self._deltatune, resolved.sequences):
-            output = self._run(call)
-        caught = _hidden.get(None)
-        if caught is not None:
-            caught.sequences = resolved.sequences
-        return output
+        with deciding(self, sequences.total), rotary_boundaries(self._deltatune, sequences):
+            return self._run(call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The loss reads the last hidden state as hooks and wrappers around the forward leave it."""
         output = super().__call__(*args, **kwargs)
         caught = _hidden.get(None)
         if caught is not None:
-            caught.state = output[0]
+            caught.append(output[0])
         return output
 
     def _refuse(self, given: dict[str, Any]) -> None:
-        if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
-            raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
         if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
         options = self._deltatune.options
@@ -195,17 +184,21 @@ def _below(layer: nn.Module) -> Iterator[nn.Module]:
             yield from (module for module in child._modules.values() if module is not None)
 
 
-@dataclass
-class Hidden:
-    """What a text model's call leaves for the head: its last hidden state, and the boundaries it ran with."""
+def resolved_call(call: Mapping[str, Any]) -> Resolved:
+    """What the arguments of a model say of documents.
 
-    state: Tensor | None = None
-    sequences: Sequences | None = None
+    Raises:
+        ValueError: no tokens or two kinds of them, or what ``resolve_metadata`` refuses.
+    """
+    given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
+    if len(given) != 1:
+        raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
+    return resolve_metadata(call, rows=given[0].shape[0], tokens=given[0].shape[1], device=given[0].device)
 
 
-_hidden: contextvars.ContextVar[Hidden] = contextvars.ContextVar("deltatune_hidden")
+_hidden: ContextVar[list[Tensor]] = ContextVar("deltatune_hidden")
 
 
-def catch_hidden() -> AbstractContextManager[Hidden]:
-    """Catches the last hidden state of the text model called inside the block."""
-    return bound(_hidden, Hidden())
+def catch_hidden() -> AbstractContextManager[list[Tensor]]:
+    """A list that gets the last hidden state of each text model called inside the block."""
+    return bound(_hidden, [])

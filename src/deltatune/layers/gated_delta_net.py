@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.cost import Cost
-from deltatune.hf.offload import offload_hook, readable_conv
-from deltatune.hf.peft import readable
+from deltatune.hf.hooks import OFFLOADED
+from deltatune.hf.peft import readable, readable_conv
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
 from deltatune.packing.sequences import Sequences
@@ -68,9 +68,9 @@ class GatedDeltaNet(Swapped):
         q, k, v = self.convolve(mixed, sequences)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         out = ops.gated_delta_rule(
-            _heads(q, self.head_k_dim),
-            _heads(k, self.head_k_dim),
-            _heads(v, self.head_v_dim),
+            torch.unflatten(q, -1, (-1, self.head_k_dim)),
+            torch.unflatten(k, -1, (-1, self.head_k_dim)),
+            torch.unflatten(v, -1, (-1, self.head_v_dim)),
             g,
             b.sigmoid(),
             sequences=sequences,
@@ -106,7 +106,7 @@ class GatedDeltaNet(Swapped):
     def convolve(self, mixed: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
         """q, k and v ``[B, T, ...]``, q and k normalised: the delta rule would read and write them once more for it."""
         conv = readable_conv(self.conv1d)
-        hook = offload_hook(conv)
+        hook = conv.__dict__.get(OFFLOADED)
         if hook is not None:
             hook.pre_forward(conv)
         convolved = ops.causal_conv(
@@ -125,7 +125,7 @@ class GatedDeltaNet(Swapped):
 
     def norm_and_gate(self, out: Tensor, z: Tensor) -> Tensor:
         """``rmsnorm(out) * weight * silu(z)`` over each head of ``out [B, T, G, V]``, ``z [B, T, GV]``."""
-        norm, gate = readable(self.norm, stock_class(self)), _heads(z, self.head_v_dim)
+        norm, gate = readable(self.norm, stock_class(self)), torch.unflatten(z, -1, (-1, self.head_v_dim))
         if norm is None:
             called: Tensor = self.norm(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
             return called.view(out.shape)
@@ -154,12 +154,8 @@ class InterleavedGatedDeltaNet(GatedDeltaNet):
         heads, group = self.num_k_heads, self.num_v_heads // self.num_k_heads
         width = group * self.head_v_dim
         qkvz, ba = project(hidden_states, self.in_proj_qkvz, self.in_proj_ba)
-        qkvz = qkvz.view(*qkvz.shape[:-1], heads, -1)
+        qkvz = torch.unflatten(qkvz, -1, (heads, -1))
         q, k, v, z = torch.split(qkvz, [self.head_k_dim, self.head_k_dim, width, width], dim=-1)
-        b, a = torch.split(ba.view(*ba.shape[:-1], heads, -1), [group, group], dim=-1)
+        b, a = torch.split(torch.unflatten(ba, -1, (heads, -1)), [group, group], dim=-1)
         mixed = torch.cat([q.flatten(-2), k.flatten(-2), v.flatten(-2)], dim=-1)
         return mixed, z.flatten(-2), b.flatten(-2), a.flatten(-2)
-
-
-def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.view(*x.shape[:-1], -1, head_dim)
