@@ -6,8 +6,6 @@ import argparse
 import math
 import sys
 
-import torch
-from torch import nn
 from transformers import TrainingArguments
 
 from deltatune.commands.quiet import quiet_libraries
@@ -39,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += ["", str(packs.report), *_steps(packs, arguments)]
     lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]
-    lines += ["", *_memory(recipe, model, report.checkpointing, arguments.device)]
+    estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
+    verdict = "" if estimate.total <= available else ": more than there is"
+    lines += ["", "memory estimate of a step on one device", str(estimate)]
+    lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -55,15 +56,4 @@ def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
         f"{total:,} steps of {per_step} {'pack' if per_step == 1 else 'packs'} "
         f"({per_step * packs.report.tokens_per_batch:,} tokens), {per_epoch:,} steps an epoch, "
         f"{total / per_epoch:.2f} epochs"
-    ]
-
-
-def _memory(recipe: Recipe, model: nn.Module, checkpointing: str | float, device: torch.device) -> list[str]:
-    estimate = estimate_step(recipe, model, checkpointing)
-    available = device_memory(device)
-    verdict = "" if estimate.total <= available else ": more than there is"
-    return [
-        "memory estimate of a step on one device",
-        str(estimate),
-        f"{device} has {available / 2**30:.1f} GiB{verdict}",
     ]

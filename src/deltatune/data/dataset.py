@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,10 +50,6 @@ class PackingReport:
     truncated: int = 0
     dropped: int = 0
     unlabelled: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The counts as plain values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [

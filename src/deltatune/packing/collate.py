@@ -106,15 +106,10 @@ class PackedCollator:
 
 def _members(features: Sequence[object]) -> Sequence[object]:
     """The samples of a batch, whether it came as samples or as one pack."""
-    packs = [pack for feature in features if (pack := _as_pack(feature)) is not None]
+    inner = [feature.get("samples") if isinstance(feature, Mapping) else feature for feature in features]
+    packs = [value for value in inner if isinstance(value, Sequence) and not isinstance(value, str)]
     if not packs:
         return features
     if len(features) > 1:
         raise ValueError(f"a pack is a whole batch, got {len(features)} features; use a batch size of 1 per device")
     return packs[0]
-
-
-def _as_pack(feature: object) -> Sequence[object] | None:
-    if isinstance(feature, Mapping):
-        feature = feature.get("samples")
-    return feature if isinstance(feature, Sequence) and not isinstance(feature, str) else None

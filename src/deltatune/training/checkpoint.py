@@ -113,8 +113,7 @@ def new_model(section: ModelSection, config: PreTrainedConfig) -> nn.Module:
     loader = model_class(config)
     dtype = (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
     make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
-    model = make(config, dtype=dtype)
-    assert isinstance(model, nn.Module)
+    model: nn.Module = make(config, dtype=dtype)
     return model
 
 

@@ -133,6 +133,5 @@ def _merged(model: nn.Module, adapter: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{adapter} does not fit its base model: {one_line(error)[:300]}") from error
     with torch.no_grad():
-        merged = adapted.merge_and_unload(safe_merge=True)
-    assert isinstance(merged, nn.Module)
+        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     return merged

@@ -140,7 +140,14 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._mesh.data_size), 4)}
 
     def _state(self) -> dict[str, float]:
-        state: dict[str, float] = {"peak_memory_gib": peak_memory_gib(self._device)}
+        """The most memory held so far (of the allocator on a GPU, of the process on a CPU), and recompiles."""
+        if self._device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            # kilobytes on Linux, bytes on macOS
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        state: dict[str, float] = {"peak_memory_gib": round(peak_bytes / 2**30, 3)}
         if self._recompiles is not None:
             state["recompiles"] = self._recompiles()
         return state
@@ -148,12 +155,3 @@ class Meter(TrainerCallback):  # type: ignore[misc]
     def _synchronize(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far: of the allocator on a GPU, of the whole process on a CPU."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    # kilobytes on Linux, bytes on macOS
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

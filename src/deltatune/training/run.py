@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -264,8 +264,8 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         "prepare": report.to_dict(),
         "checkpointing_reason": None if choice is None else choice.reason,
         "data": {
-            "train": run.train_packs.report.to_dict(),
-            "eval": None if run.eval_packs is None else run.eval_packs.report.to_dict(),
+            "train": asdict(run.train_packs.report),
+            "eval": None if run.eval_packs is None else asdict(run.eval_packs.report),
         },
         "memory_estimate": estimate.to_dict(),
         "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,

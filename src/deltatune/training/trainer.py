@@ -118,7 +118,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step and the trained tokens in them, on all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = sum((_take_counts(batch) for batch in batches), PackCounts())
+        counts = sum((batch.pop(PACK_COUNTS) for batch in batches), PackCounts())
         self.meter.add(counts)
         # the counts are known on the CPU, so the device fills in a number and nobody waits
         trained = self._mesh.sum_over_data(torch.full((), counts.trained, dtype=torch.int64, device=device))
@@ -154,7 +154,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[Tensor, None, None]:
         """Adds the batch's summed loss and trained tokens to the evaluation; returns its mean."""
         del prediction_loss_only, ignore_keys
-        counts = _take_counts(inputs)
+        counts: PackCounts = inputs.pop(PACK_COUNTS)
         one = torch.ones((), device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             summed = model(**inputs, num_items_in_batch=one, output_logits=False).loss.detach().float()
@@ -214,9 +214,3 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _loads_as_stock(self, model: nn.Module) -> bool:
         return hasattr(model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-
-def _take_counts(batch: Batch) -> PackCounts:
-    counts = batch.pop(PACK_COUNTS)
-    assert isinstance(counts, PackCounts)
-    return counts
