@@ -8,26 +8,22 @@ why, for the op's own spec such as ``CausalConvSpec``; ``choose_<op>(device, dty
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from deltatune.ops._causal_conv.api import causal_conv, choose_causal_conv
-    from deltatune.ops._causal_conv.providers import CausalConvSpec
-    from deltatune.ops._gated_delta_rule.api import choose_gated_delta_rule, gated_delta_rule
-    from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
-    from deltatune.ops._gated_rms_norm.api import choose_gated_rms_norm, gated_rms_norm
-    from deltatune.ops._gated_rms_norm.providers import GatedRmsNormSpec
-    from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
-    from deltatune.ops._grouped_mm.experts import moe_experts
-    from deltatune.ops._grouped_mm.providers import GroupedMmSpec
-    from deltatune.ops._linear_cross_entropy.api import choose_linear_cross_entropy, linear_cross_entropy
-    from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
-    from deltatune.ops._registry import Choice, Provider, Spec, Support, choose
-    from deltatune.ops._rms_norm_rope.api import choose_rms_norm_rope, rms_norm_rope, rms_norm_rope_pair
-    from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
-    from deltatune.ops._varlen_attention.api import choose_varlen_attention, varlen_attention
-    from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
+from deltatune.ops._causal_conv.api import causal_conv, choose_causal_conv
+from deltatune.ops._causal_conv.providers import CausalConvSpec
+from deltatune.ops._gated_delta_rule.api import choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
+from deltatune.ops._gated_rms_norm.api import choose_gated_rms_norm, gated_rms_norm
+from deltatune.ops._gated_rms_norm.providers import GatedRmsNormSpec
+from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
+from deltatune.ops._grouped_mm.experts import moe_experts
+from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._linear_cross_entropy.api import choose_linear_cross_entropy, linear_cross_entropy
+from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
+from deltatune.ops._registry import Choice, Provider, Spec, Support, choose
+from deltatune.ops._rms_norm_rope.api import choose_rms_norm_rope, rms_norm_rope, rms_norm_rope_pair
+from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
+from deltatune.ops._varlen_attention.api import choose_varlen_attention, varlen_attention
+from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 
 __all__ = [
     "CausalConvSpec",
@@ -59,31 +55,3 @@ __all__ = [
     "rms_norm_rope_pair",
     "varlen_attention",
 ]
-
-_SPECS: Final = {
-    "causal_conv": "CausalConvSpec",
-    "gated_delta_rule": "GatedDeltaRuleSpec",
-    "gated_rms_norm": "GatedRmsNormSpec",
-    "grouped_mm": "GroupedMmSpec",
-    "linear_cross_entropy": "LinearCrossEntropySpec",
-    "rms_norm_rope": "RmsNormRopeSpec",
-    "varlen_attention": "VarlenAttentionSpec",
-}
-_HOMES: Final = (
-    dict.fromkeys(("Choice", "Provider", "Spec", "Support", "choose"), "_registry")
-    | {name: f"_{op}.api" for op in _SPECS for name in (op, f"choose_{op}")}
-    | {spec: f"_{op}.providers" for op, spec in _SPECS.items()}
-    | {"moe_experts": "_grouped_mm.experts", "rms_norm_rope_pair": "_rms_norm_rope.api"}
-)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'deltatune.ops' has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"deltatune.ops.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -1,11 +1,11 @@
-"""Autocast around and inside an op that it does not know."""
+"""Autocast around an op that it does not know."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "without_autocast"]
+__all__ = ["autocast"]
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -15,8 +15,3 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def without_autocast(like: Tensor) -> torch.autocast:
-    """A context for the body of an op: autocast stays on in there, and would round what accumulates in fp32."""
-    return torch.autocast(like.device.type, enabled=False)

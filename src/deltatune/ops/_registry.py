@@ -81,25 +81,21 @@ def choose(spec: Spec, impl: str = "auto") -> Choice:
     Raises:
         ValueError: a name no provider has, or one that cannot run here (with its remedy).
     """
-    providers = spec.preferred()
+    asked = [provider for provider in spec.preferred() if impl in ("auto", provider.name)]
+    if not asked:
+        known = ", ".join(repr(provider.name) for provider in spec.preferred())
+        raise ValueError(f"{spec.op}: unknown impl={impl!r}; expected 'auto' or one of {known}")
+    refusals = []
+    for provider in asked:
+        found = provider.supports(spec)
+        if found.supported:
+            return Choice(provider.name, found.reason if impl == "auto" else "named by the caller")
+        refusals.append(found.reason)
     if impl == "auto":
-        refusals = []
-        for provider in providers:
-            found = provider.supports(spec)
-            if found.supported:
-                return Choice(provider.name, found.reason)
-            refusals.append(found.reason)
         raise ValueError(f"{spec.op}: no implementation can run here: " + "; ".join(refusals))
-    for provider in providers:
-        if provider.name == impl:
-            found = provider.supports(spec)
-            if found.supported:
-                return Choice(impl, "named by the caller")
-            anywhere = f"use impl={spec.providers[-1].name!r}"
-            remedy = "" if anywhere in found.reason else f"; {anywhere}"
-            raise ValueError(f"{spec.op}: impl={impl!r} cannot run here: {found.reason}{remedy}")
-    known = ", ".join(repr(provider.name) for provider in providers)
-    raise ValueError(f"{spec.op}: unknown impl={impl!r}; expected 'auto' or one of {known}")
+    anywhere = f"use impl={spec.providers[-1].name!r}"
+    remedy = "" if anywhere in refusals[0] else f"; {anywhere}"
+    raise ValueError(f"{spec.op}: impl={impl!r} cannot run here: {refusals[0]}{remedy}")
 
 
 def support(reason: str, refusal: str | None = None) -> Support:

@@ -11,7 +11,7 @@ from deltatune.ops._gated_delta_rule import op
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._registry import Choice, choose
-from deltatune.ops._validation import bind_shapes, check_floating, check_same_device, check_sequences, num_sequences
+from deltatune.ops._validation import check_floating, check_same_device, check_sequences, check_tensors, num_sequences
 from deltatune.packing.sequences import Sequences
 
 __all__ = ["choose_gated_delta_rule", "gated_delta_rule"]
@@ -161,7 +161,7 @@ def _state(initial_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sequen
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sequences: Sequences | None) -> None:
     name = "gated_delta_rule"
-    sizes = bind_shapes(
+    sizes = check_tensors(
         name, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T G V"), g=(g, "B T G"), beta=(beta, "B T G")
     )
     if sizes["H"] == 0 or sizes["G"] % sizes["H"]:
@@ -169,6 +169,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sequences: 
             f"{name}: value heads must be a multiple of key heads, each key head serving G // H of them; "
             f"got G={sizes['G']} (v {list(v.shape)}) and H={sizes['H']} (k {list(k.shape)})"
         )
-    check_floating(name, q=q, k=k, v=v, g=g, beta=beta)
-    check_same_device(name, q=q, k=k, v=v, g=g, beta=beta)
     check_sequences(name, sequences, v)
