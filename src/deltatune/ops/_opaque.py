@@ -66,7 +66,7 @@ def opaque(
         torch.library.register_fake(f"deltatune::{name}", fake, lib=_LIBRARY)
         packet: Any = getattr(torch.ops.deltatune, name)
         refusal = functools.partial(_refuse, _message(gradient_of or name, remedy))
-        _record(packet.default, schema, setup_context or _keep_nothing, backward or refusal)
+        _record(packet.default, schema, setup_context, backward or refusal)
         register_flop_formula(packet, get_raw=raw_flops)(flops or _no_flops)
         if workspace is not None:
             _workspaces[packet.default] = workspace
@@ -162,7 +162,7 @@ def _refuse(message: str, _ctx: Any, *_: object) -> tuple[None, ...]:
     raise RuntimeError(message)
 
 
-def _record(op: Any, schema: str, setup_context: Callable[..., None], differentiate: Callable[..., Any]) -> None:
+def _record(op: Any, schema: str, setup_context: Callable[..., None] | None, differentiate: Callable[..., Any]) -> None:
     """Makes autograd record the op, by a Function under the Autograd key: cheaper than torch's own registration.
 
     That one also sees the tensors of a list, so ops with lists of tensors use it.
@@ -176,17 +176,14 @@ def _record(op: Any, schema: str, setup_context: Callable[..., None], differenti
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*args)
-            setup_context(ctx, args, output)
+            if setup_context is not None:
+                setup_context(ctx, args, output)
             return output
 
         backward = staticmethod(differentiate)
 
     recorded: Callable[..., Any] = Recorded.apply
     _LIBRARY.impl(op._schema.name.partition("::")[2], lambda *args: recorded(*args), "Autograd")
-
-
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    del ctx, inputs, output
 
 
 def _without_autocast(kernel: Callable[..., _R]) -> Callable[..., _R]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltatune.ops._autocast import autocast
 from deltatune.ops._linear_cross_entropy import torch_chunked
-from deltatune.ops._linear_cross_entropy.op import summed_loss
+from deltatune.ops._linear_cross_entropy.op import linear_cross_entropy as loss_and_gradients
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._linear_cross_entropy.reference import check_targets
 from deltatune.ops._opaque import first_order
@@ -76,9 +76,9 @@ def linear_cross_entropy(
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             check_targets(targets[targets != ignore_index], weight.shape[0])
         loss = torch_chunked.loss(rows, weight, targets, ignore_index)
-        loss = loss.float() if torch_chunked.rounds_loss(loss.dtype) else loss
     else:
-        loss = summed_loss(rows, weight, targets, ignore_index, choice.impl)
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in (rows, weight)]
+        loss, *_ = loss_and_gradients(rows, weight, targets, ignore_index, *wanted, choice.impl)
     loss = first_order("linear_cross_entropy", loss, rows, weight)
     return loss if reduction == "sum" else loss / (targets != ignore_index).sum()
 

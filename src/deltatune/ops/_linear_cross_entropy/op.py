@@ -18,14 +18,7 @@ from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import opaque
 
-__all__ = ["linear_cross_entropy", "summed_loss"]
-
-
-def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, impl: str) -> Tensor:
-    """The loss of hidden ``[S, E]``, summed over the tokens that count; inputs are validated by ``api``."""
-    recording = torch.is_grad_enabled()
-    hidden_grad, weight_grad = recording and hidden.requires_grad, recording and weight.requires_grad
-    return linear_cross_entropy(hidden, weight, labels, ignore_index, hidden_grad, weight_grad, impl)[0]
+__all__ = ["linear_cross_entropy"]
 
 
 def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +73,10 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss and its gradients; one that is not asked for is an empty tensor."""
+    """The loss of hidden ``[S, E]``, summed over the tokens that count, and its gradients where they are asked for.
+
+    A gradient that is not is an empty tensor.
+    """
     compute = LinearCrossEntropySpec.load(impl).loss_and_gradients
     with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
         results: tuple[Tensor, Tensor, Tensor] = compute(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)

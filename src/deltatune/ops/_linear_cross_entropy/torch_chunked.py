@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune.ops._numerics import accumulation_dtype
+
 __all__ = ["loss", "missing", "rounds_loss"]
 
 _function = getattr(F, "linear_cross_entropy", None)
@@ -27,7 +29,7 @@ def rounds_loss(dtype: torch.dtype) -> bool:
 
 
 def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The summed loss of ``hidden`` ``[S, E]``, in its dtype."""
+    """The summed loss of ``hidden`` ``[S, E]``, rounded to its dtype before it is widened."""
     assert _function is not None
-    result: Tensor = _function(hidden, weight, labels, reduction="sum", ignore_index=ignore_index, options=_options)
-    return result
+    loss: Tensor = _function(hidden, weight, labels, reduction="sum", ignore_index=ignore_index, options=_options)
+    return loss.to(accumulation_dtype(loss))

@@ -64,40 +64,15 @@ def both_products(dy: Tensor, up: Tensor, narrow: Tensor, t: Tensor, tile: Tile 
     sum_parts = dy.new_empty(down, outer, width, dtype=torch.float32)
     t_parts = t if across == 1 else dy.new_empty(across, tokens, width, dtype=torch.float32)
     source = TensorDescriptor(dy, [tokens, outer], [dy.stride(0), 1], [rows, cols])
+    strides, steps = (up.stride(0), narrow.stride(0), t_parts.stride(-2)), triton.cdiv(tiles, down)
+    options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages}
     _parts_kernel[(across, down)](
-        source,
-        up,
-        narrow,
-        t_parts,
-        sum_parts,
-        up.stride(0),
-        narrow.stride(0),
-        t_parts.stride(-2),
-        tokens,
-        outer,
-        triton.cdiv(tiles, down),
-        width,
-        rows,
-        cols,
-        num_warps=warps,
-        num_stages=stages,
+        source, up, narrow, t_parts, sum_parts, *strides, tokens, outer, steps, width, **options
     )
     t_blocks = 0 if across == 1 else triton.cdiv(tokens * width, _NUMBERS)
+    of_t, of_sums = (tokens * width, across, t_blocks), (outer * width, down)
     _totals_kernel[(t_blocks + triton.cdiv(outer * width, _NUMBERS),)](
-        t_parts,
-        t,
-        sum_parts,
-        sums,
-        t.stride(0),
-        tokens * width,
-        across,
-        t_blocks,
-        outer * width,
-        down,
-        width,
-        _NUMBERS,
-        _AHEAD,
-        num_warps=4,
+        t_parts, t, sum_parts, sums, t.stride(0), *of_t, *of_sums, width, _NUMBERS, _AHEAD, num_warps=4
     )
     return sums
 
