@@ -226,6 +226,7 @@ def test_no_intermediate_is_larger_than_a_block_of_queries_by_all_keys(window):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from deltatune.ops._varlen_attention import reference
+    from deltatune.ops._varlen_attention.pairs import Pairs
 
     tokens, heads, dim = 1024, 2, 4
     largest = 0
@@ -239,10 +240,11 @@ def test_no_intermediate_is_larger_than_a_block_of_queries_by_all_keys(window):
             return out
 
     q, k, v = (x.detach()[0] for x in inputs(tokens, heads, 1, dim))
-    boundaries = reference.Boundaries(torch.tensor([0, tokens], dtype=torch.int32), None)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+    pairs = Pairs(cu_seqlens, cu_seqlens, None, 0.5, window)
     with Largest():
-        o, lse = reference.forward(q, k, v, boundaries, 0.5, window)
-        reference.backward(torch.ones_like(o), q, k, v, o, lse, boundaries, 0.5, window)
+        o, lse = reference.forward(q, k, v, None, pairs)
+        reference.backward(torch.ones_like(o), None, q, k, v, o, lse, pairs)
     assert largest <= heads * 128 * tokens
 
 

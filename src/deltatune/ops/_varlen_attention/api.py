@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -31,35 +31,24 @@ def choose_varlen_attention(
     return choose(VarlenAttentionSpec(torch.device(device), dtype, head_dim, window), impl)
 
 
+class _Options(TypedDict, total=False):
+    sequences: Sequences | None
+    scale: float | None
+    window: int | None
+    kv_sequences: Sequences | None
+    sinks: Tensor | None
+    impl: str
+
+
 @overload
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    sequences: Sequences | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    kv_sequences: Sequences | None = None,
-    sinks: Tensor | None = None,
-    return_lse: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
 ) -> Tensor: ...
 
 
 @overload
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    sequences: Sequences | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    kv_sequences: Sequences | None = None,
-    sinks: Tensor | None = None,
-    return_lse: Literal[True],
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 

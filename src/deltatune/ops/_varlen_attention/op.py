@@ -12,37 +12,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import opaque
 from deltatune.ops._varlen_attention import reference, torch_varlen
-from deltatune.ops._varlen_attention.reference import Boundaries
+from deltatune.ops._varlen_attention.pairs import Pairs
 
 __all__ = ["varlen_attention"]
 
 
 def _backward_fake(
-    _grad: Tensor,
-    _lse_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    _o: Tensor,
-    _lse: Tensor,
-    sinks: Tensor | None,
-    *_: object,
+    _grad: Tensor, _lse_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks
+    _o, _lse, sinks, *_ = rest
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, sinks))
 
 
 def _backward_flops(
-    _grad: Tensor, _lse_grad: Tensor | None, q: Tensor, k: Tensor, _v: Tensor, *rest: Any, **__: object
+    _grad: Tensor, _lse_grad: Tensor | None, q: Tensor, k: Tensor, _v: Tensor, *rest: Any, **_: object
 ) -> int:
     """``q k^T`` again, ``do v^T``, ``P^T do``, ``dS k`` and ``dS^T q``: five products."""
-    _, _, _, _, cu_seqlens_cpu, kv_cu_seqlens_cpu, _, window, *_ = rest
-    return 10 * q.shape[1] * q.shape[2] * _visible_pairs(q, k, cu_seqlens_cpu, kv_cu_seqlens_cpu, window)
+    _o, _lse, _sinks, *pairs, _impl = rest
+    return 10 * q.shape[1] * q.shape[2] * Pairs(*pairs).visible(q.shape[0], k.shape[0])
 
 
 def _backward_workspace(_grad: Tensor, _lse_grad: Tensor | None, q: Tensor, k: Tensor, *rest: object) -> int:
@@ -74,32 +65,20 @@ def varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and the sinks, the last one ``[0]`` without any."""
     dsinks = q.new_empty(0) if sinks is None else reference.sink_gradient(grad, o, lse, lse_grad, sinks)
+    pairs = Pairs(cu_seqlens, cu_seqlens_cpu, kv_cu_seqlens_cpu, scale, window)
     if impl == "torch" and q.shape[0]:
-        assert lse_grad is None, "refused by the provider"
-        return *torch_varlen.backward(grad, q, k, v, o, lse, cu_seqlens, cu_seqlens_cpu, scale, window), dsinks
-    boundaries = Boundaries(cu_seqlens_cpu, kv_cu_seqlens_cpu)
-    return *reference.backward(grad, q, k, v, o, lse, boundaries, scale, window, lse_grad), dsinks
+        return *torch_varlen.backward(grad, lse_grad, q, k, v, o, lse, pairs), dsinks
+    return *reference.backward(grad, lse_grad, q, k, v, o, lse, pairs), dsinks
 
 
 def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))
 
 
-def _forward_flops(
-    q: Tensor,
-    k: Tensor,
-    _v: Tensor,
-    _sinks: Tensor | None,
-    _cu_seqlens: Tensor,
-    cu_seqlens_cpu: Tensor,
-    kv_cu_seqlens_cpu: Tensor | None,
-    _scale: float,
-    window: int | None,
-    *_: object,
-    **__: object,
-) -> int:
+def _forward_flops(q: Tensor, k: Tensor, _v: Tensor, _sinks: Tensor | None, *rest: Any, **_: object) -> int:
     """``q k^T`` and ``P v``: two products of 2 D operations for every pair of a query and a key it sees."""
-    return 4 * q.shape[1] * q.shape[2] * _visible_pairs(q, k, cu_seqlens_cpu, kv_cu_seqlens_cpu, window)
+    *pairs, _impl = rest
+    return 4 * q.shape[1] * q.shape[2] * Pairs(*pairs).visible(q.shape[0], k.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -132,12 +111,12 @@ def varlen_attention(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """``o`` ``[S, N, D]`` and ``lse`` ``[N, S]`` for q ``[S, N, D]``; ``api`` validates inputs and chooses ``impl``."""
+    pairs = Pairs(cu_seqlens, cu_seqlens_cpu, kv_cu_seqlens_cpu, scale, window)
     _check_total("cu_seqlens", cu_seqlens_cpu, q)
-    if kv_cu_seqlens_cpu is not None:
-        _check_total("kv_sequences", kv_cu_seqlens_cpu, k)
+    _check_total("kv_sequences", pairs.keys, k)
     if impl == "torch" and q.shape[0]:
-        return torch_varlen.forward(q, k, v, cu_seqlens, cu_seqlens_cpu, scale, window, sinks)
-    return reference.forward(q, k, v, Boundaries(cu_seqlens_cpu, kv_cu_seqlens_cpu), scale, window, sinks)
+        return torch_varlen.forward(q, k, v, sinks, pairs)
+    return reference.forward(q, k, v, sinks, pairs)
 
 
 def _check_total(name: str, cu_seqlens_cpu: Tensor, like: Tensor) -> None:
@@ -147,25 +126,3 @@ def _check_total(name: str, cu_seqlens_cpu: Tensor, like: Tensor) -> None:
             f"varlen_attention: {name} must end at the number of tokens: expected B*T = {like.shape[0]}, "
             f"got {int(cu_seqlens_cpu[-1])}; describe padding as a document of its own"
         )
-
-
-def _visible_pairs(
-    q: Tensor, k: Tensor, cu_seqlens_cpu: Tensor, kv_cu_seqlens_cpu: Tensor | None, window: int | None
-) -> int:
-    """Exact from real boundaries; while tracing, where only shapes are known, as if the pack were one document."""
-    keys = cu_seqlens_cpu if kv_cu_seqlens_cpu is None else kv_cu_seqlens_cpu
-    if any(isinstance(x, FakeTensor) or x.is_meta for x in (cu_seqlens_cpu, keys)):
-        lengths, key_lengths = torch.tensor([q.shape[0]]), torch.tensor([k.shape[0]])
-    else:
-        lengths, key_lengths = cu_seqlens_cpu.diff().long(), keys.diff().long()
-    pairs = min(lengths.numel(), key_lengths.numel())  # what is longer ends in empty sequences
-    lengths, key_lengths = lengths[:pairs], key_lengths[:pairs]
-    # queries see one key more each, up to all keys of the last one
-    return int((_seen(key_lengths, window) - _seen(key_lengths - lengths, window))[lengths > 0].sum())
-
-
-def _seen(keys: Tensor, window: int | None) -> Tensor:
-    """Pairs of as many queries as keys: 1 + 2 + ... keys, each at most the window."""
-    keys = keys.clamp(min=0)
-    grown = keys if window is None else keys.clamp(max=window)
-    return grown * (grown + 1) // 2 + (keys - grown) * grown

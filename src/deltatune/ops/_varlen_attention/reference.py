@@ -10,45 +10,30 @@ computed for a document depends on its own values and on the lengths in the pack
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltatune.ops._numerics import accumulation_dtype
+from deltatune.ops._varlen_attention.pairs import Pairs
 
-__all__ = ["Boundaries", "backward", "forward", "sink_gradient"]
+__all__ = ["backward", "forward", "sink_gradient"]
 
 _QUERY_BLOCK = 128
 
 
-class Boundaries(NamedTuple):
-    """Cumulative lengths on the CPU, of queries and of keys; sequence n of the one meets sequence n of the other."""
-
-    queries: Tensor
-    keys: Tensor | None  # None: those of the queries
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    boundaries: Boundaries,
-    scale: float,
-    window: int | None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """``o`` like ``q`` and the natural-log normaliser ``lse`` ``[N, S]``, accumulated in fp32 (fp64 for fp64)."""
     o, lse = (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q)),
     )
-    for rows, key_rows in _by_length(boundaries, q.device):
+    for rows, key_rows in _by_length(pairs, q.device):
         qg, kg, vg = _queries(q, rows, k.shape[1]), _keys(k, key_rows), _keys(v, key_rows)
         ahead = key_rows.shape[1] - rows.shape[1]
-        for block, seen in _blocks(rows.shape[1], ahead, window):
-            mask = _mask(block, seen, ahead, window, q.device)
-            scores = _scores(qg[..., block, :], kg[..., seen, :], scale, mask)
+        for block, seen in _blocks(rows.shape[1], ahead, pairs.window):
+            mask = _mask(block, seen, ahead, pairs.window, q.device)
+            scores = _scores(qg[..., block, :], kg[..., seen, :], pairs.scale, mask)
             normaliser = _with_sinks(scores.logsumexp(-1), sinks)
             weights = (scores - _finite(normaliser, ahead).unsqueeze(-1)).exp_()
             og = _per_key_head(weights) @ vg[..., seen, :]
@@ -58,16 +43,7 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    boundaries: Boundaries,
-    scale: float,
-    window: int | None,
-    dlse: Tensor | None = None,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, pairs: Pairs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv``; the weights of a block are recomputed from ``lse``, sinks included.
 
@@ -77,9 +53,9 @@ def backward(
     heads = k.shape[1]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     # keys of a sequence without queries are in no pair
-    empty = torch.empty_like if boundaries.keys is None else torch.zeros_like
+    empty = torch.empty_like if pairs.kv_cu_seqlens_cpu is None else torch.zeros_like
     dk, dv = (empty(x, memory_format=torch.contiguous_format) for x in (k, v))
-    for rows, key_rows in _by_length(boundaries, q.device):
+    for rows, key_rows in _by_length(pairs, q.device):
         qg, kg, vg = _queries(q, rows, heads), _keys(k, key_rows), _keys(v, key_rows)
         dog = _queries(do, rows, heads)
         ahead = key_rows.shape[1] - rows.shape[1]
@@ -88,13 +64,13 @@ def backward(
             mean = mean - _per_query(dlse, rows, qg)
         normaliser = _finite(_per_query(lse, rows, qg), ahead)
         dkg, dvg = torch.zeros_like(kg), torch.zeros_like(vg)
-        for block, seen in _blocks(rows.shape[1], ahead, window):
+        for block, seen in _blocks(rows.shape[1], ahead, pairs.window):
             qb, kb, vb, dob = qg[..., block, :], kg[..., seen, :], vg[..., seen, :], _per_key_head(dog[..., block, :])
-            scores = _scores(qb, kb, scale, _mask(block, seen, ahead, window, q.device))
+            scores = _scores(qb, kb, pairs.scale, _mask(block, seen, ahead, pairs.window, q.device))
             weights = scores.sub_(normaliser[..., block, :]).exp_()
             dvg[..., seen, :] += _per_key_head(weights).mT @ dob
             dweights = (dob @ vb.mT).view_as(weights)
-            dscores = _per_key_head(dweights.sub_(mean[..., block, :]).mul_(weights).mul_(scale))
+            dscores = _per_key_head(dweights.sub_(mean[..., block, :]).mul_(weights).mul_(pairs.scale))
             dkg[..., seen, :] += dscores.mT @ _per_key_head(qb)
             dq[rows[:, block]] = _to_tokens((dscores @ kb).view(qb.shape)).to(dq.dtype)
         dk[key_rows], dv[key_rows] = dkg.transpose(1, 2).to(dk.dtype), dvg.transpose(1, 2).to(dv.dtype)
@@ -110,19 +86,19 @@ def sink_gradient(do: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, sinks
     return ((sinks.to(dtype).unsqueeze(1) - lse).exp() * pull).sum(1).to(sinks.dtype)
 
 
-def _by_length(boundaries: Boundaries, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _by_length(pairs: Pairs, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Token indices ``[G, L]`` of the queries and of the keys of all sequences of equal lengths; none without queries.
 
     Sequences past the end of either list of boundaries are empty there.
     """
-    queries, keys = boundaries.queries, boundaries.queries if boundaries.keys is None else boundaries.keys
+    queries, keys = pairs.cu_seqlens_cpu, pairs.keys
     # the repeated tail says nothing, and is most of the tensor
     used = max(int(torch.searchsorted(x, x[-1])) for x in (queries, keys)) + 1
     queries, keys = (torch.cat([x[:used], x[-1:].expand(max(used - x.numel(), 0))]) for x in (queries, keys))
-    pairs = torch.stack([queries.diff(), keys.diff()], dim=1)
-    for length, key_length in sorted(set(map(tuple, pairs.tolist()))):
+    lengths = torch.stack([queries.diff(), keys.diff()], dim=1)
+    for length, key_length in sorted(set(map(tuple, lengths.tolist()))):
         if length > 0:
-            same = (pairs == pairs.new_tensor([length, key_length])).all(1)
+            same = (lengths == lengths.new_tensor([length, key_length])).all(1)
             rows, key_rows = (
                 (x[:-1][same].long().unsqueeze(1) + torch.arange(n)).to(device)
                 for x, n in ((queries, length), (keys, key_length))

@@ -8,14 +8,19 @@ formula one level up. torch 2.12 added ``enable_gqa`` to the forward, needed the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.attention.varlen  # registers the operators
 from torch import Tensor
 
-from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
+from deltatune.ops._numerics import unit_stride
+from deltatune.ops._nvidia import gpu_refusal
+from deltatune.ops._varlen_attention.pairs import Pairs
 
 __all__ = ["backward", "backward_workspace", "forward", "refusal"]
 
+_OLDEST = (8, 0)
 _MAX_HEAD_DIM = 256
 _FORWARD = "query key value cu_seq_q cu_seq_k max_q max_k is_causal scale window_size"
 _BACKWARD = "grad_out query key value out lse cu_seq_q cu_seq_k max_q max_k is_causal rng_state scale window_size"
@@ -43,7 +48,7 @@ _GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in _argument_na
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why this implementation cannot run here; None where it can."""
-    missing = gpu_refusal("torch's varlen attention", device)
+    missing = gpu_refusal("torch's varlen attention", device, _OLDEST)
     if missing is not None:
         return missing
     if dtype not in (torch.float16, torch.bfloat16):
@@ -52,32 +57,18 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> s
         return (
             f"torch's varlen attention takes a head_dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, got {head_dim}"
         )
-    capability = capability_of(device)
-    if capability is not None and capability < (8, 0):
-        return f"torch's varlen attention needs compute capability 8.0 or newer, this GPU has {dotted(capability)}"
     return _SIGNATURE_PROBLEM
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_cpu: Tensor,
-    scale: float,
-    window: int | None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """``o`` like ``q`` and the natural-log normaliser ``lse`` ``[N, S]`` fp32.
 
     A sink grows the normaliser, ``lse' = log(exp(lse) + exp(sink))``, and shrinks the output by ``exp(lse - lse')``.
     Backward computes weights from the normaliser and their mean gradient from the output, so both are all it needs.
     """
-    boundaries, longest = _trimmed(cu_seqlens, cu_seqlens_cpu)
-    q, k, v = (_dense_heads(x) for x in (q, k, v))
-    o, lse, _ = torch.ops.torch_attn._varlen_attn(
-        q, k, v, boundaries, boundaries, longest, longest, window is None, scale, _window_size(window), **_GROUPED
-    )
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    lengths, options = _arguments(pairs)
+    o, lse, _ = torch.ops.torch_attn._varlen_attn(q, k, v, *lengths, *options, **_GROUPED)
     if sinks is None:
         return o.contiguous(), lse.contiguous()
     whole = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
@@ -85,38 +76,16 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_cpu: Tensor,
-    scale: float,
-    window: int | None,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, pairs: Pairs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv``; deterministic only under ``torch.use_deterministic_algorithms(True)``."""
-    boundaries, longest = _trimmed(cu_seqlens, cu_seqlens_cpu)
-    do, q, k, v = (_dense_heads(x) for x in (do, q, k, v))
+    assert dlse is None, "refused by the provider"
+    do, q, k, v = (unit_stride(x) for x in (do, q, k, v))
+    lengths, options = _arguments(pairs)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        window is None,
-        no_dropout,
-        scale,
-        _window_size(window),
-    )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    grads = torch.ops.torch_attn._varlen_attn_backward(do, q, k, v, o, lse, *lengths, no_dropout, *options)
+    dq, dk, dv = (x.contiguous() for x in grads)
+    return dq, dk, dv
 
 
 def backward_workspace(q: Tensor, k: Tensor) -> int:
@@ -124,21 +93,15 @@ def backward_workspace(q: Tensor, k: Tensor) -> int:
     return q.numel() * (4 + 2 * q.itemsize * (q.shape[1] > k.shape[1]))
 
 
-def _trimmed(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor) -> tuple[Tensor, int]:
-    """The boundaries without their repeated tail, and the longest document.
+def _arguments(pairs: Pairs) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """``cu_seq_q, cu_seq_k, max_q, max_k, is_causal`` and ``scale, window_size`` of both operators.
 
-    The kernel's grid is documents x blocks of the longest one: an untrimmed tail would launch T times too many.
+    Boundaries go without their repeated tail: the kernel's grid is documents x blocks of the longest one, and with the
+    tail it would launch T times too many. A window is keys to the left and right of a query, itself not counted.
     """
-    total = int(cu_seqlens_cpu[-1])
-    documents = int((cu_seqlens_cpu < total).sum())
-    return cu_seqlens[: documents + 1].contiguous(), int(cu_seqlens_cpu.diff().max())
-
-
-def _window_size(window: int | None) -> list[int]:
-    """Keys to the left and right of a query, itself not counted; -1 is no limit."""
-    return [-1, 0] if window is None else [window - 1, 0]
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    """The kernels read any strides of tokens and heads, but a head's numbers must lie together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    total = int(pairs.cu_seqlens_cpu[-1])
+    documents = int((pairs.cu_seqlens_cpu < total).sum())
+    boundaries = pairs.cu_seqlens[: documents + 1].contiguous()
+    longest = int(pairs.cu_seqlens_cpu.diff().max())
+    window_size = [-1 if pairs.window is None else pairs.window - 1, 0]  # -1 is no limit
+    return (boundaries, boundaries, longest, longest, pairs.window is None), (pairs.scale, window_size)
