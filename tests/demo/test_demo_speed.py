@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from deltatune import PackedCollator, prepare
-from deltatune.demo.speed import Timing, compare, padded_batch, shuffled_batches
+from deltatune.demo.speed import compare, padded_batch, shuffled_batches
 from deltatune.packing.sample import Sample
+from deltatune.training.batches import PACK_COUNTS
 from tiny import tiny_model
 
 
@@ -39,11 +40,11 @@ def test_both_ways_train_on_the_same_documents() -> None:
     prepare(prepared)
     packs = [[sample(5, 0), sample(11, 1), sample(1 + step, 2 + step)] for step in range(1, 4)]
     packed, padded = compare(prepared, stock, packs, tokens_per_batch=24, pad_token_id=0, learning_rate=1e-3, warm_up=1)
-    assert min(*packed.rates, *padded.rates) > 0
-    assert packed.tokens == padded.tokens == 2 * 16 + 3 + 4
-    assert packed.trained == padded.trained == 2 * (3 + 6) + 2 + 2
-    assert packed.slots == 2 * 24
-    assert packed.tokens < padded.slots <= 2 * 3 * 11
+    assert min(packed.seconds, padded.seconds) > 0
+    assert packed.counts.tokens == padded.counts.tokens == 2 * 16 + 3 + 4
+    assert packed.counts.trained == padded.counts.trained == 2 * (3 + 6) + 2 + 2
+    assert packed.counts.capacity == 2 * 24
+    assert packed.counts.tokens < padded.counts.capacity <= 2 * 3 * 11
 
 
 def test_a_pack_and_its_padded_rows_have_one_loss() -> None:
@@ -52,9 +53,7 @@ def test_a_pack_and_its_padded_rows_have_one_loss() -> None:
     prepare(prepared)
     samples = [sample(5, 0), sample(11, 1), sample(3, 2)]
     packed = PackedCollator(tokens_per_batch=24, pad_token_id=0)(samples)
-    expected = stock(**padded_batch(samples, 0), use_cache=False).loss
+    padded = padded_batch(samples, 0)
+    assert padded.pop(PACK_COUNTS).capacity == 3 * 11
+    expected = stock(**padded, use_cache=False).loss
     torch.testing.assert_close(prepared(**packed, use_cache=False).loss, expected, rtol=1e-5, atol=0)
-
-
-def test_rates_follow_from_the_counts() -> None:
-    assert Timing(trained=10, tokens=30, slots=40, seconds=2.0).rates == (5, 15, 20)

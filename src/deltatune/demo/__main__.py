@@ -181,12 +181,12 @@ def _speed(recipe: Recipe) -> list[str]:
         learning_rate=recipe.training.learning_rate,
         warm_up=NUM_WARM_UP,
     )
-    names = "packed, compiled (deltatune)", "padded, eager (stock)"
-    rows = [
-        (name, f"{timing.tokens / timing.slots:.1%}", *(f"{rate:,.0f}" for rate in timing.rates))
-        for name, timing in zip(names, timings, strict=True)
-    ]
-    trained, _, slots = (ours / theirs for ours, theirs in zip(*(timing.rates for timing in timings), strict=True))
+    rows, rates = [], []
+    for name, timing in zip(("packed, compiled (deltatune)", "padded, eager (stock)"), timings, strict=True):
+        counts = timing.counts
+        rates.append([count / timing.seconds for count in (counts.trained, counts.tokens, counts.capacity)])
+        rows.append((name, f"{counts.tokens / counts.capacity:.1%}", *(f"{rate:,.0f}" for rate in rates[-1])))
+    trained, _, slots = (ours / theirs for ours, theirs in zip(*rates, strict=True))
     return [
         *table(("the same documents", "fill", "trained tokens/s", "tokens/s", "slots/s"), rows),
         "",
