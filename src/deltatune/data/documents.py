@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from deltatune import __version__
 from deltatune.data.chat import Renderer
@@ -26,7 +27,6 @@ from deltatune.packing.sample import IGNORE_INDEX, Sample
 __all__ = ["Documents", "tokenize"]
 
 _ROWS_PER_TASK = 256
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,6 @@ def tokenize(
     *,
     num_proc: int = 1,
     cache_dir: Path | None = None,
-    progress: Progress = lambda *_: None,
 ) -> Documents:
     """Renders and tokenises every row, or takes the result of an earlier run from the cache.
 
@@ -83,7 +82,6 @@ def tokenize(
         rows, layout, renderer: what is read, how, and which tokens train.
         num_proc: processes that tokenise.
         cache_dir: where results are kept, each in a folder that appears whole or not at all; ``None`` keeps nothing.
-        progress: called with the rows done and the rows in all.
 
     Raises:
         DataError: the first row that cannot be rendered or trains nothing, named.
@@ -91,9 +89,8 @@ def tokenize(
     task = _Task(rows, layout, renderer)
     folder = None if cache_dir is None else cache_dir / task.fingerprint()
     if folder is not None and folder.is_dir():
-        progress(len(rows), len(rows))
         return _load(folder, rows)
-    parts = list(_parts(task, num_proc, progress))
+    parts = list(_parts(task, num_proc))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "trained", "rows")}
     lengths = np.concatenate([part["lengths"] for part in parts])
     arrays["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -106,16 +103,15 @@ def tokenize(
 Part = dict[str, NDArray[Any]]
 
 
-def _parts(task: _Task, num_proc: int, progress: Progress) -> Iterator[Part]:
-    total = len(task.rows)
-    starts = range(0, total, _ROWS_PER_TASK)
+def _parts(task: _Task, num_proc: int) -> Iterator[Part]:
+    starts = range(0, len(task.rows), _ROWS_PER_TASK)
     workers = min(num_proc, len(starts))
     pool = multiprocessing.Pool(workers, _start_worker, (task,)) if workers > 1 else None
     with pool or nullcontext():
         parts = map(task, starts) if pool is None else pool.imap(_work, starts)
-        for start, part in zip(starts, parts, strict=True):
-            progress(min(start + _ROWS_PER_TASK, total), total)
-            yield part
+        # a bar on terminals alone, which goes when the rows are done
+        unit = f" x {_ROWS_PER_TASK} rows"
+        yield from logging.tqdm(parts, "tokenising", total=len(starts), unit=unit, leave=False, disable=None)
 
 
 @dataclass(frozen=True)

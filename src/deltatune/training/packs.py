@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +39,6 @@ def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
                 renderer,
                 num_proc=recipe.data.num_proc or 1,
                 cache_dir=cache_folder(recipe),
-                progress=_show_progress,
             )
         )
     return pack_documents(
@@ -49,13 +47,6 @@ def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
         overlong=recipe.data.overlong,
         seed=recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed,
     )
-
-
-def _show_progress(done: int, total: int) -> None:
-    """Rows tokenised so far, on one line of a terminal that is rewritten; nothing elsewhere."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\rtokenising {done:,} of {total:,} rows" + ("\r\x1b[K" if done == total else ""))
-        sys.stderr.flush()
 
 
 def cache_folder(recipe: Recipe) -> Path:
