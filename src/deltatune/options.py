@@ -5,13 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 
 __all__ = ["CompileOptions", "Options", "validate_checkpointing"]
+
+
+_ALLOWED: Final[dict[str, tuple[object, ...]]] = {
+    "scope": ("layer", "model"),
+    "strict": (True, False),
+    "dynamic": (None, True, False),
+    "backend": ("inductor", "aot_eager"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,15 +47,12 @@ class CompileOptions:
     backend: Literal["inductor", "aot_eager"] = "inductor"
 
     def __post_init__(self) -> None:
-        if self.scope not in ("layer", "model"):
-            raise ValueError(f"compile scope must be 'layer' or 'model', got {self.scope!r}")
-        for name, allowed in (("strict", (True, False)), ("dynamic", (None, True, False))):
+        for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"compile {name} must be one of {allowed}, got {getattr(self, name)!r}")
+                choices = " or ".join(map(repr, allowed))
+                raise ValueError(f"compile {name} must be {choices}, got {getattr(self, name)!r}")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"compile options must be a mapping of Inductor settings, got {self.options!r}")
-        if self.backend not in ("inductor", "aot_eager"):
-            raise ValueError(f"compile backend must be 'inductor' or 'aot_eager', got {self.backend!r}")
         if self.options and self.backend != "inductor":
             raise ValueError(f"compile options are Inductor's and cannot act with backend={self.backend!r}")
         for key, value in self.options.items():

@@ -181,7 +181,11 @@ def _validate(model: nn.Module, compile: CompileOptions | None, checkpointing: s
 
 def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOptions | None) -> None:
     """What a model is, or what other tools made of it, that cannot be kept leak-free."""
-    _check_head(base, text_model)
+    if base is not text_model and hf_model.head_of(base) is None:
+        raise ValueError(
+            f"{type(base).__name__} has no language-model head; prepare a *ForCausalLM, a *ForConditionalGeneration "
+            "or the bare text model"
+        )
     for refusal in (attention_dropout, *family.refusals):
         reason = refusal(text_model)
         if reason is not None:
@@ -191,7 +195,12 @@ def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOp
         raise ValueError(rotary)
     if compile is not None:
         refuse_offload(text_model)
-        _refuse_rotary_in_one_graph(text_model, compile)
+    # lengths of documents are read on the host between the stock forwards of such a module
+    if compile is not None and length_dependent_rotary(text_model) and compile.scope == "model":
+        raise ValueError(
+            "compile scope 'model' cannot hold rotary embeddings whose frequencies depend on the length of a document "
+            "(rope_type 'longrope' or 'dynamic'); use CompileOptions(scope='layer')"
+        )
 
 
 def _new_state(
@@ -244,26 +253,9 @@ def _set_config(text_model: Any, config: Any) -> None:
             module.config = config
 
 
-def _check_head(base: Any, text_model: nn.Module) -> None:
-    if base is not text_model and hf_model.head_of(base) is None:
-        raise ValueError(
-            f"{type(base).__name__} has no language-model head; prepare a *ForCausalLM, a *ForConditionalGeneration "
-            "or the bare text model"
-        )
-
-
 def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
     if hf_model.is_sharded(model):
         raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
-
-
-def _refuse_rotary_in_one_graph(text_model: Any, compile: CompileOptions) -> None:
-    """Lengths of documents are read on the host between the stock forwards of such a module."""
-    if length_dependent_rotary(text_model) and compile.scope == "model":
-        raise ValueError(
-            "compile scope 'model' cannot hold rotary embeddings whose frequencies depend on the length of a document "
-            "(rope_type 'longrope' or 'dynamic'); use CompileOptions(scope='layer')"
-        )
 
 
 def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[str, str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from deltatune import ops
@@ -98,11 +97,8 @@ class PrepareReport:
         """Plain data of the same facts."""
         compiled = None
         if self.compile is not None and self.compile_report is not None:
-            options = {
-                "scope": self.compile.scope,
-                "strict": self.compile.strict,
-                "options": dict(self.compile.options),
-            }
+            given = self.compile
+            options = {"scope": given.scope, "strict": given.strict, "options": dict(given.options)}
             compiled = options | self.compile_report.to_dict()
         facts = asdict(replace(self, compile=None, compile_report=None))
         del facts["compile_report"]
@@ -113,20 +109,18 @@ class PrepareReport:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         lines = [f"family {self.family}"]
         lines += [f"  {name}: {text}" for name, text in self.features.items()]
-        swaps = [(r.stock, r.layer, "-" if r.expected is None else r.expected, r.found) for r in self.swaps]
-        lines += ["", *table(("stock class", "becomes", "expected", "found"), swaps)]
-        lines += ["", *table(("op", "runs on", "because"), [(r.op, r.impl, r.reason) for r in self.kernels])]
+        lines += ["", *table(("stock class", "becomes", "expected", "found"), map(astuple, self.swaps))]
+        lines += ["", *table(("op", "runs on", "because"), map(astuple, self.kernels))]
         lines += ["", f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f}%)"]
         rows = [(r.pattern, r.tensors, f"{r.elements:,}") for r in self.trainable]
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
         if self.lora is not None:
             lines += ["", f"lora: {self.lora}"]
-            lines += table(("runs", "because", "layers"), [(r.mode, r.reason, r.layers) for r in self.lora_rows])
+            lines += table(("runs", "because", "layers"), map(astuple, self.lora_rows))
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
         if self.patches:
-            found = [(p.what, p.by, p.count, p.outcome) for p in self.patches]
-            lines += ["", *table(("other tools' work on", "by", "modules", "becomes"), found)]
+            lines += ["", *table(("other tools' work on", "by", "modules", "becomes"), map(astuple, self.patches))]
         reason = "" if self.checkpointing_reason is None else f": {self.checkpointing_reason}"
         lines += ["", f"checkpointing {self.checkpointing}{reason}", self._compile_line()]
         return "\n".join(lines)
@@ -143,8 +137,8 @@ class PrepareReport:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a plain-text table with aligned columns."""
-    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    """Lines of a plain-text table with aligned columns; ``-`` for None."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
@@ -152,8 +146,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRow]) -> PrepareReport:
     """What runs now: trainable parameters and compile counts are read when this is called."""
-    options = state.options
-    compiled = None if options.compile is None else graphs_of(state).report
+    options, adapters = state.options, getattr(model, "peft_config", None)
+    text_model = hf_model.text_model(model)
+    modes = lora_modes(model, text_model, options.lora, hf_model.device_of(model))
+    counts = Counter((mode.name, mode.reason) for _, mode in modes)
     return PrepareReport(
         family=family.name,
         features={"packing": SUPPORTED, "compile": SUPPORTED, **family.features},
@@ -164,11 +160,11 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
         checkpointing=state.checkpointing,
         checkpointing_reason=_auto_reason(state),
         compile=options.compile,
-        compile_report=compiled,
-        lora=_lora_text(model),
-        lora_rows=_lora_rows(model, options.lora, hf_model.device_of(model)),
+        compile_report=None if options.compile is None else graphs_of(state).report,
+        lora=f"adapter {', '.join(adapters)}" if adapters else None,
+        lora_rows=[LoraRow(mode, reason, count) for (mode, reason), count in counts.items()],
         head=state.facts.head,
-        patches=patches(hf_model.base_model(model), hf_model.text_model(model)),
+        patches=patches(hf_model.base_model(model), text_model),
     )
 
 
@@ -191,13 +187,12 @@ def kernel_rows(
 
 def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
     """Trainable parameters by the kind of module that owns them, layer numbers left out."""
-    counts: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            tensors, elements = counts.get(kind, (0, 0))
-            counts[kind] = (tensors + 1, elements + parameter.numel())
-    return [TrainableRow(kind, tensors, elements) for kind, (tensors, elements) in counts.items()]
+            sizes.setdefault(kind, []).append(parameter.numel())
+    return [TrainableRow(kind, len(elements), sum(elements)) for kind, elements in sizes.items()]
 
 
 def _auto_reason(state: State) -> str | None:
@@ -205,15 +200,3 @@ def _auto_reason(state: State) -> str | None:
         return None
     choice = state.facts.auto.choice
     return "auto, decided at the first training forward" if choice is None else f"auto takes it, {choice.reason}"
-
-
-def _lora_text(model: nn.Module) -> str | None:
-    adapters = getattr(model, "peft_config", None)
-    return f"adapter {', '.join(adapters)}" if adapters else None
-
-
-def _lora_rows(model: nn.Module, setting: str, device: torch.device) -> list[LoraRow]:
-    """Layers with adapters, counted by how they run and why."""
-    modes = lora_modes(model, hf_model.text_model(model), setting, device)
-    counts = Counter((mode.name, mode.reason) for _, mode in modes)
-    return [LoraRow(mode, reason, count) for (mode, reason), count in counts.items()]
