@@ -75,26 +75,24 @@ def load_rows(path: str, *, split: str = "train", name: str | None = None, limit
 def _local_files(path: str) -> list[Path] | None:
     """The files that a path stands for; ``None`` for a name on the Hub."""
     local = Path(path).expanduser()
+    expected = f"expected {', '.join(_SUFFIXES)}"
     if local.is_file():
         if local.suffix not in _SUFFIXES:
-            raise DataError(
-                f"{path} is no data file: expected {', '.join(_SUFFIXES)}, got {local.suffix or 'no suffix'}"
-            )
+            raise DataError(f"{path} is no data file: {expected}, got {local.suffix or 'no suffix'}")
         return [local]
     if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise DataError(f"{path} holds no data files; expected {', '.join(_SUFFIXES)}")
-        return files
-    if any(character in path for character in "*?["):
+        found, nothing = local.rglob("*"), "holds no data files"
+    elif any(character in path for character in "*?["):
         anchor = Path(local.anchor) if local.is_absolute() else Path()
-        files = sorted(file for file in anchor.glob(str(local.relative_to(anchor))) if file.suffix in _SUFFIXES)
-        if not files:
-            raise DataError(f"{path} matches no data file; expected {', '.join(_SUFFIXES)}")
-        return files
-    if local.suffix in _SUFFIXES or path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(path):
+        found, nothing = anchor.glob(str(local.relative_to(anchor))), "matches no data file"
+    elif local.suffix in _SUFFIXES or path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(path):
         raise DataError(f"{path} does not exist{_near_names(local)}")
-    return None
+    else:
+        return None
+    files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
+    if not files:
+        raise DataError(f"{path} {nothing}; {expected}")
+    return files
 
 
 def _near_names(path: Path) -> str:
