@@ -29,6 +29,7 @@ __all__ = ["first_order", "first_order_backward", "opaque", "workspace_bytes"]
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
 _R = TypeVar("_R")
+_Backward = Callable[..., tuple[Tensor | None, ...]]
 _workspaces: dict[object, Callable[..., int]] = {}
 
 
@@ -98,16 +99,14 @@ def first_order(op: str, result: Tensor, *inputs: Tensor, remedy: str = "detach 
     return linked
 
 
-def first_order_backward(
-    op: str, remedy: str = "detach its input"
-) -> Callable[[Callable[..., tuple[Tensor | None, ...]]], Callable[..., tuple[Tensor | None, ...]]]:
+def first_order_backward(op: str, remedy: str = "detach its input") -> Callable[[_Backward], _Backward]:
     """For the backward of a Function that has no second derivative; torch's ``once_differentiable`` with every refusal.
 
     That one refuses only where a gradient that comes in can be differentiated. What comes out depends on saved tensors
     too, and behind a plain sum the gradient that comes in is a constant.
     """
 
-    def decorate(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def decorate(backward: _Backward) -> _Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():

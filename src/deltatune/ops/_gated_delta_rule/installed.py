@@ -114,15 +114,11 @@ class Library:
 def _signature_problem(function: Callable[..., Any], arguments: Sequence[str]) -> str | None:
     """How the function differs from one that takes exactly these keyword arguments; None where it takes them."""
     parameters = inspect.signature(function).parameters
-    missing = [name for name in arguments if name not in parameters]
-    unknown = [
-        name
-        for name, parameter in parameters.items()
-        if name not in arguments
-        and parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if not missing and not unknown:
-        return None
-    parts = ["lacks " + ", ".join(missing)] * bool(missing) + ["also wants " + ", ".join(unknown)] * bool(unknown)
-    return f"{function.__name__} " + " and ".join(parts)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [name for name, x in parameters.items() if x.default is x.empty and x.kind not in variadic]
+    differences = {
+        "lacks": [name for name in arguments if name not in parameters],
+        "also wants": [name for name in required if name not in arguments],
+    }
+    parts = [f"{what} {', '.join(names)}" for what, names in differences.items() if names]
+    return f"{function.__name__} {' and '.join(parts)}" if parts else None

@@ -36,19 +36,14 @@ def results_like(inputs: Inputs, *, saves: bool) -> Results:
     """Uninitialised results of the right shapes and dtypes; with ``saves=False`` the output alone."""
     q, k, v = inputs[:3]
     results = Results(v.new_empty(v.shape), *(v.new_empty(0) for _ in Results._fields[1:]))
-    if not saves:
-        return results
-    stream = (1, v.shape[0] * v.shape[1], v.shape[2])
-    decay, solved = v.new_empty(stream, dtype=torch.float32), k.new_empty((*stream, CHUNK_SIZE))
-    results = results._replace(decay=decay, solved=solved)
-    if not inputs.qk_l2norm:
-        return results
-    return results._replace(
-        q=q.new_empty(q.shape),
-        k=k.new_empty(k.shape),
-        q_rstd=q.new_empty(q.shape[:3], dtype=torch.float32),
-        k_rstd=k.new_empty(k.shape[:3], dtype=torch.float32),
-    )
+    if saves:
+        stream = (1, v.shape[0] * v.shape[1], v.shape[2])
+        decay, solved = v.new_empty(stream, dtype=torch.float32), k.new_empty((*stream, CHUNK_SIZE))
+        results = results._replace(decay=decay, solved=solved)
+    if saves and inputs.qk_l2norm:
+        q_rstd, k_rstd = (x.new_empty(x.shape[:3], dtype=torch.float32) for x in (q, k))
+        results = results._replace(q=q.new_empty(q.shape), k=k.new_empty(k.shape), q_rstd=q_rstd, k_rstd=k_rstd)
+    return results
 
 
 def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> Results:

@@ -19,7 +19,6 @@ at most 0 whatever the decay, and lose nothing where a strong decay is followed 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,10 +67,11 @@ def backward(grad: Tensor, inputs: Inputs, cu_seqlens_cpu: Tensor, final_grad: T
         dinitial = final_grad.to(accumulation_dtype(q, k, v), copy=True)
     for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
         c = _prepare(chunks, inputs)
-        ends = None
+        initial = dfinal = None
         if initial_state is not None and dinitial is not None:
-            ends = _Ends(initial_state[chunks.documents].to(dinitial.dtype), dinitial[chunks.documents])
-        dq, dk, dv, dg, dbeta, dfirst = _chunk_gradients(chunks, c, chunks.gather(grad).to(c.v.dtype), ends)
+            initial, dfinal = initial_state[chunks.documents].to(dinitial.dtype), dinitial[chunks.documents]
+        do = chunks.gather(grad).to(c.v.dtype)
+        dq, dk, dv, dg, dbeta, dfirst = _chunk_gradients(chunks, c, do, initial, dfinal)
         if dinitial is not None and dfirst is not None:
             dinitial[chunks.documents] = dfirst
         dq, dk = _sum_groups(dq * scale, q.shape[2]), _sum_groups(dk, k.shape[2])
@@ -85,20 +85,15 @@ def backward(grad: Tensor, inputs: Inputs, cu_seqlens_cpu: Tensor, final_grad: T
     return found._replace(initial_state=dinitial.to(initial_state.dtype))
 
 
-class _Ends(NamedTuple):
-    """Of the documents of the first chunks: their initial states, and the gradients of their final ones."""
-
-    initial: Tensor  # [firsts, G, K, V]
-    final_grad: Tensor  # [firsts, G, K, V]
-
-
 def _chunk_gradients(
-    chunks: Chunks, c: _Prepared, do: Tensor, ends: _Ends | None
+    chunks: Chunks, c: _Prepared, do: Tensor, initial: Tensor | None, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of the q, k, v, g and beta of ``_Prepared``, and of the initial states."""
-    initial = None if ends is None else ends.initial
+    """The gradients of the q, k, v, g and beta of ``_Prepared``, and of the initial states.
+
+    ``initial`` and ``dfinal`` ``[firsts, G, K, V]`` are those of the documents: both or neither.
+    """
     states, updates = _scan(chunks, c, initial)
-    du, dpassed, dfirst = _scan_backward(chunks, c, do, None if ends is None else ends.final_grad)
+    du, dpassed, dfirst = _scan_backward(chunks, c, do, dfinal)
     later = _with_state(chunks, initial)
 
     # (I + A) U = beta (V - a K S)
@@ -124,7 +119,7 @@ def _chunk_gradients(
     dk[later] -= (c.a[later] * dv[later]) @ states.mT
 
     # S' = a_C S + (z K)^T U
-    if ends is None:
+    if dfinal is None:
         before = chunks.before  # the chunks that pass a state on
         dzk = torch.zeros_like(dk).index_copy_(0, before, updates[before] @ dpassed.mT)
         inner = chunks.links[0][1].stop - chunks.firsts if chunks.links else 0  # the chunks before these have no state
@@ -209,7 +204,7 @@ def _scan(chunks: Chunks, c: _Prepared, initial: Tensor | None) -> tuple[Tensor,
 
 
 def _scan_backward(
-    chunks: Chunks, c: _Prepared, do: Tensor, final_grad: Tensor | None
+    chunks: Chunks, c: _Prepared, do: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``dU`` ``[n, G, C, V]``, dS' of the chunks that pass a state on, and dS of first chunks where states go out.
 
@@ -217,8 +212,8 @@ def _scan_backward(
     """
     du = c.p.mT @ do
     aq, zk = (c.a * c.q).mT, c.z * c.k
-    if final_grad is not None:
-        return _scan_backward_from(chunks, c, do, du, aq, zk, final_grad)
+    if dfinal is not None:
+        return _scan_backward_from(chunks, c, do, du, aq, zk, dfinal)
     dstates = [aq.new_empty(0, aq.shape[1], aq.shape[2], do.shape[-1])]
     for before, after in reversed(chunks.links):
         dstate = aq[after] @ do[after] - c.w[after].mT @ du[after]
@@ -230,11 +225,11 @@ def _scan_backward(
 
 
 def _scan_backward_from(
-    chunks: Chunks, c: _Prepared, do: Tensor, du: Tensor, aq: Tensor, zk: Tensor, final_grad: Tensor
+    chunks: Chunks, c: _Prepared, do: Tensor, du: Tensor, aq: Tensor, zk: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dpassed = aq.new_zeros(*aq.shape[:3], do.shape[-1])
-    dpassed[chunks.lasts] = final_grad
-    du[chunks.lasts] += zk[chunks.lasts] @ final_grad
+    dpassed[chunks.lasts] = dfinal
+    du[chunks.lasts] += zk[chunks.lasts] @ dfinal
     for before, after in reversed([(None, slice(0, chunks.firsts)), *chunks.links]):
         dstate = aq[after] @ do[after] - c.w[after].mT @ du[after] + c.a[after, :, -1:] * dpassed[after]
         if before is not None:

@@ -54,17 +54,9 @@ def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Se
     Saved for backward: ``x``, ``u``, and the weights, A and B themselves, so that torch refuses a backward after one of
     them was written to. Backward is of first order. Source: Hu et al., LoRA (2021).
     """
-    every = [adapter for of_layer in adapters for adapter in of_layer]
-    layout = _Layout(
-        len(weights), tuple(len(of_layer) for of_layer in adapters), tuple(adapter.scale for adapter in every)
-    )
-    outputs = _apply(
-        x.reshape(-1, x.shape[-1]),
-        layout,
-        *weights,
-        *(adapter.down for adapter in every),
-        *(adapter.up for adapter in every),
-    )
+    down, up, scales = zip(*(adapter for of_layer in adapters for adapter in of_layer), strict=True)
+    layout = _Layout(len(weights), tuple(map(len, adapters)), scales)
+    outputs = _apply(x.reshape(-1, x.shape[-1]), layout, *weights, *down, *up)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -197,10 +189,9 @@ def _down_gradients(
     """``dA = t^T x`` of every adapter."""
     found: list[Tensor | None] = []
     for of_layer, offset in zip(_layers(layout, down), operands.offsets, strict=True):
-        place = offset
-        for a in of_layer:
-            found.append(products[place : place + a.shape[0]].to(a.dtype))
-            place += a.shape[0]
+        ranks = [a.shape[0] for a in of_layer]
+        parts = torch.split(products[offset : offset + sum(ranks)], ranks)
+        found += [part.to(a.dtype) for part, a in zip(parts, of_layer, strict=True)]
     return found
 
 
@@ -208,8 +199,7 @@ def _up_gradients(layout: _Layout, sums: Sequence[Tensor], up: Sequence[Tensor])
     """``dB = s dy^T u`` of every adapter."""
     found: list[Tensor | None] = []
     for of_layer, scales, products in zip(_layers(layout, up), _layers(layout, layout.scales), sums, strict=True):
-        place = 0
-        for b, scale in zip(of_layer, scales, strict=True):
-            found.append((products[:, place : place + b.shape[1]] * scale).to(b.dtype))
-            place += b.shape[1]
+        ranks = [b.shape[1] for b in of_layer]
+        parts = torch.split(products[:, : sum(ranks)], ranks, dim=1)
+        found += [(part * scale).to(b.dtype) for part, scale, b in zip(parts, scales, of_layer, strict=True)]
     return found
