@@ -36,9 +36,9 @@ def few_rows(monkeypatch):
         return
     from deltatune.ops._causal_conv import launch
 
-    for name in ("_FORWARD", "_FORWARD_HEADS", "_BACKWARD", "_BACKWARD_HEADS"):
-        monkeypatch.setattr(launch, name, launch._Tile(rows=8, unroll=4))
-    monkeypatch.setattr(launch, "_WEIGHT_GRAD", launch._Tile(rows=16, unroll=4))
+    for name in ("FORWARD", "FORWARD_HEADS", "BACKWARD", "BACKWARD_HEADS"):
+        monkeypatch.setattr(launch, name, launch.Tile(rows=8, unroll=4))
+    monkeypatch.setattr(launch, "WEIGHT_GRAD", launch.Tile(rows=16, unroll=4))
 
 
 def make_inputs(tokens, *, batch=1, channels=8, width=4, bias=True, dtype=torch.float32):
@@ -64,7 +64,7 @@ def kernel(x, weight, bias, positions, split, l2norm, activation):
 
 
 def specification(x, weight, bias, positions, split, l2norm, activation):
-    return reference.parts(x, weight, bias, activation, positions, split, l2norm)
+    return reference.causal_conv(x, weight, bias, activation, positions, split, l2norm)
 
 
 def assert_right(inputs, positions, split, l2norm=None, activation="silu", tolerance=1e-6):
@@ -251,11 +251,12 @@ def test_any_number_of_tokens_fits_a_grid(monkeypatch, tokens):
 
     monkeypatch.setattr(kernel, "forward_kernel", Recorder())
     monkeypatch.setattr(kernel, "backward_kernel", Recorder())
-    monkeypatch.setattr(launch, "_FORWARD", launch._Tile(rows=64, unroll=8))
+    monkeypatch.setattr(launch, "FORWARD", launch.Tile(rows=64, unroll=8))
     x, weight = torch.zeros(1, tokens, 2, dtype=torch.float16), torch.zeros(2, 4, dtype=torch.float16)
     positions = torch.zeros(tokens, dtype=torch.int32)
-    (y,) = launch.forward(x, weight, None, positions, [2], [0], True)
-    launch.backward([y], x, weight, None, positions, [2], [0], True, weight_grad=False, bias_grad=False)
+    options = (x, weight, None, positions, [2], [0], True)
+    (y,) = op.causal_conv(*options)
+    torch.ops.deltatune.causal_conv_backward([y], *options, False, False)
     assert len(grids) == 2
     for grid in grids:
         assert all(size <= 65535 for size in grid[1:])

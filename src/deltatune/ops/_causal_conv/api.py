@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -22,18 +22,22 @@ ACTIVATIONS: tuple[str | None, ...] = ("silu", None)
 _FUSED_HEADS = (32, 64, 128, 256)  # a head is a block of channels of one program
 
 
+class _Options(TypedDict, total=False):
+    activation: str | None
+    sequences: Sequences | None
+    left: Tensor | None
+    impl: str
+
+
 @overload
 def causal_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: str | None = "silu",
-    sequences: Sequences | None = None,
-    left: Tensor | None = None,
     split: None = None,
     l2norm: None = None,
-    impl: str = "auto",
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -43,12 +47,9 @@ def causal_conv(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: str | None = "silu",
-    sequences: Sequences | None = None,
-    left: Tensor | None = None,
     split: Sequence[int],
     l2norm: Sequence[int] | None = None,
-    impl: str = "auto",
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -120,16 +121,13 @@ def causal_conv(
     positions = _row_positions(x) if sequences is None else sequences.positions
     if choice.impl == "reference":
         before = None if left is None or left.shape[1] == 0 else (left, _sequence_of_tokens(x, sequences).long())
-        if split is None:
-            return reference.causal_conv(x, weight, bias, activation, positions, before)
-        return reference.parts(x, weight, bias, activation, positions, sizes, heads, before)
-    fused = heads if _can_fuse(heads) else [0] * len(heads)
-    parts = tuple(op.causal_conv(x, weight, bias, positions, sizes, fused, activation == "silu"))
-    if split is None:
-        return parts[0]
-    if fused == heads:
-        return parts
-    return tuple(reference.normalise(part, head) for part, head in zip(parts, heads, strict=True))
+        parts = reference.causal_conv(x, weight, bias, activation, positions, sizes, heads, before)
+    else:
+        fused = heads if _can_fuse(heads) else [0] * len(heads)
+        parts = tuple(op.causal_conv(x, weight, bias, positions, sizes, fused, activation == "silu"))
+        if fused != heads:
+            parts = tuple(reference.normalise(part, head) for part, head in zip(parts, heads, strict=True))
+    return parts[0] if split is None else parts
 
 
 def choose_causal_conv(

@@ -15,25 +15,18 @@ token is complete ``W - 1`` tokens later, so ``W - 1`` sums wait in registers to
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import triton
 import triton.language as tl
 
+from deltatune.ops._jit import jit
 from deltatune.ops._numerics import L2_EPS
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    return triton.jit(function)
-
-
 _EPS = tl.constexpr(L2_EPS)
 
 
-@_jit
+@jit
 def _of_block(block: tl.tensor, values: tl.tuple, firsts: tl.tuple) -> tl.tensor:
     value = values[0]
     for i in tl.static_range(1, len(values)):
@@ -41,7 +34,7 @@ def _of_block(block: tl.tensor, values: tl.tuple, firsts: tl.tuple) -> tl.tensor
     return value
 
 
-@_jit
+@jit
 def _sigmoid(x: tl.tensor, EXACT: tl.constexpr) -> tl.tensor:
     grown = 1.0 + tl.exp2(x * -1.4426950408889634)
     if EXACT:
@@ -52,7 +45,7 @@ def _sigmoid(x: tl.tensor, EXACT: tl.constexpr) -> tl.tensor:
     return y
 
 
-@_jit
+@jit
 def _load_taps(
     weight: tl.tensor, bias: tl.tensor, channels: tl.tensor, inside: tl.tensor, W: tl.constexpr, TAPS: tl.constexpr
 ) -> tl.tuple:
@@ -68,7 +61,7 @@ def _load_taps(
     return taps
 
 
-@_jit
+@jit
 def _load_history(
     at: tl.tensor, stride: tl.tensor, offset: tl.tensor, cols: tl.tensor, size: tl.tensor, W: tl.constexpr
 ) -> tl.tuple:
@@ -80,7 +73,7 @@ def _load_history(
     return history
 
 
-@_jit
+@jit
 def _load_rows(
     at: tl.tensor,
     stride: tl.tensor,
@@ -96,7 +89,7 @@ def _load_rows(
     return rows
 
 
-@_jit
+@jit
 def _load_offsets(positions: tl.tensor, row: tl.tensor, end: tl.tensor, UNROLL: tl.constexpr) -> tl.tuple:
     offsets = tl.tuple(())
     for u in tl.static_range(UNROLL):
@@ -104,7 +97,7 @@ def _load_offsets(positions: tl.tensor, row: tl.tensor, end: tl.tensor, UNROLL: 
     return offsets
 
 
-@_jit
+@jit
 def _window(row: tl.tensor, history: tl.tuple, offset: tl.tensor, RESET: tl.constexpr) -> tl.tuple:
     # x_t, x_{t-1}, ...: where t begins a document, what was before it is dropped for good
     seen = tl.tuple((row.to(tl.float32),))
@@ -116,7 +109,7 @@ def _window(row: tl.tensor, history: tl.tuple, offset: tl.tensor, RESET: tl.cons
     return seen
 
 
-@_jit
+@jit
 def _weighted(seen: tl.tuple, taps: tl.tuple) -> tl.tensor:
     total = seen[0] * taps[0]
     for j in tl.static_range(1, len(seen)):
@@ -126,7 +119,8 @@ def _weighted(seen: tl.tuple, taps: tl.tuple) -> tl.tensor:
     return total
 
 
-def _forward(
+@jit
+def forward_kernel(
     x: tl.tensor,
     stride: tl.tensor,
     num_tokens: tl.tensor,
@@ -173,10 +167,7 @@ def _forward(
         out_at += UNROLL * size
 
 
-forward_kernel = _jit(_forward)
-
-
-@_jit
+@jit
 def _accumulate(sums: tl.tuple, values: tl.tuple) -> tl.tuple:
     total = tl.tuple(())
     for j in tl.static_range(len(sums)):
@@ -184,7 +175,7 @@ def _accumulate(sums: tl.tuple, values: tl.tuple) -> tl.tuple:
     return total
 
 
-@_jit
+@jit
 def _backward_rows(
     state: tl.tuple,
     loaded: tl.tuple,
@@ -238,7 +229,8 @@ def _backward_rows(
     return history, waiting, _accumulate(sums, group)
 
 
-def _backward(
+@jit
+def backward_kernel(
     x: tl.tensor,
     stride: tl.tensor,
     num_tokens: tl.tensor,
@@ -309,6 +301,3 @@ def _backward(
         for j in tl.static_range(len(sums)):
             plane = W - 1 - j if WEIGHT_GRAD and j < W else j
             tl.store(planes + plane * D, sums[j], mask=cols < size)
-
-
-backward_kernel = _jit(_backward)

@@ -28,7 +28,7 @@ class CausalConvSpec(Spec):
 
     op: ClassVar[str] = "causal_conv"
     providers: ClassVar[tuple[Provider, ...]] = (
-        Provider("triton", _triton, "deltatune.ops._causal_conv.launch"),
+        Provider("triton", _triton, "deltatune.ops._causal_conv.op"),
         Provider("reference", traced_reference, "deltatune.ops._causal_conv.reference"),
     )
 

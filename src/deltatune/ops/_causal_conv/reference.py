@@ -12,26 +12,10 @@ from torch import Tensor
 
 from deltatune.ops._numerics import L2_EPS, accumulation_dtype
 
-__all__ = ["causal_conv", "normalise", "parts"]
+__all__ = ["causal_conv", "normalise"]
 
 
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    positions: Tensor,
-    before: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """``y_t = act(bias + sum_j weight[:, W-1-j] * x_{t-j})`` over the j that stay inside the document.
-
-    Plain torch, which Inductor fuses into one kernel. ``positions`` ``[N]`` are offsets inside the documents;
-    ``before`` is what stands before each sequence ``[S, W-1, D]``, zeros where None, and the sequence of each token.
-    """
-    return _accumulated(x, weight, bias, activation, positions, before).to(x.dtype)
-
-
-def parts(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -41,28 +25,12 @@ def parts(
     l2norm: Sequence[int],
     before: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The same in contiguous parts ``[B, T, split[i]]``, heads of ``l2norm[i]`` channels normalised where not 0."""
-    y = _accumulated(x, weight, bias, activation, positions, before)
-    pieces = zip(torch.split(y, list(split), dim=-1), l2norm, strict=True)
-    return tuple(normalise(part, head).to(x.dtype).contiguous() for part, head in pieces)
+    """``y_t = act(bias + sum_j weight[:, W-1-j] * x_{t-j})`` over the j that stay inside the document.
 
-
-def normalise(x: Tensor, head: int) -> Tensor:
-    """``x * rsqrt(sum(x^2) + eps)`` over each run of ``head`` channels; as it is where ``head`` is 0."""
-    if head == 0:
-        return x
-    wide = x.to(accumulation_dtype(x)).reshape(*x.shape[:-1], x.shape[-1] // head, head)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype).reshape(x.shape)
-
-
-def _accumulated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    positions: Tensor,
-    before: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+    Plain torch, which Inductor fuses into one kernel. ``positions`` ``[N]`` are offsets inside the documents;
+    ``before`` is what stands before each sequence ``[S, W-1, D]``, zeros where None, and the sequence of each token.
+    In contiguous parts ``[B, T, split[i]]``, heads of ``l2norm[i]`` channels normalised where not 0.
+    """
     stream = x.reshape(-1, x.shape[-1])
     acc_dtype = accumulation_dtype(x)
     width = weight.shape[1]
@@ -79,7 +47,17 @@ def _accumulated(
         y = y + bias.to(acc_dtype)
     if activation is not None:
         y = F.silu(y)
-    return y.reshape(x.shape)
+    y = y.reshape(x.shape)
+    pieces = torch.split(y, list(split), dim=-1) if len(split) > 1 else (y,)
+    return tuple(normalise(part, head).to(x.dtype).contiguous() for part, head in zip(pieces, l2norm, strict=True))
+
+
+def normalise(x: Tensor, head: int) -> Tensor:
+    """``x * rsqrt(sum(x^2) + eps)`` over each run of ``head`` channels; as it is where ``head`` is 0."""
+    if head == 0:
+        return x
+    wide = x.to(accumulation_dtype(x)).reshape(*x.shape[:-1], x.shape[-1] // head, head)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype).reshape(x.shape)
 
 
 def _before(left: Tensor, sequence: Tensor, offsets: Tensor) -> Tensor:
