@@ -83,13 +83,9 @@ def workspace_bytes(op: object, args: Iterable[object]) -> int:
 
 
 def first_order(op: str, result: Tensor, *inputs: Tensor, remedy: str = "detach its input") -> Tensor:
-    """``result``, whose second derivatives to the inputs raise, where its own would be left out in silence.
+    """``result`` of an op, whose second derivatives to the inputs raise, where its own would be left out in silence.
 
-    Args:
-        op: the public op, for the message.
-        result: of the op, which autograd has recorded.
-        inputs: those that may want gradients.
-        remedy: what to do for want of the derivative.
+    ``op``, the public one, and ``remedy``, what to do for want of the derivative, are for the message.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return result  # a compiled graph refuses by itself

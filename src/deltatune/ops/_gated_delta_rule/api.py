@@ -134,11 +134,7 @@ def gated_delta_rule(
 
 
 def choose_gated_delta_rule(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    head_dims: tuple[int, int] | None = None,
-    impl: str = "auto",
+    device: torch.device | str, dtype: torch.dtype, *, head_dims: tuple[int, int] | None = None, impl: str = "auto"
 ) -> Choice:
     """Which implementation of ``gated_delta_rule`` runs for q, k and v of this dtype, heads of K and V, and why."""
     return choose(GatedDeltaRuleSpec(torch.device(device), dtype, head_dims), impl)

@@ -38,15 +38,12 @@ def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
     """
     # the repeated tail says nothing, and is most of the tensor
     used = cu_seqlens_cpu[: int(torch.searchsorted(cu_seqlens_cpu, cu_seqlens_cpu[-1])) + 1]
-    return _known(tuple(used.tolist()), device)
+    return _documents(tuple(used.tolist()), device)
 
 
 @functools.lru_cache(maxsize=16)
-def _known(boundaries: tuple[int, ...], device: torch.device) -> Documents:
-    return _documents(torch.tensor(boundaries), device)
-
-
-def _documents(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
+def _documents(boundaries: tuple[int, ...], device: torch.device) -> Documents:
+    cu_seqlens_cpu = torch.tensor(boundaries)
     ends = cu_seqlens_cpu[1:][cu_seqlens_cpu.diff() > 0]
     compact = torch.cat([ends.new_zeros(1), ends]).int()
     chunks = (compact.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE

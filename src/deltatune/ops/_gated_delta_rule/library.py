@@ -54,8 +54,12 @@ def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> Results
     results = results_like(inputs, saves=False)
     with torch.cuda.device(v.get_device()):
         if inputs.qk_l2norm:
-            results = results._replace(**_normalised(q, k))
-            q, k = results.q, results.k
+            from deltatune.ops._gated_delta_rule.l2_norm import normalise  # Triton, where it runs
+
+            (unit_q, q_rstd), (unit_k, k_rstd) = (normalise(x.flatten(0, 1)) for x in (q, k))
+            q, k = unit_q.view(q.shape), unit_k.view(k.shape)
+            q_rstd, k_rstd = (x.view(q.shape[:3]) for x in (q_rstd, k_rstd))
+            results = results._replace(q=q, k=k, q_rstd=q_rstd, k_rstd=k_rstd)
         stream = _stream(q=q, k=k, v=v, g=g.float().clamp(min=_STRONGEST), beta=_gate(beta, v))
         found = library.run("forward", documents_of(cu_seqlens_cpu, v.device), **stream, scale=inputs.scale)
     return results._replace(o=found["o"].to(v.dtype).view(v.shape), decay=found["g"], solved=found["A"])
@@ -86,18 +90,6 @@ def backward(
 def chunk_states_bytes(q: Tensor, v: Tensor) -> int:
     """The states in front of all chunks, ``[N / 64, G, K, V]``, as if no chunk were cut short."""
     return v.numel() * q.shape[-1] * v.itemsize // CHUNK_SIZE
-
-
-def _normalised(q: Tensor, k: Tensor) -> dict[str, Tensor]:
-    from deltatune.ops._gated_delta_rule.l2_norm import normalise  # Triton, where it runs
-
-    (unit_q, q_rstd), (unit_k, k_rstd) = normalise(q.flatten(0, 1)), normalise(k.flatten(0, 1))
-    return {
-        "q": unit_q.view(q.shape),
-        "k": unit_k.view(k.shape),
-        "q_rstd": q_rstd.view(q.shape[:3]),
-        "k_rstd": k_rstd.view(k.shape[:3]),
-    }
 
 
 def _stream(**tensors: Tensor) -> dict[str, Tensor]:

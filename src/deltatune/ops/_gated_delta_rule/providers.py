@@ -40,18 +40,16 @@ def _refusal(name: str, spec: GatedDeltaRuleSpec) -> str | None:
     return refusal
 
 
+@constant
 def _library_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     missing = gpu_refusal(name, device)
-    return _installed_refusal(name, device, dtype) if missing is None else f"{missing}; use impl='reference'"
-
-
-@constant
-def _installed_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    capability = capability_of(device)
-    if capability is None:
-        return f"{name} needs an NVIDIA GPU, and there is none; use impl='reference'"
-    refusal: str | None = _LIBRARIES[name].refusal(capability, dtype)
-    return refusal
+    if missing is None:
+        capability = capability_of(device)
+        if capability is not None:
+            refusal: str | None = _LIBRARIES[name].refusal(capability, dtype)
+            return refusal
+        missing = f"{name} needs an NVIDIA GPU, and there is none"
+    return f"{missing}; use impl='reference'"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> 
     running = launch.Running(
         references=_empty(weight, 2, tokens),
         maxima=_empty(weight, tokens).fill_(-torch.inf),
-        sums=_empty(weight, 2, -(-size // chunk.tile.entries), tokens),
+        sums=_empty(weight, 2, -(-size // chunk.tile.ENTRIES), tokens),
         totals=_empty(weight, tokens),
         products=None if dhidden is None else _empty(weight, tokens, width),
     )
@@ -109,7 +109,7 @@ def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> 
     for index, block in enumerate(slices(weight.shape[0], size)):
         turn, entries = index % 2, block.stop - block.start
         launch.add_block(chunk, running, turn, block)
-        used = -(-entries // chunk.tile.entries)
+        used = -(-entries // chunk.tile.ENTRIES)
         if chunk.stored is not None and running.products is not None:
             multiply(chunk.stored[:, :entries], weight[block], running.products, add=index > 0)
     found.reference.copy_(running.references[1 - turn])

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import triton
@@ -17,26 +17,21 @@ __all__ = ["Chunk", "Rows", "Running", "add_block", "chunk_of", "gradients", "hi
 
 
 class Tile(NamedTuple):
-    """What a program computes, and with what.
+    """What a program computes, and with what, by the names that the kernels give it.
 
     Attributes:
-        rows: tokens.
-        entries: of the vocabulary.
-        depth: of the product, a step.
-        warps: of a program.
-        stages: steps whose loads are in flight.
+        ROWS: tokens.
+        ENTRIES: of the vocabulary.
+        DEPTH: of the product, a step.
+        num_warps: of a program.
+        num_stages: steps whose loads are in flight.
     """
 
-    rows: int
-    entries: int
-    depth: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, Any]:
-        """As the kernels take it."""
-        sizes = {"ROWS": self.rows, "ENTRIES": self.entries, "DEPTH": self.depth}
-        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
+    ROWS: int
+    ENTRIES: int
+    DEPTH: int
+    num_warps: int
+    num_stages: int
 
 
 # 2048 x 8192 logits of width 2048 with their exponentials on one H200, Triton 3.6, bf16: 637 TFLOP/s with the first and
@@ -97,9 +92,9 @@ def chunk_of(rows: Rows, stored: Tensor | None) -> Chunk:
     else:  # Hopper and datacenter Blackwell, or others
         tile = _LARGE if torch.cuda.get_device_capability(device)[0] in (9, 10) else _SMALL
     tiled = (
-        _by_tile(rows.hidden, tile.rows, tile.depth),
-        _by_tile(rows.weight, tile.entries, tile.depth),
-        None if stored is None else _by_tile(stored, tile.rows, tile.entries),
+        _by_tile(rows.hidden, tile.ROWS, tile.DEPTH),
+        _by_tile(rows.weight, tile.ENTRIES, tile.DEPTH),
+        None if stored is None else _by_tile(stored, tile.ROWS, tile.ENTRIES),
     )
     return Chunk(rows, stored, tile, tiled)
 
@@ -112,7 +107,7 @@ class Running(NamedTuple):
     Attributes:
         references: fp32 ``[2, C]``, ``r`` before a block and after it.
         maxima: fp32 ``[C]``, the highest logits so far.
-        sums: fp32 ``[2, ceil(N / tile.entries) or more, C]``: of a block's exponentials, a row for each tile.
+        sums: fp32 ``[2, ceil(N / tile.ENTRIES) or more, C]``: of a block's exponentials, a row for each tile.
         totals: fp32 ``[C]``: sums over the blocks before, scaled to the new references.
         products: fp32 ``[C, E]``: exponentials times weight over the blocks before, likewise; or None.
     """
@@ -148,11 +143,11 @@ def add_block(chunk: Chunk, running: Running, turn: int, block: slice) -> None:
     reference, sums = running.references[turn], running.sums[turn]
     within = (tokens, block.start, block.stop)
     kernel.powers_kernel[_grid(tokens, block, tile)](
-        *inputs, reference, running.maxima, sums, *within, width, stores, **tile.options()
+        *inputs, reference, running.maxima, sums, *within, width, stores, **tile._asdict()
     )
     tiles = sums.shape[0]
     splits = min(_SPLITS, tiles)
-    kernel.settle_kernel[(triton.cdiv(tokens, tile.rows), splits)](
+    kernel.settle_kernel[(triton.cdiv(tokens, tile.ROWS), splits)](
         *inputs,
         reference,
         running.references[1 - turn],
@@ -168,7 +163,7 @@ def add_block(chunk: Chunk, running: Running, turn: int, block: slice) -> None:
         stores,
         _headroom(chunk.rows.hidden.dtype),
         _TILES_AT_ONCE,
-        **tile.options(),
+        **tile._asdict(),
     )
 
 
@@ -188,7 +183,7 @@ def gradients(chunk: Chunk, reference: Tensor, others: Tensor, inverse: Tensor, 
     (tokens, width), tile = chunk.rows.hidden.shape, chunk.tile
     tensors = (*chunk.tiled, chunk.rows.labels, reference, others, inverse)
     kernel.gradients_kernel[_grid(tokens, block, tile)](
-        *tensors, tokens, block.start, chunk.rows.ignore_index, width, **tile.options()
+        *tensors, tokens, block.start, chunk.rows.ignore_index, width, **tile._asdict()
     )
 
 
@@ -206,7 +201,7 @@ def _headroom(dtype: torch.dtype) -> float:
 
 
 def _grid(tokens: int, block: slice, tile: Tile) -> tuple[int]:
-    return (triton.cdiv(tokens, tile.rows) * triton.cdiv(block.stop - block.start, tile.entries),)
+    return (triton.cdiv(tokens, tile.ROWS) * triton.cdiv(block.stop - block.start, tile.ENTRIES),)
 
 
 def _by_tile(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
