@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-__all__ = ["L2_EPS", "accumulation_dtype", "most_demanding", "unit_stride"]
+__all__ = ["L2_EPS", "accumulation_dtype", "autocast", "most_demanding", "unit_stride"]
 
 #: of an l2 norm, inside the square root: ``x * rsqrt(sum(x^2) + 1e-6)``
 L2_EPS = 1e-6
@@ -16,6 +18,15 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the tensors in its dtype, as torch treats its own matrix products; fp64 is left alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def most_demanding(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype that fewest devices and kernels take: fp64 before bf16 before what the others promote to.
 
@@ -24,10 +35,7 @@ def most_demanding(*dtypes: torch.dtype) -> torch.dtype:
     for rare in (torch.float64, torch.bfloat16):
         if rare in dtypes:
             return rare
-    found = dtypes[0]
-    for dtype in dtypes[1:]:
-        found = torch.promote_types(found, dtype)
-    return found
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def unit_stride(x: Tensor) -> Tensor:

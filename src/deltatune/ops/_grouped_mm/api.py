@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.ops._autocast import autocast
 from deltatune.ops._grouped_mm import op as _op
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._numerics import autocast
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from deltatune.ops._autocast import autocast
 from deltatune.ops._grouped_mm.api import grouped_mm
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._numerics import autocast
 from deltatune.ops._registry import choose
 from deltatune.ops._validation import bind_shapes
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltatune.ops._autocast import autocast
 from deltatune.ops._linear_cross_entropy import torch_chunked
 from deltatune.ops._linear_cross_entropy.op import linear_cross_entropy as loss_and_gradients
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._linear_cross_entropy.reference import check_targets
+from deltatune.ops._numerics import autocast
 from deltatune.ops._opaque import first_order
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import check_floating, check_same_device

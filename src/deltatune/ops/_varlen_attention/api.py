@@ -9,7 +9,7 @@ from typing import Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from deltatune.ops._autocast import autocast
+from deltatune.ops._numerics import autocast
 from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import check_sequences, check_tensors, num_sequences
 from deltatune.ops._varlen_attention import op as _op
