@@ -35,10 +35,6 @@ class Provider:
     supports: Callable[[Any], Support]
     module: str
 
-    def load(self) -> ModuleType:
-        """The module with its functions."""
-        return importlib.import_module(self.module)
-
 
 @dataclass(frozen=True)
 class Spec:
@@ -63,8 +59,8 @@ class Spec:
 
     @classmethod
     def load(cls, impl: str) -> ModuleType:
-        """The module of the provider of this name."""
-        return next(provider for provider in cls.providers if provider.name == impl).load()
+        """The module with the functions of the provider of this name."""
+        return importlib.import_module(next(provider.module for provider in cls.providers if provider.name == impl))
 
 
 @dataclass(frozen=True)

@@ -103,14 +103,9 @@ def gated_delta_rule_backward(
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs = Inputs(*args[:_INPUTS])
-    return *results_like(inputs, saves=args[-1] != "reference"), _state_like(inputs)
-
-
-def _state_like(inputs: Inputs) -> Tensor:
-    """An uninitialised final state; ``[0]`` without an initial one."""
-    if inputs.initial_state is None:
-        return inputs.v.new_empty(0)
-    return inputs.v.new_empty(inputs.initial_state.shape, dtype=accumulation_dtype(*inputs[:3]))
+    v, state, dtype = inputs.v, inputs.initial_state, accumulation_dtype(*inputs[:3])
+    final = v.new_empty(0) if state is None else state.new_empty(state.shape, dtype=dtype)
+    return *results_like(inputs, saves=args[-1] != "reference"), final
 
 
 def _setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
