@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-__all__ = ["Choice", "Provider", "Spec", "Support", "choose", "support", "traced_reference"]
+__all__ = ["Choice", "Provider", "Spec", "Support", "choose", "otherwise", "support", "traced_reference"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,11 @@ def choose(spec: Spec, impl: str = "auto") -> Choice:
 def support(reason: str, refusal: str | None = None) -> Support:
     """What speaks for a provider, unless there is a refusal."""
     return Support(True, reason) if refusal is None else Support(False, refusal)
+
+
+def otherwise(preferred: Callable[[Any], Support]) -> Callable[[Any], Support]:
+    """Of a reference that nothing speaks for but what another provider lacks."""
+    return lambda spec: Support(True, preferred(spec).reason)
 
 
 def traced_reference(spec: Spec) -> Support:

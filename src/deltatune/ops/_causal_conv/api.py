@@ -15,9 +15,7 @@ from deltatune.ops._registry import Choice, choose
 from deltatune.ops._validation import check_floating, check_same_device, check_sequences, check_tensors, num_sequences
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["ACTIVATIONS", "causal_conv", "choose_causal_conv"]
-
-ACTIVATIONS: tuple[str | None, ...] = ("silu", None)
+__all__ = ["causal_conv", "choose_causal_conv"]
 
 _FUSED_HEADS = (32, 64, 128, 256)  # a head is a block of channels of one program
 
@@ -29,27 +27,19 @@ class _Options(TypedDict, total=False):
     impl: str
 
 
+class _PartsOptions(_Options, total=False):
+    l2norm: Sequence[int] | None
+
+
 @overload
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    split: None = None,
-    l2norm: None = None,
-    **options: Unpack[_Options],
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, split: None = None, **options: Unpack[_Options]
 ) -> Tensor: ...
 
 
 @overload
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    split: Sequence[int],
-    l2norm: Sequence[int] | None = None,
-    **options: Unpack[_Options],
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, split: Sequence[int], **options: Unpack[_PartsOptions]
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -175,10 +165,8 @@ def _check(
                 f"{op}: left must be [number of sequences, W - 1, D] = {expected}, got {list(left.shape)}; a sequence "
                 "with nothing before it has zeros there"
             )
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation={activation!r} is not supported; expected one of {', '.join(map(repr, ACTIVATIONS))}"
-        )
+    if activation not in ("silu", None):
+        raise ValueError(f"{op}: activation={activation!r} is not supported; expected one of 'silu', None")
 
 
 def _check_parts(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from deltatune.ops._registry import Provider, Spec, Support, support, traced_reference
 from deltatune.ops._triton import triton_refusal
@@ -26,8 +25,8 @@ def _triton(spec: CausalConvSpec) -> Support:
 class CausalConvSpec(Spec):
     """What the choice for ``causal_conv`` goes by; ``width`` is W, ``left`` whether there is such an argument."""
 
-    op: ClassVar[str] = "causal_conv"
-    providers: ClassVar[tuple[Provider, ...]] = (
+    op = "causal_conv"
+    providers = (
         Provider("triton", _triton, "deltatune.ops._causal_conv.op"),
         Provider("reference", traced_reference, "deltatune.ops._causal_conv.reference"),
     )

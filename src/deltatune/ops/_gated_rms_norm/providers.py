@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from deltatune.ops._registry import Provider, Spec, Support, support, traced_reference
 from deltatune.ops._triton import triton_refusal
@@ -22,8 +21,8 @@ def _triton(spec: Spec) -> Support:
 class GatedRmsNormSpec(Spec):
     """What the choice for ``gated_rms_norm`` goes by."""
 
-    op: ClassVar[str] = "gated_rms_norm"
-    providers: ClassVar[tuple[Provider, ...]] = (
+    op = "gated_rms_norm"
+    providers = (
         Provider("triton", _triton, "deltatune.ops._gated_rms_norm.op"),
         Provider("reference", traced_reference, "deltatune.ops._gated_rms_norm.reference"),
     )

@@ -72,7 +72,8 @@ def moe_experts(
     ends = torch.arange(sizes["X"], device=order.device, dtype=experts.dtype)
     offsets = torch.searchsorted(experts[order], ends, right=True, out_int32=True)
 
-    rows = _repeat_rows(hidden, sizes["k"])
+    # each token k times in a row; backward sums them in a fixed order
+    rows = hidden.unsqueeze(1).expand(-1, sizes["k"], -1).flatten(0, 1)
     gate_up = grouped_mm(_permute(rows, order, place), gate_up_proj, offsets, impl=impl)
     # Vectorised CPU loops may round an element differently at their ends, so there it must not move with the routing.
     fixed_place = "reference" in impls
@@ -85,11 +86,6 @@ def moe_experts(
     outputs = _permute(grouped_mm(inner, down_proj, offsets, impl=impl), place, order)
     weighted = outputs.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1).to(outputs.dtype)
     return weighted.sum(1).to(hidden.dtype)
-
-
-def _repeat_rows(x: Tensor, times: int) -> Tensor:
-    """Each row ``times`` times in a row; its backward sums them in a fixed order."""
-    return x.unsqueeze(1).expand(-1, times, -1).flatten(0, 1)
 
 
 class _Permute(torch.autograd.Function):

@@ -85,7 +85,8 @@ def rms_norm_rope_pair(
     _check(q, q_weight, cos, sin)
     _check(k, k_weight, cos, sin)
     choice = _choose_for((q, k, q_weight, k_weight), cos, sin, impl)
-    if choice.impl == "triton" and _share_a_launch((q, q_weight), (k, k_weight)):
+    kinds = [(x.shape[-1], x.dtype, None if w is None else w.dtype) for x, w in ((q, q_weight), (k, k_weight))]
+    if choice.impl == "triton" and kinds[0] == kinds[1]:
         return op.rms_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, unit_offset)
     return (
         rms_norm_rope(q, q_weight, cos, sin, eps=eps, unit_offset=unit_offset, impl=choice.impl),
@@ -104,11 +105,6 @@ def _choose_for(tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, im
     given = [x.dtype for x in (*tensors, cos, sin) if x is not None]
     angles_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     return choose(RmsNormRopeSpec(cos.device, most_demanding(*given), angles_grad), impl)
-
-
-def _share_a_launch(q: tuple[Tensor, Tensor | None], k: tuple[Tensor, Tensor | None]) -> bool:
-    kinds = [(x.shape[-1], x.dtype, None if weight is None else weight.dtype) for x, weight in (q, k)]
-    return kinds[0] == kinds[1]
 
 
 def _check(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> None:

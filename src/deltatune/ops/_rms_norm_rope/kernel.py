@@ -56,9 +56,7 @@ def _scale_and_round(
 
 
 @jit
-def _pair_columns(
-    D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def _pair_columns(D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr) -> tl.tuple:
     # a and b of each pair: (0, R/2), (1, R/2 + 1), ...; then what passes, (R, R + (D-R)/2), ...; which a and which b
     # there are, and which pairs rotate.
     # Of every row, so that the weight is loaded in the layout of x: another layout costs shared memory and barriers.
@@ -70,9 +68,7 @@ def _pair_columns(
 
 
 @jit
-def _tile_heads(
-    tile: tl.tensor, num_tokens: tl.tensor, N: tl.constexpr, ROWS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def _tile_heads(tile: tl.tensor, num_tokens: tl.tensor, N: tl.constexpr, ROWS: tl.constexpr) -> tl.tuple:
     # the rows of a tile, which of them there are, and the token and the head that each is
     rows = tile * ROWS + tl.arange(0, ROWS)
     return rows, rows < num_tokens * N, rows // N, rows % N
@@ -85,7 +81,7 @@ def _row_starts(tokens: tl.tensor, heads: tl.tensor, strides: tl.tuple) -> tl.te
 
 
 @jit
-def _angle_starts(tokens: tl.tensor, num_positions: tl.tensor, strides: tl.tuple) -> tuple[tl.tensor, tl.tensor]:
+def _angle_starts(tokens: tl.tensor, num_positions: tl.tensor, strides: tl.tuple) -> tl.tuple:
     positions = (tokens % num_positions).to(tl.int64)
     return (positions * strides[0])[:, None], (positions * strides[1])[:, None]
 

@@ -32,15 +32,9 @@ def _scale(weight: Tensor | None, unit_offset: bool) -> int:
 
 
 def _empty_gradients(
-    _q_grad: Tensor,
-    _k_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    *options: object,
+    _q_grad: Tensor, _k_grad: Tensor | None, q: Tensor, k: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *_, weight_grad = options
+    q_weight, k_weight, *_, weight_grad = rest
     weights = (q_weight, None if k is None else k_weight) if weight_grad else (None, None)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, *weights))
 
@@ -91,15 +85,8 @@ def rms_norm_rope_backward(
     return dq, dk, dq_weight, dk_weight
 
 
-def _empty_results(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    _k_weight: Tensor | None,
-    cos: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    *_, unit_offset = options
+def _empty_results(q: Tensor, k: Tensor | None, q_weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    _k_weight, cos, *_, unit_offset = rest
     dtype = result_dtype(q, q_weight, cos, unit_offset)
     return q.new_empty(q.shape, dtype=dtype), q.new_empty(0) if k is None else k.new_empty(k.shape, dtype=dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from deltatune.ops._registry import Provider, Spec, Support, support, traced_reference
 from deltatune.ops._triton import triton_refusal
@@ -24,8 +23,8 @@ def _triton(spec: RmsNormRopeSpec) -> Support:
 class RmsNormRopeSpec(Spec):
     """What the choice for ``rms_norm_rope`` goes by; ``angles_grad``: whether cos or sin want a gradient."""
 
-    op: ClassVar[str] = "rms_norm_rope"
-    providers: ClassVar[tuple[Provider, ...]] = (
+    op = "rms_norm_rope"
+    providers = (
         Provider("triton", _triton, "deltatune.ops._rms_norm_rope.op"),
         Provider("reference", traced_reference, "deltatune.ops._rms_norm_rope.reference"),
     )

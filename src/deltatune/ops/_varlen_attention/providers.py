@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from deltatune.ops._registry import Provider, Spec, Support, support
+from deltatune.ops._registry import Provider, Spec, Support, otherwise, support
 from deltatune.ops._varlen_attention import torch_varlen
 
 __all__ = ["VarlenAttentionSpec"]
@@ -20,18 +19,14 @@ def _torch(spec: VarlenAttentionSpec) -> Support:
     return support("torch's varlen attention runs on this device", refusal)
 
 
-def _reference(spec: VarlenAttentionSpec) -> Support:
-    return Support(True, _torch(spec).reason)  # there is no other reason to take it
-
-
 @dataclass(frozen=True)
 class VarlenAttentionSpec(Spec):
     """What the choice for ``varlen_attention`` goes by; ``head_dim`` is D, the others as the op takes them."""
 
-    op: ClassVar[str] = "varlen_attention"
-    providers: ClassVar[tuple[Provider, ...]] = (
+    op = "varlen_attention"
+    providers = (
         Provider("torch", _torch, "deltatune.ops._varlen_attention.torch_varlen"),
-        Provider("reference", _reference, "deltatune.ops._varlen_attention.reference"),
+        Provider("reference", otherwise(_torch), "deltatune.ops._varlen_attention.reference"),
     )
 
     head_dim: int | None = None
