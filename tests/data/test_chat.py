@@ -155,6 +155,11 @@ def test_a_missing_template_is_named(make_tokenizer, conversation):
         render_one(Renderer(make_tokenizer(None)), {"messages": conversation})
 
 
+def test_another_template_may_be_given(make_tokenizer, tokenizer, conversation):
+    renderer = Renderer(make_tokenizer(None), chat_template=tokenizer.chat_template)
+    assert trained_stretches(render_one(renderer, {"messages": conversation}), tokenizer) == ANSWERS
+
+
 def test_tools_reach_the_template(make_tokenizer):
     template = """{%- for tool in tools or [] %}{{- 'tool: ' + tool.name + '<|im_end|>' }}{%- endfor %}
 {%- for message in messages %}{{- message.role + ':' + message.content }}

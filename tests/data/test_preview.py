@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from deltatune.commands.preprocess import preview
 from deltatune.data.chat import Renderer
 from deltatune.data.messages import Layout
+from deltatune.data.preview import preview
 from deltatune.packing.sample import Sample
 
 

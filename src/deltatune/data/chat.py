@@ -47,11 +47,13 @@ class Renderer:
     Attributes:
         tokenizer: a fast tokenizer: trained characters are mapped to tokens by its offsets.
         train_on: every assistant turn, the ``last`` one, or ``all`` tokens, prompts included.
+        chat_template: a template in place of the tokenizer's own.
         template_kwargs: variables for the template, such as ``{"enable_thinking": False}``.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train_on: TrainOn = "assistant"
+    chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class _Template:
         self._where = where
         tokenizer = renderer.tokenizer
         try:
-            self._source = tokenizer.get_chat_template(tools=conversation.tools)
+            self._source = tokenizer.get_chat_template(renderer.chat_template, conversation.tools)
         except ValueError as error:
             raise DataError(
                 f"{where} is a conversation, but the tokenizer has no chat template; set model.chat_template, or use "

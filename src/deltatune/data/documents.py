@@ -144,7 +144,7 @@ class _Task:
             "rows": self.rows.identity,
             "layout": [self.layout.format, dict(self.layout.columns)],
             "train_on": self.renderer.train_on,
-            "chat_template": tokenizer.chat_template,
+            "chat_template": self.renderer.chat_template or tokenizer.chat_template,
             "template_kwargs": dict(self.renderer.template_kwargs),
             "special_tokens": tokenizer.special_tokens_map,
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
