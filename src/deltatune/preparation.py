@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -155,7 +154,7 @@ def prepare(
         )
     state = _new_state(text_model, family, requests, compile, checkpointing, lora)
     if not family.swaps:
-        _put_attention(text_model, requests)
+        attention_interface.install(text_model, requests["varlen_attention"])
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
@@ -222,15 +221,6 @@ def _new_state(
     )
 
 
-def _put_attention(text_model: Any, requests: Mapping[str, str]) -> None:
-    """Gives a family without layers of its own our attention, by a config that names it."""
-    attention_interface.register()
-    ours = copy.copy(text_model.config)
-    ours._attn_implementation_internal = attention_interface.NAME
-    _set_config(text_model, ours)
-    attention_interface.mark(text_model, requests["varlen_attention"])
-
-
 def _revert(base: nn.Module) -> None:
     """Gives every swapped module its stock class back; nothing on a model that is not prepared."""
     text_model = hf_model.text_model(base)
@@ -238,19 +228,10 @@ def _revert(base: nn.Module) -> None:
     if state is None:
         return
     if state.options.stock_config is not None:
-        _set_config(text_model, state.options.stock_config)
-        attention_interface.forget_marks(text_model)
+        attention_interface.uninstall(text_model, state.options.stock_config)
     capture.forget_capture_hooks(text_model)
     for module in base.modules():
         restore(module)
-
-
-def _set_config(text_model: Any, config: Any) -> None:
-    """Replaces the config of the text model and of what reads it there; another model may share the object."""
-    before = text_model.config
-    for module in text_model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = config
 
 
 def _refuse_sharded(model: nn.Module, what_comes: str) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from deltatune import ops
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["NAME", "forget_marks", "mark", "register"]
+__all__ = ["NAME", "install", "set_config", "uninstall"]
 
 #: No "flash" in the name: transformers would look for the flash-attn package when a model is built with it.
 NAME = "deltatune_varlen"
@@ -20,8 +21,14 @@ _WINDOW = "_deltatune_window"
 _IMPL = "_deltatune_impl"
 
 
-def register() -> None:
-    """Adds the entry, new names only: models that use another implementation never see it."""
+def install(text_model: Any, impl: str) -> None:
+    """Gives a text model our attention, by a config that names it.
+
+    The entry is a new name: models that use another implementation never see it. Noted on every module is what
+    ``packed_attention`` reads there: which implementation ``prepare`` was asked for, and, on attention modules, whether
+    the config gives the layer a sliding window. Decided here and not there: a layer index read while tracing would be
+    a graph for each layer.
+    """
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
@@ -29,6 +36,30 @@ def register() -> None:
         AttentionInterface.register(NAME, packed_attention)
         # a cached call builds the mask that its stock attention reads
         AttentionMaskInterface.register(NAME, sdpa_mask)
+    ours = copy.copy(text_model.config)
+    ours._attn_implementation_internal = NAME
+    set_config(text_model, ours)
+    for module in text_model.modules():
+        module.__dict__[_IMPL] = impl
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        if isinstance(index, int) and config is not None:
+            module.__dict__[_WINDOW] = _has_window(config, index)
+
+
+def uninstall(text_model: Any, stock_config: Any) -> None:
+    """Undoes ``install``."""
+    set_config(text_model, stock_config)
+    for module in text_model.modules():
+        module.__dict__.pop(_WINDOW, None)
+        module.__dict__.pop(_IMPL, None)
+
+
+def set_config(text_model: Any, config: Any) -> None:
+    """Replaces the config of the text model and of what reads it there; another model may share the object."""
+    before = text_model.config
+    for module in text_model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = config
 
 
 def packed_attention(
@@ -85,26 +116,6 @@ def packed_attention(
         impl=getattr(module, _IMPL),
     )
     return out, None
-
-
-def mark(text_model: nn.Module, impl: str) -> None:
-    """Notes on every module of a text model what ``packed_attention`` reads there.
-
-    Which implementation ``prepare`` was asked for, and, on attention modules, whether the config gives the layer a
-    sliding window. Decided here and not there: a layer index read while tracing would be a graph for each layer.
-    """
-    for module in text_model.modules():
-        module.__dict__[_IMPL] = impl
-        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-        if isinstance(index, int) and config is not None:
-            module.__dict__[_WINDOW] = _has_window(config, index)
-
-
-def forget_marks(text_model: nn.Module) -> None:
-    """Undoes ``mark``."""
-    for module in text_model.modules():
-        module.__dict__.pop(_WINDOW, None)
-        module.__dict__.pop(_IMPL, None)
 
 
 def _has_window(config: Any, index: int) -> bool:

@@ -25,8 +25,6 @@ _GLOBAL: Final = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-
-
 #: Hooks of these change nothing that a graph computes.
 _OUR_OWN: Final = ("deltatune.", "torch.distributed.")
 
@@ -57,15 +55,13 @@ def hooks_inside(root: nn.Module) -> tuple[object, ...]:
     The compiler guards on no hooks: one that comes, goes, or differs from layer to layer needs a graph of its own.
     """
     found: list[object] = [value for name in _GLOBAL for value in getattr(every_module, name).values()]
-    _collect(root, "", found)
-    return tuple(found)
-
-
-def _collect(parent: nn.Module, path: str, found: list[object]) -> None:
-    for name, module in parent._modules.items():
+    inside = list(root._modules.items())
+    while inside:
+        path, module = inside.pop()
         if module is None:
             continue
         own = module.__dict__
+        # called for every layer of every call, and nearly always there is nothing
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -73,10 +69,10 @@ def _collect(parent: nn.Module, path: str, found: list[object]) -> None:
             or own["_backward_pre_hooks"]
             or "forward" in own
         ):
-            for kind in hooks_of(module):
-                functions = _functions(own, kind)
-                found += [(path, name, kind, *functions)] if functions else []
-        _collect(module, f"{path}.{name}", found)
+            functions = {kind: _functions(own, kind) for kind in hooks_of(module)}
+            found += [(path, kind, *hung) for kind, hung in functions.items() if hung]
+        inside += [(f"{path}.{name}", child) for name, child in own["_modules"].items()]
+    return tuple(found)
 
 
 def _functions(own: dict[str, Any], kind: str) -> list[object]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from deltatune.hf.attention_interface import set_config
 from deltatune.hf.cached import stock_path
 from deltatune.layers.rotary import forget_lengths
 from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
@@ -132,16 +133,11 @@ def _stock(probed: Probed) -> Iterator[None]:
         yield
         return
     text_model: Any = probed.text_model
-    ours, stock = text_model.config, probed.state.options.stock_config
-    readers = [
-        module for module in text_model.modules() if stock is not None and getattr(module, "config", None) is ours
-    ]
+    ours = text_model.config
     try:
-        for module in readers:
-            module.config = stock
+        set_config(text_model, probed.state.options.stock_config or ours)
         forget_lengths(text_model)
         with stock_path(text_model):
             yield
     finally:
-        for module in readers:
-            module.config = ours
+        set_config(text_model, ours)

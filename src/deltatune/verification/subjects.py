@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ __all__ = ["Probed", "layer_subjects", "model_subject"]
 _SEED = 20
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """How the text model called one decoder layer."""
 
     hidden: Tensor
@@ -82,18 +80,15 @@ class Probed:
     def packed_calls(self, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, _Call]:
         """How the text model calls these layers for the pack; settles which metadata a stock model takes."""
         try:
-            return self._calls(inputs, layers, self.metadata(self.documents))
+            return self.calls(inputs, layers, self.metadata(self.documents))
         except ValueError as error:
             if self.state is not None or self.refused is not None:
                 raise
             self.refused = str(error).partition("\n")[0]
-        return self._calls(inputs, layers, self.metadata(self.documents))
+        return self.calls(inputs, layers, self.metadata(self.documents))
 
-    def alone_calls(self, layers: Mapping[str, nn.Module]) -> list[dict[str, _Call]]:
-        """How the text model calls these layers for every document alone."""
-        return [self._calls(self.inputs[:, place], layers, {}) for place in self.documents.places]
-
-    def _calls(self, inputs: Tensor, layers: Mapping[str, nn.Module], metadata: dict[str, Any]) -> dict[str, _Call]:
+    def calls(self, inputs: Tensor, layers: Mapping[str, nn.Module], metadata: dict[str, Any]) -> dict[str, _Call]:
+        """How the text model calls these layers, by their names."""
         calls: dict[str, _Call] = {}
 
         def record(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -116,7 +111,8 @@ def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -
     layers = {name: layer for name, (layer, _) in types.items()}
     packed = probed.packed_calls(probed.inputs, layers)
     others = probed.packed_calls(probed.others, layers)
-    alone = probed.alone_calls(layers)
+    places = probed.documents.places
+    alone = [probed.calls(probed.inputs[:, place], layers, {}) for place in places]
     options = None if probed.state is None else probed.state.options.compile
     compiled = probed.compiled and options is not None and options.scope == "layer"
     generator = torch.Generator().manual_seed(_SEED)
@@ -133,7 +129,7 @@ def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -
                 packed=_run_layer(probed, layer, packed[name], weights, compiled=compiled),
                 alone=[
                     _run_layer(probed, layer, calls[name], weights[:, place], compiled=False)
-                    for calls, place in zip(alone, probed.documents.places, strict=True)
+                    for calls, place in zip(alone, places, strict=True)
                 ],
             )
         )
