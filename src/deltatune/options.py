@@ -103,7 +103,6 @@ class Options:
     Attributes:
         kernels: op name -> implementation that was asked for.
         mask_form: what the stock text model takes in place of a mask it would build: ``"mapping"`` or ``"4d"``.
-        layer_types: the names such a mapping is asked for.
         compile: how the layers are compiled; None runs them eagerly.
         checkpointing: ``"none"``, ``"layer"``, ``"auto"`` or the share of activations that may stay.
         lora: ``"auto"``, ``"fused"`` or ``"stock"``.
@@ -113,7 +112,6 @@ class Options:
 
     kernels: Mapping[str, str]
     mask_form: str
-    layer_types: tuple[str, ...]
     compile: CompileOptions | None = None
     checkpointing: str | float = "none"
     lora: str = "auto"

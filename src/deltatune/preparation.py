@@ -158,7 +158,6 @@ def prepare(
     for planned in plan:
         for module in planned.modules:
             swap(module, planned.layer, state)
-            module.configure(text_model.config)  # type: ignore[operator]
     install_lora(text_model, state)
     swaps = [SwapRow(p.stock, p.layer.__name__, p.expected, len(p.modules)) for p in plan]
     return Prepared(model, family, state, swaps)
@@ -210,13 +209,12 @@ def _new_state(
     checkpointing: str | float,
     lora: str,
 ) -> State:
-    layer_types = tuple(dict.fromkeys(getattr(text_model.config, "layer_types", None) or ("full_attention",)))
     stock_config = None if family.swaps else text_model.config
     stock_attention = None if family.swaps else text_model.config._attn_implementation
     # "auto" is decided at the first training forward, which knows the tokens of a batch
     auto = AutoCheckpointing() if checkpointing == "auto" else None
     return State(
-        Options(requests, family.mask_form, layer_types, compile, checkpointing, lora, stock_config, stock_attention),
+        Options(requests, family.mask_form, compile, checkpointing, lora, stock_config, stock_attention),
         Facts(head="linear" if family.swaps else "unknown", auto=auto),
     )
 

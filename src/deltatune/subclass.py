@@ -43,9 +43,6 @@ class Swapped(nn.Module):
         """The forward of a layer with ``extra_arguments``; all arguments by name."""
         raise NotImplementedError
 
-    def configure(self, config: Any) -> None:
-        """Notes what the layer needs of the text model's config; called once, after the swap."""
-
     @classmethod
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
         """What the choice of an implementation goes by, for every op that this layer calls in front of ``module``.
@@ -62,9 +59,6 @@ class Swapped(nn.Module):
         """Of a pack of so many tokens, whose documents have lengths that sum to ``squares`` when squared."""
         del tokens, squares
         return Cost()
-
-    def before_restore(self) -> None:
-        """Undoes what the layer changed, while it still is one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Swapped:
         """The copy of a whole model gets a state of its own; that of a part, as PEFT makes, shares the model's."""
@@ -118,7 +112,6 @@ def swap(module: nn.Module, layer: type[Swapped], state: State) -> None:
 def restore(module: nn.Module) -> None:
     """Gives ``module`` its stock class back."""
     if isinstance(module, Swapped):
-        module.before_restore()
         del module.__dict__["_deltatune"]
         _set_class(module, stock_class(module))
 

@@ -172,7 +172,7 @@ class TextModel(Swapped):
     def _no_mask(self, device: torch.device) -> Any:
         """What the stock text model takes as a finished mask; our attention reads boundaries instead."""
         if self._deltatune.options.mask_form == "mapping":
-            return dict.fromkeys(self._deltatune.options.layer_types)
+            return dict.fromkeys(getattr(self.config, "layer_types", None) or ("full_attention",))
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 

@@ -29,8 +29,7 @@ class Experts(Swapped):
     gate_up_proj: Tensor
     down_proj: Tensor
     act_fn: Any
-    #: experts that a token visits
-    top_k: int
+    config: Any
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[N, E], [N, k], [N, k] -> [N, E]``; the stock forward inside a cached call."""
@@ -47,14 +46,6 @@ class Experts(Swapped):
             impl=self._deltatune.options.kernels["grouped_mm"],
         )
 
-    def configure(self, config: Any) -> None:
-        """Notes how many experts a token visits, which the stock module leaves to its router."""
-        self.__dict__["top_k"] = int(config.num_experts_per_tok)
-
-    def before_restore(self) -> None:
-        """Forgets what ``configure`` noted."""
-        self.__dict__.pop("top_k", None)
-
     @classmethod
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
         """Of the grouped products."""
@@ -63,10 +54,10 @@ class Experts(Swapped):
     @property
     def active_share(self) -> float:
         """The share of the experts' weights that a token meets."""
-        return self.top_k / self.gate_up_proj.shape[0]
+        return float(self.config.num_experts_per_tok / self.gate_up_proj.shape[0])
 
     def cost(self, tokens: int, squares: int) -> Cost:
-        """Kept: ``top_k`` copies of the inputs, the hidden units before and after activation, and outputs."""
+        """Kept: inputs, hidden units before and after activation, and outputs, for each expert that a token visits."""
         del squares
         widths = sum(sum(weight.shape[1:]) for weight in (self.gate_up_proj, self.down_proj))
-        return Cost(kept=float(tokens * self.top_k * widths))
+        return Cost(kept=float(tokens * self.config.num_experts_per_tok * widths))
