@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -27,7 +27,6 @@ __all__ = [
     "TrainableRow",
     "kernel_rows",
     "report_of",
-    "swapped",
     "table",
 ]
 
@@ -148,13 +147,14 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
     """What runs now: trainable parameters and compile counts are read when this is called."""
     options, adapters = state.options, getattr(model, "peft_config", None)
     text_model = hf_model.text_model(model)
+    layers = ((type(module), module) for module in model.modules() if isinstance(module, Swapped))
     modes = lora_modes(model, text_model, options.lora, hf_model.device_of(model))
     counts = Counter((mode.name, mode.reason) for _, mode in modes)
     return PrepareReport(
         family=family.name,
         features={"packing": SUPPORTED, "compile": SUPPORTED, **family.features},
         swaps=swaps,
-        kernels=kernel_rows(swapped(model), options.kernels, model),
+        kernels=kernel_rows(layers, options.kernels, model),
         trainable=_trainable_rows(model),
         total_parameters=sum(p.numel() for p in model.parameters()),
         checkpointing=state.checkpointing,
@@ -166,11 +166,6 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
         head=state.facts.head,
         patches=patches(hf_model.base_model(model), text_model),
     )
-
-
-def swapped(model: nn.Module) -> Iterator[tuple[type[Swapped], nn.Module]]:
-    """Every module of ours, with its class."""
-    return ((type(module), module) for module in model.modules() if isinstance(module, Swapped))
 
 
 def kernel_rows(

@@ -49,15 +49,18 @@ def _break(module: Any) -> str | None:
     """Why a layer does not compile as one graph; None where it does, or cannot be traced by itself."""
     if hasattr(module, "parameter_name"):
         return f"PEFT replaces the parameter {module.parameter_name} around every call"
-    inner = getattr(module.get_base_layer(), "in_features", None)
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    base = module.get_base_layer()
+    inner = getattr(base, "in_features", None)
+    # the base's own weight where that is not quantised
+    weights = (getattr(base, "weight", None), *module.parameters())
+    weight = next((w for w in weights if isinstance(w, torch.Tensor) and w.is_floating_point()), None)
     if inner is None or weight is None:
         return None
 
     def traced(layer: nn.Module, x: torch.Tensor) -> Any:
         return layer(x)
 
-    x = torch.empty(1, 2, inner, dtype=_dtype(module, weight), device=weight.device, requires_grad=True)
+    x = torch.empty(1, 2, inner, dtype=weight.dtype, device=weight.device, requires_grad=True)
     function = torch.compile(fresh_code(traced, "traced adapter"), fullgraph=True, backend=_stop)
     try:
         function(module, x)
@@ -68,14 +71,6 @@ def _break(module: Any) -> str | None:
     return None
 
 
-def _dtype(module: Any, weight: torch.Tensor) -> torch.dtype:
-    base = getattr(module.get_base_layer(), "weight", None)
-    return base.dtype if isinstance(base, torch.Tensor) and base.is_floating_point() else weight.dtype
-
-
-class _CapturedError(Exception):
-    """The graph was captured."""
-
-
 def _stop(_graph: Any, _inputs: Any) -> Any:
-    raise _CapturedError
+    """A backend in which nothing runs: the graph was captured."""
+    raise NotImplementedError

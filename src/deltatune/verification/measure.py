@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,8 @@ class Documents:
     @cached_property
     def slices(self) -> list[slice]:
         """Where each document lies in the pack; the padding last."""
-        bounds, start = [], 0
-        for length in (*self.lengths, *([self.padding] if self.padding else [])):
-            bounds.append(slice(start, start + length))
-            start += length
-        return bounds
+        lengths = (*self.lengths, self.padding) if self.padding else self.lengths
+        return [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
     @property
     def places(self) -> list[slice]:
