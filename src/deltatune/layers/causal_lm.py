@@ -235,7 +235,7 @@ def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy through a head that is not a plain linear layer, one chunk's logits at a time."""
 
     def chunk_loss(state: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(state).float(), target, ignore_index=-100, reduction="sum")
+        return _loss_of_logits(head(state), target)
 
     total = hidden.new_zeros((), dtype=torch.float32)
     for state, target in zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True):
