@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def prepare(
             "before it is given to a trainer",
             stacklevel=2,
         )
-    state = _new_state(text_model, family, requests, compile, checkpointing, lora)
+    state = _new_state(text_model, family, Options(requests, family.mask_form, compile, checkpointing, lora))
     if not family.swaps:
         attention_interface.install(text_model, requests["varlen_attention"])
     for planned in plan:
@@ -201,22 +202,14 @@ def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOp
         )
 
 
-def _new_state(
-    text_model: Any,
-    family: Family,
-    requests: Mapping[str, str],
-    compile: CompileOptions | None,
-    checkpointing: str | float,
-    lora: str,
-) -> State:
-    stock_config = None if family.swaps else text_model.config
-    stock_attention = None if family.swaps else text_model.config._attn_implementation
+def _new_state(text_model: Any, family: Family, options: Options) -> State:
     # "auto" is decided at the first training forward, which knows the tokens of a batch
-    auto = AutoCheckpointing() if checkpointing == "auto" else None
-    return State(
-        Options(requests, family.mask_form, compile, checkpointing, lora, stock_config, stock_attention),
-        Facts(head="linear" if family.swaps else "unknown", auto=auto),
-    )
+    auto = AutoCheckpointing() if options.checkpointing == "auto" else None
+    if family.swaps:
+        return State(options, Facts(head="linear", auto=auto))
+    config = text_model.config
+    options = replace(options, stock_config=config, stock_attention=config._attn_implementation)
+    return State(options, Facts(head="unknown", auto=auto))
 
 
 def _revert(base: nn.Module) -> None:
