@@ -70,8 +70,7 @@ def test_a_recipe_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
     assert "none.yaml" in captured.err
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "auto"])
-def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, checkpointing) -> None:
+def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe) -> None:
     prepared = []
 
     def recorded(*args, **options):
@@ -80,7 +79,7 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, chec
 
     monkeypatch.setattr(prebuild, "prepare_by_recipe", recorded)
     monkeypatch.setattr(run, "compile_options", lambda recipe: CompileOptions(backend="aot_eager"))
-    recipe = load_recipe(write_recipe(compile=True, checkpointing=checkpointing)).recipe
+    recipe = load_recipe(write_recipe(compile=True, checkpointing="auto")).recipe
     built = list(prebuild.build(recipe, CPU))
     assert [step for step, _ in built] == ["a step, 1 document"]
     assert all(seconds > 0 for _, seconds in built)

@@ -354,7 +354,7 @@ def one_process() -> Any:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("ran", [False, True])
 def test_sharded_layers_run_unfused(one_process: Any, ran: bool, compiled: bool) -> None:
-    model = adapted()
+    model = adapted("qwen3" if compiled else "qwen3_5")
     stock = reference_of(model)
     prepare(model, lora="fused", compile=CompileOptions(backend="aot_eager") if compiled else None)
     if ran:

@@ -111,9 +111,13 @@ def test_what_hangs_on_any_part_acts_whenever_it_came(kind: str, place: str, ran
     assert_gradients_close(fused, stock)
 
 
-@pytest.mark.parametrize("ran", [False, True], ids=["at once", "after a forward"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ["forward hook", "own forward"])
+COMPILED = [
+    *((kind, place, True) for kind in ("forward hook", "own forward") for place in PLACES),
+    ("forward hook", "base_layer", False),
+]
+
+
+@pytest.mark.parametrize(("kind", "place", "ran"), COMPILED)
 def test_in_one_compiled_layer_of_several_too(kind: str, place: str, ran: bool) -> None:
     fused, stock = pair("qwen3")
     prepared = prepare(fused, lora="fused", compile=TRACED)
@@ -140,7 +144,7 @@ def test_the_trace_that_auto_reads_is_that_of_the_fused_layer() -> None:
     predicted = []
     for setting in ("fused", "stock"):
         choice = prepare(
-            adapted(dtype=torch.bfloat16), lora=setting, compile=TRACED, checkpointing="auto"
+            adapted("qwen3", dtype=torch.bfloat16), lora=setting, compile=TRACED, checkpointing="auto"
         ).decide_checkpointing(96)
         assert choice is not None
         predicted.append(choice.predicted_bytes)

@@ -60,7 +60,7 @@ def errors(got, exact):
     return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, exact, strict=True)]
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 65, 1000])
+@pytest.mark.parametrize("tokens", [1, 65, 200] if INTERPRETED else [1, 63, 65, 1000])
 @pytest.mark.parametrize("dim", [8, 12])
 def test_equals_the_reference(dim, tokens):
     inputs = make_inputs(1, tokens, 3, dim)

@@ -77,7 +77,7 @@ def errors(got, exact):
     return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, exact, strict=True)]
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 65, 1000])
+@pytest.mark.parametrize("tokens", [1, 65, 200] if INTERPRETED else [1, 63, 65, 1000])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_equals_the_reference(form, tokens):
     inputs, options = make_inputs(tokens=tokens, heads=2, **form)
