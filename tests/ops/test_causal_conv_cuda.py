@@ -220,6 +220,21 @@ def test_a_frozen_convolution_computes_no_weight_gradient():
         assert seen[-1] == wanted
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("trained", ["x", "x and bias", "x and weight"])
+def test_gradients_are_the_same_whatever_else_trains(trained, width):
+    inputs = make_inputs(300, width=width)
+    whole = dict(
+        zip(("x", "weight", "bias"), run(inputs, impl="triton", sequences=described([100, 191]))[-3:], strict=True)
+    )
+    names = trained.split(" and ")
+    some = [x.detach().requires_grad_(name in names) for name, x in zip(whole, inputs, strict=True)]
+    y = causal_conv(*some, impl="triton", sequences=described([100, 191]))
+    wanted = [x for x in some if x.requires_grad]
+    for name, grad in zip(names, torch.autograd.grad(y, wanted, weights_of([y])), strict=True):
+        torch.testing.assert_close(grad, whole[name], rtol=1e-2, atol=1e-2)
+
+
 def test_weight_gradients_have_the_same_bits_every_time():
     x, weight, bias = make_inputs(5000)
     first, second = (run([x, weight, bias], impl="triton") for _ in range(2))

@@ -289,8 +289,8 @@ def backward_kernel(
         for u in tl.static_range(1, UNROLL):
             least = tl.minimum(least, offsets[u])
         place = (dx_at, D, cols, size, row, start, end)
-        # most groups are deep inside a document: no window there is cut
-        if least >= W - 1:
+        # most groups are deep inside a document: no window there is cut, as none is of one token
+        if W == 1 or least >= W - 1:
             state = _backward_rows(state, loaded, taps, norm, place, SILU, WEIGHT_GRAD, BIAS_GRAD, False)
         else:
             state = _backward_rows(state, loaded, taps, norm, place, SILU, WEIGHT_GRAD, BIAS_GRAD, True)
