@@ -44,7 +44,7 @@ def test_the_workspace_of_a_large_vocabulary():
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
-from deltatune.ops._linear_cross_entropy import launch
+from deltatune.ops._linear_cross_entropy import blocked
 from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
 from deltatune.ops._linear_cross_entropy.blocks import Blocks
 
@@ -92,9 +92,9 @@ powers = torch.exp(logits - reference[:, None].double())
 picked = powers.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
 total = powers.sum(1)
 stored = torch.full((20, 48), float("nan"), dtype=torch.float16)
-rows = launch.Rows(hidden, weight, labels, -100)
+rows = blocked.Rows(hidden, weight, labels, -100)
 statistics = reference, (total - picked).float(), total.reciprocal().float()
-launch.gradients(launch.chunk_of(rows, stored), *statistics, slice(32, 80))
+blocked.gradients(blocked.chunk_of(rows, stored), *statistics, slice(32, 80))
 want = powers / total[:, None] - F.one_hot(labels.clamp_min(0), 100)
 want[labels == -100] = 0
 assert error(stored, want[:, 32:80]) < 5e-4, error(stored, want[:, 32:80])

@@ -10,13 +10,15 @@ host, no synchronisation. Imported only where it runs.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from deltatune.ops._jit import jit
 
 __all__ = ["gradients_kernel", "hidden_gradient_kernel", "label_logits_kernel", "powers_kernel", "settle_kernel"]
 
 
-def _label_logits(
+@jit
+def label_logits_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     labels: tl.tensor,
@@ -41,6 +43,7 @@ def _label_logits(
     tl.store(reference + row, tl.where(label == ignore_index, float("inf"), logit))
 
 
+@jit
 def _logits(
     hidden: tl.tensor,
     weight: tl.tensor,
@@ -57,9 +60,7 @@ def _logits(
     return total
 
 
-_logits_of = triton.jit(_logits)
-
-
+@jit
 def _store_powers(
     logits: tl.tensor,
     base: tl.tensor,
@@ -86,10 +87,8 @@ def _store_powers(
         stored.store([row, entry], values.to(stored.dtype))
 
 
-_store_powers_of = triton.jit(_store_powers)
-
-
-def _powers(
+@jit
+def powers_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     stored: tl.tensor,
@@ -109,15 +108,16 @@ def _powers(
     # programs that run together share few entries' weights and all of the tokens
     row_tiles = tl.cdiv(C, ROWS)
     row, entry = tl.program_id(0) % row_tiles * ROWS, tl.program_id(0) // row_tiles * ENTRIES
-    logits = _logits_of(hidden, weight, row, start + entry, E, ROWS, ENTRIES, DEPTH)
+    logits = _logits(hidden, weight, row, start + entry, E, ROWS, ENTRIES, DEPTH)
     if start + entry + ENTRIES > stop:
         logits = tl.where((start + entry + tl.arange(0, ENTRIES) < stop)[None, :], logits, float("-inf"))
     rows = row + tl.arange(0, ROWS)
     tl.atomic_max(maxima + rows, tl.max(logits, axis=1), mask=rows < C, sem="relaxed")
     base = tl.load(reference + rows, mask=rows < C, other=float("inf"))
-    _store_powers_of(logits, base, stored, labels, sums, C, row, entry, start, STORE, ROWS, ENTRIES)
+    _store_powers(logits, base, stored, labels, sums, C, row, entry, start, STORE, ROWS, ENTRIES)
 
 
+@jit
 def _scale_rows(
     matrix: tl.tensor,
     rows: tl.tensor,
@@ -135,10 +135,8 @@ def _scale_rows(
             tl.store(at, tl.load(at, mask=mask, other=0.0) * factors[:, None], mask=mask)
 
 
-_scale_rows_of = triton.jit(_scale_rows)
-
-
-def _settle(
+@jit
+def settle_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     stored: tl.tensor,
@@ -184,17 +182,18 @@ def _settle(
         tl.store(totals + rows, total * shrink, mask=inside)
     if tl.max(rises.to(tl.int32), axis=0) > 0:
         if STORE:
-            _scale_rows_of(products, rows, shrink, C, (start > 0) & (first == 0), E, DEPTH)
+            _scale_rows(products, rows, shrink, C, (start > 0) & (first == 0), E, DEPTH)
         for turn in range(0, TILES, SPLITS):
             entry = (turn + first) * ENTRIES
             # past the block's end there is nothing to compute and no row of sums
             if start + entry < stop:
-                logits = _logits_of(hidden, weight, row, start + entry, E, ROWS, ENTRIES, DEPTH)
+                logits = _logits(hidden, weight, row, start + entry, E, ROWS, ENTRIES, DEPTH)
                 logits = tl.where((start + entry + tl.arange(0, ENTRIES) < stop)[None, :], logits, float("-inf"))
-                _store_powers_of(logits, base, stored, labels, sums, C, row, entry, start, STORE, ROWS, ENTRIES)
+                _store_powers(logits, base, stored, labels, sums, C, row, entry, start, STORE, ROWS, ENTRIES)
 
 
-def _hidden_gradient(
+@jit
+def hidden_gradient_kernel(
     products: tl.tensor,
     weight: tl.tensor,
     labels: tl.tensor,
@@ -221,7 +220,8 @@ def _hidden_gradient(
         tl.store(dhidden + row * E + columns, gradient, mask=inside)
 
 
-def _gradients(
+@jit
+def gradients_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     stored: tl.tensor,
@@ -239,7 +239,7 @@ def _gradients(
 ) -> None:
     row_tiles = tl.cdiv(C, ROWS)
     row, entry = tl.program_id(0) % row_tiles * ROWS, tl.program_id(0) // row_tiles * ENTRIES
-    logits = _logits_of(hidden, weight, row, start + entry, E, ROWS, ENTRIES, DEPTH)
+    logits = _logits(hidden, weight, row, start + entry, E, ROWS, ENTRIES, DEPTH)
     rows = row + tl.arange(0, ROWS)
     inside = rows < C
     label = tl.load(labels + rows, mask=inside, other=ignore_index)
@@ -251,10 +251,3 @@ def _gradients(
     values = tl.where(at_label, -rest[:, None], values) * scale[:, None]
     values = tl.where((label != ignore_index)[:, None], values, 0.0)
     stored.store([row, entry], values.to(stored.dtype))
-
-
-gradients_kernel = triton.jit(_gradients)
-hidden_gradient_kernel = triton.jit(_hidden_gradient)
-label_logits_kernel = triton.jit(_label_logits)
-powers_kernel = triton.jit(_powers)
-settle_kernel = triton.jit(_settle)
