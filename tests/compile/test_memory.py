@@ -7,14 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from deltatune import prepare
+from deltatune import CompileOptions, prepare
 from deltatune.compile import memory
-from deltatune.compile.memory import (
-    choose_checkpointing,
-    estimate_memory,
-    estimate_traced_memory,
-    optimizer_bytes,
-)
+from deltatune.compile.memory import estimate_memory, estimate_traced_memory, optimizer_bytes
 from deltatune.compile.trace import LayerMemory
 from deltatune.config.schema import LoraSection
 from deltatune.ops import Choice
@@ -117,14 +112,13 @@ def test_auto_takes_the_least_recomputation_that_fits(
     monkeypatch: pytest.MonkeyPatch, room: str | float | None, compiled: bool, expected: str | float
 ) -> None:
     model = tiny_model("qwen3_5", layers=8)
-    prepare(model)
+    prepared = prepare(model, compile=CompileOptions() if compiled else None, checkpointing="auto")
     fits = 0 if room is None else estimate_memory(model, tokens_per_batch=512, checkpointing=room).total
     monkeypatch.setattr(memory, "device_memory", lambda device: int(fits / 0.9) + 2)
-    setting, _, reason = choose_checkpointing(
-        model, tokens_per_batch=512, optimizer="adamw_torch_fused", compiled=compiled, device=CPU
-    )
-    assert setting == expected
-    assert "usable" in reason
+    choice = prepared.decide_checkpointing(512, device=CPU)
+    assert choice is not None
+    assert choice.setting == expected
+    assert "usable" in choice.reason
 
 
 def gradients_of(module: torch.nn.Module) -> int:

@@ -6,31 +6,23 @@ to backward, weights, gradients, optimizer and loss make the peak of a step. The
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.compile.memory import (
-    candidate_settings,
-    choose_checkpointing,
-    estimate_traced_memory,
-    least_recomputation,
-)
+from deltatune.compile.memory import candidate_settings, estimate_memory, estimate_traced_memory, least_recomputation
 from deltatune.compile.trace import LayerMemory, Setting, trace_layer
 from deltatune.hf import model as hf_model
-from deltatune.state import AutoCheckpointing, Choice, State
+from deltatune.state import Choice, State, bound
 from deltatune.subclass import stock_class
 
 __all__ = ["decide_for", "deciding", "layer_label"]
 
-_NOTHING_KEPT = LayerMemory(0, 0, 0)
-
-
-_whole_model: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("deltatune_deciding", default=None)
+_whole_model: ContextVar[nn.Module | None] = ContextVar("deltatune_deciding", default=None)
 
 
 @contextmanager
@@ -45,25 +37,18 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
     if not due or _whole_model.get() is not None:
         yield
         return
-    token = _whole_model.set(model)
-    try:
+
+    def before_first_layer(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _whole_model.get() is model:  # not of another thread's call
+            _decide(state, tokens, _from_graphs(model, state, tokens, args, kwargs))
+
+    with bound(_whole_model, model):
         if state.options.compile is None or state.options.compile.scope != "layer" or hf_model.is_sharded(model):
             _decide(state, tokens, _from_shapes(model, state, tokens, hf_model.device_of(model)))
             yield
             return
-
-        def before_first_layer(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if _whole_model.get() is model:  # not of another thread's call
-                _decide(state, tokens, _from_graphs(model, state, tokens, args, kwargs))
-
-        first = model.get_decoder().layers[0]
-        handle = first.register_forward_pre_hook(before_first_layer, with_kwargs=True)
-        try:
+        with model.get_decoder().layers[0].register_forward_pre_hook(before_first_layer, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
-    finally:
-        _whole_model.reset(token)
 
 
 def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> None:
@@ -81,21 +66,15 @@ def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> N
 
     first = model.get_decoder().layers[0]
     here = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with torch.enable_grad(), deciding(model, tokens):
-            # behind the hook that decides
-            handle = first.register_forward_pre_hook(leave)
-            try:
-                model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=here))
-            except _LeftError:
-                pass
-            finally:
-                handle.remove()
-    finally:
-        for module, training in modes:
-            module.training = training
+    # the hook that leaves is behind the one that decides
+    with (
+        hf_model.in_mode(model, training=True),
+        torch.enable_grad(),
+        deciding(model, tokens),
+        first.register_forward_pre_hook(leave),
+        suppress(_LeftError),
+    ):
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=here))
 
 
 class _LeftError(Exception):
@@ -108,31 +87,37 @@ def _decide(state: State, tokens: int, choice: Choice) -> None:
 
 
 def _from_shapes(model: Any, state: State, tokens: int, device: torch.device) -> Choice:
-    assert state.facts.auto is not None
-    return choose_checkpointing(
-        model,
-        tokens_per_batch=tokens,
-        optimizer=state.facts.auto.optimizer,
-        compiled=state.options.compile is not None,
-        device=device,
-        compute_dtype=state.facts.auto.compute_dtype,
-    )
+    """For a model that has no storage yet, is sharded, or is not compiled layer by layer."""
+    auto = state.facts.auto
+    assert auto is not None
+    predicted = {
+        setting: estimate_memory(
+            model,
+            tokens_per_batch=tokens,
+            optimizer=auto.optimizer,
+            checkpointing=setting,
+            compute_dtype=auto.compute_dtype,
+        ).total
+        for setting in candidate_settings(compiled=state.options.compile is not None)
+    }
+    return least_recomputation(predicted, device)
 
 
 def _from_graphs(model: Any, state: State, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
     """``args`` and ``kwargs``: of the first layer's call."""
-    assert state.facts.auto is not None
+    auto = state.facts.auto
+    assert auto is not None
     settings = candidate_settings(compiled=True)
-    accumulates = state.facts.auto.accumulates or any(parameter.grad is not None for parameter in model.parameters())
-    layers = _layer_memories(model.get_decoder(), state, settings, args, kwargs)
+    with _autocast(hf_model.device_of(model), auto.compute_dtype):
+        layers = _layer_memories(model.get_decoder(), state, settings, args, kwargs)
     predicted = {
         setting: estimate_traced_memory(
             model,
             [memories[setting] for memories in layers],
             tokens_per_batch=tokens,
-            optimizer=state.facts.auto.optimizer,
-            compute_dtype=state.facts.auto.compute_dtype,
-            accumulates=accumulates,
+            optimizer=auto.optimizer,
+            compute_dtype=auto.compute_dtype,
+            accumulates=auto.accumulates or any(parameter.grad is not None for parameter in model.parameters()),
         ).total
         for setting in settings
     }
@@ -152,29 +137,22 @@ def _layer_memories(
     for layer in decoder.layers:
         trains = trains or any(parameter.requires_grad for parameter in layer.parameters())
         if not trains:
-            found.append(dict.fromkeys(settings, _NOTHING_KEPT))
+            found.append(dict.fromkeys(settings, LayerMemory(0, 0, 0)))
             continue
         label = layer_label(layer)
         if label not in traced:
-            traced[label] = _traced(layer, state, settings, (leaf, *args[1:]), kwargs)
+            forward = stock_class(layer).forward
+            traced[label] = trace_layer(
+                forward, layer, (leaf, *args[1:]), kwargs, settings=settings, options=state.options.compile
+            )
         found.append(traced[label])
     return found
 
 
-def _traced(
-    layer: nn.Module, state: State, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[Setting, LayerMemory]:
-    """The layer as its graph will be."""
-    with _autocast(args[0], state.facts.auto):
-        return trace_layer(
-            stock_class(layer).forward, layer, args, kwargs, settings=settings, options=state.options.compile
-        )
-
-
-def _autocast(like: Tensor, auto: AutoCheckpointing | None) -> Any:
-    if auto is None or auto.compute_dtype is None or torch.is_autocast_enabled(like.device.type):
-        return nullcontext()
-    return torch.autocast(like.device.type, dtype=auto.compute_dtype)
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """As training will run, where that is not so already."""
+    enabled = dtype is not None and not torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, dtype=dtype) if enabled else nullcontext()
 
 
 def layer_label(layer: nn.Module) -> str:

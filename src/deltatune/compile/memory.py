@@ -24,7 +24,6 @@ from deltatune.subclass import Swapped
 __all__ = [
     "MemoryEstimate",
     "candidate_settings",
-    "choose_checkpointing",
     "device_memory",
     "estimate_memory",
     "estimate_traced_memory",
@@ -136,11 +135,8 @@ def estimate_traced_memory(
     - the optimizer: weights, all gradients, state
 
     Args:
-        model: the model that will train, adapters included.
+        model: the model that will train; the other arguments as ``estimate_memory`` takes them.
         layers: one for each decoder layer, in order, at the setting in question; see ``trace_layer``.
-        tokens_per_batch: T.
-        optimizer: transformers' name for it; one that is not known is counted as AdamW.
-        compute_dtype: of activations; the weights' own by default.
         accumulates: gradients of earlier batches are there from the start.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
@@ -205,33 +201,6 @@ def least_recomputation(predicted: Mapping[str | float, int], device: torch.devi
         if peak <= available:
             return Choice(setting, peak, f"a predicted {_size(peak)} of {_size(available)} usable")
     return Choice(setting, peak, f"even so a predicted {_size(peak)}, more than {_size(available)} usable")
-
-
-def choose_checkpointing(
-    model: nn.Module,
-    *,
-    tokens_per_batch: int,
-    optimizer: str,
-    compiled: bool,
-    device: torch.device,
-    compute_dtype: torch.dtype | None = None,
-) -> Choice:
-    """What ``"auto"`` takes from the shapes alone, for a model that has no storage yet or runs eagerly.
-
-    Tried in turn: nothing recomputed; with ``compile``, three quarters, half and a quarter of the activations kept;
-    every layer recomputed, which is taken even where it does not fit.
-    """
-    predicted = {
-        setting: estimate_memory(
-            model,
-            tokens_per_batch=tokens_per_batch,
-            optimizer=optimizer,
-            checkpointing=setting,
-            compute_dtype=compute_dtype,
-        ).total
-        for setting in candidate_settings(compiled=compiled)
-    }
-    return least_recomputation(predicted, device)
 
 
 def usable_memory(device: torch.device) -> int:

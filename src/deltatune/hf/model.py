@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["base_model", "compute_dtype", "device_of", "head_of", "is_sharded", "text_config", "text_model"]
+__all__ = ["base_model", "compute_dtype", "device_of", "head_of", "in_mode", "is_sharded", "text_config", "text_model"]
 
 #: What activations can be computed in; quantised weights are stored in something else.
 _COMPUTED_IN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -90,3 +92,16 @@ def is_sharded(part: nn.Module | Tensor) -> bool:
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in part.modules()) or any(
         isinstance(parameter, DTensor) for parameter in part.parameters()
     )
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module is in training (or evaluation) mode inside; each in its own as before, after."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = training
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.hf.hooks import is_hooked
+from deltatune.hf.model import in_mode
 from deltatune.lora.linear import project
 from deltatune.subclass import Swapped
 
@@ -43,12 +44,6 @@ def is_gated_mlp(module: nn.Module) -> bool:
         return True
     mlp: Any = module
     x = torch.linspace(-1, 1, mlp.gate_proj.in_features, dtype=weights[0].dtype, device=weights[0].device)[None]
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-            return bool(torch.allclose(mlp(x), expected))
-    finally:
-        for part, training in modes:
-            part.training = training
+    with in_mode(module, training=False), torch.no_grad():
+        expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        return bool(torch.allclose(mlp(x), expected))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from deltatune.compile.graphs import eager
+from deltatune.hf.model import in_mode
 from deltatune.state import State
 
 __all__ = ["SLOW_DECAY", "compiled_as", "requiring_grad", "untouched"]
@@ -27,7 +28,6 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
     Args:
         training: every module in training mode except dropout, or all of them in evaluation mode.
     """
-    modes = {module: module.training for module in model.modules()}
     decays: dict[torch.Tensor, torch.Tensor] = {
         p: p.detach().clone() for name, p in model.named_parameters() if name.endswith("A_log")
     }
@@ -35,18 +35,17 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(()))
         for device in {p.device for p in model.parameters() if p.device.type != "cpu"}:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
-        for rotary in (module for module in modes if hasattr(module, "rope_type")):
+        for rotary in (module for module in model.modules() if hasattr(module, "rope_type")):
             stack.enter_context(_forgetful(rotary))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(in_mode(model, training=training))
+        for dropout in (module for module in model.modules() if isinstance(module, _DropoutNd)):
+            dropout.training = False
         try:
-            for module in modes:
-                module.training = training and not isinstance(module, _DropoutNd)
             _write({p: torch.full_like(p, math.log(SLOW_DECAY)) for p in decays})
             yield
         finally:
             _write(decays)
-            for module, mode in modes.items():
-                module.training = mode
 
 
 @contextmanager
