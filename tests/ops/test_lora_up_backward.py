@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops._lora_linear import up_backward as ops
+from deltatune.ops._lora_linear import op as ops
 from deltatune.ops._lora_linear.op import lora_sum_products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

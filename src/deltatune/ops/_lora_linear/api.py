@@ -18,8 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltatune.ops._lora_linear.op import lora_accumulate, lora_narrow_product, lora_sum_products
-from deltatune.ops._lora_linear.up_backward import lora_up_backward
+from deltatune.ops._lora_linear.op import (
+    lora_accumulate,
+    lora_narrow_product,
+    lora_sum_products,
+    lora_up_backward,
+)
 from deltatune.ops._opaque import first_order_backward
 
 __all__ = ["Adapter", "linear_with_lora", "low_rank"]
@@ -72,6 +76,11 @@ class _Layout(NamedTuple):
     counts: tuple[int, ...]
     scales: tuple[float, ...]
 
+    def parts(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Weights, A and B."""
+        first = self.weights + len(self.scales)
+        return tensors[: self.weights], tensors[self.weights : first], tensors[first:]
+
 
 class _Operands(NamedTuple):
     """What the products take: ``A [W, K]``, ``s B [N, W_i]`` of every layer, weights, first columns and W."""
@@ -96,9 +105,7 @@ def _layers(layout: _Layout, of_adapters: Sequence[Any]) -> Iterator[Sequence[An
 
 
 def _operands(layout: _Layout, tensors: Sequence[Tensor], dtype: torch.dtype) -> _Operands:
-    num = len(layout.scales)
-    weights = tensors[: layout.weights]
-    down, up = tensors[layout.weights : layout.weights + num], tensors[layout.weights + num :]
+    weights, down, up = layout.parts(tensors)
     rows, columns, offsets, place = [], [], [], 0
     for of_down, of_up, scales in zip(
         _layers(layout, down), _layers(layout, up), _layers(layout, layout.scales), strict=True
@@ -142,27 +149,28 @@ class _LinearWithLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
         x, narrow, *tensors = ctx.saved_tensors
-        num, needed = len(layout.scales), ctx.needs_input_grad
-        first = 2 + layout.weights
-        down_trains, up_trains = any(needed[first : first + num]), any(needed[first + num :])
+        _, down, up = layout.parts(tensors)
+        _, down_trains, up_trains = map(any, layout.parts(ctx.needs_input_grad[2:]))
+        x_trains = ctx.needs_input_grad[0]
         operands = _operands(layout, tensors, x.dtype)
         t: Tensor | None = None
         sums: list[Tensor] = []
-        if up_trains and (needed[0] or down_trains):
+        if up_trains and (x_trains or down_trains):
             t, *sums = lora_up_backward(list(grads), operands.up, narrow, operands.offsets, operands.width)
         elif up_trains:
             sums = [lora_sum_products(dy, u) for dy, u in zip(grads, operands.columns(narrow), strict=True)]
-        elif needed[0] or down_trains:
+        elif x_trains or down_trains:
             t = torch.cat([dy @ b for dy, b in zip(grads, operands.up, strict=True)], dim=1)
-        adapters = tensors[layout.weights :]
-        down: Sequence[Tensor | None] = (None,) * num
-        up: Sequence[Tensor | None] = (None,) * num
+        found: list[Tensor | None] = [None] * (2 * len(down))
         if down_trains and t is not None:
-            down = _down_gradients(layout, operands, lora_sum_products(t, x), adapters[:num])
+            products = lora_sum_products(t, x)
+            parts = _of_adapters(layout, [products[at:] for at in operands.offsets], down, 0)
+            found[: len(down)] = [part.to(a.dtype) for part, a in zip(parts, down, strict=True)]
         if up_trains:
-            up = _up_gradients(layout, sums, adapters[num:])
-        dx = _input_gradient(operands, grads, t) if needed[0] and t is not None else None
-        return dx, None, *(None,) * layout.weights, *down, *up
+            parts = _of_adapters(layout, sums, up, 1)
+            found[len(down) :] = [(p * scale).to(b.dtype) for p, scale, b in zip(parts, layout.scales, up, strict=True)]
+        dx = _input_gradient(operands, grads, t) if x_trains and t is not None else None
+        return dx, None, *(None,) * layout.weights, *found
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _LinearWithLora.apply
@@ -183,23 +191,10 @@ def _input_gradient(operands: _Operands, grads: Sequence[Tensor], t: Tensor) -> 
     return lora_accumulate(first, to_it, [dy for dy, _ in rest], [weight for _, weight in rest])
 
 
-def _down_gradients(
-    layout: _Layout, operands: _Operands, products: Tensor, down: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """``dA = t^T x`` of every adapter."""
-    found: list[Tensor | None] = []
-    for of_layer, offset in zip(_layers(layout, down), operands.offsets, strict=True):
-        ranks = [a.shape[0] for a in of_layer]
-        parts = torch.split(products[offset : offset + sum(ranks)], ranks)
-        found += [part.to(a.dtype) for part, a in zip(parts, of_layer, strict=True)]
-    return found
-
-
-def _up_gradients(layout: _Layout, sums: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor | None]:
-    """``dB = s dy^T u`` of every adapter."""
-    found: list[Tensor | None] = []
-    for of_layer, scales, products in zip(_layers(layout, up), _layers(layout, layout.scales), sums, strict=True):
-        ranks = [b.shape[1] for b in of_layer]
-        parts = torch.split(products[:, : sum(ranks)], ranks, dim=1)
-        found += [(part * scale).to(b.dtype) for part, scale, b in zip(parts, scales, of_layer, strict=True)]
+def _of_adapters(layout: _Layout, products: Sequence[Tensor], adapters: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Every adapter's part of its layer's products, the ranks along ``dim``; what is behind them is padding."""
+    found: list[Tensor] = []
+    for of_layer, whole in zip(_layers(layout, adapters), products, strict=True):
+        ranks = [x.shape[dim] for x in of_layer]
+        found += torch.split(whole.narrow(dim, 0, sum(ranks)), ranks, dim)
     return found
