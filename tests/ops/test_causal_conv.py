@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import CausalConvSpec, _triton, causal_conv, choose, choose_causal_conv
+from deltatune.ops import CausalConvSpec, _nvidia, causal_conv, choose, choose_causal_conv
 from deltatune.ops._causal_conv import op
 from deltatune.packing.sequences import Sequences
 
@@ -173,7 +173,7 @@ def test_the_choice_says_what_runs():
     ],
 )
 def test_what_the_kernel_takes_on_a_gpu(monkeypatch, options, refusal):
-    monkeypatch.setattr(_triton, "_has_triton", lambda: options.get("triton", True))
+    monkeypatch.setattr(_nvidia, "_has_triton", lambda: options.get("triton", True))
     monkeypatch.setattr(torch.version, "hip", None)
     arguments = ("cuda", options.get("dtype", torch.bfloat16))
     auto = choose_causal_conv(*arguments, width=options.get("width"))
@@ -340,7 +340,7 @@ def test_what_stands_before_must_fit():
 
 
 def test_the_kernel_refuses_what_stands_before(monkeypatch):
-    monkeypatch.setattr(_triton, "_has_triton", lambda: True)
+    monkeypatch.setattr(_nvidia, "_has_triton", lambda: True)
     spec = CausalConvSpec(torch.device("cuda"), torch.float16, width=4, left=True)
     assert choose(spec).impl == "reference"
     with pytest.raises(ValueError, match="it takes no left; use impl='reference'"):

@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
-from deltatune.ops._gated_delta_rule import documents, reference
+from deltatune.ops._gated_delta_rule import library, reference
 from deltatune.ops._gated_delta_rule.inputs import Inputs
 from deltatune.packing.sequences import Sequences
 
@@ -317,7 +317,7 @@ def test_opcheck(impl, qk_l2norm):
 
 def test_compiles_whole_and_only_once_for_any_documents(impl):
     torch._dynamo.reset()
-    documents._documents.cache_clear()  # other tests have batches of these documents
+    library._documents.cache_clear()  # other tests have batches of these documents
     inputs = make_inputs(83)
 
     def two_layers(q, k, v, g, beta, sequences):
@@ -332,7 +332,7 @@ def test_compiles_whole_and_only_once_for_any_documents(impl):
             for x, y in zip(got, run(two_layers, inputs, sequences=sequences), strict=True):
                 assert torch.equal(x, y)
     assert (
-        documents._documents.cache_info().misses == 3
+        library._documents.cache_info().misses == 3
     )  # once a batch: for both layers, forward and backward, compiled and not
 
 

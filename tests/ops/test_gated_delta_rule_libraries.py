@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 
 from deltatune.ops import _nvidia, choose_gated_delta_rule, gated_delta_rule
-from deltatune.ops._gated_delta_rule import documents, fla, flash_qla, installed, library, providers, reference
+from deltatune.ops._gated_delta_rule import fla, flash_qla, library, providers, reference
 from deltatune.ops._gated_delta_rule.inputs import Inputs
 from deltatune.packing.sequences import Sequences
 
@@ -40,7 +40,7 @@ def machine(monkeypatch):
         for module in (fla, flash_qla):
             monkeypatch.setattr(module, "version_of", version_of)
             monkeypatch.setattr(module, "has_nvcc", lambda: nvcc)
-        monkeypatch.setattr(installed.Library, "problem", None)
+        monkeypatch.setattr(library.Library, "problem", None)
 
     return set_up
 
@@ -158,8 +158,8 @@ def test_an_unknown_signature_is_named():
         pass
 
     def problem(function, names):
-        calls = {"forward": installed.Call(names, {}, ())}
-        return installed.Library("X", "x", "X 1", "pip install x", lambda: {"forward": function}, calls).problem
+        calls = {"forward": library.Call(names, {}, ())}
+        return library.Library("X", "x", "X 1", "pip install x", lambda: {"forward": function}, calls).problem
 
     assert problem(known, ("q", "k", "scale")) is None
     assert "its newer lacks k and also wants keys, scale; use X 1: pip install x" in problem(newer, ("q", "k"))
@@ -191,7 +191,7 @@ def test_functions_get_the_arguments_they_take_and_results_are_counted(module, b
 
     functions = dict.fromkeys(module.LIBRARY.calls, function)
     called = replace(module.LIBRARY, load=lambda: functions, describe=described.append)
-    documents_ = documents.documents_of(torch.tensor([0, 5, 12]), torch.device("cpu"))
+    documents_ = library.documents_of(torch.tensor([0, 5, 12]), torch.device("cpu"))
     inputs = dict.fromkeys(("q", "k", "v", "g", "beta", "scale"), 1)
     found = called.run("forward", documents_, **inputs)
     assert {found[name] for name in ("g", "o", "A")} == {0, 1, 2}
@@ -214,7 +214,7 @@ def test_the_choice_is_a_constant_of_a_traced_graph(monkeypatch):
 
 
 def test_documents_without_the_empty_ones():
-    found = documents.documents_of(torch.tensor([0, 0, 5, 5, 75, 82, 82, 82]), torch.device("cpu"))
+    found = library.documents_of(torch.tensor([0, 0, 5, 5, 75, 82, 82, 82]), torch.device("cpu"))
     assert found.cu_seqlens.tolist() == [0, 5, 75, 82]
     assert found.cu_seqlens.dtype == found.chunk_indices.dtype == torch.int32
     assert found.chunk_indices.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
@@ -223,17 +223,17 @@ def test_documents_without_the_empty_ones():
 def test_documents_are_found_once_for_the_same_boundaries():
     sequences, other = Sequences.from_lengths([5, 7]), Sequences.from_lengths([5, 6, 1])
     cpu = torch.device("cpu")
-    first = documents.documents_of(sequences.cu_seqlens_cpu, cpu)
-    assert documents.documents_of(sequences.static().cu_seqlens_cpu, cpu) is first
-    assert documents.documents_of(other.cu_seqlens_cpu, cpu) is not first
-    assert documents.documents_of(torch.tensor([0, 5, 12]), cpu) is first
+    first = library.documents_of(sequences.cu_seqlens_cpu, cpu)
+    assert library.documents_of(sequences.static().cu_seqlens_cpu, cpu) is first
+    assert library.documents_of(other.cu_seqlens_cpu, cpu) is not first
+    assert library.documents_of(torch.tensor([0, 5, 12]), cpu) is first
 
 
 def test_documents_of_boundaries_that_are_rewritten_in_place():
     buffer, cpu = torch.tensor([0, 5, 12, 12], dtype=torch.int32), torch.device("cpu")
-    assert documents.documents_of(buffer, cpu).cu_seqlens.tolist() == [0, 5, 12]
+    assert library.documents_of(buffer, cpu).cu_seqlens.tolist() == [0, 5, 12]
     buffer.numpy()[1] = 7  # no version counter sees it
-    assert documents.documents_of(buffer, cpu).cu_seqlens.tolist() == [0, 7, 12]
+    assert library.documents_of(buffer, cpu).cu_seqlens.tolist() == [0, 7, 12]
 
 
 class FakeLibrary:
@@ -255,7 +255,7 @@ class FakeLibrary:
             grads = reference.backward(tensors["do"], inputs, found.cu_seqlens_cpu)
             return {f"d{name}": grad for name, grad in grads._asdict().items()}
         o, _ = reference.forward(inputs, found.cu_seqlens_cpu)
-        solved = inputs.k.new_ones(*inputs.v.shape[:3], documents.CHUNK_SIZE)
+        solved = inputs.k.new_ones(*inputs.v.shape[:3], library.CHUNK_SIZE)
         return {"o": o, "g": inputs.g + 0, "A": solved}
 
 
@@ -352,7 +352,7 @@ def test_opcheck_with_what_a_library_keeps(fake, qk_l2norm):
 
 
 def test_compiled_layers_share_the_documents_of_a_batch(fake):
-    documents._documents.cache_clear()
+    library._documents.cache_clear()
 
     def two_layers(q, k, v, g, beta, sequences):
         o = gated_delta_rule(q, k, v, g, beta, sequences=sequences, impl="fla")
@@ -365,7 +365,7 @@ def test_compiled_layers_share_the_documents_of_a_batch(fake):
         for lengths in ([5, 1, 70, 7], [40, 43]):
             compiled(*inputs, sequences=Sequences.from_lengths(lengths)).sum().backward()
     assert fake.calls == {"forward": 4, "backward": 4}
-    assert documents._documents.cache_info().misses == 2
+    assert library._documents.cache_info().misses == 2
 
 
 def test_results_are_kept_only_where_backward_wants_them():

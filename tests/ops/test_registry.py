@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltatune import ops
-from deltatune.ops import _nvidia, _registry, _triton
+from deltatune.ops import _nvidia, _registry
 from deltatune.ops._linear_cross_entropy import providers as loss_providers
 from deltatune.ops._numerics import most_demanding
 from deltatune.packing.sequences import Sequences
@@ -33,7 +33,7 @@ def gpu(monkeypatch):
 
     def set_up(capability):
         monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(_triton, "_has_triton", lambda: True)
+        monkeypatch.setattr(_nvidia, "_has_triton", lambda: True)
         monkeypatch.setattr(loss_providers, "_has_descriptors", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
@@ -89,7 +89,7 @@ def test_an_old_gpu_runs_fp16_and_a_new_one_bf16(gpu, spec):
 
 
 def test_the_capability_is_a_constant_of_a_traced_graph(monkeypatch):
-    monkeypatch.setattr(_triton, "capability_of", _nvidia.constant(lambda device: (9, 0)))
+    monkeypatch.setattr(_nvidia, "capability_of", _nvidia.constant(lambda device: (9, 0)))
     spec = ops.GatedRmsNormSpec
 
     def traced(x):

@@ -15,7 +15,7 @@ from deltatune import __version__, ops
 from deltatune.errors import first_line
 from deltatune.models.registry import FAMILIES
 from deltatune.ops._gated_delta_rule import fla
-from deltatune.ops._gated_delta_rule.installed import version_of
+from deltatune.ops._nvidia import version_of
 from deltatune.report import table
 
 if TYPE_CHECKING:

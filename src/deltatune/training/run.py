@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.errors import UserError
+from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
@@ -276,8 +276,6 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "deltatune": __version__}
-    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention")
+    found = {name: str(version) for name in names if (version := version_of(name)) is not None}
+    return {"python": platform.python_version(), "deltatune": __version__, **found}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltatune.ops._nvidia import triton_refusal
 from deltatune.ops._registry import Provider, Spec, Support, support, traced_reference
-from deltatune.ops._triton import triton_refusal
 
 __all__ = ["CausalConvSpec"]
 

@@ -14,10 +14,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.documents import Documents
-from deltatune.ops._gated_delta_rule.installed import Call, Library, has_nvcc, version_of
-from deltatune.ops._gated_delta_rule.library import chunk_states_bytes
-from deltatune.ops._nvidia import dotted
+from deltatune.ops._gated_delta_rule.library import Call, Documents, Library, chunk_states_bytes
+from deltatune.ops._nvidia import dotted, has_nvcc, version_of
 
 __all__ = ["LIBRARY", "backward_workspace", "dim_refusal", "refusal"]
 

@@ -1,19 +1,157 @@
-"""What the CUDA libraries share: one stream of tokens, q and k normalised once, and what is kept for backward."""
+"""What the CUDA libraries share: how one is called, on one stream of documents, q and k normalised once.
+
+Documents, and what a library wants to know of them, are worked out once for all layers.
+"""
 
 # B batch, T tokens, N = B * T, H key heads, G value heads, K key dim, V value dim
+# S documents that hold tokens, n chunks
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.documents import CHUNK_SIZE, documents_of
 from deltatune.ops._gated_delta_rule.inputs import Gradients, Inputs
-from deltatune.ops._gated_delta_rule.installed import Library
+from deltatune.ops._nvidia import version_of
 
-__all__ = ["Results", "backward", "chunk_states_bytes", "forward", "results_like"]
+__all__ = [
+    "Call",
+    "Documents",
+    "Library",
+    "Results",
+    "backward",
+    "chunk_states_bytes",
+    "documents_of",
+    "forward",
+    "results_like",
+]
+
+CHUNK_SIZE = 64  # of the libraries' kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents that hold tokens: libraries reject empty ones, or set memory aside for the state of each.
+
+    Attributes:
+        cu_seqlens: int32 ``[S + 1]`` on the device, strictly growing.
+        cu_seqlens_cpu: the same on the CPU.
+        chunk_indices: int32 ``[n, 2]`` on the device: the document of each chunk, and its place in the document.
+    """
+
+    cu_seqlens: Tensor
+    cu_seqlens_cpu: Tensor
+    chunk_indices: Tensor
+
+
+def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
+    """Those of cumulative lengths on the CPU ``[any + 1]``; the same object for the same boundaries, so for all layers.
+
+    Copies to the device without waiting for it. Known by what the boundaries say: the tensor may be rewritten, and the
+    libraries' own caches go by the identity of what is returned here.
+    """
+    # the repeated tail says nothing, and is most of the tensor
+    used = cu_seqlens_cpu[: int(torch.searchsorted(cu_seqlens_cpu, cu_seqlens_cpu[-1])) + 1]
+    return _documents(tuple(used.tolist()), device)
+
+
+@functools.lru_cache(maxsize=16)
+def _documents(boundaries: tuple[int, ...], device: torch.device) -> Documents:
+    cu_seqlens_cpu = torch.tensor(boundaries)
+    ends = cu_seqlens_cpu[1:][cu_seqlens_cpu.diff() > 0]
+    compact = torch.cat([ends.new_zeros(1), ends]).int()
+    chunks = (compact.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE
+    document = torch.arange(chunks.numel()).repeat_interleave(chunks)
+    place = torch.arange(document.numel()) - (chunks.cumsum(0) - chunks)[document]
+    indices = torch.stack([document, place], dim=1).int()
+    return Documents(compact.to(device, non_blocking=True), compact, indices.to(device, non_blocking=True))
+
+
+class Call(NamedTuple):
+    """How a function is called.
+
+    Attributes:
+        takes: the names of the arguments that change from call to call.
+        options: the others.
+        returns: the names of its results, empty for those that are not used.
+    """
+
+    takes: tuple[str, ...]
+    options: Mapping[str, object]
+    returns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library of CUDA kernels whose functions depend on its version.
+
+    Names of arguments and results are the libraries' own: ``g`` as a result is the decay summed inside chunks
+    ``[1, N, G]``, which backward takes for ``g``, and ``A`` the inverse of each chunk's system ``[1, N, G, 64]``.
+
+    Attributes:
+        name: as messages call it.
+        distribution: whose version counts.
+        known: the versions that can be called, in words.
+        pip: how one of them is installed.
+        load: imports it and returns its functions, by the keys of ``calls``.
+        calls: of ``"forward"``, ``"backward"`` and what else is called.
+        describe: called with the documents before either, where the library wants to know them.
+    """
+
+    name: str
+    distribution: str
+    known: str
+    pip: str
+    load: Callable[[], Mapping[str, Callable[..., Any]]]
+    calls: Mapping[str, Call]
+    describe: Callable[[Documents], None] | None = None
+
+    def run(self, direction: str, documents: Documents, **given: object) -> dict[str, Tensor]:
+        """The named results of ``"forward"`` or ``"backward"``, for the arguments that ``Call.takes`` names."""
+        if self.describe is not None:
+            self.describe(documents)
+        call = self.calls[direction]
+        given |= vars(documents)
+        results = self.load()[direction](**{name: given[name] for name in call.takes}, **call.options)
+        if len(results) != len(call.returns):
+            raise RuntimeError(
+                f"{self.name} {version_of(self.distribution)} returns {len(results)} results from its {direction} "
+                f"where {len(call.returns)} are expected: {self.pip}, or use impl='reference'"
+            )
+        return {name: result for name, result in zip(call.returns, results, strict=True) if name}
+
+    @functools.cached_property
+    def problem(self) -> str | None:
+        """Why the version that is installed cannot be called, with the remedy; None where it can."""
+        found, remedy = f"{self.name} {version_of(self.distribution)}", f"use {self.known}: {self.pip}"
+        try:
+            functions = self.load()
+        except ImportError as error:
+            return f"{found} cannot be imported ({error}); {remedy}"
+        for key, call in self.calls.items():
+            problem = _signature_problem(functions[key], (*call.takes, *call.options))
+            if problem is not None:
+                return f"{found} is not the one known here: its {problem}; {remedy}"
+        return None
+
+
+def _signature_problem(function: Callable[..., Any], arguments: Sequence[str]) -> str | None:
+    """How the function differs from one that takes exactly these keyword arguments; None where it takes them."""
+    parameters = inspect.signature(function).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [name for name, x in parameters.items() if x.default is x.empty and x.kind not in variadic]
+    differences = {
+        "lacks": [name for name in arguments if name not in parameters],
+        "also wants": [name for name in required if name not in arguments],
+    }
+    parts = [f"{what} {', '.join(names)}" for what, names in differences.items() if names]
+    return f"{function.__name__} {' and '.join(parts)}" if parts else None
 
 
 # exp of it is 0 but for a denormal; the libraries subtract sums of g, which -inf turns into NaN and -1e4 into noise

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from deltatune.ops._linear_cross_entropy import torch_chunked
-from deltatune.ops._nvidia import constant, gpu_refusal
+from deltatune.ops._nvidia import constant, gpu_refusal, triton_refusal
 from deltatune.ops._registry import Provider, Spec, Support, support
-from deltatune.ops._triton import triton_refusal
 
 __all__ = ["LinearCrossEntropySpec"]
 

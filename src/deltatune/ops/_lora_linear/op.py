@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._numerics import accumulation_dtype
+from deltatune.ops._nvidia import triton_refusal
 from deltatune.ops._opaque import opaque
-from deltatune.ops._triton import triton_refusal
 
 __all__ = ["lora_accumulate", "lora_narrow_product", "lora_sum_products", "lora_up_backward"]
 
