@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
 from deltatune.ops._gated_delta_rule import library, reference
-from deltatune.ops._gated_delta_rule.inputs import Inputs
+from deltatune.ops._gated_delta_rule.reference import Inputs
 from deltatune.packing.sequences import Sequences
 
 pytestmark = [

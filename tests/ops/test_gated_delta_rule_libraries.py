@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from deltatune.ops import _nvidia, choose_gated_delta_rule, gated_delta_rule
 from deltatune.ops._gated_delta_rule import fla, flash_qla, library, providers, reference
-from deltatune.ops._gated_delta_rule.inputs import Inputs
+from deltatune.ops._gated_delta_rule.reference import Inputs
 from deltatune.packing.sequences import Sequences
 
 HOPPER, AMPERE = (9, 0), (8, 0)

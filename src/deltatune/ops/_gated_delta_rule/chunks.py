@@ -21,26 +21,16 @@ class Chunks:
 
     So the chunks that one step of a sequential scan handles are neighbours, and the documents that go on are the
     first ones of the step before.
-
-    Attributes:
-        tokens: int64 ``[n, C]``, the stream index each slot holds; in empty slots some index of the same document.
-        empty: bool ``[n, C]``, the slots past the end of the document.
-        filled: int64, the slots that hold a token, among ``n * C``.
-        firsts: the number of documents, hence of chunks that are their document's first: chunks ``0..firsts``.
-        links: for each step of the scan, the chunks that go on and the chunks that follow them, in the same order.
-        before: int64 ``[n - firsts]``, the chunk before each chunk that is not its document's first.
-        documents: int64 ``[firsts]``, the document of each first chunk, as its number among all boundaries.
-        lasts: int64 ``[firsts]``, the last chunk of each of these documents, in the same order.
     """
 
-    tokens: Tensor
-    empty: Tensor
-    filled: Tensor
-    firsts: int
-    links: list[tuple[slice, slice]]
-    before: Tensor
-    documents: Tensor
-    lasts: Tensor
+    tokens: Tensor  # int64 [n, C], the stream index each slot holds; in empty slots some index of the same document
+    empty: Tensor  # bool [n, C], the slots past the end of the document
+    filled: Tensor  # int64, the slots that hold a token, among n * C
+    firsts: int  # the number of documents, hence of chunks that are their document's first: chunks 0..firsts
+    links: list[tuple[slice, slice]]  # for each step of the scan, chunks that go on and those that follow, in one order
+    before: Tensor  # int64 [n - firsts], the chunk before each chunk that is not its document's first
+    documents: Tensor  # int64 [firsts], the document of each first chunk, as its number among all boundaries
+    lasts: Tensor  # int64 [firsts], the last chunk of each of these documents, in the same order
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, heads, X]`` to ``[n, heads, C, X]``, or the same without X; zeros in empty slots."""

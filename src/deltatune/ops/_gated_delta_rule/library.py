@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.inputs import Gradients, Inputs
+from deltatune.ops._gated_delta_rule.reference import Gradients, Inputs
 from deltatune.ops._nvidia import version_of
 
 __all__ = [
@@ -37,17 +37,11 @@ CHUNK_SIZE = 64  # of the libraries' kernels
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The documents that hold tokens: libraries reject empty ones, or set memory aside for the state of each.
+    """The documents that hold tokens: libraries reject empty ones, or set memory aside for the state of each."""
 
-    Attributes:
-        cu_seqlens: int32 ``[S + 1]`` on the device, strictly growing.
-        cu_seqlens_cpu: the same on the CPU.
-        chunk_indices: int32 ``[n, 2]`` on the device: the document of each chunk, and its place in the document.
-    """
-
-    cu_seqlens: Tensor
-    cu_seqlens_cpu: Tensor
-    chunk_indices: Tensor
+    cu_seqlens: Tensor  # int32 [S + 1] on the device, strictly growing
+    cu_seqlens_cpu: Tensor  # the same on the CPU
+    chunk_indices: Tensor  # int32 [n, 2] on the device: the document of each chunk, and its place in the document
 
 
 def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
@@ -74,17 +68,11 @@ def _documents(boundaries: tuple[int, ...], device: torch.device) -> Documents:
 
 
 class Call(NamedTuple):
-    """How a function is called.
+    """How a function is called."""
 
-    Attributes:
-        takes: the names of the arguments that change from call to call.
-        options: the others.
-        returns: the names of its results, empty for those that are not used.
-    """
-
-    takes: tuple[str, ...]
-    options: Mapping[str, object]
-    returns: tuple[str, ...]
+    takes: tuple[str, ...]  # the names of the arguments that change from call to call
+    options: Mapping[str, object]  # the others
+    returns: tuple[str, ...]  # the names of its results, empty for those that are not used
 
 
 @dataclass(frozen=True)
@@ -93,24 +81,15 @@ class Library:
 
     Names of arguments and results are the libraries' own: ``g`` as a result is the decay summed inside chunks
     ``[1, N, G]``, which backward takes for ``g``, and ``A`` the inverse of each chunk's system ``[1, N, G, 64]``.
-
-    Attributes:
-        name: as messages call it.
-        distribution: whose version counts.
-        known: the versions that can be called, in words.
-        pip: how one of them is installed.
-        load: imports it and returns its functions, by the keys of ``calls``.
-        calls: of ``"forward"``, ``"backward"`` and what else is called.
-        describe: called with the documents before either, where the library wants to know them.
     """
 
-    name: str
-    distribution: str
-    known: str
-    pip: str
-    load: Callable[[], Mapping[str, Callable[..., Any]]]
-    calls: Mapping[str, Call]
-    describe: Callable[[Documents], None] | None = None
+    name: str  # as messages call it
+    distribution: str  # whose version counts
+    known: str  # the versions that can be called, in words
+    pip: str  # how one of them is installed
+    load: Callable[[], Mapping[str, Callable[..., Any]]]  # imports it; its functions, by the keys of calls
+    calls: Mapping[str, Call]  # of "forward", "backward" and what else is called
+    describe: Callable[[Documents], None] | None = None  # called before either, where it wants to know the documents
 
     def run(self, direction: str, documents: Documents, **given: object) -> dict[str, Tensor]:
         """The named results of ``"forward"`` or ``"backward"``, for the arguments that ``Call.takes`` names."""

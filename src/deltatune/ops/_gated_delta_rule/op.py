@@ -14,9 +14,9 @@ from torch import Tensor
 
 from deltatune.ops._gated_delta_rule import library, reference
 from deltatune.ops._gated_delta_rule.chunks import CHUNK_SIZES
-from deltatune.ops._gated_delta_rule.inputs import Inputs
 from deltatune.ops._gated_delta_rule.library import Results, results_like
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
+from deltatune.ops._gated_delta_rule.reference import Inputs
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import opaque
 

@@ -19,15 +19,39 @@ at most 0 whatever the decay, and lose nothing where a strong decay is followed 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltatune.ops._gated_delta_rule.chunks import Chunks, cut_into_chunks
-from deltatune.ops._gated_delta_rule.inputs import Gradients, Inputs
 from deltatune.ops._numerics import L2_EPS, accumulation_dtype
 
-__all__ = ["backward", "forward"]
+__all__ = ["Gradients", "Inputs", "backward", "forward"]
+
+
+class Inputs(NamedTuple):
+    """The arguments of ``deltatune.ops.gated_delta_rule``, validated."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, G, V]
+    g: Tensor  # [B, T, G]
+    beta: Tensor  # [B, T, G]
+    initial_state: Tensor | None  # [number of sequences, G, K, V]
+    scale: float
+    qk_l2norm: bool
+
+
+class Gradients(NamedTuple):
+    """Each in the shape and dtype of its input."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    initial_state: Tensor | None = None  # where there is one
 
 
 def forward(inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[Tensor, Tensor | None]:

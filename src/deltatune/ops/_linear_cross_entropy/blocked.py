@@ -30,21 +30,13 @@ __all__ = ["Rows", "chunk_of", "gradients", "loss_and_gradients"]
 
 
 class Tile(NamedTuple):
-    """What a program computes, and with what, by the names that the kernels give it.
+    """What a program computes, and with what, by the names that the kernels give it."""
 
-    Attributes:
-        ROWS: tokens.
-        ENTRIES: of the vocabulary.
-        DEPTH: of the product, a step.
-        num_warps: of a program.
-        num_stages: steps whose loads are in flight.
-    """
-
-    ROWS: int
-    ENTRIES: int
-    DEPTH: int
-    num_warps: int
-    num_stages: int
+    ROWS: int  # tokens
+    ENTRIES: int  # of the vocabulary
+    DEPTH: int  # of the product, a step
+    num_warps: int  # of a program
+    num_stages: int  # steps whose loads are in flight
 
 
 # 2048 x 8192 logits of width 2048 with their exponentials on one H200, Triton 3.6, bf16: 637 TFLOP/s with the first and
@@ -60,19 +52,12 @@ _WIDTH_BLOCK: Final = 2048
 
 
 class Rows(NamedTuple):
-    """Tokens before the head, the head, and what is looked for.
+    """Tokens before the head, the head, and what is looked for."""
 
-    Attributes:
-        hidden: ``[C, E]``, contiguous.
-        weight: ``[V, E]``, rows apart by a multiple of 16 bytes.
-        labels: int64 ``[C]``.
-        ignore_index: the label of a token that counts for nothing.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    ignore_index: int
+    hidden: Tensor  # [C, E], contiguous
+    weight: Tensor  # [V, E], rows apart by a multiple of 16 bytes
+    labels: Tensor  # int64 [C]
+    ignore_index: int  # the label of a token that counts for nothing
 
     def part(self, chunk: slice) -> Rows:
         """These tokens before the same head."""
@@ -83,18 +68,12 @@ class Chunk(NamedTuple):
     """A chunk of tokens, the head and a place for a block, also as the tensor memory accelerator takes them.
 
     Made once for all blocks.
-
-    Attributes:
-        rows: the tokens and the head.
-        stored: ``[C, N or more]`` in 16 bits, or None.
-        tile: what programs read and write of them at a time.
-        tiled: descriptors of hidden, weight and stored.
     """
 
     rows: Rows
-    stored: Tensor | None
-    tile: Tile
-    tiled: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]
+    stored: Tensor | None  # [C, N or more] in 16 bits
+    tile: Tile  # what programs read and write of them at a time
+    tiled: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]  # of hidden, weight and stored
 
 
 def chunk_of(rows: Rows, stored: Tensor | None) -> Chunk:
@@ -115,37 +94,23 @@ def chunk_of(rows: Rows, stored: Tensor | None) -> Chunk:
 class Running(NamedTuple):
     """What is known of the tokens of a chunk after some blocks.
 
-    What one block's kernels read and the next one's write lies in two places, used in turn.
-
-    Attributes:
-        references: fp32 ``[2, C]``, ``r`` before a block and after it.
-        maxima: fp32 ``[C]``, the highest logits so far.
-        sums: fp32 ``[2, ceil(N / tile.ENTRIES) or more, C]``: of a block's exponentials, a row for each tile.
-        totals: fp32 ``[C]``: sums over the blocks before, scaled to the new references.
-        products: fp32 ``[C, E]``: exponentials times weight over the blocks before, likewise; or None.
+    All are fp32. What one block's kernels read and the next one's write lies in two places, used in turn.
     """
 
-    references: Tensor
-    maxima: Tensor
-    sums: Tensor
-    totals: Tensor
-    products: Tensor | None
+    references: Tensor  # [2, C], r before a block and after it
+    maxima: Tensor  # [C], the highest logits so far
+    sums: Tensor  # [2, ceil(N / tile.ENTRIES) or more, C], of a block's exponentials, a row for each tile
+    totals: Tensor  # [C], sums over the blocks before, scaled to the new references
+    products: Tensor | None  # [C, E], exponentials times weight over the blocks before, likewise
 
 
 class _Softmax(NamedTuple):
-    """What is known of each token at the end, fp32 ``[S]``.
+    """What is known of each token at the end, fp32 ``[S]``."""
 
-    Attributes:
-        reference: ``r``; infinity for ignored tokens.
-        others: the sum of ``exp(logit - r)`` over all entries but the label's.
-        picked: the label's logit.
-        inverse: one over the sum over all entries.
-    """
-
-    reference: Tensor
-    others: Tensor
-    picked: Tensor
-    inverse: Tensor
+    reference: Tensor  # r; infinity for ignored tokens
+    others: Tensor  # the sum of exp(logit - r) over all entries but the label's
+    picked: Tensor  # the label's logit
+    inverse: Tensor  # one over the sum over all entries
 
 
 def loss_and_gradients(

@@ -49,7 +49,8 @@ def loss_and_gradients(
     losses = hidden.new_zeros(tokens, dtype=accumulation)
     dhidden = hidden.new_empty(tokens if hidden_grad else 0, width)
     dweight = weight.new_zeros(vocabulary if weight_grad else 0, width, dtype=accumulation)
-    factor = _factor(weight, accumulation)
+    # GPUs multiply 16-bit numbers into fp32 results; the CPU does not, so there the weight is widened once
+    factor = weight if weight.device.type == "cuda" else weight.to(accumulation)
     for chunk in slices(tokens, chunk_tokens(tokens, vocabulary, weight_grad)):
         ignored = ~valid[chunk].unsqueeze(1)
         # as zeros, ignored tokens add nothing to dweight, not even 0 * NaN
@@ -86,11 +87,6 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
             f"linear_cross_entropy: labels must be ignore_index or in [0, {vocabulary}), got some in [{low}, {high}]; "
             "check that the tokenizer and the head have the same vocabulary"
         )
-
-
-def _factor(weight: Tensor, accumulation: torch.dtype) -> Tensor:
-    """GPUs multiply 16-bit numbers into fp32 results; the CPU does not, so there the weight is widened once."""
-    return weight if weight.device.type == "cuda" else weight.to(accumulation)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:

@@ -21,21 +21,13 @@ __all__ = ["Tile", "both_products"]
 
 
 class Tile(NamedTuple):
-    """What a program of the first kernel reads at a time, and with what.
+    """What a program of the first kernel reads at a time, and with what."""
 
-    Attributes:
-        rows: of dy.
-        cols: of dy; the program's share of dB.
-        warps: of a program.
-        stages: tiles of dy whose loads are in flight.
-        programs: on a multiprocessor at once.
-    """
-
-    rows: int
-    cols: int
-    warps: int
-    stages: int
-    programs: int
+    rows: int  # of dy
+    cols: int  # of dy; the program's share of dB
+    warps: int  # of a program
+    stages: int  # tiles of dy whose loads are in flight
+    programs: int  # on a multiprocessor at once
 
 
 _TILES: Final = {16: Tile(128, 256, 8, 3, 1), 32: Tile(64, 256, 4, 5, 1)}
