@@ -14,7 +14,7 @@ from deltatune.compile.trace import LayerMemory
 from deltatune.config.schema import LoraSection
 from deltatune.ops import Choice
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
-from deltatune.training.adapters import add_adapters
+from deltatune.training.adapters import adapt
 from tiny import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     ],
 )
 def test_weights_gradients_and_optimizer_are_exact(name: str, make: Any, dtype: torch.dtype) -> None:
-    model = add_adapters(tiny_model("qwen3_5", dtype=dtype), LoraSection(r=4, adapter_dtype="model"))
+    model = adapt(tiny_model("qwen3_5", dtype=dtype), LoraSection(r=4, adapter_dtype="model"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make(trained)
     for parameter in trained:
@@ -64,7 +64,7 @@ def test_compact_optimizers_take_less(name: str) -> None:
 def test_activations_are_near_what_backward_keeps(family: str, adapters: bool) -> None:
     model = tiny_model(family, layers=4, hidden_size=64, head_dim=32)
     if adapters:
-        model = add_adapters(model, LoraSection(r=4))
+        model = adapt(model, LoraSection(r=4))
     prepare(model)
     kept = saved_bytes(model.train(), 256)
     assert estimate_memory(model, tokens_per_batch=256).activations == pytest.approx(kept, rel=0.25)

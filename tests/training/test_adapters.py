@@ -9,7 +9,7 @@ import torch
 
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError
-from deltatune.training.adapters import add_adapters, freeze_unused
+from deltatune.training.adapters import adapt
 from tiny import tiny_conditional, tiny_model
 
 
@@ -29,12 +29,12 @@ from tiny import tiny_conditional, tiny_model
 )
 def test_what_matches_nothing_is_an_error(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        add_adapters(tiny_model("qwen3"), LoraSection(**values))
+        adapt(tiny_model("qwen3"), LoraSection(**values))
 
 
 def test_what_matches_is_taken() -> None:
     section = LoraSection(target_modules=("q_proj", "mlp.up_proj"), rank_pattern={"mlp.up_proj": 2}, r=4)
-    model = add_adapters(tiny_model("qwen3"), section)
+    model = adapt(tiny_model("qwen3"), section)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if "lora_A" in name}
     assert {name.split(".lora_A")[0].rpartition(".")[2] for name in shapes} == {"q_proj", "up_proj"}
     assert {shape[0] for name, shape in shapes.items() if "up_proj" in name} == {2}
@@ -42,7 +42,7 @@ def test_what_matches_is_taken() -> None:
 
 
 def test_all_linear_leaves_towers_and_the_head_alone() -> None:
-    model = add_adapters(tiny_conditional(), LoraSection())
+    model = adapt(tiny_conditional(), LoraSection())
     adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
     assert adapted
     assert not any("visual" in name or "lm_head" in name for name in adapted)
@@ -50,7 +50,7 @@ def test_all_linear_leaves_towers_and_the_head_alone() -> None:
 
 def test_full_training_freezes_what_text_never_reaches() -> None:
     model = tiny_conditional()
-    freeze_unused(model)
+    adapt(model, None)
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert not any(trains for name, trains in trained.items() if "visual" in name)
     assert all(trains for name, trains in trained.items() if "visual" not in name)
@@ -58,6 +58,6 @@ def test_full_training_freezes_what_text_never_reaches() -> None:
 
 @pytest.mark.parametrize(("adapter_dtype", "expected"), [("float32", torch.float32), ("model", torch.bfloat16)])
 def test_adapters_are_kept_in_the_dtype_asked_for(adapter_dtype: Any, expected: torch.dtype) -> None:
-    model = add_adapters(tiny_model("qwen3", dtype=torch.bfloat16), LoraSection(adapter_dtype=adapter_dtype))
+    model = adapt(tiny_model("qwen3", dtype=torch.bfloat16), LoraSection(adapter_dtype=adapter_dtype))
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {expected}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}

@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune import prepare
 from deltatune.config.schema import LoraSection
-from deltatune.training.adapters import add_adapters
+from deltatune.training.adapters import adapt
 from deltatune.training.batches import PackCounts
-from deltatune.training.flops import StepFlops, peak_flops
 from deltatune.training.mesh import Mesh
-from deltatune.training.metrics import Meter
+from deltatune.training.metrics import Meter, StepFlops, peak_flops
 from deltatune.training.progress import format_metrics
 from tiny import tiny_model
 
@@ -79,7 +78,7 @@ def test_counts_of_ranks_are_summed() -> None:
 def test_flops_of_matrices_are_those_of_the_counter(adapters: bool, tied: bool) -> None:
     model = tiny_model("qwen3", layers=2, tie_word_embeddings=tied)
     if adapters:
-        model = add_adapters(model, LoraSection(r=4))
+        model = adapt(model, LoraSection(r=4))
         # the first layer's inputs need no gradient when the embedding is frozen; ours always do
         model.enable_input_require_grads()
     tokens = 64

@@ -70,6 +70,7 @@ class PackingReport:
         return "\n".join([*lines, *(["over-long documents: " + ", ".join(cut)] if cut else [])])
 
 
+@dataclass(frozen=True, eq=False)
 class PackedDataset:
     """A map-style data set whose items are packs: lists of samples that fit in one batch together.
 
@@ -77,27 +78,23 @@ class PackedDataset:
     ``PackedCollator(tokens_per_batch=...)``.
 
     Attributes:
+        documents: of every source.
+        pieces: int64 ``[P, 3]``: the number of a source, and ``[start, end)`` in its flat arrays.
+        packs: the pieces of each pack, by number.
         report: what became of the rows.
     """
 
-    def __init__(
-        self,
-        documents: Sequence[Documents],
-        pieces: NDArray[np.int64],
-        packs: list[NDArray[np.int64]],
-        report: PackingReport,
-    ) -> None:
-        self._documents = documents
-        self._pieces = pieces  # [P, 3]: the number of a source, and [start, end) in its flat arrays
-        self._packs = packs
-        self.report = report
+    documents: Sequence[Documents]
+    pieces: NDArray[np.int64]
+    packs: list[NDArray[np.int64]]
+    report: PackingReport
 
     def __len__(self) -> int:
-        return len(self._packs)
+        return len(self.packs)
 
     def __getitem__(self, index: int) -> list[Sample]:
-        pieces = self._pieces[self._packs[index]].tolist()
-        return [self._documents[source].sample(start, end) for source, start, end in pieces]
+        pieces = self.pieces[self.packs[index]].tolist()
+        return [self.documents[source].sample(start, end) for source, start, end in pieces]
 
 
 def pack_documents(

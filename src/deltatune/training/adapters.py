@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,47 +11,39 @@ from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-__all__ = ["adapt", "add_adapters", "freeze_unused"]
+__all__ = ["adapt"]
 
 
 def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
-    """The model as a recipe trains it: with its adapters, if any, and without what text gives no gradient."""
-    freeze_unused(model)
-    return model if section is None else add_adapters(model, section)
+    """The model as a recipe trains it: with LoRA adapters and everything else frozen, or, without a section, whole.
 
-
-def add_adapters(model: nn.Module, section: LoraSection) -> PeftModel:
-    """The model with LoRA adapters, everything else frozen.
-
-    ``all-linear`` means the text model's linear layers: those of a vision or audio tower would never train on text.
-    Adapters are kept in float32, or in the base weights' dtype with ``adapter_dtype: model``.
+    Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
+    ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
+    with ``adapter_dtype: model``.
 
     Raises:
         UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
             out of range, or a combination that PEFT refuses.
     """
+    towers = _towers(model)
+    for name in towers:
+        model.get_submodule(name).requires_grad_(False)
+    if section is None:
+        return model
     import peft
 
     arguments = section.peft_arguments()
     _check_names(model, section)
-    towers = _towers(model)
     if section.target_modules == "all-linear" and towers and section.exclude_modules is None:
         arguments["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=section.adapter_dtype == "float32")
+        adapted: nn.Module = peft.get_peft_model(
+            model, config, autocast_adapter_dtype=section.adapter_dtype == "float32"
+        )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error
     return adapted
-
-
-def freeze_unused(model: nn.Module) -> None:
-    """Freezes towers for images and sound: text gives them no gradient, and a report should not say they train."""
-    for name in _towers(model):
-        model.get_submodule(name).requires_grad_(False)
 
 
 def _check_names(model: nn.Module, section: LoraSection) -> None:

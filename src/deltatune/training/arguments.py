@@ -26,9 +26,6 @@ _FIXED: Final[Mapping[str, object]] = {
     "remove_unused_columns": False,
 }
 
-# every trained parameter takes part in every step: looking for others costs a walk of the graph
-_DEFAULTS: Final[Mapping[str, object]] = {"ddp_find_unused_parameters": False}
-
 
 def training_arguments(section: TrainingSection) -> TrainingArguments:
     """TrainingArguments from the recipe's names and values.
@@ -38,7 +35,8 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     check_training_names(section, known)
-    values = {**_DEFAULTS, **section.arguments(), **_FIXED}
+    # every trained parameter takes part in every step: looking for others costs a walk of the graph
+    values = {"ddp_find_unused_parameters": False, **section.arguments(), **_FIXED}
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:
