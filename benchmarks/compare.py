@@ -32,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--before", type=_tree, required=True, metavar="DIR", help="the folder that holds the one deltatune")
     add("--after", type=_tree, default="src", metavar="DIR", help="the folder that holds the other; src by default")
+    add("--before-commit", metavar="HASH", help="of that folder; read from git where it is tracked")
     add("--rounds", type=int, default=2, metavar="N", help="turns of each; 2 by default")
     add("--lora", default="auto", choices=["auto", "stock", "fused"], help="as prepare takes it; auto by default")
     add("--at-most", type=float, metavar="RATIO", help="exit with 1 above this ratio, such as 1.02")
     args = parser.parse_args(argv)
     sides = {"before": args.before, "after": args.after}
-    sources = {label: source_of(path / "deltatune") for label, path in sides.items()}
+    commits = {"before": args.before_commit, "after": args.commit}
+    sources = {label: source_of(path / "deltatune", commits[label]) for label, path in sides.items()}
     ends, ok = time.monotonic() + args.limit_s, True
     for spec in specs(args):
         session = Session(spec, checks=not args.no_checks, limit_seconds=ends - time.monotonic(), folder=args.output)

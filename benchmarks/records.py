@@ -125,7 +125,8 @@ def source_of(package: Path, commit: str | None = None) -> dict[str, Any]:
         digest.update(path.relative_to(package).as_posix().encode())
         digest.update(path.read_bytes())
     found: dict[str, Any] = {"commit": commit, "dirty": None, "source_sha256": digest.hexdigest()}
-    if commit is None and (head_ := _git(package, "rev-parse", "HEAD")):
+    tracked = commit is None and _git(package, "ls-files", "--", str(package))
+    if tracked and (head_ := _git(package, "rev-parse", "HEAD")):
         found |= {"commit": head_, "dirty": bool(_git(package, "status", "--porcelain", "--", str(package)))}
     return found
 

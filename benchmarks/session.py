@@ -32,10 +32,13 @@ METHOD: Final = (
     "a sample is the time between the ends of two training steps, by CUDA events (the wall clock on a CPU): the batch "
     "to the device, forward, loss, backward, AdamW(fused=True) with learning rate 0, gradients set to None; each "
     "system in a process of its own, those of several rounds in turns; the first step of a turn dropped, every step a "
-    "pack of its own with the same lengths in another order; peak_bytes is all that the process holds at its peak; "
-    "timed after its checks: token losses, document losses and adapter gradients against float32 document by document, "
-    "gradients of the pack against the leak-free stock path, verify"
+    "pack of its own with the same lengths in another order; peak_bytes is all that the process holds at its peak"
 )
+CHECKED: Final = (
+    "; timed after its checks: token losses, document losses and adapter gradients against float32 document by "
+    "document, gradients of the pack against the leak-free stock path, verify"
+)
+UNCHECKED: Final = "; not held to float32 or to the stock path in this run"
 _ROOT: Final = Path(__file__).parents[1]
 _POLL_SECONDS: Final = 0.2
 #: What a record says of the model's shapes: what the roofline reads.
@@ -147,7 +150,8 @@ class Session:
         }
         device = next((name for name in names if name), spec.device)
         source = source_of(Path(deltatune.__file__).parent, commit)
-        top = head(kind, spec.model, METHOD, device=device, source=source)
+        method = METHOD + (CHECKED if self._with_checks else UNCHECKED)
+        top = head(kind, spec.model, method, device=device, source=source)
         return top | {"ok": self.ok, "interrupted": interrupted, "configs": [config]}
 
     def write(self, record: Mapping[str, Any], folder: Path) -> Path:

@@ -193,7 +193,9 @@ def test_two_trees_take_turns(tmp_path, capsys) -> None:
     src = str(compare.Path(compare.__file__).parents[1] / "src")
     options = ["--before", src, "--after", src, "--no-checks", "--checkpointing", "none", "--rounds", "1"]
     assert compare.main(small(*options, output=tmp_path)) == 0
-    config = only_record(tmp_path)["configs"][0]
+    record = only_record(tmp_path)
+    config = record["configs"][0]
+    assert record["method"].endswith(session.UNCHECKED)
     assert [r["label"] for r in config["results"]] == ["before", "after"]
     assert [len(r["samples_ms"]) for r in config["results"]] == [2, 2]
     (ratio,) = config["ratios"]

@@ -7,6 +7,7 @@ call, so that ``impl="fla"`` is FLA's kernels even where it would hand over to F
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -83,11 +84,13 @@ def dim_refusal(key_dim: int, value_dim: int) -> str | None:
 
 
 def backward_workspace(q: Tensor, v: Tensor) -> int:
-    """Bytes inside backward: states and their gradients; w, dw, a second dk, u and the new and updated values."""
-    tokens, heads = v.shape[0] * v.shape[1], v.shape[2]
-    wide_keys = 3 + 2 * (heads > q.shape[2])  # where value heads share keys, dq and dk of every value head too
-    rows = tokens * heads * v.itemsize * (wide_keys * q.shape[3] + 3 * v.shape[3])
-    return 2 * chunk_states_bytes(q, v) + rows
+    """Bytes inside backward: states and their gradients; w, dw, a second dk, u and the new and updated values.
+
+    Where value heads share keys, dq and dk of every value head come before their sums.
+    """
+    (*rows, key_heads, key_dim), (heads, value_dim) = q.shape, v.shape[2:]
+    columns = heads * 3 * (key_dim + value_dim) + 2 * (heads - key_heads) * key_dim
+    return 2 * chunk_states_bytes(q, v) + math.prod(rows) * columns * v.itemsize
 
 
 def _miscompiled(capability: tuple[int, int], version: Version) -> str | None:

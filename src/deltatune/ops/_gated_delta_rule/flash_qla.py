@@ -93,6 +93,9 @@ def dim_refusal(key_dim: int, value_dim: int) -> str | None:
 
 
 def backward_workspace(q: Tensor, v: Tensor) -> int:
-    """Bytes inside backward: states, and where value heads share keys, dq and dk of every value head."""
-    expanded = 2 * v.shape[:3].numel() * q.shape[3] * q.itemsize * (v.shape[2] > q.shape[2])
-    return chunk_states_bytes(q, v) + expanded
+    """Bytes inside backward: states, and where value heads share keys, dq and dk of every value head.
+
+    Their sums replace them one after the other: the second is not there yet.
+    """
+    heads = 2 * v.shape[2] - q.shape[2] if v.shape[2] > q.shape[2] else 0
+    return chunk_states_bytes(q, v) + heads * q.numel() // q.shape[2] * q.itemsize
