@@ -20,15 +20,10 @@ __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe that may run, and what its reader should know.
+    """A recipe that may run, and what its reader should know."""
 
-    Attributes:
-        recipe: validated, with every default filled in.
-        warnings: one line each.
-    """
-
-    recipe: Recipe
-    warnings: list[str]
+    recipe: Recipe  # validated, with every default filled in
+    warnings: list[str]  # one line each
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

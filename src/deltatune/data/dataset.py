@@ -76,18 +76,12 @@ class PackedDataset:
 
     Its order is that of the packs and never changes; a sampler shuffles. Use it with a batch size of 1 and
     ``PackedCollator(tokens_per_batch=...)``.
-
-    Attributes:
-        documents: of every source.
-        pieces: int64 ``[P, 3]``: the number of a source, and ``[start, end)`` in its flat arrays.
-        packs: the pieces of each pack, by number.
-        report: what became of the rows.
     """
 
-    documents: Sequence[Documents]
-    pieces: NDArray[np.int64]
-    packs: list[NDArray[np.int64]]
-    report: PackingReport
+    documents: Sequence[Documents]  # of every source
+    pieces: NDArray[np.int64]  # [P, 3]: the number of a source, and [start, end) in its flat arrays
+    packs: list[NDArray[np.int64]]  # the pieces of each pack, by number
+    report: PackingReport  # what became of the rows
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -31,21 +31,13 @@ _ROWS_PER_TASK = 256
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """All documents of one source.
+    """All documents of one source."""
 
-    Attributes:
-        tokens: int32 ``[N]``, the documents one after the other.
-        trained: bool ``[N]``, whether a token is a target.
-        offsets: int64 ``[D + 1]``, where each document begins.
-        rows: int64 ``[D]``, the row each document came from.
-        source: the rows, for their names in errors.
-    """
-
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    source: Rows
+    tokens: NDArray[np.int32]  # [N], the documents one after the other
+    trained: NDArray[np.bool_]  # [N], whether a token is a target
+    offsets: NDArray[np.int64]  # [D + 1], where each document begins
+    rows: NDArray[np.int64]  # [D], the row each document came from
+    source: Rows  # for their names in errors
 
     def __len__(self) -> int:
         return self.rows.size

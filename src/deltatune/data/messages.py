@@ -29,15 +29,10 @@ _REQUIRED: dict[Format, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of one source are read.
+    """How the rows of one source are read."""
 
-    Attributes:
-        format: ``chat`` (a list of messages), ``prompt_completion`` (strings or lists of messages) or ``text``.
-        columns: other names for the columns ``messages``, ``tools``, ``prompt``, ``completion`` and ``text``.
-    """
-
-    format: Format
-    columns: Mapping[str, str] = field(default_factory=dict)
+    format: Format  # chat (a list of messages), prompt_completion (strings or lists of messages) or text
+    columns: Mapping[str, str] = field(default_factory=dict)  # other names for the columns that the formats read
 
     def column(self, role: str) -> str:
         """The name of the column that plays this role."""
@@ -46,17 +41,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages ready for a chat template.
+    """Messages ready for a chat template."""
 
-    Attributes:
-        messages: checked messages; keys whose value is ``None`` are left out.
-        tools: JSON schemas for the template, or ``None``.
-        num_prompt: messages at the front that belong to a prompt and never train.
-    """
-
-    messages: list[Message]
-    tools: list[Any] | None = None
-    num_prompt: int = 0
+    messages: list[Message]  # checked; keys whose value is None are left out
+    tools: list[Any] | None = None  # JSON schemas for the template
+    num_prompt: int = 0  # messages at the front that belong to a prompt and never train
 
 
 def resolve_format(

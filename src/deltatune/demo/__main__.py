@@ -103,7 +103,9 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
         *_answers(held_out, before, after),
         *_scores(held_out, before, after),
     )
-    _show(console, "Are documents independent?", "the probe on the trained weights", "", _verify(trained))
+    probed = AutoModelForCausalLM.from_pretrained(trained)
+    prepare(probed)
+    _show(console, "Are documents independent?", "the probe on the trained weights", "", str(verify(probed)))
     _show(console, "How it ran", *_figures(result.metrics))
     _show(
         console,
@@ -144,12 +146,6 @@ def _scores(conversations: Sequence[Conversation], before: Sequence[str], after:
     old, new = exact_match(conversations, before), exact_match(conversations, after)
     rows = [(kind, f"{old[kind]:.1%}", f"{new[kind]:.1%}") for kind in (*KINDS, "all")]
     return table(("held-out questions", "right before", "right after"), rows)
-
-
-def _verify(name: str) -> str:
-    model = AutoModelForCausalLM.from_pretrained(name)
-    prepare(model)
-    return str(verify(model))
 
 
 def _figures(metrics: dict[str, Any]) -> Iterator[str]:

@@ -24,17 +24,11 @@ _MAX_NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Conversation:
-    """Questions about one scene, each with the one right answer.
+    """Questions about one scene, each with the one right answer."""
 
-    Attributes:
-        kind: the task, a key of ``KINDS``.
-        scene: what the first message says before it asks; no two conversations share one.
-        turns: questions and answers; the scene stands before the first question.
-    """
-
-    kind: str
-    scene: str
-    turns: tuple[tuple[str, str], ...]
+    kind: str  # the task, a key of KINDS
+    scene: str  # what the first message says before it asks; no two conversations share one
+    turns: tuple[tuple[str, str], ...]  # questions and answers; the scene stands before the first question
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -27,20 +27,12 @@ PACK_COUNTS = "pack_counts"
 
 @dataclass(frozen=True)
 class PackCounts:
-    """What a batch holds, counted on the CPU before it moves, so that no metric ever waits for the device.
+    """What a batch holds, counted on the CPU before it moves, so that no metric ever waits for the device."""
 
-    Attributes:
-        trained: targets, that is labels other than -100 that the loss sees after its shift.
-        tokens: tokens of documents, padding excluded.
-        capacity: token slots of the batch, padding included.
-        squares: sum of squared document lengths; attention's work is proportional to it.
-        packs: packs of the batch.
-    """
-
-    trained: int = 0
-    tokens: int = 0
-    capacity: int = 0
-    squares: int = 0
+    trained: int = 0  # targets, that is labels other than -100 that the loss sees after its shift
+    tokens: int = 0  # of documents, padding excluded
+    capacity: int = 0  # token slots of the batch, padding included
+    squares: int = 0  # sum of squared document lengths; attention's work is proportional to it
     packs: int = 0
 
     def __add__(self, other: PackCounts) -> PackCounts:

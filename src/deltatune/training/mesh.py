@@ -14,15 +14,10 @@ __all__ = ["ALONE", "Mesh"]
 
 @dataclass(frozen=True)
 class Mesh:
-    """One axis so far: data parallel, whose ranks each read packs of their own and average gradients.
+    """One axis so far: data parallel, whose ranks each read packs of their own and average gradients."""
 
-    Attributes:
-        data_size: ranks of the data axis.
-        data_rank: this process on it.
-    """
-
-    data_size: int = 1
-    data_rank: int = 0
+    data_size: int = 1  # ranks of the data axis
+    data_rank: int = 0  # this process on it
 
     def __post_init__(self) -> None:
         assert 0 <= self.data_rank < self.data_size

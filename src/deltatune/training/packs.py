@@ -33,13 +33,7 @@ def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
         rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
         layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
         documents.append(
-            tokenize(
-                rows,
-                layout,
-                renderer,
-                num_proc=recipe.data.num_proc or 1,
-                cache_dir=cache_folder(recipe),
-            )
+            tokenize(rows, layout, renderer, num_proc=recipe.data.num_proc or 1, cache_dir=cache_folder(recipe))
         )
     return pack_documents(
         documents,

@@ -34,7 +34,6 @@ from deltatune.verification import VerifyReport, verify
 
 __all__ = ["Run", "TrainResult", "build", "compile_options", "estimate_step", "prepare_by_recipe", "train"]
 
-RECIPE_FILE = "config.yaml"
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.json"
 
@@ -102,7 +101,7 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
         trainer = _trainer(run)
         if arguments.should_save:
             run.output_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run.output_dir / RECIPE_FILE, dump_recipe(recipe))
+            write_text(run.output_dir / "config.yaml", dump_recipe(recipe))
             write_json(run.output_dir / REPORT_FILE, records)
         if recipe.compile is not None:
             console.out("the first step compiles, which takes a while", highlight=False)

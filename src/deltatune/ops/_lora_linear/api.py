@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltatune.ops._lora_linear.op import (
-    lora_accumulate,
-    lora_narrow_product,
-    lora_sum_products,
-    lora_up_backward,
-)
+from deltatune.ops._lora_linear.op import lora_accumulate, lora_narrow_product, lora_sum_products, lora_up_backward
 from deltatune.ops._opaque import first_order_backward
 
 __all__ = ["Adapter", "linear_with_lora", "low_rank"]
