@@ -43,18 +43,12 @@ class Renderer:
     end-of-sequence token train. Lists of messages are rendered as chat, and only the completion's turns train.
 
     Text. Everything trains, the end-of-sequence token after it too.
-
-    Attributes:
-        tokenizer: a fast tokenizer: trained characters are mapped to tokens by its offsets.
-        train_on: every assistant turn, the ``last`` one, or ``all`` tokens, prompts included.
-        chat_template: a template in place of the tokenizer's own.
-        template_kwargs: variables for the template, such as ``{"enable_thinking": False}``.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    train_on: TrainOn = "assistant"
-    chat_template: str | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase  # a fast one: trained characters are mapped to tokens by its offsets
+    train_on: TrainOn = "assistant"  # every assistant turn, the "last" one, or "all" tokens, prompts included
+    chat_template: str | None = None  # in place of the tokenizer's own
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for the template: {"enable_thinking": False}
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:

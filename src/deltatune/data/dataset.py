@@ -21,35 +21,20 @@ Overlong = Literal["error", "split", "truncate", "drop"]
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What became of the rows.
+    """What became of the rows."""
 
-    Attributes:
-        rows: rows read.
-        documents: documents in the packs, parts of split ones counted singly.
-        tokens: their tokens.
-        trained_tokens: those that are targets; a document's first token never is.
-        packs: packs made.
-        tokens_per_batch: tokens a pack has room for.
-        fill: ``tokens / (packs * tokens_per_batch)``.
-        longest: tokens of the longest document before anything was cut.
-        split: documents that were cut into several.
-        truncated: documents of which only the beginning was kept.
-        dropped: documents left out for their length.
-        unlabelled: documents or parts left out because cutting left them without a target.
-    """
-
-    rows: int
-    documents: int
-    tokens: int
-    trained_tokens: int
+    rows: int  # read
+    documents: int  # in the packs, parts of split ones counted singly
+    tokens: int  # of the documents
+    trained_tokens: int  # those that are targets; a document's first token never is
     packs: int
-    tokens_per_batch: int
-    fill: float
-    longest: int
-    split: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    unlabelled: int = 0
+    tokens_per_batch: int  # a pack has room for
+    fill: float  # tokens / (packs * tokens_per_batch)
+    longest: int  # tokens of the longest document before anything was cut
+    split: int = 0  # documents that were cut into several
+    truncated: int = 0  # documents of which only the beginning was kept
+    dropped: int = 0  # documents left out for their length
+    unlabelled: int = 0  # documents or parts left out because cutting left them without a target
 
     def __str__(self) -> str:
         lines = [

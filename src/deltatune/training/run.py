@@ -40,17 +40,11 @@ METRICS_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out of a run.
+    """What came out of a run."""
 
-    Attributes:
-        output_dir: where the adapter or model, its tokenizer and the run's records are.
-        metrics: as saved in ``metrics.json``: losses, rates, counts, compile counts.
-        log_history: every log entry, in order.
-    """
-
-    output_dir: Path
-    metrics: dict[str, Any]
-    log_history: list[dict[str, Any]]
+    output_dir: Path  # where the adapter or model, its tokenizer and the run's records are
+    metrics: dict[str, Any]  # as saved in metrics.json: losses, rates, counts, compile counts
+    log_history: list[dict[str, Any]]  # every log entry, in order
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,10 @@ def loss_and_gradients(
     rows = Rows(hidden, weight, labels, ignore_index)
     dhidden = hidden.new_empty(tokens if hidden_grad else 0, width)
     sizes = softmax_sizes or softmax_blocks(tokens, width, vocabulary)
-    softmax = _all_chunks(rows, dhidden if hidden_grad else None, sizes)
+    softmax = _Softmax(*_empty(weight, 4, tokens))
+    for chunk in slices(tokens, sizes.tokens):
+        found = _Softmax(*(each[chunk] for each in softmax))
+        _softmax(rows.part(chunk), found, dhidden[chunk] if hidden_grad else None, sizes.entries)
     dweight = weight.new_empty(vocabulary if weight_grad else 0, width)
     if weight_grad:
         # as zeros, ignored tokens add nothing, not even 0 * NaN
@@ -150,15 +153,6 @@ def _losses(softmax: _Softmax) -> Tensor:
     above = softmax.reference - softmax.picked
     near_one = torch.log1p(softmax.others / label_power)
     return torch.where(label_power > softmax.others, near_one, torch.log(softmax.others + label_power) + above)
-
-
-def _all_chunks(rows: Rows, dhidden: Tensor | None, sizes: Blocks) -> _Softmax:
-    tokens = rows.hidden.shape[0]
-    softmax = _Softmax(*_empty(rows.weight, 4, tokens))
-    for chunk in slices(tokens, sizes.tokens):
-        found = _Softmax(*(each[chunk] for each in softmax))
-        _softmax(rows.part(chunk), found, None if dhidden is None else dhidden[chunk], sizes.entries)
-    return softmax
 
 
 def _softmax(rows: Rows, found: _Softmax, dhidden: Tensor | None, size: int) -> None:
