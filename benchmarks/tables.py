@@ -52,6 +52,15 @@ def speed(records: Sequence[Record]) -> list[str]:
     return [*_markdown(header, rows), "", _sources(files)]
 
 
+def summary(records: Sequence[Record]) -> list[str]:
+    """A row a model of what ``speed`` shows, without what leaks."""
+    found = [steps for model in MODELS if (steps := _with_stock(records, model))]
+    shown = (("stock", "layer"), ("stock liger", "layer"), (OURS, "layer"), (OURS, "none"))
+    rows = [[steps.record.subject, *(_of(steps.find(system, how)) for system, how in shown)] for steps in found]
+    header = ("model", "stock, `layer`", "with Liger, `layer`", "deltatune, `layer`", "deltatune, `none`")
+    return [*_markdown(header, rows), "", _sources([steps.record for steps in found])]
+
+
 def memory(records: Sequence[Record]) -> list[str]:
     """What recomputation costs and saves: every setting of ours, and its time over that of none."""
     found = [steps for model in MODELS if (steps := _with_stock(records, model))]
@@ -153,7 +162,7 @@ def changes(records: Sequence[Record]) -> list[str]:
         for config in record.configs if record.kind == "compare" and record.complete else ():
             about = config["config"]
             size = (about["model"], about["layers"], about["tokens"], record.device)
-            if size in seen or record.device == "cpu":
+            if size in seen or record.device == "cpu" or not config["ratios"]:
                 continue
             seen.add(size)
             files.append(record)
@@ -165,7 +174,7 @@ def changes(records: Sequence[Record]) -> list[str]:
 
 
 PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]] = {
-    "README.md": {"speed": speed},
+    "README.md": {"summary": summary},
     "docs/performance.md": {
         "speed": speed,
         "memory": memory,
