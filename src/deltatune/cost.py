@@ -8,17 +8,11 @@ __all__ = ["Cost"]
 
 
 class Cost(NamedTuple):
-    """Of one forward of a layer, beyond its products with weights and their operands.
+    """Of one forward of a layer, beyond its products with weights and their operands."""
 
-    Attributes:
-        flops: floating-point operations.
-        kept: elements that backward reads, in the dtype of the activations.
-        kept_bytes: bytes that it reads of fixed dtypes, such as float32 log-sum-exps.
-    """
-
-    flops: float = 0.0
-    kept: float = 0.0
-    kept_bytes: float = 0.0
+    flops: float = 0.0  # floating-point operations
+    kept: float = 0.0  # elements that backward reads, in the dtype of the activations
+    kept_bytes: float = 0.0  # bytes that it reads of fixed dtypes, such as float32 log-sum-exps
 
     def plus(self, other: Cost) -> Cost:
         """Both."""

@@ -98,22 +98,12 @@ def validate_checkpointing(checkpointing: str | float, options: CompileOptions |
 
 @dataclass(frozen=True)
 class Options:
-    """What ``prepare`` decided; nothing changes it.
+    """What ``prepare`` decided; nothing changes it."""
 
-    Attributes:
-        kernels: op name -> implementation that was asked for.
-        mask_form: what the stock text model takes in place of a mask it would build: ``"mapping"`` or ``"4d"``.
-        compile: how the layers are compiled; None runs them eagerly.
-        checkpointing: ``"none"``, ``"layer"``, ``"auto"`` or the share of activations that may stay.
-        lora: ``"auto"``, ``"fused"`` or ``"stock"``.
-        stock_config: the text model's own config, where a copy that names our attention stands in for it.
-        stock_attention: the implementation that config named when the model was prepared.
-    """
-
-    kernels: Mapping[str, str]
-    mask_form: str
-    compile: CompileOptions | None = None
-    checkpointing: str | float = "none"
-    lora: str = "auto"
-    stock_config: Any = None
-    stock_attention: str | None = None
+    kernels: Mapping[str, str]  # op name -> implementation that was asked for
+    mask_form: str  # what the stock text model takes in place of a mask it would build: "mapping" or "4d"
+    compile: CompileOptions | None = None  # None runs the layers eagerly
+    checkpointing: str | float = "none"  # "none", "layer", "auto" or the share of activations that may stay
+    lora: str = "auto"  # "auto", "fused" or "stock"
+    stock_config: Any = None  # the text model's own, where a copy that names our attention stands in for it
+    stock_attention: str | None = None  # the implementation that config named when the model was prepared

@@ -31,50 +31,32 @@ def bound(variable: ContextVar[T], value: T) -> Iterator[T]:
 
 
 class Choice(NamedTuple):
-    """A checkpointing setting that was chosen.
+    """A checkpointing setting that was chosen."""
 
-    Attributes:
-        setting: ``"none"``, a share or ``"layer"``.
-        predicted_bytes: the peak of a step that was predicted for it.
-        reason: why it was taken, in words.
-    """
-
-    setting: str | float
-    predicted_bytes: int
-    reason: str
+    setting: str | float  # "none", a share or "layer"
+    predicted_bytes: int  # the peak of a step that was predicted for it
+    reason: str  # why it was taken, in words
 
 
 @dataclass
 class AutoCheckpointing:
-    """What ``"auto"`` goes by, and what it took.
+    """What ``"auto"`` goes by, and what it took."""
 
-    Attributes:
-        optimizer: transformers' name of the optimizer that will train.
-        accumulates: whether gradients of earlier batches are there while a batch runs.
-        compute_dtype: of activations under autocast; None for the weights' own.
-        tokens: of the batch it was decided for; a larger one is decided for again.
-        choice: the setting, its predicted peak, and why; None before the first training forward.
-    """
-
-    optimizer: str = "adamw_torch_fused"
-    accumulates: bool = False
-    compute_dtype: torch.dtype | None = None
-    tokens: int = 0
-    choice: Choice | None = None
+    optimizer: str = "adamw_torch_fused"  # transformers' name of the optimizer that will train
+    accumulates: bool = False  # whether gradients of earlier batches are there while a batch runs
+    compute_dtype: torch.dtype | None = None  # of activations under autocast; None for the weights' own
+    tokens: int = 0  # of the batch it was decided for; a larger one is decided for again
+    choice: Choice | None = None  # None before the first training forward
 
 
 @dataclass
 class Facts:
-    """What only a call can tell; true for every later call, whichever thread makes it.
+    """What only a call can tell; true for every later call, whichever thread makes it."""
 
-    Attributes:
-        head: ``"linear"`` where logits are the head's output alone; ``"transformed"`` where the model scales or caps
-            them afterwards, and the loss takes the whole logits; ``"unknown"`` until the first loss of such a model.
-        auto: what ``checkpointing="auto"`` goes by and took; None where the setting was given.
-    """
-
+    # "linear" where logits are the head's output alone; "transformed" where the model scales or caps them afterwards,
+    # and the loss takes the whole logits; "unknown" until the first loss of such a model
     head: str = "linear"
-    auto: AutoCheckpointing | None = None
+    auto: AutoCheckpointing | None = None  # None where the setting was given
 
 
 @dataclass(eq=False)
