@@ -19,16 +19,7 @@ from deltatune.options import CompileOptions
 from deltatune.state import State
 from deltatune.subclass import Swapped
 
-__all__ = [
-    "KernelRow",
-    "LoraRow",
-    "PrepareReport",
-    "SwapRow",
-    "TrainableRow",
-    "kernel_rows",
-    "report_of",
-    "table",
-]
+__all__ = ["PrepareReport", "SwapRow", "kernel_rows", "report_of", "table"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class PrepareReport:
     compile: CompileOptions | None
     compile_report: CompileReport | None
     lora: str | None
-    lora_rows: list[LoraRow]
+    lora_layers: list[LoraRow]
     head: str
     patches: list[Patch]
 
@@ -101,7 +92,6 @@ class PrepareReport:
             compiled = options | self.compile_report.to_dict()
         facts = asdict(replace(self, compile=None, compile_report=None))
         del facts["compile_report"]
-        facts["lora_layers"] = facts.pop("lora_rows")
         return {**facts, "trainable_parameters": self.trainable_parameters, "compile": compiled}
 
     def __str__(self) -> str:
@@ -115,7 +105,7 @@ class PrepareReport:
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
         if self.lora is not None:
             lines += ["", f"lora: {self.lora}"]
-            lines += table(("runs", "because", "layers"), map(astuple, self.lora_rows))
+            lines += table(("runs", "because", "layers"), map(astuple, self.lora_layers))
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
         if self.patches:
@@ -162,7 +152,7 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
         compile=options.compile,
         compile_report=None if options.compile is None else graphs_of(state).report,
         lora=f"adapter {', '.join(adapters)}" if adapters else None,
-        lora_rows=[LoraRow(mode, reason, count) for (mode, reason), count in counts.items()],
+        lora_layers=[LoraRow(mode, reason, count) for (mode, reason), count in counts.items()],
         head=state.facts.head,
         patches=patches(hf_model.base_model(model), text_model),
     )
@@ -174,10 +164,9 @@ def kernel_rows(
     """What the layers in front of these modules take: chosen as they do, by the same specs."""
     device, dtype = hf_model.device_of(model), hf_model.compute_dtype(model)
     specs = dict.fromkeys(spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
-    rows = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
-    order = list(requests)
-    found = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in rows)
-    return sorted(found, key=lambda row: order.index(row.op))
+    choices = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
+    rows = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in choices)
+    return sorted(rows, key=lambda row: list(requests).index(row.op))
 
 
 def _trainable_rows(model: nn.Module) -> list[TrainableRow]:

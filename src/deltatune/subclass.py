@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from deltatune.cost import Cost
 from deltatune.ops import Spec
 from deltatune.state import State
 
-__all__ = ["Swapped", "restore", "stock_class", "swap"]
+__all__ = ["Swapped", "is_bound", "restore", "stock_class", "swap"]
 
 
 class Swapped(nn.Module):
@@ -69,8 +69,7 @@ class Swapped(nn.Module):
         copied: Any = build(*parts)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(own, memo))
-        made: Swapped = copied
-        return made
+        return cast("Swapped", copied)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
@@ -118,12 +117,14 @@ def restore(module: nn.Module) -> None:
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Changes the class, and the forward where tools keep it as a bound method in the instance, as accelerate does."""
-    before = type(module).forward
+    kept = [name for name in ("forward", "_old_forward") if is_bound(module.__dict__.get(name), module)]
     module.__class__ = cls
-    for name in ("forward", "_old_forward"):
-        kept = module.__dict__.get(name)
-        if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is before:
-            module.__dict__[name] = types.MethodType(cls.forward, module)
+    module.__dict__.update(dict.fromkeys(kept, types.MethodType(cls.forward, module)))
+
+
+def is_bound(put: Any, module: nn.Module) -> bool:
+    """Whether something is the bound method of the module's class, as its instance may hold it."""
+    return isinstance(put, types.MethodType) and put.__self__ is module and put.__func__ is type(module).forward
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:

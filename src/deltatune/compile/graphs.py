@@ -23,15 +23,7 @@ from deltatune.hf.hooks import hooks_inside
 from deltatune.options import CompileOptions
 from deltatune.state import State, bound
 
-__all__ = [
-    "CompileReport",
-    "GraphBreakError",
-    "Graphs",
-    "compile_options",
-    "eager",
-    "fresh_code",
-    "graphs_of",
-]
+__all__ = ["CompileReport", "GraphBreakError", "Graphs", "compile_options", "eager", "fresh_code", "graphs_of"]
 
 Forward = Callable[..., Any]
 

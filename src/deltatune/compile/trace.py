@@ -96,24 +96,23 @@ class _TracedGraphs(Graphs):
         from torch._inductor.compile_fx import compile_fx
 
         del name, code  # nothing is compiled that a report could count
-        self._recorder.see_inputs(graph)
+        self._recorder.kinds = [_kind(node) for node in graph.graph.find_nodes(op="placeholder")]
         # a hit in the cache of graphs would skip the partitioner
         with functorch_config.patch(enable_autograd_cache=False):
             return compile_fx(graph, inputs, config_patches={"custom_partitioner_fn": self._recorder})
 
 
 class _Recorder(CustomPartitionerFn):
-    """In place of Inductor's partitioner: partitions a copy of the joint graph for every share, then stops."""
+    """In place of Inductor's partitioner: partitions a copy of the joint graph for every share, then stops.
+
+    ``kinds``: of the captured graph's inputs, parameters, the layer's input, or what layers share.
+    """
 
     def __init__(self, shares: Iterable[float]) -> None:
         self.found: dict[Setting, LayerMemory] = {}
         self.input_bytes = 0
+        self.kinds: list[str] = []
         self._shares = tuple(shares)
-        self._kinds: list[str] = []
-
-    def see_inputs(self, graph: fx.GraphModule) -> None:
-        """Which inputs of the captured graph are parameters, the layer's input, and what layers share."""
-        self._kinds = [_kind(node) for node in graph.graph.find_nodes(op="placeholder")]
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         for share in self._shares:
@@ -127,7 +126,7 @@ class _Recorder(CustomPartitionerFn):
 
     def _read(self, forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int) -> LayerMemory:
         inputs = forward.graph.find_nodes(op="placeholder")
-        kinds = {_storage(n): kind for n, kind in zip(inputs, self._kinds, strict=False) if _is_tensor(n)}
+        kinds = {_storage(n): kind for n, kind in zip(inputs, self.kinds, strict=False) if _is_tensor(n)}
         outputs = forward.graph.find_nodes(op="output")[0].args[0]
         assert isinstance(outputs, list | tuple)
         saved = {_storage(n): _storage_bytes(n) for n in outputs[num_outputs:] if _is_tensor(n)}
@@ -166,8 +165,9 @@ def _peak(graph: fx.GraphModule, static: set[int]) -> int:
         made = _made(node, real)
         if made.keys() - static:
             alive |= {storage: size for storage, size in made.items() if storage not in static}
-            spare = _workspace(node) - _written_over(node, alive, last, order[node])
-            peak = max(peak, sum(alive.values()) + spare)
+            workspace = workspace_bytes(node.target, fx.map_arg(node.args, lambda read: read.meta["val"]))
+            over = _written_over(node, alive, last, order[node])
+            peak = max(peak, sum(alive.values()) + workspace - over)
         alive = {storage: size for storage, size in alive.items() if last.get(storage, -1) > order[node]}
     return peak
 
@@ -208,10 +208,6 @@ def _is_fused(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return target.namespace in _FUSED_NAMESPACES and target.overloadpacket not in flop_registry
-
-
-def _workspace(node: fx.Node) -> int:
-    return workspace_bytes(node.target, fx.map_arg(node.args, lambda read: read.meta["val"]))
 
 
 def _written_over(node: fx.Node, alive: dict[int, int], last: dict[int, int], now: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.hf.hooks import is_bound
+from deltatune.subclass import is_bound
 
 __all__ = ["check_reached", "foreign_forward", "leads_to_class", "named", "runs_own_forward"]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any, Final
 
 from torch import nn
 from torch.nn.modules import module as every_module
 
 from deltatune.hf.model import is_sharded
+from deltatune.subclass import is_bound
 
-__all__ = ["OFFLOADED", "hooks_inside", "hooks_of", "is_bound", "is_hooked", "plain_linear"]
+__all__ = ["OFFLOADED", "hooks_inside", "hooks_of", "is_hooked", "plain_linear"]
 
 #: Where accelerate keeps its hook on a module.
 OFFLOADED: Final = "_hf_hook"
@@ -94,8 +94,3 @@ def plain_linear(module: Any) -> bool:
         return False
     linear: Any = module
     return linear.bias is None and not is_sharded(linear.weight)
-
-
-def is_bound(put: Any, module: nn.Module) -> bool:
-    """Whether something is the bound method of the module's class, as its instance may hold it."""
-    return isinstance(put, types.MethodType) and put.__self__ is module and put.__func__ is type(module).forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -75,11 +76,11 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in _COMPUTED_IN:
         return weight.dtype
-    sizes: dict[torch.dtype, int] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.dtype in _COMPUTED_IN:
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
+            sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.get_default_dtype())
 
 
 def is_sharded(part: nn.Module | Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,9 +41,7 @@ class Patch:
 
 def patches(base: nn.Module, text_model: nn.Module) -> list[Patch]:
     """Everything of the kind that can be seen in a prepared model."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for found in (*_of_model(base, text_model), *_of_modules(base, text_model)):
-        counts[found] = counts.get(found, 0) + 1
+    counts = Counter((*_of_model(base, text_model), *_of_modules(base, text_model)))
     return [Patch(what, by, count, outcome) for (what, by, outcome), count in counts.items()]
 
 

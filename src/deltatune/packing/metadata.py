@@ -150,16 +150,14 @@ class _Batch:
     @cached_property
     def positions(self) -> Tensor | None:
         """The text positions ``[B, T]``; None where none came, or three rows, which may stand still in a document."""
-        if self.position_ids is None or self._has_three_rows():
+        given = self.position_ids
+        if given is None or (given.ndim == 3 and given.shape[0] == 3):
             return None
-        rows = text_positions(self.position_ids)
+        rows = text_positions(given)
         if rows.shape[0] == 1:
             rows = rows.expand(self.shape[0], -1)
-        self._check_shape("position_ids", rows, given=self.position_ids)
+        self._check_shape("position_ids", rows, given=given)
         return rows.cpu()
-
-    def _has_three_rows(self) -> bool:
-        return self.position_ids is not None and self.position_ids.ndim == 3 and self.position_ids.shape[0] == 3
 
     def _restarts(self) -> Tensor | None:
         """Where positions begin documents, if they say more than the padding mask does; padding may carry any."""

@@ -18,7 +18,6 @@ from deltatune.verification.measure import Documents, Pass, Subject, differences
 from deltatune.verification.report import VerifyCheck
 from deltatune.verification.rounding import limits_of
 from deltatune.verification.subjects import Probed
-from deltatune.verification.untouched import compiled_as
 
 __all__ = ["bounds_of", "compare_beyond_bounds", "compare_with_stock"]
 
@@ -71,26 +70,27 @@ def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCh
     """
     near, most = {}, _LONGEST.get(probed.device.type, _LONGEST_ELSEWHERE)
     for name, length in bounds_of(probed.text_model.config).items():
-        if _beyond(length) <= most:
+        if length + length // 2 < most:
             near[name] = length
         else:
             yield f"documents longer than {name}={length} were not run: {most} tokens are the most on this device"
     if not near:
         return
-    documents = Documents((_SHORT, _beyond(max(near.values()))), _PADDING if probed.state is not None else 0)
+    bound = max(near.values())
+    documents = Documents((_SHORT, bound + bound // 2 + 1), _PADDING if probed.state is not None else 0)
     inputs = probed.random(1, documents.total)[1]
     places = documents.places
 
     def alone() -> Tensor:
-        return torch.cat([_hidden(probed, inputs[:, place], {}) for place in places], dim=1)
+        return torch.cat([probed.hidden(inputs[:, place], {}) for place in places], dim=1)
 
     def differ(found: Tensor, expected: Tensor) -> tuple[float, ...]:
         return (worst_of(relative(found[:, place], expected[:, place]) for place in places),)
 
     longer = ", ".join(f"{name}={length}" for name, length in near.items())
-    name = f"a document of {documents.lengths[1]} tokens (longer than {longer})"
-    packed = _hidden(probed, inputs, probed.metadata(documents))
-    yield _check(probed, name, packed, alone, differ, tolerance)
+    title = f"a document of {documents.lengths[1]} tokens (longer than {longer})"
+    packed = probed.hidden(inputs, probed.metadata(documents))
+    yield _check(probed, title, packed, alone, differ, tolerance)
 
 
 def _check(
@@ -110,17 +110,6 @@ def _check(
         return f"{name}: not compared with the stock class, which does not run here ({reason})"
     figures = differ(found, expected)
     return VerifyCheck(name, figures, limits_of(figures, tolerance, alone, differ))
-
-
-def _beyond(length: int) -> int:
-    return length + length // 2 + 1
-
-
-def _hidden(probed: Probed, inputs: Tensor, metadata: dict[str, Any]) -> Tensor:
-    with torch.no_grad(), compiled_as(probed.state, compiled=False):
-        run: Callable[..., Any] = probed.text_model
-        output: Tensor = run(inputs_embeds=inputs, **probed.switches, **metadata)[0]
-    return output
 
 
 @contextmanager

@@ -69,13 +69,13 @@ class Probed:
         sequences = Sequences.from_lengths(documents.lengths, total=documents.total, device=self.device)
         found: dict[str, Any] = {"position_ids": sequences.positions.view(1, -1).long()}
         if self.state is not None:
-            return found | {"sequences": sequences}
-        if self.refused is not None:
-            return found
-        # as collators that flatten emit
-        boundaries, longest = sequences.cu_seqlens[: sequences.num_sequences + 1], sequences.max_length
-        found |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
-        return found | {"max_length_q": longest, "max_length_k": longest}
+            found["sequences"] = sequences
+        elif self.refused is None:
+            # as collators that flatten emit
+            boundaries = sequences.cu_seqlens[: sequences.num_sequences + 1]
+            found |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), boundaries)
+            found |= dict.fromkeys(("max_length_q", "max_length_k"), sequences.max_length)
+        return found
 
     def packed_calls(self, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, _Call]:
         """How the text model calls these layers for the pack; settles which metadata a stock model takes."""
@@ -96,14 +96,18 @@ class Probed:
             hidden = args[0] if args else rest.pop("hidden_states")
             calls[name] = _Call(hidden.detach(), args[1:], rest)
 
-        with ExitStack() as stack:
-            stack.enter_context(compiled_as(self.state, compiled=False))
-            stack.enter_context(torch.no_grad())
+        with ExitStack() as hooks:
             for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(functools.partial(record, name), with_kwargs=True)
-                stack.callback(hook.remove)
-            self.text_model(inputs_embeds=inputs, **self.switches, **metadata)
+                hook = functools.partial(record, name)
+                hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self.hidden(inputs, metadata)
         return calls
+
+    def hidden(self, inputs: Tensor, metadata: dict[str, Any]) -> Tensor:
+        """The last hidden state, without compile and gradients."""
+        with torch.no_grad(), compiled_as(self.state, compiled=False):
+            output: Tensor = self.text_model(inputs_embeds=inputs, **self.switches, **metadata)[0]
+        return output
 
 
 def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -> list[Subject]:
