@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltatune import CompileOptions, prepare
-from deltatune.compile.partition import partition
+from deltatune.compile.partition import Partitioner
 from lora_cases import adapted, packed_call, relative
 from tiny import randomised
 
@@ -89,7 +89,7 @@ def test_what_is_drawn_is_saved_at_any_budget(budget: float) -> None:
     for share in (1.0, budget):
 
         def divide(graph: Any, inputs: Any, share: float = share, **kwargs: Any) -> Any:
-            return partition(graph, inputs, budget=share, compiler="inductor", **kwargs)
+            return Partitioner(share)(graph, inputs, compiler="inductor", **kwargs)
 
         backend = aot_autograd(fw_compiler=get_nop_func(), bw_compiler=get_nop_func(), partition_fn=divide)
         torch._dynamo.reset()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from deltatune.compile.recomputation import recompute_functions
+from deltatune.compile.partition import recompute_functions
 
 
 class Inner(torch.autograd.Function):

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deltatune.compile.partition import Partitioner
-from deltatune.compile.recomputation import recompute_functions
+from deltatune.compile.partition import Partitioner, recompute_functions
 from deltatune.hf.hooks import hooks_inside
 from deltatune.options import CompileOptions
 from deltatune.state import State, bound

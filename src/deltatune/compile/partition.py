@@ -1,8 +1,11 @@
-"""Dividing a graph into forward and backward under a memory budget, so that no random number is drawn twice."""
+"""Dividing a graph into forward and backward: what is computed again there, and what never is.
+
+Under a memory budget no random number is drawn twice; in a checkpointed layer autograd functions are computed again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -11,44 +14,32 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["Partitioner", "partition"]
+__all__ = ["Partitioner", "recompute_functions"]
 
 #: In place of a budget of 0, at which the partitioner keeps the graph's inputs alone, whatever must be saved.
 _SMALLEST: Final = 1e-6
 
 
-def partition(
-    joint: fx.GraphModule, inputs: Sequence[object], *, budget: float, **kwargs: Any
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Torch's own partitioner, told to save what random ops draw.
+class Partitioner(CustomPartitionerFn):
+    """Torch's own partitioner under a budget (the share of activations that may stay), told to save random results.
 
     Left to itself it computes a mask of dropout again like anything else, from another state of the generator. Without
     a budget it does not: it saves masks, and in a checkpointed layer draws them from the saved state.
-
-    Args:
-        joint: forward and backward as one graph; its random nodes are marked in place.
-        inputs: of that graph.
-        budget: the share of activations that may stay, from 0 to 1.
-        **kwargs: as ``min_cut_rematerialization_partition`` takes them.
     """
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    drawn = [node for node in joint.graph.nodes if _is_random(node)] if budget < 1 else []
-    for node in drawn:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    with functorch_config.patch(activation_memory_budget=max(budget, _SMALLEST) if drawn else budget):
-        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
-
-
-class Partitioner(CustomPartitionerFn):
-    """``partition`` under one budget, as Inductor takes it."""
 
     def __init__(self, budget: float) -> None:
         self._budget = budget
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        """Forward and backward of ``gm``."""
-        return partition(gm, joint_inputs, budget=self._budget, **kwargs)
+        """Forward and backward of ``gm``, whose random nodes are marked in place."""
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        drawn = [node for node in gm.graph.nodes if _is_random(node)] if self._budget < 1 else []
+        for node in drawn:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        budget = max(self._budget, _SMALLEST) if drawn else self._budget
+        with functorch_config.patch(activation_memory_budget=budget):
+            return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
         """What cached graphs depend on."""
@@ -58,3 +49,27 @@ class Partitioner(CustomPartitionerFn):
 def _is_random(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def recompute_functions(graph: fx.GraphModule) -> None:
+    """Marks what autograd functions compute in a checkpointed layer as recomputed, like all around it.
+
+    torch before 2.13 marks only the nodes of the checkpointed graph itself, so the partitioner would keep every result
+    of a function's forward, such as the projections of a layer with adapters. The graph is as Dynamo captured it; its
+    nested graphs are marked in place.
+    """
+    for region in _called(graph, torch.ops.higher_order.tag_activation_checkpoint):
+        for body in _called(region, torch.ops.higher_order.autograd_function_apply):
+            for node in body.graph.nodes:
+                if node.op.startswith("call_"):
+                    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _called(graph: fx.GraphModule, higher_order: Any) -> Iterator[fx.GraphModule]:
+    """The first graph that each call of a higher-order operator takes, in nested graphs too."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for call in module.graph.find_nodes(op="call_function", target=higher_order):
+                body = module.get_submodule(str(call.args[0].target))
+                assert isinstance(body, fx.GraphModule)
+                yield body

@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from deltatune.compile.graphs import Graphs
-from deltatune.compile.partition import partition
+from deltatune.compile.partition import Partitioner
 from deltatune.ops._opaque import workspace_bytes
 from deltatune.options import CompileOptions
 
@@ -59,10 +59,8 @@ def trace_layer(
     Args:
         forward: the function that the decoder layer compiles.
         module: the layer; parameters anywhere but on the meta device, their values are not read.
-        args: of the call; the hidden states must require a gradient.
-        kwargs: of the call.
+        args: of the call, as ``kwargs``; the hidden states must require a gradient.
         settings: ``"none"``, ``"layer"`` or the share that may stay.
-        options: how the layers are compiled.
 
     Raises:
         GraphBreakError: as the compiled layer would.
@@ -117,7 +115,7 @@ class _Recorder(CustomPartitionerFn):
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         for share in self._shares:
             joint = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-            forward, backward = partition(joint, joint_inputs, budget=share, **kwargs)
+            forward, backward = Partitioner(share)(joint, joint_inputs, **kwargs)
             self.found[share] = self._read(forward, backward, kwargs["num_fwd_outputs"])
         raise _TraceEndError
 

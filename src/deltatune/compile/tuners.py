@@ -21,7 +21,7 @@ def check_tuners(text_model: Any) -> None:
     kinds: dict[tuple[str, ...], tuple[str, nn.Module]] = {}
     for number, layer in enumerate(text_model.layers):
         for path, module in layer.named_modules():
-            if _is_tuner(module):
+            if "base_layer" in module._modules and hasattr(module, "active_adapters"):
                 kinds.setdefault(_kind(module), (f"layers.{number}.{path}", module))
     for (name, *variants), (path, module) in kinds.items():
         reason = _break(module)
@@ -31,10 +31,6 @@ def check_tuners(text_model: Any) -> None:
                 f"{reason}; use plain LoRA on linear layers, or CompileOptions(strict=False), where graph breaks are "
                 "counted and not refused (compile.strict: false in a recipe)"
             )
-
-
-def _is_tuner(module: nn.Module) -> bool:
-    return "base_layer" in module._modules and hasattr(module, "active_adapters")
 
 
 def _kind(module: Any) -> tuple[str, ...]:

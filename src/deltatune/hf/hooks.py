@@ -19,12 +19,7 @@ _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 #: Put into the instance: a forward of its own, and what accelerate keeps with one.
 _OWN: Final = ("forward", OFFLOADED, "_old_forward")
 #: Hooks that act on every module of the process.
-_GLOBAL: Final = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+_GLOBAL: Final = tuple(f"_global{name}" for name in _HOOKS)
 #: Hooks of these change nothing that a graph computes.
 _OUR_OWN: Final = ("deltatune.", "torch.distributed.")
 

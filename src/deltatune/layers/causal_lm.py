@@ -27,6 +27,9 @@ from deltatune.subclass import Swapped
 
 __all__ = ["CausalLM", "without_crossing_labels"]
 
+#: With images or videos the stock model makes the positions.
+_MEDIA = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+
 #: Tokens whose logits exist at a time where the head is not a plain linear layer.
 _HEAD_CHUNK = 1024
 
@@ -84,7 +87,7 @@ class CausalLM(Swapped):
         call["sequences"], call["use_cache"] = resolved.sequences, False
         if call.get("attention_mask") is not None:
             call["attention_mask"] = resolved.padding_mask
-        if call.get("position_ids") is None and not _has_media(call):
+        if all(call.get(name) is None for name in ("position_ids", *_MEDIA)):
             call["position_ids"] = resolved.position_ids
         with deciding(self, resolved.sequences.total):
             if call.get("labels") is None and call.get("shift_labels") is None:
@@ -241,7 +244,3 @@ def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     for state, target in zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True):
         total = total + checkpoint(chunk_loss, state, target, use_reentrant=False)
     return total
-
-
-def _has_media(call: dict[str, Any]) -> bool:
-    return any(call.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))

@@ -96,7 +96,8 @@ def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Ten
         # the longest documents need no cut
         cut = position_ids if length == distinct[-1] else position_ids.clamp(max=length - 1)
         one = _as_if_of_length(rotary, x, cut, length, named)
-        result = one if result is None else tree_map(functools.partial(_choose, lengths == length), one, result)
+        where = functools.partial(torch.where, (lengths == length)[..., None])
+        result = one if result is None else tree_map(where, one, result)
     return result
 
 
@@ -144,7 +145,3 @@ def forget_lengths(text_model: Any) -> None:
         for name in rotary.__dict__.keys() - fresh.keys():
             del rotary.__dict__[name]
         rotary.__dict__.update(fresh)
-
-
-def _choose(where: Tensor, this: Tensor, other: Tensor) -> Tensor:
-    return torch.where(where[..., None], this, other)

@@ -6,33 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.models import qwen3, qwen3_5, qwen3_moe, qwen3_next, qwen3_vl
+from deltatune.models.families import ANY, FAMILIES
 from deltatune.models.family import Family
-from deltatune.models.refusals import unusual_attention
 
 __all__ = ["ANY", "FAMILIES", "family_of", "recurrent_modules"]
-
-FAMILIES = (
-    qwen3.FAMILY,
-    qwen3_moe.FAMILY,
-    qwen3_next.FAMILY,
-    qwen3_5.DENSE,
-    qwen3_5.MOE,
-    qwen3_vl.DENSE,
-    qwen3_vl.MOE,
-)
-
-#: Another dense decoder: packing through the attention interface, and compile.
-ANY = Family(
-    name="any",
-    model_type="*",
-    swaps=(),
-    mask_form="4d",
-    features={
-        "compile": "experimental: the stock layers must trace as one graph; the first step says so if they do not"
-    },
-    refusals=(unusual_attention,),
-)
 
 # Parts of class names of layers whose state runs along the sequence.
 _RECURRENT = (
