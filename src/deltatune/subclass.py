@@ -47,10 +47,7 @@ class Swapped(nn.Module):
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
         """What the choice of an implementation goes by, for every op that this layer calls in front of ``module``.
 
-        Args:
-            module: the stock module, swapped already or not.
-            device: where it will run.
-            dtype: of the activations.
+        ``module`` may be swapped already; ``dtype`` is that of the activations.
         """
         del module, device, dtype
         return ()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltatune.compile.memory import candidate_settings, estimate_memory, estimate_traced_memory, least_recomputation
 from deltatune.compile.trace import LayerMemory, Setting, trace_layer
 from deltatune.hf import model as hf_model
-from deltatune.state import Choice, State, bound
+from deltatune.state import AutoCheckpointing, State, bound
 from deltatune.subclass import stock_class
 
 __all__ = ["decide_for", "deciding", "layer_label"]
@@ -33,18 +33,18 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
     """
     state: State = model._deltatune
     auto = state.facts.auto
-    due = auto is not None and model.training and torch.is_grad_enabled() and tokens > auto.tokens
-    if not due or _whole_model.get() is not None:
+    due = model.training and torch.is_grad_enabled() and _whole_model.get() is None
+    if auto is None or not due or tokens <= auto.tokens:
         yield
         return
 
     def before_first_layer(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _whole_model.get() is model:  # not of another thread's call
-            _decide(state, tokens, _from_graphs(model, state, tokens, args, kwargs))
+            _decide(model, tokens, _from_graphs(model, auto, tokens, args, kwargs))
 
     with bound(_whole_model, model):
         if state.options.compile is None or state.options.compile.scope != "layer" or hf_model.is_sharded(model):
-            _decide(state, tokens, _from_shapes(model, state, tokens, hf_model.device_of(model)))
+            _decide(model, tokens, _from_shapes(model, auto, tokens))
             yield
             return
         with model.get_decoder().layers[0].register_forward_pre_hook(before_first_layer, with_kwargs=True):
@@ -57,8 +57,7 @@ def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> N
     With ``device`` nothing runs: the shapes decide for a model that will train there.
     """
     if device is not None:
-        state: State = model._deltatune
-        _decide(state, tokens, _from_shapes(model, state, tokens, device))
+        _decide(model, tokens, _from_shapes(model, model._deltatune.facts.auto, tokens), device)
         return
 
     def leave(*_: object) -> None:
@@ -81,16 +80,14 @@ class _LeftError(Exception):
     """Ends a forward before its first layer."""
 
 
-def _decide(state: State, tokens: int, choice: Choice) -> None:
-    assert state.facts.auto is not None
-    state.facts.auto.tokens, state.facts.auto.choice = tokens, choice
+def _decide(model: Any, tokens: int, predicted: dict[Setting, int], device: torch.device | None = None) -> None:
+    auto = model._deltatune.facts.auto
+    auto.tokens, auto.choice = tokens, least_recomputation(predicted, device or hf_model.device_of(model))
 
 
-def _from_shapes(model: Any, state: State, tokens: int, device: torch.device) -> Choice:
-    """For a model that has no storage yet, is sharded, or is not compiled layer by layer."""
-    auto = state.facts.auto
-    assert auto is not None
-    predicted = {
+def _from_shapes(model: Any, auto: AutoCheckpointing, tokens: int) -> dict[Setting, int]:
+    """Peaks of a model that has no storage yet, is sharded, or is not compiled layer by layer."""
+    return {
         setting: estimate_memory(
             model,
             tokens_per_batch=tokens,
@@ -98,19 +95,18 @@ def _from_shapes(model: Any, state: State, tokens: int, device: torch.device) ->
             checkpointing=setting,
             compute_dtype=auto.compute_dtype,
         ).total
-        for setting in candidate_settings(compiled=state.options.compile is not None)
+        for setting in candidate_settings(compiled=model._deltatune.options.compile is not None)
     }
-    return least_recomputation(predicted, device)
 
 
-def _from_graphs(model: Any, state: State, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+def _from_graphs(
+    model: Any, auto: AutoCheckpointing, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Setting, int]:
     """``args`` and ``kwargs``: of the first layer's call."""
-    auto = state.facts.auto
-    assert auto is not None
     settings = candidate_settings(compiled=True)
     with _autocast(hf_model.device_of(model), auto.compute_dtype):
-        layers = _layer_memories(model.get_decoder(), state, settings, args, kwargs)
-    predicted = {
+        layers = _layer_memories(model.get_decoder(), settings, args, kwargs)
+    return {
         setting: estimate_traced_memory(
             model,
             [memories[setting] for memories in layers],
@@ -121,11 +117,10 @@ def _from_graphs(model: Any, state: State, tokens: int, args: tuple[Any, ...], k
         ).total
         for setting in settings
     }
-    return least_recomputation(predicted, hf_model.device_of(model))
 
 
 def _layer_memories(
-    decoder: Any, state: State, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    decoder: Any, settings: tuple[Setting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[dict[Setting, LayerMemory]]:
     """For every layer, in order, what it keeps at each setting; layers before all that trains keep nothing."""
     kwargs = dict(kwargs)
@@ -143,7 +138,7 @@ def _layer_memories(
         if label not in traced:
             forward = stock_class(layer).forward
             traced[label] = trace_layer(
-                forward, layer, (leaf, *args[1:]), kwargs, settings=settings, options=state.options.compile
+                forward, layer, (leaf, *args[1:]), kwargs, settings=settings, options=decoder._deltatune.options.compile
             )
         found.append(traced[label])
     return found

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -109,10 +109,11 @@ def estimate_memory(
         compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return MemoryEstimate(
-        weights=_weight_bytes(model),
-        gradients=_gradient_bytes(model),
-        optimizer=_state_bytes(model, optimizer),
+        weights=sum(map(_bytes, (*model.parameters(), *model.buffers()))),
+        gradients=sum(map(_bytes, trained)),
+        optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained),
         activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
@@ -139,36 +140,22 @@ def estimate_traced_memory(
         layers: one for each decoder layer, in order, at the setting in question; see ``trace_layer``.
         accumulates: gradients of earlier batches are there from the start.
     """
+    whole = estimate_memory(model, tokens_per_batch=tokens_per_batch, optimizer=optimizer, compute_dtype=compute_dtype)
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
-    weights, state, every = _weight_bytes(model), _state_bytes(model, optimizer), _gradient_bytes(model)
     boundary = tokens_per_batch * hf_model.text_config(model).hidden_size * width_bytes
-    shared = max((layer.shared for layer in layers), default=0)
-    kept = shared + sum(layer.kept for layer in layers)
-    logits = _loss_bytes(model, tokens_per_batch, width_bytes)
+    kept = max((layer.shared for layer in layers), default=0) + sum(layer.kept for layer in layers)
+    # the head and the final norm come first, the embedding last
+    done = whole.gradients if accumulates else 0
     stages = [
-        MemoryEstimate(weights, every if accumulates else 0, state, kept + 2 * boundary, logits),
-        MemoryEstimate(weights, every, state, 0, 0),
+        replace(whole, gradients=done, activations=kept + 2 * boundary),
+        replace(whole, activations=0, logits=0),
     ]
-    # the head and the final norm are done, the embedding is not
-    done = 0
     for layer, module in zip(reversed(layers), reversed(hf_model.text_model(model).layers), strict=True):
         kept -= layer.kept
-        gradients = every if accumulates else done
-        stages.append(MemoryEstimate(weights, gradients, state, kept + layer.backward_peak, 0))
-        done += _gradient_bytes(module)
+        stages.append(replace(whole, gradients=done, activations=kept + layer.backward_peak, logits=0))
+        if not accumulates:
+            done += sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
     return max(stages, key=lambda stage: stage.total)
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(map(_bytes, (*model.parameters(), *model.buffers())))
-
-
-def _gradient_bytes(module: nn.Module) -> int:
-    return sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
-
-
-def _state_bytes(model: nn.Module, optimizer: str) -> int:
-    return sum(optimizer_bytes(parameter, optimizer) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:

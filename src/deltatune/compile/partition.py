@@ -34,7 +34,8 @@ class Partitioner(CustomPartitionerFn):
         """Forward and backward of ``gm``, whose random nodes are marked in place."""
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-        drawn = [node for node in gm.graph.nodes if _is_random(node)] if self._budget < 1 else []
+        seeded = torch.Tag.nondeterministic_seeded
+        drawn = [node for node in gm.graph.nodes if self._budget < 1 and seeded in getattr(node.target, "tags", ())]
         for node in drawn:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         budget = max(self._budget, _SMALLEST) if drawn else self._budget
@@ -44,11 +45,6 @@ class Partitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         """What cached graphs depend on."""
         return f"deltatune: random results saved, budget {self._budget}"
-
-
-def _is_random(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def recompute_functions(graph: fx.GraphModule) -> None:

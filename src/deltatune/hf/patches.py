@@ -24,14 +24,7 @@ _SAME_ROTATION: Final = ("liger_kernel.",)
 
 @dataclass(frozen=True)
 class Patch:
-    """Something of another tool's.
-
-    Attributes:
-        what: the class, or the function, that it took the place of or wrapped.
-        by: the function or class that is there now.
-        count: modules.
-        outcome: what a packed call makes of it.
-    """
+    """How many functions or classes (``what``) made room for another tool's (``by``), and what a call makes of that."""
 
     what: str
     by: str

@@ -40,11 +40,9 @@ def install_lora(text_model: Any, state: State) -> None:
         return
     for layer in text_model.layers:
         modules = list(layer.modules())
-        if not any(map(is_lora_linear, modules)):
-            continue
-        for module in modules:
-            if not runs_own_forward(module):
-                continue  # called as it is, which is right for whatever another tool put there
+        adapted = any(map(is_lora_linear, modules))
+        # others are called as they are, which is right for whatever another tool put there
+        for module in filter(runs_own_forward, modules if adapted else ()):
             if is_lora_linear(module):
                 swap(module, LoRALinear, state)
             elif is_gated_mlp(module):

@@ -36,12 +36,8 @@ def limits_of(
     A sum taken in another order is the sum of operands that are off by about their last place, so the difference that
     this makes is the one that another arrangement of the same numbers can make, amplified as the model amplifies it.
 
-    Args:
-        figures: relative differences of what was measured.
-        tolerance: their limit where nothing exceeds it.
-        run: what is run as it is, and again with ``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating
-            operand x, in forward and in backward.
-        differ: the same figures of two runs.
+    ``run`` runs as it is, and again with ``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating operand
+    x, in forward and in backward; ``differ`` gives the same figures of two runs.
     """
     if not any(figure > tolerance for figure in figures):
         return (tolerance,) * len(figures)

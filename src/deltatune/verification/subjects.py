@@ -143,9 +143,7 @@ def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -
 def model_subject(probed: Probed, fallback: Mapping[str, nn.Parameter]) -> Subject:
     """The whole model: logits, and the loss of ``labels=`` where it has a head.
 
-    Args:
-        probed: the model and its batch.
-        fallback: parameters to differentiate where none is trained.
+    ``fallback`` is differentiated where no parameter is trained.
     """
     trained = {name: p for name, p in probed.model.named_parameters() if p.requires_grad and p.is_floating_point()}
     return Subject(

@@ -23,11 +23,7 @@ SLOW_DECAY = 0.05
 
 @contextmanager
 def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Slow decay and no dropout inside; the model and the random number generators as before, after.
-
-    Args:
-        training: every module in training mode except dropout, or all of them in evaluation mode.
-    """
+    """Slow decay and no dropout inside; the model and the random number generators as before, after."""
     decays: dict[torch.Tensor, torch.Tensor] = {
         p: p.detach().clone() for name, p in model.named_parameters() if name.endswith("A_log")
     }
