@@ -13,7 +13,3 @@ class Cost(NamedTuple):
     flops: float = 0.0  # floating-point operations
     kept: float = 0.0  # elements that backward reads, in the dtype of the activations
     kept_bytes: float = 0.0  # bytes that it reads of fixed dtypes, such as float32 log-sum-exps
-
-    def plus(self, other: Cost) -> Cost:
-        """Both."""
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))

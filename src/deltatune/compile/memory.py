@@ -239,11 +239,8 @@ def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
 
 def layer_cost(layer: nn.Module, *, tokens: int = 0, squares: int = 0) -> Cost:
     """The sum of ``Swapped.cost`` over a prepared module and all under it."""
-    total = Cost()
-    for module in layer.modules():
-        if isinstance(module, Swapped):
-            total = total.plus(module.cost(tokens, squares))
-    return total
+    costs = [module.cost(tokens, squares) for module in layer.modules() if isinstance(module, Swapped)]
+    return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
 
 
 def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from deltatune.subclass import is_bound
 
-__all__ = ["check_reached", "foreign_forward", "leads_to_class", "named", "runs_own_forward"]
+__all__ = ["check_reached", "foreign_forward", "named", "runs_own_forward"]
 
 #: How far a wrapper may keep the forward it calls: closures in closures, partials, decorators.
 _DEPTH = 6
@@ -45,25 +45,19 @@ def runs_own_forward(module: nn.Module) -> bool:
     return getattr(cls.forward, "__module__", None) == cls.__module__ and foreign_forward(module) is None
 
 
-def leads_to_class(module: nn.Module) -> bool:
-    """Whether the forward on an instance keeps, and so may call, the forward of the module's class.
+def check_reached(module: nn.Module, what: str) -> None:
+    """Refuses a module of ours whose forward was replaced since, not wrapped.
 
     What wraps a forward holds it: in a closure, a partial, a default, or as accelerate does next to it. What takes its
     place, as a kernel from the Hub does, holds none.
-    """
-    own = module.__dict__
-    return "forward" not in own or _holds((own["forward"], own.get("_old_forward")), module, _DEPTH)
-
-
-def check_reached(module: nn.Module, what: str) -> None:
-    """Refuses a module of ours whose forward was replaced since, not wrapped.
 
     Raises:
         ValueError: with the function that is there, and what to do.
     """
-    if not leads_to_class(module):
+    own = module.__dict__
+    if "forward" in own and not _holds((own["forward"], own.get("_old_forward")), module, _DEPTH):
         raise ValueError(
-            f"{what}: its forward was replaced after prepare, by {named(module.__dict__['forward'])}, which keeps "
+            f"{what}: its forward was replaced after prepare, by {named(own['forward'])}, which keeps "
             "documents together; take it off, or let it call the forward that it found"
         )
 

@@ -10,14 +10,14 @@ from torch.nn.modules import module as every_module
 from deltatune.hf.model import is_sharded
 from deltatune.subclass import is_bound
 
-__all__ = ["OFFLOADED", "hooks_inside", "hooks_of", "is_hooked", "plain_linear"]
+__all__ = ["OFFLOADED", "ON_INSTANCE", "hooks_inside", "hooks_of", "is_hooked", "plain_linear"]
 
 #: Where accelerate keeps its hook on a module.
 OFFLOADED: Final = "_hf_hook"
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Put into the instance: a forward of its own, and what accelerate keeps with one.
-_OWN: Final = ("forward", OFFLOADED, "_old_forward")
+ON_INSTANCE: Final = ("forward", OFFLOADED, "_old_forward")
 #: Hooks that act on every module of the process.
 _GLOBAL: Final = tuple(f"_global{name}" for name in _HOOKS)
 #: Hooks of these change nothing that a graph computes.
@@ -32,7 +32,7 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
     """
     own = module.__dict__
     found = [name for name in _HOOKS if own.get(name)]
-    found += [name for name in _OWN if name in own and not is_bound(own[name], module)]
+    found += [name for name in ON_INSTANCE if name in own and not is_bound(own[name], module)]
     if "parametrizations" in own["_modules"]:
         found.append("parametrizations")
     found += [name for name in _GLOBAL if getattr(every_module, name)]

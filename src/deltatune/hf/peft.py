@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
 from deltatune.hf.forwards import foreign_forward
-from deltatune.hf.hooks import OFFLOADED, hooks_of, is_hooked
+from deltatune.hf.hooks import OFFLOADED, ON_INSTANCE, hooks_of, is_hooked
 
 __all__ = ["readable", "readable_conv", "refuse_prompt_learning", "trained_copy"]
-
-#: What accelerate's hook puts into a module; its ``pre_forward`` and ``post_forward`` belong around a read.
-_ACCELERATE: Final = {"forward", OFFLOADED, "_old_forward"}
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
@@ -61,7 +58,7 @@ def readable_conv(module: nn.Module) -> nn.Module:
     inner = trained_copy(module)
     hung = {*hooks_of(inner), *hooks_of(module)} - {"parametrizations"}
     if OFFLOADED in inner.__dict__ and foreign_forward(inner) is None:
-        hung -= _ACCELERATE
+        hung -= {*ON_INSTANCE}  # whose ``pre_forward`` and ``post_forward`` belong around a read
     if hasattr(inner, "base_layer"):
         hung.add(f"an adapter ({type(inner).__name__})")
     if hung or not isinstance(inner, nn.Conv1d):

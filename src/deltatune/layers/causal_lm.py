@@ -105,7 +105,7 @@ class CausalLM(Swapped):
         if targets is None:
             targets = F.pad(labels.reshape(-1), (0, 1), value=-100)[1:].view(labels.shape)
         num_items, keep = call.pop("num_items_in_batch", None), call.get("logits_to_keep", 0)
-        asked = self._returns_logits(keep, wants_logits)
+        asked = not isinstance(keep, int) or keep != 0 or (not self.training if wants_logits is None else wants_logits)
         called = self._calls_head()
         needs_all = called or self._deltatune.facts.head != "linear"
         if needs_all:
@@ -161,11 +161,6 @@ class CausalLM(Swapped):
             )
         weighted: Tensor = found[0] * aux_loss
         return weighted
-
-    def _returns_logits(self, keep: Tensor | int, asked: bool | None) -> bool:
-        if not (isinstance(keep, int) and keep == 0):
-            return True
-        return not self.training if asked is None else asked
 
     def _has_stock_loss(self, call: dict[str, Any]) -> bool:
         from transformers.loss.loss_utils import ForCausalLMLoss

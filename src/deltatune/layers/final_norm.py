@@ -35,21 +35,20 @@ class FinalNorm(Swapped):
         """``[B, T, E] -> [B, T, E]``; stock norms have several names for their argument."""
         (x,) = (*args, *kwargs.values())
         impl = self._kernel(x)
-        normed: Tensor = super().forward(x) if impl is None else self._by_kernel(x, impl)
-        return normed
+        if impl is None:
+            stock: Tensor = super().forward(x)
+            return stock
+        # one head as wide as the stream, of which nothing turns
+        angles = x.new_empty(1, x.shape[1], 0)
+        return ops.rms_norm_rope(
+            x.unsqueeze(2), self.weight, angles, angles, eps=eps_of(self), unit_offset=self.unit_offset, impl=impl
+        ).squeeze(2)
 
     @classmethod
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
         """Of the norm, of which nothing turns."""
         del module
         return (ops.RmsNormRopeSpec(device, dtype),)
-
-    def _by_kernel(self, x: Tensor, impl: str) -> Tensor:
-        # one head as wide as the stream, of which nothing turns
-        angles = x.new_empty(1, x.shape[1], 0)
-        return ops.rms_norm_rope(
-            x.unsqueeze(2), self.weight, angles, angles, eps=eps_of(self), unit_offset=self.unit_offset, impl=impl
-        ).squeeze(2)
 
     def _kernel(self, x: Tensor) -> str | None:
         """The kernel that runs; None where the stock norm does."""

@@ -117,12 +117,9 @@ def _as_if_of_length(rotary: Any, x: Tensor, position_ids: Tensor, length: int, 
     """
     last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
     told = torch.cat([position_ids, last], dim=-1)
-    return tree_map(_without_last, stock_class(rotary).forward(_at_first_state(rotary), x, told, **named))
-
-
-def _without_last(part: Tensor) -> Tensor:
+    found = stock_class(rotary).forward(_at_first_state(rotary), x, told, **named)
     # strides that a graph sees must not tell how many lengths a batch holds
-    return part[..., :-1, :].clone(memory_format=torch.contiguous_format)
+    return tree_map(lambda part: part[..., :-1, :].clone(memory_format=torch.contiguous_format), found)
 
 
 def _at_first_state(rotary: Any) -> nn.Module:
