@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 import types
@@ -195,15 +196,13 @@ def _whole_under_ddp() -> AbstractContextManager[None]:
     return whole
 
 
-_serial = 0
+_serial = itertools.count(1)
 
 
 def fresh_code(function: Forward, name: str) -> types.FunctionType:
     """The function with a code object of its own, which the compiler counts apart; ``name`` is what it is called."""
-    global _serial
     assert isinstance(function, types.FunctionType)
-    _serial += 1
-    code = function.__code__.replace(co_name=f"{name}_{_serial}")
+    code = function.__code__.replace(co_name=f"{name}_{next(_serial)}")
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 

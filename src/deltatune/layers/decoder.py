@@ -45,9 +45,6 @@ _NOT_FOR_LAYERS = frozenset({*METADATA, "num_items_in_batch", "labels", "shift_l
 class DecoderLayer(Swapped):
     """A decoder layer that runs compiled and checkpointed as ``prepare`` was asked to."""
 
-    #: tells the types of layer of one model apart
-    layer_type: str
-
     def forward(self, hidden_states: Tensor, *args: Any, sequences: Sequences | None = None, **kwargs: Any) -> Any:
         """As the stock layer; without ``sequences`` (a cached call) the stock forward, eager.
 

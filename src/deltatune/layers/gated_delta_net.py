@@ -39,7 +39,6 @@ class GatedDeltaNet(Swapped):
     head_v_dim: int
     key_dim: int
     value_dim: int
-    activation: str
     A_log: Tensor
     dt_bias: Tensor
     conv1d: nn.Module

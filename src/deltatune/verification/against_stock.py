@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -14,7 +15,7 @@ from torch import Tensor
 from deltatune.hf.attention_interface import set_config
 from deltatune.hf.cached import stock_path
 from deltatune.layers.rotary import forget_lengths
-from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
+from deltatune.verification.measure import Documents, Subject, differences, relative, run_once, worst_of
 from deltatune.verification.report import VerifyCheck
 from deltatune.verification.rounding import limits_of
 from deltatune.verification.subjects import Probed
@@ -51,13 +52,8 @@ def compare_with_stock(probed: Probed, subject: Subject, tolerance: float) -> Ve
     lengths = probed.documents.lengths
     number = lengths.index(max(lengths))
     inputs = probed.inputs[:, probed.documents.places[number]]
-
-    def once() -> Pass:
-        return run_once(subject.alone[number], inputs, tuple(subject.parameters.values()))
-
-    def differ(found: Pass, expected: Pass) -> tuple[float, ...]:
-        return differences(subject, found, expected, [slice(None)])
-
+    once = functools.partial(run_once, subject.alone[number], inputs, tuple(subject.parameters.values()))
+    differ = functools.partial(differences, subject, [slice(None)])
     name = f"one document of {lengths[number]} tokens against the stock class"
     return _check(probed, name, once(), once, differ, tolerance)
 

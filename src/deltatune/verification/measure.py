@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -28,7 +28,7 @@ class Documents:
     lengths: tuple[int, ...]
     padding: int
 
-    @cached_property
+    @functools.cached_property
     def slices(self) -> list[slice]:
         """Where each document lies in the pack; the padding last."""
         lengths = (*self.lengths, self.padding) if self.padding else self.lengths
@@ -98,12 +98,8 @@ def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: 
     places = documents.places
     trained = (torch.arange(documents.total) < sum(documents.lengths)).to(subject.inputs.device)
 
-    def run_alone() -> Pass:
-        return _alone(subject, places)
-
-    def differ(found: Pass, expected: Pass) -> tuple[float, ...]:
-        return differences(subject, found, expected, places)
-
+    run_alone = functools.partial(_alone, subject, places)
+    differ = functools.partial(differences, subject, places)
     alone = run_alone()
     packed = run_once(subject.packed, subject.inputs, tuple(subject.parameters.values()), trained)
     figures = differ(packed, alone)
@@ -153,7 +149,7 @@ def run_once(run: Run, inputs: Tensor, parameters: tuple[nn.Parameter, ...], tra
     return Pass(output.detach(), objective.detach(), input_grad, grads[1:])
 
 
-def differences(subject: Subject, found: Pass, expected: Pass, places: Sequence[slice]) -> tuple[float, ...]:
+def differences(subject: Subject, places: Sequence[slice], found: Pass, expected: Pass) -> tuple[float, ...]:
     """``(forward, input grad, parameter grads)``, the largest of all documents, which lie at ``places``."""
     forward = [relative(found.output[:, place], expected.output[:, place]) for place in places]
     if subject.has_loss:

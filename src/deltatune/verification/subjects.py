@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deltatune.hf import model as hf_model
 from deltatune.packing.sequences import Sequences
 from deltatune.state import State
-from deltatune.verification.measure import Documents, Run, Subject
+from deltatune.verification.measure import Documents, Subject
 from deltatune.verification.untouched import compiled_as
 
 __all__ = ["Probed", "layer_subjects", "model_subject"]
@@ -45,6 +46,7 @@ class Probed:
         self.refused: str | None = None
         self._embedding: Any = text_model.get_input_embeddings()  # type: ignore[operator]
         self.device: torch.device = self._embedding.weight.device
+        self.has_head = hf_model.head_of(model) is not None
         ids, embedded = self.random(2, documents.total)
         self.inputs, self.others = embedded[:1], embedded[1:]
         self.labels = ids[:1].clone()
@@ -98,7 +100,7 @@ class Probed:
 
         with ExitStack() as hooks:
             for name, layer in layers.items():
-                hook = functools.partial(record, name)
+                hook = partial(record, name)
                 hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
             self.hidden(inputs, metadata)
         return calls
@@ -130,9 +132,9 @@ def layer_subjects(probed: Probed, types: Mapping[str, tuple[nn.Module, int]]) -
                 inputs=packed[name].hidden,
                 others=others[name].hidden,
                 parameters=_parameters(layer, trained_only=compiled),
-                packed=_run_layer(probed, layer, packed[name], weights, compiled=compiled),
+                packed=partial(_run_layer, probed, layer, packed[name], weights, compiled=compiled),
                 alone=[
-                    _run_layer(probed, layer, calls[name], weights[:, place], compiled=False)
+                    partial(_run_layer, probed, layer, calls[name], weights[:, place], compiled=False)
                     for calls, place in zip(alone, places, strict=True)
                 ],
             )
@@ -152,42 +154,40 @@ def model_subject(probed: Probed, fallback: Mapping[str, nn.Parameter]) -> Subje
         inputs=probed.inputs,
         others=probed.others,
         parameters=trained or fallback,
-        packed=_run_model(probed, probed.metadata(probed.documents), probed.labels, compiled=probed.compiled),
-        alone=[_run_model(probed, {}, probed.labels[:, place], compiled=False) for place in probed.documents.places],
-        has_loss=_has_head(probed),
+        packed=partial(_run_model, probed, probed.metadata(probed.documents), probed.labels, compiled=probed.compiled),
+        alone=[
+            partial(_run_model, probed, {}, probed.labels[:, place], compiled=False)
+            for place in probed.documents.places
+        ],
+        has_loss=probed.has_head,
     )
 
 
-def _run_layer(probed: Probed, layer: nn.Module, call: _Call, weights: Tensor, *, compiled: bool) -> Run:
+def _run_layer(
+    probed: Probed, layer: nn.Module, call: _Call, weights: Tensor, inputs: Tensor, trained: Tensor, *, compiled: bool
+) -> tuple[Tensor, Tensor]:
     """The layer, and a random linear function of its output."""
-
-    def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
-        with compiled_as(probed.state, compiled=compiled):
-            output = layer(inputs, *call.args, **call.kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        return output, (output * weights.masked_fill(~trained[:, None], 0)).sum()
-
-    return run
+    with compiled_as(probed.state, compiled=compiled):
+        output = layer(inputs, *call.args, **call.kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    return output, (output * weights.masked_fill(~trained[:, None], 0)).sum()
 
 
-def _run_model(probed: Probed, metadata: dict[str, Any], labels: Tensor, *, compiled: bool) -> Run:
+def _run_model(
+    probed: Probed, metadata: dict[str, Any], labels: Tensor, inputs: Tensor, trained: Tensor, *, compiled: bool
+) -> tuple[Tensor, Tensor]:
     """Logits and the summed loss; without a head, hidden states and a fixed function of them."""
-
-    def run(inputs: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
-        call = {"inputs_embeds": inputs, **metadata, **probed.switches, "return_dict": True}
-        if _has_head(probed):
-            # one item: the loss comes out as a sum, whatever the number of targets
-            call |= {"labels": labels.masked_fill(~trained, -100), "num_items_in_batch": 1}
-            if probed.state is not None:
-                call["output_logits"] = True
-        with compiled_as(probed.state, compiled=compiled):
-            output = probed.model(**call)
-        if _has_head(probed):
-            return output.logits, output.loss
-        hidden = output.last_hidden_state
-        return hidden, hidden.square().sum(-1).masked_fill(~trained, 0).sum()
-
-    return run
+    call = {"inputs_embeds": inputs, **metadata, **probed.switches, "return_dict": True}
+    if probed.has_head:
+        # one item: the loss comes out as a sum, whatever the number of targets
+        call |= {"labels": labels.masked_fill(~trained, -100), "num_items_in_batch": 1}
+        call |= {} if probed.state is None else {"output_logits": True}
+    with compiled_as(probed.state, compiled=compiled):
+        output = probed.model(**call)
+    if probed.has_head:
+        return output.logits, output.loss
+    hidden = output.last_hidden_state
+    return hidden, hidden.square().sum(-1).masked_fill(~trained, 0).sum()
 
 
 def _parameters(layer: nn.Module, *, trained_only: bool) -> dict[str, nn.Parameter]:
@@ -197,7 +197,3 @@ def _parameters(layer: nn.Module, *, trained_only: bool) -> dict[str, nn.Paramet
         for name, p in layer.named_parameters()
         if p.is_floating_point() and (p.requires_grad or not trained_only)
     }
-
-
-def _has_head(probed: Probed) -> bool:
-    return probed.model.get_output_embeddings() is not None  # type: ignore[operator]
