@@ -25,13 +25,7 @@ IMAGES = "experimental: the vision tower stays stock; boundaries must be passed 
 
 @dataclass(frozen=True)
 class Swap:
-    """A stock class and the layer its instances become.
-
-    Attributes:
-        stock: class name in the family's module.
-        layer: what ``prepare`` puts in front of it.
-        expected: how many instances a text config implies.
-    """
+    """A stock class by its name in the family's module, the layer its instances become, how many a config implies."""
 
     stock: str
     layer: type[Swapped]

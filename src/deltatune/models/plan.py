@@ -21,14 +21,9 @@ __all__ = ["Planned", "check_reached", "plan_swaps", "refuse_offload"]
 
 @dataclass(frozen=True)
 class Planned:
-    """One kind of module and what it becomes.
+    """The instances of a stock class, what they become, and how many a config implies: None where any number is right.
 
-    Attributes:
-        stock: name of the stock class.
-        layer: what its instances become.
-        expected: how many the config implies; None where any number is right.
-        modules: the instances.
-        module: where the stock class is defined, for classes that a family names.
+    ``module`` is where the stock class is defined, for classes that a family names.
     """
 
     stock: str

@@ -63,10 +63,8 @@ class Subject:
     """Something to probe: a decoder layer, or the whole model.
 
     Attributes:
-        name: as in the report.
-        layers: how many of them the model has.
-        inputs: ``[1, T, E]``.
-        others: other values of the same shape, for the perturbation.
+        name, layers: as in the report.
+        inputs, others: ``[1, T, E]``, and other values of that shape for the perturbation.
         parameters: what is differentiated in addition to the input.
         packed: runs the pack.
         alone: what runs each document alone.
