@@ -74,7 +74,7 @@ class PrepareReport:
     compile: CompileOptions | None
     compile_report: CompileReport | None
     lora: str | None
-    lora_layers: list[LoraRow]
+    lora_rows: list[LoraRow]
     head: str
     patches: list[Patch]
 
@@ -92,6 +92,7 @@ class PrepareReport:
             compiled = options | self.compile_report.to_dict()
         facts = asdict(replace(self, compile=None, compile_report=None))
         del facts["compile_report"]
+        facts["lora_layers"] = facts.pop("lora_rows")
         return {**facts, "trainable_parameters": self.trainable_parameters, "compile": compiled}
 
     def __str__(self) -> str:
@@ -105,7 +106,7 @@ class PrepareReport:
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
         if self.lora is not None:
             lines += ["", f"lora: {self.lora}"]
-            lines += table(("runs", "because", "layers"), map(astuple, self.lora_layers))
+            lines += table(("runs", "because", "layers"), map(astuple, self.lora_rows))
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
         if self.patches:
@@ -152,7 +153,7 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
         compile=options.compile,
         compile_report=None if options.compile is None else graphs_of(state).report,
         lora=f"adapter {', '.join(adapters)}" if adapters else None,
-        lora_layers=[LoraRow(mode, reason, count) for (mode, reason), count in counts.items()],
+        lora_rows=[LoraRow(mode, reason, count) for (mode, reason), count in counts.items()],
         head=state.facts.head,
         patches=patches(hf_model.base_model(model), text_model),
     )
