@@ -281,13 +281,22 @@ def test_shifted_labels_see_no_target_across_documents(own_loss: bool) -> None:
         )
     call = packed_call()
     tokens = call["input_ids"]
-    shifted = F.pad(tokens, (0, 1), value=7)[:, 1:]  # every token trains, the next document's first one included
+    shifted = F.pad(tokens, (0, 1), value=-100)[:, 1:]  # the next document's first token included
     docs = tokens[0].split(LENGTHS)
     expected = sum(
         F.cross_entropy(stock(doc[None], use_cache=False).logits[0, :-1], doc[1:], reduction="sum") for doc in docs
     ) / sum(len(doc) - 1 for doc in docs)
     loss = model(**call, shift_labels=shifted, **({"labels": tokens} if own_loss else {})).loss
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_shifted_labels_keep_the_target_at_the_end_of_a_row() -> None:
+    model = tiny_model("qwen3")
+    tokens = torch.stack(documents([12, 12]))
+    inputs, shifted = tokens[:, :-1], tokens[:, 1:]
+    expected = F.cross_entropy(model(inputs, use_cache=False).logits.flatten(0, 1), shifted.flatten())
+    prepare(model)
+    torch.testing.assert_close(model(inputs, shift_labels=shifted).loss, expected, rtol=1e-5, atol=0)
 
 
 def test_layers_see_integers_of_the_shape_alone() -> None:

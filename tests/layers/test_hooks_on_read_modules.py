@@ -160,7 +160,7 @@ def test_a_hook_on_the_convolution_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
-@pytest.mark.parametrize("way", ["hook inside", "keyword argument", "parametrization"])
+@pytest.mark.parametrize("way", ["hook inside", "keyword argument", "parametrization", "buffer", "closure"])
 def test_a_layer_without_trained_parameters_passes_on_what_is_hung_in_it(
     way: str, compile: CompileOptions | None
 ) -> None:
@@ -174,8 +174,12 @@ def test_a_layer_without_trained_parameters_passes_on_what_is_hung_in_it(
             layer.mlp.register_forward_hook(lambda _, __, out, v=steering: out + v)
         elif way == "keyword argument":
             each.model.rotary_emb.register_forward_hook(lambda _, __, out, v=steering: (out[0] * (1 + v[:1]), out[1]))
-        else:
+        elif way == "parametrization":
             parametrize.register_parametrization(layer.mlp.down_proj, "weight", _Steered(steering))
+        else:
+            # a leaf that no list of parameters has
+            steering = torch.zeros(48, requires_grad=True)
+            _hide(steering, layer.mlp, way)
         if not gradients:
             alone(each)
         else:
@@ -184,6 +188,14 @@ def test_a_layer_without_trained_parameters_passes_on_what_is_hung_in_it(
         gradients.append(steering.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
     assert bool(gradients[0].abs().sum() > 0)
+
+
+def _hide(steering: Tensor, mlp: Any, way: str) -> None:
+    """In what scales the activated gate."""
+    mlp.register_buffer("steering", steering)
+    del mlp.act_fn
+    scale = (lambda: mlp.steering) if way == "buffer" else (lambda: steering)
+    mlp.act_fn = lambda gate: nn.functional.silu(gate) * (1 + scale())
 
 
 class _Steered(nn.Module):

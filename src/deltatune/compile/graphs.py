@@ -87,7 +87,7 @@ class Graphs:
         """
         if torch.is_inference_mode_enabled():
             name += INFERENCE
-        elif not torch.is_grad_enabled() and not name.endswith(FROZEN):
+        elif not torch.is_grad_enabled():
             name += EVALUATION
         hung = hooks_inside(module)
         with self._lock:
@@ -125,7 +125,7 @@ class Graphs:
 
     def _compile(self, name: str, forward: Forward) -> Forward:
         # under scope="model" the layers checkpoint themselves while they are traced
-        whole = self.checkpointing == "layer" and self.options.scope == "layer"
+        whole = self.checkpointing == "layer" and self.options.scope == "layer" and not name.endswith(FROZEN)
         function = fresh_code(_traced(forward, checkpointed=whole), name)
         # the compiler keeps every backend for good, and with it whatever it holds
         backend = functools.partial(type(self)._backend, weakref.proxy(self), name, weakref.ref(function.__code__))

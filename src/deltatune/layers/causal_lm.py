@@ -209,14 +209,17 @@ class CausalLM(Swapped):
 def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """The call without a target across a document's start, and how many targets are left.
 
-    ``labels`` are aligned with the tokens, ``shift_labels`` with the positions that predict them; where both are given,
-    losses read the latter.
+    ``labels`` are aligned with the tokens, ``shift_labels`` with the positions that predict them; the one at a row's
+    end is the caller's own. Where both are given, losses read the latter.
     """
     ignored, first = call.get("ignore_index", -100), call["sequences"].positions == 0
     masked, count = dict(call), torch.zeros(())
-    for name, outside in (("labels", first), ("shift_labels", first.roll(-1))):
+    for name in ("labels", "shift_labels"):
         if (given := call.get(name)) is not None:
-            masked[name] = given.masked_fill(outside.view(given.shape).to(given.device), ignored)
+            outside = first.view(given.shape).to(given.device)
+            if name == "shift_labels":
+                outside = F.pad(outside[..., 1:], (0, 1))
+            masked[name] = given.masked_fill(outside, ignored)
             count = (masked[name] != ignored).sum()
     return masked, count
 

@@ -48,7 +48,8 @@ class DecoderLayer(Swapped):
     def forward(self, hidden_states: Tensor, *args: Any, sequences: Sequences | None = None, **kwargs: Any) -> Any:
         """As the stock layer; without ``sequences`` (a cached call) the stock forward, eager.
 
-        Layers before the first thing that trains have no backward, and keep nothing for one.
+        Layers before the first thing that trains have graphs of their own, without a backward unless something that
+        trains is found while they are traced: a buffer, what a function closes over.
         """
         if sequences is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -61,8 +62,7 @@ class DecoderLayer(Swapped):
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
                 if not _brings_gradients(self, (args, kwargs)):
                     label = layer_label(self) + FROZEN
-                    with torch.no_grad():
-                        return graphs_of(state).run(label, forward, self, hidden_states, *args, **kwargs)
+                    return graphs_of(state).run(label, forward, self, hidden_states, *args, **kwargs)
                 # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
                 hidden_states = hidden_states.detach().requires_grad_()
             return graphs_of(state).run(layer_label(self), forward, self, hidden_states, *args, **kwargs)
