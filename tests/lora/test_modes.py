@@ -144,37 +144,115 @@ class MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class ClampedMLP(MLP):
-    """The same parts, another function."""
+class NormedMLP(MLP):
+    """Something after the formula that changes the output little, and so at any input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).clamp(max=0.01)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 1.0000001
 
 
+class DroppedMLP(MLP):
+    """The same parts, another function in training alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), 0.5, self.training)
+
+
+class ClampedMLP(MLP):
+    """The same parts, another function of large values alone, as gpt-oss and what follows it write it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=7.0), self.up_proj(x).clamp(-7.0, 7.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class SwitchedMLP(MLP):
+    """The same instructions over other names."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class WithMoreArguments(MLP):
+    """The same instructions, a call that ours does not take."""
+
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NamedMLP(MLP):
+    """The same function under other names of its own."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return result
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.functional.silu])
-def test_a_gated_mlp_is_known_by_what_it_computes(act_fn: Any) -> None:
+def test_a_gated_mlp_is_known_by_how_its_forward_is_written(act_fn: Any, device: str) -> None:
+    assert is_gated_mlp(MLP(act_fn).to(device))
+    assert is_gated_mlp(NamedMLP(act_fn).to(device))
+    for other in (NormedMLP, DroppedMLP, ClampedMLP, SwitchedMLP, WithMoreArguments):
+        assert not is_gated_mlp(other(act_fn).to(device)), other
+    hooked = MLP(act_fn).to(device)
+    _hook(hooked.up_proj)
+    assert not is_gated_mlp(hooked)
+
+
+def small(family: str, **changes: Any) -> Any:
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 48, "pad_token_id": 0}
     torch.manual_seed(0)
-    module = MLP(act_fn)
-    assert is_gated_mlp(module)
-    assert is_gated_mlp(MLP(act_fn).to("meta"))
-    assert not is_gated_mlp(ClampedMLP(act_fn))
-    assert module.training
-    module.norm = nn.LayerNorm(8)
-    assert not is_gated_mlp(module)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values | changes))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "qwen3_5_moe", "llama", "gemma3_text"])
-def test_mlps_of_transformers_share_the_product_of_their_input(family: str) -> None:
-    if family in FAMILIES:
-        base = tiny_model(family)
-    else:
-        values = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-        base = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, vocab_size=96, num_hidden_layers=2, head_dim=8, **values)
-        )
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]))
+def with_mlp_adapters(base: Any) -> Any:
+    names = ["gate_proj", "up_proj", "down_proj"]
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False))
+
+
+def test_a_dropout_at_the_end_of_an_mlp_stays() -> None:
+    model = with_mlp_adapters(small("seed_oss", attention_dropout=0.0, residual_dropout=0.5)).train()
+    tokens = torch.arange(24)[None]
+
+    def loss() -> float:
+        torch.manual_seed(1)
+        return model(input_ids=tokens, labels=tokens).loss.item()
+
+    expected = loss()
     prepare(model)
-    assert sum(isinstance(module, GatedMLP) for module in model.modules()) == 2
+    assert fused_layers(model) == 6
+    assert loss() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_clamp_inside_an_mlp_stays() -> None:
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+
+    stock = tiny_model("qwen3")
+    for layer_of in stock.model.layers:
+        clamped = DeepseekV4MLP(AutoConfig.for_model("deepseek_v4", hidden_size=32, moe_intermediate_size=48))
+        clamped.load_state_dict({name: 40 * weight for name, weight in layer_of.mlp.state_dict().items()}, strict=True)
+        layer_of.mlp = clamped
+    model, tokens = with_mlp_adapters(stock), torch.arange(24)[None]
+    expected = model(tokens).logits
+    prepare(model)
+    assert fused_layers(model) == 6
+    assert not any(isinstance(module, GatedMLP) for module in model.modules())
+    assert relative(model(tokens).logits, expected) < 1e-5
+
+
+#: Families, and other decoders whose stock MLP is written in either way.
+GATED = ("qwen3", "qwen3_5", "qwen3_5_moe", "llama", "gemma3_text", "mistral", "qwen2", "olmo2")
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_mlps_of_transformers_share_the_product_of_their_input(family: str) -> None:
+    model = with_mlp_adapters(tiny_model(family) if family in FAMILIES else small(family))
+    mlps = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
+    prepare(model)
+    assert len(mlps) == 2
+    assert all(isinstance(module, GatedMLP) for module in mlps)
 
 
 @pytest.mark.parametrize("train", [False, True])

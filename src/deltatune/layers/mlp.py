@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from types import CodeType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltatune.hf.hooks import is_hooked
-from deltatune.hf.model import in_mode
 from deltatune.lora.linear import project
 from deltatune.subclass import Swapped
 
@@ -33,17 +32,30 @@ class GatedMLP(Swapped):
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether a stock module has these parts alone, and computes this with them: one token tells."""
-    parts = set(module._modules)
-    if not (_PROJECTIONS <= parts <= _PROJECTIONS | {"act_fn"} and hasattr(module, "act_fn")):
+    """Whether a stock module's forward is written as ``GatedMLP``'s formula, so that ours may run in its place.
+
+    The same instructions over the same names are the same function, in training and on any weights, where values that
+    were tried would miss a dropout or a clamp; what is written another way is called as it is. Names of arguments and
+    of what is computed on the way may differ.
+    """
+    if any(map(is_hooked, module.modules())) or not module._modules.keys() >= _PROJECTIONS:
         return False
-    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
-    if module._parameters or not weights or any(map(is_hooked, module.modules())):
-        return False
-    if weights[0].is_meta:
-        return True
-    mlp: Any = module
-    x = torch.linspace(-1, 1, mlp.gate_proj.in_features, dtype=weights[0].dtype, device=weights[0].device)[None]
-    with in_mode(module, training=False), torch.no_grad():
-        expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-        return bool(torch.allclose(mlp(x), expected))
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and _instructions(code) in map(_instructions, _WRITTEN)
+
+
+def _instructions(code: CodeType) -> tuple[object, ...]:
+    return code.co_code, code.co_names, code.co_argcount, code.co_kwonlyargcount, code.co_nlocals, code.co_freevars
+
+
+def _kept(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return y
+
+
+def _returned(self: Any, x: Tensor) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+#: The formula as stock classes write it, compiled by the Python that compiles them.
+_WRITTEN = (_kept.__code__, _returned.__code__)
