@@ -16,6 +16,7 @@ import deltatune.layers.causal_lm
 import deltatune.layers.decoder
 from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
 from deltatune.compile.graphs import compile_options
+from deltatune.layers.attention import Attention
 from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
 
 LENGTHS = (3, 1, 66, 5)
@@ -272,9 +273,10 @@ def test_a_loss_across_a_boundary_is_found_in_the_model_row(monkeypatch: pytest.
     assert rows["model"].cross_document_gradient > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prepared", [True, False])
-def test_the_model_is_left_as_found(prepared: bool) -> None:
-    model = tiny_model("qwen3_5")
+def test_the_model_is_left_as_found(prepared: bool, dtype: torch.dtype) -> None:
+    model = tiny_model("qwen3_5", dtype=dtype)
     if prepared:
         prepare(model, compile=CompileOptions(), checkpointing="layer")
     model.train()
@@ -294,6 +296,7 @@ def test_the_model_is_left_as_found(prepared: bool) -> None:
     verify(model, lengths=LENGTHS)
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {dtype}
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == trained
     assert [p.data_ptr() for p in model.parameters()] == addresses
@@ -520,6 +523,58 @@ def test_bfloat16_has_a_budget_of_its_own_and_no_leak_hides_in_it() -> None:
     assert report.ok, str(report)
     assert report.dtype == "bfloat16"
     assert report.tolerance == 2e-2
+
+
+def scaled_queries(by: float) -> Callable[..., Any]:
+    stock = Attention.norm_and_rotate
+
+    def wrong(*args: Any) -> tuple[Tensor, Tensor]:
+        q, k = stock(*args)
+        return q * by, k
+
+    return wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_function_is_found_in_16_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    prepare(model)
+    monkeypatch.setattr(Attention, "norm_and_rotate", scaled_queries(1.02))
+    report = verify(model, lengths=LENGTHS)
+    assert all(row.ok for row in report.rows)
+    assert report.checks[1].name == "the first layers in float32: one document of 66 tokens against the stock class"
+    assert not report.checks[1].ok
+    assert report.verdict.startswith("FAILED: what is computed differs from the stock model")
+
+
+@pytest.mark.parametrize(
+    ("family", "seed", "dtype"),
+    [*((family, seed, torch.bfloat16) for family in FAMILIES for seed in (1, 2)), ("qwen3_5", 1, torch.float16)],
+)
+def test_rounding_in_16_bits_is_no_other_function(family: str, seed: int, dtype: torch.dtype) -> None:
+    model = tiny_model(family, seed=seed, dtype=dtype)
+    prepare(model)
+    report = verify(model, lengths=LENGTHS)
+    assert report.ok, str(report)
+    assert all(limit <= 1e-3 for limit in report.checks[1].limits)
+    assert max(report.checks[1].figures) < 1e-5
+
+
+def test_the_first_layers_are_compared_in_float32_whatever_kernels_were_asked_for() -> None:
+    model = tiny_model("qwen3", dtype=torch.bfloat16, layers=3)
+    prepare(model, kernels={"varlen_attention": "reference"}, compile=CompileOptions())
+    options, layers = model._deltatune.options, model.model.layers
+    assert verify(model, lengths=LENGTHS).ok
+    assert model._deltatune.options is options
+    assert model.model.layers is layers
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        model = tiny_model("qwen3")
+        prepare(model)
+        report = verify(model, lengths=LENGTHS)
+        assert report.ok, str(report)
+        assert [len(check.figures) for check in report.checks] == [1, 3]
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_report_prints_and_saves() -> None:

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.hf.attention_interface import set_config
 from deltatune.hf.cached import stock_path
 from deltatune.layers.rotary import forget_lengths
-from deltatune.verification.measure import Documents, Subject, differences, relative, run_once, worst_of
+from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
 from deltatune.verification.report import VerifyCheck
 from deltatune.verification.rounding import limits_of
 from deltatune.verification.subjects import Probed
+from deltatune.verification.untouched import layers_in_float32
 
 __all__ = ["bounds_of", "compare_beyond_bounds", "compare_with_stock"]
 
@@ -29,6 +30,10 @@ _SHORT, _PADDING = 17, 11
 
 #: Names in a config of lengths beyond which a layer may compute something else.
 _BOUNDS: Final = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size", "index_topk")
+
+#: Tolerance of the comparison of a 16-bit model in float32: kernels of other packages take TF32 outside the CPU.
+_IN_FLOAT32: Final = {"cpu": 1e-5}
+_IN_FLOAT32_ELSEWHERE: Final = 5e-3
 
 #: What a stock layer raises where it cannot run: a kernel or a package that is missing, memory.
 _NOT_RUNNING: Final = (RuntimeError, ValueError, ImportError)
@@ -47,14 +52,38 @@ def bounds_of(config: Any) -> dict[str, int]:
     return {name: length for name, length in found.items() if isinstance(length, int) and length > 0}
 
 
-def compare_with_stock(probed: Probed, subject: Subject, tolerance: float) -> VerifyCheck | str:
-    """The longest document alone, by the prepared layers and by the stock ones; a note where those cannot run."""
+def compare_with_stock(
+    probed: Probed, subject: Subject, tolerance: float, last: nn.Module | None
+) -> Iterator[VerifyCheck | str]:
+    """The longest document alone, by the prepared layers and by the stock ones; a note where those cannot run.
+
+    Of a 16-bit model outputs alone, and gradients too of the layers up to ``last`` in float32: what rounding makes of
+    16-bit gradients grows from layer to layer and where a token goes to another expert, and hides another function.
+    """
+    yield _compare_document(probed, subject, probed.inputs, tolerance, compared=1 if last else 3)
+    if last is None:
+        return
+    tolerance, name = _IN_FLOAT32.get(probed.device.type, _IN_FLOAT32_ELSEWHERE), "the first layers in float32: "
+    try:
+        with layers_in_float32(probed.model, probed.text_model, last):
+            found = _compare_document(probed, subject, probed.inputs.float(), tolerance, name=name)
+    except torch.OutOfMemoryError:
+        found = f"{name}not compared with the stock class for want of memory"
+    yield found
+
+
+def _compare_document(
+    probed: Probed, subject: Subject, inputs: Tensor, tolerance: float, *, compared: int = 3, name: str = ""
+) -> VerifyCheck | str:
     lengths = probed.documents.lengths
     number = lengths.index(max(lengths))
-    inputs = probed.inputs[:, probed.documents.places[number]]
-    once = functools.partial(run_once, subject.alone[number], inputs, tuple(subject.parameters.values()))
-    differ = functools.partial(differences, subject, [slice(None)])
-    name = f"one document of {lengths[number]} tokens against the stock class"
+    document = inputs[:, probed.documents.places[number]]
+    once = functools.partial(run_once, subject.alone[number], document, tuple(subject.parameters.values()))
+
+    def differ(found: Pass, expected: Pass) -> tuple[float, ...]:
+        return differences(subject, [slice(None)], found, expected)[:compared]
+
+    name += f"one document of {lengths[number]} tokens against the stock class"
     return _check(probed, name, once(), once, differ, tolerance)
 
 

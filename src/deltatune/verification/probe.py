@@ -43,9 +43,10 @@ def verify(
     must change nothing. Recurrent layers run with slow decay so that a leak cannot hide. The model comes back as it
     was found: weights bit for bit, ``.grad``, training mode, random number generators.
 
-    A prepared model is then held against the stock class's own forward on one document, with gradients; and documents
-    longer than a length that the config names (original positions, windows, sparse attention's top-k) run packed and
-    alone, forward only, up to 1024 tokens on the CPU and 8192 elsewhere. What is longer is told in the notes.
+    A prepared model is then held against the stock class's own forward on one document, with gradients (of 16-bit
+    models in float32, by the first layers, as many as hold one of every type); and documents longer than a length that
+    the config names (original positions, windows, sparse attention's top-k) run packed and alone, forward only, up to
+    1024 tokens on the CPU and 8192 elsewhere. What is longer is told in the notes.
 
     A stock model is fed what stock collators emit for a pack: restarting positions, and ``cu_seq_lens_*`` where the
     model takes them. A leak is a finding, never an exception. With 16-bit weights the routing of a mixture of experts
@@ -82,7 +83,8 @@ def verify(
     rows = []
     with untouched(model, training=compiled):
         probed = Probed(model, text_model, documents, compiled=compiled)
-        subjects = layer_subjects(probed, _layer_types(text_model))
+        types = _layer_types(text_model)
+        subjects = layer_subjects(probed, types)
         every = {f"{s.name}.{name}": p for s in subjects for name, p in s.parameters.items()}
         whole = model_subject(probed, every)
         for subject in (*subjects, whole):
@@ -90,8 +92,9 @@ def verify(
                 rows.append(measure(subject, documents, tolerance=limit, exact=exact))
         compared = list(compare_beyond_bounds(probed, limit))
         if state is not None:
+            last, _ = list(types.values())[-1]
             with requiring_grad(whole.parameters.values()):
-                compared.insert(0, compare_with_stock(probed, whole, limit))
+                compared[:0] = compare_with_stock(probed, whole, limit, last if dtype in _TOLERANCES else None)
     return VerifyReport(
         rows=tuple(rows),
         tolerance=limit,

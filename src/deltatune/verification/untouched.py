@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from deltatune.compile.graphs import eager
-from deltatune.hf.model import in_mode
+from deltatune.hf.model import device_of, in_mode
 from deltatune.state import State
 
-__all__ = ["SLOW_DECAY", "compiled_as", "requiring_grad", "untouched"]
+__all__ = ["SLOW_DECAY", "compiled_as", "layers_in_float32", "requiring_grad", "untouched"]
 
 #: The A of the probe's recurrent layers, per-token decay ``exp(-A softplus(a + dt))``: slow enough that the state of
 #: one document would be felt hundreds of tokens into the next.
@@ -55,6 +57,28 @@ def requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def layers_in_float32(model: nn.Module, text_model: Any, last: nn.Module) -> Iterator[None]:
+    """The layers up to ``last`` and all around them run in float32 inside, by the references of the ops."""
+    state, layers = text_model._deltatune, text_model.layers
+    options, narrow = state.options, dict[torch.Tensor, torch.Tensor]()
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device_of(text_model).type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            text_model.layers = layers[: [*layers].index(last) + 1]
+            state.options = replace(options, kernels=dict.fromkeys(options.kernels, "reference"))
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.dtype in (torch.bfloat16, torch.float16):
+                    narrow[tensor], tensor.data = tensor.data, tensor.data.float()
+            yield
+        finally:
+            for tensor, data in narrow.items():
+                tensor.data = data
+            text_model.layers, state.options = layers, options
+            torch.set_float32_matmul_precision(precision)
 
 
 def compiled_as(state: State | None, *, compiled: bool) -> AbstractContextManager[object]:
