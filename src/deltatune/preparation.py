@@ -27,7 +27,7 @@ from deltatune.models.registry import family_of
 from deltatune.options import CompileOptions, Options, validate_checkpointing
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
 from deltatune.state import AutoCheckpointing, Choice, Facts, State
-from deltatune.subclass import restore, stock_class, swap
+from deltatune.subclass import is_covered, restore, stock_class, swap
 
 __all__ = ["Prepared", "prepare"]
 
@@ -89,7 +89,7 @@ class Prepared:
         """The model as it was: classes and configs; adapters and weights stay as they are now.
 
         Raises:
-            ValueError: a model that was sharded since, whose classes are FSDP2's.
+            ValueError: a model that was sharded since, whose classes are FSDP2's, or one with another class over ours.
         """
         _refuse_sharded(self.model, "revert() comes")
         base = hf_model.base_model(self.model)
@@ -218,6 +218,12 @@ def _revert(base: nn.Module) -> None:
     state = text_model.__dict__.get("_deltatune")
     if state is None:
         return
+    for path, module in base.named_modules():
+        if is_covered(module):
+            raise ValueError(
+                f"{path}: {type(module).__name__} was put over its class after prepare, as "
+                "torch.nn.utils.parametrize does; take it off first"
+            )
     if state.options.stock_config is not None:
         attention_interface.uninstall(text_model, state.options.stock_config)
     capture.forget_capture_hooks(text_model)

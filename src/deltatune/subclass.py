@@ -21,7 +21,7 @@ from deltatune.cost import Cost
 from deltatune.ops import Spec
 from deltatune.state import State
 
-__all__ = ["Swapped", "is_bound", "restore", "stock_class", "swap"]
+__all__ = ["Swapped", "is_bound", "is_covered", "restore", "stock_class", "swap"]
 
 
 class Swapped(nn.Module):
@@ -110,6 +110,11 @@ def restore(module: nn.Module) -> None:
     if isinstance(module, Swapped):
         del module.__dict__["_deltatune"]
         _set_class(module, stock_class(module))
+
+
+def is_covered(module: nn.Module) -> bool:
+    """Whether the class that ``swap`` gave a module has become the base of another."""
+    return isinstance(module, Swapped) and type(module) is not _subclass(*module._swap_parts)
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -116,6 +116,34 @@ def test_one_function_hung_on_every_layer_is_one_graph() -> None:
     assert list(prepared.compile_report.graphs.values()) == [1]
 
 
+def test_a_hook_on_the_head_is_called_once_with_the_logits_of_the_call() -> None:
+    model, seen = tiny_model("qwen3").train(), []
+    prepare(model)
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
+    packed(model)
+    assert seen == [(1, 43, 96)]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_parametrization_that_came_after_prepare_is_refused_by_revert(lora: bool) -> None:
+    model = tiny_model("qwen3")
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    prepared = prepare(model)
+    expected = model(**packed_call()).logits
+    norm = model.get_submodule("base_model.model.model.norm" if lora else "model.norm")
+    parametrize.register_parametrization(norm, "weight", nn.Identity())
+    classes = [type(module) for module in model.modules()]
+    for undo in (prepared.revert, lambda: prepare(model)):
+        with pytest.raises(ValueError, match=r"model\.norm: ParametrizedQwen3RMSNorm was put over its class after"):
+            undo()
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(**packed_call()).logits, expected)
+    parametrize.remove_parametrizations(norm, "weight")
+    prepared.revert()
+    assert type(norm).__mro__[1] is nn.Module
+
+
 def test_a_hook_on_the_text_model_reaches_the_loss() -> None:
     stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()
     for each in (stock, model):

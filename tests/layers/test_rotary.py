@@ -103,6 +103,18 @@ def test_the_stock_module_keeps_its_state_and_comes_back() -> None:
     assert type(model.model.rotary_emb) is type(stock.model.rotary_emb)
 
 
+def test_a_longer_call_with_a_cache_changes_no_packed_call_after_it() -> None:
+    model = MODELS["dynamic"]().eval()
+    stock = copy.deepcopy(model)
+    prepare(model)
+    model(documents([200])[0][None], use_cache=True)  # the stock path, which remembers the length
+    docs = documents([100, 20])
+    with torch.no_grad():
+        packed = model(torch.cat(docs)[None], sequences=Sequences.from_lengths([100, 20])).logits[0]
+    for part, expected in zip(packed.split([100, 20]), alone(stock, docs), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["longrope, the bound in rope_parameters", "dynamic"])
 def test_calls_of_other_lengths_in_other_threads_change_nothing(name: str) -> None:
     model = MODELS[name]().eval()
