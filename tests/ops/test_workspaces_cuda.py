@@ -1,4 +1,4 @@
-"""What ops declare to hold beside their arguments and results, against the allocator."""
+"""What ops declare to hold in addition to their arguments and results, against the allocator."""
 
 from collections.abc import Callable
 from typing import Any

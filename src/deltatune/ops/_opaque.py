@@ -50,7 +50,7 @@ def opaque(
         fake: shapes and dtypes of the results, for the same arguments.
         flops: of a call, from the shapes of the arguments; None counts none, as torch does for elementwise work.
         raw_flops: hand ``flops`` the tensors themselves.
-        workspace: bytes the kernel holds for a while beside its arguments and results, from the arguments.
+        workspace: bytes the kernel holds for a while besides its arguments and results, from the arguments.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)`` to a gradient for every input.
         gradient_of: the public op whose gradient this is, for messages; its own name by default.
@@ -78,7 +78,7 @@ def opaque(
 
 
 def workspace_bytes(op: object, args: Iterable[object]) -> int:
-    """What an op of a graph holds beside its arguments and results while it runs; 0 where that is not declared."""
+    """What an op of a graph holds besides its arguments and results while it runs; 0 where that is not declared."""
     return _workspaces[op](*args) if op in _workspaces else 0
 
 
