@@ -299,6 +299,25 @@ def test_shifted_labels_keep_the_target_at_the_end_of_a_row() -> None:
     torch.testing.assert_close(model(inputs, shift_labels=shifted).loss, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_moe"])
+@pytest.mark.parametrize("form", ["sequences", "position_ids", "attention_mask"])
+def test_torchs_default_device_moves_no_bookkeeping(family: str, form: str) -> None:
+    model = tiny_model(family).train()
+    prepare(model)
+    given = packed_call()
+    described = {
+        "sequences": lambda: Sequences.from_lengths(LENGTHS),
+        "position_ids": lambda: given["sequences"].positions[None].long(),
+        "attention_mask": lambda: torch.ones_like(given["input_ids"]),
+    }[form]
+    losses = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            losses.append(model(given["input_ids"], labels=given["input_ids"], **{form: described()}).loss)
+            losses[-1].backward()
+    assert torch.equal(*losses)
+
+
 def test_layers_see_integers_of_the_shape_alone() -> None:
     model = tiny_model("qwen3", layers=1)
     prepare(model)

@@ -83,8 +83,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("shape", [(1,), (63,), (2, 65), (0,)])
 @pytest.mark.parametrize("numbers", [(0, 1), (0,), (1,)])
-def test_equals_base_plus_adapters(numbers, shape):
-    made, x = case(), inputs(*shape)
+@pytest.mark.parametrize("outers", [OUTER, (64, 65)])  # up to 64 outputs join the narrow product of backward
+def test_equals_base_plus_adapters(outers, numbers, shape):
+    made, x = case(outers=outers), inputs(*shape)
     found, expected = made.run(x, numbers), made.oracle(x, numbers)
     for y, want in zip(found, expected, strict=True):
         assert y.shape == want.shape

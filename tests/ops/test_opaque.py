@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -192,3 +193,10 @@ def test_an_op_costs_no_flops_unless_it_says_so():
         square(torch.randn(3, 4))
         F.linear(torch.randn(2, 4), torch.randn(5, 4))
     assert counter.get_total_flops() == 2 * 2 * 4 * 5
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("torch", marks=needs_chunked)])
+def test_forward_mode_is_refused_by_the_loss(impl):
+    (hidden, weight), labels = _leaves((6, 8), (11, 8)), torch.tensor([0, 3, -100, 10, 3, 5])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        ops.linear_cross_entropy(forward_ad.make_dual(hidden.detach(), hidden.detach()), weight, labels, impl=impl)

@@ -213,7 +213,7 @@ def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tenso
     end is the caller's own. Where both are given, losses read the latter.
     """
     ignored, first = call.get("ignore_index", -100), call["sequences"].positions == 0
-    masked, count = dict(call), torch.zeros(())
+    masked, count = dict(call), torch.zeros((), device="cpu")
     for name in ("labels", "shift_labels"):
         if (given := call.get(name)) is not None:
             outside = first.view(given.shape).to(given.device)

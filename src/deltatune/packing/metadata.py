@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.packing.sequences import Sequences, row_starts, text_positions
+from deltatune.packing.sequences import Sequences, as_tensor, row_starts, text_positions
 
 __all__ = ["METADATA", "Resolved", "resolve_metadata"]
 
@@ -84,14 +84,16 @@ class _Batch:
         self.shape, self.size = (rows, tokens), rows * tokens
         self.sequences = call.get("sequences")
         self.cu_seqlens, self.cut = _boundaries(call)
-        self.seq_idx = None if call.get("seq_idx") is None else self._ids(torch.as_tensor(call["seq_idx"]))
+        self.seq_idx = None if call.get("seq_idx") is None else self._ids(as_tensor(call["seq_idx"]))
         given = call.get("attention_mask")
-        self.mask = torch.ones(self.shape, dtype=torch.long) if given is None else self._checked_mask(given)
+        self.mask = (
+            torch.ones(self.shape, dtype=torch.long, device="cpu") if given is None else self._checked_mask(given)
+        )
         self.padding_mask = None if given is None else given != 0
         self.indexed = bool((self.mask > 1).any())
         self.inside = (self.mask[:, 1:] != 0) & (self.mask[:, :-1] != 0)
         positions = call.get("position_ids")
-        self.position_ids = None if positions is None else torch.as_tensor(positions)
+        self.position_ids = None if positions is None else as_tensor(positions)
 
     def primary(self) -> tuple[str, Sequences]:
         """The first description that is there, by name."""
@@ -143,7 +145,7 @@ class _Batch:
 
     def starts_at(self, cu_seqlens: Tensor) -> Tensor:
         """``[B, T]``: True where cumulative lengths begin a document."""
-        starts = torch.zeros(self.size + 1, dtype=torch.bool)
+        starts = torch.zeros(self.size + 1, dtype=torch.bool, device="cpu")
         starts[cu_seqlens.cpu().long().clamp(0, self.size)] = True
         return starts[: self.size].view(self.shape)
 
@@ -232,7 +234,7 @@ def _boundaries(call: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
     from what it left whole.
     """
     names = ("cu_seq_lens_q", "cu_seq_lens_k")
-    given = [torch.as_tensor(call[name]).reshape(-1) for name in names if call.get(name) is not None]
+    given = [as_tensor(call[name]).reshape(-1) for name in names if call.get(name) is not None]
     if any(cu.numel() == 1 for cu in given):
         return None, True
     both = len(given) == 2 and call.get("sequences") is None and call[names[0]] is not call[names[1]]

@@ -6,11 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sequences"]
+__all__ = ["Sequences", "as_tensor"]
+
+
+def as_tensor(values: Any) -> Tensor:
+    """A tensor as it is; other numbers as one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,7 @@ class Sequences:
         Raises:
             ValueError: a negative length, lengths longer than ``total``, or more documents than ``capacity``.
         """
-        given = torch.as_tensor(lengths if isinstance(lengths, Tensor) else list(lengths)).cpu()
+        given = as_tensor(lengths if isinstance(lengths, Tensor) else list(lengths)).cpu()
         counts = given.long()
         if not torch.equal(counts.to(given.dtype), given):
             raise ValueError(f"document lengths must be whole numbers, got {given.tolist()}")
@@ -136,7 +142,7 @@ class Sequences:
     def _from_starts(cls, starts: Tensor, device: torch.device | None = None) -> Sequences:
         device = starts.device if device is None else device
         flat = starts.reshape(-1).cpu()
-        boundaries = torch.cat([flat.nonzero().squeeze(1), torch.tensor([flat.numel()])])
+        boundaries = torch.cat([flat.nonzero().squeeze(1), torch.tensor([flat.numel()], device="cpu")])
         return cls._from_boundaries(boundaries, device=device)
 
     @classmethod
@@ -151,9 +157,9 @@ class Sequences:
         if num_sequences > room:
             raise ValueError(f"{num_sequences} documents exceed the capacity of {room}; pass capacity={num_sequences}")
         lengths = boundaries.diff()
-        cu_seqlens = torch.full((room + 1,), total, dtype=torch.int32)
+        cu_seqlens = torch.full((room + 1,), total, dtype=torch.int32, device="cpu")
         cu_seqlens[: num_sequences + 1] = boundaries
-        positions = torch.arange(total) - boundaries[:-1].repeat_interleave(lengths)
+        positions = torch.arange(total, device="cpu") - boundaries[:-1].repeat_interleave(lengths)
         return cls(
             cu_seqlens=cu_seqlens.to(device),
             cu_seqlens_cpu=cu_seqlens,

@@ -72,12 +72,12 @@ def _cut(starts: Tensor, lengths: Tensor, numbers: Tensor, size: int, device: to
     starts = starts[order]
     num_steps = -(-int(lengths[0]) // size)
     # running[j]: documents that have a j-th chunk
-    running = (lengths.unsqueeze(0) > size * torch.arange(num_steps).unsqueeze(1)).sum(1)
+    running = (lengths.unsqueeze(0) > size * torch.arange(num_steps, device="cpu").unsqueeze(1)).sum(1)
     begins = running.cumsum(0) - running
-    step = torch.arange(num_steps).repeat_interleave(running)
-    document = torch.arange(step.numel()) - begins[step]
+    step = torch.arange(num_steps, device="cpu").repeat_interleave(running)
+    document = torch.arange(step.numel(), device="cpu") - begins[step]
 
-    offsets = step.unsqueeze(1) * size + torch.arange(size)
+    offsets = step.unsqueeze(1) * size + torch.arange(size, device="cpu")
     empty = offsets >= lengths[document].unsqueeze(1)
     tokens = starts[document].unsqueeze(1) + offsets.masked_fill(empty, 0)
     counts, bounds = running.tolist(), begins.tolist()
@@ -89,7 +89,7 @@ def _cut(starts: Tensor, lengths: Tensor, numbers: Tensor, size: int, device: to
     before = (begins[step - 1] + document)[firsts:]
     filled = (~empty).reshape(-1).nonzero().squeeze(1)
     # documents that go on are the first ones of a step, so each keeps its place among the chunks of every step
-    lasts = begins[-(-lengths // size) - 1] + torch.arange(firsts)
+    lasts = begins[-(-lengths // size) - 1] + torch.arange(firsts, device="cpu")
     tokens, empty, filled, before, documents, lasts = (
         x.to(device) for x in (tokens, empty, filled, before, numbers[order], lasts)
     )

@@ -57,12 +57,12 @@ def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
 
 @functools.lru_cache(maxsize=16)
 def _documents(boundaries: tuple[int, ...], device: torch.device) -> Documents:
-    cu_seqlens_cpu = torch.tensor(boundaries)
+    cu_seqlens_cpu = torch.tensor(boundaries, device="cpu")
     ends = cu_seqlens_cpu[1:][cu_seqlens_cpu.diff() > 0]
     compact = torch.cat([ends.new_zeros(1), ends]).int()
     chunks = (compact.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE
-    document = torch.arange(chunks.numel()).repeat_interleave(chunks)
-    place = torch.arange(document.numel()) - (chunks.cumsum(0) - chunks)[document]
+    document = torch.arange(chunks.numel(), device="cpu").repeat_interleave(chunks)
+    place = torch.arange(document.numel(), device="cpu") - (chunks.cumsum(0) - chunks)[document]
     indices = torch.stack([document, place], dim=1).int()
     return Documents(compact.to(device, non_blocking=True), compact, indices.to(device, non_blocking=True))
 

@@ -32,7 +32,7 @@ def _boundaries(v: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:
     """Cumulative lengths on the CPU; without any, each row is one document."""
     batch, tokens = v.shape[:2]
     if cu_seqlens_cpu is None:
-        return torch.arange(batch + 1) * tokens
+        return torch.arange(batch + 1, device="cpu") * tokens
     # reading the last entry is free here, and one too few would leave tokens of the output unwritten
     if int(cu_seqlens_cpu[-1]) != batch * tokens:
         raise ValueError(

@@ -54,17 +54,17 @@ def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 def _product_by_rows(x: Tensor, matrix: Tensor) -> Tensor:
     dtype = accumulation_dtype(x)
     factor = matrix.to(dtype).contiguous()
-    rows = _at_cache_lines(x.shape[0], x.shape[1], dtype).copy_(x)
-    y = _at_cache_lines(x.shape[0], matrix.shape[0], dtype)
+    rows = _at_cache_lines(x, x.shape[1], dtype).copy_(x)
+    y = _at_cache_lines(x, matrix.shape[0], dtype)
     for row, out in zip(rows.unbind(), y.unbind(), strict=True):
         torch.mv(factor, row, out=out)
     return y
 
 
-def _at_cache_lines(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Zeros ``[rows, width]``, each row of which begins where a cache line does, as every tensor of torch's does."""
+def _at_cache_lines(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros ``[rows of x, width]``, each row of which begins where a cache line does, as all tensors of torch do."""
     step = _LINE_BYTES // dtype.itemsize
-    return torch.zeros(rows, -(-width // step) * step, dtype=dtype)[:, :width]
+    return x.new_zeros(x.shape[0], -(-width // step) * step, dtype=dtype)[:, :width]
 
 
 def _product_in_blocks(x: Tensor, matrix: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +14,7 @@ from deltatune.ops._numerics import accumulation_dtype
 
 __all__ = ["loss", "missing", "rounds_loss"]
 
+_dual: Callable[..., Any] = forward_ad.unpack_dual
 _function = getattr(F, "linear_cross_entropy", None)
 _options_type = getattr(nn, "LinearCrossEntropyOptions", None)
 # Without options it builds all the logits; without allow_retain_graph its warning breaks a compiled graph.
@@ -29,7 +34,15 @@ def rounds_loss(dtype: torch.dtype) -> bool:
 
 
 def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The summed loss of ``hidden`` ``[S, E]``, rounded to its dtype before it is widened."""
+    """The summed loss of ``hidden`` ``[S, E]``, rounded to its dtype before it is widened.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation, for which it would give no tangent.
+    """
     assert _function is not None
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (hidden, weight)
+    ):
+        raise NotImplementedError("linear_cross_entropy has no forward-mode derivative; differentiate backward")
     loss: Tensor = _function(hidden, weight, labels, reduction="sum", ignore_index=ignore_index, options=_options)
     return loss.to(accumulation_dtype(loss))

@@ -118,7 +118,7 @@ def varlen_attention(
     batch, tokens = q.shape[:2]
     if sequences is None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
-        cu_seqlens_cpu = torch.arange(batch + 1, dtype=torch.int32) * tokens
+        cu_seqlens_cpu = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * tokens
     else:
         cu_seqlens, cu_seqlens_cpu = sequences.cu_seqlens, sequences.cu_seqlens_cpu
     o, lse = _op.varlen_attention(

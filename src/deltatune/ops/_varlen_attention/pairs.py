@@ -36,7 +36,7 @@ class Pairs(NamedTuple):
     def visible(self, queries: int, keys: int) -> int:
         """How many: exact from real boundaries; while tracing, where only totals are known, those of one document."""
         if any(isinstance(x, FakeTensor) or x.is_meta for x in (self.cu_seqlens_cpu, self.keys)):
-            lengths, key_lengths = torch.tensor([queries]), torch.tensor([keys])
+            lengths, key_lengths = torch.tensor([[queries], [keys]], device="cpu")
         else:
             lengths, key_lengths = self.cu_seqlens_cpu.diff().long(), self.keys.diff().long()
         shared = min(lengths.numel(), key_lengths.numel())  # what is longer ends in empty sequences

@@ -100,7 +100,7 @@ def _by_length(pairs: Pairs, device: torch.device) -> Iterator[tuple[Tensor, Ten
         if length > 0:
             same = (lengths == lengths.new_tensor([length, key_length])).all(1)
             rows, key_rows = (
-                (x[:-1][same].long().unsqueeze(1) + torch.arange(n)).to(device)
+                (x[:-1][same].long().unsqueeze(1) + torch.arange(n, device="cpu")).to(device)
                 for x, n in ((queries, length), (keys, key_length))
             )
             yield rows, key_rows
