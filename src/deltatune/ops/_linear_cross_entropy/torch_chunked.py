@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,7 +13,7 @@ from deltatune.ops._numerics import accumulation_dtype
 
 __all__ = ["loss", "missing", "rounds_loss"]
 
-_dual: Callable[..., Any] = forward_ad.unpack_dual
+_dual = cast(Any, forward_ad.unpack_dual)
 _function = getattr(F, "linear_cross_entropy", None)
 _options_type = getattr(nn, "LinearCrossEntropyOptions", None)
 # Without options it builds all the logits; without allow_retain_graph its warning breaks a compiled graph.
