@@ -13,7 +13,7 @@ from deltatune.ops._numerics import accumulation_dtype
 
 __all__ = ["loss", "missing", "rounds_loss"]
 
-_dual = cast(Any, forward_ad.unpack_dual)
+_dual = cast("Any", forward_ad.unpack_dual)
 _function = getattr(F, "linear_cross_entropy", None)
 _options_type = getattr(nn, "LinearCrossEntropyOptions", None)
 # Without options it builds all the logits; without allow_retain_graph its warning breaks a compiled graph.
@@ -39,9 +39,7 @@ def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> T
         NotImplementedError: forward-mode differentiation, for which it would give no tangent.
     """
     assert _function is not None
-    if not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in (hidden, weight)
-    ):
+    if not torch.compiler.is_compiling() and any(_dual(x).tangent is not None for x in (hidden, weight)):
         raise NotImplementedError("linear_cross_entropy has no forward-mode derivative; differentiate backward")
     loss: Tensor = _function(hidden, weight, labels, reduction="sum", ignore_index=ignore_index, options=_options)
     return loss.to(accumulation_dtype(loss))
