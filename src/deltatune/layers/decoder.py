@@ -21,6 +21,7 @@ from deltatune.hf.cached import is_cached_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
 from deltatune.hf.forwards import check_reached
 from deltatune.hf.hooks import hooks_inside
+from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
 from deltatune.layers.rotary import rotary_boundaries
 from deltatune.ops import Spec
@@ -185,8 +186,10 @@ def resolved_call(call: Mapping[str, Any]) -> Resolved:
     """What the arguments of a model say of documents.
 
     Raises:
-        ValueError: no tokens or two kinds of them, or what ``resolve_metadata`` refuses.
+        ValueError: no tokens or two kinds of them, PEFT's virtual tokens, or what ``resolve_metadata`` refuses.
     """
+    if call.get("inputs_embeds") is not None:
+        refuse_virtual_tokens()
     given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
     if len(given) != 1:
         raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
