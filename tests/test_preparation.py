@@ -240,3 +240,17 @@ def test_an_adapter_on_a_norm_is_refused_not_ignored() -> None:
 def test_settings_of_the_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(tiny_model("qwen3"), **arguments)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_layer_of_another_prepared_model_is_refused_and_nothing_changes(again: bool) -> None:
+    owner, model = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
+    if again:
+        prepare(model)
+    model.model.layers[0] = owner.model.layers[0]
+    prepare(owner)
+    before = [(type(module), module.__dict__.get("_deltatune")) for module in (*model.modules(), *owner.modules())]
+    with pytest.raises(ValueError, match=r"model\.layers\.0 .*belongs to another prepared model"):
+        prepare(model)
+    after = [(type(module), module.__dict__.get("_deltatune")) for module in (*model.modules(), *owner.modules())]
+    assert after == before

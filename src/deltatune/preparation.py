@@ -180,6 +180,12 @@ def _validate(model: nn.Module, compile: CompileOptions | None, checkpointing: s
 
 def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOptions | None) -> None:
     """What a model is, or what other tools made of it, that cannot be kept leak-free."""
+    for name, module in base.named_modules():
+        if module.__dict__.get("_deltatune", own := text_model.__dict__.get("_deltatune")) is not own:
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) belongs to another prepared model, or was copied out "
+                "of one; revert() that model first, or give this one a module of its own"
+            )
     if base is not text_model and hf_model.head_of(base) is None:
         raise ValueError(
             f"{type(base).__name__} has no language-model head; prepare a *ForCausalLM, a *ForConditionalGeneration "
