@@ -94,6 +94,17 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_metrics(options: dict[str,
     assert found.metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_collator_that_wants_no_logits_saves_them_in_an_evaluation_of_the_loss(tmp_path: Path) -> None:
+    model, _ = prepared_and_stock()
+    trainer = stock_trainer(model, tmp_path, prediction_loss_only=True)
+    expected, held = trainer.evaluate()["eval_loss"], []
+    model.register_forward_hook(lambda _module, _inputs, output: held.append(output.logits))
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {**collate(rows), "output_logits": False}
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert held == [None] * 3
+
+
 def test_metrics_while_training_leave_its_steps_without_logits(tmp_path: Path) -> None:
     model, _ = prepared_and_stock()
     held = []
