@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from deltatune import CompileOptions, Sequences, prepare
-from deltatune.compile.graphs import FROZEN, GraphBreakError
+from deltatune.compile.graphs import FROZEN, GraphBreakError, Graphs, graphs_of
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from tiny import FAMILIES, documents, tiny_model
 
@@ -325,3 +326,105 @@ def test_a_compiled_model_is_freed_with_its_last_reference(hooked: bool) -> None
     freed = one_that_ran()
     gc.collect()
     assert freed() is None
+
+
+def run_with_a_hook(model: Any, hook: Any) -> Any:
+    handle = model.model.layers[0].mlp.gate_proj.register_forward_hook(hook)
+    logits = model(documents([20])[0][None]).logits
+    handle.remove()
+    return logits
+
+
+def scaled_by(factor: float) -> Any:
+    return lambda _module, _args, y: y * factor
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_hooks_made_anew_count_under_the_recompile_limit(strict: bool) -> None:
+    model, eager = tiny_model("qwen3", layers=1).train(), tiny_model("qwen3", layers=1).train()
+    report = prepare(model, compile=CompileOptions(backend="aot_eager", strict=strict)).compile_report
+    prepare(eager)
+    assert report is not None
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for factor in (1.0, 2.0):
+            run_with_a_hook(model, scaled_by(factor))
+        for factor in (3.0, 4.0):
+            if strict:
+                with pytest.raises(GraphBreakError, match=r"hooks inside.*3 sets.*register a hook once"):
+                    run_with_a_hook(model, scaled_by(factor))
+                return
+            torch.testing.assert_close(
+                run_with_a_hook(model, scaled_by(factor)), run_with_a_hook(eager, scaled_by(factor))
+            )
+    assert sum(count for name, count in report.graphs.items() if "hooks" in name) == 2
+    assert [len(report.recompiles), len(report.breaks)] == [1, 1]
+    assert "register a hook once" in report.recompiles[0]
+
+
+class Scale:
+    __slots__ = ("factor",)  # and so no weak references
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, _module: Any, _args: Any, y: torch.Tensor) -> torch.Tensor:
+        return y * self.factor
+
+    hook = __call__
+
+
+@pytest.mark.parametrize("hook", [scaled_by(3.0), Scale(3.0), Scale(3.0).hook], ids=["function", "object", "method"])
+def test_one_hook_put_on_again_keeps_its_graph(hook: Any) -> None:
+    model, eager = tiny_model("qwen3", layers=1).train(), tiny_model("qwen3", layers=1).train()
+    prepared = prepare(model, compile=TRACED)
+    prepare(eager)
+    for _ in range(3):
+        put = hook.__self__.hook if hasattr(hook, "__self__") else hook
+        torch.testing.assert_close(run_with_a_hook(model, put), run_with_a_hook(eager, hook))
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.graphs == {"full_attention_Qwen3MLP (hooks 1)": 1}
+
+
+def test_a_hook_of_its_own_in_each_layer_is_no_recompile() -> None:
+    model = tiny_model("qwen3", layers=3).train()
+    prepared = prepare(model, compile=TRACED)
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(scaled_by(number))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        train(model, 2)
+    assert prepared.compile_report is not None
+    assert len(prepared.compile_report.graphs) == 3
+    assert prepared.compile_report.recompiles == []
+
+
+def test_a_hook_that_was_taken_off_is_freed_with_its_graph() -> None:
+    model = tiny_model("qwen3", layers=1).train()
+    prepare(model, compile=TRACED)
+
+    def one_that_ran(factor: torch.Tensor) -> weakref.ref[Any]:
+        hook = scaled_by(factor)
+        run_with_a_hook(model, hook).sum().backward()
+        return weakref.ref(hook)
+
+    gone = [one_that_ran(torch.tensor(2.0)), one_that_ran(torch.tensor(3.0))]
+    gc.collect()
+    assert [hook() for hook in gone] == [None, None]
+    (graphs,) = model._deltatune.graphs.values()
+    assert list(graphs._compiled) == [()]
+
+
+def test_the_graphs_of_an_overtaken_first_call_are_those_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    prepare(model, compile=TRACED)
+    others: list[Graphs] = []
+
+    class Overtaken(Graphs):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            monkeypatch.setattr("deltatune.compile.graphs.Graphs", Graphs)
+            with ThreadPoolExecutor(1) as pool:
+                others.append(pool.submit(graphs_of, model._deltatune).result())
+
+    monkeypatch.setattr("deltatune.compile.graphs.Graphs", Overtaken)
+    assert graphs_of(model._deltatune) is others[0]
+    assert graphs_of(model._deltatune) is others[0]

@@ -74,8 +74,11 @@ class Graphs:
         self.options = options
         self.checkpointing = checkpointing
         self.report = CompileReport()
-        self._functions: dict[tuple[str, Forward], Forward] = {}
-        self._hung: dict[tuple[object, ...], int] = {}
+        # under scope="model" the layers checkpoint themselves while they are traced
+        self._checkpointed = checkpointing == "layer" and options.scope == "layer"
+        # by the identities of the functions that hang inside, whose death takes out what was compiled with them
+        self._compiled: dict[tuple[object, ...], tuple[str, list[object], dict[object, Forward]]] = {(): ("", [], {})}
+        self._hook_sets, self._numbers = weakref.WeakKeyDictionary[nn.Module, int](), itertools.count(1)
         self._lock, self._compiling = threading.Lock(), threading.RLock()
         self._called: set[tuple[str, Forward]] = set()
 
@@ -89,13 +92,8 @@ class Graphs:
             name += INFERENCE
         elif not torch.is_grad_enabled():
             name += EVALUATION
-        hung = hooks_inside(module)
         with self._lock:
-            if hung:
-                name += f" (hooks {self._hung.setdefault(hung, len(self._hung) + 1)})"
-            function = self._functions.get((name, forward))
-            if function is None:
-                function = self._functions[name, forward] = self._compile(name, forward)
+            name, function = self._function(name, forward, module)
         broken = _num_breaks()
         try:
             with _whole_under_ddp(), self._alone_at_first((name, forward)):
@@ -113,6 +111,40 @@ class Graphs:
             self.report.breaks.extend(f"{name}: {reason}" for reason in list(reasons)[-(_num_breaks() - broken) :])
         return result
 
+    def _function(self, name: str, forward: Forward, module: nn.Module) -> tuple[str, Forward]:
+        """What runs a module with the hooks that hang inside it now, and its name.
+
+        Other hooks in one module count under the compiler's recompile limit; hooks of its own in each module do not.
+        """
+        hung = [
+            (where, part)
+            for where, hook in hooks_inside(module)
+            for part in (getattr(hook, "__self__", hook), getattr(hook, "__func__", hook))
+        ]
+        key = tuple((where, id(part)) for where, part in hung)
+        if key not in self._compiled:
+            limit = torch._dynamo.config.recompile_limit
+            count = self._hook_sets[module] = self._hook_sets.get(module, 0) + 1
+            reason = (
+                f"{name}: hooks inside one module were replaced ({count} sets so far), and each set takes a graph, of "
+                f"which the compiler allows {limit}; register a hook once, and let it read what changes"
+            )
+            if count > limit and self.options.strict:
+                raise GraphBreakError(reason)
+            if 1 < count <= limit + 1:
+                (self.report.recompiles if count <= limit else self.report.breaks).append(reason)
+            if count > limit:
+                return f"{name} (eager)", _traced(forward, checkpointed=self._checkpointed)
+            # a dead reference calls it with itself, the default of pop; at any time, so it takes no lock
+            drop = functools.partial(self._compiled.pop, key)
+            parts = [weakref.ref(part, drop) if type(part).__weakrefoffset__ else part for _, part in hung]
+            self._compiled[key] = f" (hooks {next(self._numbers)})", parts, {}
+        suffix, _, functions = self._compiled[key]
+        name += suffix
+        if (name, forward) not in functions:
+            functions[name, forward] = self._compile(name, forward)
+        return name, functions[name, forward]
+
     @contextmanager
     def _alone_at_first(self, key: tuple[str, Forward]) -> Iterator[None]:
         """A function's first call compiles it; the compiler would do so again for every thread that comes meanwhile."""
@@ -124,9 +156,8 @@ class Graphs:
             self._called.add(key)
 
     def _compile(self, name: str, forward: Forward) -> Forward:
-        # under scope="model" the layers checkpoint themselves while they are traced
-        whole = self.checkpointing == "layer" and self.options.scope == "layer" and not name.endswith(FROZEN)
-        function = fresh_code(_traced(forward, checkpointed=whole), name)
+        checkpointed = self._checkpointed and not name.endswith(FROZEN)
+        function = fresh_code(_traced(forward, checkpointed=checkpointed), name)
         # the compiler keeps every backend for good, and with it whatever it holds
         backend = functools.partial(type(self)._backend, weakref.proxy(self), name, weakref.ref(function.__code__))
         compiled: Forward = torch.compile(
@@ -213,9 +244,9 @@ def _num_breaks() -> int:
 def graphs_of(state: State) -> Graphs:
     """The compiled functions of the layers that share ``state``, at the checkpointing setting in force."""
     assert state.options.compile is not None
-    if state.checkpointing not in state.graphs:
-        state.graphs[state.checkpointing] = Graphs(state.options.compile, state.checkpointing)
-    return state.graphs[state.checkpointing]
+    setting = state.checkpointing
+    # two threads at their first calls get the graphs of one of them
+    return state.graphs.get(setting) or state.graphs.setdefault(setting, Graphs(state.options.compile, setting))
 
 
 #: Prepared models whose layers run eagerly in this thread (or task), by what their layers share.

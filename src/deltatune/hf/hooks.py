@@ -44,12 +44,12 @@ def is_hooked(module: nn.Module) -> bool:
     return len(hooks_of(module)) > 0
 
 
-def hooks_inside(root: nn.Module) -> tuple[object, ...]:
-    """What is hung on the modules under one, not on itself: equal where the same functions hang at the same places.
+def hooks_inside(root: nn.Module) -> list[tuple[str, Any]]:
+    """What is hung on the modules under one, not on itself: each function, and before it where and how it hangs.
 
     The compiler guards on no hooks: one that comes, goes, or differs from layer to layer needs a graph of its own.
     """
-    found: list[object] = [value for name in _GLOBAL for value in getattr(every_module, name).values()]
+    found = [(name, value) for name in _GLOBAL for value in getattr(every_module, name).values()]
     inside = list(root._modules.items())
     while inside:
         path, module = inside.pop()
@@ -57,27 +57,23 @@ def hooks_inside(root: nn.Module) -> tuple[object, ...]:
             continue
         own = module.__dict__
         # called for every layer of every call, and nearly always there is nothing
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):
-            functions = {kind: _functions(own, kind) for kind in hooks_of(module)}
-            found += [(path, kind, *hung) for kind, hung in functions.items() if hung]
+        hung = (
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
+        if hung or "forward" in own:
+            found += [(path + how, function) for kind in hooks_of(module) for how, function in _functions(own, kind)]
         inside += [(f"{path}.{name}", child) for name, child in own["_modules"].items()]
-    return tuple(found)
+    return found
 
 
-def _functions(own: dict[str, Any], kind: str) -> list[object]:
+def _functions(own: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
     if kind == "forward":  # one function bound to many modules is one
-        return [getattr(own[kind], "__func__", own[kind])]
+        return [(kind, getattr(own[kind], "__func__", own[kind]))]
     if kind not in _HOOKS:
         return []
     with_kwargs = own.get(f"{kind}_with_kwargs", ())
     return [
-        (function, key in with_kwargs)
+        (f"{kind} {key in with_kwargs}", function)
         for key, function in own[kind].items()
         if not str(getattr(function, "__module__", "")).startswith(_OUR_OWN)
     ]
