@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from deltatune import Sequences, ops, prepare
+from deltatune import CompileOptions, Sequences, ops, prepare
 from tiny import documents
 
 LENGTHS = [5, 1, 30, 7]
@@ -102,6 +102,54 @@ def test_two_models_may_share_a_config() -> None:
     assert torch.equal(second(**packed_call()).logits, expected)
     kept.revert()
     assert second.model.config is config
+
+
+def upscale(model: Any) -> None:
+    layer = copy.deepcopy(model.model.layers[1])
+    layer.self_attn.layer_idx = 2
+    model.model.layers.append(layer)
+    for config in (model.config, model.model.config):
+        config.num_hidden_layers = 3
+        if hasattr(config, "layer_types"):
+            config.layer_types = ["full_attention"] * 3
+
+
+def config_of_its_own(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.config = copy.copy(attention.config)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before prepare", "after prepare"])
+@pytest.mark.parametrize("change", [upscale, config_of_its_own])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_layers_with_a_config_of_their_own_keep_documents_apart(kind: str, change: Any, first: bool) -> None:
+    stock, model = dense(kind), dense(kind)
+    change(stock)
+    if first:
+        change(model)
+    prepared = prepare(model)
+    if not first:
+        change(model)
+    packed = model(**packed_call()).logits[0].split(LENGTHS)
+    for part, doc in zip(packed, documents(LENGTHS), strict=True):
+        torch.testing.assert_close(part, stock(doc[None], use_cache=False).logits[0], rtol=1e-4, atol=1e-5)
+    prepared.revert()
+    names = {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
+    assert names == {stock.config._attn_implementation}
+
+
+@pytest.mark.parametrize("compile", [None, CompileOptions(backend="aot_eager")], ids=["eager", "compiled"])
+def test_a_stock_attention_set_in_one_layer_afterwards_is_refused(compile: CompileOptions | None) -> None:
+    model = dense("llama")
+    prepare(model, compile=compile)
+    attention, config = model.model.layers[1].self_attn, dense("llama").config
+    attention.config, ours = config, attention.config
+    with pytest.raises(ValueError, match="LlamaAttention of layer 1"):
+        model(**packed_call())
+    attention.config = ours
+    attention.register_forward_pre_hook(lambda _, a, k: (a, k | {"sequences": None}), with_kwargs=True)
+    with pytest.raises((ValueError, RuntimeError), match=r"LlamaAttention .* documents begin"):
+        model(**packed_call())
 
 
 def test_another_attention_set_afterwards_is_refused() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from deltatune import CompileOptions, prepare
+from deltatune.subclass import stock_class
 from packed_cases import alone, assert_same_gradients, packed, packed_call
 from tiny import documents, tiny_model
 
@@ -122,6 +123,83 @@ def test_a_forward_of_the_outer_model_sees_no_target_across_documents(way: str, 
         WAYS["method" if way == "bound by name" else way](model)
     assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
     assert_same_gradients(model, stock)
+
+
+def drops_arguments(module: nn.Module) -> None:
+    inner = module.forward
+    known = {
+        "hidden_states",
+        "position_embeddings",
+        "position_ids",
+        "attention_mask",
+        "past_key_values",
+        "cache_params",
+    }
+    module.forward = lambda *a, **k: inner(*a, **{name: k[name] for name in known & k.keys()})
+
+
+def filters_arguments(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda _, a, k: (a, k | {"sequences": None}), with_kwargs=True)
+
+
+def calls_the_stock_class(module: Any) -> None:
+    inner, stock = module.forward, stock_class(module).forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, sequences: Any = None, **kwargs: Any) -> Any:
+        return stock(module, *args, **kwargs) if sequences is not None else inner(*args, **kwargs)
+
+    module.forward = forward
+
+
+LOST = {"drops": drops_arguments, "filters": filters_arguments, "calls the stock class": calls_the_stock_class}
+
+
+@pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("path", ["layers.0.linear_attn", "layers.1.self_attn", "layers.1"])
+def test_boundaries_that_get_lost_after_prepare_are_refused(
+    path: str, how: str, compile: CompileOptions | None
+) -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model, compile=compile)
+    LOST[how](model.model.get_submodule(path))
+    refused = pytest.raises((ValueError, RuntimeError), match=r"documents begin|was replaced after prepare")
+    with refused:
+        model(**packed_call())
+    (doc,) = documents([20])
+    expected = tiny_model("qwen3_5").generate(doc[None], max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(doc[None], max_new_tokens=4, do_sample=False), expected)
+    with refused:
+        model(**packed_call())
+
+
+@pytest.mark.parametrize("path", ["layers.0", "layers.0.linear_attn", "layers.1.self_attn", ""])
+def test_a_stock_module_put_there_after_prepare_is_refused(path: str) -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model)
+    model.set_submodule(f"model.{path}".rstrip("."), tiny_model("qwen3_5").model.get_submodule(path))
+    with pytest.raises(ValueError, match=r"prepare\(model\) again"):
+        model(**packed_call())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before prepare", "after prepare"])
+def test_labels_by_position_reach_another_loss_without_crossing_targets(first: bool) -> None:
+    def forward(input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        out = inner(input_ids=input_ids, **kwargs)
+        out.loss = nn.functional.cross_entropy(out.logits[0, :-1], labels[0, 1:])
+        return out
+
+    model = tiny_model("qwen3")
+    if not first:
+        prepare(model)
+    inner, model.forward = model.forward, forward
+    if first:
+        with pytest.warns(UserWarning, match="replaced on this model before prepare"):
+            prepare(model)
+    call = packed_call()
+    ids, sequences = call["input_ids"], call["sequences"]
+    assert float(model(ids, None, ids, sequences=sequences).loss) == pytest.approx(alone(tiny_model("qwen3")), rel=1e-5)
 
 
 def test_a_bound_method_of_the_class_itself_hides_nothing() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from deltatune import CompileOptions, prepare
 from packed_cases import alone, assert_same_gradients, packed, packed_call
@@ -170,6 +170,15 @@ def test_replaced_experts_are_refused_by_name(before_loading: bool, monkeypatch:
         prepare(model)
 
 
+def test_experts_whose_place_is_taken_after_prepare_are_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    prepare(model)
+    experts = model.model.layers[1].mlp.experts
+    experts.forward = FastExperts.forward.__get__(experts)
+    with pytest.raises(ValueError, match="Qwen3MoeExperts of layer 1: its forward was replaced after prepare"):
+        model(**packed_call())
+
+
 def test_a_replaced_rotation_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling("qwen3"), "apply_rotary_pos_emb", lambda q, k, cos, sin: (k, q))
     with pytest.raises(ValueError, match=r"apply_rotary_pos_emb .* was replaced by test_patched_models"):
@@ -186,13 +195,21 @@ def test_a_replaced_cross_entropy_is_reported_and_changes_no_loss(monkeypatch: p
     assert "linear_cross_entropy elsewhere" in str(prepared.report)
 
 
-@pytest.mark.parametrize("path", ["layers.0.linear_attn", "layers.1.self_attn", "layers.0", ""])
+KERNELS: dict[str, Any] = {
+    "layers.0.linear_attn": lambda self, hidden_states, **_: hidden_states,
+    "layers.1.self_attn": lambda self, hidden_states, **_: (hidden_states, None),
+    "layers.0": lambda self, hidden_states, **_: hidden_states,
+    "": lambda self, input_ids, **_: BaseModelOutputWithPast(last_hidden_state=self.embed_tokens(input_ids)),
+}
+
+
+@pytest.mark.parametrize("path", KERNELS)
 def test_a_kernel_that_takes_a_forwards_place_after_prepare_is_refused(path: str) -> None:
     model = tiny_model("qwen3_5")
     prepare(model)
     module = model.model.get_submodule(path)
-    module.forward = types.MethodType(lambda self, hidden_states, *_, **__: hidden_states, module)
-    with pytest.raises(ValueError, match="its forward was replaced after prepare, by test_patched_models"):
+    module.forward = types.MethodType(KERNELS[path], module)
+    with pytest.raises(ValueError, match="was replaced after prepare, by test_patched_models"):
         model(**packed_call())
     del module.forward
     assert model(**packed_call()).logits.shape == (1, 43, 96)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
@@ -105,5 +105,4 @@ class Options:
     compile: CompileOptions | None = None  # None runs the layers eagerly
     checkpointing: str | float = "none"  # "none", "layer", "auto" or the share of activations that may stay
     lora: str = "auto"  # "auto", "fused" or "stock"
-    stock_config: Any = None  # the text model's own, where a copy that names our attention stands in for it
-    stock_attention: str | None = None  # the implementation that config named when the model was prepared
+    interface: bool = False  # stock attention modules call ours, through the attention interface

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,8 +152,11 @@ def prepare(
             "before it is given to a trainer",
             stacklevel=2,
         )
-    state = _new_state(text_model, family, Options(requests, family.mask_form, compile, checkpointing, lora))
-    if not family.swaps:
+    options = Options(requests, family.mask_form, compile, checkpointing, lora, interface=not family.swaps)
+    # "auto" is decided at the first training forward, which knows the tokens of a batch
+    auto = AutoCheckpointing() if checkpointing == "auto" else None
+    state = State(options, Facts(head="unknown" if options.interface else "linear", auto=auto))
+    if state.options.interface:
         attention_interface.install(text_model, requests["varlen_attention"])
     for planned in plan:
         for module in planned.modules:
@@ -208,16 +210,6 @@ def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOp
         )
 
 
-def _new_state(text_model: Any, family: Family, options: Options) -> State:
-    # "auto" is decided at the first training forward, which knows the tokens of a batch
-    auto = AutoCheckpointing() if options.checkpointing == "auto" else None
-    if family.swaps:
-        return State(options, Facts(head="linear", auto=auto))
-    config = text_model.config
-    options = replace(options, stock_config=config, stock_attention=config._attn_implementation)
-    return State(options, Facts(head="unknown", auto=auto))
-
-
 def _revert(base: nn.Module) -> None:
     """Gives every swapped module its stock class back; nothing on a model that is not prepared."""
     text_model = hf_model.text_model(base)
@@ -230,8 +222,8 @@ def _revert(base: nn.Module) -> None:
                 f"{path}: {type(module).__name__} was put over its class after prepare, as "
                 "torch.nn.utils.parametrize does; take it off first"
             )
-    if state.options.stock_config is not None:
-        attention_interface.uninstall(text_model, state.options.stock_config)
+    if state.options.interface:
+        attention_interface.uninstall(text_model)
     capture.forget_capture_hooks(text_model)
     for module in base.modules():
         restore(module)

@@ -10,24 +10,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune import ops
+from deltatune.hf.cached import check_boundaries
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["NAME", "install", "set_config", "uninstall"]
+__all__ = ["exchange_configs", "install", "is_prepared", "uninstall"]
 
 #: No "flash" in the name: transformers would look for the flash-attn package when a model is built with it.
 NAME = "deltatune_varlen"
 
 _WINDOW = "_deltatune_window"
 _IMPL = "_deltatune_impl"
+_CONFIG = "_deltatune_config"
 
 
 def install(text_model: Any, impl: str) -> None:
-    """Gives a text model our attention, by a config that names it.
+    """Gives a text model our attention, by configs that name it: one for each that its modules hold.
 
-    The entry is a new name: models that use another implementation never see it. Noted on every module is what
-    ``packed_attention`` reads there: which implementation ``prepare`` was asked for, and, on attention modules, whether
-    the config gives the layer a sliding window. Decided here and not there: a layer index read while tracing would be
-    a graph for each layer.
+    The entry is a new name, and other models may share the stock configs: they never see it. Noted on every module is
+    its other config (see ``exchange_configs``) and what ``packed_attention`` reads there: which implementation
+    ``prepare`` was asked for, and, on attention modules, whether the config gives the layer a sliding window. Decided
+    here and not there: a layer index read while tracing would be a graph for each layer.
     """
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
@@ -36,30 +38,40 @@ def install(text_model: Any, impl: str) -> None:
         AttentionInterface.register(NAME, packed_attention)
         # a cached call builds the mask that its stock attention reads
         AttentionMaskInterface.register(NAME, sdpa_mask)
-    ours = copy.copy(text_model.config)
-    ours._attn_implementation_internal = NAME
-    set_config(text_model, ours)
+    named: dict[int, Any] = {}
     for module in text_model.modules():
-        module.__dict__[_IMPL] = impl
-        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-        if isinstance(index, int) and config is not None:
-            module.__dict__[_WINDOW] = _has_window(config, index)
+        config: Any = getattr(module, "config", None)
+        module.__dict__[_IMPL] = impl, getattr(config, "_attn_implementation", None)
+        if hasattr(config, "_attn_implementation"):
+            ours = named.setdefault(id(config), copy.copy(config))
+            ours._attn_implementation_internal = NAME
+            module.config, module.__dict__[_CONFIG] = ours, config
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.__dict__[_WINDOW] = _has_window(config, module.layer_idx)
 
 
-def uninstall(text_model: Any, stock_config: Any) -> None:
+def uninstall(text_model: Any) -> None:
     """Undoes ``install``."""
-    set_config(text_model, stock_config)
+    exchange_configs(text_model)
     for module in text_model.modules():
-        module.__dict__.pop(_WINDOW, None)
-        module.__dict__.pop(_IMPL, None)
+        for name in (_CONFIG, _WINDOW, _IMPL):
+            module.__dict__.pop(name, None)
 
 
-def set_config(text_model: Any, config: Any) -> None:
-    """Replaces the config of the text model and of what reads it there; another model may share the object."""
-    before = text_model.config
+def exchange_configs(text_model: Any) -> None:
+    """Stock configs in place of those that name our attention, or back; nothing on a family with layers of its own."""
     for module in text_model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = config
+        if _CONFIG in module.__dict__:
+            module.config, module.__dict__[_CONFIG] = module.__dict__[_CONFIG], module.config
+
+
+def is_prepared(module: nn.Module) -> bool:
+    """Whether a module's config names our attention, and its stock one what it did; or it has none that names any."""
+    own: dict[str, Any] = module.__dict__
+    if not hasattr(own.get("config"), "_attn_implementation"):
+        return True
+    names = [getattr(config, "_attn_implementation", None) for config in (own["config"], own.get(_CONFIG))]
+    return names == [NAME, own.get(_IMPL, ("", ""))[1]]
 
 
 def packed_attention(
@@ -82,11 +94,7 @@ def packed_attention(
             variable-length attention would drop, or layers that do not hand boundaries on.
     """
     whole = key.shape[2]
-    if sequences is None and attention_mask is not None and attention_mask.shape[-1] == 1 < whole:
-        raise ValueError(
-            f"the layers of this model do not hand their keyword arguments on to {type(module).__name__}, so it cannot "
-            "learn where documents begin; the model cannot be prepared"
-        )
+    check_boundaries(module, sequences)
     if sequences is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -113,7 +121,7 @@ def packed_attention(
         sequences=sequences,
         scale=scaling,
         window=sliding_window,
-        impl=getattr(module, _IMPL),
+        impl=getattr(module, _IMPL)[0],
     )
     return out, None
 

@@ -4,22 +4,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.packing.metadata import METADATA
+from deltatune.packing.sequences import Sequences
 from deltatune.state import State, bound
-from deltatune.subclass import Swapped
+from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["in_stock_path", "is_cached_call", "stock_path"]
+__all__ = ["boundaries", "check_boundaries", "in_stock_path", "is_cached_call", "packed_call", "reached", "stock_path"]
 
-#: The prepared models whose layers run their stock forwards in this thread (or task), by what their layers share.
-_stock_paths: ContextVar[tuple[State, ...]] = ContextVar("deltatune_stock_paths", default=())
+
+class _Call(NamedTuple):
+    """A call of a prepared model: what its layers share, boundaries (None in the stock path), and what it got to."""
+
+    state: State
+    sequences: Sequences | None
+    seen: set[object]
+
+
+#: The innermost call in this thread (or task).
+_call: ContextVar[_Call | None] = ContextVar("deltatune_call", default=None)
 
 
 def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
@@ -85,9 +95,67 @@ def _restarts(positions: Tensor, mask: Tensor | None, *, padding_unknown: bool) 
 
 def stock_path(model: Swapped) -> AbstractContextManager[object]:
     """Every layer of ``model`` runs its stock forward inside the block, in this thread alone."""
-    return bound(_stock_paths, (*_stock_paths.get(), model._deltatune))
+    return bound(_call, _Call(model._deltatune, None, set()))
 
 
 def in_stock_path(module: Swapped) -> bool:
     """Whether a layer is called inside its model's ``stock_path``; never while a graph of ours is traced."""
-    return not torch.compiler.is_compiling() and module._deltatune in _stock_paths.get()
+    call = None if torch.compiler.is_compiling() else _call.get()
+    return call is not None and call.sequences is None and call.state is module._deltatune
+
+
+@contextmanager
+def packed_call(state: State, sequences: Sequences, replaced: Mapping[Any, str]) -> Iterator[None]:
+    """The block is a packed call of the model whose layers share ``state``, in this thread alone.
+
+    Raises:
+        ValueError: a part with another tool's forward that did not call ours; ``replaced`` says which, and by whom.
+    """
+    if (outer := _call.get()) is not None:
+        outer.seen.add(state)
+    seen: set[object] = set()
+    with bound(_call, _Call(state, sequences, seen)):
+        yield
+    for part, by in replaced.items():
+        if part not in seen:
+            raise ValueError(
+                f"{by}, which keeps documents together unless it calls what it found, and was not seen to; take it "
+                "off, let it call that, prepare without compile (a graph hides it), or call prepare(model) again"
+            )
+
+
+def boundaries() -> Sequences | None:
+    """Of the packed call that runs in this thread; None in the stock path and outside of calls."""
+    call = _call.get()
+    return None if call is None else call.sequences
+
+
+def check_boundaries(module: nn.Module, sequences: Sequences | None) -> None:
+    """Notes that a packed call got to a module with its boundaries.
+
+    Raises:
+        ValueError: a call without boundaries that is part of a packed one.
+    """
+    if sequences is None:
+        if _in_packed_call():
+            raise ValueError(
+                f"{stock_class(module).__name__} (layer_idx {getattr(module, 'layer_idx', None)}) cannot learn where "
+                "documents begin: the layers of this model, or hooks or forwards that were put on it since, do not "
+                "hand their keyword arguments on"
+            )
+    else:
+        reached(module)
+
+
+def reached(module: nn.Module) -> None:
+    """Notes that a packed call got to a module's forward; in a graph nothing."""
+    if not torch.compiler.is_compiling() and (call := _call.get()) is not None:
+        call.seen.add(module)
+
+
+def _in_packed_call() -> bool:
+    return boundaries() is not None
+
+
+# a constant of a graph: what torch.compiler.assume_constant_result sets, which would import the compiler
+_in_packed_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

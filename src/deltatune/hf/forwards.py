@@ -1,20 +1,16 @@
-"""Forwards that tools put on an instance or a class: who did, and whether a call still reaches our class."""
+"""Forwards that tools put on an instance or a class: who did, and what."""
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from deltatune.subclass import is_bound
 
-__all__ = ["check_reached", "foreign_forward", "named", "runs_own_forward"]
-
-#: How far a wrapper may keep the forward it calls: closures in closures, partials, decorators.
-_DEPTH = 6
+__all__ = ["foreign_forward", "named", "replaced_since", "runs_own_forward"]
 
 
 def foreign_forward(module: nn.Module) -> str | None:
@@ -45,46 +41,7 @@ def runs_own_forward(module: nn.Module) -> bool:
     return getattr(cls.forward, "__module__", None) == cls.__module__ and foreign_forward(module) is None
 
 
-def check_reached(module: nn.Module, what: str) -> None:
-    """Refuses a module of ours whose forward was replaced since, not wrapped.
-
-    What wraps a forward holds it: in a closure, a partial, a default, or as accelerate does next to it. What takes its
-    place, as a kernel from the Hub does, holds none.
-
-    Raises:
-        ValueError: with the function that is there, and what to do.
-    """
-    own = module.__dict__
-    if "forward" in own and not _holds((own["forward"], own.get("_old_forward")), module, _DEPTH):
-        raise ValueError(
-            f"{what}: its forward was replaced after prepare, by {named(own['forward'])}, which keeps "
-            "documents together; take it off, or let it call the forward that it found"
-        )
-
-
-def _holds(kept: Any, module: nn.Module, depth: int) -> bool:
-    if is_bound(kept, module) or kept is type(module).forward:
-        return True
-    return depth > 0 and any(_holds(value, module, depth - 1) for value in _kept_by(kept))
-
-
-def _kept_by(holder: Any) -> Iterator[Any]:
-    if isinstance(holder, tuple | list):
-        yield from holder
-    elif isinstance(holder, functools.partial):
-        yield from (holder.func, *holder.args, *holder.keywords.values())
-    elif isinstance(holder, types.MethodType):
-        yield from (holder.__func__, holder.__self__)
-    elif isinstance(holder, types.FunctionType):
-        yield from (cell.cell_contents for cell in holder.__closure__ or () if _filled(cell))
-        yield from (*(holder.__defaults__ or ()), *(holder.__kwdefaults__ or {}).values())
-        yield holder.__dict__.get("__wrapped__")
-    elif callable(holder) and not isinstance(holder, nn.Module | type):
-        yield from getattr(holder, "__dict__", {}).values()
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # of a variable that has no value yet
-        return False
+def replaced_since(module: nn.Module) -> str | None:
+    """What stands in place of the forward of a module of ours, and may call it or not; or None."""
+    put = module.__dict__.get("forward")
+    return None if is_bound(getattr(put, "_torchdynamo_orig_callable", put), module) else foreign_forward(module)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.cost import Cost
+from deltatune.hf.cached import check_boundaries
 from deltatune.hf.peft import readable
 from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
@@ -50,6 +51,7 @@ class Attention(Swapped):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, E] -> [B, T, E]``; without ``sequences`` (a cached call) the stock forward."""
+        check_boundaries(self, sequences)
         if sequences is None:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states=hidden_states,

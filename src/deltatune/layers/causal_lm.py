@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deltatune import ops
 from deltatune.compile.auto import deciding
-from deltatune.hf.cached import is_cached_call, stock_path
-from deltatune.hf.forwards import check_reached
+from deltatune.hf.cached import is_cached_call, packed_call, stock_path
+from deltatune.hf.forwards import named
 from deltatune.hf.hooks import is_hooked, plain_linear
 from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import catch_hidden, resolved_call
@@ -66,22 +66,23 @@ class CausalLM(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward that another tool put on the instance sees no target across a document's start either."""
-        if "forward" in self.__dict__ and not {"labels", "shift_labels"}.isdisjoint(kwargs):
-            kwargs = self._without_crossing_targets(args, kwargs)
+        if "forward" in self.__dict__:
+            args, kwargs = (), self._without_crossing_targets(args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def _without_crossing_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        named = dict(inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments)
-        named |= named.pop("kwargs", {})
-        masked, _ = without_crossing_labels({**kwargs, "sequences": resolved_call(named).sequences})
-        return {name: masked[name] for name in kwargs}
+        there, ours = inspect.signature(self.forward), inspect.signature(type(self).forward.__get__(self))
+        call = dict((there if "labels" in there.parameters else ours).bind_partial(*args).arguments) | kwargs
+        if call.get("labels") is None and call.get("shift_labels") is None:
+            return call
+        masked, _ = without_crossing_labels({**call, "sequences": resolved_call(call).sequences})
+        return {name: masked[name] for name in call}
 
     def _forward(self, call: dict[str, Any]) -> Any:
         wants_logits = call.pop("output_logits", None)
         if is_cached_call(self, call):
             with stock_path(self):
                 return super().forward(**call)
-        check_reached(cast("Any", self).get_decoder(), "the text model")
         resolved = resolved_call(call)
         for name in METADATA:
             call.pop(name, None)
@@ -90,7 +91,9 @@ class CausalLM(Swapped):
             call["attention_mask"] = resolved.padding_mask
         if all(call.get(name) is None for name in ("position_ids", *_MEDIA)):
             call["position_ids"] = resolved.position_ids
-        with deciding(self, resolved.sequences.total):
+        decoder = cast("Any", self).get_decoder()
+        expected = {self._deltatune: f"the text model: it was replaced after prepare, by {named(decoder.forward)}"}
+        with deciding(self, resolved.sequences.total), packed_call(self._deltatune, resolved.sequences, expected):
             if call.get("labels") is None and call.get("shift_labels") is None:
                 return super().forward(**call)
             return self._with_loss(call, wants_logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
@@ -17,13 +17,13 @@ from deltatune.compile.auto import deciding, layer_label
 from deltatune.compile.graphs import FROZEN, compile_options, graphs_of
 from deltatune.cost import Cost
 from deltatune.hf import attention_interface
-from deltatune.hf.cached import is_cached_call, stock_path
+from deltatune.hf.cached import check_boundaries, is_cached_call, packed_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
-from deltatune.hf.forwards import check_reached
+from deltatune.hf.forwards import replaced_since
 from deltatune.hf.hooks import hooks_inside
 from deltatune.hf.peft import refuse_virtual_tokens
-from deltatune.layers.attention import attention_cost, attention_spec
-from deltatune.layers.rotary import rotary_boundaries
+from deltatune.layers.attention import Attention, attention_cost, attention_spec
+from deltatune.layers.gated_delta_net import GatedDeltaNet
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
@@ -52,6 +52,7 @@ class DecoderLayer(Swapped):
         Layers before the first thing that trains have graphs of their own, without a backward unless something that
         trains is found while they are traced: a buffer, what a function closes over.
         """
+        check_boundaries(self, sequences)
         if sequences is None:
             return super().forward(hidden_states, *args, **kwargs)
         state, forward = self._deltatune, stock_class(self).forward
@@ -113,8 +114,9 @@ class TextModel(Swapped):
         if is_cached_call(self, given):
             with stock_path(self):
                 return super().forward(**given)
-        self._refuse(given)
-        self._check_layers()
+        if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
+        replaced = self._replaced()
         resolved = resolved_call(given)
         sequences = resolved.sequences
         call = {name: value for name, value in given.items() if name not in _NOT_FOR_LAYERS}
@@ -126,7 +128,7 @@ class TextModel(Swapped):
         if call.get("inputs_embeds") is None:
             call["inputs_embeds"] = self.get_input_embeddings()(call["input_ids"])
         call["input_ids"] = None
-        with deciding(self, sequences.total), rotary_boundaries(self._deltatune, sequences):
+        with deciding(self, sequences.total), packed_call(self._deltatune, sequences, replaced):
             return self._run(call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,26 +139,40 @@ class TextModel(Swapped):
             caught.append(output[0])
         return output
 
-    def _refuse(self, given: dict[str, Any]) -> None:
-        if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
-        options = self._deltatune.options
-        if options.stock_config is None:
-            return
-        asked = {options.stock_config._attn_implementation, self.config._attn_implementation}
-        if asked != {options.stock_attention, attention_interface.NAME}:
-            raise ValueError(
-                f"the attention implementation was set after prepare ({', '.join(sorted(asked))}), which knows no "
-                "documents; call prepare(model) again"
-            )
+    def _replaced(self) -> dict[nn.Module, str]:
+        """Modules of ours with a forward that was put on them since prepare, and by whom; outside every graph.
 
-    def _check_layers(self) -> None:
-        """Layers, and what computes in place of stock modules in them, are reached; outside every graph."""
+        Raises:
+            ValueError: a layer, or attention in it, that is not as prepared.
+        """
+        found: dict[nn.Module, str] = {}
+        shared = self.config if attention_interface.is_prepared(self) else None
         for index, layer in enumerate(self.layers):
-            for module in (layer, *_below(layer)):
+            modules = [layer, *_below(layer)]
+            # further down, inside wrappers
+            part = self._unprepared(modules, shared) and self._unprepared(list(layer.modules()), shared)
+            if part:
+                raise ValueError(
+                    f"{part} of layer {index}: it, or the attention that its config names, was set after prepare and "
+                    "keeps documents together; call prepare(model) again"
+                )
+            for module in modules:
                 ours = "forward" in module.__dict__ and isinstance(module, Swapped)
-                if ours and (module is layer or module.replaces_forward):
-                    check_reached(module, f"{stock_class(module).__name__} of layer {index}")
+                put = replaced_since(module) if ours and (module is layer or module.replaces_forward) else None
+                if put is not None:
+                    name = stock_class(module).__name__
+                    found[module] = f"{name} of layer {index}: its forward was replaced after prepare, by {put}"
+        return found
+
+    def _unprepared(self, modules: Iterable[nn.Module], shared: Any) -> str | None:
+        """The part of a layer and its modules that would not keep documents apart, if there is one."""
+        ours = [part for part in modules if isinstance(part, Swapped) and part._deltatune is self._deltatune]
+        if not any(isinstance(part, DecoderLayer) for part in ours):
+            return "the decoder layer"
+        if not self._deltatune.options.interface:
+            return None if any(isinstance(part, Attention | GatedDeltaNet) for part in ours) else "attention"
+        own = (part for part in modules if part.__dict__.get("config", shared) is not shared)
+        return next((type(part).__name__ for part in own if not attention_interface.is_prepared(part)), None)
 
     def _run(self, call: dict[str, Any]) -> Any:
         options = compile_options(self._deltatune)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltatune import ops
 from deltatune.cost import Cost
-from deltatune.hf.cached import in_stock_path
+from deltatune.hf.cached import in_stock_path, reached
 from deltatune.ops import Spec
 from deltatune.subclass import Swapped
 
@@ -36,6 +36,7 @@ class Experts(Swapped):
         if in_stock_path(self):
             stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return stock
+        reached(self)
         return ops.moe_experts(
             hidden_states,
             top_k_index,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune import ops
 from deltatune.cost import Cost
+from deltatune.hf.cached import check_boundaries
 from deltatune.hf.hooks import OFFLOADED
 from deltatune.hf.peft import readable, readable_conv
 from deltatune.lora.linear import project
@@ -59,6 +60,7 @@ class GatedDeltaNet(Swapped):
         **kwargs: Any,
     ) -> Tensor:
         """``[B, T, E] -> [B, T, E]``; without ``sequences`` (a cached call) the stock forward."""
+        check_boundaries(self, sequences)
         if sequences is None:
             stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
             return stock

@@ -5,26 +5,17 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from deltatune.hf.cached import boundaries
 from deltatune.packing.sequences import Sequences
-from deltatune.state import State, bound
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary", "rotary_boundaries"]
-
-_boundaries: ContextVar[tuple[State, Sequences] | None] = ContextVar("deltatune_rotary_boundaries", default=None)
-
-
-def rotary_boundaries(state: State, sequences: Sequences) -> AbstractContextManager[object]:
-    """The boundaries of a packed call of the model that ``state`` belongs to, in this thread alone."""
-    return bound(_boundaries, (state, sequences))
+__all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary"]
 
 
 class DocumentRotary(Swapped):
@@ -38,11 +29,11 @@ class DocumentRotary(Swapped):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """``(x, position_ids [.., B, T]) -> cos, sin [.., B, T, R]``, of one type of layer where types differ."""
         named = {} if layer_type is None else {"layer_type": layer_type}
-        given = _boundaries.get()
-        if given is None or self._deltatune is not given[0]:
+        sequences = boundaries()
+        if sequences is None:
             return super().forward(x, position_ids, **named)
         with torch.no_grad():
-            return _by_document(self, given[1], x, position_ids, named)
+            return _by_document(self, sequences, x, position_ids, named)
 
 
 def length_dependent_rotary(text_model: Any) -> tuple[nn.Module, ...]:

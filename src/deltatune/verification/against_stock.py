@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from deltatune.hf.attention_interface import set_config
+from deltatune.hf.attention_interface import exchange_configs
 from deltatune.hf.cached import stock_path
 from deltatune.layers.rotary import forget_lengths
 from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
@@ -147,11 +147,10 @@ def _stock(probed: Probed) -> Iterator[None]:
         yield
         return
     text_model: Any = probed.text_model
-    ours = text_model.config
+    exchange_configs(text_model)
     try:
-        set_config(text_model, probed.state.options.stock_config or ours)
         forget_lengths(text_model)
         with stock_path(text_model):
             yield
     finally:
-        set_config(text_model, ours)
+        exchange_configs(text_model)
