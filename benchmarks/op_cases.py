@@ -293,11 +293,7 @@ def gated_rms_norm(shape: Shape, tokens: int, run: Run) -> Case:
         outputs=("y",),
         trained=("x", "gate"),
         checked=("weight",),
-        variants={
-            **_ours(make, "triton"),
-            "stock eager": Variant("stock", stock),
-            "FLA": Variant("library", fla),
-        },
+        variants={**_ours(make, "triton"), "stock eager": Variant("stock", stock), "FLA": Variant("library", fla)},
         forward_bytes=3 * stream,
         backward_bytes=5 * stream,
     )
@@ -393,11 +389,7 @@ def final_norm(shape: Shape, tokens: int, run: Run) -> Case:
         outputs=("y",),
         trained=("x",),
         checked=("weight",),
-        variants={
-            **_ours(make, "triton"),
-            "stock eager": Variant("stock", stock),
-            "Liger": Variant("library", liger),
-        },
+        variants={**_ours(make, "triton"), "stock eager": Variant("stock", stock), "Liger": Variant("library", liger)},
         forward_bytes=2 * stream,
         backward_bytes=3 * stream,
     )

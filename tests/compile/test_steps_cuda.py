@@ -9,10 +9,7 @@ import torch
 
 from deltatune import CompileOptions, PackedCollator, prepare
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 peft = pytest.importorskip("peft")
 
 LENGTHS = (70, 5, 129, 52)

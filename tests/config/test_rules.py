@@ -26,11 +26,7 @@ ERRORS = {
         "did you mean shape_padding?",
         "compile: {options: {shape_padding: true}}",
     ),
-    "training_names_can_act": (
-        "training: {gradient_checkpointing: true}",
-        "use checkpointing",
-        "checkpointing: layer",
-    ),
+    "training_names_can_act": ("training: {gradient_checkpointing: true}", "use checkpointing", "checkpointing: layer"),
     "packs_have_no_lengths_to_order_by": (
         "training: {train_sampling_strategy: batch_rebalance}",
         "choose one of random, sequential",

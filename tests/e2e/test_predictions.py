@@ -71,10 +71,7 @@ def test_metrics_are_those_of_lone_documents(chosen_first: bool, tmp_path: Path)
         return logits.argmax(-1)
 
     trainer = stock_trainer(
-        model,
-        tmp_path,
-        compute_metrics=accuracy,
-        preprocess_logits_for_metrics=choose if chosen_first else None,
+        model, tmp_path, compute_metrics=accuracy, preprocess_logits_for_metrics=choose if chosen_first else None
     )
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] == pytest.approx(accuracy_alone(stock))

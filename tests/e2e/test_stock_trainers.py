@@ -34,11 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "positions_and_seq_idx": {"return_seq_idx": True},
     "everything": {"return_flash_attn_kwargs": True, "return_seq_idx": True},
     "cu_seq_lens": {"return_position_ids": False, "return_flash_attn_kwargs": True},
-    "cu_seq_lens_and_seq_idx": {
-        "return_position_ids": False,
-        "return_flash_attn_kwargs": True,
-        "return_seq_idx": True,
-    },
+    "cu_seq_lens_and_seq_idx": {"return_position_ids": False, "return_flash_attn_kwargs": True, "return_seq_idx": True},
     "seq_idx": {"return_position_ids": False, "return_seq_idx": True},
     "positions_from_two": {"position_ids_start": 2},
 }

@@ -13,16 +13,7 @@ import torch
 from torch import nn
 
 from deltatune import prepare
-from lora_cases import (
-    adapted,
-    assert_gradients_close,
-    assert_same,
-    fused_layers,
-    logits,
-    packed_call,
-    pair,
-    relative,
-)
+from lora_cases import adapted, assert_gradients_close, assert_same, fused_layers, logits, packed_call, pair, relative
 from tiny import documents
 
 

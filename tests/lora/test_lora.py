@@ -10,16 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune import CompileOptions, Sequences, prepare, verify
-from lora_cases import (
-    adapted,
-    assert_gradients_close,
-    assert_same,
-    fused_layers,
-    logits,
-    packed_call,
-    pair,
-    relative,
-)
+from lora_cases import adapted, assert_gradients_close, assert_same, fused_layers, logits, packed_call, pair, relative
 from tiny import documents
 
 TRACED = CompileOptions(backend="aot_eager")
@@ -60,8 +51,7 @@ def test_one_graph_a_type_of_layer_whatever_the_depth_and_the_values() -> None:
     from tiny import tiny_model
 
     model = get_peft_model(
-        tiny_model("qwen3_5", layers=6),
-        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        tiny_model("qwen3_5", layers=6), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     ).train()
     prepared = prepare(model, lora="fused", compile=TRACED)
     train(model, 1)

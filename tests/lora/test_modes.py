@@ -21,16 +21,7 @@ from deltatune import CompileOptions, prepare
 from deltatune.layers.lora import lora_modes
 from deltatune.layers.mlp import GatedMLP, is_gated_mlp
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, is_lora_linear, mode_of
-from lora_cases import (
-    adapted,
-    assert_gradients_close,
-    assert_same,
-    fused_layers,
-    logits,
-    packed_call,
-    pair,
-    relative,
-)
+from lora_cases import adapted, assert_gradients_close, assert_same, fused_layers, logits, packed_call, pair, relative
 from tiny import FAMILIES, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

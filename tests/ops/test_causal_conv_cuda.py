@@ -12,10 +12,7 @@ from deltatune.ops import causal_conv, choose_causal_conv
 from deltatune.ops._causal_conv import reference
 from deltatune.packing.sequences import Sequences
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LENGTHS = {
     "mixed": [5, 1, 70, 7],

@@ -13,10 +13,7 @@ from deltatune.ops._gated_delta_rule import library, reference
 from deltatune.ops._gated_delta_rule.reference import Inputs
 from deltatune.packing.sequences import Sequences
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 NAMES = ("q", "k", "v", "g", "beta")
 DIM = 128
@@ -247,8 +244,7 @@ def test_empty_documents_and_no_tokens(impl):
     repeated = Sequences.from_cu_seqlens(torch.tensor([0, 0, 5, 5, 12, 12])).to("cuda")
     plain = Sequences.from_lengths([5, 7]).to("cuda")
     assert torch.equal(
-        gated_delta_rule(*inputs, sequences=repeated, impl=impl),
-        gated_delta_rule(*inputs, sequences=plain, impl=impl),
+        gated_delta_rule(*inputs, sequences=repeated, impl=impl), gated_delta_rule(*inputs, sequences=plain, impl=impl)
     )
     none = make_inputs(0)
     gated_delta_rule(*none, impl=impl).sum().backward()

@@ -92,11 +92,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"),
-    [
-        ("cpu", torch.float32, "reference"),
-        ("cuda", torch.bfloat16, "triton"),
-        ("cuda", torch.float64, "reference"),
-    ],
+    [("cpu", torch.float32, "reference"), ("cuda", torch.bfloat16, "triton"), ("cuda", torch.float64, "reference")],
 )
 def test_the_choice_says_what_runs(device, dtype, expected):
     pytest.importorskip("triton", reason="needs triton")

@@ -61,8 +61,7 @@ def test_every_gradient_has_its_columns_and_others_are_zero(tokens):
 def test_opcheck(dtype):
     dy, up, narrow = matrices(9, 24, 8, dtype)
     torch.library.opcheck(
-        torch.ops.deltatune.lora_up_backward.default,
-        ([dy, up.mT.contiguous().mT[:9]], [up, up[:8]], narrow, [0, 0], 8),
+        torch.ops.deltatune.lora_up_backward.default, ([dy, up.mT.contiguous().mT[:9]], [up, up[:8]], narrow, [0, 0], 8)
     )
 
 

@@ -18,10 +18,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # the interpreter truncates where bf16 should round
 HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 if not INTERPRETED:
-    pytestmark = [
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ]
+    pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 EPS = 1e-6
 FORMS = {

@@ -78,14 +78,7 @@ def test_the_first_value_is_a_tensor(collator):
     assert next(iter(collator(samples()))) == "input_ids"
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        np.array,
-        torch.tensor,
-        lambda ids: np.array(ids, dtype=np.int32),
-    ],
-)
+@pytest.mark.parametrize("convert", [np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.int32)])
 def test_arrays_and_tensors_are_taken(collator, convert):
     given = [{"input_ids": convert(s["input_ids"]), "labels": convert(s["input_ids"])} for s in samples()]
     assert torch.equal(collator(given)["labels"], collator(samples())["labels"])

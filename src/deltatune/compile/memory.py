@@ -146,10 +146,7 @@ def estimate_traced_memory(
     kept = max((layer.shared for layer in layers), default=0) + sum(layer.kept for layer in layers)
     # the head and the final norm come first, the embedding last
     done = whole.gradients if accumulates else 0
-    stages = [
-        replace(whole, gradients=done, activations=kept + 2 * boundary),
-        replace(whole, activations=0, logits=0),
-    ]
+    stages = [replace(whole, gradients=done, activations=kept + 2 * boundary), replace(whole, activations=0, logits=0)]
     for layer, module in zip(reversed(layers), reversed(hf_model.text_model(model).layers), strict=True):
         kept -= layer.kept
         stages.append(replace(whole, gradients=done, activations=kept + layer.backward_peak, logits=0))

@@ -14,11 +14,7 @@ from deltatune.errors import UserError, nearest
 
 __all__ = ["check_recipe", "check_training_names"]
 
-_ROLES = {
-    "chat": ("messages", "tools"),
-    "prompt_completion": ("prompt", "completion", "tools"),
-    "text": ("text",),
-}
+_ROLES = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion", "tools"), "text": ("text",)}
 
 
 def _compile_errors(recipe: Recipe) -> Iterator[str]:

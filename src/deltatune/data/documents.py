@@ -58,12 +58,7 @@ class Documents:
 
 
 def tokenize(
-    rows: Rows,
-    layout: Layout,
-    renderer: Renderer,
-    *,
-    num_proc: int = 1,
-    cache_dir: Path | None = None,
+    rows: Rows, layout: Layout, renderer: Renderer, *, num_proc: int = 1, cache_dir: Path | None = None
 ) -> Documents:
     """Renders and tokenises every row, or takes the result of an earlier run from the cache.
 

@@ -18,14 +18,7 @@ from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.load import load_recipe
 from deltatune.config.schema import Recipe
 from deltatune.demo.checkpoint import save_checkpoint
-from deltatune.demo.conversations import (
-    KINDS,
-    Conversation,
-    ask,
-    exact_match,
-    make_conversations,
-    write_conversations,
-)
+from deltatune.demo.conversations import KINDS, Conversation, ask, exact_match, make_conversations, write_conversations
 from deltatune.demo.speed import compare
 from deltatune.errors import UserError
 from deltatune.preparation import prepare

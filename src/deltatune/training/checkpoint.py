@@ -48,7 +48,9 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             merge = f"deltatune merge {path} --output OUTPUT"
             what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
         raise UserError(f"model.name_or_path: {path} {what}")
-    if path.is_file() or (not path.exists() and _looks_like_path(section.name_or_path)):
+    # no model that can be prepared goes by the short names of the Hub's first years
+    local = section.name_or_path.startswith((".", "/", "~")) or section.name_or_path.count("/") != 1
+    if path.is_file() or (not path.exists() and local):
         raise UserError(
             f"model.name_or_path: {section.name_or_path} is no folder; expected a checkpoint folder "
             "(config.json and weights) or a model name (owner/name) on the Hugging Face Hub"
@@ -200,20 +202,12 @@ def _origin(section: ModelSection, name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     # absolute, because an adapter records where its base model is
     place = str(path.resolve()) if path.exists() else name
-    origin: dict[str, Any] = {
-        "pretrained_model_name_or_path": place,
-        "trust_remote_code": section.trust_remote_code,
-    }
+    origin: dict[str, Any] = {"pretrained_model_name_or_path": place, "trust_remote_code": section.trust_remote_code}
     if _silence_about(name) is not None:
         origin["local_files_only"] = True
     if section.revision is not None and name == section.name_or_path:
         origin["revision"] = section.revision
     return origin
-
-
-def _looks_like_path(name: str) -> bool:
-    # no model that can be prepared goes by the short names of the Hub's first years
-    return name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def _silence_about(name: str) -> str | None:

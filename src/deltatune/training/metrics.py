@@ -76,10 +76,7 @@ class StepFlops:
             for weight in _matrices(model)
         )
         # forward, and twice that backward
-        return cls(
-            matrices + 3 * layer_cost(model, tokens=1).flops,
-            3 * layer_cost(model, squares=1).flops,
-        )
+        return cls(matrices + 3 * layer_cost(model, tokens=1).flops, 3 * layer_cost(model, squares=1).flops)
 
     def __call__(self, counts: PackCounts) -> float:
         """FLOPs of the batches counted."""

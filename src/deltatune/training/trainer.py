@@ -11,13 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from deltatune.data.dataset import PackedDataset
 from deltatune.hf.model import compute_dtype
@@ -146,11 +140,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     # Evaluation
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Adds the batch's summed loss and trained tokens to the evaluation; returns its mean."""
         del prediction_loss_only, ignore_keys

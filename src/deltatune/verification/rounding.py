@@ -28,10 +28,7 @@ _ROUNDED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def limits_of(
-    figures: Sequence[float],
-    tolerance: float,
-    run: Callable[[], Any],
-    differ: Callable[[Any, Any], Sequence[float]],
+    figures: Sequence[float], tolerance: float, run: Callable[[], Any], differ: Callable[[Any, Any], Sequence[float]]
 ) -> tuple[float, ...]:
     """Of each figure: the tolerance, or more where figures exceed it and rounding alone differs by that order.
 

@@ -108,7 +108,10 @@ def causal_conv(
     _check_parts(x.shape[-1], split, sizes, l2norm, heads)
     spec = CausalConvSpec(x.device, most_demanding(x.dtype, weight.dtype), weight.shape[1], left is not None)
     choice = choose(spec, impl)
-    positions = _row_positions(x) if sequences is None else sequences.positions
+    if sequences is None:
+        positions = torch.arange(x.shape[1], device=x.device, dtype=torch.int32).repeat(x.shape[0])
+    else:
+        positions = sequences.positions
     if choice.impl == "reference":
         before = None if left is None or left.shape[1] == 0 else (left, _sequence_of_tokens(x, sequences).long())
         parts = reference.causal_conv(x, weight, bias, activation, positions, sizes, heads, before)
@@ -131,10 +134,6 @@ def _can_fuse(heads: Sequence[int]) -> bool:
     """The kernel has one block size for all parts; a part that is not normalised takes any."""
     widths = {head for head in heads if head}
     return not widths or (len(widths) == 1 and widths.issubset(_FUSED_HEADS))
-
-
-def _row_positions(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[1], device=x.device, dtype=torch.int32).repeat(x.shape[0])
 
 
 def _sequence_of_tokens(x: Tensor, sequences: Sequences | None) -> Tensor:
