@@ -318,6 +318,34 @@ def test_torchs_default_device_moves_no_bookkeeping(family: str, form: str) -> N
     assert torch.equal(*losses)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+@pytest.mark.parametrize("form", ["sequences", "position_ids", "attention_mask"])
+def test_a_packed_call_inside_a_cached_one_is_packed(family: str, form: str) -> None:
+    model = tiny_model(family).eval()
+    prepare(model)
+    call = packed_call()
+    sequences = call.pop("sequences")
+    described = {
+        "sequences": sequences,
+        "position_ids": sequences.positions[None].long(),
+        "attention_mask": 1 + (sequences.positions == 0).long().cumsum(0)[None],
+    }[form]
+    seen = []
+
+    def call_anew(*_: Any) -> None:
+        if not seen:
+            seen.append(None)
+            seen[0] = model(**call, **{form: described}, labels=call["input_ids"])
+
+    with torch.no_grad():
+        expected = model(**call, **{form: described}, labels=call["input_ids"])
+        handle = model.model.layers[0].register_forward_hook(call_anew)
+        model.generate(documents([6])[0][None], max_new_tokens=2, pad_token_id=0)
+        handle.remove()
+    torch.testing.assert_close(seen[0].loss, expected.loss)
+    torch.testing.assert_close(seen[0].logits, expected.logits)
+
+
 def test_layers_see_integers_of_the_shape_alone() -> None:
     model = tiny_model("qwen3", layers=1)
     prepare(model)

@@ -32,7 +32,7 @@ class _Call(NamedTuple):
 _call: ContextVar[_Call | None] = ContextVar("deltatune_call", default=None)
 
 
-def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
+def is_cached_call(model: Swapped, call: Mapping[str, Any], *, with_head: bool = False) -> bool:
     """Whether a call reads or fills a key-value cache, and so keeps the stock path whole.
 
     ``generate`` passes ``past_key_values``. A caller who asks for ``use_cache=True`` outside training gets the cache
@@ -43,7 +43,8 @@ def is_cached_call(model: Swapped, call: Mapping[str, Any]) -> bool:
         ValueError: ``past_key_values`` together with boundaries inside a row.
     """
     if in_stock_path(model):
-        return True
+        # a hook inside may call the whole model anew
+        return not (with_head and _is_packed(call))
     given = call.get("past_key_values") is not None
     trained = call.get("labels") is not None or call.get("shift_labels") is not None
     if not given and (not call.get("use_cache") or model.training or trained):

@@ -80,7 +80,7 @@ class CausalLM(Swapped):
 
     def _forward(self, call: dict[str, Any]) -> Any:
         wants_logits = call.pop("output_logits", None)
-        if is_cached_call(self, call):
+        if is_cached_call(self, call, with_head=True):
             with stock_path(self):
                 return super().forward(**call)
         resolved = resolved_call(call)
