@@ -27,7 +27,7 @@ def with_dropout(dropout: float = 0.3) -> Any:
     return randomised(AutoModelForCausalLM.from_config(config), 0).train()
 
 
-MODELS = {"adapters": lambda: adapted("qwen3_5", lora_dropout=0.3), "the model's own": with_dropout}
+MODELS = {"adapters": lambda: adapted("qwen3", lora_dropout=0.3), "the model's own": with_dropout}
 TRACED = CompileOptions(backend="aot_eager")
 
 

@@ -96,7 +96,7 @@ def test_a_reference_without_the_adapter_between_compiled_forwards() -> None:
 
 def test_recomputed_layers_keep_no_more_than_pefts_own() -> None:
     def kept(lora: Any) -> int:
-        model = adapted()
+        model = adapted("qwen3")
         prepare(model, lora=lora, compile=TRACED, checkpointing="layer")
         own = [*model.parameters(), *model.buffers()]
         static, found = {x.untyped_storage().data_ptr() for x in own}, {}
@@ -111,14 +111,6 @@ def test_recomputed_layers_keep_no_more_than_pefts_own() -> None:
         return sum(size for storage, size in found.items() if storage not in static)
 
     assert kept("fused") == kept("stock")
-
-
-def test_generated_code_computes_the_same() -> None:
-    fused, stock = pair("qwen3", layers=1)
-    prepare(fused, lora="fused", compile=CompileOptions())
-    for model in (fused, stock):
-        model(**packed_call()).loss.backward()
-    assert_gradients_close(fused, stock)
 
 
 def test_16_bit_models_are_at_most_twice_as_far_from_float64_as_pefts() -> None:
@@ -167,7 +159,7 @@ def test_no_gradient_and_no_bit_between_documents(family: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_verify_finds_documents_independent(compiled: bool) -> None:
-    model = adapted()
+    model = adapted("qwen3" if compiled else "qwen3_5")
     prepare(model, lora="fused", compile=TRACED if compiled else None)
     model(**packed_call()).loss.backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}

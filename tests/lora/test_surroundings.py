@@ -112,8 +112,11 @@ def test_what_hangs_on_any_part_acts_whenever_it_came(kind: str, place: str, ran
 
 
 COMPILED = [
-    *((kind, place, True) for kind in ("forward hook", "own forward") for place in PLACES),
-    ("forward hook", "base_layer", False),
+    ("forward hook", "the layer", True),
+    ("forward hook", "lora_A", True),
+    ("own forward", "base_layer", True),
+    ("own forward", "lora_dropout", True),
+    ("forward hook", "lora_B", False),
 ]
 
 

@@ -99,7 +99,7 @@ def test_frozen_model_is_probed_all_the_same() -> None:
 
 def test_the_compiled_graphs_can_be_probed() -> None:
     model = tiny_model("qwen3", layers=1)
-    prepared = prepare(model, compile=CompileOptions())
+    prepared = prepare(model, compile=CompileOptions(backend="aot_eager"))
     eager = verify(model, lengths=LENGTHS)
     assert eager.ok
     assert not eager.compiled
