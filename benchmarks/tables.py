@@ -170,7 +170,7 @@ def changes(records: Sequence[Record]) -> list[str]:
                 each = ", ".join(f"{one:.3f}" for one in r["by_round"])
                 rows.append([about["model"], str(about["layers"]), record.device, r["name"], f"{r['ratio']:.3f}", each])
     header = ("model", "layers", "device", "setting", "after / before", "by round")
-    return [*_markdown(header, rows), "", _sources(files)] if rows else ["No record compares two trees yet."]
+    return [*_markdown(header, rows), "", _sources(files)] if rows else ["No record has whole turns of both trees yet."]
 
 
 PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]] = {
