@@ -346,6 +346,18 @@ def test_a_packed_call_inside_a_cached_one_is_packed(family: str, form: str) -> 
     torch.testing.assert_close(seen[0].logits, expected.logits)
 
 
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [1, 3, 1, 1]])
+def test_documents_of_one_token_are_packed_whatever_use_cache_says(lengths: list[int]) -> None:
+    model = tiny_model("qwen3").eval()
+    docs = documents(lengths)
+    with torch.no_grad():
+        expected = torch.cat([model(doc[None], use_cache=False).logits for doc in docs], dim=1)
+        prepare(model)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        found = model(torch.cat(docs)[None], position_ids=positions, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_see_integers_of_the_shape_alone() -> None:
     model = tiny_model("qwen3", layers=1)
     prepare(model)
