@@ -27,7 +27,11 @@ def with_dropout(dropout: float = 0.3) -> Any:
     return randomised(AutoModelForCausalLM.from_config(config), 0).train()
 
 
-MODELS = {"adapters": lambda: adapted("qwen3", lora_dropout=0.3), "the model's own": with_dropout}
+MODELS = {
+    "adapters": lambda: adapted("qwen3", lora_dropout=0.3),
+    "adapters of a hybrid": lambda: adapted("qwen3_5", lora_dropout=0.3),
+    "the model's own": with_dropout,
+}
 TRACED = CompileOptions(backend="aot_eager")
 
 
@@ -49,12 +53,13 @@ WHOLE = CompileOptions(scope="model", backend="aot_eager")
     ("kind", "options", "settings"),
     [
         ("adapters", TRACED, (0.0, 0.5, "layer")),
+        ("adapters of a hybrid", TRACED, (0.5,)),
         ("adapters", WHOLE, (0.5,)),
         ("the model's own", TRACED, (0.0, 0.5, "layer")),
         ("the model's own", WHOLE, (0.0,)),
         ("the model's own", CompileOptions(), (0.5,)),
     ],
-    ids=["adapters", "adapters, whole model", "own", "own, whole model", "own, generated"],
+    ids=["adapters", "hybrid", "adapters, whole model", "own", "own, whole model", "own, generated"],
 )
 def test_no_setting_draws_another_mask_in_backward(kind: str, options: CompileOptions, settings: Any) -> None:
     model = MODELS[kind]()
