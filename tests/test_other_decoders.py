@@ -89,6 +89,42 @@ def test_a_capped_head_is_known_while_its_logits_are_small() -> None:
     torch.testing.assert_close(model(**call).loss, stock(**call).loss, rtol=1e-5, atol=0)
 
 
+def test_a_capped_head_is_known_before_its_logits_say_anything() -> None:
+    stock = dense("gemma2", attn_logit_softcapping=None, final_logit_softcapping=5.0, tie_word_embeddings=False)
+    torch.nn.init.zeros_(stock.lm_head.weight)
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (tokens,) = documents([20])
+    call = {"input_ids": tokens[None], "labels": tokens[None], "use_cache": False}
+    for m in (stock, model):
+        m(**call)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(m.lm_head.weight)
+    torch.testing.assert_close(model(**call).loss, stock(**call).loss, rtol=1e-5, atol=0)
+    # nothing is left on the head, and its gradient is the stock model's
+    assert not model.lm_head._forward_hooks
+    for m in (stock, model):
+        m(**call).loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, stock.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_cached_call_runs_the_attention_that_the_model_was_loaded_with(attention: str) -> None:
+    stock = dense("llama", attn_implementation=attention)
+    model = copy.deepcopy(stock)
+    prepare(model)
+    tokens = torch.stack(documents([12, 12]))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    call = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    call |= {"return_dict_in_generate": True, "output_attentions": attention == "eager", "output_logits": True}
+    found, expected = model.generate(**call), stock.generate(**call)
+    assert all(map(torch.equal, found.logits, expected.logits))
+    if attention == "eager":
+        pairs = zip(found.attentions, expected.attentions, strict=True)
+        assert all(torch.equal(x, y) for step in pairs for x, y in zip(*step, strict=True))
+
+
 def test_two_models_may_share_a_config() -> None:
     config = dense("llama").config
     first, second = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)

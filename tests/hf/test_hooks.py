@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from deltatune.hf.hooks import hooks_of, is_hooked, plain_linear
+from deltatune.hf.hooks import hooks_inside, hooks_of, is_hooked, plain_linear
 
 
 def _own_forward(module: nn.Module) -> None:
@@ -79,3 +79,29 @@ def test_it_can_be_asked_in_a_graph() -> None:
 
     x = torch.randn(2, 3)
     torch.testing.assert_close(run(x), linear(x))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("accelerate", "parametrization", "spectral norm")])
+def test_what_hangs_inside_tells_which_graph_a_module_needs(way: str) -> None:
+    root = nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU())
+    assert hooks_inside(root) == []
+    WAYS[way](root[1])
+    ((where, function),) = hooks_inside(root)
+    assert where.startswith("1")
+    assert callable(function)
+    WAYS[way](root)
+    assert len(hooks_inside(root)) == 1  # its own run around the graph
+
+
+def test_one_function_called_with_and_without_keyword_arguments_is_two_kinds_of_hook() -> None:
+    def hook(*_: Any) -> None:
+        pass
+
+    places = set()
+    for with_kwargs in (True, False):
+        root = nn.Sequential(nn.Linear(3, 3))
+        root[0].register_forward_hook(hook, with_kwargs=with_kwargs)
+        ((where, function),) = hooks_inside(root)
+        assert function is hook
+        places.add(where)
+    assert len(places) == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deltatune import prepare
+from deltatune.hf.peft import readable, trained_copy
 from deltatune.subclass import Swapped
 from packed_cases import packed_call
 from tiny import tiny_model
@@ -57,3 +58,37 @@ def test_a_copy_of_an_adapted_model_is_prepared_on_its_own() -> None:
     prepare(copied).revert()
     assert isinstance(model, Swapped)
     assert not any(isinstance(m, Swapped) for m in copied.modules())
+
+
+def norm_and_owner(*, saved: bool = False) -> tuple[torch.nn.Module, type[torch.nn.Module]]:
+    """The query norm of a stock attention layer, and the class that calls it."""
+    model = tiny_model("qwen3_5")
+    attention = next(layer.self_attn for layer in model.model.layers if hasattr(layer, "self_attn"))
+    if saved:
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["q_norm"]))
+    return attention.q_norm, type(attention)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_stock_norm_is_read_through_what_peft_put_around_it(saved: bool) -> None:
+    norm, owner = norm_and_owner(saved=saved)
+    inner = trained_copy(norm)
+    assert (inner is not norm) == saved
+    assert readable(norm, owner) is inner
+    handle = norm.register_forward_hook(lambda *_: None)
+    assert readable(norm, owner) is None
+    handle.remove()
+    assert readable(norm, owner) is inner
+    inner.register_forward_hook(lambda *_: None)
+    assert readable(norm, owner) is None
+
+
+def test_a_norm_with_another_tools_forward_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, owner = norm_and_owner()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(norm), "forward", lambda self, x: x)
+        assert readable(norm, owner) is None
+    assert readable(norm, owner) is norm
+    norm.__class__ = type("Other", (type(norm),), {"__module__": __name__})
+    assert readable(norm, owner) is None
+    assert readable(norm_and_owner()[0], torch.nn.Linear) is None

@@ -197,6 +197,8 @@ def test_contradictions_on_real_tokens_are_refused(form: str, other: str) -> Non
         ((1, 6), {"position_ids": ids([0, 1, 2])}, r"position_ids must be \[1, 6\]"),
         ((1, 6), {"attention_mask": ids([1, 1])}, r"attention_mask must be \[1, 6\]"),
         ((1, 6), {"attention_mask": torch.full((1, 6), 0.5)}, "fractions in torch.float32"),
+        ((1, 6), {"attention_mask": torch.full((1, 6), torch.inf)}, "fractions in torch.float32"),
+        ((1, 6), {"attention_mask": torch.full((1, 6), torch.nan)}, "fractions in torch.float32"),
         ((1, 3), {"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)}, "mask of pairs cannot be honoured"),
         ((1, 3), {"attention_mask": {"full_attention": None}}, "built masks of its own"),
         ((1, 4), {"attention_mask": ids([1, 0, 1, 1])}, "row 0 has padding between real tokens"),

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,20 +33,19 @@ def install(text_model: Any, impl: str) -> None:
     ``prepare`` was asked for, and, on attention modules, whether the config gives the layer a sliding window. Decided
     here and not there: a layer index read while tracing would be a graph for each layer.
     """
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     if NAME not in AttentionInterface().valid_keys():
         AttentionInterface.register(NAME, packed_attention)
-        # a cached call builds the mask that its stock attention reads
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, _stock_mask)
     named: dict[int, Any] = {}
     for module in text_model.modules():
         config: Any = getattr(module, "config", None)
         module.__dict__[_IMPL] = impl, getattr(config, "_attn_implementation", None)
         if hasattr(config, "_attn_implementation"):
             ours = named.setdefault(id(config), copy.copy(config))
-            ours._attn_implementation_internal = NAME
+            ours._attn_implementation_internal, ours.__dict__[_IMPL] = NAME, config._attn_implementation
             module.config, module.__dict__[_CONFIG] = ours, config
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.__dict__[_WINDOW] = _has_window(config, module.layer_idx)
@@ -86,7 +87,7 @@ def packed_attention(
     sliding_window: int | None = None,
     sequences: Sequences | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """``query [B, N, T, D]``, ``key``, ``value [B, M, T, D]`` -> ``[B, T, N, D]``.
 
     Raises:
@@ -96,10 +97,8 @@ def packed_attention(
     whole = key.shape[2]
     check_boundaries(module, sequences)
     if sequences is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         extra = {} if sliding_window is None else {"sliding_window": sliding_window}
-        output: tuple[Tensor, None] = sdpa_attention_forward(
+        output: tuple[Tensor, Tensor | None] = _stock_attention(module)(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra, **kwargs
         )
         return output
@@ -124,6 +123,22 @@ def packed_attention(
         impl=getattr(module, _IMPL)[0],
     )
     return out, None
+
+
+def _stock_attention(module: nn.Module) -> Callable[..., Any]:
+    """What a module calls without us: a cached call has its attention weights, and its rounding."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(getattr(module, _IMPL)[1], eager)
+    return found
+
+
+def _stock_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """The mask that ``_stock_attention`` reads."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[config.__dict__[_IMPL]](*args, config=config, **kwargs)
 
 
 def _has_window(config: Any, index: int) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -174,22 +175,30 @@ class CausalLM(Swapped):
     def _stock_output(self, call: dict[str, Any], *, whole: bool) -> tuple[Any, Tensor]:
         """The stock forward without labels: with the whole logits where they are needed, else with none.
 
-        A head that may be followed by something else keeps the first token's logits of its first call: where they are
-        not the head's own output, the model scales or caps them and every loss takes the whole logits.
+        Whether a head is followed by something else, which scales or caps its output, is told by the first call: what
+        becomes of numbers put in place of its first token's logits.
         """
         facts = self._deltatune.facts
         if whole or facts.head == "transformed":
             return self._caught(call)
         kept = [0] if facts.head == "unknown" else []
-        positions = torch.tensor(kept, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
-        output, hidden = self._caught({**call, "logits_to_keep": positions})
-        if facts.head == "unknown":
-            with torch.no_grad():
-                plain = torch.equal(output.logits, self.get_output_embeddings()(hidden[:, :1]))
-            facts.head = "linear" if plain else "transformed"
-            if not plain:
-                return self._caught(call)
-        return output, hidden
+        call["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
+        if facts.head == "linear":
+            return self._caught(call)
+        thread, seen = get_ident(), list[Tensor]()
+
+        def exchanged(_: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor | None:
+            if get_ident() != thread:
+                return None
+            seen[:] = args[0], torch.linspace(-1e4, 1e4, logits.numel(), device=logits.device).to(logits).view_as(logits)
+            return seen[1]
+
+        with self.get_output_embeddings().register_forward_hook(exchanged):
+            output, hidden = self._caught(call)
+        plain = len(seen) > 0 and torch.equal(seen[0], hidden[:, :1]) and torch.equal(output.logits.to(seen[1]), seen[1])
+        facts.head = "linear" if plain else "transformed"
+        del call["logits_to_keep"]
+        return (output, hidden) if plain else self._caught(call)
 
     def _caught(self, call: dict[str, Any]) -> tuple[Any, Tensor]:
         with catch_hidden() as hidden:

@@ -212,8 +212,8 @@ class _Batch:
                 f"{values.dtype} from {float(values.min()):g} to {float(values.max()):g}, as in a mask that is added "
                 "to scores, where 0 keeps a token: pass attention_mask=(mask == 0).long()"
             )
-        if values.is_floating_point() and not torch.equal(values, values.round()):
-            raise ValueError(f"attention_mask must hold whole numbers or booleans, got fractions in {values.dtype}")
+        if values.is_floating_point() and not torch.equal(values, values.long().to(values)):
+            raise ValueError(f"attention_mask must hold whole numbers or booleans, got NaN, infinity or fractions in {values.dtype}")
         return values.long()
 
     def _ids(self, ids: Tensor) -> Tensor:
