@@ -5,7 +5,8 @@
 
 Every turn is a process of its own that has one of the folders first on its path and times all settings; the first
 turn of each is held to float32 and to the stock path before. A ratio is the median of all samples after over that
-before; ``by_round`` has it for each pair of turns. Options are those of ``benchmarks.train``. Exit status 1 where a
+before; ``by_round`` has it for each pair of turns, and with ``--profile`` ``ratio_of_kernels`` that of the time inside
+kernels in one step, which a slow host does not change. Options are those of ``benchmarks.train``. Exit status 1 where a
 check is red, a setting was not timed, or a ratio is above ``--at-most``.
 """
 
@@ -68,9 +69,11 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         if label != "before" or before is None or after is None:
             continue
         pairs = zip(before["round_medians_ms"], after["round_medians_ms"], strict=False)
+        kernels = [sum(row["ms"] for row in side.get("kernels_of_a_step", ())) for side in (before, after)]
         yield {
             "name": name,
             "ratio": after["median_ms"] / before["median_ms"],
+            "ratio_of_kernels": kernels[1] / kernels[0] if all(kernels) else None,
             "by_round": [late / early for early, late in pairs],
             "peak_bytes_more": (after["peak_bytes"] or 0) - (before["peak_bytes"] or 0),
         }

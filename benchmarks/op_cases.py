@@ -97,7 +97,7 @@ class Case:
         gemm: m, k, n of the product whose rate bounds it; None for an op without matrix products.
         unpacked: the reference where each row is one document.
         budget: inputs and exact results -> the errors allowed to be doubled; by default the reference's own.
-        choice: keywords of ``choose_<op>``.
+        choice: sizes of the op's spec.
     """
 
     op: str

@@ -123,9 +123,9 @@ def measure_case(case: Case, run: Run, *, seconds: float) -> dict[str, Any]:
         rates |= {"gemm_flops_per_second": gemm_rate(run.device, *side, run.dtype), "gemm": list(side)}
     results = [result for what in _DIRECTIONS for result in _timed(case, rows, what, sets, run, rates, seconds)]
     errors = {name: {k: e if math.isfinite(e) else None for k, e in row.errors.items()} for name, row in rows.items()}
-    choose = getattr(ops, f"choose_{case.op}")
+    spec = next(spec for spec in ops.Spec.__subclasses__() if spec.op == case.op)
     return {
-        "auto": choose(run.device, run.dtype, impl="auto", **case.choice).impl,
+        "auto": ops.choose(spec(run.device, run.dtype, **case.choice)).impl,
         "ceilings": rates,
         "input_bytes": size,
         "errors": {name: found for name, found in errors.items() if found},

@@ -168,8 +168,10 @@ def changes(records: Sequence[Record]) -> list[str]:
             files.append(record)
             for r in config["ratios"]:
                 each = ", ".join(f"{one:.3f}" for one in r["by_round"])
-                rows.append([about["model"], str(about["layers"]), record.device, r["name"], f"{r['ratio']:.3f}", each])
-    header = ("model", "layers", "device", "setting", "after / before", "by round")
+                inside = f"{r['ratio_of_kernels']:.3f}" if r.get("ratio_of_kernels") else ""
+                found = (f"{r['ratio']:.3f}", each, inside)
+                rows.append([about["model"], str(about["layers"]), record.device, r["name"], *found])
+    header = ("model", "layers", "device", "setting", "after / before", "by round", "inside kernels")
     return [*_markdown(header, rows), "", _sources(files)] if rows else ["No record has whole turns of both trees yet."]
 
 

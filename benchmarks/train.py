@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lora", default="auto", choices=["auto", "stock", "fused"], help="as prepare takes it; auto by default")
     add("--rounds", type=int, default=1, metavar="N", help="turns of every system; 1 by default")
     add("--cold-start", action="store_true", help="ours at its first setting, with the compiler's cache empty and full")
-    add("--profile", action="store_true", help="add the kernels of a step of ours")
     args = parser.parse_args(argv)
     ends, ok = time.monotonic() + args.limit_s, True
     for spec in specs(args):
@@ -85,6 +84,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     add("--backend", default="inductor", choices=["inductor", "aot_eager", "none"], help="how ours is compiled")
     add("--warmup", type=int, default=3, metavar="N", help="steps before timing; 3 by default")
     add("--steps", type=int, default=12, metavar="N", help="timed steps of a system in each round; 12 by default")
+    add("--profile", action="store_true", help="add the kernels of a step of ours")
     add("--seed", type=int, default=0, metavar="N", help="of weights, adapters, lengths and tokens")
     add("--no-checks", action="store_true", help="time alone")
     add("--limit-s", type=float, default=3600.0, metavar="S", help="of the whole invocation; 3600 by default")
@@ -125,9 +125,9 @@ def _specs_of(name: str, args: argparse.Namespace) -> list[Spec]:
         lengths = [draw_lengths(t, seed=args.seed, **more) for t, more in zip(args.tokens, bounds, strict=True)]
     except ValueError as error:
         raise SystemExit(f"--model {name}: {error}") from error
-    same = {key: getattr(args, key) for key in ("rank", "dtype", "device", "backend", "warmup", "steps", "seed")}
-    profile = getattr(args, "profile", False)
-    return [Spec(model, depth, tuple(drawn), (), profile=profile, **same) for drawn in lengths]
+    names = ("rank", "dtype", "device", "backend", "warmup", "steps", "seed", "profile")
+    same = {key: getattr(args, key) for key in names}
+    return [Spec(model, depth, tuple(drawn), (), **same) for drawn in lengths]
 
 
 def _jobs(args: argparse.Namespace, cache: str) -> list[Job]:

@@ -191,7 +191,7 @@ def test_when_time_is_up_what_was_measured_is_kept(tmp_path) -> None:
 
 def test_two_trees_take_turns(tmp_path, capsys) -> None:
     src = str(compare.Path(compare.__file__).parents[1] / "src")
-    options = ["--before", src, "--after", src, "--no-checks", "--checkpointing", "none", "--rounds", "1"]
+    options = ["--before", src, "--after", src, "--no-checks", "--checkpointing", "none", "--rounds", "1", "--profile"]
     assert compare.main(small(*options, output=tmp_path)) == 0
     record = only_record(tmp_path)
     config = record["configs"][0]
@@ -202,6 +202,8 @@ def test_two_trees_take_turns(tmp_path, capsys) -> None:
     medians = [r["median_ms"] for r in config["results"]]
     assert ratio["ratio"] == pytest.approx(medians[1] / medians[0])
     assert ratio["by_round"] == [pytest.approx(ratio["ratio"])]
+    before, after = (sum(kernel["ms"] for kernel in r["kernels_of_a_step"]) for r in config["results"])
+    assert ratio["ratio_of_kernels"] == pytest.approx(after / before)
     assert config["sources"]["before"] == config["sources"]["after"]
     assert "after / before" in capsys.readouterr().out
 

@@ -102,9 +102,11 @@ def test_tables_stand_between_their_marks() -> None:
 def test_a_comparison_is_shown() -> None:
     data = copy.deepcopy(dict(frontier().data)) | {"kind": "compare"}
     name = "deltatune none qkvo auto"
-    data["configs"][0]["ratios"] = [{"name": name, "ratio": 0.9876, "by_round": [0.98, 0.99], "peak_bytes_more": 0}]
-    lines = tables.changes([Record(Path("compare-2026-11-22.json"), data)])
-    assert f"| qwen3.5-2b | 24 | NVIDIA H200 | {name} | 0.988 | 0.980, 0.990 |" in lines
+    ratio = {"name": name, "ratio": 0.9876, "by_round": [0.98, 0.99], "peak_bytes_more": 0}
+    for kernels, shown in ((None, ""), (1.01234, "1.012")):
+        data["configs"][0]["ratios"] = [ratio | {"ratio_of_kernels": kernels}]
+        lines = tables.changes([Record(Path("compare-2026-11-22.json"), data)])
+        assert f"| qwen3.5-2b | 24 | NVIDIA H200 | {name} | 0.988 | 0.980, 0.990 | {shown} |" in lines
 
 
 def test_targets_of_the_committed_records() -> None:

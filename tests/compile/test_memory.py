@@ -153,7 +153,7 @@ def test_the_loss_in_blocks_takes_what_its_blocks_do(monkeypatch: pytest.MonkeyP
     model = tiny_model("qwen3", dtype=torch.bfloat16)
     model.lm_head.requires_grad_(trains)
     chunked = estimate_memory(model, tokens_per_batch=4096).logits
-    monkeypatch.setattr(memory, "choose_linear_cross_entropy", lambda *_, **__: Choice("triton", ""))
+    monkeypatch.setattr(memory, "choose", lambda *_, **__: Choice("triton", ""))
     found = estimate_memory(model, tokens_per_batch=4096).logits
     vocabulary, width = model.lm_head.weight.shape
     gradients = 2 * width * (4096 + trains * vocabulary)

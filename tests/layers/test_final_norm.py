@@ -24,7 +24,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         RmsNormRopeSpec = ops.RmsNormRopeSpec
 
         @staticmethod
-        def choose_rms_norm_rope(*_: Any, **__: Any) -> Choice:
+        def choose(*_: Any) -> Choice:
             return Choice("triton", "for this test")
 
         @staticmethod

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltatune import ops, prepare
 from deltatune.models.registry import family_of
-from deltatune.ops import choose_gated_delta_rule
+from deltatune.ops import GatedDeltaRuleSpec, choose
 from deltatune.ops._gated_delta_rule import providers
 from deltatune.ops._varlen_attention import torch_varlen
 from deltatune.subclass import Swapped
@@ -74,7 +74,7 @@ def test_each_size_has_a_row_where_the_choice_differs(monkeypatch) -> None:
 def test_the_report_names_what_the_layers_take_at_their_sizes(monkeypatch) -> None:
     # as on a GPU with both libraries: only their head dims speak against them, and tiny ones fit neither
     monkeypatch.setattr(providers, "_library_refusal", lambda *_: None)
-    assert choose_gated_delta_rule("cpu", torch.float32).impl == "flash_qla"
+    assert choose(GatedDeltaRuleSpec(torch.device("cpu"), torch.float32)).impl == "flash_qla"
     rows = {row.op: row.impl for row in prepare(tiny_model("qwen3_5")).report.kernels}
     assert rows["gated_delta_rule"] == "reference"
     changes = {"linear_key_head_dim": 32, "linear_value_head_dim": 64}

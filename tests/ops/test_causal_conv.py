@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import CausalConvSpec, _nvidia, causal_conv, choose, choose_causal_conv
+from deltatune.ops import CausalConvSpec, _nvidia, causal_conv, choose
 from deltatune.ops._causal_conv import op
 from deltatune.packing.sequences import Sequences
 
@@ -158,7 +158,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 
 
 def test_the_choice_says_what_runs():
-    choice = choose_causal_conv(torch.device("cpu"), torch.float32)
+    choice = choose(CausalConvSpec(torch.device("cpu"), torch.float32))
     assert choice.impl == "reference"
     assert "plain torch on cpu" in choice.reason
 
@@ -175,12 +175,12 @@ def test_the_choice_says_what_runs():
 def test_what_the_kernel_takes_on_a_gpu(monkeypatch, options, refusal):
     monkeypatch.setattr(_nvidia, "_has_triton", lambda: options.get("triton", True))
     monkeypatch.setattr(torch.version, "hip", None)
-    arguments = ("cuda", options.get("dtype", torch.bfloat16))
-    auto = choose_causal_conv(*arguments, width=options.get("width"))
+    arguments = (torch.device("cuda"), options.get("dtype", torch.bfloat16))
+    auto = choose(CausalConvSpec(*arguments, width=options.get("width")))
     assert auto.impl == ("triton" if refusal is None else "reference")
     if refusal is not None:
         with pytest.raises(ValueError, match=refusal):
-            choose_causal_conv(*arguments, width=options.get("width"), impl="triton")
+            choose(CausalConvSpec(*arguments, width=options.get("width")), "triton")
 
 
 SPLIT, HEADS = [4, 2], [2, 0]

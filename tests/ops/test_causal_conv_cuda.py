@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltatune.ops import causal_conv, choose_causal_conv
+from deltatune.ops import CausalConvSpec, causal_conv, choose
 from deltatune.ops._causal_conv import reference
 from deltatune.packing.sequences import Sequences
 
@@ -297,9 +297,9 @@ def test_compiles_whole_and_only_once_for_any_documents():
 
 
 def test_auto_takes_triton_where_it_can_run():
-    assert choose_causal_conv("cuda", torch.bfloat16).impl == "triton"
-    assert choose_causal_conv("cuda", torch.float64).impl == "reference"
-    assert choose_causal_conv("cuda", torch.bfloat16, width=9).impl == "reference"
+    assert choose(CausalConvSpec(torch.device("cuda"), torch.bfloat16)).impl == "triton"
+    assert choose(CausalConvSpec(torch.device("cuda"), torch.float64)).impl == "reference"
+    assert choose(CausalConvSpec(torch.device("cuda"), torch.bfloat16, width=9)).impl == "reference"
     x, weight, bias = make_inputs(83)
     assert torch.equal(causal_conv(x, weight, bias), causal_conv(x, weight, bias, impl="triton"))
     with pytest.raises(ValueError, match="takes widths up to 8, got 9; use impl='reference'"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops import GatedDeltaRuleSpec, choose, gated_delta_rule
 from deltatune.packing.sequences import Sequences
 
 NAMES = ("q", "k", "v", "g", "beta")
@@ -354,7 +354,7 @@ def test_an_unknown_implementation_is_refused_with_those_known():
 
 
 def test_the_choice_says_what_runs():
-    choice = choose_gated_delta_rule(torch.device("cpu"), torch.bfloat16)
+    choice = choose(GatedDeltaRuleSpec(torch.device("cpu"), torch.bfloat16))
     assert (choice.impl, choice.reason) == ("reference", "chunked torch on cpu, accumulating in fp32")
-    named = choose_gated_delta_rule(torch.device("cpu"), torch.bfloat16, impl="reference")
+    named = choose(GatedDeltaRuleSpec(torch.device("cpu"), torch.bfloat16), "reference")
     assert named.impl == "reference"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from deltatune.ops import choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops import GatedDeltaRuleSpec, choose, gated_delta_rule
 from deltatune.ops._gated_delta_rule import library, reference
 from deltatune.ops._gated_delta_rule.reference import Inputs
 from deltatune.packing.sequences import Sequences
@@ -29,7 +29,7 @@ SLOW, FAST = 0.05, 20.0
 @pytest.fixture(params=["fla", "flash_qla"])
 def impl(request):
     try:
-        choose_gated_delta_rule("cuda", torch.bfloat16, head_dims=(DIM, DIM), impl=request.param)
+        choose(GatedDeltaRuleSpec(torch.device("cuda"), torch.bfloat16, head_dims=(DIM, DIM)), request.param)
     except ValueError as error:
         pytest.skip(str(error))
     return request.param
@@ -334,7 +334,7 @@ def test_compiles_whole_and_only_once_for_any_documents(impl):
 
 def test_auto_takes_a_library_that_can_run(impl):
     inputs = make_inputs(83)
-    chosen = choose_gated_delta_rule("cuda", torch.bfloat16, head_dims=(DIM, DIM)).impl
+    chosen = choose(GatedDeltaRuleSpec(torch.device("cuda"), torch.bfloat16, head_dims=(DIM, DIM))).impl
     assert chosen in ("flash_qla", "fla")
     assert torch.equal(gated_delta_rule(*inputs), gated_delta_rule(*inputs, impl=chosen))
-    assert choose_gated_delta_rule("cuda", torch.float32).impl == "reference"
+    assert choose(GatedDeltaRuleSpec(torch.device("cuda"), torch.float32)).impl == "reference"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from deltatune.ops import _nvidia, choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops import GatedDeltaRuleSpec, _nvidia, choose, gated_delta_rule
 from deltatune.ops._gated_delta_rule import fla, flash_qla, library, providers, reference
 from deltatune.ops._gated_delta_rule.reference import Inputs
 from deltatune.packing.sequences import Sequences
@@ -47,7 +47,7 @@ def machine(monkeypatch):
 
 def refused(impl, dtype=BF16, head_dims=None):
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot run here") as error:
-        choose_gated_delta_rule("cuda", dtype, head_dims=head_dims, impl=impl)
+        choose(GatedDeltaRuleSpec(torch.device("cuda"), dtype, head_dims=head_dims), impl)
     return str(error.value)
 
 
@@ -71,7 +71,7 @@ def refused(impl, dtype=BF16, head_dims=None):
 )
 def test_auto_takes_the_first_that_can_run(machine, setting, dtype, head_dims, expected):
     machine(**setting)
-    assert choose_gated_delta_rule(torch.device("cuda"), dtype, head_dims=head_dims).impl == expected
+    assert choose(GatedDeltaRuleSpec(torch.device("cuda"), dtype, head_dims=head_dims)).impl == expected
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_fla_says_what_it_misses(machine, setting, message):
 def test_the_miscompiled_backward_is_refused_on_hopper(machine, setting, remedy):
     machine(**setting)
     if remedy is None:
-        assert choose_gated_delta_rule("cuda", BF16, impl="fla").impl == "fla"
+        assert choose(GatedDeltaRuleSpec(torch.device("cuda"), BF16), "fla").impl == "fla"
     else:
         message = refused("fla")
         assert "wrong gradients on Hopper" in message

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
-from deltatune.ops import choose_gated_rms_norm, gated_rms_norm
+from deltatune.ops import GatedRmsNormSpec, choose, gated_rms_norm
 
 
 def make_inputs(shape=(2, 5, 3, 8), *, dtype=torch.float32):
@@ -96,7 +96,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 )
 def test_the_choice_says_what_runs(device, dtype, expected):
     pytest.importorskip("triton", reason="needs triton")
-    assert choose_gated_rms_norm(device, dtype).impl == expected
+    assert choose(GatedRmsNormSpec(torch.device(device), dtype)).impl == expected
 
 
 def test_the_kernels_in_the_interpreter():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltatune.ops import choose_gated_rms_norm, gated_rms_norm
+from deltatune.ops import GatedRmsNormSpec, choose, gated_rms_norm
 from deltatune.ops._gated_rms_norm import providers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -178,7 +178,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_auto_takes_the_kernel():
-    assert choose_gated_rms_norm(DEVICE, torch.float32).impl == "triton"
+    assert choose(GatedRmsNormSpec(torch.device(DEVICE), torch.float32)).impl == "triton"
     inputs = make_inputs(1, 9, 3, 16, dtype=HALVES[-1])
     assert torch.equal(gated_rms_norm(*inputs, eps=EPS), gated_rms_norm(*inputs, eps=EPS, impl="triton"))
 

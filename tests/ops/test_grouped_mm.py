@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
+from deltatune.ops._grouped_mm.api import grouped_mm
 from deltatune.ops._grouped_mm.experts import moe_experts
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
-from deltatune.ops._registry import Support
+from deltatune.ops._registry import Support, choose
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES = {"mixed": [5, 1, 0, 70, 7], "first empty": [0, 33, 32], "one": [64], "all empty": [0, 0]}
@@ -126,7 +126,7 @@ def test_bad_arguments():
         grouped_mm(x, weight, offsets - 1)
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         grouped_mm(x, weight, offsets, impl="torch")
-    assert "NVIDIA GPU" in choose_grouped_mm("cpu", torch.bfloat16).reason
+    assert "NVIDIA GPU" in choose(GroupedMmSpec(torch.device("cpu"), torch.bfloat16)).reason
 
 
 # T tokens, k experts a token goes to, X experts, H hidden width, I width of an expert
@@ -232,7 +232,7 @@ def test_cuda_grouped_mm(impl):
     x.requires_grad_()
     weight.requires_grad_()
     found, expected = grouped_mm(x, weight, offsets, impl=impl), oracle(x, weight, offsets)
-    assert choose_grouped_mm("cuda", torch.bfloat16, weight_shape=weight.shape).impl == "torch"
+    assert choose(GroupedMmSpec(torch.device("cuda"), torch.bfloat16, weight_shape=weight.shape)).impl == "torch"
     assert_close(found, expected, 4e-3)
     grad = torch.randn_like(found)
     grads = torch.autograd.grad(found, (x, weight), grad)

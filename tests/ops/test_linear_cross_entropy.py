@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import choose_linear_cross_entropy, linear_cross_entropy
+from deltatune.ops import LinearCrossEntropySpec, choose, linear_cross_entropy
 from deltatune.ops._linear_cross_entropy import reference, torch_chunked
 
 needs_torch_213 = pytest.mark.skipif(torch_chunked.missing() is not None, reason="needs torch >= 2.13")
@@ -270,14 +270,14 @@ def test_bad_arguments(change, message):
 
 
 def test_choice_says_why():
-    assert "16-bit" in choose_linear_cross_entropy("cpu", torch.bfloat16).reason
-    exact = choose_linear_cross_entropy("cpu", torch.float32)
+    assert "16-bit" in choose(LinearCrossEntropySpec(torch.device("cpu"), torch.bfloat16)).reason
+    exact = choose(LinearCrossEntropySpec(torch.device("cpu"), torch.float32))
     assert exact.impl == ("reference" if torch_chunked.missing() else "torch")
 
 
 def test_a_torch_without_the_function_runs_the_reference(monkeypatch):
     monkeypatch.setattr(torch_chunked, "_function", None)
-    choice = choose_linear_cross_entropy("cpu", torch.float32)
+    choice = choose(LinearCrossEntropySpec(torch.device("cpu"), torch.float32))
     assert choice.impl == "reference"
     assert "install torch >= 2.13" in choice.reason
     with pytest.raises(ValueError, match=r"install torch >= 2\.13"):

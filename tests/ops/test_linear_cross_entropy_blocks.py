@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops import choose_linear_cross_entropy, linear_cross_entropy
+from deltatune.ops import LinearCrossEntropySpec, choose, linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.blocks import softmax_blocks, weight_blocks, workspace_bytes
 
 CUDA = pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_kernels_in_the_interpreter():
 )
 def test_it_is_refused_where_it_cannot_run(dtype, width, message):
     with pytest.raises(ValueError, match=message):
-        choose_linear_cross_entropy("cpu", dtype, width=width, impl="triton")
+        choose(LinearCrossEntropySpec(torch.device("cpu"), dtype, width=width), "triton")
 
 
 def gpu_inputs(tokens: int, vocabulary: int, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +150,7 @@ def errors(impl: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[fl
 def test_errors_are_at_most_twice_the_references(tokens, vocabulary, scale, dtype):
     """At scale 8 logits exceed the label's by more than either dtype's headroom."""
     batch = gpu_inputs(tokens, vocabulary, dtype, scale)
-    assert choose_linear_cross_entropy("cuda", dtype, width=256).impl == "triton"
+    assert choose(LinearCrossEntropySpec(torch.device("cuda"), dtype, width=256)).impl == "triton"
     for found, allowed in zip(errors("triton", *batch), errors("reference", *batch), strict=True):
         # one token's loss is a few fp32 operations, each a unit in the last place; less than two in all is an accident
         assert found <= 2 * max(allowed, 2 * torch.finfo(torch.float32).eps)

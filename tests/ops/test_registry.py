@@ -48,9 +48,7 @@ def test_every_op_ends_with_a_reference_that_runs_on_a_cpu(spec):
         given = spec(CPU, dtype)
         named = ops.choose(given, "reference")
         assert named.reason == "named by the caller"
-        by_name = getattr(ops, f"choose_{spec.op}")("cpu", dtype)
-        assert ops.choose(given) == by_name
-        assert by_name.reason
+        assert ops.choose(given).reason
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -10,7 +10,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, apply_rotary_pos_emb
 
-from deltatune.ops import _nvidia, choose_rms_norm_rope, rms_norm_rope
+from deltatune.ops import RmsNormRopeSpec, _nvidia, choose, rms_norm_rope
 from deltatune.ops._rms_norm_rope.api import rms_norm_rope_pair
 
 EPS = 1e-6
@@ -133,13 +133,13 @@ def test_a_pair_is_two_calls():
 )
 def test_the_choice_says_what_runs(device, dtype, expected):
     pytest.importorskip("triton", reason="needs triton")
-    assert choose_rms_norm_rope(device, dtype).impl == expected
+    assert choose(RmsNormRopeSpec(torch.device(device), dtype)).impl == expected
 
 
 def test_the_kernel_is_refused_with_a_remedy(monkeypatch):
     def refused(**options):
         with pytest.raises(ValueError, match="impl='triton' cannot run here") as error:
-            choose_rms_norm_rope("cuda", **options, impl="triton")
+            choose(RmsNormRopeSpec(torch.device("cuda"), **options), "triton")
         return str(error.value)
 
     assert "takes bf16, fp16 and fp32, got torch.float64; cast the inputs" in refused(dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_the_kernel_is_refused_with_a_remedy(monkeypatch):
     assert "detach them or use impl='reference'" in refused(dtype=torch.float32, angles_grad=True)
     monkeypatch.setattr(_nvidia, "_has_triton", lambda: False)
     assert "triton is not installed; pip install triton" in refused(dtype=torch.float32)
-    assert choose_rms_norm_rope("cuda", torch.float32).impl == "reference"
+    assert choose(RmsNormRopeSpec(torch.device("cuda"), torch.float32)).impl == "reference"
 
 
 def test_the_kernels_in_the_interpreter():

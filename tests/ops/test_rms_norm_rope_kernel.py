@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from deltatune.ops import choose_rms_norm_rope, rms_norm_rope, rms_norm_rope_pair
+from deltatune.ops import RmsNormRopeSpec, choose, rms_norm_rope, rms_norm_rope_pair
 from deltatune.ops._rms_norm_rope import providers, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -296,7 +296,7 @@ def test_a_gradient_for_cos_or_sin_is_the_references():
 
 
 def test_auto_takes_the_kernel():
-    assert choose_rms_norm_rope(DEVICE, torch.float32).impl == "triton"
+    assert choose(RmsNormRopeSpec(torch.device(DEVICE), torch.float32)).impl == "triton"
     inputs, options = make_inputs(dtype=HALVES[-1])
     assert torch.equal(rms_norm_rope(*inputs, **options), rms_norm_rope(*inputs, **options, impl="triton"))
 

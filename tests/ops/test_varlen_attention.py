@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune import Sequences
-from deltatune.ops import choose_varlen_attention, varlen_attention
+from deltatune.ops import VarlenAttentionSpec, choose, varlen_attention
 
 TINY = [1 + i % 6 for i in range(200)]
 LENGTHS = {"mixed": [5, 1, 70, 7], "long": [127, 257, 64], "edges": [3, 2, 1, 63, 64, 65], "tiny": TINY}
@@ -310,7 +310,7 @@ def test_boundaries_that_end_early_are_refused_in_the_op():
 
 
 def test_choice_says_why():
-    choice = choose_varlen_attention("cpu", torch.float32)
+    choice = choose(VarlenAttentionSpec(torch.device("cpu"), torch.float32))
     assert choice.impl == "reference"
     assert "NVIDIA GPU" in choice.reason
 
@@ -360,6 +360,6 @@ def test_cuda_needs_no_sync_and_one_graph(_):
 
 @pytest.mark.parametrize("_", [pytest.param(None, marks=CUDA)])
 def test_cuda_choice(_):
-    assert choose_varlen_attention("cuda", torch.bfloat16, head_dim=256).impl == "torch"
-    assert "float32" in choose_varlen_attention("cuda", torch.float32).reason
-    assert "multiple of 8" in choose_varlen_attention("cuda", torch.bfloat16, head_dim=12).reason
+    assert choose(VarlenAttentionSpec(torch.device("cuda"), torch.bfloat16, head_dim=256)).impl == "torch"
+    assert "float32" in choose(VarlenAttentionSpec(torch.device("cuda"), torch.float32)).reason
+    assert "multiple of 8" in choose(VarlenAttentionSpec(torch.device("cuda"), torch.bfloat16, head_dim=12)).reason

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltatune.ops import choose_gated_delta_rule, gated_delta_rule, varlen_attention
+from deltatune.ops import GatedDeltaRuleSpec, choose, gated_delta_rule, varlen_attention
 from deltatune.ops._opaque import workspace_bytes
 from deltatune.packing.sequences import Sequences
 
@@ -62,7 +62,7 @@ def test_attention(heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("impl", ["fla", "flash_qla"])
 def test_gated_delta_rule(impl: str, value_heads: int) -> None:
     try:
-        choose_gated_delta_rule("cuda", torch.bfloat16, head_dims=(DIM, DIM), impl=impl)
+        choose(GatedDeltaRuleSpec(torch.device("cuda"), torch.bfloat16, head_dims=(DIM, DIM)), impl)
     except ValueError as error:
         pytest.skip(str(error))
     sequences = Sequences.from_lengths([3000, TOKENS - 3000]).to("cuda")

@@ -124,9 +124,10 @@ def _devices() -> list[tuple[str, str, str]]:
 
 def _kernels(device: torch.device) -> Iterator[tuple[str, str, str]]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    specs = {spec.op: spec for spec in ops.Spec.__subclasses__()}
     for op in dict.fromkeys(op for family in FAMILIES for op in family.ops):
         try:
-            choice = getattr(ops, f"choose_{op}")(device, dtype, impl="auto")
+            choice = ops.choose(specs[op](device, dtype))
         except ValueError as error:
             yield op, "cannot run", str(error)
         else:

@@ -15,7 +15,7 @@ from torch import nn
 from deltatune.compile.trace import LayerMemory
 from deltatune.cost import Cost
 from deltatune.hf import model as hf_model
-from deltatune.ops import choose_linear_cross_entropy
+from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
 from deltatune.state import Choice
@@ -249,7 +249,7 @@ def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
     trains = head.weight.requires_grad
     gradient = tokens * width * width_bytes
     dtype = torch.bfloat16 if width_bytes == 2 else torch.float32
-    if choose_linear_cross_entropy(hf_model.device_of(model), dtype, width=width).impl == "triton":
+    if choose(LinearCrossEntropySpec(hf_model.device_of(model), dtype, width=width)).impl == "triton":
         workspace = workspace_bytes(tokens, width, vocabulary, width_bytes, weight_grad=trains)
         return int(workspace + gradient + trains * width_bytes * vocabulary * width)
     # the gradient of float32 logits takes their place; that of the head is summed in float32 and rounded at the end

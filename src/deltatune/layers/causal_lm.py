@@ -190,12 +190,13 @@ class CausalLM(Swapped):
         def exchanged(_: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor | None:
             if get_ident() != thread:
                 return None
-            seen[:] = args[0], torch.linspace(-1e4, 1e4, logits.numel(), device=logits.device).to(logits).view_as(logits)
+            numbers = torch.linspace(-1e4, 1e4, logits.numel(), device=logits.device)
+            seen[:] = args[0], numbers.to(logits).view_as(logits)
             return seen[1]
 
         with self.get_output_embeddings().register_forward_hook(exchanged):
             output, hidden = self._caught(call)
-        plain = len(seen) > 0 and torch.equal(seen[0], hidden[:, :1]) and torch.equal(output.logits.to(seen[1]), seen[1])
+        plain = bool(seen) and torch.equal(seen[0], hidden[:, :1]) and torch.equal(output.logits.to(seen[1]), seen[1])
         facts.head = "linear" if plain else "transformed"
         del call["logits_to_keep"]
         return (output, hidden) if plain else self._caught(call)

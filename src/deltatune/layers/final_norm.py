@@ -55,7 +55,7 @@ class FinalNorm(Swapped):
         if torch.compiler.is_compiling() or in_stock_path(self) or x.ndim != 3 or is_sharded(self.weight):
             return None
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        impl = ops.choose_rms_norm_rope(x.device, dtype, impl=self._deltatune.options.kernels["rms_norm_rope"]).impl
+        impl = ops.choose(ops.RmsNormRopeSpec(x.device, dtype), self._deltatune.options.kernels["rms_norm_rope"]).impl
         return None if impl == "reference" else impl
 
 

@@ -3,26 +3,26 @@
 Every op has a folder of its own: ``api.py`` holds the documentation and the validation, ``providers.py`` the
 implementations and where each runs, ``reference.py`` the specification, ``op.py`` the ``torch.library`` registration
 where an implementation is opaque to the compiler. ``choose(spec)`` says which implementation ``impl="auto"`` takes and
-why, for the op's own spec such as ``CausalConvSpec``; ``choose_<op>(device, dtype, ...)`` builds that spec first.
+why, for the op's own spec such as ``CausalConvSpec(device, dtype)``.
 """
 
 from __future__ import annotations
 
-from deltatune.ops._causal_conv.api import causal_conv, choose_causal_conv
+from deltatune.ops._causal_conv.api import causal_conv
 from deltatune.ops._causal_conv.providers import CausalConvSpec
-from deltatune.ops._gated_delta_rule.api import choose_gated_delta_rule, gated_delta_rule
+from deltatune.ops._gated_delta_rule.api import gated_delta_rule
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
-from deltatune.ops._gated_rms_norm.api import choose_gated_rms_norm, gated_rms_norm
+from deltatune.ops._gated_rms_norm.api import gated_rms_norm
 from deltatune.ops._gated_rms_norm.providers import GatedRmsNormSpec
-from deltatune.ops._grouped_mm.api import choose_grouped_mm, grouped_mm
+from deltatune.ops._grouped_mm.api import grouped_mm
 from deltatune.ops._grouped_mm.experts import moe_experts
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
-from deltatune.ops._linear_cross_entropy.api import choose_linear_cross_entropy, linear_cross_entropy
+from deltatune.ops._linear_cross_entropy.api import linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._registry import Choice, Provider, Spec, Support, choose
-from deltatune.ops._rms_norm_rope.api import choose_rms_norm_rope, rms_norm_rope, rms_norm_rope_pair
+from deltatune.ops._rms_norm_rope.api import rms_norm_rope, rms_norm_rope_pair
 from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
-from deltatune.ops._varlen_attention.api import choose_varlen_attention, varlen_attention
+from deltatune.ops._varlen_attention.api import varlen_attention
 from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 
 __all__ = [
@@ -39,13 +39,6 @@ __all__ = [
     "VarlenAttentionSpec",
     "causal_conv",
     "choose",
-    "choose_causal_conv",
-    "choose_gated_delta_rule",
-    "choose_gated_rms_norm",
-    "choose_grouped_mm",
-    "choose_linear_cross_entropy",
-    "choose_rms_norm_rope",
-    "choose_varlen_attention",
     "gated_delta_rule",
     "gated_rms_norm",
     "grouped_mm",

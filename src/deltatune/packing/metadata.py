@@ -213,7 +213,9 @@ class _Batch:
                 "to scores, where 0 keeps a token: pass attention_mask=(mask == 0).long()"
             )
         if values.is_floating_point() and not torch.equal(values, values.long().to(values)):
-            raise ValueError(f"attention_mask must hold whole numbers or booleans, got NaN, infinity or fractions in {values.dtype}")
+            raise ValueError(
+                f"attention_mask must hold whole numbers or booleans, got NaN, infinity or fractions in {values.dtype}"
+            )
         return values.long()
 
     def _ids(self, ids: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 from deltatune.ops._causal_conv import op, reference
 from deltatune.ops._causal_conv.providers import CausalConvSpec
 from deltatune.ops._numerics import most_demanding
-from deltatune.ops._registry import Choice, choose
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import check_floating, check_same_device, check_sequences, check_tensors, num_sequences
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["causal_conv", "choose_causal_conv"]
+__all__ = ["causal_conv"]
 
 _FUSED_HEADS = (32, 64, 128, 256)  # a head is a block of channels of one program
 
@@ -121,13 +121,6 @@ def causal_conv(
         if fused != heads:
             parts = tuple(reference.normalise(part, head) for part, head in zip(parts, heads, strict=True))
     return parts[0] if split is None else parts
-
-
-def choose_causal_conv(
-    device: torch.device | str, dtype: torch.dtype, *, width: int | None = None, impl: str = "auto"
-) -> Choice:
-    """Which implementation of ``causal_conv`` runs for x of this dtype and a weight of this width, and why."""
-    return choose(CausalConvSpec(torch.device(device), dtype, width), impl)
 
 
 def _can_fuse(heads: Sequence[int]) -> bool:

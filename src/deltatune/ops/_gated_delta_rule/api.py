@@ -10,11 +10,11 @@ from torch import Tensor
 from deltatune.ops._gated_delta_rule import op
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
 from deltatune.ops._numerics import accumulation_dtype
-from deltatune.ops._registry import Choice, choose
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import check_floating, check_same_device, check_sequences, check_tensors, num_sequences
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["choose_gated_delta_rule", "gated_delta_rule"]
+__all__ = ["gated_delta_rule"]
 
 
 @overload
@@ -131,13 +131,6 @@ def gated_delta_rule(
     cu_seqlens_cpu = None if sequences is None else sequences.cu_seqlens_cpu
     o, *_, state = op.gated_delta_rule(q, k, v, g, beta, initial_state, scale, qk_l2norm, cu_seqlens_cpu, choice.impl)
     return (o, state) if return_state else o
-
-
-def choose_gated_delta_rule(
-    device: torch.device | str, dtype: torch.dtype, *, head_dims: tuple[int, int] | None = None, impl: str = "auto"
-) -> Choice:
-    """Which implementation of ``gated_delta_rule`` runs for q, k and v of this dtype, heads of K and V, and why."""
-    return choose(GatedDeltaRuleSpec(torch.device(device), dtype, head_dims), impl)
 
 
 def _state(initial_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None) -> Tensor:

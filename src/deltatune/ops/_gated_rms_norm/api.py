@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from deltatune.ops._gated_rms_norm import op, reference
 from deltatune.ops._gated_rms_norm.providers import GatedRmsNormSpec
 from deltatune.ops._numerics import most_demanding
-from deltatune.ops._registry import Choice, choose
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import check_floating, check_same_device
 
-__all__ = ["choose_gated_rms_norm", "gated_rms_norm"]
+__all__ = ["gated_rms_norm"]
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
@@ -52,8 +51,3 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
     if choose(spec, impl).impl == "triton":
         return op.gated_rms_norm(x, gate, weight, eps)
     return reference.gated_rms_norm(x, gate, weight, eps)
-
-
-def choose_gated_rms_norm(device: torch.device | str, dtype: torch.dtype, *, impl: str = "auto") -> Choice:
-    """Which implementation of ``gated_rms_norm`` runs, and why; ``dtype`` is that of x, gate and weight."""
-    return choose(GatedRmsNormSpec(torch.device(device), dtype), impl)

@@ -10,17 +10,10 @@ from torch import Tensor
 from deltatune.ops._grouped_mm import op as _op
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
 from deltatune.ops._numerics import autocast
-from deltatune.ops._registry import Choice, choose
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
 
-__all__ = ["choose_grouped_mm", "grouped_mm"]
-
-
-def choose_grouped_mm(
-    device: torch.device | str, dtype: torch.dtype, *, weight_shape: torch.Size | None = None, impl: str = "auto"
-) -> Choice:
-    """The implementation that ``grouped_mm`` takes for inputs of this kind, and why."""
-    return choose(GroupedMmSpec(torch.device(device), dtype, weight_shape), impl)
+__all__ = ["grouped_mm"]
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, impl: str = "auto") -> Tensor:

@@ -13,17 +13,10 @@ from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._linear_cross_entropy.reference import check_targets
 from deltatune.ops._numerics import autocast
 from deltatune.ops._opaque import first_order
-from deltatune.ops._registry import Choice, choose
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import check_floating, check_same_device
 
-__all__ = ["choose_linear_cross_entropy", "linear_cross_entropy"]
-
-
-def choose_linear_cross_entropy(
-    device: torch.device | str, dtype: torch.dtype, *, width: int | None = None, impl: str = "auto"
-) -> Choice:
-    """The implementation that ``linear_cross_entropy`` takes for inputs of this kind, and why; ``width`` is E."""
-    return choose(LinearCrossEntropySpec(torch.device(device), dtype, width), impl)
+__all__ = ["linear_cross_entropy"]
 
 
 def linear_cross_entropy(

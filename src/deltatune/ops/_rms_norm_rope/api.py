@@ -13,7 +13,7 @@ from deltatune.ops._rms_norm_rope import op, reference
 from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
 from deltatune.ops._validation import check_tensors
 
-__all__ = ["choose_rms_norm_rope", "rms_norm_rope", "rms_norm_rope_pair"]
+__all__ = ["rms_norm_rope", "rms_norm_rope_pair"]
 
 
 def rms_norm_rope(
@@ -92,13 +92,6 @@ def rms_norm_rope_pair(
         rms_norm_rope(q, q_weight, cos, sin, eps=eps, unit_offset=unit_offset, impl=choice.impl),
         rms_norm_rope(k, k_weight, cos, sin, eps=eps, unit_offset=unit_offset, impl=choice.impl),
     )
-
-
-def choose_rms_norm_rope(
-    device: torch.device | str, dtype: torch.dtype, *, angles_grad: bool = False, impl: str = "auto"
-) -> Choice:
-    """Which implementation of ``rms_norm_rope`` runs, and why; ``angles_grad``: whether cos or sin want a gradient."""
-    return choose(RmsNormRopeSpec(torch.device(device), dtype, angles_grad), impl)
 
 
 def _choose_for(tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, impl: str) -> Choice:

@@ -10,25 +10,13 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._numerics import autocast
-from deltatune.ops._registry import Choice, choose
+from deltatune.ops._registry import choose
 from deltatune.ops._validation import check_sequences, check_tensors, num_sequences
 from deltatune.ops._varlen_attention import op as _op
 from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["choose_varlen_attention", "varlen_attention"]
-
-
-def choose_varlen_attention(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    head_dim: int | None = None,
-    window: int | None = None,
-    impl: str = "auto",
-) -> Choice:
-    """The implementation that ``varlen_attention`` takes for inputs of this kind, and why."""
-    return choose(VarlenAttentionSpec(torch.device(device), dtype, head_dim, window), impl)
+__all__ = ["varlen_attention"]
 
 
 class _Options(TypedDict, total=False):
