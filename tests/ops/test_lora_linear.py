@@ -262,6 +262,18 @@ def test_what_was_written_to_before_backward_is_refused_as_torch_does(number: in
         waiting.backward()
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_storage_that_is_exchanged_before_backward_is_not_read(number: int):
+    made, x = case(), inputs(4)
+    leaves = [x, *made.down(), *made.up()]
+    want = torch.autograd.grad(loss(made.oracle(x)), leaves)
+    waiting = loss(made.run(x))
+    parameter = list(_parameters(made))[number]
+    parameter.data = torch.randn_like(parameter)
+    for got, expected in zip(torch.autograd.grad(waiting, leaves), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_values_of_the_call_count_and_not_those_of_later_ones():
     made, x = case(), inputs(4)
     leaves = [x, *made.down(), *made.up()]

@@ -55,7 +55,9 @@ def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Se
     """
     down, up, scales = zip(*(adapter for of_layer in adapters for adapter in of_layer), strict=True)
     layout = _Layout(len(weights), tuple(map(len, adapters)), scales)
-    outputs = _apply(x.reshape(-1, x.shape[-1]), layout, *weights, *down, *up)
+    # a view keeps the storage of this call where a tool gives the Parameter another (``.data = ...``) before backward
+    saved = [*(weight.detach() for weight in weights), *(tensor.view_as(tensor) for tensor in (*down, *up))]
+    outputs = _apply(x.reshape(-1, x.shape[-1]), layout, *saved)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
