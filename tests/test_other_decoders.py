@@ -55,6 +55,7 @@ def dense(kind: str, **changes: Any) -> Any:
         ("gemma2", {}, "soft-capped"),
         ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "not causal"),
+        ("llama", {"index_topk": 4}, "chosen tokens alone"),
     ],
 )
 def test_attention_that_cannot_be_honoured_is_refused(kind: str, changes: dict[str, Any], message: str) -> None:
@@ -106,6 +107,111 @@ def test_a_capped_head_is_known_before_its_logits_say_anything() -> None:
     for m in (stock, model):
         m(**call).loss.backward()
     torch.testing.assert_close(model.lm_head.weight.grad, stock.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def scaled_in_place(logits: torch.Tensor) -> torch.Tensor:
+    return logits.mul_(0.25)
+
+
+def biased_at_one_word(logits: torch.Tensor) -> torch.Tensor:
+    return logits + torch.nn.functional.one_hot(torch.tensor(0), logits.shape[-1]).to(logits) * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("follows", [scaled_in_place, biased_at_one_word, lambda x: x])
+def test_what_follows_a_head_is_in_the_loss(follows: Any, dtype: torch.dtype) -> None:
+    class Followed(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+            output = self.model(*args, **kwargs)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = follows(self.lm_head(input=output[0][:, kept]))
+            loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    stock = Followed(dense("llama", head_dim=8).config).to(dtype)
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (tokens,) = documents([20])
+    call = {"input_ids": tokens[None], "labels": tokens[None], "use_cache": False}
+    for _ in range(2):
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+        torch.testing.assert_close(model(**call).loss.float(), stock(**call).loss.float(), rtol=tolerance, atol=0)
+
+
+def test_others_that_call_the_head_in_the_first_loss_get_its_output() -> None:
+    stock = dense("llama")
+    model = copy.deepcopy(stock)
+    prepare(model)
+    (tokens,) = documents([20])
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def lens(m: Any) -> None:
+        m.model.layers[0].register_forward_hook(
+            lambda _, __, out: seen.setdefault(id(m), []).append(m.lm_head(out[0] if isinstance(out, tuple) else out))
+        )
+
+    for m in (stock, model):
+        lens(m)
+        m(input_ids=tokens[None], labels=tokens[None], use_cache=False)
+    torch.testing.assert_close(*(seen[id(m)][0] for m in (model, stock)), rtol=1e-4, atol=1e-5)
+    assert not model.lm_head._forward_hooks
+
+
+def test_a_first_loss_that_fails_leaves_nothing_on_the_head() -> None:
+    model = dense("llama")
+    prepare(model)
+    (tokens,) = documents([20])
+    call = {"input_ids": tokens[None], "labels": tokens[None]}
+
+    def fails(*_: Any) -> None:
+        raise OSError("for this test")
+
+    handle = model.lm_head.register_forward_pre_hook(fails)
+    model.train()
+    with pytest.raises(OSError, match="for this test"):
+        model(**call)
+    handle.remove()
+    assert not model.lm_head._forward_hooks
+    assert model(**call).loss.isfinite()
+
+
+def test_no_config_keeps_a_word_of_ours(tmp_path: Any) -> None:
+    model = dense("llama").model
+    before = model.config.to_dict()
+    prepare(model)
+    assert model.config.to_dict() == before
+    model.save_pretrained(tmp_path)
+    assert "deltatune" not in (tmp_path / "config.json").read_text()
+
+
+def test_cached_calls_of_an_attention_class_of_ones_own() -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Mine(LlamaAttention):
+        pass
+
+    stock = dense("llama", attn_implementation="eager").eval()
+    for layer in stock.model.layers:
+        layer.self_attn.__class__ = Mine
+    model = copy.deepcopy(stock)
+    prepare(model)
+    tokens = torch.stack(documents([12, 12]))
+    assert torch.equal(model(tokens, use_cache=True).logits, stock(tokens, use_cache=True).logits)
+
+
+def test_cached_calls_of_an_attention_that_was_registered_without_a_mask() -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def causal(*args: Any, **kwargs: Any) -> Any:
+        assert args[4] is None
+        return sdpa_attention_forward(*args, **kwargs)
+
+    transformers.AttentionInterface.register("mine_for_a_test", causal)
+    stock = dense("llama", attn_implementation="mine_for_a_test").eval()
+    model = copy.deepcopy(stock)
+    prepare(model)
+    tokens = torch.stack(documents([12, 12]))
+    assert torch.equal(model(tokens, use_cache=True).logits, stock(tokens, use_cache=True).logits)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -78,8 +78,14 @@ def test_what_is_hung_on_a_read_module_acts_as_on_the_stock_model(read: str, way
     assert torch.equal(model(doc[None]).logits, stock(doc[None]).logits)
 
 
-@pytest.mark.parametrize("read", [*READ, "mlp", "act"])
-@pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("read", "compile"),
+    [
+        *((read, None) for read in (*READ, "mlp", "act")),
+        # those in a layer, the two norms of attention alike
+        *((read, COMPILED) for read in ("q_norm", "gated norm", "mlp", "act")),
+    ],
+)
 def test_a_hook_acts_from_when_it_comes_until_it_goes(read: str, compile: CompileOptions | None) -> None:
     pick = (READ | {"mlp": lambda m: m.model.layers[0].mlp, "act": lambda m: m.model.layers[0].mlp.act_fn})[read]
     stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()

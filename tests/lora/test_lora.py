@@ -28,8 +28,7 @@ def train(model: Any, steps: int) -> list[torch.Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize("checkpointing", ["none", "layer", 0.5])
+@pytest.mark.parametrize(("checkpointing", "scope"), [("none", "layer"), ("layer", "model"), (0.5, "layer")])
 def test_compiled_layers_train_as_pefts_do(scope: Any, checkpointing: Any) -> None:
     fused = adapted()
     stock = copy.deepcopy(fused)

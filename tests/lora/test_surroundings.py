@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deltatune import CompileOptions, prepare
-from lora_cases import adapted, assert_gradients_close, assert_same_gradients, logits, packed_call, pair, relative
+from lora_cases import FEW, adapted, assert_gradients_close, assert_same_gradients, logits, packed_call, pair, relative
 
 TRACED = CompileOptions(backend="aot_eager")
 
@@ -29,7 +29,7 @@ def scaled(*models: Any) -> None:
 @pytest.mark.parametrize("scope", ["model", "layer"])
 @pytest.mark.parametrize("ours", [None, TRACED])
 def test_a_graph_that_another_compiles_sees_every_step(scope: str, ours: CompileOptions | None) -> None:
-    fused, stock = pair("qwen3")
+    fused, stock = pair("qwen3", target_modules=FEW)
     prepare(fused, lora="fused", compile=ours)
     with torch.no_grad():
         logits(fused)
@@ -122,7 +122,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("kind", "place", "ran"), COMPILED)
 def test_in_one_compiled_layer_of_several_too(kind: str, place: str, ran: bool) -> None:
-    fused, stock = pair("qwen3")
+    fused, stock = pair("qwen3", target_modules=FEW)
     prepared = prepare(fused, lora="fused", compile=TRACED)
     for model in (fused, stock):
         if ran:

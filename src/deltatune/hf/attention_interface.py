@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-import sys
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +17,9 @@ from deltatune.packing.sequences import Sequences
 
 __all__ = ["exchange_configs", "install", "is_prepared", "uninstall"]
 
-#: No "flash" in the name: transformers would look for the flash-attn package when a model is built with it.
-NAME = "deltatune_varlen"
+#: A config's own implementation, by the name that takes its place: one for each, so that the config needs no key of
+#: ours. No "flash" in the names: transformers would look for the flash-attn package when a model is built with it.
+_STOCK: dict[str, str] = {}
 
 _WINDOW = "_deltatune_window"
 _IMPL = "_deltatune_impl"
@@ -28,24 +29,18 @@ _CONFIG = "_deltatune_config"
 def install(text_model: Any, impl: str) -> None:
     """Gives a text model our attention, by configs that name it: one for each that its modules hold.
 
-    The entry is a new name, and other models may share the stock configs: they never see it. Noted on every module is
-    its other config (see ``exchange_configs``) and what ``packed_attention`` reads there: which implementation
+    The entries are new names, and other models may share the stock configs: they never see them. Noted on every module
+    is its other config (see ``exchange_configs``) and what ``packed_attention`` reads there: which implementation
     ``prepare`` was asked for, and, on attention modules, whether the config gives the layer a sliding window. Decided
     here and not there: a layer index read while tracing would be a graph for each layer.
     """
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
-    if NAME not in AttentionInterface().valid_keys():
-        AttentionInterface.register(NAME, packed_attention)
-        AttentionMaskInterface.register(NAME, _stock_mask)
     named: dict[int, Any] = {}
     for module in text_model.modules():
         config: Any = getattr(module, "config", None)
         module.__dict__[_IMPL] = impl, getattr(config, "_attn_implementation", None)
         if hasattr(config, "_attn_implementation"):
             ours = named.setdefault(id(config), copy.copy(config))
-            ours._attn_implementation_internal, ours.__dict__[_IMPL] = NAME, config._attn_implementation
+            ours._attn_implementation_internal = _entry(config._attn_implementation)
             module.config, module.__dict__[_CONFIG] = ours, config
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.__dict__[_WINDOW] = _has_window(config, module.layer_idx)
@@ -71,8 +66,8 @@ def is_prepared(module: nn.Module) -> bool:
     own: dict[str, Any] = module.__dict__
     if not hasattr(own.get("config"), "_attn_implementation"):
         return True
-    names = [getattr(config, "_attn_implementation", None) for config in (own["config"], own.get(_CONFIG))]
-    return names == [NAME, own.get(_IMPL, ("", ""))[1]]
+    ours, stock = (getattr(config, "_attn_implementation", None) for config in (own["config"], own.get(_CONFIG)))
+    return _IMPL in own and ours in _STOCK and _STOCK[ours] == stock == own[_IMPL][1]
 
 
 def packed_attention(
@@ -125,20 +120,37 @@ def packed_attention(
     return out, None
 
 
-def _stock_attention(module: nn.Module) -> Callable[..., Any]:
-    """What a module calls without us: a cached call has its attention weights, and its rounding."""
+def _entry(stock: str) -> str:
+    """The name of ours that stands for a stock implementation, known to transformers."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    found = next((name for name, theirs in _STOCK.items() if theirs == stock), f"deltatune_varlen_{len(_STOCK)}")
+    _STOCK[found] = stock
+    AttentionInterface.register(found, packed_attention)
+    AttentionMaskInterface.register(found, _stock_mask)
+    return found
+
+
+def _stock_attention(module: Any) -> Callable[..., Any]:
+    """What a module calls without us, by what its forward sees: a cached call has its weights, and its rounding."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(getattr(module, _IMPL)[1], eager)
+    seen = inspect.unwrap(type(module).forward).__globals__
+    known, eager = seen.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS), seen.get("eager_attention_forward")
+    found: Callable[..., Any] = known.get_interface(
+        _STOCK[module.config._attn_implementation], eager or sdpa_attention_forward
+    )
     return found
 
 
 def _stock_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
-    """The mask that ``_stock_attention`` reads."""
+    """The mask that ``_stock_attention`` reads; none for an implementation that came without a kind of mask."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    return ALL_MASK_ATTENTION_FUNCTIONS[config.__dict__[_IMPL]](*args, config=config, **kwargs)
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(_STOCK[config._attn_implementation])
+    return None if make is None else make(*args, config=config, **kwargs)
 
 
 def _has_window(config: Any, index: int) -> bool:

@@ -176,30 +176,33 @@ class CausalLM(Swapped):
         """The stock forward without labels: with the whole logits where they are needed, else with none.
 
         Whether a head is followed by something else, which scales or caps its output, is told by the first call: what
-        becomes of numbers put in place of its first token's logits.
+        becomes of its first token's logits, and of large numbers in place of a second copy of them.
         """
-        facts = self._deltatune.facts
+        facts, device = self._deltatune.facts, call["sequences"].cu_seqlens.device
         if whole or facts.head == "transformed":
             return self._caught(call)
-        kept = [0] if facts.head == "unknown" else []
-        call["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=call["sequences"].cu_seqlens.device)
+        kept = [] if facts.head == "linear" else [0, 0]
+        short = {**call, "logits_to_keep": torch.tensor(kept, dtype=torch.long, device=device)}
         if facts.head == "linear":
-            return self._caught(call)
-        thread, seen = get_ident(), list[Tensor]()
+            return self._caught(short)
+        thread, expected = get_ident(), list[Tensor]()
 
-        def exchanged(_: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor | None:
-            if get_ident() != thread:
+        def exchanged(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> Tensor | None:
+            (x, *_rest) = (*args, *kwargs.values())
+            # whatever else calls the head meanwhile gets what it computes
+            if get_ident() != thread or not hidden or not torch.equal(x, hidden[-1][:, kept].to(x)):
                 return None
-            numbers = torch.linspace(-1e4, 1e4, logits.numel(), device=logits.device)
-            seen[:] = args[0], numbers.to(logits).view_as(logits)
-            return seen[1]
+            numbers = torch.linspace(-1e4, 1e4, logits[:, :1].numel(), device=logits.device)
+            changed = torch.cat([logits[:, :1], numbers.to(logits).view_as(logits[:, :1])], dim=1)
+            expected[:] = [changed.clone()]
+            return changed
 
-        with self.get_output_embeddings().register_forward_hook(exchanged):
-            output, hidden = self._caught(call)
-        plain = bool(seen) and torch.equal(seen[0], hidden[:, :1]) and torch.equal(output.logits.to(seen[1]), seen[1])
+        head = self.get_output_embeddings()
+        with catch_hidden() as hidden, head.register_forward_hook(exchanged, with_kwargs=True):
+            output = super().forward(**short)
+        plain = len(expected) > 0 and torch.equal(output.logits.to(expected[0]), expected[0])
         facts.head = "linear" if plain else "transformed"
-        del call["logits_to_keep"]
-        return (output, hidden) if plain else self._caught(call)
+        return (output, hidden[-1]) if plain else self._caught(call)
 
     def _caught(self, call: dict[str, Any]) -> tuple[Any, Tensor]:
         with catch_hidden() as hidden:

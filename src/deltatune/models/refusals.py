@@ -34,6 +34,8 @@ def unusual_attention(text_model: Any) -> str | None:
             return f"its attention logits are soft-capped ({name}={getattr(config, name)})"
     if any(name.rpartition(".")[2] == "sinks" for name, _ in text_model.named_parameters()):
         return "its attention has sinks"
+    if getattr(config, "index_topk", None):
+        return f"its attention reads chosen tokens alone (index_topk={config.index_topk})"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal (use_bidirectional_attention)"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
