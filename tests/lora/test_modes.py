@@ -290,6 +290,14 @@ def test_dropout_runs_unfused() -> None:
     assert fused_layers(model) == 0
 
 
+def test_dropout_runs_unfused_in_a_compiled_evaluation() -> None:
+    model = adapted("qwen3", lora_dropout=0.5, target_modules=["q_proj"]).eval()
+    stock = reference_of(model)
+    _as_if_on_a_gpu(model, CompileOptions(backend="aot_eager"))
+    with torch.no_grad():
+        assert relative(logits(model), logits(stock)) < 1e-6
+
+
 def _as_if_on_a_gpu(model: Any, options: CompileOptions | None = None) -> None:
     """Modes that ``lora="fused"`` refuses ahead of time, on a CPU."""
     prepare(model, lora="auto", compile=options)

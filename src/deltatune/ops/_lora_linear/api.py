@@ -126,10 +126,10 @@ def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 class _LinearWithLora(torch.autograd.Function):
-    # Dynamo of torch 2.11 takes a forward with as many parameters as it is given arguments for one without ctx; there
-    # are always more arguments than these.
+    # Dynamo takes a forward with as many parameters as arguments for one without ctx; there are always more arguments.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        layout, *tensors = rest
         operands = _operands(layout, tensors, x.dtype)
         narrow = lora_narrow_product(x, operands.rows)
         ctx.layout = layout
