@@ -31,6 +31,15 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
     forward of the instance's own, accelerate's hook, parametrised weights. Traceable.
     """
     own = module.__dict__
+    # traced for every module that is read, so in few instructions: nearly always there is nothing
+    hung = (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own or OFFLOADED in own or "_old_forward" in own or "parametrizations" in own["_modules"]
+        or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks or every_module._global_backward_pre_hooks
+    )  # fmt: skip
+    if not hung:
+        return ()
     found = [name for name in _HOOKS if own.get(name)]
     found += [name for name in ON_INSTANCE if name in own and not is_bound(own[name], module)]
     if "parametrizations" in own["_modules"]:

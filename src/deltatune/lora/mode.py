@@ -29,6 +29,10 @@ class Mode(NamedTuple):
     reason: str
 
 
+#: Made once, where a call would make the compiler trace how.
+_ONE_PRODUCT = Mode(FUSED, "one product for base and adapter")
+
+
 def is_lora_linear(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's LoRA layers that add low-rank products of their input to a base's output.
 
@@ -46,8 +50,9 @@ def is_lora_linear(module: nn.Module) -> bool:
 
 def active_adapters(layer: Any) -> tuple[str, ...]:
     """Names of the adapters that act in a forward and have weights in this layer."""
-    names = layer._active_adapter
-    return tuple(name for name in ((names,) if isinstance(names, str) else names) if name in layer.lora_A)
+    names, known = layer._active_adapter, layer.lora_A._modules
+    names = (names,) if isinstance(names, str) else names
+    return tuple([name for name in names if name in known])
 
 
 def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Mode:
@@ -62,13 +67,13 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
     if setting == "stock":
         return Mode(STOCK, "asked for")
     names = active_adapters(layer)
-    reason = _stock_reason(layer, names, planned=device is not None)
+    linears = [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
+    reason = _stock_reason(layer, names, linears, planned=device is not None)
     if reason is not None:
         return Mode(STOCK, reason)
-    place = device or layer.lora_A[names[0]].weight.device
-    if setting == "auto" and place.type == "cpu":
+    if setting == "auto" and (device or linears[0].weight.device).type == "cpu":
         return Mode(STOCK, "on a CPU; lora='fused' makes adapters part of the products there too")
-    reason = _unfused_reason(layer, names)
+    reason = _unfused_reason(layer, names, linears)
     if reason is not None:
         return Mode(UNFUSED, reason)
     weight = layer.base_layer.weight
@@ -76,10 +81,10 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
         return Mode(STOCK, f"the base weights are {_name(weight.dtype)}")
     if dtype is not None and dtype != weight.dtype:
         return Mode(STOCK, f"autocast to {_name(dtype)} casts the base weights, {_name(weight.dtype)}, in every call")
-    return Mode(FUSED, "one product for base and adapter")
+    return _ONE_PRODUCT
 
 
-def _stock_reason(layer: Any, names: tuple[str, ...], *, planned: bool) -> str | None:
+def _stock_reason(layer: Any, names: tuple[str, ...], linears: list[Any], *, planned: bool) -> str | None:
     """What only PEFT's layer computes."""
     if not names:
         return "no active adapter"
@@ -97,11 +102,10 @@ def _stock_reason(layer: Any, names: tuple[str, ...], *, planned: bool) -> str |
     base = getattr(layer.base_layer, "weight", None)
     if base is not None and base.device.type == "meta" and not planned:
         return "the weights have no storage"
-    for name in names:
-        for module in (layer.lora_A[name], layer.lora_B[name]):
-            reason = _adapter_reason(module, base)
-            if reason is not None:
-                return reason
+    for linear in linears:
+        reason = _adapter_reason(linear, base)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -120,7 +124,7 @@ def _adapter_reason(module: nn.Module, base: torch.Tensor | None) -> str | None:
     return None
 
 
-def _unfused_reason(layer: Any, names: tuple[str, ...]) -> str | None:
+def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any]) -> str | None:
     """Why the base layer is called."""
     base = layer.base_layer
     for name in names:
@@ -142,10 +146,9 @@ def _unfused_reason(layer: Any, names: tuple[str, ...]) -> str | None:
         return f"the base weight is {_name(weight.dtype)}"
     if weight.requires_grad:
         return "the base weight trains"
-    if any(
-        type(module.weight) is not nn.Parameter for name in names for module in (layer.lora_A[name], layer.lora_B[name])
-    ):
-        return "the adapters are sharded"
+    for linear in linears:
+        if type(linear.weight) is not nn.Parameter:
+            return "the adapters are sharded"
     return None
 
 

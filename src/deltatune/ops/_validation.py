@@ -15,21 +15,20 @@ __all__ = ["bind_shapes", "check_floating", "check_same_device", "check_sequence
 def bind_shapes(op: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
     """Binds the letters of patterns such as ``q=(q, "B T H K")`` to sizes, in the order given.
 
-    A digit in a pattern asks for that very size.
+    A 1 in a pattern asks for that very size.
 
     Raises:
         ValueError: a tensor whose rank or size does not fit, with all the patterns and all the shapes.
     """
-    sizes: dict[str, int] = {}
+    sizes = {"1": 1}
     for name, (tensor, pattern) in tensors.items():
         letters = pattern.split()
         if tensor.ndim != len(letters):
             raise ValueError(f"{op}: {name} must have {len(letters)} dims; {_expected_and_got(tensors)}")
         for letter, size in zip(letters, tensor.shape, strict=True):
-            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
-            if size != expected:
+            if sizes.setdefault(letter, size) != size:
                 raise ValueError(
-                    f"{op}: {name} has {letter}={size} where {expected} is expected; {_expected_and_got(tensors)}"
+                    f"{op}: {name} has {letter}={size} where {sizes[letter]} is expected; {_expected_and_got(tensors)}"
                 )
     return sizes
 

@@ -11,12 +11,11 @@ The wide product adds to the narrow one in its epilogue, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from deltatune.ops._lora_linear.op import lora_accumulate, lora_narrow_product, lora_sum_products, lora_up_backward
 from deltatune.ops._opaque import first_order_backward
@@ -38,7 +37,7 @@ class Adapter(NamedTuple):
     scale: float
 
 
-def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Sequence[Adapter]]) -> tuple[Tensor, ...]:
+def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Sequence[Adapter]]) -> list[Tensor]:
     """``x W_i^T + sum_j s_ij (x A_ij^T) B_ij^T`` of every layer i.
 
     Args:
@@ -54,11 +53,10 @@ def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Se
     them was written to. Backward is of first order. Source: Hu et al., LoRA (2021).
     """
     down, up, scales = zip(*(adapter for of_layer in adapters for adapter in of_layer), strict=True)
-    layout = _Layout(len(weights), tuple(map(len, adapters)), scales)
     # a view keeps the storage of this call where a tool gives the Parameter another (``.data = ...``) before backward
-    saved = [*(weight.detach() for weight in weights), *(tensor.view_as(tensor) for tensor in (*down, *up))]
-    outputs = _apply(x.reshape(-1, x.shape[-1]), layout, *saved)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+    saved = [*[weight.detach() for weight in weights], *[tensor.view_as(tensor) for tensor in (*down, *up)]]
+    outputs = _apply(x.reshape(-1, x.shape[-1]), tuple(map(len, adapters)), scales, *saved)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def low_rank(x: Tensor, adapter: Adapter) -> Tensor:
@@ -66,132 +64,103 @@ def low_rank(x: Tensor, adapter: Adapter) -> Tensor:
     return linear_with_lora(x, (), [[adapter]])[0]
 
 
-class _Layout(NamedTuple):
-    """How the tensors of a call are laid out: how many weights, adapters of every layer, scales of all adapters."""
-
-    weights: int
-    counts: tuple[int, ...]
-    scales: tuple[float, ...]
-
-    def parts(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Weights, A and B."""
-        first = self.weights + len(self.scales)
-        return tensors[: self.weights], tensors[self.weights : first], tensors[first:]
+# From here on ``counts`` are the numbers of adapters of every layer; all adapters stand in a row, and so do their
+# ``scales``. Plain loops: the compiler traces each instruction, for every layer with adapters.
 
 
-class _Operands(NamedTuple):
-    """What the products take: ``A [W, K]``, ``s B [N, W_i]`` of every layer, weights, first columns and W."""
-
-    rows: Tensor
-    up: list[Tensor]
-    weights: Sequence[Tensor]
-    offsets: list[int]
-    width: int
-
-    def columns(self, narrow: Tensor) -> list[Tensor]:
-        """A layer's columns of ``[M, W]``, of every layer."""
-        return [narrow[:, at : at + b.shape[1]] for at, b in zip(self.offsets, self.up, strict=True)]
+def _parts(tensors: Sequence[Any], num_adapters: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Weights, A and B."""
+    first = len(tensors) - 2 * num_adapters
+    return tensors[:first], tensors[first : first + num_adapters], tensors[first + num_adapters :]
 
 
-def _layers(layout: _Layout, of_adapters: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """What belongs to the adapters of each layer."""
-    first = 0
-    for count in layout.counts:
-        yield of_adapters[first : first + count]
-        first += count
+def _operands(
+    counts: tuple[int, ...], scales: tuple[float, ...], down: Sequence[Tensor], up: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], list[int], list[tuple[int, int]]]:
+    """What the products take: ``A [W, K]``, of every layer ``s B [N, W_i]`` and its first column of W.
 
-
-def _operands(layout: _Layout, tensors: Sequence[Tensor], dtype: torch.dtype) -> _Operands:
-    weights, down, up = layout.parts(tensors)
-    rows, columns, offsets, place = [], [], [], 0
-    for of_down, of_up, scales in zip(
-        _layers(layout, down), _layers(layout, up), _layers(layout, layout.scales), strict=True
-    ):
-        used = sum(a.shape[0] for a in of_down)
-        more = -used % _MULTIPLE
-        rows.append(_joined([a.to(dtype) for a in of_down], 0, (0, 0, 0, more)))
-        columns.append(_joined([_scaled(b, s, dtype) for b, s in zip(of_up, scales, strict=True)], 1, (0, more)))
-        offsets.append(place)
-        place += used + more
-    return _Operands(rows[0] if len(rows) == 1 else torch.cat(rows), columns, weights, offsets, place)
-
-
-def _joined(parts: list[Tensor], dim: int, more: tuple[int, ...]) -> Tensor:
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    return pad(joined, more) if any(more) else joined
-
-
-def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (up.to(torch.promote_types(up.dtype, torch.float32)) * scale).to(dtype)
+    Then of every adapter its layer and its first column there.
+    """
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    offsets: list[int] = []
+    places: list[tuple[int, int]] = []
+    width = 0
+    for count in counts:
+        of_down, of_up, used = [], [], 0
+        for i in range(len(places), len(places) + count):
+            wide = torch.promote_types(up[i].dtype, torch.float32)
+            of_down.append(down[i].to(dtype))
+            of_up.append((up[i].to(wide) * scales[i]).to(dtype))
+            places.append((len(rows), used))
+            used += down[i].shape[0]
+        a, b = (of_down[0], of_up[0]) if count == 1 else (torch.cat(of_down), torch.cat(of_up, 1))
+        if more := -used % _MULTIPLE:
+            a, b = torch.constant_pad_nd(a, (0, 0, 0, more)), torch.constant_pad_nd(b, (0, more))
+        rows.append(a)
+        columns.append(b)
+        offsets.append(width)
+        width += used + more
+    return rows[0] if len(rows) == 1 else torch.cat(rows), columns, offsets, places
 
 
 class _LinearWithLora(torch.autograd.Function):
     # Dynamo takes a forward with as many parameters as arguments for one without ctx; there are always more arguments.
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        layout, *tensors = rest
-        operands = _operands(layout, tensors, x.dtype)
-        narrow = lora_narrow_product(x, operands.rows)
-        ctx.layout = layout
+        counts, scales, *tensors = rest
+        weights, down, up = _parts(tensors, len(scales))
+        rows, columns, offsets, _ = _operands(counts, scales, down, up, x.dtype)
+        narrow = lora_narrow_product(x, rows)
+        ctx.counts, ctx.scales = counts, scales
         ctx.save_for_backward(x, narrow, *tensors)
-        parts = zip(operands.columns(narrow), operands.up, strict=True)
-        if not layout.weights:
-            return tuple(u @ b.mT for u, b in parts)
-        return tuple(
-            lora_accumulate(u, b.mT, [x], [weight.mT]) for (u, b), weight in zip(parts, operands.weights, strict=True)
-        )
+        outputs = []
+        for weight, b, at in zip(weights or (None,) * len(counts), columns, offsets, strict=True):
+            u = narrow[:, at : at + b.shape[1]]
+            outputs.append(u @ b.mT if weight is None else lora_accumulate(u, b.mT, [x], [weight.mT]))
+        return tuple(outputs)
 
     @staticmethod
     @first_order_backward("linear_with_lora", remedy="detach its input and its adapters")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layout: _Layout = ctx.layout
         x, narrow, *tensors = ctx.saved_tensors
-        _, down, up = layout.parts(tensors)
-        _, down_trains, up_trains = map(any, layout.parts(ctx.needs_input_grad[2:]))
-        x_trains = ctx.needs_input_grad[0]
-        operands = _operands(layout, tensors, x.dtype)
+        weights, down, up = _parts(tensors, len(ctx.scales))
+        x_trains, _, _, *train = ctx.needs_input_grad
+        _, down_trains, up_trains = map(any, _parts(train, len(ctx.scales)))
+        rows, columns, offsets, places = _operands(ctx.counts, ctx.scales, down, up, x.dtype)
         t: Tensor | None = None
         sums: list[Tensor] = []
         if up_trains and (x_trains or down_trains):
-            t, *sums = lora_up_backward(list(grads), operands.up, narrow, operands.offsets, operands.width)
+            t, *sums = lora_up_backward(list(grads), columns, narrow, offsets, rows.shape[0])
         elif up_trains:
-            sums = [lora_sum_products(dy, u) for dy, u in zip(grads, operands.columns(narrow), strict=True)]
+            for dy, b, at in zip(grads, columns, offsets, strict=True):
+                sums.append(lora_sum_products(dy, narrow[:, at : at + b.shape[1]]))
         elif x_trains or down_trains:
-            t = torch.cat([dy @ b for dy, b in zip(grads, operands.up, strict=True)], dim=1)
-        found: list[Tensor | None] = [None] * (2 * len(down))
-        if down_trains and t is not None:
-            products = lora_sum_products(t, x)
-            parts = _of_adapters(layout, [products[at:] for at in operands.offsets], down, 0)
-            found[: len(down)] = [part.to(a.dtype) for part, a in zip(parts, down, strict=True)]
-        if up_trains:
-            parts = _of_adapters(layout, sums, up, 1)
-            found[len(down) :] = [(p * scale).to(b.dtype) for p, scale, b in zip(parts, layout.scales, up, strict=True)]
-        dx = _input_gradient(operands, grads, t) if x_trains and t is not None else None
-        return dx, None, *(None,) * layout.weights, *found
+            t = torch.cat([dy @ b for dy, b in zip(grads, columns, strict=True)], dim=1)
+        products = lora_sum_products(t, x) if down_trains and t is not None else None
+        of_down: list[Tensor | None] = []
+        of_up: list[Tensor | None] = []
+        for a, b, scale, (layer, at) in zip(down, up, ctx.scales, places, strict=True):
+            part = None if products is None else products.narrow(0, offsets[layer] + at, a.shape[0])
+            of_down.append(None if part is None else part.to(a.dtype))
+            of_up.append((sums[layer].narrow(1, at, a.shape[0]) * scale).to(b.dtype) if sums else None)
+        dx = _input_gradient(rows, weights, grads, t) if x_trains and t is not None else None
+        return dx, None, None, *(None,) * len(weights), *of_down, *of_up
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _LinearWithLora.apply
 
 
-def _input_gradient(operands: _Operands, grads: Sequence[Tensor], t: Tensor) -> Tensor:
+def _input_gradient(rows: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor], t: Tensor) -> Tensor:
     """``dx = t A + dy W``."""
-    if not operands.weights:
-        return t @ operands.rows
-    pairs = list(zip(grads, operands.weights, strict=True))
-    few = [pair for pair in pairs if pair[1].shape[0] <= _FEW]
-    rest = [pair for pair in pairs if pair[1].shape[0] > _FEW]
-    first, to_it = t, operands.rows
-    if few:
-        # layers of a few outputs join the narrow product, where they cost nothing: no further pass over the result
-        first = torch.cat([t, *(dy for dy, _ in few)], dim=1)
-        to_it = torch.cat([to_it, *(weight for _, weight in few)])
-    return lora_accumulate(first, to_it, [dy for dy, _ in rest], [weight for _, weight in rest])
-
-
-def _of_adapters(layout: _Layout, products: Sequence[Tensor], adapters: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """Every adapter's part of its layer's products, the ranks along ``dim``; what is behind them is padding."""
-    found: list[Tensor] = []
-    for of_layer, whole in zip(_layers(layout, adapters), products, strict=True):
-        ranks = [x.shape[dim] for x in of_layer]
-        found += torch.split(whole.narrow(dim, 0, sum(ranks)), ranks, dim)
-    return found
+    if not weights:
+        return t @ rows
+    # layers of a few outputs join the narrow product, where they cost nothing: no further pass over the result
+    few: tuple[list[Tensor], list[Tensor]] = [t], [rows]
+    rest: tuple[list[Tensor], list[Tensor]] = [], []
+    for dy, weight in zip(grads, weights, strict=True):
+        left, right = few if weight.shape[0] <= _FEW else rest
+        left.append(dy)
+        right.append(weight)
+    first, to_it = (t, rows) if len(few[0]) == 1 else (torch.cat(few[0], dim=1), torch.cat(few[1]))
+    return lora_accumulate(first, to_it, *rest)

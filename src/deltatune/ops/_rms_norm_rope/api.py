@@ -59,9 +59,7 @@ def rms_norm_rope(
     Source: ``Qwen3RMSNorm``, ``Qwen3_5RMSNorm`` and ``apply_rotary_pos_emb`` of transformers.
     """
     _check(x, weight, cos, sin)
-    if _choose_for((x, weight), cos, sin, impl).impl == "triton":
-        return op.rms_norm_rope(x, None, weight, None, cos, sin, eps, unit_offset)[0]
-    return reference.rms_norm_rope(x, weight, cos, sin, eps, unit_offset)
+    return _run(_choose_for((x, weight), cos, sin, impl), x, weight, cos, sin, eps, unit_offset)
 
 
 def rms_norm_rope_pair(
@@ -88,10 +86,16 @@ def rms_norm_rope_pair(
     kinds = [(x.shape[-1], x.dtype, None if w is None else w.dtype) for x, w in ((q, q_weight), (k, k_weight))]
     if choice.impl == "triton" and kinds[0] == kinds[1]:
         return op.rms_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, unit_offset)
-    return (
-        rms_norm_rope(q, q_weight, cos, sin, eps=eps, unit_offset=unit_offset, impl=choice.impl),
-        rms_norm_rope(k, k_weight, cos, sin, eps=eps, unit_offset=unit_offset, impl=choice.impl),
-    )
+    rest = (cos, sin, eps, unit_offset)
+    return _run(choice, q, q_weight, *rest), _run(choice, k, k_weight, *rest)
+
+
+def _run(
+    choice: Choice, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, unit_offset: bool
+) -> Tensor:
+    if choice.impl == "triton":
+        return op.rms_norm_rope(x, None, weight, None, cos, sin, eps, unit_offset)[0]
+    return reference.rms_norm_rope(x, weight, cos, sin, eps, unit_offset)
 
 
 def _choose_for(tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, impl: str) -> Choice:
