@@ -95,16 +95,13 @@ def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: 
     """All columns of one row; see ``VerifyRow`` and ``VerifyReport.exact``."""
     places = documents.places
     trained = (torch.arange(documents.total) < sum(documents.lengths)).to(subject.inputs.device)
-
     run_alone = functools.partial(_alone, subject, places)
     differ = functools.partial(differences, subject, places)
     alone = run_alone()
     packed = run_once(subject.packed, subject.inputs, tuple(subject.parameters.values()), trained)
     figures = differ(packed, alone)
     crossing, changed, largest = _disturb(subject, documents, packed, trained)
-    limits: tuple[float, ...] = (tolerance,) * 3
-    if crossing == 0:
-        limits = limits_of(figures, tolerance, run_alone, differ)
+    limits = (tolerance,) * 3 if crossing else limits_of(figures, tolerance, run_alone, differ, alone)
     # comparisons with NaN are False, so that figures that are not finite fail
     within = all(figure <= limit for figure, limit in zip(figures, limits, strict=True))
     errors = _parameter_errors(subject, packed, alone)

@@ -8,9 +8,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 __all__ = ["limits_of"]
+
+#: Figures of one run against another.
+Differ = Callable[[Any, Any], Sequence[float]]
 
 #: What is measured is one draw, and a long sum rounds by more than its operands' last place: packed and alone differed
 #: by 4.7 times the measure in the input gradient of a head with 262,145 tokens (Gemma 3 of width 16, float32, CPU).
@@ -28,7 +30,7 @@ _ROUNDED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def limits_of(
-    figures: Sequence[float], tolerance: float, run: Callable[[], Any], differ: Callable[[Any, Any], Sequence[float]]
+    figures: Sequence[float], tolerance: float, run: Callable[[], Any], differ: Differ, ours: Any = None
 ) -> tuple[float, ...]:
     """Of each figure: the tolerance, or more where figures exceed it and rounding alone differs by that order.
 
@@ -36,11 +38,11 @@ def limits_of(
     this makes is the one that another arrangement of the same numbers can make, amplified as the model amplifies it.
 
     ``run`` runs as it is, and again with ``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating operand
-    x, in forward and in backward; ``differ`` gives the same figures of two runs.
+    x, in forward and in backward; ``differ`` gives the same figures of two runs. ``ours``: what ``run`` gave, if known.
     """
     if not any(figure > tolerance for figure in figures):
         return (tolerance,) * len(figures)
-    ours = run()
+    ours = run() if ours is None else ours
     nudged = _Nudged()  # type: ignore[no-untyped-call]
     with nudged:
         other = run()
@@ -50,23 +52,24 @@ def limits_of(
 
 
 class _Nudged(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    #: whether any operand had 16 bits
-    in_16_bits = False
+    in_16_bits = False  # whether any operand had 16 bits
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation on nudged operands; views and writes in place pass as they are."""
-        del types
         if not getattr(func, "is_view", True) and not func._schema.is_mutable:
-            args = tree_map_only(Tensor, self._nudge, args)
+            args = self._nudge(args)
         return func(*args, **(kwargs or {}))
 
-    def _nudge(self, x: Tensor) -> Tensor:
+    def _nudge(self, x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return [self._nudge(each) for each in x]
         # whole numbers are counts, numbers of experts and masks, which no arrangement rounds
-        if x.dtype not in _ROUNDED or not x.numel() or bool((x == x.round()).all()):
+        if not isinstance(x, Tensor) or x.dtype not in _ROUNDED or not x.numel() or torch.equal(x, x.round()):
             return x
         self.in_16_bits |= x.itemsize == 2
         generators: dict[torch.device, torch.Generator] = self.__dict__.setdefault("generators", {})
         if x.device not in generators:
             generators[x.device] = torch.Generator(x.device).manual_seed(0)
-        signs = torch.randint(0, 2, x.shape, generator=generators[x.device], device=x.device, dtype=torch.int8) * 2 - 1
-        return x * (1 + torch.finfo(x.dtype).eps * signs.to(x.dtype))
+        eps = torch.finfo(x.dtype).eps
+        factor = torch.randint(0, 2, x.shape, generator=generators[x.device], device=x.device, dtype=x.dtype)
+        return x * factor.mul_(2 * eps).add_(1 - eps)
