@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from benchmarks.records import Record
+from benchmarks.records import OURS, Record
 from benchmarks.roofline import Part, Step, roofline
 from benchmarks.shapes import SHAPES
-from benchmarks.systems import OURS
 
 __all__ = ["GIB", "OpCase", "Steps", "newest_full", "newest_ops", "of_bound", "op_cases", "roofline_of", "steps_of"]
 

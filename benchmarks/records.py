@@ -21,9 +21,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["RECORDS", "Record", "head", "load_records", "source_of", "write_record"]
+__all__ = ["OURS", "RECORDS", "Record", "head", "load_records", "source_of", "write_record"]
 
 RECORDS: Final = Path(__file__).parent / "records"
+#: The system of ours, as results name it.
+OURS: Final = "deltatune"
 _DISTRIBUTIONS: Final = (
     "triton", "transformers", "peft", "fla-core", "flash-qla", "tilelang", "liger-kernel", "cut-cross-entropy",
 )  # fmt: skip

@@ -19,10 +19,10 @@ from typing import Any, Final
 
 import deltatune
 from benchmarks.baselines import LEAK_FREE
-from benchmarks.records import head, source_of, write_record
+from benchmarks.records import OURS, head, source_of, write_record
 from benchmarks.roofline import Step, roofline
 from benchmarks.shapes import shape_named
-from benchmarks.systems import OURS, Setting
+from benchmarks.systems import Setting
 from benchmarks.timing import summary
 from benchmarks.worker import Spec
 

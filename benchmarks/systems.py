@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines import fused_loss, leak_free, liger_patched, reference, shipped
+from benchmarks.records import OURS
 from benchmarks.shapes import adapters, with_lora
 from benchmarks.timing import synchronize
 from deltatune import CompileOptions, PackedCollator, Prepared, Sequences, prepare
 
-__all__ = ["BASELINES", "OURS", "Batch", "Packs", "Setting", "System", "draw_lengths", "pinned"]
+__all__ = ["BASELINES", "Batch", "Packs", "Setting", "System", "draw_lengths", "pinned"]
 
-OURS: Final = "deltatune"
 _STOCK: Final[Mapping[str, Callable[[Any], None]]] = {
     "stock": leak_free,
     "stock liger": liger_patched,

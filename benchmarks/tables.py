@@ -17,8 +17,7 @@ from typing import Any, Final
 
 from benchmarks.figures import GIB, Steps, newest_full, newest_ops, of_bound, roofline_of, steps_of
 from benchmarks.op_cases import CASES
-from benchmarks.records import RECORDS, Record, load_records
-from benchmarks.systems import OURS
+from benchmarks.records import OURS, RECORDS, Record, load_records
 from benchmarks.targets import DEVICE, evaluate
 
 __all__ = ["MODELS", "PAGES", "main", "rendered", "with_table"]

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.figures import GIB, OpCase, Steps, newest_full, of_bound, op_cases, roofline_of
-from benchmarks.records import RECORDS, Record, load_records
-from benchmarks.systems import OURS
+from benchmarks.records import OURS, RECORDS, Record, load_records
 
 __all__ = ["TARGETS", "Outcome", "Target", "evaluate", "main"]
 
