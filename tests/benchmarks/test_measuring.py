@@ -1,16 +1,22 @@
 """Timing, checks and processes, on a CPU with tiny shapes."""
 
+import functools
 import json
 import math
+import os
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import checks, compare, op_cases, ops, session, timing, train
+from benchmarks import checks, compare, op_cases, ops, session, timing, train, worker
 from benchmarks.checks import Seen
 from benchmarks.shapes import SHAPES, adapters, build_model
 from benchmarks.systems import Packs, Setting, System, draw_lengths
 from benchmarks.worker import Spec, outcome_of
+from forked import FORKED
 
 CPU = torch.device("cpu")
 
@@ -162,7 +168,45 @@ def small(*more: str, output) -> list[str]:
     return [*fixed, "--warmup", "1", "--steps", "2", "--output", str(output), *more]
 
 
-def test_training_steps_make_a_record(tmp_path, capsys) -> None:
+class Forked:
+    """``subprocess.Popen`` of a worker that has its imports; ``test_two_trees_take_turns`` starts them as they are."""
+
+    def __init__(self, command, *, stdout, stderr, env) -> None:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.worker"]
+        self.process = FORKED.Process(target=run_worker, args=(command[3:], stdout.name, env))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self) -> None:
+        self.process.join()
+
+
+def run_worker(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with Path(log).open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(worker.main(arguments))
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Workers that have their imports, and rates that are measured here."""
+    monkeypatch.setattr(session, "subprocess", types.SimpleNamespace(Popen=Forked))
+    monkeypatch.setattr(session.Session, "_ceilings", lambda self: timing.ceilings(CPU, torch.float32))
+
+
+def test_training_steps_make_a_record(forked, tmp_path, capsys) -> None:
     options = ["--baselines", "stock", "stock liger", "--checkpointing", "layer", "0.5"]
     # Liger is missing or has nothing to run on, and a share needs compile: both say so, and the rest is timed
     assert train.main(small(*options, output=tmp_path)) == 1
@@ -183,7 +227,7 @@ def test_training_steps_make_a_record(tmp_path, capsys) -> None:
     assert "deltatune layer qkvo auto" in capsys.readouterr().out
 
 
-def test_when_time_is_up_what_was_measured_is_kept(tmp_path) -> None:
+def test_when_time_is_up_what_was_measured_is_kept(forked, tmp_path) -> None:
     assert train.main(small("--no-checks", "--limit-s", "0", output=tmp_path)) == 1
     results = only_record(tmp_path)["configs"][0]["results"]
     assert {(r["status"], r["reason"]) for r in results} == {("not run", "time was up")}
@@ -205,6 +249,7 @@ def test_two_trees_take_turns(tmp_path, capsys) -> None:
     before, after = (sum(kernel["ms"] for kernel in r["kernels_of_a_step"]) for r in config["results"])
     assert ratio["ratio_of_kernels"] == pytest.approx(after / before)
     assert config["sources"]["before"] == config["sources"]["after"]
+    assert config["roofline"]["qkvo"]["total_ms"] > 0
     assert "after / before" in capsys.readouterr().out
 
 
@@ -225,7 +270,8 @@ RUN = op_cases.Run(CPU)
 
 
 @pytest.mark.parametrize("op", ["gated_delta_rule", "linear_cross_entropy"])
-def test_an_op_makes_a_record(op, tmp_path) -> None:
+def test_an_op_makes_a_record(op, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++
     options = ["--op", op, "--shape", "tiny", "--tokens", "130", "--seconds", "0.01", "--device", "cpu"]
     assert ops.main([*options, "--output", str(tmp_path)]) == 0
     record = only_record(tmp_path)

@@ -18,6 +18,7 @@ from trainer_cases import lora
 
 from deltatune import CompileOptions, Sequences, prepare
 from deltatune.layers import causal_lm
+from forked import run_ranks
 from tiny import documents, tiny_model
 
 RANKS, STEPS, RATE, TOTAL = 2, 2, 0.01, 64
@@ -36,8 +37,10 @@ PREPARATIONS: dict[str, dict[str, Any]] = {
 
 def build(case: str) -> Any:
     torch.manual_seed(0)
-    model = tiny_model("qwen3" if case in ("replicated", "adapter") else "qwen3_5")
-    return (peft.get_peft_model(model, lora()) if case == "adapter" else model).train()
+    # a graph of each type of layer is traced once: recurrent where "compiled", else attention
+    family, layers = ("qwen3", 2) if case in ("replicated", "adapter") else ("qwen3_5", 1 if case == "compiled" else 2)
+    model = tiny_model(family, layers=layers)
+    return (peft.get_peft_model(model, lora(target_modules=["q_proj"])) if case == "adapter" else model).train()
 
 
 def pack(step: int, rank: int) -> dict[str, Any]:
@@ -101,7 +104,6 @@ def every_rank(model: nn.Module, step: int) -> torch.Tensor:
 
 
 def distributed(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     causal_lm._HEAD_CHUNK = 24  # several pieces of a pack
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     results: dict[str, Any] = {}
@@ -140,7 +142,7 @@ def refusal(attempt: Callable[[], object]) -> str:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(distributed, (str(folder),), nprocs=RANKS)
+    run_ranks(distributed, str(folder), count=RANKS)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from training_cases import Packs, make_trainer, weights
 
 from deltatune import prepare
+from forked import run_ranks
 from tiny import tiny_model
 
 
 def test_two_ranks_equal_one_process_on_an_uneven_epoch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_main, args=(str(tmp_path), free_port(), sys.path), nprocs=2, join=True)
+    run_ranks(rank_main, str(tmp_path), free_port(), count=2)
     alone = trained(tmp_path / "alone", gradient_accumulation_steps=2)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
@@ -53,9 +53,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def rank_main(rank: int, folder: str, port: int, path: list[str]) -> None:
-    sys.path[:] = path
-    torch.set_num_threads(1)
+def rank_main(rank: int, folder: str, port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -1,0 +1,35 @@
+"""Processes that begin with the libraries imported: forked from one that has done nothing else.
+
+By itself each would import torch, transformers and PEFT first, which takes some seconds of a core.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    [
+        "deltatune.training.trainer",
+        "deltatune.verification.probe",
+        "peft",
+        "transformers.models.qwen3_5.modeling_qwen3_5",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    ]
+)
+
+
+def run_ranks(main: Callable[..., None], *args: Any, count: int) -> None:
+    """``main(rank, *args)`` in ``count`` processes; an error of one is raised here."""
+    torch.multiprocessing.start_processes(_rank, (main, *args), nprocs=count, start_method="forkserver")
+
+
+def _rank(rank: int, main: Callable[..., None], *args: Any) -> None:
+    gc.freeze()  # what was imported is not searched again
+    torch.set_num_threads(1)
+    main(rank, *args)
