@@ -70,7 +70,9 @@ def test_a_recipe_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
     assert "none.yaml" in captured.err
 
 
-def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe) -> None:
+def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, tmp_path) -> None:
+    """Of layers in front of the first adapter and behind it, which have graphs of their own."""
+    tiny_model("qwen3", layers=4).save_pretrained(tmp_path / "deep")
     prepared = []
 
     def recorded(*args, **options):
@@ -79,7 +81,9 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe) -> N
 
     monkeypatch.setattr(prebuild, "prepare_by_recipe", recorded)
     monkeypatch.setattr(run, "compile_options", lambda recipe: CompileOptions(backend="aot_eager"))
-    recipe = load_recipe(write_recipe(compile=True, checkpointing="auto")).recipe
+    sections = {"model": {"name_or_path": str(tmp_path / "deep")}, "compile": True, "checkpointing": "auto"}
+    sections["lora"] = {"r": 4, "target_modules": r".*layers\.[123]\..*q_proj"}
+    recipe = load_recipe(write_recipe(**sections)).recipe
     built = list(prebuild.build(recipe, CPU))
     assert [step for step, _ in built] == ["a step, 1 document"]
     assert all(seconds > 0 for _, seconds in built)
@@ -88,10 +92,11 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe) -> N
     assert found.compile_report.breaks == []
 
     # the run's own model, at its own depth
-    model = adapt(tiny_model("qwen3_5", layers=4, vocab_size=259), recipe.lora)
+    model = adapt(tiny_model("qwen3", layers=4), recipe.lora)
     whole = run.prepare_by_recipe(recipe, model.train())
     prebuild._seconds(model, prebuild._batch(recipe, model.config, 1, CPU), None)
     assert found.compile_report.graphs == whole.compile_report.graphs
+    assert len(found.compile_report.graphs) == 2
 
 
 def test_evaluation_is_built_where_the_recipe_evaluates(write_recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def overrides(tmp_path) -> list[str]:
         f"data.cache_dir={tmp_path}/cache",
         f"training.output_dir={tmp_path}/trained",
         "training.max_steps=2",
+        "verify.lengths=[5,1,9]",
         "compile=false",
     ]
 
@@ -41,6 +43,7 @@ def test_the_recipe_is_packed_compiled_and_trains_every_weight() -> None:
 
 
 def test_it_runs_from_beginning_to_end(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "verify", functools.partial(demo.verify, lengths=recipe.verify.lengths))
     monkeypatch.setattr(demo, "NUM_TIMED", 1)
     monkeypatch.setattr(demo, "NUM_WARM_UP", 1)
     monkeypatch.setattr(demo, "NUM_HELD_OUT", 6)

@@ -228,8 +228,9 @@ def test_preference_training_is_that_of_lone_documents(
     that exists a frozen copy of it.
     """
     new = reference == "disabled"
-    model = hybrid() if new else peft.get_peft_model(hybrid(), lora())
-    stock = peft.get_peft_model(hybrid(), lora())
+    build = functools.partial(hybrid, layers=1, use_cache=False) if arguments else hybrid  # one layer to trace
+    model = build() if new else peft.get_peft_model(build(), lora())
+    stock = peft.get_peft_model(build(), lora())
     prepared = prepare(model, **arguments)
     record = Record()
     values = training_values(tmp_path, per_device_train_batch_size=2, beta=BETA, pad_to_multiple_of=48, **PLAIN)
