@@ -169,6 +169,19 @@ def test_autograd_sees_an_op_as_any_other():
     assert not square(x.detach()).requires_grad
 
 
+def test_inside_a_compiled_graph_nothing_is_recorded():
+    """The graph's own Function is what autograd sees; another one for each op would cost as much as a launch."""
+    x = torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(lambda x: square(x).sum(), fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(compiled(x), x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        (found,) = torch.autograd.grad(compiled(x), x)
+    assert torch.equal(found, expected)
+    names = [event.name for event in trace.events()]
+    assert any("test_only_square" in name for name in names)
+    assert not any("Recorded" in name for name in names)
+
+
 def test_autocast_is_off_inside():
     x = torch.randn(3, 4) * (1 + 2**-12)
     expected = square(x)
@@ -196,7 +209,9 @@ def test_an_op_costs_no_flops_unless_it_says_so():
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("torch", marks=needs_chunked)])
-def test_forward_mode_is_refused_by_the_loss(impl):
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused_by_the_loss(impl, grad):
+    """Also where reverse mode is off, which says nothing about tangents."""
     (hidden, weight), labels = _leaves((6, 8), (11, 8)), torch.tensor([0, 3, -100, 10, 3, 5])
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+    with torch.set_grad_enabled(grad), forward_ad.dual_level(), pytest.raises(NotImplementedError):
         ops.linear_cross_entropy(forward_ad.make_dual(hidden.detach(), hidden.detach()), weight, labels, impl=impl)

@@ -17,10 +17,12 @@ nothing that leads back to its inputs, is wrapped in ``first_order``; the backwa
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -52,7 +54,8 @@ def opaque(
         raw_flops: hand ``flops`` the tensors themselves.
         workspace: bytes the kernel holds for a while besides its arguments and results, from the arguments.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
-        backward: ``(ctx, *grads)`` to a gradient for every input.
+        backward: ``(ctx, *grads)`` to a gradient for every input, of which none is a list; grads are one tuple for an
+            op that gives a list.
         gradient_of: the public op whose gradient this is, for messages; its own name by default.
         remedy: what to do for want of its derivative.
 
@@ -160,25 +163,38 @@ def _refuse(message: str, _ctx: Any, *_: object) -> tuple[None, ...]:
 def _record(op: Any, schema: str, setup_context: Callable[..., None] | None, differentiate: Callable[..., Any]) -> None:
     """Makes autograd record the op, by a Function under the Autograd key: cheaper than torch's own registration.
 
-    That one also sees the tensors of a list, so ops with lists of tensors use it.
+    Where nothing is recorded, as inside a compiled graph, this costs no more than passing on.
     """
-    if "Tensor[]" in schema or "Tensor?[]" in schema:
-        torch.library.register_autograd(op._name, differentiate, setup_context=setup_context, lib=_LIBRARY)
-        return
+    gives_list = schema.endswith("-> Tensor[]")
 
     class Recorded(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            args = inputs[-1]
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*args)
             if setup_context is not None:
                 setup_context(ctx, args, output)
-            return output
+            return tuple(output) if gives_list else output
 
-        backward = staticmethod(differentiate)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            found = differentiate(ctx, grads) if gives_list else differentiate(ctx, *grads)
+            found = found if isinstance(found, tuple) else (found,)
+            return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
     recorded: Callable[..., Any] = Recorded.apply
-    _LIBRARY.impl(op._schema.name.partition("::")[2], lambda *args: recorded(*args), "Autograd")
+
+    def run(*args: Any) -> Any:
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        # autograd looks for tensors among arguments, not inside them
+        inside = itertools.chain.from_iterable(x for x in args if isinstance(x, list | tuple))
+        output = recorded(*args, *inside, args)
+        return list(output) if gives_list else output
+
+    _LIBRARY.impl(op._schema.name.partition("::")[2], run, "Autograd")
 
 
 def _without_autocast(kernel: Callable[..., _R]) -> Callable[..., _R]:
