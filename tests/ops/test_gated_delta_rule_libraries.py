@@ -3,7 +3,6 @@
 # B batch, T tokens, H key heads, G value heads, K key dim, V value dim
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -338,10 +337,10 @@ def test_no_tokens_never_reach_a_library(fake):
 
 @pytest.mark.parametrize("qk_l2norm", [True, False])
 def test_opcheck_with_what_a_library_keeps(fake, qk_l2norm):
-    inputs = make_inputs(83)
+    inputs = make_inputs(13)
     with torch.no_grad():
         inputs[1] /= 4
-    sequences = Sequences.from_lengths([5, 1, 70, 7])
+    sequences = Sequences.from_lengths([5, 1, 7])
     options = (None, 0.5, qk_l2norm, sequences.cu_seqlens_cpu, "fla")
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
     detached = [x.detach() for x in inputs]
@@ -376,24 +375,16 @@ def test_results_are_kept_only_where_backward_wants_them():
     assert shapes == [[2, 3, 4, 12], [2, 3, 2, 8], [2, 3, 2, 8], [2, 3, 2], [2, 3, 2], [1, 6, 4], [1, 6, 4, 64]]
 
 
-NORMALISATION = """
-import torch
-from deltatune.ops._gated_delta_rule.l2_norm import normalise, normalise_backward
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set by test_interpreted.py"
+)
+@pytest.mark.parametrize("dim", [16, 24])
+def test_interpreted_normalisation(dim):
+    from deltatune.ops._gated_delta_rule.l2_norm import normalise, normalise_backward
 
-for dim in (16, 24):
     x = torch.randn(7, 9 * dim)[:, : 3 * dim].unflatten(1, (3, dim)).requires_grad_()
     expected, dy = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6), torch.randn(7, 3, dim)
     y, rstd = normalise(x.detach())
     (dx,) = torch.autograd.grad(expected, x, dy)
-    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-7)
-    assert torch.allclose(normalise_backward(dy, y, rstd), dx, rtol=1e-5, atol=1e-6)
-print("equal")
-"""
-
-
-def test_normalisation_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
-    command = [sys.executable, "-c", NORMALISATION]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "equal\n", done.stderr
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(normalise_backward(dy, y, rstd), dx, rtol=1e-5, atol=1e-6)

@@ -1,10 +1,5 @@
 """The gated normalisation against its formula and against the stock module."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,13 +92,3 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 def test_the_choice_says_what_runs(device, dtype, expected):
     pytest.importorskip("triton", reason="needs triton")
     assert choose(GatedRmsNormSpec(torch.device(device), dtype)).impl == expected
-
-
-def test_the_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
-    tests = Path(__file__).with_name("test_gated_rms_norm_kernel.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout

@@ -1,4 +1,4 @@
-"""The gated norm's kernels against the reference, on a GPU and, in a process of its own, in Triton's interpreter."""
+"""The gated norm's kernels against the reference, on a GPU and, by test_interpreted.py, in Triton's interpreter."""
 
 # B batch, T tokens, N heads, D head dim
 
@@ -25,7 +25,12 @@ EPS = 1e-6
 def kernels_run_here(monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
     if INTERPRETED:
+        from deltatune.ops._gated_rms_norm import kernel
+
         monkeypatch.setattr(providers, "triton_refusal", lambda device, dtype: None)
+        # several programs and tiles for a few tokens
+        monkeypatch.setattr(kernel, "_ELEMENTS", 128)
+        monkeypatch.setattr(kernel, "TILES", 2)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -57,7 +62,7 @@ def errors(got, exact):
     return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, exact, strict=True)]
 
 
-@pytest.mark.parametrize("tokens", [1, 65, 200] if INTERPRETED else [1, 63, 65, 1000])
+@pytest.mark.parametrize("tokens", [1, 7] if INTERPRETED else [1, 63, 65, 1000])
 @pytest.mark.parametrize("dim", [8, 12])
 def test_equals_the_reference(dim, tokens):
     inputs = make_inputs(1, tokens, 3, dim)
@@ -75,7 +80,7 @@ def test_any_number_of_dims(shape):
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_error_is_within_twice_that_of_the_reference(dtype, weight_dtype):
-    inputs = make_inputs(1, 70, 3, 32, dtype=dtype, weight_dtype=weight_dtype)
+    inputs = make_inputs(1, 7 if INTERPRETED else 70, 3, 32, dtype=dtype, weight_dtype=weight_dtype)
     exact = run(in_float64(inputs), "reference")
     got, budget = (errors(run(inputs, impl), exact) for impl in ("triton", "reference"))
     assert all(x <= 2 * y for x, y in zip(got, budget, strict=True)), (got, budget)
@@ -143,7 +148,8 @@ def test_a_frozen_weight_costs_no_gradient():
 
 
 def test_backward_repeats_and_writes_into_nothing_it_is_given():
-    given = [x.detach() for x in (draw(1, 300, 3, 16, seed=3), *make_inputs(1, 300, 3, 16))]
+    shape = (1, 9 if INTERPRETED else 300, 3, 16)
+    given = [x.detach() for x in (draw(*shape, seed=3), *make_inputs(*shape))]
     before = [x.clone() for x in given]
     calls = [torch.ops.deltatune.gated_rms_norm_backward(*given, EPS, True) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
@@ -151,9 +157,9 @@ def test_backward_repeats_and_writes_into_nothing_it_is_given():
 
 
 def test_opcheck():
-    inputs = make_inputs(1, 9, 3, 16)
+    inputs = make_inputs(1, 2, 3, 16)
     torch.library.opcheck(torch.ops.deltatune.gated_rms_norm.default, (*inputs, EPS))
-    given = (draw(1, 9, 3, 16, seed=3), *(x.detach() for x in inputs), EPS)
+    given = (draw(1, 2, 3, 16, seed=3), *(x.detach() for x in inputs), EPS)
     for weight_grad in (False, True):
         torch.library.opcheck(torch.ops.deltatune.gated_rms_norm_backward.default, (*given, weight_grad))
 

@@ -1,8 +1,6 @@
 """The implementation in blocks: sizes on any machine, its kernels in Triton's interpreter, the whole on a GPU."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,11 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune.ops import LinearCrossEntropySpec, choose, linear_cross_entropy
-from deltatune.ops._linear_cross_entropy.blocks import softmax_blocks, weight_blocks, workspace_bytes
+from deltatune.ops._linear_cross_entropy.blocks import Blocks, softmax_blocks, weight_blocks, workspace_bytes
 
 CUDA = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
     reason="needs a CUDA device of compute capability 9.0 or newer",
+)
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set by test_interpreted.py"
 )
 
 
@@ -42,72 +43,84 @@ def test_the_workspace_of_a_large_vocabulary():
     assert workspace_bytes(16384, 2048, 248320, 2, weight_grad=True) == 96 * 2**20
 
 
-INTERPRETED = """
-import torch, torch.nn.functional as F
-from deltatune.ops._linear_cross_entropy import blocked
-from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
-from deltatune.ops._linear_cross_entropy.blocks import Blocks
+@pytest.fixture
+def two_tiles_at_once(monkeypatch):
+    """A program of few tiles takes more than one turn, and sums of few tiles are read in more than one step."""
+    from deltatune.ops._linear_cross_entropy import blocked
 
-def inputs(tokens, width, vocabulary, scale, dtype):
+    monkeypatch.setattr(blocked, "_SPLITS", 2)
+    monkeypatch.setattr(blocked, "_TILES_AT_ONCE", 2)
+
+
+def interpreted_inputs(
+    tokens: int, width: int, vocabulary: int, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width) * scale
     labels = torch.randint(0, vocabulary, (tokens,))
     labels[1:3] = -100
     return hidden.to(dtype), weight.to(dtype), labels
 
-def expected(hidden, weight, labels):
+
+def in_float64(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     loss = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-    loss.backward()
-    return loss.detach(), hidden.grad, weight.grad
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
-def error(found, wanted):
+
+def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
-torch.manual_seed(0)
-# several chunks and blocks, neither of whole tiles; at scale 40 most references rise, in the first block and later
-for tokens, width, vocabulary, chunk, entries in ((5, 8, 1, 3, 16), (5, 8, 7, 5, 16), (20, 24, 1000, 17, 304)):
-    for scale in (1.0, 40.0):
-        hidden, weight, labels = inputs(tokens, width, vocabulary, scale, torch.float32)
-        wanted = expected(hidden, weight, labels)
-        hidden[1] = float("nan")
-        sizes = (Blocks(chunk, entries), Blocks(chunk, entries))
-        found = loss_and_gradients(hidden, weight, labels, -100, True, True, *sizes)
-        for got, want in zip(found, wanted):
-            assert error(got, want) < 2e-6, (vocabulary, scale, error(got, want))
-        frozen = loss_and_gradients(hidden, weight, labels, -100, False, False, *sizes)
-        assert torch.equal(frozen[0], found[0])
-        assert [x.shape[0] for x in frozen[1:]] == [0, 0]
 
-empty = loss_and_gradients(*inputs(0, 8, 7, 1.0, torch.float32), -100, True, True)
-assert empty[0] == 0 and not empty[2].any()
+@interpreted
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary", "blocks"),
+    [(5, 8, 1, Blocks(3, 16)), (5, 8, 7, Blocks(5, 16)), (20, 24, 200, Blocks(17, 80))],
+    ids=["one entry", "one block", "several chunks and blocks, neither of whole tiles"],
+)
+def test_interpreted_kernels(two_tiles_at_once, tokens, width, vocabulary, blocks, scale):
+    """At scale 40 most references rise, in the first block and later."""
+    from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
 
-# fp16: products of its exponentials need a GPU; what is stored does not
-hidden, weight, labels = inputs(20, 16, 100, 4.0, torch.float16)
-wanted = expected(hidden, weight, labels)
-found = loss_and_gradients(hidden, weight, labels, -100, False, False, Blocks(16, 48))
-assert error(found[0], wanted[0]) < 1e-6
-logits = hidden.double() @ weight.double().T
-reference = logits.max(1).values.float()
-powers = torch.exp(logits - reference[:, None].double())
-picked = powers.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
-total = powers.sum(1)
-stored = torch.full((20, 48), float("nan"), dtype=torch.float16)
-rows = blocked.Rows(hidden, weight, labels, -100)
-statistics = reference, (total - picked).float(), total.reciprocal().float()
-blocked.gradients(blocked.chunk_of(rows, stored), *statistics, slice(32, 80))
-want = powers / total[:, None] - F.one_hot(labels.clamp_min(0), 100)
-want[labels == -100] = 0
-assert error(stored, want[:, 32:80]) < 5e-4, error(stored, want[:, 32:80])
-print("equal")
-"""
+    hidden, weight, labels = interpreted_inputs(tokens, width, vocabulary, scale, torch.float32)
+    wanted = in_float64(hidden, weight, labels)
+    hidden[1] = float("nan")
+    found = loss_and_gradients(hidden, weight, labels, -100, True, True, blocks, blocks)
+    assert all(error(*pair) < 2e-6 for pair in zip(found, wanted, strict=True))
+    frozen = loss_and_gradients(hidden, weight, labels, -100, False, False, blocks, blocks)
+    assert torch.equal(frozen[0], found[0])
+    assert [x.shape[0] for x in frozen[1:]] == [0, 0]
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, so by a process of its own
-    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "equal\n", done.stderr
+@interpreted
+def test_interpreted_kernels_without_tokens():
+    from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
+
+    loss, _, dweight = loss_and_gradients(*interpreted_inputs(0, 8, 7, 1.0, torch.float32), -100, True, True)
+    assert loss == 0
+    assert not dweight.any()
+
+
+@interpreted
+def test_interpreted_kernels_store_16_bits():
+    """Products of fp16 exponentials need a GPU; what is stored does not."""
+    from deltatune.ops._linear_cross_entropy import blocked
+
+    hidden, weight, labels = interpreted_inputs(20, 16, 100, 4.0, torch.float16)
+    found, *_ = blocked.loss_and_gradients(hidden, weight, labels, -100, False, False, Blocks(16, 48))
+    assert error(found, in_float64(hidden, weight, labels)[0]) < 1e-6
+    logits = hidden.double() @ weight.double().T
+    reference = logits.max(1).values.float()
+    powers = torch.exp(logits - reference[:, None].double())
+    picked = powers.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+    total = powers.sum(1)
+    stored = torch.full((20, 48), float("nan"), dtype=torch.float16)
+    rows = blocked.Rows(hidden, weight, labels, -100)
+    statistics = reference, (total - picked).float(), total.reciprocal().float()
+    blocked.gradients(blocked.chunk_of(rows, stored), *statistics, slice(32, 80))
+    want = powers / total[:, None] - F.one_hot(labels.clamp_min(0), 100)
+    want[labels == -100] = 0
+    assert error(stored, want[:, 32:80]) < 5e-4
 
 
 @pytest.mark.parametrize(
