@@ -15,7 +15,7 @@ from deltatune.ops import GatedDeltaRuleSpec, choose, gated_delta_rule
 from deltatune.packing.sequences import Sequences
 
 NAMES = ("q", "k", "v", "g", "beta")
-LENGTHS = ([5, 1, 70, 7], [127, 257, 64], [3, 2, 1, 63, 64, 65], [1 + n % 3 for n in range(200)])
+LENGTHS = ([5, 1, 70, 7], [127, 257, 64], [3, 2, 1, 63, 64, 65], [1 + n % 3 for n in range(70)])
 SLOW, FAST = 0.05, 20.0
 
 
@@ -90,7 +90,7 @@ def test_scale_and_normalisation(options):
     assert max(errors.values()) < 1e-13, errors
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (2, 63), (3, 65), (1, 1000)])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (2, 63), (3, 65), (1, 400)])
 def test_without_sequences_each_row_is_one_document(batch, tokens):
     inputs = make_inputs(tokens, batch=batch, heads=(1, 2))
     errors = relative_errors(run(gated_delta_rule, inputs), run(recurrence, inputs, [tokens] * batch))
@@ -249,8 +249,8 @@ def test_backward_leaves_its_inputs_alone():
 
 @pytest.mark.parametrize("described", [False, True])
 def test_opcheck(described):
-    inputs = make_inputs(83)
-    sequences = Sequences.from_lengths([5, 1, 70, 7])
+    inputs = make_inputs(13)
+    sequences = Sequences.from_lengths([5, 1, 7])
     options = (None, 0.5, True, sequences.cu_seqlens_cpu if described else None, "reference")
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
     detached = [x.detach() for x in inputs]
