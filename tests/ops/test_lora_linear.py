@@ -166,8 +166,7 @@ def test_error_of_wide_layers_on_a_gpu(dtype):
     assert_at_most_twice_the_error_of_separate_products(made, x)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_one_graph_whatever_the_values(backend):
+def test_one_graph_whatever_the_values():
     made = case(dtype=torch.float32)
     leaves = (*made.down(), *made.up())
 
@@ -176,7 +175,7 @@ def test_one_graph_whatever_the_values(backend):
         return gate[..., :16] * up
 
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=False)
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):
             x = inputs(2, 9, dtype=torch.float32)
@@ -194,8 +193,8 @@ def test_scales_that_change_are_compiled_twice_at_most():
     scales = {"now": 1.0}
 
     def block(x: Tensor) -> Tensor:
-        adapters = [[adapter._replace(scale=scales["now"]) for adapter in each] for each in made.adapters]
-        return torch.cat(linear_with_lora(x.sin(), made.weights, adapters), dim=-1)
+        adapters = [adapter._replace(scale=scales["now"]) for adapter in made.adapters[1]]
+        return linear_with_lora(x.sin(), made.weights[1:], [adapters])[0]
 
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -203,7 +202,7 @@ def test_scales_that_change_are_compiled_twice_at_most():
     for scale in (1.0, 0.5, 3.0, 0.25):
         scales["now"] = scale
         x = inputs(7, dtype=torch.float32)
-        leaves = (x, *made.down(), *made.up())
+        leaves = (x, *made.down((1,)), *made.up((1,)))
         found = torch.autograd.grad(compiled(x).square().sum(), leaves)
         want = torch.autograd.grad(block(x).square().sum(), leaves)
         for got, expected in zip(found, want, strict=True):
