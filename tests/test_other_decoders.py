@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from deltatune import CompileOptions, Sequences, ops, prepare
+from forked import run_ranks
 from tiny import documents
 
 LENGTHS = [5, 1, 30, 7]
@@ -157,6 +159,24 @@ def test_others_that_call_the_head_in_the_first_loss_get_its_output() -> None:
     assert not model.lm_head._forward_hooks
 
 
+def test_another_thread_that_calls_the_head_in_the_first_loss_gets_its_output() -> None:
+    pairs = []
+
+    class Threaded(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+            output = self.model(*args, **kwargs)
+            kept = output[0][:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+            with ThreadPoolExecutor() as pool:
+                pairs.append((pool.submit(self.lm_head, kept).result(), kept @ self.lm_head.weight.T))
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(kept))
+
+    model = Threaded(dense("llama").config).train()
+    prepare(model)
+    (tokens,) = documents([20])
+    assert model(input_ids=tokens[None], labels=tokens[None], use_cache=False).loss.isfinite()
+    torch.testing.assert_close(*pairs[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_first_loss_that_fails_leaves_nothing_on_the_head() -> None:
     model = dense("llama")
     prepare(model)
@@ -166,7 +186,7 @@ def test_a_first_loss_that_fails_leaves_nothing_on_the_head() -> None:
     def fails(*_: Any) -> None:
         raise OSError("for this test")
 
-    handle = model.lm_head.register_forward_pre_hook(fails)
+    handle = model.model.layers[0].register_forward_pre_hook(fails)
     model.train()
     with pytest.raises(OSError, match="for this test"):
         model(**call)
@@ -229,6 +249,24 @@ def test_a_cached_call_runs_the_attention_that_the_model_was_loaded_with(attenti
     if attention == "eager":
         pairs = zip(found.attentions, expected.attentions, strict=True)
         assert all(torch.equal(x, y) for step in pairs for x, y in zip(*step, strict=True))
+
+
+def load_and_call(_rank: int, path: str) -> None:
+    """What another process makes of a prepared model."""
+    model, tokens = torch.load(f"{path}/model.pt", weights_only=False)
+    generated = model.generate(tokens, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(tokens))
+    torch.save((model(**packed_call()).logits.detach(), generated), f"{path}/results.pt")
+
+
+def test_another_process_may_load_a_prepared_model(tmp_path: Any) -> None:
+    model, tokens = dense("llama"), torch.stack(documents([12, 12]))
+    prepare(model)
+    torch.save((model, tokens), tmp_path / "model.pt")
+    run_ranks(load_and_call, str(tmp_path), count=1)
+    logits, generated = torch.load(tmp_path / "results.pt")
+    expected = model.generate(tokens, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(generated, expected)
+    torch.testing.assert_close(logits, model(**packed_call()).logits.detach())
 
 
 def test_two_models_may_share_a_config() -> None:

@@ -16,6 +16,8 @@ import deltatune.layers.decoder
 from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
 from deltatune.compile.graphs import compile_options
 from deltatune.layers.attention import Attention
+from deltatune.verification.measure import relative
+from deltatune.verification.rounding import limits_of
 from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
 
 LENGTHS = (1, 66, 3)
@@ -366,6 +368,29 @@ def test_limits_follow_the_rounding_of_the_model() -> None:
     assert max(figures) > 2e-7
     assert report.ok, str(report)
     assert max(row.limits) < 1e-3  # where a leak begins
+
+
+def in_tf32(x: Tensor) -> Tensor:
+    """Rounded to ten bits of fraction, as products on tensor cores take float32."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_what_may_run_in_tf32_is_held_to_its_rounding(tf32: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    figure = relative(in_tf32(x) @ in_tf32(weight), x @ weight)
+    (limit,) = limits_of([figure], 1e-5, lambda: x @ weight, lambda a, b: [relative(a, b)], tf32=tf32)
+    assert 1e-4 < figure < 1e-3
+    assert (figure <= limit) is tf32
+    assert limit < 5e-3  # where another function begins
+
+
+def test_tf32_of_torchs_own_products_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    (limit,) = limits_of([1e-4], 1e-5, lambda: x @ x, lambda a, b: [relative(a, b)])
+    assert 1e-4 < limit < 5e-3
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])

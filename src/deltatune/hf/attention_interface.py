@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,12 +18,28 @@ from deltatune.packing.sequences import Sequences
 __all__ = ["exchange_configs", "install", "is_prepared", "uninstall"]
 
 #: A config's own implementation, by the name that takes its place: one for each, so that the config needs no key of
-#: ours. No "flash" in the names: transformers would look for the flash-attn package when a model is built with it.
+#: ours, and the same in every process. Transformers reads a package or a repository out of some names: not of these.
 _STOCK: dict[str, str] = {}
 
 _WINDOW = "_deltatune_window"
 _IMPL = "_deltatune_impl"
 _CONFIG = "_deltatune_config"
+
+
+class _Noted(NamedTuple):
+    """What ``prepare`` was asked for, and what the config named; where it is unpickled, our entry is known."""
+
+    impl: str
+    stock: str | None
+
+    def __reduce__(self) -> Any:
+        return _noted, tuple(self)
+
+
+def _noted(impl: str, stock: str | None) -> _Noted:
+    if stock is not None:
+        _entry(stock)
+    return _Noted(impl, stock)
 
 
 def install(text_model: Any, impl: str) -> None:
@@ -37,7 +53,7 @@ def install(text_model: Any, impl: str) -> None:
     named: dict[int, Any] = {}
     for module in text_model.modules():
         config: Any = getattr(module, "config", None)
-        module.__dict__[_IMPL] = impl, getattr(config, "_attn_implementation", None)
+        module.__dict__[_IMPL] = _noted(impl, getattr(config, "_attn_implementation", None))
         if hasattr(config, "_attn_implementation"):
             ours = named.setdefault(id(config), copy.copy(config))
             ours._attn_implementation_internal = _entry(config._attn_implementation)
@@ -67,7 +83,7 @@ def is_prepared(module: nn.Module) -> bool:
     if not hasattr(own.get("config"), "_attn_implementation"):
         return True
     ours, stock = (getattr(config, "_attn_implementation", None) for config in (own["config"], own.get(_CONFIG)))
-    return _IMPL in own and ours in _STOCK and _STOCK[ours] == stock == own[_IMPL][1]
+    return _IMPL in own and ours in _STOCK and _STOCK[ours] == stock == own[_IMPL].stock
 
 
 def packed_attention(
@@ -115,7 +131,7 @@ def packed_attention(
         sequences=sequences,
         scale=scaling,
         window=sliding_window,
-        impl=getattr(module, _IMPL)[0],
+        impl=getattr(module, _IMPL).impl,
     )
     return out, None
 
@@ -125,7 +141,7 @@ def _entry(stock: str) -> str:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    found = next((name for name, theirs in _STOCK.items() if theirs == stock), f"deltatune_varlen_{len(_STOCK)}")
+    found = f"deltatune_varlen_{stock.encode().hex()}"
     _STOCK[found] = stock
     AttentionInterface.register(found, packed_attention)
     AttentionMaskInterface.register(found, _stock_mask)

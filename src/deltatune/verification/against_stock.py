@@ -31,9 +31,8 @@ _SHORT, _PADDING = 17, 11
 #: Names in a config of lengths beyond which a layer may compute something else.
 _BOUNDS: Final = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size", "index_topk")
 
-#: Tolerance of the comparison of a 16-bit model in float32: kernels of other packages take TF32 outside the CPU.
-_IN_FLOAT32: Final = {"cpu": 1e-5}
-_IN_FLOAT32_ELSEWHERE: Final = 5e-3
+#: Tolerance for a 16-bit model compared in float32, on the CPU and elsewhere: other packages' kernels take TF32.
+_IN_FLOAT32: Final = 1e-5, 5e-3
 
 #: What a stock layer raises where it cannot run: a kernel or a package that is missing, memory.
 _NOT_RUNNING: Final = (RuntimeError, ValueError, ImportError)
@@ -63,7 +62,7 @@ def compare_with_stock(
     yield _compare_document(probed, subject, probed.inputs, tolerance, compared=1 if last else 3)
     if last is None:
         return
-    tolerance, name = _IN_FLOAT32.get(probed.device.type, _IN_FLOAT32_ELSEWHERE), "the first layers in float32: "
+    tolerance, name = _IN_FLOAT32[probed.device.type != "cpu"], "the first layers in float32: "
     try:
         with layers_in_float32(probed.model, probed.text_model, last):
             found = _compare_document(probed, subject, probed.inputs.float(), tolerance, name=name)
@@ -134,7 +133,7 @@ def _check(
         reason = str(error).partition("\n")[0]
         return f"{name}: not compared with the stock class, which does not run here ({reason})"
     figures = differ(found, expected)
-    return VerifyCheck(name, figures, limits_of(figures, tolerance, alone, differ))
+    return VerifyCheck(name, figures, limits_of(figures, tolerance, alone, differ, tf32=probed.device.type != "cpu"))
 
 
 @contextmanager

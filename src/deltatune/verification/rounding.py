@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -11,15 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["limits_of"]
 
-#: Figures of one run against another.
+#: A run, and figures of one against another.
+Run = Callable[[], Any]
 Differ = Callable[[Any, Any], Sequence[float]]
 
 #: What is measured is one draw, and a long sum rounds by more than its operands' last place: packed and alone differed
 #: by 4.7 times the measure in the input gradient of a head with 262,145 tokens (Gemma 3 of width 16, float32, CPU).
 _MARGIN: Final = 16.0
 
-#: In 16 bits none: sums are kept in 32, and every operand is changed by twice what rounding changes in a result.
-_MARGIN_OF_16_BITS: Final = 1.0
+#: None for operands of fewer bits than their sums: each is changed by twice what rounding changes.
+_MARGIN_OF_NARROW: Final = 1.0
+
+#: Last place of what products of float32 round their operands to, by torch's precision of matrix products.
+_OF_PRODUCTS: Final = {"highest": torch.finfo(torch.float32).eps, "high": 2.0**-10, "medium": 2.0**-7}
 
 #: No rounding raises a limit above these: outputs that differ by a quarter are no longer the same function, and a
 #: tolerance that was given keeps a meaning.
@@ -30,7 +35,7 @@ _ROUNDED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def limits_of(
-    figures: Sequence[float], tolerance: float, run: Callable[[], Any], differ: Differ, ours: Any = None
+    figures: Sequence[float], tolerance: float, run: Run, differ: Differ, ours: Any = None, *, tf32: bool = False
 ) -> tuple[float, ...]:
     """Of each figure: the tolerance, or more where figures exceed it and rounding alone differs by that order.
 
@@ -39,20 +44,27 @@ def limits_of(
 
     ``run`` runs as it is, and again with ``x (1 + eps s)``, s = +1 or -1 at random, in place of every floating operand
     x, in forward and in backward; ``differ`` gives the same figures of two runs. ``ours``: what ``run`` gave, if known.
+    ``tf32``: whether it may run products of float32 in TF32, whatever precision torch is set to.
     """
     if not any(figure > tolerance for figure in figures):
         return (tolerance,) * len(figures)
     ours = run() if ours is None else ours
-    nudged = _Nudged()  # type: ignore[no-untyped-call]
+    nudged = _Nudged(_OF_PRODUCTS["high" if tf32 else torch.get_float32_matmul_precision()])
     with nudged:
         other = run()
-    margin = _MARGIN_OF_16_BITS if nudged.in_16_bits else _MARGIN
+    margin = _MARGIN_OF_NARROW if nudged.narrow else _MARGIN
     most = min(_MOST, _TIMES_TOLERANCE * tolerance)
     return tuple(max(tolerance, min(margin * measured, most)) for measured in differ(other, ours))
 
 
 class _Nudged(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    in_16_bits = False  # whether any operand had 16 bits
+    """Changes operands; ``narrow`` says whether any was changed by more than what its sums round to."""
+
+    def __init__(self, eps_of_float32: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.eps = {dtype: torch.finfo(dtype).eps for dtype in _ROUNDED} | {torch.float32: eps_of_float32}
+        self.narrow = False
+        self.seeds = itertools.count()
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation on nudged operands; views and writes in place pass as they are."""
@@ -66,10 +78,8 @@ class _Nudged(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # whole numbers are counts, numbers of experts and masks, which no arrangement rounds
         if not isinstance(x, Tensor) or x.dtype not in _ROUNDED or not x.numel() or torch.equal(x, x.round()):
             return x
-        self.in_16_bits |= x.itemsize == 2
-        generators: dict[torch.device, torch.Generator] = self.__dict__.setdefault("generators", {})
-        if x.device not in generators:
-            generators[x.device] = torch.Generator(x.device).manual_seed(0)
-        eps = torch.finfo(x.dtype).eps
-        factor = torch.randint(0, 2, x.shape, generator=generators[x.device], device=x.device, dtype=x.dtype)
+        eps = self.eps[x.dtype]
+        self.narrow |= eps > _OF_PRODUCTS["highest"]
+        generator = torch.Generator(x.device).manual_seed(next(self.seeds))
+        factor = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return x * factor.mul_(2 * eps).add_(1 - eps)

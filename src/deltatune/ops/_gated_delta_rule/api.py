@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,38 +17,24 @@ from deltatune.packing.sequences import Sequences
 __all__ = ["gated_delta_rule"]
 
 
-@overload
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    sequences: Sequences | None = None,
-    scale: float | None = None,
-    qk_l2norm: bool = True,
-    initial_state: Tensor | None = None,
-    return_state: Literal[False] = False,
-    impl: str = "auto",
-) -> Tensor: ...
+class _Kw(TypedDict, total=False):
+    sequences: Sequences | None
+    scale: float | None
+    qk_l2norm: bool
+    initial_state: Tensor | None
+    impl: str
 
 
 @overload
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    sequences: Sequences | None = None,
-    scale: float | None = None,
-    qk_l2norm: bool = True,
-    initial_state: Tensor | None = None,
-    return_state: Literal[True],
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, return_state: Literal[True], **kw: Unpack[_Kw]
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, return_state: Literal[False] = ..., **kw: Unpack[_Kw]
+) -> Tensor: ...
 
 
 def gated_delta_rule(

@@ -11,10 +11,8 @@ __all__ = ["GatedRmsNormSpec"]
 
 
 def _triton(spec: Spec) -> Support:
-    return support(
-        "one Triton kernel each way, compiled or not; 3 passes over memory forward, 5 backward",
-        triton_refusal(spec.device, spec.dtype),
-    )
+    refusal = triton_refusal(spec.device, spec.dtype)
+    return support("one Triton kernel each way, compiled or not; 3 passes over memory forward, 5 backward", refusal)
 
 
 @dataclass(frozen=True)

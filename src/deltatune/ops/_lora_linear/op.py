@@ -76,10 +76,9 @@ def lora_sum_products(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.mT.to(wide), right.to(wide))
 
 
-# Both products of the library over one read, us on one H200 (torch 2.11, Triton 3.6, bf16, M = 16384, operands of
-# more than L2 by turns), N = 2048, 6144, 12288: W = 16 42.8 / 28.7, 104.7 / 70.8, 195.1 / 132.1; W = 32 39.7 / 33.3,
-# 103.8 / 85.9, 193.3 / 172.7. Not at N = 512: 16.6 / 18.0 and 15.6 / 19.1; nor for W = 64, where the parts that
-# programs leave behind weigh as much as the read that is saved: 40.9 / 42.6, 106.3 / 113.3, 196.3 / 225.9.
+# Both products of the library over one read, us (H200, bf16, M = 16384, operands of more than L2 by turns), N = 2048
+# and 12288: W = 16 42.8 / 28.7, 195.1 / 132.1; W = 32 39.7 / 33.3, 193.3 / 172.7. Not at N = 512: 16.6 / 18.0; nor for
+# W = 64, where the parts that programs leave behind weigh as much as the read saved: 40.9 / 42.6, 196.3 / 225.9.
 _WIDTHS: Final = (16, 32)
 _FEWEST: Final = 16384 * 2048
 
