@@ -13,8 +13,8 @@ from deltatune.layers.lora import lora_modes
 from tiny import documents, tiny_model
 
 LENGTHS = [5, 1, 30, 7]
-#: Two layers that share their input and one that does not: what a compiled model needs, traced in half the time.
-FEW = ["q_proj", "v_proj", "down_proj"]
+#: Two layers that share their input, in each type of layer, and one that does not: what a compiled model needs.
+FEW = ["q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "down_proj"]
 
 
 def adapted(family: str = "qwen3_5", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

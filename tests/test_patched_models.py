@@ -99,8 +99,11 @@ def patched_classes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return family
 
 
-@pytest.mark.parametrize("patched_classes", PREFIXES, indirect=True)
-@pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("patched_classes", "compile"),
+    [*((family, None) for family in PREFIXES), ("qwen3", COMPILED), ("qwen3_next", COMPILED)],
+    indirect=["patched_classes"],
+)
 def test_classes_replaced_before_loading_are_called(patched_classes: str, compile: CompileOptions | None) -> None:
     stock, model = tiny_model(patched_classes).train(), tiny_model(patched_classes).train()
     expected = alone(stock)
@@ -132,8 +135,9 @@ def bind_to_instances(model: Any) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before prepare", "after prepare"])
-@pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
-@pytest.mark.parametrize("family", PREFIXES)
+@pytest.mark.parametrize(
+    ("family", "compile"), [*((family, None) for family in PREFIXES), ("qwen3", COMPILED), ("qwen3_5", COMPILED)]
+)
 @pytest.mark.filterwarnings("ignore:.*was replaced on this model before prepare")
 def test_forwards_bound_to_a_loaded_model_are_called(family: str, compile: CompileOptions | None, first: bool) -> None:
     stock, model = tiny_model(family).train(), tiny_model(family).train()
