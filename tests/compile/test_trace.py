@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from deltatune import CompileOptions, prepare
 from deltatune.compile.trace import LayerMemory, _peak, trace_layer
 from deltatune.ops._opaque import opaque
 from deltatune.subclass import stock_class
-from tiny import tiny_model
+from tiny import HYBRIDS, tiny_model
 
 TOKENS = 192
 SETTINGS = ("none", 0.75, 0.5, 0.25, "layer")
@@ -37,7 +38,9 @@ def layer_call(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (args[0].detach().requires_grad_(), *args[1:]), kwargs
 
 
-def traced(model: Any) -> list[dict[Any, LayerMemory]]:
+@functools.cache
+def traced(family: str) -> list[dict[Any, LayerMemory]]:
+    model = model_of(family, "none")
     args, kwargs = layer_call(model)
     layers = model.get_decoder().layers
     return [trace_layer(stock_class(x).forward, x, args, kwargs, settings=SETTINGS) for x in layers]
@@ -60,14 +63,15 @@ def saved_bytes(model: Any) -> int:
 
 
 def model_of(family: str, checkpointing: str | float) -> Any:
-    model = tiny_model(family, layers=2, hidden_size=64, head_dim=32).train()
+    # one of each kind
+    model = tiny_model(family, layers=1 + (family in HYBRIDS), hidden_size=64, head_dim=32).train()
     prepare(model, compile=CompileOptions(backend="aot_eager"), checkpointing=checkpointing)
     return model
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_moe"])
 def test_what_layers_keep_is_predicted_to_the_byte(family: str) -> None:
-    predicted = traced(model_of(family, "none"))
+    predicted = traced(family)
     beyond = set()
     for setting in ("none", 0.5, "layer"):
         kept = sum(layer[setting].kept for layer in predicted) + max(layer[setting].shared for layer in predicted)
@@ -78,7 +82,7 @@ def test_what_layers_keep_is_predicted_to_the_byte(family: str) -> None:
 
 
 def test_the_less_may_stay_the_less_is_kept() -> None:
-    for layer in traced(model_of("qwen3_5", "none")):
+    for layer in traced("qwen3_5"):
         by_setting = [layer[setting] for setting in SETTINGS]
         assert [x.kept for x in by_setting] == sorted((x.kept for x in by_setting), reverse=True)
         assert layer["layer"].kept == TOKENS * 64 * 4
