@@ -30,7 +30,8 @@ def adapted(family: str = "qwen3", layers: int = 2) -> Any:
     return peft.get_peft_model(tiny_model(family, layers=layers), config).train()
 
 
-def test_the_first_training_forward_decides() -> None:
+def test_the_first_training_forward_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "candidate_settings", lambda *, compiled: ("none", "layer"))
     model = adapted()
     prepared = prepare(model, compile=TRACED, checkpointing="auto")
     assert prepared.auto_checkpointing is None
@@ -85,11 +86,11 @@ def test_a_larger_batch_decides_again() -> None:
 
 
 def test_a_setting_that_changes_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted()
+    monkeypatch.setattr(auto, "candidate_settings", lambda *, compiled: ("none", "layer"))
+    model = adapted(layers=1)
     prepared = prepare(model, compile=TRACED, checkpointing="auto")
     expected = train(model)
     reports = [prepared.compile_report]
-    monkeypatch.setattr(auto, "candidate_settings", lambda *, compiled: ("none", "layer"))
     for room in (1, 2**40, 1):  # batches of one shape: another setting is all that can ask for another graph
         monkeypatch.setattr(memory, "usable_memory", lambda _device, room=room: room)
         prepared.decide_checkpointing(96)

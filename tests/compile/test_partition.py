@@ -18,19 +18,19 @@ from tiny import randomised
 
 
 def with_dropout(dropout: float = 0.3) -> Any:
-    """A model of family ``any`` whose layers drop what they add to the residual stream."""
+    """A model of family ``any`` whose layer drops what it adds to the residual stream."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "phi3", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        "phi3", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, resid_pdrop=dropout, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     return randomised(AutoModelForCausalLM.from_config(config), 0).train()
 
 
 MODELS = {
-    "adapters": lambda: adapted("qwen3", lora_dropout=0.3, target_modules=FEW),
+    "adapters": lambda: adapted("qwen3", lora_dropout=0.3, target_modules=FEW, layers=1),
     "adapters of a hybrid": lambda: adapted("qwen3_5", lora_dropout=0.3, target_modules=[*FEW, "in_proj_qkv"]),
     "the model's own": with_dropout,
 }
