@@ -88,7 +88,8 @@ def test_a_graph_of_the_whole_model_takes_the_stock_norm(kernel_calls: list[dict
     model = tiny_model("qwen3", layers=1)
     prepare(model, compile=CompileOptions(scope="model", backend="aot_eager"))
     call = packed_call()
-    model(**call, labels=call["input_ids"]).loss.backward()
+    with torch.no_grad():
+        model(**call, labels=call["input_ids"])
     assert not kernel_calls
 
 

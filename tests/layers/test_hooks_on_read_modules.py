@@ -54,7 +54,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 }
 READ: dict[str, Callable[[Any], nn.Module]] = {
     "lm_head": lambda m: m.lm_head,
-    "q_norm": lambda m: m.model.layers[1].self_attn.q_norm,
+    "q_norm": lambda m: m.model.layers[-1].self_attn.q_norm,
     "k_norm": lambda m: m.model.layers[1].self_attn.k_norm,
     "gated norm": lambda m: m.model.layers[0].linear_attn.norm,
     "final norm": lambda m: m.model.norm,
@@ -88,7 +88,10 @@ def test_what_is_hung_on_a_read_module_acts_as_on_the_stock_model(read: str, way
 )
 def test_a_hook_acts_from_when_it_comes_until_it_goes(read: str, compile: CompileOptions | None) -> None:
     pick = (READ | {"mlp": lambda m: m.model.layers[0].mlp, "act": lambda m: m.model.layers[0].mlp.act_fn})[read]
-    stock, model = tiny_model("qwen3_5").train(), tiny_model("qwen3_5").train()
+    stock = tiny_model("qwen3_5").train()
+    if compile is not None:  # one layer to trace
+        stock = tiny_model("qwen3" if read == "q_norm" else "qwen3_5", layers=1).train()
+    model = copy.deepcopy(stock)
     prepare(model, compile=compile)
     without = packed(model)
     hooks = [pick(each).register_forward_hook(_half) for each in (stock, model)]
@@ -100,7 +103,7 @@ def test_a_hook_acts_from_when_it_comes_until_it_goes(read: str, compile: Compil
 
 
 def test_hooks_that_differ_from_layer_to_layer_each_act_in_their_own() -> None:
-    stock, model = tiny_model("qwen3", layers=3).train(), tiny_model("qwen3", layers=3).train()
+    stock, model = tiny_model("qwen3").train(), tiny_model("qwen3").train()
     for each in (stock, model):
         for factor, layer in enumerate(each.model.layers, start=2):
             layer.mlp.register_forward_hook(lambda _, __, out, factor=factor: out / factor)
@@ -198,8 +201,9 @@ def test_a_hook_on_the_convolution_is_refused_by_name() -> None:
 def test_a_layer_without_trained_parameters_passes_on_what_is_hung_in_it(
     way: str, compile: CompileOptions | None
 ) -> None:
-    gradients = []
-    for each in (tiny_model("qwen3").train(), tiny_model("qwen3").train()):
+    gradients: list[Any] = []
+    layers = 2 if compile is None else 1
+    for each in (tiny_model("qwen3", layers=layers).train(), tiny_model("qwen3", layers=layers).train()):
         each.requires_grad_(False)
         each.lm_head.requires_grad_(True)
         steering = nn.Parameter(torch.zeros(32))
