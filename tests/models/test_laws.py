@@ -15,7 +15,7 @@ LENGTHS = {
     "short": [5, 1, 70, 7],
     "long": [127, 257, 64],
     "chunk_edges": [3, 2, 1, 63, 64, 65],
-    "two_hundred": [1 + i % 5 for i in range(200)],
+    "seventy": [1 + i % 5 for i in range(70)],
 }
 TOLERANCE = 1e-5
 
