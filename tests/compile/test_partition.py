@@ -54,7 +54,7 @@ WHOLE = CompileOptions(scope="model", backend="aot_eager")
 @pytest.mark.parametrize(
     ("kind", "options", "settings"),
     [
-        ("adapters", TRACED, (0.0, 0.5, "layer")),
+        ("adapters", TRACED, (0.5, "layer")),
         ("adapters of a hybrid", TRACED, (0.5,)),
         ("adapters", WHOLE, (0.5,)),
         ("the model's own", TRACED, (0.0, 0.5, "layer")),
