@@ -48,9 +48,9 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     monkeypatch.setattr(
         run_module, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
     )
-    recipe = make_recipe(
-        tmp_path, checkpoint, compile=True, training={"gradient_accumulation_steps": 2, "disable_tqdm": False}
-    )
+    few = {"target_modules": ["q_proj", "in_proj_qkv", "down_proj"]}  # to trace: of both types of layer
+    training = {"gradient_accumulation_steps": 2, "disable_tqdm": False}
+    recipe = make_recipe(tmp_path, checkpoint, compile=True, lora=few, training=training)
     console = Console(record=True, width=40, file=(tmp_path / "screen.txt").open("w"))
     result = train(recipe, console=console)
     screen = console.export_text()
