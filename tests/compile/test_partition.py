@@ -31,7 +31,9 @@ def with_dropout(dropout: float = 0.3) -> Any:
 
 MODELS = {
     "adapters": lambda: adapted("qwen3", lora_dropout=0.3, target_modules=FEW, layers=1),
-    "adapters of a hybrid": lambda: adapted("qwen3_5", lora_dropout=0.3, target_modules=[*FEW, "in_proj_qkv"]),
+    "adapters of a recurrent layer": lambda: adapted(
+        "qwen3_5", lora_dropout=0.3, target_modules=["in_proj_qkv", "out_proj", "down_proj"], layers=1
+    ),
     "the model's own": with_dropout,
 }
 TRACED = CompileOptions(backend="aot_eager")
@@ -55,12 +57,12 @@ WHOLE = CompileOptions(scope="model", backend="aot_eager")
     ("kind", "options", "settings"),
     [
         ("adapters", TRACED, (0.5, "layer")),
-        ("adapters of a hybrid", TRACED, (0.5,)),
+        ("adapters of a recurrent layer", TRACED, (0.5,)),
         ("adapters", WHOLE, (0.5,)),
         ("the model's own", TRACED, (0.0, 0.5, "layer")),
         ("the model's own", WHOLE, (0.0,)),
     ],
-    ids=["adapters", "hybrid", "adapters, whole model", "own", "own, whole model"],
+    ids=["adapters", "recurrent", "adapters, whole model", "own", "own, whole model"],
 )
 def test_no_setting_draws_another_mask_in_backward(kind: str, options: CompileOptions, settings: Any) -> None:
     model = MODELS[kind]()
