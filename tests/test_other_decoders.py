@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from deltatune import CompileOptions, Sequences, ops, prepare
+from deltatune import CompileOptions, Sequences, ops, prepare, verify
 from forked import run_ranks
 from tiny import documents
 
@@ -19,6 +19,15 @@ LENGTHS = [5, 1, 30, 7]
 
 def packed_call(**extra: Any) -> dict[str, Any]:
     return {"input_ids": torch.cat(documents(LENGTHS))[None], "sequences": Sequences.from_lengths(LENGTHS), **extra}
+
+
+@pytest.mark.parametrize("kind", ["phi", "gpt_neox", "persimmon", "opt"])
+def test_decoders_whose_last_norm_has_another_name(kind: str) -> None:
+    model = dense(kind, num_key_value_heads=4, ffn_dim=48)
+    assert not hasattr(model.base_model, "norm")
+    prepare(model)
+    report = verify(model, lengths=(3, 1, 20))
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

@@ -284,3 +284,51 @@ def test_pickle_with_a_bound_forward() -> None:
     prepare(model)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(**packed_call()).logits, model(**packed_call()).logits)
+
+
+def class_of_its_own(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.__class__ = type("Theirs", (type(module),), {"forward": forward})
+
+
+@pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize("path", ["model.layers.0.linear_attn", "model.layers.1.self_attn", "model.layers.1"])
+@pytest.mark.parametrize("one", [True, False], ids=["a class over one instance", "a forward on the class"])
+def test_a_class_whose_forward_takes_the_place_of_ours_is_refused(
+    one: bool, path: str, compile: CompileOptions | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model, compile=compile)
+    module = model.get_submodule(path)
+    stock = stock_class(module).forward
+    if one:
+        class_of_its_own(module, stock)
+    else:
+        monkeypatch.setattr(type(module), "forward", stock)
+    with pytest.raises(ValueError, match=f"{stock_class(module).__name__} of layer .: its forward was replaced after"):
+        model(**packed_call())
+
+
+def test_a_class_over_ours_whose_forward_calls_it_works() -> None:
+    model = tiny_model("qwen3_5")
+    prepare(model)
+    expected = model(**packed_call()).logits
+    module = model.model.layers[1].self_attn
+    inner = type(module).forward
+    class_of_its_own(module, lambda self, *a, **k: inner(self, *a, **k))
+    assert torch.equal(model(**packed_call()).logits, expected)
+
+
+def with_functools_wraps(model: Any) -> None:
+    inner = model.forward
+    model.forward = functools.wraps(inner)(lambda *a, **k: inner(*a, **k))
+
+
+@pytest.mark.parametrize("put", [with_functools_wraps, accelerate.cpu_offload], ids=["wraps", "cpu_offload"])
+def test_tokens_by_position_reach_a_wrapped_model_with_labels(put: Callable[[Any], Any]) -> None:
+    model = tiny_model("qwen3")
+    prepare(model)
+    call = packed_call()
+    tokens, labels = call.pop("input_ids"), torch.cat(documents([5, 1, 30, 7]))[None]
+    expected = model(tokens, labels=labels, **call).loss
+    put(model)
+    torch.testing.assert_close(model(tokens, labels=labels, **call).loss, expected)

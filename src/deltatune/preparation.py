@@ -25,7 +25,7 @@ from deltatune.models.refusals import attention_dropout
 from deltatune.models.registry import family_of
 from deltatune.options import CompileOptions, Options, validate_checkpointing
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
-from deltatune.state import AutoCheckpointing, Choice, Facts, State
+from deltatune.state import AutoCheckpointing, CheckpointingChoice, Facts, State
 from deltatune.subclass import is_covered, restore, stock_class, swap
 
 __all__ = ["Prepared", "prepare"]
@@ -55,7 +55,7 @@ class Prepared:
         return graphs_of(self._state).report
 
     @property
-    def auto_checkpointing(self) -> Choice | None:
+    def auto_checkpointing(self) -> CheckpointingChoice | None:
         """What ``checkpointing="auto"`` took, the predicted peak and why; None before it did, or where it was given."""
         return None if self._state.facts.auto is None else self._state.facts.auto.choice
 
@@ -67,7 +67,7 @@ class Prepared:
         compute_dtype: torch.dtype | None = None,
         accumulates: bool = False,
         device: torch.device | None = None,
-    ) -> Choice | None:
+    ) -> CheckpointingChoice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
         Args:

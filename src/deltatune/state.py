@@ -15,7 +15,7 @@ from deltatune.options import Options
 if TYPE_CHECKING:
     from deltatune.compile.graphs import Graphs
 
-__all__ = ["AutoCheckpointing", "Choice", "Facts", "State", "bound"]
+__all__ = ["AutoCheckpointing", "CheckpointingChoice", "Facts", "State", "bound"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def bound(variable: ContextVar[T], value: T) -> Iterator[T]:
         variable.reset(token)
 
 
-class Choice(NamedTuple):
+class CheckpointingChoice(NamedTuple):
     """A checkpointing setting that was chosen."""
 
     setting: str | float  # "none", a share or "layer"
@@ -46,7 +46,7 @@ class AutoCheckpointing:
     accumulates: bool = False  # whether gradients of earlier batches are there while a batch runs
     compute_dtype: torch.dtype | None = None  # of activations under autocast; None for the weights' own
     tokens: int = 0  # of the batch it was decided for; a larger one is decided for again
-    choice: Choice | None = None  # None before the first training forward
+    choice: CheckpointingChoice | None = None  # None before the first training forward
 
 
 @dataclass

@@ -38,6 +38,8 @@ class Swapped(nn.Module):
 
     _deltatune: State
     _swap_parts: ClassVar[tuple[type[Swapped], type[nn.Module]]]
+    _own_forward: ClassVar[Callable[..., Any]]
+    _takes_sequences: ClassVar[bool]  # whether it looks across tokens
 
     def _forward(self, call: dict[str, Any]) -> Any:
         """The forward of a layer with ``extra_arguments``; all arguments by name."""
@@ -143,7 +145,10 @@ def _subclass(layer: type[Swapped], stock: type[nn.Module]) -> type[nn.Module]:
         names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
         ours = _named_forward(stock, layer.extra_arguments) if layer.extra_arguments else layer.forward
         own = names | {"forward": _usable_beyond_restore(ours, stock)}
-        _subclasses[layer, stock] = type(stock.__name__, (layer, stock), own)
+        made: Any = type(stock.__name__, (layer, stock), own)
+        # as the class has it: what it inherits from may wrap what its subclasses bring
+        made._own_forward, made._takes_sequences = made.forward, "sequences" in inspect.signature(ours).parameters
+        _subclasses[layer, stock] = made
     return _subclasses[layer, stock]
 
 

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named():
 )
 def test_torchs_kernel_refuses_what_it_cannot(monkeypatch, extra, message):
     monkeypatch.setattr(torch_varlen, "refusal", lambda *_: None)
-    plain = VarlenAttentionSpec(torch.device("cuda"), torch.bfloat16, 64, window=8)
+    plain = VarlenAttentionSpec(torch.device("cuda"), torch.bfloat16, 64)
     assert choose(plain).impl == "torch"
     with pytest.raises(ValueError, match=f"{message}.*; use impl='reference'"):
         choose(VarlenAttentionSpec(torch.device("cuda"), torch.bfloat16, 64, **extra), "torch")

@@ -370,6 +370,25 @@ def test_limits_follow_the_rounding_of_the_model() -> None:
     assert max(row.limits) < 1e-3  # where a leak begins
 
 
+def test_a_gradient_that_is_rounding_alone_is_no_leak() -> None:
+    """That of a key's bias where nothing is rotated: a softmax takes it out again."""
+    values = {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("opt", **values, attention_dropout=0.0, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    prepare(model)
+    report = verify(model)
+    assert report.ok, str(report)
+    assert max(row.limits[2] for row in report.rows) < 1e-3
+
+
+def test_a_small_gradient_that_is_wrong_is_found() -> None:
+    """At a hundred thousandth of the largest it counts as one of that size."""
+    found, expected = torch.full((8,), 2e-5), torch.full((8,), 1e-5)
+    assert relative(found, expected) == relative(found, expected, least=1e-6) == pytest.approx(1)
+    assert relative(found, expected, least=1e-3) == pytest.approx(1e-2)
+
+
 def in_tf32(x: Tensor) -> Tensor:
     """Rounded to ten bits of fraction, as products on tensor cores take float32."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

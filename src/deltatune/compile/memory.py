@@ -18,7 +18,7 @@ from deltatune.hf import model as hf_model
 from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
-from deltatune.state import Choice
+from deltatune.state import CheckpointingChoice
 from deltatune.subclass import Swapped
 
 __all__ = [
@@ -178,13 +178,13 @@ def candidate_settings(*, compiled: bool) -> tuple[str | float, ...]:
     return ("none", *(_SHARES if compiled else ()), "layer")
 
 
-def least_recomputation(predicted: Mapping[str | float, int], device: torch.device) -> Choice:
+def least_recomputation(predicted: Mapping[str | float, int], device: torch.device) -> CheckpointingChoice:
     """The first setting whose predicted peak fits nine tenths of what the device has; the last where none does."""
     available = int(usable_memory(device) * _HEADROOM)
     for setting, peak in predicted.items():
         if peak <= available:
-            return Choice(setting, peak, f"a predicted {_size(peak)} of {_size(available)} usable")
-    return Choice(setting, peak, f"even so a predicted {_size(peak)}, more than {_size(available)} usable")
+            return CheckpointingChoice(setting, peak, f"a predicted {_size(peak)} of {_size(available)} usable")
+    return CheckpointingChoice(setting, peak, f"even so a predicted {_size(peak)}, more than {_size(available)} usable")
 
 
 def usable_memory(device: torch.device) -> int:

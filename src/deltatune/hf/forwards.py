@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.subclass import is_bound
+from deltatune.subclass import Swapped, is_bound
 
 __all__ = ["foreign_forward", "named", "replaced_since", "runs_own_forward"]
 
@@ -41,7 +41,9 @@ def runs_own_forward(module: nn.Module) -> bool:
     return getattr(cls.forward, "__module__", None) == cls.__module__ and foreign_forward(module) is None
 
 
-def replaced_since(module: nn.Module) -> str | None:
+def replaced_since(module: Swapped) -> str | None:
     """What stands in place of the forward of a module of ours, and may call it or not; or None."""
-    put = module.__dict__.get("forward")
+    forward, put = type(module).forward, module.__dict__.get("forward")
+    if forward is not type(module)._own_forward:  # on its class, or on one that took its place
+        return named(forward)
     return None if is_bound(getattr(put, "_torchdynamo_orig_callable", put), module) else foreign_forward(module)

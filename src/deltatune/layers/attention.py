@@ -123,9 +123,8 @@ class GatedAttention(Attention):
 
 
 def attention_spec(module: Any, device: torch.device, dtype: torch.dtype) -> ops.VarlenAttentionSpec:
-    """Of an attention module with ``head_dim`` and ``sliding_window`` as transformers' modules have them."""
-    head_dim, window = (getattr(module, name, None) for name in ("head_dim", "sliding_window"))
-    return ops.VarlenAttentionSpec(device, dtype, head_dim, window)
+    """Of an attention module with ``head_dim`` as transformers' modules have it."""
+    return ops.VarlenAttentionSpec(device, dtype, getattr(module, "head_dim", None))
 
 
 def attention_cost(config: Any, tokens: int, squares: int) -> Cost:

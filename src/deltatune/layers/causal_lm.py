@@ -73,7 +73,9 @@ class CausalLM(Swapped):
 
     def _without_crossing_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         there, ours = inspect.signature(self.forward), inspect.signature(type(self).forward.__get__(self))
-        call = dict((there if "labels" in there.parameters else ours).bind_partial(*args).arguments) | kwargs
+        # functools.wraps copies the signature that our own forward says, with self, and its wrapper has none
+        named_there = "labels" in there.parameters and "self" not in there.parameters
+        call = dict((there if named_there else ours).bind_partial(*args).arguments) | kwargs
         if call.get("labels") is None and call.get("shift_labels") is None:
             return call
         masked, _ = without_crossing_labels({**call, "sequences": resolved_call(call).sequences})

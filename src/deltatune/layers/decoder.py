@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from deltatune.hf import attention_interface
 from deltatune.hf.cached import check_boundaries, is_cached_call, packed_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
 from deltatune.hf.forwards import replaced_since
-from deltatune.hf.hooks import hooks_inside
 from deltatune.hf.peft import refuse_virtual_tokens
-from deltatune.layers.attention import Attention, attention_cost, attention_spec
-from deltatune.layers.gated_delta_net import GatedDeltaNet
+from deltatune.layers.attention import attention_cost, attention_spec
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
@@ -89,13 +87,10 @@ class DecoderLayer(Swapped):
 def _brings_gradients(layer: nn.Module, given: object) -> bool:
     """Whether a gradient may begin in a layer whose input has none.
 
-    In what trains, in a tensor that the call brings, or in what is hung inside, which may add anything. Hooks on the
-    layer itself run outside its graph.
+    In what trains or in a tensor that the call brings; what a hook inside adds is found while its graph is traced.
     """
-    return (
-        any(parameter.requires_grad for parameter in layer.parameters())
-        or len(hooks_inside(layer)) > 0
-        or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given))
+    return any(parameter.requires_grad for parameter in layer.parameters()) or any(
+        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)
     )
 
 
@@ -157,9 +152,8 @@ class TextModel(Swapped):
                     "keeps documents together; call prepare(model) again"
                 )
             for module in modules:
-                ours = "forward" in module.__dict__ and isinstance(module, Swapped)
-                put = replaced_since(module) if ours and (module is layer or module.replaces_forward) else None
-                if put is not None:
+                ours = isinstance(module, Swapped) and (module is layer or module.replaces_forward)
+                if ours and (put := replaced_since(cast("Swapped", module))) is not None:
                     name = stock_class(module).__name__
                     found[module] = f"{name} of layer {index}: its forward was replaced after prepare, by {put}"
         return found
@@ -170,7 +164,8 @@ class TextModel(Swapped):
         if not any(isinstance(part, DecoderLayer) for part in ours):
             return "the decoder layer"
         if not self._deltatune.options.interface:
-            return None if any(isinstance(part, Attention | GatedDeltaNet) for part in ours) else "attention"
+            mixing = (part for part in ours if part._takes_sequences and not isinstance(part, DecoderLayer))
+            return "attention" if next(mixing, None) is None else None
         own = (part for part in modules if part.__dict__.get("config", shared) is not shared)
         return next((type(part).__name__ for part in own if not attention_interface.is_prepared(part)), None)
 

@@ -40,8 +40,7 @@ def plan_swaps(base: nn.Module, text_model: Any, family: Family) -> list[Planned
         ValueError: another number of modules than that.
     """
     plan = [*_of_family(base, text_model, family), *_by_class(DecoderLayer, text_model.layers, text_model.config)]
-    norms = _final_norms(text_model, family)
-    if norms and family.final_norm is not None:
+    if family.final_norm is not None and (norms := _final_norms(text_model, family)):
         plan.append(Planned(type(norms[0]).__name__, family.final_norm, None, norms))
     plan.append(Planned(type(text_model).__name__, TextModel, 1, (text_model,)))
     if base is not text_model:

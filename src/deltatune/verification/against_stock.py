@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltatune.hf.attention_interface import exchange_configs
 from deltatune.hf.cached import stock_path
 from deltatune.layers.rotary import forget_lengths
-from deltatune.verification.measure import Documents, Pass, Subject, differences, relative, run_once, worst_of
+from deltatune.verification.measure import Pack, Pass, Subject, differences, relative, run_once, worst_of
 from deltatune.verification.report import VerifyCheck
 from deltatune.verification.rounding import limits_of
 from deltatune.verification.subjects import Probed
@@ -101,7 +101,7 @@ def compare_beyond_bounds(probed: Probed, tolerance: float) -> Iterator[VerifyCh
     if not near:
         return
     bound = max(near.values())
-    documents = Documents((_SHORT, bound + bound // 2 + 1), _PADDING if probed.state is not None else 0)
+    documents = Pack((_SHORT, bound + bound // 2 + 1), _PADDING if probed.state is not None else 0)
     inputs = probed.random(1, documents.total)[1]
     places = documents.places
 

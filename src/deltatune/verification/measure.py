@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,17 @@ from torch import Tensor, nn
 from deltatune.verification.report import VerifyRow
 from deltatune.verification.rounding import limits_of
 
-__all__ = ["Documents", "Pass", "Run", "Subject", "differences", "measure", "relative", "run_once", "worst_of"]
+__all__ = ["Pack", "Pass", "Run", "Subject", "differences", "measure", "relative", "run_once", "worst_of"]
+
+#: Of a parameter's gradient, an entry in the mean, against the parameter with the largest.
+_LEAST_GRADIENT: Final = 1e-5
 
 #: ``(inputs [1, T, E], trained [T]) -> (output [1, T, ...], scalar objective of the tokens in trained)``
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Documents:
+class Pack:
     """Lengths of the packed documents, and of the padding after them."""
 
     lengths: tuple[int, ...]
@@ -91,7 +95,7 @@ class Pass:
     parameter_grads: tuple[Tensor | None, ...]
 
 
-def measure(subject: Subject, documents: Documents, *, tolerance: float, exact: bool) -> VerifyRow:
+def measure(subject: Subject, documents: Pack, *, tolerance: float, exact: bool) -> VerifyRow:
     """All columns of one row; see ``VerifyRow`` and ``VerifyReport.exact``."""
     places = documents.places
     trained = (torch.arange(documents.total) < sum(documents.lengths)).to(subject.inputs.device)
@@ -155,11 +159,14 @@ def differences(subject: Subject, places: Sequence[slice], found: Pass, expected
 
 
 def _parameter_errors(subject: Subject, found: Pass, expected: Pass) -> dict[str, float]:
+    """Of gradients that are rounding alone, as of a key's bias before a softmax, against the least of the others."""
+    grads = [grad for grad in expected.parameter_grads if grad is not None and grad.numel()]
+    least = max([float(grad.norm()) * grad.numel() ** -0.5 for grad in grads], default=0.0) * _LEAST_GRADIENT
     pairs = zip(found.parameter_grads, expected.parameter_grads, strict=True)
-    return {name: relative(*pair) for name, pair in zip(subject.parameters, pairs, strict=True)}
+    return {name: relative(*pair, least) for name, pair in zip(subject.parameters, pairs, strict=True)}
 
 
-def _disturb(subject: Subject, documents: Documents, packed: Pass, trained: Tensor) -> tuple[float, float, float]:
+def _disturb(subject: Subject, documents: Pack, packed: Pass, trained: Tensor) -> tuple[float, float, float]:
     """``(gradient across documents, change under perturbation, largest value compared)``.
 
     For each group of documents, all others get other inputs and no objective. The group must not notice the inputs,
@@ -184,8 +191,11 @@ def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return grad.to(wide, copy=True) if total is None else total.add_(grad)
 
 
-def relative(found: Tensor | None, expected: Tensor | None) -> float:
-    """``||found - expected|| / ||expected||``, 0 where they are equal and 1 where only ``expected`` is zero."""
+def relative(found: Tensor | None, expected: Tensor | None, least: float = 0.0) -> float:
+    """``||found - expected|| / ||expected||``, 0 where they are equal and 1 where only ``expected`` is zero.
+
+    Entries of ``expected`` count as ``least`` at least, in the mean.
+    """
     if found is None or expected is None:
         given = expected if found is None else found
         return 0.0 if given is None or not bool(given.any()) else 1.0
@@ -193,7 +203,7 @@ def relative(found: Tensor | None, expected: Tensor | None) -> float:
     difference = float((found.to(wide) - expected.to(wide)).norm())
     if difference == 0:
         return 0.0
-    size = float(expected.to(wide).norm())
+    size = max(float(expected.to(wide).norm()), least * expected.numel() ** 0.5)
     return difference / size if size else 1.0
 
 

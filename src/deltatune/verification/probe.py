@@ -10,7 +10,7 @@ from torch import nn
 
 from deltatune.hf import model as hf_model
 from deltatune.verification.against_stock import compare_beyond_bounds, compare_with_stock
-from deltatune.verification.measure import Documents, measure
+from deltatune.verification.measure import Pack, measure
 from deltatune.verification.report import VerifyReport
 from deltatune.verification.subjects import Probed, layer_subjects, model_subject
 from deltatune.verification.untouched import SLOW_DECAY, requiring_grad, untouched
@@ -110,7 +110,7 @@ def verify(
     )
 
 
-def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) -> Documents:
+def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) -> Pack:
     counts = tuple(int(n) for n in lengths)
     if len(counts) < 2 or min(counts) < 1:
         raise ValueError(f"lengths must be two or more documents of at least one token, got {list(counts)}")
@@ -120,10 +120,10 @@ def _documents(lengths: Sequence[int], tokens: int | None, *, prepared: bool) ->
         )
     if tokens is None:
         # stock collators that flatten add no padding
-        return Documents(counts, _PADDING if prepared else 0)
+        return Pack(counts, _PADDING if prepared else 0)
     if tokens < sum(counts):
         raise ValueError(f"tokens={tokens} cannot hold documents of {sum(counts)} tokens; raise it or shorten them")
-    return Documents(counts, tokens - sum(counts))
+    return Pack(counts, tokens - sum(counts))
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltatune.hf import model as hf_model
 from deltatune.packing.sequences import Sequences
 from deltatune.state import State
-from deltatune.verification.measure import Documents, Subject
+from deltatune.verification.measure import Pack, Subject
 from deltatune.verification.untouched import compiled_as
 
 __all__ = ["Probed", "layer_subjects", "model_subject"]
@@ -40,7 +40,7 @@ class Probed:
         refused: why the model refused what stock collators emit, where it did.
     """
 
-    def __init__(self, model: nn.Module, text_model: nn.Module, documents: Documents, *, compiled: bool) -> None:
+    def __init__(self, model: nn.Module, text_model: nn.Module, documents: Pack, *, compiled: bool) -> None:
         self.model, self.text_model, self.documents, self.compiled = model, text_model, documents, compiled
         self.state: State | None = text_model.__dict__.get("_deltatune")
         self.refused: str | None = None
@@ -66,7 +66,7 @@ class Probed:
             embedded: Tensor = self._embedding(ids.to(self.device)).detach()
         return ids.to(self.device), embedded
 
-    def metadata(self, documents: Documents) -> dict[str, Any]:
+    def metadata(self, documents: Pack) -> dict[str, Any]:
         """What describes the documents of a pack to this model, as it was found to take it."""
         sequences = Sequences.from_lengths(documents.lengths, total=documents.total, device=self.device)
         found: dict[str, Any] = {"position_ids": sequences.positions.view(1, -1).long()}

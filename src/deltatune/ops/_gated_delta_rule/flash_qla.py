@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from deltatune.ops._gated_delta_rule.library import Call, Documents, Library, chunk_states_bytes
+from deltatune.ops._gated_delta_rule.library import Boundaries, Call, Library, chunk_states_bytes
 from deltatune.ops._nvidia import dotted, has_nvcc, version_of
 
 __all__ = ["LIBRARY", "backward_workspace", "dim_refusal", "refusal"]
@@ -36,10 +36,10 @@ def _load() -> dict[str, Callable[..., Any]]:
     }
 
 
-_DESCRIBED: weakref.WeakSet[Documents] = weakref.WeakSet()
+_DESCRIBED: weakref.WeakSet[Boundaries] = weakref.WeakSet()
 
 
-def _describe(documents: Documents) -> None:
+def _describe(documents: Boundaries) -> None:
     """Hands FlashQLA the chunks of these boundaries, which it would otherwise wait for the device to count."""
     if documents not in _DESCRIBED:
         _load()["prepare"](documents.cu_seqlens, documents.cu_seqlens_cpu)

@@ -21,8 +21,8 @@ from deltatune.ops._gated_delta_rule.reference import Gradients, Inputs
 from deltatune.ops._nvidia import version_of
 
 __all__ = [
+    "Boundaries",
     "Call",
-    "Documents",
     "Library",
     "Results",
     "backward",
@@ -36,7 +36,7 @@ CHUNK_SIZE = 64  # of the libraries' kernels
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class Boundaries:
     """The documents that hold tokens: libraries reject empty ones, or set memory aside for the state of each."""
 
     cu_seqlens: Tensor  # int32 [S + 1] on the device, strictly growing
@@ -44,7 +44,7 @@ class Documents:
     chunk_indices: Tensor  # int32 [n, 2] on the device: the document of each chunk, and its place in the document
 
 
-def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
+def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Boundaries:
     """Those of cumulative lengths on the CPU ``[any + 1]``; the same object for the same boundaries, so for all layers.
 
     Copies to the device without waiting for it. Known by what the boundaries say: the tensor may be rewritten, and the
@@ -56,7 +56,7 @@ def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Documents:
 
 
 @functools.lru_cache(maxsize=16)
-def _documents(boundaries: tuple[int, ...], device: torch.device) -> Documents:
+def _documents(boundaries: tuple[int, ...], device: torch.device) -> Boundaries:
     cu_seqlens_cpu = torch.tensor(boundaries, device="cpu")
     ends = cu_seqlens_cpu[1:][cu_seqlens_cpu.diff() > 0]
     compact = torch.cat([ends.new_zeros(1), ends]).int()
@@ -64,7 +64,7 @@ def _documents(boundaries: tuple[int, ...], device: torch.device) -> Documents:
     document = torch.arange(chunks.numel(), device="cpu").repeat_interleave(chunks)
     place = torch.arange(document.numel(), device="cpu") - (chunks.cumsum(0) - chunks)[document]
     indices = torch.stack([document, place], dim=1).int()
-    return Documents(compact.to(device, non_blocking=True), compact, indices.to(device, non_blocking=True))
+    return Boundaries(compact.to(device, non_blocking=True), compact, indices.to(device, non_blocking=True))
 
 
 class Call(NamedTuple):
@@ -89,9 +89,9 @@ class Library:
     pip: str  # how one of them is installed
     load: Callable[[], Mapping[str, Callable[..., Any]]]  # imports it; its functions, by the keys of calls
     calls: Mapping[str, Call]  # of "forward", "backward" and what else is called
-    describe: Callable[[Documents], None] | None = None  # called before either, where it wants to know the documents
+    describe: Callable[[Boundaries], None] | None = None  # called before either, where it wants to know the documents
 
-    def run(self, direction: str, documents: Documents, **given: object) -> dict[str, Tensor]:
+    def run(self, direction: str, documents: Boundaries, **given: object) -> dict[str, Tensor]:
         """The named results of ``"forward"`` or ``"backward"``, for the arguments that ``Call.takes`` names."""
         if self.describe is not None:
             self.describe(documents)

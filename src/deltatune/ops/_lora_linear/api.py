@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from deltatune.ops._lora_linear.op import lora_accumulate, lora_narrow_product, lora_sum_products, lora_up_backward
+from deltatune.ops._lora_linear.op import lora_accumulate, lora_sum_products, lora_up_backward
 from deltatune.ops._opaque import first_order_backward
 
 __all__ = ["Adapter", "linear_with_lora", "low_rank"]
@@ -119,7 +119,7 @@ class _LinearWithLora(torch.autograd.Function):
         parts, columns, offsets, _ = _laid_out(counts, _scaled(down, scales, x.dtype), [b.to(x.dtype) for b in up])
         # a product of the library with [K, W] takes 27 us, with [W, K] 53 (H200, bf16, M = 16384, K = 2048, W = 64)
         across, *columns = _copied(torch.cat([a.mT for a in parts], 1), *columns)
-        narrow = lora_narrow_product(x, across)
+        narrow = x @ across
         ctx.counts, ctx.scales = counts, scales
         ctx.save_for_backward(x, narrow, *tensors)
         outputs = []

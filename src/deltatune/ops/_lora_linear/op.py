@@ -19,21 +19,7 @@ from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._nvidia import triton_refusal
 from deltatune.ops._opaque import opaque
 
-__all__ = ["lora_accumulate", "lora_narrow_product", "lora_sum_products", "lora_up_backward"]
-
-
-def _narrow_fake(x: Tensor, down: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], down.shape[1])
-
-
-def _narrow_flops(x_shape: Sequence[int], down_shape: Sequence[int], **_: object) -> int:
-    return 2 * x_shape[0] * down_shape[0] * down_shape[1]
-
-
-@opaque(fake=_narrow_fake, flops=_narrow_flops)
-def lora_narrow_product(x: Tensor, down: Tensor) -> Tensor:
-    """``x down``, ``[M, K], [K, W] -> [M, W]``."""
-    return torch.mm(x, down)
+__all__ = ["lora_accumulate", "lora_sum_products", "lora_up_backward"]
 
 
 def _accumulate_fake(narrow: Tensor, up: Tensor, *_: object) -> Tensor:

@@ -102,7 +102,7 @@ def varlen_attention(
     q, k, v = autocast(q, k, v)
     _validate(q, k, v, sequences, window, kv_sequences, sinks)
     different = kv_sequences is not None
-    choice = choose(VarlenAttentionSpec(q.device, q.dtype, q.shape[-1], window, different, return_lse), impl)
+    choice = choose(VarlenAttentionSpec(q.device, q.dtype, q.shape[-1], different, return_lse), impl)
     batch, tokens = q.shape[:2]
     if sequences is None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens

@@ -30,6 +30,5 @@ class VarlenAttentionSpec(Spec):
     )
 
     head_dim: int | None = None
-    window: int | None = None
     kv_sequences: bool = False
     lse: bool = False
