@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # processes that tests start as well: where several share the cores, threads that wait for each other spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+# a compiler makes hundreds of thousands of objects that live on: a tenth of its time went into looking for dead ones
+gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -290,14 +290,13 @@ def class_of_its_own(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__class__ = type("Theirs", (type(module),), {"forward": forward})
 
 
-@pytest.mark.parametrize("compile", [None, COMPILED], ids=["eager", "compiled"])
 @pytest.mark.parametrize("path", ["model.layers.0.linear_attn", "model.layers.1.self_attn", "model.layers.1"])
 @pytest.mark.parametrize("one", [True, False], ids=["a class over one instance", "a forward on the class"])
 def test_a_class_whose_forward_takes_the_place_of_ours_is_refused(
-    one: bool, path: str, compile: CompileOptions | None, monkeypatch: pytest.MonkeyPatch
+    one: bool, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("qwen3_5")
-    prepare(model, compile=compile)
+    prepare(model)
     module = model.get_submodule(path)
     stock = stock_class(module).forward
     if one:
@@ -305,6 +304,15 @@ def test_a_class_whose_forward_takes_the_place_of_ours_is_refused(
     else:
         monkeypatch.setattr(type(module), "forward", stock)
     with pytest.raises(ValueError, match=f"{stock_class(module).__name__} of layer .: its forward was replaced after"):
+        model(**packed_call())
+
+
+def test_a_class_over_ours_is_refused_in_a_compiled_layer_too() -> None:
+    model = tiny_model("qwen3", layers=1)
+    prepare(model, compile=COMPILED)
+    attention = model.model.layers[0].self_attn
+    class_of_its_own(attention, stock_class(attention).forward)
+    with pytest.raises(ValueError, match="Qwen3Attention of layer 0: its forward was replaced after"):
         model(**packed_call())
 
 
