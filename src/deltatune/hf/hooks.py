@@ -42,7 +42,8 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
         return ()
     found = [name for name in _HOOKS if own.get(name)]
     found += [name for name in ON_INSTANCE if name in own and not is_bound(own[name], module)]
-    found += [name for name in ("parametrizations",) if name in own["_modules"]]
+    if "parametrizations" in own["_modules"]:
+        found.append("parametrizations")
     return *found, *(name for name in _GLOBAL if getattr(every_module, name))
 
 
