@@ -64,7 +64,6 @@ def dense(kind: str, **changes: Any) -> Any:
     ("kind", "changes", "message"),
     [
         ("gemma2", {}, "soft-capped"),
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "not causal"),
         ("llama", {"index_topk": 4}, "chosen tokens alone"),
     ],

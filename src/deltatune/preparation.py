@@ -19,8 +19,9 @@ from deltatune.hf.patches import rotates_otherwise
 from deltatune.layers.decoder import DOUBLE_CHECKPOINTING
 from deltatune.layers.lora import check_all_fused, install_lora
 from deltatune.layers.rotary import length_dependent_rotary
+from deltatune.lora.experts import is_expert_lora
 from deltatune.models.family import Family
-from deltatune.models.plan import check_reached, plan_swaps, refuse_offload
+from deltatune.models.plan import Planned, check_reached, plan_swaps, refuse_offload
 from deltatune.models.refusals import attention_dropout
 from deltatune.models.registry import family_of
 from deltatune.options import CompileOptions, Options, validate_checkpointing
@@ -134,15 +135,15 @@ def prepare(
     _validate(model, compile, checkpointing, lora)
     family = family_of(text_model)
     _refuse(base, text_model, family, compile)
-    requests = _kernel_requests(family, kernels)
     plan = plan_swaps(base, text_model, family)
+    requests = _kernel_requests(family, plan, kernels)
     check_reached(base, plan)
     # raises for a kernel that cannot run
     kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
     if lora == "fused":
         check_all_fused(base, text_model)
     if compile is not None and compile.strict:
-        check_tuners(text_model)
+        check_tuners(text_model, lambda module: lora != "stock" and is_expert_lora(module))
     _revert(base)
     put = foreign_forward(base)
     if put is not None and base is not text_model:
@@ -234,8 +235,9 @@ def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
         raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
 
 
-def _kernel_requests(family: Family, kernels: str | Mapping[str, str]) -> dict[str, str]:
-    requests = dict.fromkeys(family.ops, "auto")
+def _kernel_requests(family: Family, plan: list[Planned], kernels: str | Mapping[str, str]) -> dict[str, str]:
+    layers = [op for planned in plan for op in planned.layer.ops]
+    requests = dict.fromkeys([*family.ops, *layers], "auto")
     if isinstance(kernels, str):
         if kernels != "auto":
             raise ValueError(f"kernels must be 'auto' or a mapping of op names, got {kernels!r}")

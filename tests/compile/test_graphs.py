@@ -19,7 +19,7 @@ from deltatune.config.inductor import INDUCTOR_OPTIONS
 from tiny import FAMILIES, HYBRIDS, documents, tiny_model
 
 TOTAL = 96
-TYPES = {"qwen3": 1, "qwen3_moe": 1, "qwen3_next": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
+TYPES = {"qwen3": 1, "qwen3_moe": 1, "qwen3_next": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "gpt_oss": 2}
 TARGETS = ["q_proj", "v_proj", "out_proj", "in_proj_qkv", "in_proj_qkvz"]
 # the same graphs as Inductor's, without the C++ compiler
 TRACED = CompileOptions(backend="aot_eager")

@@ -14,6 +14,9 @@ from deltatune.ops import Choice
 from packed_cases import packed_call
 from tiny import FAMILIES, tiny_model
 
+#: gpt-oss multiplies by the weight in fp32, and keeps its own
+NORMED = [family for family in FAMILIES if family != "gpt_oss"]
+
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -37,7 +40,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMED)
 def test_the_op_computes_what_the_stock_norm_does(family: str, kernel_calls: list[dict[str, Any]]) -> None:
     model = tiny_model(family)
     norm = model.get_decoder().norm
@@ -53,7 +56,7 @@ def test_the_op_computes_what_the_stock_norm_does(family: str, kernel_calls: lis
     assert len(kernel_calls) == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMED)
 def test_gradients_are_the_stock_ones(family: str, kernel_calls: list[dict[str, Any]]) -> None:
     model = tiny_model(family)
     norm = model.get_decoder().norm

@@ -26,7 +26,7 @@ DELTA = {
     ops.CausalConvSpec(CPU, FP32, width=4),
     ops.GatedRmsNormSpec(CPU, FP32),
 }
-EXPERTS = {ops.GroupedMmSpec(CPU, FP32, weight_shape=torch.Size([4, 48, 32]))}
+EXPERTS = {ops.GroupedMmSpec(CPU, FP32, weight_shape=torch.Size(shape)) for shape in ([4, 48, 32], [4, 32, 24])}
 
 
 def specs_of(model) -> set[ops.Spec]:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltatune.ops._grouped_mm.api import grouped_mm
-from deltatune.ops._grouped_mm.experts import moe_experts
+from deltatune.ops._grouped_mm.api import grouped_linear
+from deltatune.ops._grouped_mm.experts import ExpertLinear, moe_experts
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
 from deltatune.ops._registry import Support, choose
 
@@ -40,7 +40,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 )
 def test_equals_a_product_per_group(sizes, dtype, tolerance):
     x, weight, offsets = inputs(sizes, dtype=dtype)
-    found, expected = grouped_mm(x, weight, offsets), oracle(x, weight, offsets)
+    found, expected = grouped_linear(x, weight, offsets), oracle(x, weight, offsets)
     assert_close(found, expected, tolerance)
     grad = torch.randn_like(found)
     grads = torch.autograd.grad(found, (x, weight), grad)
@@ -57,7 +57,7 @@ def test_a_row_does_not_depend_on_its_place_or_its_neighbours(dtype, width, out)
 
     def row_and_gradient(before: int, after: int) -> tuple[Tensor, Tensor]:
         rows = torch.cat([x[:before], x[69:], x[before : before + after]]).requires_grad_()
-        y = grouped_mm(rows, weight, torch.tensor([rows.shape[0]], dtype=torch.int32))
+        y = grouped_linear(rows, weight, torch.tensor([rows.shape[0]], dtype=torch.int32))
         (grad,) = torch.autograd.grad(y.square().sum(), rows)
         return y[before], grad[before]
 
@@ -72,7 +72,7 @@ def test_a_frozen_weight_costs_no_gradient_and_keeps_no_rows():
     weight.requires_grad_(False)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        y = grouped_mm(x, weight, offsets)
+        y = grouped_linear(x, weight, offsets)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert x.shape not in kept
@@ -82,50 +82,53 @@ def test_a_frozen_weight_costs_no_gradient_and_keeps_no_rows():
 def test_flops():
     x, weight, offsets = inputs([5, 9])
     with FlopCounterMode(display=False) as counter:
-        grouped_mm(x, weight, offsets).sum().backward()
+        grouped_linear(x, weight, offsets).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 14 * 24 * 40
 
 
-@pytest.mark.parametrize("weight_grad", [True, False])
-def test_opcheck(weight_grad):
-    x, weight, offsets = inputs([5, 0, 4])
-    weight.requires_grad_(weight_grad)
-    torch.library.opcheck(torch.ops.deltatune.grouped_mm.default, (x, weight, offsets, "reference"))
+def test_opcheck():
+    x, weight, offsets = (t.detach() for t in inputs([5, 0, 4]))
+    narrow, up = torch.randn(9, 16), torch.randn(3, 40, 16)
+    ops = torch.ops.deltatune
+    for low in ((None, None), (narrow, up)):
+        torch.library.opcheck(ops.grouped_mm.default, (x, weight, offsets, *low, "reference"))
     grad = torch.randn(x.shape[0], weight.shape[1])
-    torch.library.opcheck(
-        torch.ops.deltatune.grouped_mm_weight_gradient.default, (grad, x.detach(), offsets, "reference")
-    )
+    torch.library.opcheck(ops.grouped_gram.default, (grad, x, offsets, torch.float32, "reference"))
 
 
 def test_non_contiguous_inputs():
     x, weight, offsets = inputs([5, 9])
-    assert_close(grouped_mm(x[:, ::2], weight[..., ::2], offsets), oracle(x[:, ::2], weight[..., ::2], offsets), 1e-6)
-    y = grouped_mm(x, weight.mT.contiguous().mT, offsets)
-    assert torch.equal(y, grouped_mm(x, weight, offsets))
+    assert_close(
+        grouped_linear(x[:, ::2], weight[..., ::2], offsets), oracle(x[:, ::2], weight[..., ::2], offsets), 1e-6
+    )
+    y = grouped_linear(x, weight.mT.contiguous().mT, offsets)
+    assert torch.equal(y, grouped_linear(x, weight, offsets))
     y.sum().backward()  # an expanded gradient
 
 
 def test_autocast_casts_the_inputs_and_nothing_inside():
     x, weight, offsets = inputs([5, 9])
     with torch.autocast("cpu", torch.bfloat16):
-        y = grouped_mm(x, weight, offsets)
-    assert torch.equal(y, grouped_mm(x.bfloat16(), weight.bfloat16(), offsets))
+        y = grouped_linear(x, weight, offsets)
+    assert torch.equal(y, grouped_linear(x.bfloat16(), weight.bfloat16(), offsets))
 
 
 def test_bad_arguments():
     x, weight, offsets = inputs([5, 9])
     with pytest.raises(ValueError, match="expected x"):
-        grouped_mm(x[:, :3], weight, offsets)
+        grouped_linear(x[:, :3], weight, offsets)
     with pytest.raises(ValueError, match="expected x"):
-        grouped_mm(x, weight, offsets[:1])
+        grouped_linear(x, weight, offsets[:1])
     with pytest.raises(ValueError, match="must be int32"):
-        grouped_mm(x, weight, offsets.long())
+        grouped_linear(x, weight, offsets.long())
     with pytest.raises(ValueError, match="share a dtype"):
-        grouped_mm(x.half(), weight, offsets)
-    with pytest.raises(ValueError, match=r"expected 14, got \[13\]"):
-        grouped_mm(x, weight, offsets - 1)
+        grouped_linear(x.half(), weight, offsets)
+    with pytest.raises(ValueError, match=r"expected at most 14, got \[6, 15\]"):
+        grouped_linear(x, weight, offsets + 1)
+    with pytest.raises(ValueError, match="must not decrease"):
+        grouped_linear(x, weight, offsets.flip(0))
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
-        grouped_mm(x, weight, offsets, impl="torch")
+        grouped_linear(x, weight, offsets, impl="torch")
     assert "NVIDIA GPU" in choose(GroupedMmSpec(torch.device("cpu"), torch.bfloat16)).reason
 
 
@@ -140,6 +143,15 @@ def mixture(tokens=50, top_k=3, experts=8, hidden=32, inner=24, dtype=torch.floa
     gate_up = (torch.randn(experts, 2 * inner, hidden, generator=generator) * 0.2).to(device, dtype).requires_grad_()
     down = (torch.randn(experts, hidden, inner, generator=generator) * 0.2).to(device, dtype).requires_grad_()
     return x, index, weights, gate_up, down
+
+
+def swiglu(rows: Tensor) -> Tensor:
+    gate, up = rows.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def experts_of(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return moe_experts(x, index, weights, ExpertLinear(gate_up), ExpertLinear(down), swiglu)
 
 
 def expert_by_expert(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -159,7 +171,7 @@ def expert_by_expert(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor,
 def test_experts_equal_one_expert_after_the_other(tokens, top_k, experts, dtype, tolerance):
     arguments = mixture(tokens, top_k, experts, dtype=dtype)
     trained = [arguments[i] for i in (0, 2, 3, 4)]
-    found, expected = moe_experts(*arguments, F.silu), expert_by_expert(*arguments)
+    found, expected = experts_of(*arguments), expert_by_expert(*arguments)
     assert found.dtype == dtype
     assert_close(found, expected, tolerance)
     grad = torch.randn_like(found)
@@ -171,7 +183,7 @@ def test_experts_equal_one_expert_after_the_other(tokens, top_k, experts, dtype,
 @pytest.mark.parametrize(("compiled", "threads"), [(False, 1), (False, 2), (True, 2)])
 def test_other_tokens_and_their_routing_change_no_bit(compiled, threads):
     """Enough elements that elementwise loops are split between threads, in the middle of a row."""
-    experts = torch.compile(moe_experts, fullgraph=True) if compiled else moe_experts
+    experts = torch.compile(experts_of, fullgraph=True) if compiled else experts_of
     x, index, weights, gate_up, down = (t.detach() for t in mixture(451, inner=56))
     kept = torch.rand(451) < 0.6
     frozen_threads = torch.get_num_threads()
@@ -179,7 +191,7 @@ def test_other_tokens_and_their_routing_change_no_bit(compiled, threads):
 
     def result_and_gradients(x: Tensor, index: Tensor, weights: Tensor) -> list[Tensor]:
         x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        y = experts(x, index, weights, gate_up, down, F.silu)
+        y = experts(x, index, weights, gate_up, down)
         return [t[kept] for t in (y, *torch.autograd.grad(y.square().sum(), (x, weights)))]
 
     try:
@@ -199,7 +211,7 @@ def test_experts_in_one_graph_whatever_the_routing():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def layer(x, index, weights):
-        return checkpoint(moe_experts, 2 * x, index, weights, gate_up, down, F.silu, use_reentrant=False)
+        return checkpoint(experts_of, 2 * x, index, weights, gate_up, down, use_reentrant=False)
 
     routings = [
         torch.rand(50, 8).topk(3).indices,
@@ -219,10 +231,10 @@ def test_experts_in_one_graph_whatever_the_routing():
 
 def test_experts_that_do_not_fit():
     x, index, weights, gate_up, down = mixture()
-    with pytest.raises(ValueError, match="twice the width"):
-        moe_experts(x, index, weights, gate_up[:, 1:], down, F.silu)
+    with pytest.raises(ValueError, match=r"expected gate to make rows of 24.*from rows of 46"):
+        experts_of(x, index, weights, gate_up[:, 2:], down)
     with pytest.raises(ValueError, match="expected hidden"):
-        moe_experts(x, index[1:], weights, gate_up, down, F.silu)
+        experts_of(x, index[1:], weights, gate_up, down)
 
 
 @pytest.mark.parametrize("impl", [pytest.param(i, marks=CUDA) for i in ("torch", "reference")])
@@ -231,14 +243,14 @@ def test_cuda_grouped_mm(impl):
     x, weight, offsets = (t.detach().cuda() for t in inputs(sizes, 64, 128, dtype=torch.bfloat16))
     x.requires_grad_()
     weight.requires_grad_()
-    found, expected = grouped_mm(x, weight, offsets, impl=impl), oracle(x, weight, offsets)
+    found, expected = grouped_linear(x, weight, offsets, impl=impl), oracle(x, weight, offsets)
     assert choose(GroupedMmSpec(torch.device("cuda"), torch.bfloat16, weight_shape=weight.shape)).impl == "torch"
     assert_close(found, expected, 4e-3)
     grad = torch.randn_like(found)
     grads = torch.autograd.grad(found, (x, weight), grad)
     for got, want in zip(grads, torch.autograd.grad(expected, (x, weight), grad.double()), strict=True):
         assert_close(got, want, 4e-3)
-    found = grouped_mm(x, weight, offsets, impl=impl)
+    found = grouped_linear(x, weight, offsets, impl=impl)
     found.sum().backward()  # an expanded gradient
     assert not weight.grad[2].any()
 
@@ -247,8 +259,8 @@ def test_cuda_grouped_mm(impl):
 def test_cuda_experts(compiled):
     arguments = mixture(300, hidden=64, inner=32, dtype=torch.bfloat16, device="cuda")
     trained = [arguments[i] for i in (0, 2, 3, 4)]
-    experts = torch.compile(moe_experts, fullgraph=True) if compiled else moe_experts
-    found, expected = experts(*arguments, F.silu), expert_by_expert(*arguments)
+    experts = torch.compile(experts_of, fullgraph=True) if compiled else experts_of
+    found, expected = experts(*arguments), expert_by_expert(*arguments)
     assert_close(found, expected, 2e-2)
     grads = torch.autograd.grad(found.float().square().sum(), trained)
     for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), trained), strict=True):
@@ -263,10 +275,9 @@ def test_experts_choose_by_the_dtype_that_autocast_gives(monkeypatch):
         asked.append(spec)
         return Support(True, "the test's own")
 
-    (torch_provider, reference_provider) = GroupedMmSpec.providers
+    *_, reference_provider = GroupedMmSpec.providers
     monkeypatch.setattr(GroupedMmSpec, "providers", (replace(reference_provider, supports=supports),))
-    assert torch_provider.name == "torch"
     with torch.autocast("cpu", torch.bfloat16):
-        moe_experts(*mixture(5), F.silu)
+        experts_of(*mixture(5))
     assert {spec.dtype for spec in asked} == {torch.bfloat16}
     assert {spec.weight_shape for spec in asked} == {torch.Size([8, 48, 32]), torch.Size([8, 32, 24])}

@@ -17,8 +17,9 @@ TESTS = {
         "test_causal_conv_interpreted.py",
         "test_gated_delta_rule_libraries.py::test_interpreted_normalisation",
     ),
-    "norms, adapters and loss": (
+    "norms, adapters, experts and loss": (
         "test_gated_rms_norm_kernel.py",
+        "test_grouped_kernels.py",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels_without_tokens",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels_store_16_bits",

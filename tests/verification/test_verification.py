@@ -15,7 +15,7 @@ import deltatune.layers.causal_lm
 import deltatune.layers.decoder
 from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
 from deltatune.compile.graphs import compile_options
-from deltatune.layers.attention import Attention
+from deltatune.layers.attention import Attention, SinkAttention
 from deltatune.verification.measure import relative
 from deltatune.verification.rounding import limits_of
 from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
@@ -34,7 +34,8 @@ def test_prepared_models_are_independent(family: str) -> None:
     for row in report.rows:
         assert max(row.forward, row.input_grad, row.parameter_grads) < 1e-5
         assert row.cross_document_gradient == row.perturbation == 0
-    kinds = {"linear_attention", "full_attention"} if family in HYBRIDS else {"full_attention"}
+    kinds = {"full_attention", *(["linear_attention"] if family in HYBRIDS else [])}
+    kinds |= {"sliding_attention"} if family == "gpt_oss" else set()
     assert {row.name.partition(",")[0] for row in report.rows} == kinds | {"model"}
     assert all(("experts" in row.name) == ("qwen3" != family != "qwen3_5") for row in report.rows[:-1])
 
@@ -568,8 +569,8 @@ def test_bfloat16_has_a_budget_of_its_own_and_no_leak_hides_in_it() -> None:
     assert report.tolerance == 2e-2
 
 
-def scaled_queries(by: float) -> Callable[..., Any]:
-    stock = Attention.norm_and_rotate
+def scaled_queries(by: float, layer: type[Attention] = Attention) -> Callable[..., Any]:
+    stock = layer.norm_and_rotate
 
     def wrong(*args: Any) -> tuple[Tensor, Tensor]:
         q, k = stock(*args)
@@ -582,7 +583,8 @@ def scaled_queries(by: float) -> Callable[..., Any]:
 def test_another_function_is_found_in_16_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, dtype=torch.bfloat16)
     prepare(model)
-    monkeypatch.setattr(Attention, "norm_and_rotate", scaled_queries(1.02))
+    layer = SinkAttention if family == "gpt_oss" else Attention
+    monkeypatch.setattr(layer, "norm_and_rotate", scaled_queries(1.02, layer))
     report = verify(model, lengths=LENGTHS)
     assert all(row.ok for row in report.rows)
     assert report.checks[1].name == "the first layers in float32: one document of 66 tokens against the stock class"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from deltatune.compile.graphs import fresh_code
 __all__ = ["check_tuners"]
 
 
-def check_tuners(text_model: Any) -> None:
+def check_tuners(text_model: Any, computed: Callable[[nn.Module], bool]) -> None:
     """Checks that every kind of adapter in the decoder layers compiles as one graph; nothing runs.
+
+    Not of those that layers of ours compute with, as ``computed`` says.
 
     Raises:
         ValueError: one that does not, by kind, with its place and the compiler's reason.
@@ -21,7 +24,7 @@ def check_tuners(text_model: Any) -> None:
     kinds: dict[tuple[str, ...], tuple[str, nn.Module]] = {}
     for number, layer in enumerate(text_model.layers):
         for path, module in layer.named_modules():
-            if "base_layer" in module._modules and hasattr(module, "active_adapters"):
+            if "base_layer" in module._modules and hasattr(module, "active_adapters") and not computed(module):
                 kinds.setdefault(_kind(module), (f"layers.{number}.{path}", module))
     for (name, *variants), (path, module) in kinds.items():
         reason = _break(module)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,13 @@ from deltatune.ops._rms_norm_rope.reference import rotate
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["Attention", "GatedAttention", "attention_cost", "attention_spec"]
+__all__ = ["Attention", "GatedAttention", "SinkAttention", "attention_cost", "attention_spec"]
 
 
 class Attention(Swapped):
     """Attention with RMS-normalised q and k (Qwen3): ``W_o attend(rope(norm(q)), rope(norm(k)), v)``."""
 
-    ops = ("rms_norm_rope", "varlen_attention")
+    ops: ClassVar[tuple[str, ...]] = ("rms_norm_rope", "varlen_attention")
     replaces_forward = True
     #: the norms multiply by ``1 + weight``
     unit_offset = False
@@ -71,6 +71,7 @@ class Attention(Swapped):
             sequences=sequences,
             scale=self.scaling,
             window=getattr(self, "sliding_window", None),
+            sinks=getattr(self, "sinks", None),
             impl=self._deltatune.options.kernels["varlen_attention"],
         )
         if gate is not None:
@@ -120,6 +121,22 @@ class GatedAttention(Attention):
         """The projection holds ``D`` query and ``D`` gate values for each head in turn."""
         q, gate = torch.unflatten(projected, -1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         return q, gate
+
+
+class SinkAttention(Attention):
+    """Attention with a sink for each head and no norms (gpt-oss): ``o * sigmoid(lse - sink)``."""
+
+    ops = ("varlen_attention",)
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of attention."""
+        return (attention_spec(module, device, dtype),)
+
+    def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embedding alone; its angles come for one half, which the other shares."""
+        cos, sin = (torch.cat([angles, angles], -1) for angles in (cos, sin))
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def attention_spec(module: Any, device: torch.device, dtype: torch.dtype) -> ops.VarlenAttentionSpec:

@@ -1,7 +1,8 @@
-"""The routed experts of a mixture-of-experts layer, as two grouped matrix products."""
+"""The routed experts of a mixture, as two grouped linear layers; their adapters as part of those products."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,55 +11,89 @@ from torch import Tensor
 from deltatune import ops
 from deltatune.cost import Cost
 from deltatune.hf.cached import in_stock_path, reached
-from deltatune.ops import Spec
+from deltatune.hf.experts import ExpertsLayout, experts_layout, experts_per_token
+from deltatune.ops import Adapter, ExpertLinear, Spec
 from deltatune.subclass import Swapped
 
 __all__ = ["Experts"]
 
 
 class Experts(Swapped):
-    """``sum_k w_k * down_e(act(gate_e(x)) * up_e(x))`` over a token's experts ``e``, traceable and order-independent.
+    """``sum_k w_k * down_e(gate(up_e(x)))`` over a token's experts ``e``, traceable and order-independent.
 
-    Every token's result is bitwise the same whatever other tokens are routed where, which the stock loop over experts
-    does not give, and the number of tokens an expert gets never reaches the graph.
+    One layer for every class whose weights are fused (see ``ExpertsLayout``); the gate is the stock class's own
+    function of the rows. Every token's result is bitwise the same whatever other tokens are routed where, which the
+    stock loop over experts does not give, and the number of tokens an expert gets never reaches the graph.
     """
 
     ops = ("grouped_mm",)
     replaces_forward = True
 
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    act_fn: Any
     config: Any
+    down_proj: Tensor
+    _apply_gate: Any
+    act_fn: Any
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[N, E], [N, k], [N, k] -> [N, E]``; the stock forward inside a cached call."""
         if in_stock_path(self):
             stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return stock
+        return self.mix(hidden_states, top_k_index, top_k_weights, {})
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapters: Mapping[str, Sequence[Adapter]],
+    ) -> Tensor:
+        """The same with adapters of each weight, by its name; ids outside the experts are absent."""
         reached(self)
+        layout = experts_layout(self)
+        if layout is None:
+            raise ValueError(
+                f"{type(self).__name__}: its experts changed since prepare, and are no two fused linear layers now; "
+                "call prepare(model) again"
+            )
         return ops.moe_experts(
             hidden_states,
             top_k_index,
             top_k_weights,
-            self.gate_up_proj,
-            self.down_proj,
-            self.act_fn,
+            self._linear(layout, layout.up, adapters),
+            self._linear(layout, "down_proj", adapters),
+            self._apply_gate if layout.gated else self.act_fn,
             impl=self._deltatune.options.kernels["grouped_mm"],
         )
+
+    def _linear(self, layout: ExpertsLayout, name: str, adapters: Mapping[str, Sequence[Adapter]]) -> ExpertLinear:
+        weight: Tensor = getattr(self, name)
+        bias: Tensor | None = getattr(self, f"{name}_bias") if layout.biased else None
+        return ExpertLinear(weight.mT if layout.transposed else weight, bias, adapters.get(name, ()))
 
     @classmethod
     def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
         """Of the grouped products."""
-        return (ops.GroupedMmSpec(device, dtype, weight_shape=module.gate_up_proj.shape),)
+        up, down, transposed = _weights(module)
+        shapes = [weight.mT.shape if transposed else weight.shape for weight in (up, down)]
+        return tuple(ops.GroupedMmSpec(device, dtype, weight_shape=shape) for shape in dict.fromkeys(shapes))
 
     @property
     def active_share(self) -> float:
-        """The share of the experts' weights that a token meets."""
-        return float(self.config.num_experts_per_tok / self.gate_up_proj.shape[0])
+        """The share of the experts' weights, and of their adapters, that a token meets."""
+        return self._per_token() / self.down_proj.shape[0]
 
     def cost(self, tokens: int, squares: int) -> Cost:
-        """Kept: inputs, hidden units before and after activation, and outputs, for each expert that a token visits."""
+        """Kept: inputs, hidden units before and after the gate, and outputs, for each expert that a token visits."""
         del squares
-        widths = sum(sum(weight.shape[1:]) for weight in (self.gate_up_proj, self.down_proj))
-        return Cost(kept=float(tokens * self.config.num_experts_per_tok * widths))
+        widths = sum(sum(weight.shape[1:]) for weight in _weights(self)[:2])
+        return Cost(kept=float(tokens * self._per_token() * widths))
+
+    def _per_token(self) -> int:
+        return experts_per_token(self.config, self.down_proj.shape[0])
+
+
+def _weights(module: Any) -> tuple[Tensor, Tensor, bool]:
+    layout = experts_layout(module)
+    assert layout is not None, "only known layouts are swapped"
+    return getattr(module, layout.up), module.down_proj, layout.transposed

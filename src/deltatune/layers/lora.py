@@ -9,6 +9,7 @@ from torch import nn
 
 from deltatune.hf.forwards import runs_own_forward
 from deltatune.layers.mlp import GatedMLP, is_gated_mlp
+from deltatune.lora.experts import LoRAExperts, expert_adapters_mode, is_expert_lora
 from deltatune.lora.linear import LoRALinear
 from deltatune.lora.mode import FUSED, STOCK, Mode, is_lora_linear, mode_of
 from deltatune.state import State
@@ -41,25 +42,34 @@ def install_lora(text_model: Any, state: State) -> None:
     for layer in text_model.layers:
         modules = list(layer.modules())
         adapted = any(map(is_lora_linear, modules))
+        wrapped = {module.base_layer for module in modules if is_expert_lora(module)}
         # others are called as they are, which is right for whatever another tool put there
-        for module in filter(runs_own_forward, modules if adapted else ()):
+        for module in filter(runs_own_forward, modules):
             if is_lora_linear(module):
                 swap(module, LoRALinear, state)
-            elif is_gated_mlp(module):
+            elif is_expert_lora(module) and module not in wrapped:
+                swap(module, LoRAExperts, state)
+            elif adapted and is_gated_mlp(module):
                 swap(module, GatedMLP, state)
 
 
 def lora_modes(model: nn.Module, text_model: Any, setting: str, device: torch.device) -> list[tuple[str, Mode]]:
     """Every layer with adapters under ``model``, by path, and how it runs; without storage yet, on ``device``."""
     inside = {id(module) for layer in text_model.layers for module in layer.modules()}
+    # of wrappers around one module of experts the outermost says how they run
+    wrapped = {id(module.base_layer) for module in model.modules() if is_expert_lora(module)}
     found = []
     for path, module in model.named_modules():
         if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
             continue
-        if not is_lora_linear(module):
-            mode = Mode(STOCK, f"{type(module).__name__}, another kind of layer")
-        elif id(module) not in inside:
+        if id(module) not in inside and (is_lora_linear(module) or is_expert_lora(module)):
             mode = Mode(STOCK, "outside the decoder layers")
+        elif is_expert_lora(module):
+            if id(module) in wrapped:
+                continue
+            mode = expert_adapters_mode(module, setting)
+        elif not is_lora_linear(module):
+            mode = Mode(STOCK, f"{type(module).__name__}, another kind of layer")
         else:
             weight = getattr(module.base_layer, "weight", None)
             without_storage = weight is not None and weight.device.type == "meta"

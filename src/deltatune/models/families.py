@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltatune.layers.attention import Attention, GatedAttention
+from deltatune.layers.attention import Attention, GatedAttention, SinkAttention
 from deltatune.layers.experts import Experts
 from deltatune.layers.final_norm import FinalNorm, OffsetFinalNorm
 from deltatune.layers.gated_delta_net import GatedDeltaNet, InterleavedGatedDeltaNet
@@ -70,6 +70,17 @@ FAMILIES = (
         features={"images": IMAGES, "router_loss": ROUTER_LOSS},
         refusals=(delta_net_activation,),
         final_norm=OffsetFinalNorm,
+    ),
+    # attention with sinks, sliding in every other layer; experts in every layer, stored transposed
+    Family(
+        name="gpt_oss",
+        model_type="gpt_oss",
+        swaps=(
+            Swap("GptOssAttention", SinkAttention, _FULL_OR_SLIDING),
+            Swap("GptOssExperts", Experts, _FULL_OR_SLIDING),
+        ),
+        mask_form="mapping",
+        features={"sliding_window": SUPPORTED, "router_loss": ROUTER_LOSS},
     ),
     # the text model is Qwen3's decoder with interleaved mRoPE; images join it in the stock text model
     Family(

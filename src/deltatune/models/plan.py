@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.hf.experts import experts_layout
 from deltatune.hf.forwards import foreign_forward, named, runs_own_forward
 from deltatune.hf.hooks import OFFLOADED
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import DecoderLayer, TextModel
+from deltatune.layers.experts import Experts
 from deltatune.layers.rotary import DocumentRotary, length_dependent_rotary
 from deltatune.models.family import Family
 from deltatune.subclass import Swapped, stock_class
@@ -40,6 +42,8 @@ def plan_swaps(base: nn.Module, text_model: Any, family: Family) -> list[Planned
         ValueError: another number of modules than that.
     """
     plan = [*_of_family(base, text_model, family), *_by_class(DecoderLayer, text_model.layers, text_model.config)]
+    if not family.swaps:
+        plan += _by_class(Experts, (m for m in text_model.modules() if experts_layout(m) is not None))
     if family.final_norm is not None and (norms := _final_norms(text_model, family)):
         plan.append(Planned(type(norms[0]).__name__, family.final_norm, None, norms))
     plan.append(Planned(type(text_model).__name__, TextModel, 1, (text_model,)))

@@ -14,11 +14,12 @@ from deltatune.ops._gated_delta_rule.api import gated_delta_rule
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
 from deltatune.ops._gated_rms_norm.api import gated_rms_norm
 from deltatune.ops._gated_rms_norm.providers import GatedRmsNormSpec
-from deltatune.ops._grouped_mm.api import grouped_mm
-from deltatune.ops._grouped_mm.experts import moe_experts
+from deltatune.ops._grouped_mm.api import grouped_linear
+from deltatune.ops._grouped_mm.experts import ExpertLinear, moe_experts
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
 from deltatune.ops._linear_cross_entropy.api import linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
+from deltatune.ops._lora_linear.api import Adapter
 from deltatune.ops._registry import Choice, Provider, Spec, Support, choose
 from deltatune.ops._rms_norm_rope.api import rms_norm_rope, rms_norm_rope_pair
 from deltatune.ops._rms_norm_rope.providers import RmsNormRopeSpec
@@ -26,8 +27,10 @@ from deltatune.ops._varlen_attention.api import varlen_attention
 from deltatune.ops._varlen_attention.providers import VarlenAttentionSpec
 
 __all__ = [
+    "Adapter",
     "CausalConvSpec",
     "Choice",
+    "ExpertLinear",
     "GatedDeltaRuleSpec",
     "GatedRmsNormSpec",
     "GroupedMmSpec",
@@ -41,7 +44,7 @@ __all__ = [
     "choose",
     "gated_delta_rule",
     "gated_rms_norm",
-    "grouped_mm",
+    "grouped_linear",
     "linear_cross_entropy",
     "moe_experts",
     "rms_norm_rope",

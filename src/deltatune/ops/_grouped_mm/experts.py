@@ -1,49 +1,60 @@
-"""The experts of a mixture as two grouped matrix products, traceable and independent token by token."""
+"""The experts of a mixture as two grouped linear layers, traceable and independent token by token."""
 
-# T tokens, k experts a token goes to, R = T * k rows, X experts, H hidden width, I width of an expert
+# T tokens, k experts of a token, R = T * k rows, X experts, H hidden width, I width of an expert, F before its gate
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from deltatune.ops._grouped_mm.api import grouped_mm
+from deltatune.ops._grouped_mm.api import checked_grouped_linear
+from deltatune.ops._grouped_mm.op import grouped_gram
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
+from deltatune.ops._grouped_mm.routing import Routing, combine, permute, route
+from deltatune.ops._lora_linear.api import Adapter
 from deltatune.ops._numerics import autocast
 from deltatune.ops._registry import choose
 from deltatune.ops._validation import bind_shapes
 
-__all__ = ["moe_experts"]
+__all__ = ["ExpertLinear", "moe_experts"]
+
+
+class ExpertLinear(NamedTuple):
+    """``W [X, N, K]`` of any strides, a bias ``[X, N]`` or None, adapters ``A [X, r, K]``, ``B [X, N, r]``, scale."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    adapters: Sequence[Adapter] = ()
 
 
 def moe_experts(
     hidden: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    act: Callable[[Tensor], Tensor],
+    up: ExpertLinear,
+    down: ExpertLinear,
+    gate: Callable[[Tensor], Tensor],
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """``sum_j top_k_weights_j * down_e (act(gate_e x) * up_e x)`` over the k experts ``e = top_k_index_j`` of a token.
+    """``sum_j w_j * down_e(gate(up_e(x)))`` over the k experts ``e = top_k_index_j`` of a token, ``w_j`` its weights.
 
-    Shapes depend on T and k alone, whatever the routing. The k results of a token are gathered and summed in the order
-    of ``top_k_index``, never added into a shared place in the order in which rows arrive.
+    The weight multiplies what enters ``down``, which is the same sum. The k results of a token are gathered and summed
+    in the order of ``top_k_index``, never added into a shared place in the order in which rows arrive.
 
     Args:
         hidden: ``[T, H]``.
-        top_k_index: ``[T, k]`` integers in ``[0, X)``.
-        top_k_weights: ``[T, k]``, cast to the dtype of ``hidden``.
-        gate_up_proj: ``[X, 2 I, H]``, the gate's rows first.
-        down_proj: ``[X, H, I]``.
-        act: elementwise.
-        impl: of ``grouped_mm``. With ``"reference"`` on a CPU a token's result and gradient do not depend on the other
-            tokens, or on where those are routed, by a single bit.
+        top_k_index: ``[T, k]`` integers; outside ``[0, X)`` a slot is absent and contributes exactly zero, to the
+            output and to every gradient.
+        top_k_weights: ``[T, k]``.
+        up: from H to F.
+        down: from I to H.
+        gate: ``[R, F] -> [R, I]``, row by row, such as ``silu(first half) * second half``.
+        impl: of ``grouped_linear``. With ``"reference"`` on a CPU a token's result and gradient do not depend on the
+            other tokens, or on where those are routed, by a single bit.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden``.
@@ -51,55 +62,65 @@ def moe_experts(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or an ``impl`` that cannot run here.
     """
+    op = "moe_experts"
     sizes = bind_shapes(
-        "moe_experts",
+        op,
         hidden=(hidden, "T H"),
         top_k_index=(top_k_index, "T k"),
         top_k_weights=(top_k_weights, "T k"),
-        gate_up_proj=(gate_up_proj, "X 2I H"),
-        down_proj=(down_proj, "X H I"),
+        up=(up.weight, "X F H"),
+        down=(down.weight, "X H I"),
     )
-    if sizes["2I"] != 2 * sizes["I"]:
-        raise ValueError(
-            f"moe_experts: gate_up_proj {list(gate_up_proj.shape)} must hold twice the width of "
-            f"down_proj {list(down_proj.shape)}"
-        )
-    (cast,) = autocast(hidden)  # as grouped_mm sees it
-    impls = {choose(GroupedMmSpec(cast.device, cast.dtype, w.shape), impl).impl for w in (gate_up_proj, down_proj)}
-    experts = top_k_index.flatten()
-    order = experts.argsort(stable=True)
-    place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
-    ends = torch.arange(sizes["X"], device=order.device, dtype=experts.dtype)
-    offsets = torch.searchsorted(experts[order], ends, right=True, out_int32=True)
+    (cast,) = autocast(hidden)  # as the products see it
+    impls = [choose(GroupedMmSpec(cast.device, cast.dtype, layer.weight.shape), impl).impl for layer in (up, down)]
+    rows = route(top_k_index, sizes["X"])
+    copies = rows.copies(sizes["k"])
 
-    # each token k times in a row; backward sums them in a fixed order
-    rows = hidden.unsqueeze(1).expand(-1, sizes["k"], -1).flatten(0, 1)
-    gate_up = grouped_mm(_permute(rows, order, place), gate_up_proj, offsets, impl=impl)
+    inner = checked_grouped_linear(op, hidden, up.weight, rows.offsets, up.adapters, impl, copies)
+    if up.bias is not None:
+        inner = inner + _bias_of_rows(up.bias, rows, inner.dtype, impls[0])
     # Vectorised CPU loops may round an element differently at their ends, so there it must not move with the routing.
     fixed_place = "reference" in impls
+    weights = top_k_weights.reshape(-1, 1)
     if fixed_place:
-        gate_up = _permute(gate_up, place, order)
-    gate, up = gate_up.chunk(2, dim=-1)
-    inner = act(gate) * up
+        inner = permute(inner, rows.place, rows.order)
+    else:
+        weights = permute(weights, rows.order, rows.place)
+    inner = gate(inner)
+    if inner.shape[1:] != (sizes["I"],):
+        raise ValueError(
+            f"{op}: expected gate to make rows of {sizes['I']}, the width of down {list(down.weight.shape)}, from rows "
+            f"of {sizes['F']}, got {list(inner.shape)}"
+        )
+    inner = (inner * weights).to(cast.dtype)
     if fixed_place:
-        inner = _permute(inner, order, place)
-    outputs = _permute(grouped_mm(inner, down_proj, offsets, impl=impl), place, order)
-    weighted = outputs.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1).to(outputs.dtype)
-    return weighted.sum(1).to(hidden.dtype)
+        inner = permute(inner, rows.order, rows.place)
+    outputs = checked_grouped_linear(op, inner, down.weight, rows.offsets, down.adapters, impl)
+    if down.bias is not None:
+        if fixed_place:
+            weights = permute(weights, rows.order, rows.place)
+        outputs = outputs + (_bias_of_rows(down.bias, rows, outputs.dtype, impls[1]) * weights).to(outputs.dtype)
+    return combine(outputs, copies).to(hidden.dtype)
 
 
-class _Permute(torch.autograd.Function):
-    """``x[order]`` whose backward is a gather too, where torch's own adds rows into zeros with atomics."""
+def _bias_of_rows(bias: Tensor, rows: Routing, dtype: torch.dtype, impl: str) -> Tensor:
+    """Each row's expert's ``[R, N]``; zero for absent rows."""
+    return _bias_rows(bias.to(dtype), rows.experts, rows.offsets, impl)
+
+
+class _BiasOfRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, experts: Tensor, offsets: Tensor, impl: str) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.impl = impl
+        return torch.cat([bias, bias.new_zeros(1, bias.shape[1])])[experts]
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return dy[inverse], None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (offsets,) = ctx.saved_tensors
+        # sums over the rows of an expert are products with ones, as wide as a grouped product must be
+        ones = dy.new_ones(dy.shape[0], 8)
+        return grouped_gram(dy, ones, offsets, dy.dtype, ctx.impl)[:, :, 0], None, None, None
 
 
-_permute: Callable[[Tensor, Tensor, Tensor], Tensor] = _Permute.apply
+_bias_rows: Callable[..., Tensor] = _BiasOfRows.apply

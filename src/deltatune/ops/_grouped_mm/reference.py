@@ -6,49 +6,54 @@ at cache lines: the same call on the same numbers, whatever else is routed where
 would cost too much, every product has one shape: 32 rows at a time, the last ones padded with zeros.
 """
 
-# R rows, G groups, K input width, N output width
+# R rows, G groups, K input width, N output width, W width of the narrow rows
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from deltatune.ops._numerics import accumulation_dtype
 
-__all__ = ["forward", "weight_gradient"]
+__all__ = ["gram", "product"]
 
 _BLOCK_ROWS = 32
 _LINE_BYTES = 64
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``y_r = weight_g x_r`` for the group g of row r, summed in fp32 (fp64 for fp64)."""
-    ends = offsets.tolist()
-    if (ends[-1] if ends else 0) != x.shape[0]:
-        raise ValueError(
-            f"grouped_mm: offsets must end at the number of rows: expected {x.shape[0]}, got {ends[-1:]}; "
-            "give every row a group"
-        )
-    product = _product_by_rows if x.device.type == "cpu" else _product_in_blocks
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    start = 0
-    for group, end in enumerate(ends):
+def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, up: Tensor | None) -> Tensor:
+    """``weight_g x_r (+ up_g narrow_r)`` for the group g of row r, summed in fp32 (fp64 for fp64); zero without one."""
+    multiply = _product_by_rows if x.device.type == "cpu" else _product_in_blocks
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for group, (start, end) in enumerate(_groups(offsets, x.shape[0])):
         if end > start:
-            y[start:end] = product(x[start:end], weight[group])
-        start = end
+            rows = multiply(x[start:end], weight[group])
+            if narrow is not None and up is not None:
+                rows = rows + multiply(narrow[start:end], up[group])
+            y[start:end] = rows
     return y
 
 
-def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """``dweight_g = sum over the rows of g of dy_r x_r^T`` ``[G, N, K]``, accumulated likewise."""
-    dtype = accumulation_dtype(x)
-    dweight = x.new_zeros(offsets.shape[0], dy.shape[1], x.shape[1])
-    start = 0
-    for group, end in enumerate(offsets.tolist()):
+def gram(left: Tensor, right: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum over the rows of g of left_r right_r^T`` ``[G, P, Q]``, summed likewise."""
+    wide = accumulation_dtype(left)
+    sums = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1], dtype=dtype)
+    for group, (start, end) in enumerate(_groups(offsets, left.shape[0])):
         if end > start:
-            dweight[group] = dy[start:end].to(dtype).mT @ x[start:end].to(dtype)
-        start = end
-    return dweight
+            sums[group] = left[start:end].to(wide).mT @ right[start:end].to(wide)
+    return sums
+
+
+def _groups(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
+    ends = [0, *offsets.tolist()]
+    if ends != sorted(ends) or ends[-1] > rows:
+        raise ValueError(
+            f"grouped_linear: offsets must not decrease nor end past the last row: expected at most {rows}, "
+            f"got {ends[1:]}"
+        )
+    return list(pairwise(ends))
 
 
 def _product_by_rows(x: Tensor, matrix: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """``torch.nn.functional.grouped_mm``: the one place that knows its limits."""
 
-# R rows, G groups, K input width, N output width
+# R rows, G groups, K input width, N output width, W width of the narrow rows
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltatune.ops._nvidia import gpu_refusal
+from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
 
-__all__ = ["forward", "refusal", "weight_gradient"]
+__all__ = ["gram", "product", "refusal"]
 
-_OLDEST = (8, 0)
+#: Elsewhere it copies the offsets to the host and launches one product a group.
+_FUSED = (9, 10)
 _MAX_GROUPS = 1023
 
 
 def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) -> str | None:
     """Why this implementation cannot run for a weight ``[G, N, K]`` here; None where it can."""
-    missing = gpu_refusal("F.grouped_mm", device, _OLDEST)
+    missing = gpu_refusal("F.grouped_mm", device)
     if missing is not None:
         return missing
+    capability = capability_of(device)
+    if capability is not None and capability[0] not in _FUSED:
+        return f"F.grouped_mm waits for the host on compute capability {dotted(capability)}"
     if dtype != torch.bfloat16:
         return f"F.grouped_mm takes bfloat16, not {dtype}; cast"
     if shape is not None and (shape[0] > _MAX_GROUPS or shape[1] % 8 or shape[2] % 8):
@@ -34,11 +38,18 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
 # Contiguous rows: an expanded gradient or a slice may break the 16-byte strides that the kernels need.
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``[R, N]``, accumulated in fp32; rows past the last group, if there were any, would stay unwritten."""
-    return F.grouped_mm(x.contiguous(), weight.mT, offs=offsets)
+def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, up: Tensor | None) -> Tensor:
+    """``[R, N]``, each product accumulated in fp32; rows past the last group stay unwritten."""
+    y = F.grouped_mm(x.contiguous(), weight.mT, offs=offsets)
+    if narrow is not None and up is not None:
+        y += F.grouped_mm(narrow.contiguous(), up.mT, offs=offsets)
+    return y
 
 
-def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """``[G, N, K]`` in bf16, accumulated in fp32."""
-    return F.grouped_mm(dy.contiguous().mT, x.contiguous(), offs=offsets)
+def gram(left: Tensor, right: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[G, P, Q]``, accumulated in fp32; torch's own gives no other dtype than that of its operands."""
+    if dtype == left.dtype:
+        return F.grouped_mm(left.contiguous().mT, right.contiguous(), offs=offsets)
+    from deltatune.ops._grouped_mm import triton_grouped
+
+    return triton_grouped.gram(left, right, offsets, dtype)

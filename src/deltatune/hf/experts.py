@@ -1,0 +1,68 @@
+"""The routed experts of transformers' mixtures: fused three-dimensional weights, and how a class lays them out."""
+
+# X experts, H hidden width, I width of an expert, F width before the gate: 2 I with a gate
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+__all__ = ["ExpertsLayout", "experts_layout", "experts_per_token"]
+
+#: What configs call k.
+_PER_TOKEN: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How fused experts store two linear layers, as transformers' decorator notes it on every instance.
+
+    Attributes:
+        up: the name of the first weight, ``"gate_up_proj"`` or ``"up_proj"``.
+        transposed: weights are ``[X, H, F]`` and ``[X, I, H]``, otherwise ``[X, F, H]`` and ``[X, H, I]``.
+        interleaved: gate and up alternate, gate first; otherwise the gate's half comes first.
+        biased: there are ``[X, F]`` and ``[X, H]`` under the weights' names with ``_bias``.
+        gated: ``_apply_gate`` makes I of F; otherwise ``act_fn`` of each.
+    """
+
+    up: str
+    transposed: bool
+    interleaved: bool
+    biased: bool
+    gated: bool
+
+
+def experts_layout(module: Any) -> ExpertsLayout | None:
+    """The layout of experts that are called with tokens ``[T, H]``, ids and weights ``[T, k]``; None for all else.
+
+    Classes without the decorator's notes may be called otherwise; those that norm each expert's output do more than two
+    linear layers.
+    """
+    own: dict[str, Any] = module.__dict__
+    gated, transposed = own.get("has_gate"), own.get("is_transposed")
+    if not isinstance(module, nn.Module) or gated is None or transposed is None or own.get("has_post_expert_norm"):
+        return None
+    if own.get("_is_expert_parallel"):
+        return None
+    layout = ExpertsLayout(
+        "gate_up_proj" if gated else "up_proj",
+        bool(transposed),
+        gated and not own.get("is_concatenated", True),
+        bool(own.get("has_bias")),
+        bool(gated),
+    )
+    weights = (layout.up, "down_proj")
+    names = [*weights, *(f"{name}_bias" for name in weights if layout.biased)]
+    found = [getattr(module, name, None) for name in names]
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in found):
+        return None
+    if not callable(getattr(module, "_apply_gate" if gated else "act_fn", None)):
+        return None
+    return layout if [tensor.ndim for tensor in found if tensor is not None] == [3, 3, 2, 2][: len(found)] else None
+
+
+def experts_per_token(config: Any, num_experts: int) -> int:
+    """The experts that a token goes to; all of them where the config has no name for it that is known."""
+    return next((int(getattr(config, name)) for name in _PER_TOKEN if getattr(config, name, None)), num_experts)

@@ -1,0 +1,281 @@
+"""Adapters on routed experts (PEFT's ``target_parameters``) against PEFT's own, in eager and in one graph."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from deltatune import CompileOptions, Sequences, prepare, verify
+from deltatune.lora.experts import LoRAExperts
+from lora_cases import logits, packed_call, relative
+from packed_cases import alone, packed
+from tiny import documents, randomised, tiny_model
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+#: Experts of every layout, families of their own and others.
+FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "glm4_moe"]
+_OTHERS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 24,
+        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 24,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    },
+}  # fmt: skip
+
+
+def base(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    if family not in _OTHERS:
+        return tiny_model(family, dtype=dtype)
+    values = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "head_dim": 16}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, **_OTHERS[family]}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **values)
+    return randomised(transformers.AutoModelForCausalLM.from_config(config), 0).to(dtype)
+
+
+def adapted(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    values = {"r": 4, "lora_alpha": 12, "target_parameters": BOTH, "target_modules": ["o_proj"], **changes}
+    wide = values.pop("autocast_adapter_dtype", True)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(init_lora_weights=False, **values)
+    return peft.get_peft_model(base(family, dtype), config, autocast_adapter_dtype=wide).train()
+
+
+def assert_same_gradients(model: Any, stock: Any) -> None:
+    """By name: PEFT's forward registers expert weights anew, behind the others."""
+    theirs = dict(stock.named_parameters())
+    for name, parameter in model.named_parameters():
+        want = theirs[name].grad
+        if want is not None:
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def wrappers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LoRAExperts)]
+
+
+@pytest.mark.parametrize(
+    ("family", "compiled"), [*((family, False) for family in FAMILIES), ("gpt_oss", True), ("mixtral", True)]
+)
+def test_a_pack_equals_peft_s_own_on_each_document_alone(family: str, compiled: bool) -> None:
+    model = adapted(family)
+    stock = copy.deepcopy(model)
+    prepared = prepare(model, compile=CompileOptions() if compiled else None)
+    assert wrappers(model)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
+    if compiled:
+        assert prepared.compile_report is not None
+        assert prepared.compile_report.breaks == []
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            lengths = [3, 20, 9, 2, 9]
+            tokens = torch.cat(documents(lengths, 4))[None]
+            model(input_ids=tokens, labels=tokens, sequences=Sequences.from_lengths(lengths)).loss.backward()
+    assert [row.mode for row in prepared.report.lora_rows if "experts" in row.reason] == ["fused"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_parameters": BOTH[:1]},
+        {"target_parameters": BOTH[1:]},
+        {
+            "rank_pattern": {"mlp.experts.gate_up_proj": 5},
+            "alpha_pattern": {"experts.down_proj": 3},
+            "use_rslora": True,
+        },
+        {"target_parameters": ["gate_up_proj"], "target_modules": None},
+        {"r": 20},
+    ],
+)
+def test_forms_of_the_adapters(changes: dict[str, Any]) -> None:
+    model = adapted("gpt_oss" if "r" in changes else "qwen3_moe", **changes)
+    stock = copy.deepcopy(model)
+    prepare(model)
+    assert wrappers(model)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
+
+
+def test_everything_else_that_trains_beside_them() -> None:
+    """Routers, the expert weights themselves, biases."""
+    for family in ("qwen3_moe", "gpt_oss"):
+        model = adapted(family).requires_grad_(True)
+        stock = copy.deepcopy(model)
+        prepare(model)
+        assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+        assert_same_gradients(model, stock)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_documents_are_independent_with_adapters(family: str) -> None:
+    model = adapted(family)
+    prepare(model)
+    report = verify(model, lengths=(3, 1, 20, 9))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_are_no_larger_than_peft_s_own(dtype: torch.dtype) -> None:
+    exact = adapted(dtype=torch.float64, autocast_adapter_dtype=False)
+    found, theirs = (adapted(dtype=dtype, autocast_adapter_dtype=wide) for wide in (True, True))
+    for model, lora in ((exact, "stock"), (theirs, "stock"), (found, "auto")):
+        model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in found.state_dict().items()})
+        prepare(model, lora=lora)
+        model.zero_grad(set_to_none=True)
+        model(**packed_call()).loss.backward()
+    errors = [
+        [
+            relative(p.grad, want.grad)
+            for (name, p), want in zip(model.named_parameters(), exact.parameters(), strict=True)
+            if "experts" in name and p.grad is not None
+        ]
+        for model in (found, theirs)
+    ]
+    assert len(errors[0]) == 8
+    assert all(ours <= 2 * peft_s for ours, peft_s in zip(*errors, strict=True)), errors
+    grads = [p.grad.dtype for n, p in found.named_parameters() if "experts" in n and p.grad is not None]
+    assert set(grads) == {torch.float32}
+
+
+def test_several_adapters_and_switches_between_calls() -> None:
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(r=8, lora_alpha=4, target_parameters=BOTH, init_lora_weights=False))
+    stock = copy.deepcopy(model)
+    prepare(model)
+    prepare(stock, lora="stock")
+    seen = []
+    for name in ("default", "other"):
+        for one in (model, stock):
+            one.set_adapter(name)
+        assert relative(logits(model), logits(stock)) < 1e-5
+        seen.append(logits(model))
+    for one in (model, stock):
+        one.base_model.set_adapter(["default", "other"])
+    assert relative(logits(model), logits(stock)) < 1e-5
+    assert relative(seen[0], seen[1]) > 1e-3
+    with model.disable_adapter(), stock.disable_adapter():
+        bare = logits(model)
+        assert relative(bare, logits(stock)) < 1e-5
+    assert relative(bare, seen[0]) > 1e-3
+    for one in (model, stock):
+        one.base_model.set_adapter("default")
+        one.merge_adapter()
+    assert relative(logits(model), seen[0]) < 1e-5
+    for one in (model, stock):
+        one.unmerge_adapter()
+    assert relative(logits(model), seen[0]) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["scale", "A", "B", "disabled"])
+def test_what_changes_between_two_compiled_calls_acts(change: str) -> None:
+    model = adapted()
+    stock = copy.deepcopy(model)
+    prepare(model, compile=CompileOptions(backend="aot_eager"))
+    prepare(stock, lora="stock")
+    model(**packed_call()).loss.backward()
+    for one in (model, stock):
+        for module in one.modules():
+            if hasattr(module, "parameter_name"):
+                if change == "scale":
+                    module.scaling["default"] *= 3
+                elif change == "disabled":
+                    module.enable_adapters(False)
+                else:
+                    getattr(module, f"lora_{change}")["default"].weight.data.mul_(2)
+        one.zero_grad(set_to_none=True)
+    assert relative(logits(model), logits(stock)) < 1e-5
+
+
+def test_hooks_on_what_is_read_go_peft_s_own_way() -> None:
+    model = adapted()
+    prepared = prepare(model)
+    before, calls = logits(model), []
+    wrapper = wrappers(model)[0]
+    handles = [
+        wrapper.base_layer.register_forward_hook(lambda *_: calls.append("inner")),
+        wrapper.get_base_layer().register_forward_hook(lambda *_: calls.append("experts")),
+    ]
+    assert relative(logits(model), before) < 1e-5
+    assert sorted(calls) == ["experts", "inner"]
+    assert any("hooks on" in row.reason for row in prepared.report.lora_rows)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    assert torch.equal(logits(model), before)
+    assert not calls
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_files_are_peft_s_own_both_ways(family: str, tmp_path: Path) -> None:
+    model = adapted(family)
+    base_model = base(family)
+    prepare(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base_model, tmp_path)
+    prepare(loaded, lora="stock")
+    assert relative(logits(loaded), expected) < 1e-5
+    prepare(loaded)
+    assert wrappers(loaded)
+    assert relative(logits(loaded), expected) < 1e-5
+    merged = loaded.merge_and_unload()
+    call = packed_call()
+    del call["labels"]
+    prepare(merged)
+    assert relative(merged(**call).logits, expected) < 1e-5
+
+
+def test_they_are_restored_and_copied() -> None:
+    model = adapted()
+    names = [type(module).__name__ for module in model.modules()]
+    keys = list(model.state_dict())
+    prepared = prepare(model)
+    assert list(model.state_dict()) == keys
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert relative(logits(model), logits(other)) > 0.1
+    prepared.revert()
+    assert not wrappers(model)
+    assert [type(module).__name__ for module in model.modules()] == names
+
+
+def test_files_of_older_peft_versions_with_the_roles_swapped_are_told_by_their_shapes() -> None:
+    model = adapted()
+    prepare(model)
+    wrapper = wrappers(model)[0]
+    a, b = wrapper.lora_A["default"], wrapper.lora_B["default"]
+    inner, outer, rank = wrapper.in_features, wrapper.out_features, a.weight.shape[0]
+    wrapper.lora_A["default"] = torch.nn.Linear(outer, rank, bias=False)
+    wrapper.lora_B["default"] = torch.nn.Linear(rank, inner, bias=False)
+    rows = prepare(model).report.lora_rows
+    assert any(row.mode == "stock" and "before 0.19" in row.reason for row in rows)
+    wrapper.lora_A["default"], wrapper.lora_B["default"] = a, b
+    assert not any("before 0.19" in row.reason for row in prepare(model).report.lora_rows)
+
+
+def test_what_is_kept_for_backward_is_small_beside_the_experts() -> None:
+    """No effective weight, and no gradient of one: nothing with the experts' three dimensions is kept."""
+    model = adapted()
+    prepare(model)
+    experts = wrappers(model)[0].get_base_layer()
+    shapes = {tuple(experts.gate_up_proj.shape), tuple(experts.down_proj.shape)}
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert model(**packed_call()).loss.requires_grad
+    assert not [t for t in kept if tuple(t.shape) in shapes and t.data_ptr() not in own]
