@@ -17,11 +17,11 @@ STRICT, LENIENT = CompileOptions(backend="aot_eager"), CompileOptions(backend="a
 BREAK: dict[str, tuple[str, dict[str, Any]]] = {
     "loha.layer.Linear": ("LoHaConfig", {"target_modules": TARGETS}),
     "lokr.layer.Linear": ("LoKrConfig", {"target_modules": TARGETS}),
-    "lora.layer.ParamWrapper": ("LoraConfig", {"target_parameters": ["mlp.gate_proj.weight"]}),
 }
 DORA = ("LoraConfig", {"target_modules": TARGETS, "use_dora": True})
 COMPILE: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"target_modules": TARGETS, "lora_dropout": 0.1}),
+    "lora of parameters": ("LoraConfig", {"target_parameters": ["mlp.gate_proj.weight", "in_proj_z.weight"]}),
     "ia3": ("IA3Config", {"target_modules": TARGETS, "feedforward_modules": []}),
     "adalora": ("AdaLoraConfig", {"target_modules": TARGETS, "init_r": 6, "target_r": 4, "total_step": 10}),
 }
@@ -62,10 +62,10 @@ def test_kinds_that_compile_are_not_refused(kind: str) -> None:
     assert prepared.compile_report.breaks == []
 
 
-def test_adapters_on_experts_are_refused_where_they_stay_peft_s_own() -> None:
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = with_adapters("LoraConfig", {"target_modules": ["q_proj"], "target_parameters": names}, "qwen3_5_moe")
-    with pytest.raises(ValueError, match=r"ParamWrapper .*mlp\.experts.*replaces the parameter"):
+@pytest.mark.parametrize("name", ["mlp.experts.gate_up_proj", "mlp.gate.weight"])
+def test_adapters_on_parameters_are_refused_where_they_stay_peft_s_own(name: str) -> None:
+    model = with_adapters("LoraConfig", {"target_modules": ["q_proj"], "target_parameters": [name]}, "qwen3_5_moe")
+    with pytest.raises(ValueError, match=rf"ParamWrapper .*{name.rpartition('.')[0]}.*replaces the parameter"):
         prepare(model, compile=STRICT, lora="stock")
     prepare(model, compile=STRICT)
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from deltatune.hf.forwards import runs_own_forward
 from deltatune.layers.mlp import GatedMLP, is_gated_mlp
-from deltatune.lora.experts import LoRAExperts, expert_adapters_mode, is_expert_lora
 from deltatune.lora.linear import LoRALinear
 from deltatune.lora.mode import FUSED, STOCK, Mode, is_lora_linear, mode_of
+from deltatune.lora.parameters import LoRAParameters, is_parameter_lora, parameters_mode
 from deltatune.state import State
 from deltatune.subclass import swap
 
@@ -42,13 +42,13 @@ def install_lora(text_model: Any, state: State) -> None:
     for layer in text_model.layers:
         modules = list(layer.modules())
         adapted = any(map(is_lora_linear, modules))
-        wrapped = {module.base_layer for module in modules if is_expert_lora(module)}
+        wrapped = {module.base_layer for module in modules if is_parameter_lora(module)}
         # others are called as they are, which is right for whatever another tool put there
         for module in filter(runs_own_forward, modules):
             if is_lora_linear(module):
                 swap(module, LoRALinear, state)
-            elif is_expert_lora(module) and module not in wrapped:
-                swap(module, LoRAExperts, state)
+            elif is_parameter_lora(module) and module not in wrapped:
+                swap(module, LoRAParameters, state)
             elif adapted and is_gated_mlp(module):
                 swap(module, GatedMLP, state)
 
@@ -56,18 +56,18 @@ def install_lora(text_model: Any, state: State) -> None:
 def lora_modes(model: nn.Module, text_model: Any, setting: str, device: torch.device) -> list[tuple[str, Mode]]:
     """Every layer with adapters under ``model``, by path, and how it runs; without storage yet, on ``device``."""
     inside = {id(module) for layer in text_model.layers for module in layer.modules()}
-    # of wrappers around one module of experts the outermost says how they run
-    wrapped = {id(module.base_layer) for module in model.modules() if is_expert_lora(module)}
+    # of several wrappers around one module the outermost says how they run
+    wrapped = {id(module.base_layer) for module in model.modules() if is_parameter_lora(module)}
     found = []
     for path, module in model.named_modules():
         if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
             continue
-        if id(module) not in inside and (is_lora_linear(module) or is_expert_lora(module)):
+        if id(module) not in inside and (is_lora_linear(module) or is_parameter_lora(module)):
             mode = Mode(STOCK, "outside the decoder layers")
-        elif is_expert_lora(module):
+        elif is_parameter_lora(module):
             if id(module) in wrapped:
                 continue
-            mode = expert_adapters_mode(module, setting)
+            mode = parameters_mode(module, setting)
         elif not is_lora_linear(module):
             mode = Mode(STOCK, f"{type(module).__name__}, another kind of layer")
         else:

@@ -101,7 +101,8 @@ def _active_shares(model: nn.Module) -> dict[nn.Parameter, float]:
     for module in model.modules():
         share = getattr(module, "active_share", None)
         if isinstance(share, float):
-            found |= dict.fromkeys(module.parameters(recurse=False), share)
+            routed = getattr(module, "routed_parameters", None)
+            found |= dict.fromkeys(module.parameters(recurse=False) if routed is None else routed(), share)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Adapters on routed experts (PEFT's ``target_parameters``) against PEFT's own, in eager and in one graph."""
+"""Adapters on Parameters (PEFT's ``target_parameters``), experts above all, against PEFT's own; in one graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from deltatune import CompileOptions, Sequences, prepare, verify
-from deltatune.lora.experts import LoRAExperts
+from deltatune.lora.parameters import LoRAParameters
 from lora_cases import logits, packed_call, relative
 from packed_cases import alone, packed
 from tiny import documents, randomised, tiny_model
@@ -63,7 +63,7 @@ def assert_same_gradients(model: Any, stock: Any) -> None:
 
 
 def wrappers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, LoRAExperts)]
+    return [module for module in model.modules() if isinstance(module, LoRAParameters)]
 
 
 @pytest.mark.parametrize(
@@ -199,23 +199,35 @@ def test_what_changes_between_two_compiled_calls_acts(change: str) -> None:
     assert relative(logits(model), logits(stock)) < 1e-5
 
 
-def test_hooks_on_what_is_read_go_peft_s_own_way() -> None:
+@pytest.mark.parametrize(("part", "mode"), [("base_layer", "stock"), ("experts", "unfused")])
+def test_hooks_on_what_is_read_are_called(part: str, mode: str) -> None:
     model = adapted()
     prepared = prepare(model)
     before, calls = logits(model), []
     wrapper = wrappers(model)[0]
-    handles = [
-        wrapper.base_layer.register_forward_hook(lambda *_: calls.append("inner")),
-        wrapper.get_base_layer().register_forward_hook(lambda *_: calls.append("experts")),
-    ]
+    hooked = wrapper.base_layer if part == "base_layer" else wrapper.get_base_layer()
+    handle = hooked.register_forward_hook(lambda *_: calls.append(part))
     assert relative(logits(model), before) < 1e-5
-    assert sorted(calls) == ["experts", "inner"]
-    assert any("hooks on" in row.reason for row in prepared.report.lora_rows)
-    for handle in handles:
-        handle.remove()
-    calls.clear()
+    assert calls == [part]
+    assert mode in {row.mode for row in prepared.report.lora_rows if "linear" not in row.reason}
+    handle.remove()
     assert torch.equal(logits(model), before)
-    assert not calls
+    assert calls == [part]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parameters_of_two_dimensions(compiled: bool) -> None:
+    """What ``all-linear`` becomes for PEFT on a mixture: the router too."""
+    model = adapted(target_parameters=["gate.weight", "down_proj"])
+    stock = copy.deepcopy(model)
+    prepared = prepare(model, compile=CompileOptions(backend="aot_eager") if compiled else None)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
+    modes = [
+        (row.mode, row.layers) for row in prepared.report.lora_rows if row.reason.split()[0] in ("adapters", "the")
+    ]
+    assert ("fused", 2) in modes
+    assert ("unfused", 2) in modes
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -1,0 +1,142 @@
+"""PEFT's adapters of Parameters (``target_parameters``): of experts as part of the grouped products, of others added.
+
+PEFT's own forward registers a parametrization around every call, which no graph can hold, and builds every expert's
+weight anew, with a gradient as large as all of them.
+"""
+
+# X experts, K input width, N output width, r rank of an expert
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from deltatune.hf.cached import in_stock_path, reached
+from deltatune.hf.experts import experts_layout
+from deltatune.hf.hooks import is_hooked
+from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters
+from deltatune.ops import Adapter
+from deltatune.subclass import Swapped
+
+__all__ = ["LoRAParameters", "is_parameter_lora", "parameters_mode"]
+
+#: Made once, where a call would make the compiler trace how.
+_ONE_PRODUCT = Mode(FUSED, "adapters of all experts in the grouped products")
+_ADDED = Mode(UNFUSED, "the Parameter and its adapters' product are added in every call")
+
+
+class LoRAParameters(Swapped):
+    """The outermost of PEFT's wrappers around a module whose Parameters have adapters, one wrapper for each.
+
+    Fused, the experts compute with the factors; unfused, the module is called with the sums of its Parameters and the
+    products of their factors; PEFT's own forward runs for merged and disabled adapters, and in cached calls.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the module inside; experts ``[N, K], [N, k], [N, k] -> [N, K]``."""
+        mode = STOCK if in_stock_path(self) else parameters_mode(self, self._deltatune.options.lora).name
+        if mode == STOCK or "adapter_names" in kwargs:
+            return super().forward(x, *args, **kwargs)
+        reached(self)
+        *wrappers, inside = _chain(self)
+        if mode == FUSED and not kwargs:
+            return inside.mix(x, *args, {wrapper.parameter_name: _adapters(wrapper) for wrapper in wrappers})
+        return functional_call(
+            inside, {wrapper.parameter_name: _sum(wrapper) for wrapper in wrappers}, (x, *args), kwargs
+        )
+
+    @property
+    def active_share(self) -> float:
+        """The share of the factors that a token meets, as of the experts; all of them elsewhere."""
+        *_, inside = _chain(self)
+        return float(getattr(inside, "active_share", 1.0))
+
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        """What ``active_share`` is said of."""
+        for wrapper in [*_chain(self)][:-1]:
+            yield from (*wrapper.lora_A.parameters(), *wrapper.lora_B.parameters())
+
+
+def is_parameter_lora(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's wrappers around a Parameter; inner ones of a chain are too."""
+    return type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "parameter_name")
+
+
+def parameters_mode(outermost: Any, setting: str) -> Mode:
+    """How PEFT's wrappers around one module run, from what they are now."""
+    if setting == "stock":
+        return Mode(STOCK, "asked for")
+    *wrappers, inside = _chain(outermost)
+    for wrapper in wrappers:
+        if wrapper is not outermost and is_hooked(wrapper):
+            return Mode(STOCK, "hooks on a wrapper inside another")
+        if wrapper._disable_adapters:
+            return Mode(STOCK, "adapters are disabled")
+        if wrapper.merged_adapters:
+            return Mode(STOCK, "merged into the Parameter")
+        names = active_adapters(wrapper)
+        if not names:
+            return Mode(STOCK, "no active adapter")
+        for name in names:
+            reason = _stock_reason(wrapper, name)
+            if reason is not None:
+                return Mode(STOCK, reason)
+    layout = experts_layout(inside)
+    swapped = hasattr(inside, "mix") or not isinstance(outermost, Swapped)
+    if layout is None or is_hooked(inside) or not swapped:
+        return _ADDED
+    known = all(wrapper.parameter_name in (layout.up, "down_proj") for wrapper in wrappers)
+    return _ONE_PRODUCT if known else _ADDED
+
+
+def _stock_reason(wrapper: Any, name: str) -> str | None:
+    if name in wrapper.lora_variant:
+        return f"a variant of LoRA ({type(wrapper.lora_variant[name]).__name__})"
+    linears: tuple[Any, Any] = wrapper.lora_A[name], wrapper.lora_B[name]
+    for linear in linears:
+        if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None:
+            return f"an adapter is a {type(linear).__name__}, or has a bias"
+        if is_hooked(linear):
+            return "hooks on the adapters (offload, or a tool's own)"
+        if type(linear.weight) is not nn.Parameter or hasattr(linear.weight, "ds_id"):
+            return "the adapters are sharded"
+    *groups, rows, cols = getattr(wrapper.get_base_layer(), wrapper.parameter_name).shape
+    # of one Parameter in two dimensions, and of experts that are stored as linear layers are
+    outer, inner = (rows, cols) if len(groups) == 0 or wrapper._did_swap_in_out_features else (cols, rows)
+    (down, reads), (writes, up) = (linear.weight.shape for linear in linears)
+    if (reads, writes) != (inner, outer) or down != up or (groups and down % groups[0]):
+        return (
+            f"A {[down, reads]} and B {[writes, up]} are not those of {[*groups, rows, cols]}; PEFT before 0.19 made "
+            "them the other way round"
+        )
+    return None
+
+
+def _chain(wrapper: Any) -> Iterator[Any]:
+    """The wrappers from the outermost on, then the module inside."""
+    while hasattr(wrapper, "parameter_name"):
+        yield wrapper
+        wrapper = wrapper.base_layer
+    yield wrapper
+
+
+def _adapters(wrapper: Any) -> list[Adapter]:
+    """Those active now: ``A [X r, K]`` expert by expert, ``B [N, r X]`` with the experts innermost."""
+    found = []
+    for name in active_adapters(wrapper):
+        down, up = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        groups = wrapper.num_experts
+        a, b = down.view(groups, -1, down.shape[1]), up.view(up.shape[0], -1, groups).permute(2, 0, 1)
+        found.append(Adapter(a, b, wrapper.scaling[name]))
+    return found
+
+
+def _sum(wrapper: Any) -> Tensor:
+    """The Parameter and what PEFT adds to it."""
+    total: Tensor = wrapper.get_param()
+    for name in active_adapters(wrapper):
+        total = total + wrapper.get_delta_weight(name)
+    return total
