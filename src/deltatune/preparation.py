@@ -19,7 +19,6 @@ from deltatune.hf.patches import rotates_otherwise
 from deltatune.layers.decoder import DOUBLE_CHECKPOINTING
 from deltatune.layers.lora import check_all_fused, install_lora
 from deltatune.layers.rotary import length_dependent_rotary
-from deltatune.lora.parameters import is_parameter_lora
 from deltatune.models.family import Family
 from deltatune.models.plan import Planned, check_reached, plan_swaps, refuse_offload
 from deltatune.models.refusals import attention_dropout
@@ -143,7 +142,7 @@ def prepare(
     if lora == "fused":
         check_all_fused(base, text_model)
     if compile is not None and compile.strict:
-        check_tuners(text_model, lambda module: lora != "stock" and is_parameter_lora(module))
+        check_tuners(text_model, lambda module: lora != "stock" and hasattr(module, "parameter_name"))
     _revert(base)
     put = foreign_forward(base)
     if put is not None and base is not text_model:

@@ -375,9 +375,9 @@ def test_only_layers_that_add_products_of_their_input_are_taken() -> None:
     base = nn.ModuleDict({"linear": nn.Linear(8, 8), "embedding": nn.Embedding(9, 8), "conv": nn.Conv1d(8, 8, 1)})
     model = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["linear", "embedding", "conv"]), base)
     assert [name for name, module in model.named_children() if is_lora_linear(module)] == ["linear"]
-    wrapped = nn.Sequential(nn.Linear(8, 8))
-    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_parameters=["0.weight"]), wrapped)
-    assert not is_lora_linear(wrapped[0])
+    wrapped = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm((8, 8)))
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_parameters=["0.weight", "1.weight"]), wrapped)
+    assert [is_lora_linear(module) for module in wrapped] == [True, False]
 
 
 def test_dora_is_pefts_own_layer() -> None:

@@ -291,3 +291,19 @@ def test_what_is_kept_for_backward_is_small_beside_the_experts() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         assert model(**packed_call()).loss.requires_grad
     assert not [t for t in kept if tuple(t.shape) in shapes and t.data_ptr() not in own]
+
+
+@pytest.mark.parametrize("lora", ["auto", "fused"])
+def test_weights_of_linear_layers_by_their_names_are_lora_layers_like_others(lora: str) -> None:
+    names = ["q_proj.weight", "v_proj.weight", "shared_expert.gate_proj.weight", "shared_expert.down_proj.weight"]
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_parameters=names, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("qwen3_next"), config)
+    other = peft.LoraConfig(r=4, target_modules=[name.removesuffix(".weight") for name in names[:2]])
+    keys = {key for key in peft.get_peft_model(tiny_model("qwen3_next"), other).state_dict() if "lora" in key}
+    assert keys <= set(model.state_dict()), "the same names as of modules"
+    stock = copy.deepcopy(model)
+    prepared = prepare(model, compile=CompileOptions(backend="aot_eager"), lora=lora)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
+    assert {row.mode for row in prepared.report.lora_rows} == {"fused" if lora == "fused" else "unfused"}

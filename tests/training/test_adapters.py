@@ -61,3 +61,55 @@ def test_adapters_are_kept_in_the_dtype_asked_for(adapter_dtype: Any, expected: 
     model = adapt(tiny_model("qwen3", dtype=torch.bfloat16), LoraSection(adapter_dtype=adapter_dtype))
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {expected}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+def adapted_names(model: Any) -> set[str]:
+    """Paths in a layer of what has adapters, wrappers around the same experts left out."""
+    names = (name.partition("layers.")[2].partition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name)
+    return {name.partition(".lora_A")[0].removesuffix(".base_layer") for name in names}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss"])
+def test_all_linear_is_every_linear_layer_of_a_mixture_and_no_expert(family: str) -> None:
+    model = tiny_model(family)
+    linear = {name.partition("layers.")[2].partition(".")[2] for name, module in model.get_decoder().named_modules()
+              if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    model = adapt(model, LoraSection(r=4))
+    assert adapted_names(model) == linear
+    assert all(shape[0] == 4 for shape in (p.shape for n, p in model.named_parameters() if "lora_A" in n))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss"])
+def test_all_experts(family: str) -> None:
+    alone = adapt(tiny_model(family), LoraSection(r=4, target_modules=None, target_parameters="all-experts"))
+    assert adapted_names(alone) == {"mlp.experts"}
+    ranks = {p.shape[0] for n, p in alone.named_parameters() if "lora_A" in n}
+    assert ranks == {4 * 4}, "four experts, and no rank that PEFT doubled"
+    both = adapt(tiny_model(family), LoraSection(r=4, target_parameters="all-experts"))
+    assert adapted_names(both) > {"mlp.experts", "self_attn.q_proj"}
+    chosen = adapt(
+        tiny_model(family), LoraSection(r=4, target_parameters=("experts.down_proj",), layers_to_transform=(1,))
+    )
+    assert not [n for n, _ in chosen.named_parameters() if "lora_" in n and "layers.0." in n]
+    assert [n for n, _ in chosen.named_parameters() if "experts.lora_A" in n]
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("qwen3_next", {"target_modules": ("q_proj", "gate_proj", "up_proj")},
+         r"PEFT takes gate_proj, up_proj for the routed experts of a qwen3_next and drops.*all-experts"),
+        ("qwen3_moe", {"target_modules": ("mlp.down_proj",)}, "PEFT takes mlp.down_proj.*all-experts"),
+        ("qwen3_next", {"target_modules": r".*\.(gate_proj|up_proj)"}, "PEFT takes .*gate_up_proj for the routed"),
+        ("gpt_oss", {"target_modules": ("q_proj", "down_proj")}, "'down_proj' matches no module.*all-experts"),
+        ("qwen3", {"target_parameters": "all-experts"}, "all-experts matches nothing: the model has no routed"),
+        ("qwen3_moe", {"target_parameters": ("experts.gate_up",)}, r"'experts.gate_up' matches no parameter.*did you"),
+        ("qwen3_next", {"lora_dropout": 0.1}, "lora_dropout: 0.1 cannot act on shared_expert.gate_proj.weight"),
+    ],
+)  # fmt: skip
+def test_targets_of_a_mixture_that_peft_would_twist(family: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adapt(tiny_model(family), LoraSection(**values))

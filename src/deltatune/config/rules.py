@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.refused import refusal
-from deltatune.config.schema import Recipe, Source, TrainingSection
+from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import UserError, nearest
 
 __all__ = ["check_recipe", "check_training_names"]
@@ -87,9 +87,21 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     # DoRA rescales the sum of base and adapter, which one product cannot do
     if recipe.lora is not None and recipe.lora.use_dora and recipe.lora.impl == "fused":
         yield "lora.use_dora cannot run in lora.impl: fused; set lora.impl to auto or stock"
+    if recipe.lora is not None:
+        yield from _adapter_errors(recipe.lora)
     given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
+
+
+def _adapter_errors(lora: LoraSection) -> Iterator[str]:
+    if lora.target_modules is None and lora.target_parameters is None:
+        yield "lora has nothing to adapt: give target_modules or target_parameters, or leave the section out"
+    if isinstance(lora.target_parameters, str) and lora.target_parameters != "all-experts":
+        yield f"lora.target_parameters: expected all-experts or a list of names, got {lora.target_parameters}"
+    for name in ("lora_dropout", "use_dora") if lora.target_parameters is not None else ():
+        if getattr(lora, name):
+            yield f"lora.{name} cannot act on lora.target_parameters; leave one of them out"
 
 
 def _data_errors(recipe: Recipe) -> Iterator[str]:

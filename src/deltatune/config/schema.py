@@ -81,9 +81,13 @@ class LoraSection(Section):
     lora_dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter."""
 
-    target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "all-linear"
+    target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = "all-linear"
     """Module name endings as a list, one regular expression over full names, or `all-linear` (every linear layer
-    but the head). A target that matches nothing is an error."""
+    but the head). A target that matches nothing is an error; `null` leaves `target_parameters` alone."""
+
+    target_parameters: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Parameters that get adapters, by name endings such as `mlp.experts.gate_up_proj`, or `all-experts` (both weights
+    of all routed experts). They take neither `lora_dropout` nor `use_dora`."""
 
     exclude_modules: Text | tuple[Text, ...] | None = None
     """Names, or one regular expression, that `target_modules` shall not match."""

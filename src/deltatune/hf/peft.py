@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,14 @@ from torch import nn
 from deltatune.hf.forwards import foreign_forward
 from deltatune.hf.hooks import OFFLOADED, ON_INSTANCE, hooks_of, is_hooked
 
-__all__ = ["readable", "readable_conv", "refuse_prompt_learning", "refuse_virtual_tokens", "trained_copy"]
+__all__ = [
+    "readable",
+    "readable_conv",
+    "refuse_prompt_learning",
+    "refuse_virtual_tokens",
+    "taken_for_experts",
+    "trained_copy",
+]
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
@@ -91,3 +99,19 @@ def refuse_virtual_tokens() -> None:
     for frame, _ in traceback.walk_stack(None):
         if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "peft.peft_model":
             refuse_prompt_learning(frame.f_locals.get("self"))
+
+
+def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names, these and its own, that PEFT takes for the routed experts, whatever linear layers have them; often none.
+
+    For model types whose experts were linear layers in transformers 4 it reads ``gate_proj``, ``up_proj`` and
+    ``down_proj`` in ``target_modules`` as the fused weights, at the end of any path, and drops shared experts and dense
+    MLPs of these names.
+    """
+    import peft
+    from peft.utils import transformers_weight_conversion as conversion
+
+    config = peft.LoraConfig(target_modules=sorted(set(names) | {"gate_proj", "up_proj", "down_proj"}))
+    given = set(config.target_modules or ())
+    conversion.convert_peft_config_for_transformers(config, model, None)
+    return given - set(config.target_modules or ())

@@ -36,7 +36,8 @@ _ONE_PRODUCT = Mode(FUSED, "one product for base and adapter")
 def is_lora_linear(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's LoRA layers that add low-rank products of their input to a base's output.
 
-    Those over quantised bases are classes apart with the same arithmetic. Not what adapts a named parameter.
+    Those over quantised bases are classes apart with the same arithmetic; so is what adapts a linear layer's weight by
+    its name. Not what adapts another Parameter.
     """
     if not type(module).__module__.startswith("peft.tuners.lora."):
         return False
@@ -44,8 +45,12 @@ def is_lora_linear(module: nn.Module) -> bool:
     return (
         {"base_layer", "lora_A", "lora_B", "lora_dropout"} <= parts.keys()
         and not isinstance(parts["base_layer"], _OTHER_BASES)
-        and not hasattr(module, "parameter_name")
+        and (getattr(module, "parameter_name", None) is None or _adapts_linear(module))
     )
+
+
+def _adapts_linear(wrapper: Any) -> bool:
+    return wrapper.parameter_name == "weight" and type(wrapper.base_layer) is nn.Linear
 
 
 def active_adapters(layer: Any) -> tuple[str, ...]:
@@ -71,16 +76,18 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
     reason = _stock_reason(layer, names, linears, planned=device is not None)
     if reason is not None:
         return Mode(STOCK, reason)
+    # PEFT's own forward where it adds a product too; around a weight that it adapts by name it does not
+    plain = UNFUSED if hasattr(layer, "parameter_name") else STOCK
     if setting == "auto" and (device or linears[0].weight.device).type == "cpu":
-        return Mode(STOCK, "on a CPU; lora='fused' makes adapters part of the products there too")
+        return Mode(plain, "on a CPU; lora='fused' makes adapters part of the products there too")
     reason = _unfused_reason(layer, names, linears)
     if reason is not None:
         return Mode(UNFUSED, reason)
     weight = layer.base_layer.weight
     if setting == "auto" and weight.dtype not in _NARROW:
-        return Mode(STOCK, f"the base weights are {_name(weight.dtype)}")
+        return Mode(plain, f"the base weights are {_name(weight.dtype)}")
     if dtype is not None and dtype != weight.dtype:
-        return Mode(STOCK, f"autocast to {_name(dtype)} casts the base weights, {_name(weight.dtype)}, in every call")
+        return Mode(plain, f"autocast to {_name(dtype)} casts the base weights, {_name(weight.dtype)}, in every call")
     return _ONE_PRODUCT
 
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from deltatune.hf.cached import in_stock_path, reached
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.hooks import is_hooked
-from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters
+from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters, is_lora_linear
 from deltatune.ops import Adapter
 from deltatune.subclass import Swapped
 
@@ -61,8 +61,12 @@ class LoRAParameters(Swapped):
 
 
 def is_parameter_lora(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's wrappers around a Parameter; inner ones of a chain are too."""
-    return type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "parameter_name")
+    """Whether a module is one of PEFT's wrappers around a Parameter; inner ones of a chain are too.
+
+    Around the weight of a linear layer it is a LoRA layer like others: ``is_lora_linear``.
+    """
+    wraps = type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "parameter_name")
+    return wraps and not is_lora_linear(module)
 
 
 def parameters_mode(outermost: Any, setting: str) -> Mode:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
+from typing import Any, cast
 
 from torch import nn
 
 from deltatune.config.schema import LoraSection
-from deltatune.errors import UserError, one_line
+from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
+from deltatune.hf.experts import experts_layout
+from deltatune.hf.peft import taken_for_experts
 
 __all__ = ["adapt"]
 
@@ -32,10 +36,7 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
         return model
     import peft
 
-    arguments = section.peft_arguments()
-    _check_names(model, section)
-    if section.target_modules == "all-linear" and towers and section.exclude_modules is None:
-        arguments["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
+    arguments = section.peft_arguments() | _targets(model, section, towers)
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
         adapted: nn.Module = peft.get_peft_model(
@@ -43,7 +44,96 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error
+    if added := set(config.target_parameters or ()) - set(arguments["target_parameters"] or ()):
+        raise UserError(_taken(model, section.target_modules, added))
     return adapted
+
+
+def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[str, Any]:
+    """PEFT's ``target_modules``, ``target_parameters`` and ``exclude_modules``.
+
+    ``all-linear`` is every linear layer of the text model, also where PEFT would take some of their names for experts:
+    the weights of those are named as Parameters, with the same files.
+    """
+    modules: Any = section.target_modules
+    excluded, decoder = section.exclude_modules, hf_model.text_model(model)
+    given = () if modules is None or isinstance(modules, str) else modules
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    taken = taken_for_experts(model, {name.rpartition(".")[2] for name in (*linear, *given)})
+    if wrong := [name for name in given if name.rpartition(".")[2] in taken]:
+        raise UserError(_taken(model, modules, wrong))
+    _check_names(model, section)
+    parameters = [] if section.target_parameters == "all-experts" else list(section.target_parameters or ())
+    if section.target_parameters == "all-experts":
+        parameters += _expert_weights(decoder)
+    if modules == "all-linear":
+        if towers and excluded is None:
+            excluded = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
+        if taken or section.layers_to_transform:  # PEFT takes layers with names alone
+            kept = [name for name in linear if not _excluded(name, excluded)]
+            endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in kept)
+            modules = [name for name in endings if name.rpartition(".")[2] not in taken]
+            parameters += [f"{name}.weight" for name in endings if name.rpartition(".")[2] in taken]
+    if parameters and section.lora_dropout:
+        raise UserError(
+            f"lora.lora_dropout: {section.lora_dropout:g} cannot act on {', '.join(parameters)}, which PEFT can adapt "
+            "as Parameters alone; set it to 0, or leave them out"
+        )
+    if parameters and (towers or section.layers_to_transform):
+        parameters = _full_names(model, decoder, parameters, section.layers_to_transform)
+    return {
+        "target_modules": [] if modules is None else modules,
+        "target_parameters": parameters or None,
+        "exclude_modules": excluded,
+    }
+
+
+def _expert_weights(decoder: Any) -> list[str]:
+    found = [
+        f"{path}.{weight}"
+        for layer in decoder.layers
+        for path, module in layer.named_modules()
+        if (layout := experts_layout(module)) is not None
+        for weight in (layout.up, "down_proj")
+    ]
+    if not found:
+        raise UserError(
+            "lora.target_parameters: all-experts matches nothing: the model has no routed experts with fused weights"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _full_names(model: nn.Module, decoder: Any, endings: list[str], layers: tuple[int, ...] | None) -> list[str]:
+    """Of the text model's layers: PEFT knows neither towers nor ``layers_to_transform`` where it names Parameters."""
+    chosen = [
+        parameter
+        for index, layer in enumerate(decoder.layers)
+        if layers is None or index in layers
+        for parameter in layer.parameters()
+    ]
+    wanted = {id(parameter) for parameter in chosen}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) in wanted and any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    ]
+
+
+def _excluded(name: str, excluded: str | tuple[str, ...] | None) -> bool:
+    """As PEFT reads ``exclude_modules``; a full name may begin in front of the text model."""
+    if isinstance(excluded, str):
+        return re.fullmatch(rf"(?:.*\.)?(?:{excluded})", name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in excluded or ())
+
+
+def _taken(model: nn.Module, modules: object, names: Iterable[str]) -> str:
+    kind = hf_model.text_config(model).model_type
+    given = modules if isinstance(modules, str) else ", ".join(cast("Iterable[str]", modules))
+    return (
+        f"lora.target_modules: {given}: PEFT takes {', '.join(sorted(names))} for the routed experts of a {kind} and "
+        "drops linear layers of these names; for the experts write target_parameters: all-experts, for others their "
+        "weights, as in target_parameters: [shared_expert.gate_proj.weight]"
+    )
 
 
 def _check_names(model: nn.Module, section: LoraSection) -> None:
@@ -52,6 +142,12 @@ def _check_names(model: nn.Module, section: LoraSection) -> None:
         wanted = getattr(section, field)
         if wanted is not None and wanted != "all-linear":
             _each_matches(f"lora.{field}", wanted, names, model)
+    if isinstance(section.target_parameters, tuple):
+        weights = [name for name, _ in model.named_parameters()]
+        for ending in section.target_parameters:
+            if not any(name == ending or name.endswith(f".{ending}") for name in weights):
+                close = nearest(ending, {".".join(name.split(".")[-n:]) for name in weights for n in (2, 3)})
+                raise UserError(f"lora.target_parameters: {ending!r} matches no parameter{close}")
     count = int(hf_model.text_config(model).num_hidden_layers)
     for index in section.layers_to_transform or ():
         if not 0 <= index < count:
@@ -75,7 +171,14 @@ def _each_matches(
             raise UserError(f"{field}: {entry!r} matches no module{_nearest(entry, model)}")
 
 
+def _are_experts(entry: str, model: nn.Module) -> bool:
+    named = re.search(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b", entry)
+    return named is not None and any(experts_layout(module) is not None for module in model.modules())
+
+
 def _nearest(entry: str, model: nn.Module) -> str:
+    if _are_experts(entry, model):
+        return "; routed experts are Parameters: target_parameters: all-experts"
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     wanted = re.sub(r"\W+", " ", entry).split()
