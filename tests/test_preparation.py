@@ -196,6 +196,23 @@ def test_the_report_counts_swaps(hybrid: str) -> None:
     assert report.to_dict()["trainable_parameters"] == report.total_parameters
 
 
+def test_the_report_says_what_of_the_routed_experts_trains() -> None:
+    assert prepare(tiny_model("qwen3")).report.experts is None
+    model = tiny_model("gpt_oss")
+    size = sum(p.numel() for name, p in model.named_parameters() if "experts." in name)
+    assert f"2 a token; {size:,} parameters" in str(prepare(model.requires_grad_(False)).report)
+    linear = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    assert "no adapter on them" in str(prepare(peft.get_peft_model(model, linear)).report)
+    model = tiny_model("gpt_oss")
+    both = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, both)
+    trained = sum(p.numel() for name, p in adapted.named_parameters() if "experts" in name and p.requires_grad)
+    report = prepare(adapted).report
+    assert report.experts is not None
+    assert report.experts.endswith(f"{trained:,} trained for them")
+    assert report.to_dict()["experts"] == report.experts
+
+
 def test_saved_weights_and_architecture_are_stock(tmp_path: Path) -> None:
     model = tiny_model("qwen3_5")
     keys = list(model.state_dict())

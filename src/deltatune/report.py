@@ -12,8 +12,10 @@ from torch import nn
 from deltatune import ops
 from deltatune.compile.graphs import CompileReport, graphs_of
 from deltatune.hf import model as hf_model
+from deltatune.hf.experts import experts_layout, experts_per_token
 from deltatune.hf.patches import Patch, patches
 from deltatune.layers.lora import lora_modes
+from deltatune.lora.parameters import is_parameter_lora
 from deltatune.models.family import SUPPORTED, Family
 from deltatune.options import CompileOptions
 from deltatune.state import State
@@ -69,6 +71,7 @@ class PrepareReport:
     kernels: list[KernelRow]
     trainable: list[TrainableRow]
     total_parameters: int
+    experts: str | None
     checkpointing: str | float
     checkpointing_reason: str | None
     compile: CompileOptions | None
@@ -104,6 +107,7 @@ class PrepareReport:
         lines += ["", f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f}%)"]
         rows = [(r.pattern, r.tensors, f"{r.elements:,}") for r in self.trainable]
         lines += table(("trainable", "tensors", "elements"), rows) if rows else []
+        lines += [] if self.experts is None else ["", f"experts: {self.experts}"]
         if self.lora is not None:
             lines += ["", f"lora: {self.lora}"]
             lines += table(("runs", "because", "layers"), map(astuple, self.lora_rows))
@@ -148,6 +152,7 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
         kernels=kernel_rows(layers, options.kernels, model),
         trainable=_trainable_rows(model),
         total_parameters=sum(p.numel() for p in model.parameters()),
+        experts=_experts(model, text_model),
         checkpointing=state.checkpointing,
         checkpointing_reason=_auto_reason(state),
         compile=options.compile,
@@ -178,6 +183,36 @@ def _trainable_rows(model: nn.Module) -> list[TrainableRow]:
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
             sizes.setdefault(kind, []).append(parameter.numel())
     return [TrainableRow(kind, len(elements), sum(elements)) for kind, elements in sizes.items()]
+
+
+def _experts(model: nn.Module, text_model: Any) -> str | None:
+    """The routed experts with fused weights: how many, which share of the model, and what of them trains."""
+    layouts = {module: experts_layout(module) for module in text_model.modules()}
+    found = [(module, layout) for module, layout in layouts.items() if layout is not None]
+    if not found:
+        return None
+    own = [parameter for module, _ in found for parameter in module.parameters(recurse=False)]
+    wrappers = [module for module in text_model.modules() if is_parameter_lora(module)]
+    adapted = {wrapper.get_base_layer() for wrapper in wrappers}
+    factors = [p for wrapper in wrappers if wrapper.get_base_layer() in layouts for p in _factors(wrapper)]
+    sizes = {module.down_proj.shape[0] for module, _ in found}
+    per_token = {experts_per_token(module.config, module.down_proj.shape[0]) for module, _ in found}
+    elements, total = sum(p.numel() for p in own), sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in (*own, *factors) if p.requires_grad)
+    line = (
+        f"{' or '.join(map(str, sorted(sizes)))} a layer in {len(found)} {'layer' if len(found) == 1 else 'layers'}, "
+        f"{' or '.join(map(str, sorted(per_token)))} a token; {elements:,} parameters "
+        f"({100 * elements / max(total, 1):.1f}%), {trained:,} trained for them"
+    )
+    stock = sum(not isinstance(module, Swapped) for module, _ in found)
+    line += f"; {stock} stay stock" if stock else ""
+    if getattr(model, "peft_config", None) and not any(module in adapted for module, _ in found):
+        line += "; no adapter on them (target_parameters of PEFT; in a recipe lora.target_parameters: all-experts)"
+    return line
+
+
+def _factors(wrapper: Any) -> list[nn.Parameter]:
+    return [*wrapper.lora_A.parameters(), *wrapper.lora_B.parameters()]
 
 
 def _auto_reason(state: State) -> str | None:

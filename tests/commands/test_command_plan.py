@@ -3,6 +3,7 @@ import shutil
 import torch
 
 from deltatune.cli import main
+from deltatune.commands import plan
 
 
 def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
@@ -20,6 +21,18 @@ def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
     ):
         assert expected in page
     assert not (tmp_path / "output").exists()
+
+
+def test_plan_offers_a_smaller_optimizer_where_its_state_weighs(capsys, write_recipe, monkeypatch) -> None:
+    recipe = str(write_recipe())
+    monkeypatch.setattr(plan, "_WEIGHS", 2048)
+    assert main(["plan", recipe]) == 0
+    assert "training.optim: adamw_8bit keeps" not in capsys.readouterr().out, "small tensors stay in float32"
+    recipe = str(write_recipe(lora=None))
+    assert main(["plan", recipe]) == 0
+    assert "training.optim: adamw_8bit keeps" in capsys.readouterr().out
+    assert main(["plan", recipe, "--set", "training.optim=sgd"]) == 0
+    assert "adamw_8bit" not in capsys.readouterr().out
 
 
 def test_plan_loads_no_weights(write_recipe, monkeypatch, checkpoint, tmp_path) -> None:

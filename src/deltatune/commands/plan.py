@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from typing import Final
 
+from torch import nn
 from transformers import TrainingArguments
 
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.compile.memory import device_memory
+from deltatune.compile.memory import MemoryEstimate, device_memory, optimizer_bytes
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.training.adapters import adapt
@@ -21,6 +23,10 @@ from deltatune.training.packs import load_packs
 from deltatune.training.run import estimate_step, prepare_by_recipe
 
 __all__ = ["run"]
+
+_EIGHT_BIT: Final = "adamw_8bit"
+#: Bytes worth a line.
+_WEIGHS: Final = 2**28
 
 
 @quiet_libraries()
@@ -40,9 +46,22 @@ def run(args: argparse.Namespace) -> int:
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
-    lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}"]
+    lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}", *_smaller_state(recipe, model, estimate)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -> list[str]:
+    """The same optimizer in 8 bits, where its state weighs: of adapters on experts it often dominates."""
+    if not recipe.training.optim.startswith("adamw") or "8bit" in recipe.training.optim:
+        return []
+    eight = sum(optimizer_bytes(p, _EIGHT_BIT) for p in model.parameters() if p.requires_grad)
+    if estimate.optimizer - eight < _WEIGHS:
+        return []
+    return [
+        f"the optimizer's state is {estimate.optimizer / 2**30:.1f} GiB of it; training.optim: {_EIGHT_BIT} keeps "
+        f"{eight / 2**30:.1f} GiB (pip install bitsandbytes)"
+    ]
 
 
 def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
