@@ -177,9 +177,40 @@ def test_hidden_states_with_compiled_layers() -> None:
     assert prepared.compile_report.breaks == []
 
 
-def test_router_logits_are_refused_with_compiled_layers() -> None:
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [("qwen3_moe", "none"), ("gpt_oss", "layer"), ("qwen3_5_moe", 0.5)]
+)
+def test_router_logits_leave_the_compiled_layers(family: str, checkpointing: str | float) -> None:
+    model = tiny_model(family).train()
+    model.router_aux_loss_coef = 0.5
+    reference = copy.deepcopy(model)
+    prepare(reference)
+    prepared = prepare(model, compile=TRACED, checkpointing=checkpointing)
+    train(model, 1)
+    first, *rest = batches(3)
+    for number, batch in enumerate((first, *rest)):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            outputs = [one(**batch, output_router_logits=True) for one in (model, reference)]
+        ours, theirs = outputs
+        assert len(ours.router_logits) == len(theirs.router_logits) == 2
+        torch.testing.assert_close(ours.router_logits, theirs.router_logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.aux_loss, theirs.aux_loss, rtol=1e-5, atol=0)
+        for one, output in zip((model, reference), outputs, strict=True):
+            one.zero_grad(set_to_none=True)
+            output.loss.backward()
+        for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm().clamp_min(1e-6), name
+    as_tuple = model(**first, output_router_logits=True, return_dict=False)
+    assert any(isinstance(part, tuple) and len(part) == 2 for part in as_tuple)
+    train(model, 1)
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.breaks == []
+    assert not any("router" in key for module in model.modules() for key in module.__dict__ if key.startswith("_delta"))
+
+
+def test_router_logits_are_refused_inside_one_graph() -> None:
     model = tiny_model("qwen3_moe")
-    prepare(model, compile=TRACED)
+    prepare(model, compile=CompileOptions(scope="model", backend="aot_eager"))
     with pytest.raises(ValueError, match="output_router_logits is recorded inside"):
         model(**batches(1)[0], output_router_logits=True)
 

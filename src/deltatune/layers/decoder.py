@@ -22,6 +22,7 @@ from deltatune.hf.capture import keep_capture_hooks_outside
 from deltatune.hf.forwards import replaced_since
 from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
+from deltatune.layers.router import has_router, recording, run_recorded
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
@@ -62,10 +63,11 @@ class DecoderLayer(Swapped):
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
                 if not _brings_gradients(self, (args, kwargs)):
                     label = layer_label(self) + FROZEN
-                    return graphs_of(state).run(label, forward, self, hidden_states, *args, **kwargs)
+                    return run_recorded(graphs_of(state).run, label, forward, self, hidden_states, *args, **kwargs)
                 # the first layer that trains takes the graph of those behind it, whose inputs have a gradient
                 hidden_states = hidden_states.detach().requires_grad_()
-            return graphs_of(state).run(layer_label(self), forward, self, hidden_states, *args, **kwargs)
+            label = layer_label(self)
+            return run_recorded(graphs_of(state).run, label, forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
         return forward(self, hidden_states, *args, **kwargs)
@@ -173,9 +175,15 @@ class TextModel(Swapped):
         options = compile_options(self._deltatune)
         if options is None or torch.compiler.is_compiling():
             return super().forward(**call)
-        keep_capture_hooks_outside(self, call, options.scope)
+        wants_logits = keep_capture_hooks_outside(self, call, options.scope, routers=has_router(self))
         if options.scope == "layer":
-            return super().forward(**call)
+            if not wants_logits:
+                return super().forward(**call)
+            as_tuple = call.pop("return_dict", getattr(self.config, "return_dict", True)) is False
+            with recording() as logits:
+                output = super().forward(**call, return_dict=True)
+            output["router_logits"] = tuple(logits)
+            return output.to_tuple() if as_tuple else output
         return graphs_of(self._deltatune).run("text_model", stock_class(self).forward, self, **call)
 
     def _no_mask(self, device: torch.device) -> Any:

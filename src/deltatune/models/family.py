@@ -17,8 +17,8 @@ __all__ = ["IMAGES", "ROUTER_LOSS", "SUPPORTED", "Family", "Swap", "count_layers
 #: A feature held by the laws; one that works with a known limit is ``experimental:`` and the limit.
 SUPPORTED = "supported"
 
-#: The router's auxiliary loss couples documents by definition, and its logits cannot leave a compiled layer.
-ROUTER_LOSS = "experimental: output_router_logits works without compile; with compile it is refused"
+#: The router's auxiliary loss couples documents by definition.
+ROUTER_LOSS = "experimental: output_router_logits works with compile of layers; of the whole model it is refused"
 
 IMAGES = "experimental: the vision tower stays stock; boundaries must be passed together with three-row positions"
 

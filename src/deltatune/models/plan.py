@@ -15,6 +15,7 @@ from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.decoder import DecoderLayer, TextModel
 from deltatune.layers.experts import Experts
 from deltatune.layers.rotary import DocumentRotary, length_dependent_rotary
+from deltatune.layers.router import Router, recorded_routers
 from deltatune.models.family import Family
 from deltatune.subclass import Swapped, stock_class
 
@@ -42,6 +43,7 @@ def plan_swaps(base: nn.Module, text_model: Any, family: Family) -> list[Planned
         ValueError: another number of modules than that.
     """
     plan = [*_of_family(base, text_model, family), *_by_class(DecoderLayer, text_model.layers, text_model.config)]
+    plan += _by_class(Router, recorded_routers(text_model))
     if not family.swaps:
         plan += _by_class(Experts, (m for m in text_model.modules() if experts_layout(m) is not None))
     if family.final_norm is not None and (norms := _final_norms(text_model, family)):
