@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_doctor(commands)
     _add_merge(commands)
+    _add_export(commands)
     return parser
 
 
@@ -135,6 +136,16 @@ def _add_merge(commands: _Commands) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the merged checkpoint goes; must be new")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the merged weights; the base's by default")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+
+
+def _add_export(commands: _Commands) -> None:
+    parser = _add(commands, "export", "Write an adapter in the form that an inference server reads.")
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the folder of a trained adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the new adapter goes; must be new")
+    what = "per-expert: a pair of matrices for each projection of each routed expert; peft: PEFT's own"
+    parser.add_argument("--layout", required=True, choices=("peft", "per-expert"), help=what)
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
 
 

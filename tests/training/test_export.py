@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from training_cases import byte_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune import prepare
 from deltatune.errors import UserError
-from deltatune.training.export import merge_adapter, save_trained, staged
+from deltatune.training.export import export_adapter, merge_adapter, save_trained, staged
 from tiny import tiny_model
 
 
@@ -113,3 +114,71 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "whole").write_text("")
         assert not (tmp_path / "x").exists()
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_each_expert_add_what_the_fused_ones_add(
+    family: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The names and shapes that servers read, written out, against PEFT's own merge."""
+    base = tiny_model(family)
+    base.save_pretrained(tmp_path / "base")
+    patterns = {"gate_up_proj": 3} if len(targets) == 2 else {}
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=["o_proj"], target_parameters=[f"mlp.experts.{name}" for name in targets],
+        rank_pattern={rf"experts.{name}": rank for name, rank in patterns.items()}, init_lora_weights=False,
+    )  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    prepare(model)
+    save_trained(model, None, tmp_path / "adapter")
+    exported = export_adapter(tmp_path / "adapter", tmp_path / "served", layout="per-expert")
+    state = load_file(exported / "adapter_model.safetensors")
+    written = json.loads((exported / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["target_parameters"] is None
+    assert not any("base_layer" in name for name in state)
+    merged = model.merge_and_unload().state_dict()
+    interleaved = family == "gpt_oss"
+    for name, weight in base.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj") or "experts" not in path:
+            continue
+        change = merged[name] - weight
+        change = change.mT if interleaved else change
+        for e in range(4):
+            prefix = f"base_model.model.{path}.{e}"
+            if leaf not in targets:
+                assert not any(
+                    key.startswith(f"{prefix}.down_proj" if leaf == "down_proj" else f"{prefix}.up") for key in state
+                )
+                continue
+            rows = {"down_proj": change[e]}
+            if leaf == "gate_up_proj":
+                halves = (change[e][::2], change[e][1::2]) if interleaved else change[e].chunk(2)
+                rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True))
+            for projection, expected in rows.items():
+                a, b = (state[f"{prefix}.{projection}.lora_{one}.weight"] for one in "AB")
+                rank = written["rank_pattern"].get(rf"experts\.\d+\.{projection}", written["r"])
+                assert rank == a.shape[0] == b.shape[1]
+                torch.testing.assert_close(written["lora_alpha"] / rank * b @ a, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_stock_peft_reads_the_adapters_of_each_expert(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    expected = logits(model)
+    save_trained(model, None, tmp_path / "adapter")
+    exported = export_adapter(tmp_path / "adapter", tmp_path / "served", layout="per-expert")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(exported))
+    assert relative(logits(loaded), expected) < 1e-5
+    same = export_adapter(tmp_path / "adapter", tmp_path / "same", layout="peft")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(same))
+    assert relative(logits(loaded), expected) < 1e-6
+
+
+def test_an_adapter_without_experts_is_not_split(tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(UserError, match="none on routed experts"):
+        export_adapter(adapter, tmp_path / "served", layout="per-expert")
+    assert not (tmp_path / "served").exists()

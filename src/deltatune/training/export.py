@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import load_peft_weights
+from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
-from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
+from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
+from deltatune.training.servers import per_expert
 
-__all__ = ["merge_adapter", "save_trained", "staged", "write_json"]
+__all__ = ["export_adapter", "merge_adapter", "save_trained", "staged", "write_json"]
 
 # Readers tell an adapter or a model by these files, so they are moved into place last.
 _MARKERS = ("adapter_config.json", "config.json")
@@ -57,20 +61,8 @@ def merge_adapter(
     Raises:
         UserError: a folder that holds no adapter, a base model that cannot be found, or an output folder in use.
     """
-    adapter, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
-    recorded = _adapter_base(adapter)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty; choose another output folder")
-    name = base or recorded
-    if not name:
-        raise UserError(f"{adapter} names no base model; pass it with --base")
-    section = ModelSection.model_validate(
-        {"name_or_path": name, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    )
-    try:
-        config = load_config(section)
-    except UserError as error:
-        raise UserError(f"the adapter's base model: {error}; pass another with --base") from error
+    adapter, output = _adapter_and_output(adapter_dir, output_dir)
+    section, config = _base_of(adapter, base, dtype=dtype, trust_remote_code=trust_remote_code)
     merged = _merged(load_model(section, config), adapter)
     if (adapter / "tokenizer_config.json").is_file():
         # the adapter's own has its chat template
@@ -79,6 +71,68 @@ def merge_adapter(
     with staged(output) as folder:
         _save(merged, tokenizer, folder)
     return output
+
+
+def export_adapter(
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    layout: str,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Writes an adapter in a form that an inference server reads; see ``servers``.
+
+    Args:
+        adapter_dir: a folder that PEFT's ``save_pretrained`` wrote.
+        output_dir: the new adapter's folder, which is returned; it must not exist, or be empty.
+        layout: ``"peft"``, or ``"per-expert"`` for one pair of matrices for each projection of each routed expert.
+        base: the base model, where it is no longer where the adapter says; its config alone is read.
+        trust_remote_code: run model code that comes with the base model.
+
+    Raises:
+        UserError: a folder that holds no adapter, a base model that cannot be found, adapters that cannot be split, or
+            an output folder in use.
+    """
+    adapter, output = _adapter_and_output(adapter_dir, output_dir)
+    state, config = (
+        load_peft_weights(str(adapter), device="cpu"),
+        json.loads((adapter / _MARKERS[0]).read_text("utf-8")),
+    )
+    if layout == "per-expert":
+        section, _ = _base_of(adapter, base, trust_remote_code=trust_remote_code)
+        state, config = per_expert(state, config, empty_model(section))
+    with staged(output) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+        write_json(folder / _MARKERS[0], config)
+        for path in adapter.iterdir():
+            if path.is_file() and not path.name.startswith("adapter_"):
+                shutil.copy2(path, folder / path.name)
+    return output
+
+
+def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Path, Path]:
+    adapter, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
+    _adapter_base(adapter)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another output folder")
+    return adapter, output
+
+
+def _base_of(
+    adapter: Path, base: str | None, *, dtype: str = "auto", trust_remote_code: bool
+) -> tuple[ModelSection, PreTrainedConfig]:
+    """The base model of an adapter as a section of a recipe, and its config."""
+    name = base or _adapter_base(adapter)
+    if not name:
+        raise UserError(f"{adapter} names no base model; pass it with --base")
+    section = ModelSection.model_validate(
+        {"name_or_path": name, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    )
+    try:
+        return section, load_config(section)
+    except UserError as error:
+        raise UserError(f"the adapter's base model: {error}; pass another with --base") from error
 
 
 @contextmanager
