@@ -320,3 +320,17 @@ def test_low_rank_equals_its_formula(adapter_dtype):
     ):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_that_changes_before_a_checkpoint_recomputes_is_an_error() -> None:
+    weight, x = torch.randn(40, 24), torch.randn(7, 24, requires_grad=True)
+    down, up, scale = torch.randn(4, 24, requires_grad=True), torch.randn(40, 4, requires_grad=True), [0.5]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return linear_with_lora(x, [weight], [[Adapter(down, up, scale[0])]])[0]
+
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    y = checkpoint(run, x, use_reentrant=False)
+    scale[0] = 1.5
+    with pytest.raises(RuntimeError, match=r"scale of an adapter was changed.*\[0.5\] to \[1.5\]"):
+        y.sum().backward()

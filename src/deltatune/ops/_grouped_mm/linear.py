@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._grouped_mm.op import grouped_gram, grouped_mm
-from deltatune.ops._lora_linear.api import Adapter
+from deltatune.ops._lora_linear.api import Adapter, check_scales, noted_scales
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import first_order_backward
 
@@ -62,16 +62,17 @@ class _GroupedLinear(torch.autograd.Function):
             u = grouped_mm(rows, down, offsets, None, None, ctx.impl)
         x_trains, weight_trains, *_ = ctx.needs_input_grad
         keeps_x = weight_trains or any(ctx.needs_input_grad[7::2])
-        ctx.save_for_backward(
-            x if keeps_x else None, weight if x_trains else None, offsets, source, places, u, *factors
-        )
+        kept = x if keeps_x else None, weight if x_trains else None
+        noted = noted_scales(ctx.scales) if factors else None
+        ctx.save_for_backward(noted, *kept, offsets, source, places, u, *factors)
         ctx.weight_dtype = weight.dtype
         return _product(rows, weight, offsets, u, up, ctx.impl)
 
     @staticmethod
     @first_order_backward("grouped_linear", remedy="detach its input and its adapters")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets, source, places, u, *factors = ctx.saved_tensors
+        noted, x, weight, offsets, source, places, u, *factors = ctx.saved_tensors
+        check_scales("grouped_linear", noted, ctx.scales)
         x_trains, weight_trains, *_ = ctx.needs_input_grad
         downs, ups = factors[::2], factors[1::2]
         down_trains, up_trains = (any(ctx.needs_input_grad[first::2]) for first in (7, 8))

@@ -20,7 +20,7 @@ from torch import Tensor
 from deltatune.ops._lora_linear.op import lora_accumulate, lora_sum_products, lora_up_backward
 from deltatune.ops._opaque import first_order_backward
 
-__all__ = ["Adapter", "linear_with_lora", "low_rank"]
+__all__ = ["Adapter", "check_scales", "linear_with_lora", "low_rank", "noted_scales"]
 
 #: What tensor cores multiply at once.
 _MULTIPLE: Final = 16
@@ -62,6 +62,24 @@ def linear_with_lora(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Se
 def low_rank(x: Tensor, adapter: Adapter) -> Tensor:
     """``s (x A^T) B^T`` in the dtype of ``x``, as ``linear_with_lora`` without a weight."""
     return linear_with_lora(x, (), [[adapter]])[0]
+
+
+def noted_scales(scales: Sequence[float]) -> Tensor | None:
+    """What a forward scaled with, to be saved with its products: a checkpoint that recomputes these saves it anew."""
+    return None if torch.compiler.is_compiling() else torch.tensor(scales, dtype=torch.float64, device="cpu")
+
+
+def check_scales(op: str, noted: Tensor | None, scales: Sequence[float]) -> None:
+    """Whether the products that backward has are those of the forward it belongs to.
+
+    Raises:
+        RuntimeError: they were recomputed at other scales.
+    """
+    if type(noted) is Tensor and noted.tolist() != list(scales):
+        raise RuntimeError(
+            f"{op}: the scale of an adapter was changed between a forward and its recomputation in backward, from "
+            f"{list(scales)} to {noted.tolist()}; change it after backward"
+        )
 
 
 # From here on ``counts`` are the numbers of adapters of every layer; all adapters stand in a row, and so do their
@@ -121,7 +139,7 @@ class _LinearWithLora(torch.autograd.Function):
         across, *columns = _copied(torch.cat([a.mT for a in parts], 1), *columns)
         narrow = x @ across
         ctx.counts, ctx.scales = counts, scales
-        ctx.save_for_backward(x, narrow, *tensors)
+        ctx.save_for_backward(noted_scales(scales), x, narrow, *tensors)
         outputs = []
         for weight, b, at in zip(weights or (None,) * len(counts), columns, offsets, strict=True):
             u = narrow[:, at : at + b.shape[1]]
@@ -131,7 +149,8 @@ class _LinearWithLora(torch.autograd.Function):
     @staticmethod
     @first_order_backward("linear_with_lora", remedy="detach its input and its adapters")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow, *tensors = ctx.saved_tensors
+        noted, x, narrow, *tensors = ctx.saved_tensors
+        check_scales("linear_with_lora", noted, ctx.scales)
         weights, down, up = _parts(tensors, len(ctx.scales))
         x_trains, _, _, *train = ctx.needs_input_grad
         _, down_trains, up_trains = map(any, _parts(train, len(ctx.scales)))
