@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import moe_cases
 from benchmarks.shapes import Shape
 from benchmarks.systems import draw_lengths
 from deltatune import Sequences, ops
@@ -534,6 +535,45 @@ def varlen_attention(shape: Shape, tokens: int, run: Run) -> Case:
     )
 
 
+def moe_experts(shape: Shape, tokens: int, run: Run, *, rank: int = 0, busiest: int = moe_cases.BALANCED) -> Case:
+    """x ``[T, H]`` through its experts, the weights frozen; with a rank, adapters on all experts train."""
+    sizes = moe_cases.sizes_of(shape)
+    normal = run.draw(0)
+    weights = {
+        "up": normal(sizes.experts, 2 * sizes.inner, sizes.hidden, scale=sizes.hidden**-0.5),
+        "down": normal(sizes.experts, sizes.hidden, sizes.inner, scale=sizes.inner**-0.5),
+    }
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator(run.device).manual_seed(seed)
+        return weights | moe_cases.draw_inputs(run.draw(seed), generator, sizes, tokens, busiest=busiest, rank=rank)
+
+    def make(impl: str) -> Function:
+        ops.choose(ops.GroupedMmSpec(run.device, run.dtype, weights["up"].shape), impl)  # or why it cannot run
+        function = moe_cases.ours(impl, sizes, rank)
+        return function if impl == "reference" else _compiled(function)
+
+    stock = moe_cases.baselines(shape, sizes, rank, weights, run.device)
+    stream, rows = tokens * sizes.hidden * run.dtype.itemsize, tokens * sizes.top_k
+    moved = 2 * rows * sizes.hidden * run.dtype.itemsize + sum(w.numel() * w.element_size() for w in weights.values())
+    return Case(
+        op="grouped_mm",
+        config={**sizes._asdict(), "rank": rank, "busiest": busiest},
+        draw=draw,
+        outputs=("y",),
+        trained=("x", *(f"{name}_{factor}" for name in ("up", "down") for factor in "AB" if rank)),
+        variants={
+            **_ours(make, "torch", "triton", compile_reference=False),
+            **{name: Variant(by, build) for name, by, build in stock},
+        },
+        forward_bytes=2 * stream + moved,
+        backward_bytes=2 * stream + moved,
+        gemm=_SQUARE,
+        choice={"weight_shape": weights["up"].shape},
+    )
+
+
+_MOE: Final = functools.partial(Entry, shapes=("qwen3.5-35b-a3b",), tokens=(8192, 16384))
 CASES: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry(gated_delta_rule, hybrid=True),
     "causal_conv": Entry(causal_conv, hybrid=True),
@@ -542,5 +582,9 @@ CASES: Final[Mapping[str, Entry]] = {
     "gated_rms_norm": Entry(gated_rms_norm, hybrid=True),
     "linear_cross_entropy": Entry(linear_cross_entropy),
     "varlen_attention": Entry(varlen_attention),
+    "moe_experts": _MOE(moe_experts),
+    "moe_experts_skewed": _MOE(functools.partial(moe_experts, busiest=moe_cases.SKEWED)),
+    "moe_experts_lora": _MOE(functools.partial(moe_experts, rank=moe_cases.RANK)),
+    "moe_experts_lora_skewed": _MOE(functools.partial(moe_experts, rank=moe_cases.RANK, busiest=moe_cases.SKEWED)),
 }
 """Op, or an op in the form that a layer calls, -> how to measure it."""

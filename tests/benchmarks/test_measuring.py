@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -307,3 +308,18 @@ def test_a_round_that_time_did_not_reach_loses_no_other() -> None:
     assert (found["status"], found["median_ms"], found["rounds"], found["label"]) == ("ok", 2.0, 1, "before")
     assert session.merged("", [late], tokens=4)["status"] == "not run"
     assert session.merged("", [first, late | {"status": "failed"}], tokens=4)["status"] == "failed"
+
+
+def test_experts_of_a_mixture_are_measured_beside_the_stock_ones() -> None:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8}
+    shape = replace(SHAPES["tiny"], model_type="qwen3_5_moe_text", values=values)
+    case = op_cases.moe_experts(shape, 50, RUN, rank=4, busiest=2)
+    inputs = case.draw(1)
+    assert int(inputs["index"].flatten().bincount(minlength=8).argmax()) == 0
+    found = ops.measure_case(case, RUN, seconds=0.01)
+    status = {r["impl"]: r["status"] for r in found["results"]}
+    assert {status.pop("torch"), status.pop("triton")} == {"unavailable"}
+    assert set(status.values()) == {"ok"}
+    assert {"reference", "stock + PEFT target_parameters", "separate grouped products, compiled"} == set(status)
+    assert "stock grouped_mm, compiled" in op_cases.moe_experts(shape, 50, RUN).variants

@@ -1,0 +1,156 @@
+"""The routed experts of a layer at the shapes of models: frozen, and with adapters on all of them."""
+
+# T tokens, k experts of a token, R = T * k rows, X experts, H hidden width, I width of an expert, r rank of an expert
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.shapes import Shape
+from deltatune import ops
+from deltatune.ops import Adapter, ExpertLinear
+
+__all__ = ["BALANCED", "RANK", "SKEWED", "Sizes", "baselines", "draw_inputs", "ours", "sizes_of"]
+
+#: Rows of the busiest expert over those of the mean one.
+BALANCED: Final = 1
+SKEWED: Final = 16
+RANK: Final = 16
+_SCALE: Final = 2.0
+_FACTORS: Final = ("up_A", "up_B", "down_A", "down_B")
+
+
+class Sizes(NamedTuple):
+    """X, k, H and I."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+
+def sizes_of(shape: Shape) -> Sizes:
+    """Of a model's mixtures."""
+    names = ("num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
+    return Sizes(*(shape.values[name] for name in names))
+
+
+def draw_inputs(
+    normal: Callable[..., Tensor], generator: torch.Generator, sizes: Sizes, tokens: int, *, busiest: int, rank: int
+) -> dict[str, Tensor]:
+    """Hidden states, routing and, with a rank, factors in fp32 in PEFT's order; ``busiest`` as BALANCED and SKEWED."""
+    experts, top_k, hidden, inner = sizes
+    scores = torch.rand(tokens, experts, generator=generator, device=generator.device)
+    share = min(1.0, busiest * top_k / experts)
+    if busiest > 1:
+        scores[torch.rand(tokens, generator=generator, device=generator.device) < share, 0] = 2.0
+    chosen = scores.topk(top_k, dim=-1)
+    found = {"x": normal(tokens, hidden), "index": chosen.indices, "weights": chosen.values.softmax(-1)}
+    if rank:
+        for name, (fan_in, fan_out) in {"up": (hidden, 2 * inner), "down": (inner, hidden)}.items():
+            found[f"{name}_A"] = normal(experts * rank, fan_in, dtype=torch.float32, scale=fan_in**-0.5)
+            found[f"{name}_B"] = normal(fan_out, rank * experts, dtype=torch.float32, scale=rank**-0.5)
+    return found
+
+
+def swiglu(rows: Tensor) -> Tensor:
+    """``silu(first half) * second half``."""
+    gate, up = rows.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def ours(impl: str, sizes: Sizes, rank: int) -> Callable[[Any], Tensor]:
+    """``ops.moe_experts``."""
+
+    def adapters(t: Any, name: str) -> list[Adapter]:
+        if not rank:
+            return []
+        down, up = t[f"{name}_A"], t[f"{name}_B"]
+        a, b = down.view(sizes.experts, rank, -1), up.view(up.shape[0], rank, sizes.experts).permute(2, 0, 1)
+        return [Adapter(a, b, _SCALE)]
+
+    def run(t: Any) -> Tensor:
+        up, down = (ExpertLinear(t[name], None, adapters(t, name)) for name in ("up", "down"))
+        return ops.moe_experts(t["x"], t["index"], t["weights"], up, down, swiglu, impl=impl)
+
+    return run
+
+
+def baselines(
+    shape: Shape, sizes: Sizes, rank: int, weights: Any, device: torch.device
+) -> Iterable[tuple[str, str, Callable[[], Any]]]:
+    """Name, whose it is, and how to build it."""
+
+    def stock(*, compiled: bool) -> Callable[[Any], Tensor]:
+        module = _stock_experts(shape, sizes, weights, device)
+        run = torch.compile(module, dynamic=False) if compiled else module
+        return lambda t: run(t["x"], t["index"], t["weights"].to(t["x"].dtype))
+
+    def peft() -> Callable[[Any], Tensor]:
+        import peft as library
+
+        holder = nn.ModuleDict({"experts": _stock_experts(shape, sizes, weights, device)})
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        config = library.LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), target_parameters=names)
+        wrapped = library.inject_adapter_in_model(config, holder)["experts"].to(device)
+        paths = ("base_layer.lora_A", "base_layer.lora_B", "lora_A", "lora_B")
+        named = {f"{path}.default.weight": name for path, name in zip(paths, _FACTORS, strict=True)}
+
+        def run(t: Any) -> Tensor:
+            given = {path: t[name] for path, name in named.items()}
+            routed = (t["x"], t["index"], t["weights"].to(t["x"].dtype))
+            result: Tensor = torch.func.functional_call(wrapped, given, routed)
+            return result
+
+        return run
+
+    def separate() -> Callable[[Any], Tensor]:
+        if not hasattr(F, "grouped_mm"):
+            raise ImportError("torch has no grouped_mm")
+        run = functools.partial(_separate_products, sizes, rank)
+        return torch.compile(run, dynamic=False)
+
+    if rank:
+        yield "stock + PEFT target_parameters", "stock", peft
+        yield "separate grouped products, compiled", "library", separate
+    else:
+        yield "stock grouped_mm", "stock", functools.partial(stock, compiled=False)
+        yield "stock grouped_mm, compiled", "stock", functools.partial(stock, compiled=True)
+
+
+def _stock_experts(shape: Shape, sizes: Sizes, weights: Any, device: torch.device) -> nn.Module:
+    """transformers' experts by its grouped products, around the case's own weights."""
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
+
+    config = shape.config()
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        module: Any = Qwen3_5MoeExperts(config)
+    module.gate_up_proj = nn.Parameter(weights["up"], requires_grad=False)
+    module.down_proj = nn.Parameter(weights["down"], requires_grad=False)
+    assert module.gate_up_proj.shape == (sizes.experts, 2 * sizes.inner, sizes.hidden)
+    moved: nn.Module = module.to(device)
+    return moved
+
+
+def _separate_products(sizes: Sizes, rank: int, t: Any) -> Tensor:
+    """LoRA of experts as two grouped products more for each weight and an addition, by torch's own."""
+    slots = t["index"].flatten()
+    order = slots.argsort(stable=True)
+    offsets = slots.bincount(minlength=sizes.experts).cumsum(0).int()
+
+    def linear(rows: Tensor, name: str) -> Tensor:
+        a = t[f"{name}_A"].to(rows.dtype).view(sizes.experts, rank, -1)
+        b = t[f"{name}_B"].to(rows.dtype).view(-1, rank, sizes.experts).permute(2, 0, 1).contiguous()
+        narrow = F.grouped_mm(rows, a.mT, offs=offsets)
+        return F.grouped_mm(rows, t[name].mT, offs=offsets) + _SCALE * F.grouped_mm(narrow, b.mT, offs=offsets)
+
+    rows = linear(swiglu(linear(t["x"][order // sizes.top_k], "up")), "down")
+    weighted = rows * t["weights"].flatten()[order].unsqueeze(-1).to(rows.dtype)
+    return torch.zeros_like(t["x"]).index_add(0, order // sizes.top_k, weighted)
