@@ -314,7 +314,7 @@ def test_experts_of_a_mixture_are_measured_beside_the_stock_ones() -> None:
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8}
     shape = replace(SHAPES["tiny"], model_type="qwen3_5_moe_text", values=values)
-    case = op_cases.moe_experts(shape, 50, RUN, rank=4, busiest=2)
+    case = op_cases.moe_experts(shape, 50, RUN, rank=8, busiest=2)
     inputs = case.draw(1)
     assert int(inputs["index"].flatten().bincount(minlength=8).argmax()) == 0
     found = ops.measure_case(case, RUN, seconds=0.01)
