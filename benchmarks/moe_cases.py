@@ -23,7 +23,7 @@ BALANCED: Final = 1
 SKEWED: Final = 16
 RANK: Final = 16
 _SCALE: Final = 2.0
-_FACTORS: Final = ("up_A", "up_B", "down_A", "down_B")
+_FACTOR_NAMES: Final = ("up_A", "up_B", "down_A", "down_B")
 
 
 class Sizes(NamedTuple):
@@ -100,7 +100,7 @@ def baselines(
         config = library.LoraConfig(r=rank, lora_alpha=int(_SCALE * rank), target_parameters=names)
         wrapped = library.inject_adapter_in_model(config, holder)["experts"].to(device)
         paths = ("base_layer.lora_A", "base_layer.lora_B", "lora_A", "lora_B")
-        named = {f"{path}.default.weight": name for path, name in zip(paths, _FACTORS, strict=True)}
+        named = {f"{path}.default.weight": name for path, name in zip(paths, _FACTOR_NAMES, strict=True)}
 
         def run(t: Any) -> Tensor:
             given = {path: t[name] for path, name in named.items()}
@@ -113,8 +113,8 @@ def baselines(
     def separate() -> Callable[[Any], Tensor]:
         if not hasattr(F, "grouped_mm"):
             raise ImportError("torch has no grouped_mm")
-        run = functools.partial(_separate_products, sizes, rank)
-        return torch.compile(run, dynamic=False)
+        run = torch.compile(functools.partial(_separate_products, sizes), dynamic=False)
+        return lambda t: run(t, {name: _factors(sizes, rank, t, name) for name in ("up", "down")})
 
     if rank:
         yield "stock + PEFT target_parameters", "stock", peft
@@ -139,15 +139,20 @@ def _stock_experts(shape: Shape, sizes: Sizes, weights: Any, device: torch.devic
     return moved
 
 
-def _separate_products(sizes: Sizes, rank: int, t: Any) -> Tensor:
+def _factors(sizes: Sizes, rank: int, t: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A ``[X, r, K]`` and B ``[X, N, r]`` in the dtype of x; not compiled, which would take another order of dims."""
+    a, b = (t[f"{name}_{factor}"].to(t["x"].dtype) for factor in "AB")
+    return a.view(sizes.experts, rank, -1), b.view(-1, rank, sizes.experts).permute(2, 0, 1).contiguous()
+
+
+def _separate_products(sizes: Sizes, t: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
     """LoRA of experts as two grouped products more for each weight and an addition, by torch's own."""
     slots = t["index"].flatten()
     order = slots.argsort(stable=True)
     offsets = slots.bincount(minlength=sizes.experts).cumsum(0).int()
 
     def linear(rows: Tensor, name: str) -> Tensor:
-        a = t[f"{name}_A"].to(rows.dtype).view(sizes.experts, rank, -1)
-        b = t[f"{name}_B"].to(rows.dtype).view(-1, rank, sizes.experts).permute(2, 0, 1).contiguous()
+        a, b = factors[name]
         narrow = F.grouped_mm(rows, a.mT, offs=offsets)
         return F.grouped_mm(rows, t[name].mT, offs=offsets) + _SCALE * F.grouped_mm(narrow, b.mT, offs=offsets)
 

@@ -40,10 +40,15 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
 
 def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, up: Tensor | None) -> Tensor:
     """``[R, N]``, each product accumulated in fp32; rows past the last group stay unwritten."""
-    y = F.grouped_mm(x.contiguous(), weight.mT, offs=offsets)
+    y = F.grouped_mm(x.contiguous(), _dense(weight).mT, offs=offsets)
     if narrow is not None and up is not None:
-        y += F.grouped_mm(narrow.contiguous(), up.mT, offs=offsets)
+        y += F.grouped_mm(narrow.contiguous(), _dense(up).mT, offs=offsets)
     return y
+
+
+def _dense(matrices: Tensor) -> Tensor:
+    """With rows or columns next to each other."""
+    return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
 
 
 def gram(left: Tensor, right: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
