@@ -135,6 +135,17 @@ def test_a_broken_rule_stops_the_recipe(broken, named, mended, tmp_path) -> None
     assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
 
 
+@pytest.mark.parametrize(("setting", "plain"), [("name: all", "name=null"), ("split: test", "split=train")])
+def test_a_file_in_place_of_a_data_set_says_what_to_set(setting, plain, tmp_path) -> None:
+    path = recipe_file(tmp_path, f"data: {{train: [{{path: owner/a, {setting}}}]}}")
+    here = "data.train.0.path=mine.jsonl"
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [here])
+    remedy = f"data.train.0.{plain}"
+    assert str(caught.value).endswith(f"or pass --set {remedy}")
+    assert load_recipe(path, [here, remedy]).recipe.data.train[0].path == "mine.jsonl"
+
+
 @pytest.mark.parametrize(("broken", "named", "mended"), WARNINGS.values(), ids=WARNINGS)
 def test_a_warning_is_given_and_goes_away(broken, named, mended, tmp_path) -> None:
     (warning,) = load_recipe(recipe_file(tmp_path, broken)).warnings

@@ -110,7 +110,11 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
         if source.path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
             for name in ("split", "name"):
                 if _differs(source, name):
-                    yield f"{where}.{name} cannot act on a file ({source.path}); leave it out"
+                    plain = _default(source, name) or "null"
+                    yield (
+                        f"{where}.{name} cannot act on a file ({source.path}); leave it out of the recipe, "
+                        f"or pass --set {where}.{name}={plain}"
+                    )
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
@@ -174,8 +178,12 @@ def _inductor_options(recipe: Recipe) -> dict[str, bool]:
 
 def _differs(section: BaseModel, name: str) -> bool:
     """Compared with the default, not with what was written: a resolved recipe writes everything and stays valid."""
+    return bool(getattr(section, name) != _default(section, name))
+
+
+def _default(section: BaseModel, name: str) -> object:
     default: object = type(section).model_fields[name].get_default(call_default_factory=True)
-    return bool(getattr(section, name) != default)
+    return default
 
 
 def _sources(recipe: Recipe) -> list[tuple[str, Source]]:
