@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["DataError", "UserError", "first_line", "nearest", "one_line"]
+__all__ = ["DataError", "UserError", "first_line", "near_files", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -33,3 +34,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``" (did you mean x?)"`` for the closest known name, or nothing when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def near_files(path: Path) -> str:
+    """What the folder of a missing file or folder holds instead, to follow the words that it is missing."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": there is no folder {folder}"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; {folder.resolve()} holds nothing of a like name"
