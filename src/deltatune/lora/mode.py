@@ -72,7 +72,7 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
     if reason is not None:
         return Mode(STOCK, reason)
     if setting == "auto" and (device or linears[0].weight.device).type == "cpu":
-        return Mode(STOCK, "on a CPU; lora='fused' makes adapters part of the products there too")
+        return Mode(STOCK, "on a CPU; lora fused (lora.impl in a recipe) makes adapters part of the products there too")
     reason = _unfused_reason(layer, names, linears)
     if reason is not None:
         return Mode(UNFUSED, reason)
