@@ -200,3 +200,5 @@ def test_other_names_must_be_transformers_names(transformers_names) -> None:
     )
     with pytest.raises(UserError, match=r"training.adam_bta1: unknown \(did you mean adam_beta1\?\)"):
         check_training_names(TrainingSection.model_validate({"adam_bta1": 0.8}), transformers_names)
+    with pytest.raises(UserError, match=r"training.lr: unknown \(did you mean learning_rate\?\)"):
+        check_training_names(TrainingSection.model_validate({"lr": 0.8}), transformers_names)

@@ -82,7 +82,7 @@ def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 weights .* such as model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 of the weights .* such as model.layers.1.mlp.up_proj.weight"):
         load_model(section(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot load"):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.refused import refusal
 from deltatune.config.schema import Recipe, Source, TrainingSection
-from deltatune.errors import UserError, nearest
+from deltatune.errors import RecipeKeyError, UserError, nearest
 
 __all__ = ["check_recipe", "check_training_names"]
 
@@ -167,8 +167,9 @@ def check_training_names(training: TrainingSection, known: Iterable[str]) -> Non
     names = set(known)
     for name in training.model_extra or {}:
         if name not in names:
-            raise UserError(
-                f"training.{name}: unknown{nearest(name, sorted(names))}; expected a field of TrainingArguments"
+            close = nearest(name, sorted(names))
+            raise RecipeKeyError(
+                ("training", name), f"training.{name}: unknown{close}; expected a field of TrainingArguments"
             )
 
 

@@ -95,7 +95,7 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"model {section.name_or_path} lacks {len(missing)} weights of {type(model).__name__}, "
+            f"model {section.name_or_path} lacks {len(missing)} of the weights of {type(model).__name__}, "
             f"such as {missing[0]}; they would start at random"
         )
     assert isinstance(model, nn.Module)
