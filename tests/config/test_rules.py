@@ -49,8 +49,8 @@ ERRORS = {
     ),
     "length_of_training_is_said_once": (
         "training: {max_steps: 10, num_train_epochs: 2}",
-        "num_train_epochs",
-        "training: {max_steps: 10}",
+        "pass --set training.num_train_epochs=3.0, its default",
+        "training: {max_steps: 10, num_train_epochs: 3}",
     ),
     "max_steps_is_a_count": ("training: {max_steps: 0}", "at least 1", "training: {max_steps: -1}"),
     "one_autocast_dtype": ("training: {bf16: true, fp16: true}", "exclude", "training: {bf16: true}"),

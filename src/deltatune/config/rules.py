@@ -68,7 +68,8 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
     if training.max_steps > 0 and _differs(training, "num_train_epochs"):
         yield (
             f"training.max_steps: {training.max_steps} makes training.num_train_epochs: "
-            f"{training.num_train_epochs:g} meaningless; leave one of them out"
+            f"{training.num_train_epochs:g} meaningless; leave one of them out of the recipe, or pass "
+            f"--set training.num_train_epochs={_default(training, 'num_train_epochs')}, its default"
         )
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"training.max_steps must be at least 1, or -1 to count epochs; got {training.max_steps}"
