@@ -51,6 +51,7 @@ def test_help_names_every_command(capsys) -> None:
         (["tran"], "tran"),
         (["train"], "RECIPE"),
         (["train", "r.yaml", "--sett", "a=b"], "--sett"),
+        (["train", "r.yaml", "--set", "training.max_steps", "3"], "expected KEY=VALUE, such as training.max_steps=100"),
         (["verify", "m", "--lengths", "5"], "at least two lengths"),
         (["preprocess", "r.yaml", "--show", "many"], "a whole number"),
         (["merge", "adapter"], "--output"),

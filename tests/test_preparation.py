@@ -250,7 +250,7 @@ def test_an_adapter_on_a_norm_is_refused_not_ignored() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"compile": True}, "must be a deltatune.CompileOptions"),
+        ({"compile": True}, r"got True; pass compile=CompileOptions\(\)"),
         ({"checkpointing": None}, "'none', 'layer', 'auto' or a number"),
     ],
 )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from deltatune.errors import UserError, one_line
+from deltatune.errors import RecipeKeyError, UserError, one_line
 
 __all__ = ["main"]
 
@@ -26,14 +26,14 @@ _TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    debug = False
+    debug, places = False, {}
     try:
         args = _parser().parse_args(argv)
         debug = args.debug
         if "recipe" in args:
             # before the command, and with it torch, is imported: a typo costs no seconds
             loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
-            args.recipe, args.warnings = loaded.recipe, loaded.warnings
+            args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
         command = importlib.import_module(f"deltatune.commands.{args.command}")
         status: int = command.run(args)
     except KeyboardInterrupt:
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exception(error)
         missing = f"the package {getattr(error, 'name', '')} is missing: pip install 'deltatune[train]'"
-        sys.stderr.write(f"error: {missing if _is_missing(error) else one_line(error)}\n")
+        place = f"{places[error.key]}: " if isinstance(error, RecipeKeyError) and error.key in places else ""
+        sys.stderr.write(f"error: {place}{missing if _is_missing(error) else one_line(error)}\n")
         return 2
     return status
 
@@ -104,7 +105,8 @@ def _add_commands_of_recipes(commands: _Commands) -> None:
     for parser in (train, preprocess, plan):
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
         what = "change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated"
-        parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=what)
+        settings = parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
+        settings.type, settings.help = _setting, what
     what = "go on from the last checkpoint of training.output_dir, or from the one in DIR"
     train.add_argument("--resume", nargs="?", const=True, metavar="DIR", help=what)
     what = "print N samples, trained tokens coloured"
@@ -147,6 +149,12 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument("--layout", required=True, choices=("peft", "per-expert"), help=what)
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+
+
+def _setting(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as training.max_steps=100; got {text!r}")
+    return text
 
 
 def _count(text: str) -> int:

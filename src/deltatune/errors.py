@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["DataError", "UserError", "first_line", "nearest", "one_line"]
+__all__ = ["DataError", "RecipeKeyError", "UserError", "first_line", "near_files", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -13,6 +14,14 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+class RecipeKeyError(UserError):
+    """About one key of a recipe, found where its file is no longer known: the command line adds the place."""
+
+    def __init__(self, key: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(UserError):
@@ -29,7 +38,33 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+# what people write -> what is meant, where that is known and not spelled alike
+_MEANT = {
+    "alpha": "lora_alpha",
+    "batch_size": "tokens_per_batch",
+    "bf16": "bfloat16",
+    "dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "fp16": "float16",
+    "fp32": "float32",
+    "lr": "learning_rate",
+    "rank": "r",
+    "steps": "max_steps",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (did you mean x?)"`` for the closest known name, or nothing when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    names = list(known)
+    meant = _MEANT.get(name)
+    matches = [meant] if meant in names else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def near_files(path: Path) -> str:
+    """What the folder of a missing file or folder holds instead, to follow the words that it is missing."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": there is no folder {folder}"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; {folder.resolve()} holds nothing of a like name"

@@ -169,7 +169,7 @@ def prepare(
 def _validate(model: nn.Module, compile: CompileOptions | None, checkpointing: str | float, lora: str) -> None:
     """The arguments of ``prepare``, by themselves and with the model's own settings."""
     if compile is not None and not isinstance(compile, CompileOptions):
-        raise ValueError(f"compile must be a deltatune.CompileOptions or None, got {compile!r}")
+        raise ValueError(f"compile must be CompileOptions or None, got {compile!r}; pass compile=CompileOptions()")
     if lora not in ("auto", "stock", "fused"):
         raise ValueError(f"lora must be 'auto', 'fused' or 'stock', got {lora!r}")
     validate_checkpointing(checkpointing, compile)

@@ -88,6 +88,15 @@ def test_bad_settings(fails, write_recipe, command, override, named) -> None:
     assert named in fails(command, write_recipe(), "--set", override)
 
 
+@pytest.mark.parametrize("command", ["plan", "preprocess"])
+def test_an_unknown_training_name_is_named_where_it_stands(fails, write_recipe, command) -> None:
+    path = write_recipe()
+    assert fails(command, path, "--set", "training.lr=3").startswith("error: --set training.lr=3: training.lr: unknown")
+    path.write_text(path.read_text().replace("training:", "training:\n  lr: 3", 1))
+    line = path.read_text().split("\n").index("  lr: 3") + 1
+    assert f"{path}:{line}: training.lr: unknown (did you mean learning_rate?)" in fails(command, path)
+
+
 def test_no_recipe(fails, tmp_path) -> None:
     assert "no such recipe" in fails("train", tmp_path / "nothing.yaml")
     (tmp_path / "empty.yaml").write_text("")

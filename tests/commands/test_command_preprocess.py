@@ -25,7 +25,7 @@ def test_preprocess_packs_evaluation_data_too(capsys, write_recipe, write_rows) 
     rows = write_rows({"text": "held out"}, name="eval.jsonl")
     recipe = write_recipe()
     assert main(["preprocess", str(recipe), "--set", f"data.eval.0.path={rows}"]) == 0
-    assert "eval: 1 rows -> 1 documents" in capsys.readouterr().out
+    assert "eval: 1 row -> 1 document," in capsys.readouterr().out
 
 
 def test_a_misspelt_training_name_stops_it(capsys, write_recipe) -> None:

@@ -32,7 +32,7 @@ BAD = {
     MINIMAL + "lora: {target_module: [q_proj]}\n": "lora.target_module: unknown key (did you mean target_modules?)",
     "model: {name_or_path: m}\ndata: {train: [{pth: a}]}\n": "data.train.0.path is missing",
     "model: {name_or_path: m}\n": "data is missing",
-    "model: {name_or_path: m}\ndata: {train: []}\n": "data.train: expected at least 1 entries, got []",
+    "model: {name_or_path: m}\ndata: {train: []}\n": "data.train: expected a list of at least 1, got []",
     "model: {name_or_path: ''}\ndata: {train: [{path: a}]}\n": "model.name_or_path: expected text that is not empty",
     MINIMAL + "training: {bf16: yes}\n": 'recipe.yaml:5: training.bf16: expected true or false, got "yes"',
     MINIMAL + "training: {learning_rate: fast}\n": 'training.learning_rate: expected a number, got "fast"',
@@ -45,7 +45,9 @@ BAD = {
     MINIMAL + "checkpointing: 1.5\n": "checkpointing: expected 'none', 'layer' or 'auto' or a number of at most 1",
     MINIMAL + "checkpointing: true\n": "checkpointing: expected 'none', 'layer' or 'auto' or a number, got true",
     MINIMAL + "kernels: {gated_delta: fla}\n": "kernels.gated_delta: unknown key (did you mean gated_delta_rule?)",
-    MINIMAL + "compile: {scope: layers}\n": "compile.scope: expected 'layer' or 'model', got \"layers\"",
+    MINIMAL + "compile: {scope: layers}\n": "expected 'layer' or 'model', got \"layers\" (did you mean layer?)",
+    MINIMAL + "lora: {rank: 8}\n": "recipe.yaml:5: lora.rank: unknown key (did you mean r?)",
+    "model: {name_or_path: m, dtype: bf16}\n": 'got "bf16" (did you mean bfloat16?)',
     MINIMAL
     + "compile: {options: {shape_padding: 1}}\n": "compile.options.shape_padding: expected true or false, got 1",
 }
@@ -102,6 +104,34 @@ def test_overrides_set_one_key_each(load) -> None:
     assert recipe.lora.target_modules == ("q_proj", "v_proj")
     assert recipe.data.chat_template_kwargs == {"a.b": 1}
     assert recipe.training.adam_beta1 == 0.8
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("trainig.max_steps=3", "--set trainig.max_steps=3: trainig: unknown key"),
+        ("training.seed=x", "--set training.seed=x: training.seed: expected a whole number"),
+        ("packing={tokens_per_batch: x}", "--set packing={tokens_per_batch: x}: packing.tokens_per_batch: expected"),
+        ("data.train.0.pth=x", "--set data.train.0.pth=x: data.train.0.pth: unknown key"),
+    ],
+)
+def test_a_fault_of_an_override_is_named_there(load, override, fault) -> None:
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL + "packing:\n  tokens_per_batch: 64\n", override)
+    assert str(caught.value).startswith(fault)
+
+
+def test_a_fault_of_the_file_keeps_its_line_beside_an_override(load) -> None:
+    with pytest.raises(UserError, match=r"recipe\.yaml:6: training\.seed: expected a whole number"):
+        load(MINIMAL + "training:\n  seed: x\n", "training.max_steps=3")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".parquet"])
+def test_a_data_file_is_no_recipe(tmp_path, suffix) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(UserError, match=r"expected a recipe \(a YAML file\), got data; .*data\.train\.0\.path="):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ ERRORS = {
     ),
     "length_of_training_is_said_once": (
         "training: {max_steps: 10, num_train_epochs: 2}",
-        "num_train_epochs",
-        "training: {max_steps: 10}",
+        "pass --set training.num_train_epochs=3.0, its default",
+        "training: {max_steps: 10, num_train_epochs: 3}",
     ),
     "max_steps_is_a_count": ("training: {max_steps: 0}", "at least 1", "training: {max_steps: -1}"),
     "one_autocast_dtype": ("training: {bf16: true, fp16: true}", "exclude", "training: {bf16: true}"),
@@ -135,6 +135,17 @@ def test_a_broken_rule_stops_the_recipe(broken, named, mended, tmp_path) -> None
     assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
 
 
+@pytest.mark.parametrize(("setting", "plain"), [("name: all", "name=null"), ("split: test", "split=train")])
+def test_a_file_in_place_of_a_data_set_says_what_to_set(setting, plain, tmp_path) -> None:
+    path = recipe_file(tmp_path, f"data: {{train: [{{path: owner/a, {setting}}}]}}")
+    here = "data.train.0.path=mine.jsonl"
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [here])
+    remedy = f"data.train.0.{plain}"
+    assert str(caught.value).endswith(f"or pass --set {remedy}")
+    assert load_recipe(path, [here, remedy]).recipe.data.train[0].path == "mine.jsonl"
+
+
 @pytest.mark.parametrize(("broken", "named", "mended"), WARNINGS.values(), ids=WARNINGS)
 def test_a_warning_is_given_and_goes_away(broken, named, mended, tmp_path) -> None:
     (warning,) = load_recipe(recipe_file(tmp_path, broken)).warnings
@@ -189,3 +200,5 @@ def test_other_names_must_be_transformers_names(transformers_names) -> None:
     )
     with pytest.raises(UserError, match=r"training.adam_bta1: unknown \(did you mean adam_beta1\?\)"):
         check_training_names(TrainingSection.model_validate({"adam_bta1": 0.8}), transformers_names)
+    with pytest.raises(UserError, match=r"training.lr: unknown \(did you mean learning_rate\?\)"):
+        check_training_names(TrainingSection.model_validate({"lr": 0.8}), transformers_names)

@@ -228,6 +228,11 @@ class TestCache:
         assert len(list(cache.iterdir())) == 1
 
 
+def test_report_counts_one_as_one():
+    text = str(PackingReport(1, 1, 1, 0, 1, 8, 1 / 8, 1))
+    assert text.startswith("1 row -> 1 document, 1 token, 0 of them trained; longest document 1 token\n1 pack of")
+
+
 def test_report_prints_what_was_cut():
     report = PackingReport(1, 2, 3, 2, 1, 8, 3 / 8, 9, split=1, unlabelled=4)
     assert str(report).endswith("over-long documents: 1 split, 4 left out because the cut left no trained token")

@@ -54,6 +54,7 @@ def test_it_runs_from_beginning_to_end(recipe, tmp_path, monkeypatch) -> None:
     assert (tmp_path / "trained" / "model.safetensors").is_file()
     assert "OK: every document is as independent as if it were alone" in text
     assert "padded, eager (stock)" in text
+    assert "reference code on a CPU" in text
     assert "\x1b" not in text
 
 

@@ -42,6 +42,9 @@ def test_what_is_no_decoder_is_refused() -> None:
     config = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="an encoder-decoder"):
         text_model(transformers.T5ForConditionalGeneration(config))
+    small = transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(ValueError, match=r"an attribute `layers` .*, got GPT2LMHeadModel whose GPT2Model has no such"):
+        text_model(transformers.GPT2LMHeadModel(small))
 
 
 def test_bytes_of_a_quantised_model_are_no_compute_dtype() -> None:

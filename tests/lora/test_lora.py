@@ -167,7 +167,7 @@ def test_the_report_counts_modes_and_reasons() -> None:
     prepared = prepare(model)
     rows = {(row.mode, row.reason): row.layers for row in prepared.report.lora_rows}
     assert rows == {
-        ("stock", "on a CPU; lora='fused' makes adapters part of the products there too"): 5,
+        ("stock", "on a CPU; lora fused (lora.impl in a recipe) makes adapters part of the products there too"): 5,
         ("stock", "outside the decoder layers"): 1,
     }
     assert "on a CPU" in str(prepared.report)

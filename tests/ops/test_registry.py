@@ -57,7 +57,8 @@ def test_an_unknown_name_and_one_that_cannot_run_are_errors_with_the_remedy(spec
     with pytest.raises(ValueError, match=f"{spec.op}: unknown impl='x'; expected 'auto' or one of {known}"):
         ops.choose(spec(CPU, torch.float64), "x")
     first = spec.providers[0].name
-    with pytest.raises(ValueError, match=f"{spec.op}: impl='{first}' cannot run here: .*use impl='reference'"):
+    remedy = rf"use impl='reference'.* \(kernels\.{spec.op}: reference in a recipe\)$"
+    with pytest.raises(ValueError, match=f"{spec.op}: impl='{first}' cannot run here: .*{remedy}"):
         ops.choose(spec(CPU, torch.float64), first)
 
 

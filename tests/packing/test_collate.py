@@ -102,7 +102,8 @@ def test_samples_are_not_written_to(collator):
     ("given", "message"),
     [
         ([], "at least one sample"),
-        (samples([9, 8]), "2 samples hold 17 tokens, more than tokens_per_batch=16"),
+        (samples([9, 8]), "2 samples hold 17 tokens, more than tokens_per_batch=16; pack them"),
+        (samples([3, 17]), "sample 1 holds 17 tokens, more than tokens_per_batch=16; split or truncate it"),
         ([{"input_ids": [1]}, {"input_ids": []}], "sample 1 is empty"),
         ([{"input_ids": [1, 2], "labels": [1]}], "sample 0 has 2 input_ids but 1 labels"),
         ([{"labels": [1]}], "sample 0 has no input_ids"),

@@ -12,6 +12,7 @@ from training_cases import save_checkpoint
 
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
+from deltatune.training import checkpoint
 from deltatune.training.checkpoint import (
     empty_model,
     load_config,
@@ -62,12 +63,26 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
         load_config(section(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["outputs/mien", "./outputs/mien", "other/outputs/mien"])
+def test_a_mistyped_folder_is_told_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Also where the name may be one on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "silence", lambda: "the Hub does not answer")
+    for folder in ("outputs/mine", "other/outputs/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no folder.*; did you mean mine\?$"):
+        load_config(section(name))
+    with pytest.raises(UserError) as caught:
+        load_config(section("owner/mien"))
+    assert "folder owner" not in str(caught.value)
+
+
 def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
     tiny_model("qwen3").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 weights .* such as model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 of the weights .* such as model.layers.1.mlp.up_proj.weight"):
         load_model(section(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot load"):

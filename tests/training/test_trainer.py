@@ -214,6 +214,13 @@ def test_log_lines_carry_honest_rates(tmp_path: Path) -> None:
     assert summary["fill"] == pytest.approx(summary["tokens"] / (4 * TOKENS), abs=1e-4)
 
 
+@pytest.mark.parametrize(("steps", "logged"), [(2, [2]), (4, [3, 4]), (6, [3, 6])])
+def test_the_last_step_is_logged(tmp_path: Path, steps: int, logged: list[int]) -> None:
+    trainer = make_trainer(tmp_path, model=small(), packs=Packs(2), max_steps=steps, logging_steps=3)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == logged
+
+
 def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path / "run", model=small(), packs=Packs(3), max_steps=3, logging_strategy="no")
     reads: list[str] = []
@@ -231,6 +238,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer.meter, "on_step_end", step_ends)
     trainer.train()
     assert between[1:] == [0, 0], "the first step also covers what comes before it"
+    assert not losses(trainer), "nothing was to be logged"
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: list[str]) -> None:

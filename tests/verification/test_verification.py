@@ -106,6 +106,7 @@ def test_the_compiled_graphs_can_be_probed() -> None:
     eager = verify(model, lengths=LENGTHS)
     assert eager.ok
     assert not eager.compiled
+    assert "probed without the graphs that training runs" in str(eager)
     compile_report = prepared.compile_report
     assert compile_report is not None
     assert not compile_report.graphs, "the default probe must not compile"

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.memory import MemoryEstimate, device_memory, optimizer_bytes
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import PackedDataset
+from deltatune.data.dataset import PackedDataset, counted
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
@@ -72,7 +72,7 @@ def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps
     return [
-        f"{total:,} steps of {per_step} {'pack' if per_step == 1 else 'packs'} "
-        f"({per_step * packs.report.tokens_per_batch:,} tokens), {per_epoch:,} steps an epoch, "
+        f"{counted(total, 'step')} of {counted(per_step, 'pack')} "
+        f"({per_step * packs.report.tokens_per_batch:,} tokens), {counted(per_epoch, 'step')} an epoch, "
         f"{total / per_epoch:.2f} epochs"
     ]

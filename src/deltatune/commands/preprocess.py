@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import Recipe
+from deltatune.data.dataset import counted
 from deltatune.data.preview import preview
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.packs import cache_folder, load_packs
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     color = _wants_color(args.color)
     samples = (sample for index in range(len(packs["train"])) for sample in packs["train"][index])
     for number, sample in enumerate(islice(samples, args.show), start=1):
-        sys.stdout.write(f"\nsample {number}: {len(sample):,} tokens, {sample.num_trained:,} of them trained\n")
+        trained = f"{sample.num_trained:,} of them trained"
+        sys.stdout.write(f"\nsample {number}: {counted(len(sample), 'token')}, {trained}\n")
         sys.stdout.write(f"{preview(sample, tokenizer, color=color)}\n")
     return 0
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 
 from transformers.utils import logging
 
@@ -14,15 +15,23 @@ __all__ = ["quiet_libraries"]
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """So that an error is the only line: no loading bars unless someone watches, no deprecations among libraries."""
+    """So that an error is the only line: no loading bars unless someone watches, no deprecations and advice."""
     shown = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    kernels = logging.get_logger("transformers.integrations.hub_kernels")
+    # the probe's comparison runs stock layers, whatever kernels they would like; a run's own are in its report
+    kernels.addFilter(_names_no_fallback)
     with warnings.catch_warnings():
         # PEFT asks transformers for attributes that the latter is renaming
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
         try:
             yield
         finally:
+            kernels.removeFilter(_names_no_fallback)
             if shown:
                 logging.enable_progress_bar()
+
+
+def _names_no_fallback(record: LogRecord) -> bool:
+    return "is falling back to" not in record.getMessage()

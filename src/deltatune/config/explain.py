@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -11,11 +12,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from deltatune.config.schema import Recipe
+from deltatune.config.yaml_text import KeyPath
 from deltatune.errors import nearest
 
-__all__ = ["dotted", "explain", "known_keys", "names_free_mapping", "shown"]
-
-Path = tuple[str | int, ...]
+__all__ = ["dotted", "explain", "known_keys", "names_free_mapping", "place_of", "shown"]
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -26,7 +26,7 @@ _EXPECTED = {
     "model_type": "a section (a mapping of keys)",
     "string_type": "text",
     "tuple_type": "a list",
-    "too_short": "at least {min_length} entries",
+    "too_short": "a list of at least {min_length}",
     "string_too_short": "text that is not empty",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
@@ -36,18 +36,19 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, data: Any, lines: Mapping[Path, int], name: str) -> str:
-    """All findings in one line, each with the line of ``name`` it stands on where there is one."""
-    found: dict[Path, list[ErrorDetails]] = {}
+def explain(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> str:
+    """All findings in one line, each with its place: file and line, or the ``--set`` that brought it."""
+    found: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False, include_context=True):
         found.setdefault(_real_path(details["loc"], data), []).append(details)
     # a union reports every alternative: where one of them got further, only that one is what was meant
     deepest = [path for path in found if not any(other != path and other[: len(path)] == path for other in found)]
-    deepest.sort(key=lambda path: lines.get(path, 0))
-    return "; also: ".join(f"{_place(path, lines, name)}{_finding(path, found[path])}" for path in deepest)
+    order = {path: position for position, path in enumerate(places)}
+    deepest.sort(key=lambda path: order.get(path, 0))
+    return "; also: ".join(f"{place_of(path, places)}: {_finding(path, found[path])}" for path in deepest)
 
 
-def _real_path(loc: Sequence[str | int], data: Any) -> Path:
+def _real_path(loc: Sequence[str | int], data: Any) -> KeyPath:
     """``loc`` without the names of union members, which are no part of the file."""
     path: list[str | int] = []
     value = data
@@ -62,13 +63,14 @@ def _real_path(loc: Sequence[str | int], data: Any) -> Path:
     return tuple(path)
 
 
-def _place(path: Path, lines: Mapping[Path, int], name: str) -> str:
-    while path and path not in lines:
+def place_of(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
+    """Where a key stands; of one that stands nowhere, where the section does that would hold it."""
+    while path not in places:
         path = path[:-1]
-    return f"{name}:{lines[path]}: " if path else f"{name}: "
+    return places[path]
 
 
-def _finding(path: Path, findings: list[ErrorDetails]) -> str:
+def _finding(path: KeyPath, findings: list[ErrorDetails]) -> str:
     first = findings[0]
     if first["type"] == "missing":
         return f"{dotted(path)} is missing"
@@ -81,7 +83,9 @@ def _finding(path: Path, findings: list[ErrorDetails]) -> str:
         choices = allowed.replace(" or ", ", ").replace("'", "").split(", ")
         return f"{dotted(path)}: unknown key{nearest(str(path[-1]), choices)}; expected {allowed}"
     expected = " or ".join(dict.fromkeys(_expected(finding) for finding in findings))
-    return f"{dotted(path) or 'the recipe'}: expected {expected}, got {shown(first['input'])}"
+    words = re.findall(r"'([^']+)'", expected)
+    close = nearest(first["input"], words) if isinstance(first["input"], str) else ""
+    return f"{dotted(path) or 'the recipe'}: expected {expected}, got {shown(first['input'])}{close}"
 
 
 def _expected(finding: ErrorDetails) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pydantic
 from deltatune.config.explain import dotted, explain, known_keys, names_free_mapping, shown
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
-from deltatune.config.yaml_text import dump_yaml, parse_document
+from deltatune.config.yaml_text import KeyPath, dump_yaml, parse_document
 from deltatune.errors import UserError
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
@@ -24,6 +24,7 @@ class LoadedRecipe:
 
     recipe: Recipe  # validated, with every default filled in
     warnings: list[str]  # one line each
+    places: Mapping[KeyPath, str]  # where its keys stand: file and line, or the --set that brought them
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -43,15 +44,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     data, lines = parse_document(_read(path), str(path))
     if data is None:
         raise UserError(f"{path}: the recipe is empty; it needs at least model.name_or_path and data.train")
+    places: dict[KeyPath, str] = {(): str(path), **{key: f"{path}:{line}" for key, line in lines.items()}}
     for override in overrides:
-        _override(data, override)
+        _override(data, override, places)
     try:
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
-        # a value that --set replaced no longer stands on its line
-        raise UserError(explain(error, data, {} if overrides else lines, str(path))) from error
+        raise UserError(explain(error, data, places)) from error
     try:
-        return LoadedRecipe(recipe, check_recipe(recipe))
+        return LoadedRecipe(recipe, check_recipe(recipe), places)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -61,15 +62,26 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
-def _override(data: Any, override: str) -> None:
+def _override(data: Any, override: str, places: dict[KeyPath, str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, such as --set training.max_steps=100")
     value, _ = parse_document(text, f"--set {key}")
-    _assign(data, _parts(key.strip()), value, f"--set {override}")
+    parts = tuple(_parts(key.strip()))
+    _assign(data, parts, value, f"--set {override}")
+    # what it replaced stands on no line any more; sections on the way that no line has are its own
+    for replaced in [place for place in places if place[: len(parts)] == parts]:
+        del places[replaced]
+    for depth in range(1, len(parts) + 1):
+        places.setdefault(parts[:depth], f"--set {override}")
 
 
 def _read(path: Path) -> str:
+    if path.suffix in (".jsonl", ".ndjson", ".parquet") and path.is_file():
+        raise UserError(
+            f"{path}: expected a recipe (a YAML file), got data; the recipe names it, "
+            f"or --set data.train.0.path={path} does"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -90,7 +102,7 @@ def _parts(key: str) -> list[str | int]:
     return parts
 
 
-def _assign(data: Any, parts: list[str | int], value: Any, override: str) -> None:
+def _assign(data: Any, parts: KeyPath, value: Any, override: str) -> None:
     """Puts a value where the parts lead; sections and lists on the way that are not there are made."""
     parent = data
     for depth, part in enumerate(parts, start=1):
@@ -105,7 +117,7 @@ def _assign(data: Any, parts: list[str | int], value: Any, override: str) -> Non
         parent = parent[part]
 
 
-def _check_step(parent: Any, parts: list[str | int], override: str) -> None:
+def _check_step(parent: Any, parts: KeyPath, override: str) -> None:
     part, where = parts[-1], dotted(parts[:-1])
     if isinstance(parent, list):
         if not isinstance(part, int) or part > len(parent):

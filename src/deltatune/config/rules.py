@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.refused import refusal
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
-from deltatune.errors import UserError, nearest
+from deltatune.errors import RecipeKeyError, UserError, nearest
 
 __all__ = ["check_recipe", "check_training_names"]
 
@@ -68,7 +68,8 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
     if training.max_steps > 0 and _differs(training, "num_train_epochs"):
         yield (
             f"training.max_steps: {training.max_steps} makes training.num_train_epochs: "
-            f"{training.num_train_epochs:g} meaningless; leave one of them out"
+            f"{training.num_train_epochs:g} meaningless; leave one of them out of the recipe, or pass "
+            f"--set training.num_train_epochs={_default(training, 'num_train_epochs')}, its default"
         )
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"training.max_steps must be at least 1, or -1 to count epochs; got {training.max_steps}"
@@ -122,7 +123,11 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
         if source.path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
             for name in ("split", "name"):
                 if _differs(source, name):
-                    yield f"{where}.{name} cannot act on a file ({source.path}); leave it out"
+                    plain = _default(source, name) or "null"
+                    yield (
+                        f"{where}.{name} cannot act on a file ({source.path}); leave it out of the recipe, "
+                        f"or pass --set {where}.{name}={plain}"
+                    )
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
@@ -175,8 +180,9 @@ def check_training_names(training: TrainingSection, known: Iterable[str]) -> Non
     names = set(known)
     for name in training.model_extra or {}:
         if name not in names:
-            raise UserError(
-                f"training.{name}: unknown{nearest(name, sorted(names))}; expected a field of TrainingArguments"
+            close = nearest(name, sorted(names))
+            raise RecipeKeyError(
+                ("training", name), f"training.{name}: unknown{close}; expected a field of TrainingArguments"
             )
 
 
@@ -186,8 +192,12 @@ def _inductor_options(recipe: Recipe) -> dict[str, bool]:
 
 def _differs(section: BaseModel, name: str) -> bool:
     """Compared with the default, not with what was written: a resolved recipe writes everything and stays valid."""
+    return bool(getattr(section, name) != _default(section, name))
+
+
+def _default(section: BaseModel, name: str) -> object:
     default: object = type(section).model_fields[name].get_default(call_default_factory=True)
-    return bool(getattr(section, name) != default)
+    return default
 
 
 def _sources(recipe: Recipe) -> list[tuple[str, Source]]:

@@ -262,7 +262,7 @@ class TrainingSection(Section):
     """Stay on the CPU though an accelerator is there."""
 
     logging_steps: Steps = 10
-    """Steps between log lines; a number below 1 is a share of all steps."""
+    """Steps between log lines; a number below 1 is a share of all steps. The last step is logged too."""
 
     logging_first_step: Flag = False
     """Log the first step as well."""

@@ -9,9 +9,9 @@ import yaml
 
 from deltatune.errors import UserError, one_line
 
-__all__ = ["dump_yaml", "parse_document"]
+__all__ = ["KeyPath", "dump_yaml", "parse_document"]
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,7 +42,7 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def parse_document(text: str, name: str) -> tuple[Any, dict[Path, int]]:
+def parse_document(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
     """The values of one YAML document, and the line (from 1) that each key stands on.
 
     Raises:
@@ -51,7 +51,7 @@ def parse_document(text: str, name: str) -> tuple[Any, dict[Path, int]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        lines: dict[Path, int] = {}
+        lines: dict[KeyPath, int] = {}
         if node is None:
             return None, lines
         _index(node, (), lines, name)
@@ -83,7 +83,7 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
-def _index(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> None:
+def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) -> None:
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
             lines[(*path, position)] = item.start_mark.line + 1

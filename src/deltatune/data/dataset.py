@@ -14,7 +14,7 @@ from deltatune.errors import DataError
 from deltatune.packing.bins import pack
 from deltatune.packing.sample import Sample
 
-__all__ = ["Overlong", "PackedDataset", "PackingReport", "pack_documents"]
+__all__ = ["Overlong", "PackedDataset", "PackingReport", "counted", "pack_documents"]
 
 Overlong = Literal["error", "split", "truncate", "drop"]
 
@@ -38,9 +38,9 @@ class PackingReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.rows:,} rows -> {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} of them trained; longest document {self.longest:,} tokens",
-            f"{self.packs:,} packs of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full",
+            f"{counted(self.rows, 'row')} -> {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
+            f"{self.trained_tokens:,} of them trained; longest document {counted(self.longest, 'token')}",
+            f"{counted(self.packs, 'pack')} of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full",
         ]
         cut = [
             f"{count:,} {what}"
@@ -74,6 +74,11 @@ class PackedDataset:
     def __getitem__(self, index: int) -> list[Sample]:
         pieces = self.pieces[self.packs[index]].tolist()
         return [self.documents[source].sample(start, end) for source, start, end in pieces]
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 row"``, ``"2,000 rows"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def pack_documents(
@@ -134,8 +139,8 @@ def _cut(
         first = int(too_long[0])
         raise DataError(
             f"{documents.where(first)} has {documents.lengths[first]} tokens, more than "
-            f"packing.tokens_per_batch={capacity} ({too_long.size} such documents in {documents.source.name}); raise "
-            "it, or set data.overlong to split, truncate or drop"
+            f"packing.tokens_per_batch={capacity} ({counted(too_long.size, 'such document')} in "
+            f"{documents.source.name}); raise it, or set data.overlong to split, truncate or drop"
         )
     fitting = ends - starts <= capacity
     counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] += too_long.size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deltatune.errors import DataError, one_line
+from deltatune.errors import DataError, near_files, one_line
 
 __all__ = ["Rows", "load_rows"]
 
@@ -86,21 +85,13 @@ def _local_files(path: str) -> list[Path] | None:
         anchor = Path(local.anchor) if local.is_absolute() else Path()
         found, nothing = anchor.glob(str(local.relative_to(anchor))), "matches no data file"
     elif local.suffix in _SUFFIXES or path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(path):
-        raise DataError(f"{path} does not exist{_near_names(local)}")
+        raise DataError(f"{path} does not exist{near_files(local)}")
     else:
         return None
     files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
     if not files:
         raise DataError(f"{path} {nothing}; {expected}")
     return files
-
-
-def _near_names(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f": there is no folder {folder}"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; {folder.resolve()} holds nothing of a like name"
 
 
 def _file_rows(file: Path) -> Rows:

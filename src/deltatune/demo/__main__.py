@@ -105,6 +105,7 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
         "Against the stock model",
         f"{NUM_TIMED} training steps of each in turn, after {NUM_WARM_UP} to warm up: forward, backward and AdamW.",
         "Both see the same documents: one model as packs, the other in shuffled batches, each padded to its longest.",
+        "This compares reference code on a CPU: what kernels gain shows on a GPU.",
         "",
         *_speed(recipe),
     )

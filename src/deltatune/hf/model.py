@@ -38,7 +38,10 @@ def text_model(model: nn.Module) -> Any:
         raise ValueError(f"expected a decoder, got {name}, an encoder-decoder")
     decoder = base.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "config"):
-        raise ValueError(f"expected a text model with a list of decoder layers, got {name} without one")
+        raise ValueError(
+            f"expected a text model with its decoder layers in an attribute `layers` (a ModuleList), got {name} whose "
+            f"{type(decoder).__name__} has no such attribute; a model that keeps them elsewhere cannot be prepared"
+        )
     return decoder
 
 

@@ -79,7 +79,7 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
     # PEFT's own forward where it adds a product too; around a weight that it adapts by name it does not
     plain = UNFUSED if hasattr(layer, "parameter_name") else STOCK
     if setting == "auto" and (device or linears[0].weight.device).type == "cpu":
-        return Mode(plain, "on a CPU; lora='fused' makes adapters part of the products there too")
+        return Mode(plain, "on a CPU; lora fused (lora.impl in a recipe) makes adapters part of the products there too")
     reason = _unfused_reason(layer, names, linears)
     if reason is not None:
         return Mode(UNFUSED, reason)

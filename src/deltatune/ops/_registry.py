@@ -89,9 +89,10 @@ def choose(spec: Spec, impl: str = "auto") -> Choice:
         refusals.append(found.reason)
     if impl == "auto":
         raise ValueError(f"{spec.op}: no implementation can run here: " + "; ".join(refusals))
-    anywhere = f"use impl={spec.providers[-1].name!r}"
-    remedy = "" if anywhere in refusals[0] else f"; {anywhere}"
-    raise ValueError(f"{spec.op}: impl={impl!r} cannot run here: {refusals[0]}{remedy}")
+    last = spec.providers[-1].name
+    remedy = "" if f"use impl={last!r}" in refusals[0] else f"; use impl={last!r}"
+    in_recipe = f"kernels.{spec.op}: {last} in a recipe"
+    raise ValueError(f"{spec.op}: impl={impl!r} cannot run here: {refusals[0]}{remedy} ({in_recipe})")
 
 
 def support(reason: str, refusal: str | None = None) -> Support:

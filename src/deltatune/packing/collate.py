@@ -87,6 +87,12 @@ class PackedCollator:
         if not documents:
             raise ValueError("a batch needs at least one sample, got none")
         used = sum(map(len, documents))
+        for index, document in enumerate(documents):
+            if len(document) > self.tokens_per_batch:
+                raise ValueError(
+                    f"sample {index} holds {len(document)} tokens, more than tokens_per_batch={self.tokens_per_batch}; "
+                    "split or truncate it, or raise tokens_per_batch"
+                )
         if used > self.tokens_per_batch:
             raise ValueError(
                 f"{len(documents)} samples hold {used} tokens, more than tokens_per_batch={self.tokens_per_batch}; "

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError, first_line
+from deltatune.errors import UserError, first_line, near_files
 from deltatune.training.hub import silence
 
 __all__ = [
@@ -47,20 +47,19 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         if (path / "adapter_config.json").is_file():
             merge = f"deltatune merge {path} --output OUTPUT"
             what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
-        raise UserError(f"model.name_or_path: {path} {what}")
+        raise UserError(f"model {path} {what}")
     # no model that can be prepared goes by the short names of the Hub's first years
     local = section.name_or_path.startswith((".", "/", "~")) or section.name_or_path.count("/") != 1
     if path.is_file() or (not path.exists() and local):
         raise UserError(
-            f"model.name_or_path: {section.name_or_path} is no folder; expected a checkpoint folder "
-            "(config.json and weights) or a model name (owner/name) on the Hugging Face Hub"
+            f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
+            f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
         )
     try:
         return AutoConfig.from_pretrained(**_origin(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(
-            f"model.name_or_path: cannot read {section.name_or_path}: {_why(error, section.name_or_path)}"
-        ) from error
+        why = _why(error, section.name_or_path)
+        raise UserError(f"cannot read model {section.name_or_path}: {why}{_no_folder(path)}") from error
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -74,7 +73,7 @@ def model_class(config: PreTrainedConfig) -> Any:
         if found is not None and name.endswith(_SUFFIXES):
             return found
         if found is not None:
-            raise UserError(f"model.name_or_path: {name} has no language-model head; expected one of *{_SUFFIXES[0]}")
+            raise UserError(f"model class {name} has no language-model head; expected one of *{_SUFFIXES[0]}")
     return transformers.AutoModelForCausalLM
 
 
@@ -91,13 +90,12 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     try:
         model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model.name_or_path: cannot load {section.name_or_path}: {_why(error, section.name_or_path)}"
-        ) from error
+        why = _why(error, section.name_or_path)
+        raise UserError(f"cannot load model {section.name_or_path}: {why}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"model.name_or_path: {section.name_or_path} lacks {len(missing)} weights of {type(model).__name__}, "
+            f"model {section.name_or_path} lacks {len(missing)} of the weights of {type(model).__name__}, "
             f"such as {missing[0]}; they would start at random"
         )
     assert isinstance(model, nn.Module)
@@ -213,6 +211,12 @@ def _origin(section: ModelSection, name: str) -> dict[str, Any]:
 def _silence_about(name: str) -> str | None:
     """Why nothing can be downloaded of what is not here; None for what is, and where something can."""
     return None if Path(name).expanduser().exists() else silence()
+
+
+def _no_folder(path: Path) -> str:
+    """That there is no folder of this name either, where its parent is one and it may have been meant."""
+    meant = path.parent.is_dir() and not path.exists()
+    return f"; there is no folder {path} either{near_files(path)}" if meant else ""
 
 
 def _why(error: BaseException, name: str) -> str:

@@ -183,6 +183,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             del logs[name]
         super().log(logs, start_time)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # the Trainer logs the last step only where logging_steps divides it: a short run would never say its loss
+        if self.control.should_training_stop and self.args.logging_strategy != "no":
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.meter.paused():
             super()._save_checkpoint(model, trial)

@@ -158,5 +158,5 @@ def _notes(probed: Probed) -> list[str]:
     if probed.refused is not None:
         notes.append(f"fed with position_ids alone: the model refuses cu_seq_lens_q ({probed.refused})")
     if probed.state is not None and probed.state.options.compile is not None and not probed.compiled:
-        notes.append("run eagerly; compiled=True runs the graphs")
+        notes.append("probed without the graphs that training runs; verify(model, compiled=True) probes them")
     return notes
