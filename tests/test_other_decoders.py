@@ -52,6 +52,21 @@ def test_another_dense_decoder(kind: str) -> None:
     assert model.config._attn_implementation == stock.config._attn_implementation
 
 
+def test_experts_of_another_layout_keep_their_own_forward_and_the_report_says_so() -> None:
+    model = dense("qwen2_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    for module in experts:
+        del module.is_transposed  # a note of transformers' decorator
+    prepared = prepare(model)
+    assert prepared.report.experts == (
+        "2 Qwen2MoeExperts of another layout: their own forward runs, adapters on them are PEFT's"
+    )
+    assert "grouped_mm" not in {row.op for row in prepared.report.kernels}
+    for module in experts:
+        module.is_transposed = False
+    assert "grouped_mm" in {row.op for row in prepare(model).report.kernels}
+
+
 def dense(kind: str, **changes: Any) -> Any:
     """A tiny decoder of a family without own layers."""
     values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}

@@ -12,7 +12,7 @@ from torch import nn
 from deltatune import ops
 from deltatune.compile.graphs import CompileReport, graphs_of
 from deltatune.hf import model as hf_model
-from deltatune.hf.experts import experts_layout, experts_per_token
+from deltatune.hf.experts import experts_layout, experts_per_token, other_experts
 from deltatune.hf.patches import Patch, patches
 from deltatune.layers.lora import lora_modes
 from deltatune.lora.parameters import is_parameter_lora
@@ -189,8 +189,10 @@ def _experts(model: nn.Module, text_model: Any) -> str | None:
     """The routed experts with fused weights: how many, which share of the model, and what of them trains."""
     layouts = {module: experts_layout(module) for module in text_model.modules()}
     found = [(module, layout) for module, layout in layouts.items() if layout is not None]
+    others = ", ".join(f"{count} {name}" for name, count in other_experts(text_model).items())
+    kept = f"{others} of another layout: their own forward runs, adapters on them are PEFT's" if others else None
     if not found:
-        return None
+        return kept
     own = [parameter for module, _ in found for parameter in module.parameters(recurse=False)]
     wrappers = [module for module in text_model.modules() if is_parameter_lora(module)]
     adapted = {wrapper.get_base_layer() for wrapper in wrappers}
@@ -204,8 +206,7 @@ def _experts(model: nn.Module, text_model: Any) -> str | None:
         f"{' or '.join(map(str, sorted(per_token)))} a token; {elements:,} parameters "
         f"({100 * elements / max(total, 1):.1f}%), {trained:,} trained for them"
     )
-    stock = sum(not isinstance(module, Swapped) for module, _ in found)
-    line += f"; {stock} stay stock" if stock else ""
+    line += "" if kept is None else f"; {kept}"
     if getattr(model, "peft_config", None) and not any(module in adapted for module, _ in found):
         line += "; no adapter on them (target_parameters of PEFT; in a recipe lora.target_parameters: all-experts)"
     return line

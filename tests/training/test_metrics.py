@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune import prepare
@@ -115,3 +116,14 @@ def test_no_peak_is_claimed_for_a_cpu() -> None:
 def test_a_log_entry_on_one_line() -> None:
     logs = {"loss": 1.5, "tokens_per_second": 12345.6, "fill": 0.987, "epoch": 1.0}
     assert format_metrics(logs) == "loss 1.5000 · tok/s 12,346 · fill 98.7%"
+
+
+def test_adapters_of_experts_count_with_the_share_that_a_token_visits() -> None:
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = tiny_model("qwen3_moe").requires_grad_(False)
+    before = StepFlops.of(prepare(model).model).per_token
+    adapted = get_peft_model(model, LoraConfig(r=4, target_parameters=names, target_modules=[]))
+    factors = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    prepare(adapted)
+    # 2 of 4 experts; forward, the input's gradient and their own
+    assert StepFlops.of(adapted).per_token - before == 6 * factors * 0.5

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-__all__ = ["ExpertsLayout", "experts_layout", "experts_per_token"]
+__all__ = ["ExpertsLayout", "experts_layout", "experts_per_token", "other_experts"]
 
 #: What configs call k.
 _PER_TOKEN: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -66,3 +66,13 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
 def experts_per_token(config: Any, num_experts: int) -> int:
     """The experts that a token goes to; all of them where the config has no name for it that is known."""
     return next((int(getattr(config, name)) for name in _PER_TOKEN if getattr(config, name, None)), num_experts)
+
+
+def other_experts(text_model: nn.Module) -> dict[str, int]:
+    """Classes of modules that hold weights of several experts in a layout that is not known, and how many there are."""
+    found: dict[str, int] = {}
+    for module in text_model.modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
+        if stacked and not isinstance(module, nn.modules.conv._ConvNd) and experts_layout(module) is None:
+            found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
+    return found
