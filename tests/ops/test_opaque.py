@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltatune import ops
 from deltatune.ops._linear_cross_entropy import torch_chunked
-from deltatune.ops._opaque import first_order, opaque
+from deltatune.ops._opaque import first_order, first_order_backward, opaque
 
 
 def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -187,6 +187,32 @@ def test_autocast_is_off_inside():
     expected = square(x)
     with torch.autocast("cpu", torch.bfloat16):
         found = square(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight
+
+    @staticmethod
+    @first_order_backward("product")
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return torch.addmm(grad, grad, weight.T), None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autocast_around_a_backward_is_off_inside(create_graph):
+    """Where it is on, a product rounds its operands, and a sum with one has two dtypes."""
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4)
+    (expected,) = torch.autograd.grad(_Product.apply(x, weight).sum(), x)
+    y = _Product.apply(x, weight).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y, x, create_graph=create_graph)
         assert torch.is_autocast_enabled("cpu")
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)

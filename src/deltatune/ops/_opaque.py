@@ -103,15 +103,21 @@ def first_order_backward(op: str, remedy: str = "detach its input") -> Callable[
 
     That one refuses only where a gradient that comes in can be differentiated. What comes out depends on saved tensors
     too, and behind a plain sum the gradient that comes in is a constant.
+
+    Autocast is off inside, where a backward is called within it: products would get operands of two dtypes.
     """
 
     def decorate(backward: _Backward) -> _Backward:
+        eager = _without_autocast(backward)
+
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return eager(ctx, *grads)
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = eager(ctx, *grads)
             sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
             message = _message(op, remedy)
             return tuple(None if grad is None else _refuse_later(message, grad, *sources) for grad in found)
