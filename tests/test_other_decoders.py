@@ -341,6 +341,18 @@ def test_layers_with_a_config_of_their_own_keep_documents_apart(kind: str, chang
     assert names == {stock.config._attn_implementation}
 
 
+def test_a_layer_beyond_those_that_the_config_lists_is_passed_over() -> None:
+    model = dense("qwen2")
+    layer = copy.deepcopy(model.model.layers[1])
+    layer.self_attn.layer_idx = len(model.config.layer_types)
+    model.model.layers.append(layer)
+    stock = copy.deepcopy(model)
+    prepare(model)
+    packed = model(**packed_call()).logits[0].split(LENGTHS)
+    for part, doc in zip(packed, documents(LENGTHS), strict=True):
+        torch.testing.assert_close(part, stock(doc[None], use_cache=False).logits[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("compile", [None, CompileOptions(backend="aot_eager")], ids=["eager", "compiled"])
 def test_a_stock_attention_set_in_one_layer_afterwards_is_refused(compile: CompileOptions | None) -> None:
     model = dense("llama")

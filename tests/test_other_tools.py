@@ -326,6 +326,16 @@ def test_a_class_over_ours_whose_forward_calls_it_works() -> None:
     assert torch.equal(model(**packed_call()).logits, expected)
 
 
+def test_a_compiled_forward_that_is_ours_works() -> None:
+    """A graph hides whether it calls our forward, but torch says what it compiled."""
+    model = tiny_model("qwen3", layers=1)
+    prepare(model)
+    expected = model(**packed_call()).logits
+    attention = model.model.layers[0].self_attn
+    attention.forward = torch.compile(attention.forward, backend="eager")
+    torch.testing.assert_close(model(**packed_call()).logits, expected)
+
+
 def with_functools_wraps(model: Any) -> None:
     inner = model.forward
     model.forward = functools.wraps(inner)(lambda *a, **k: inner(*a, **k))

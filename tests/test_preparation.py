@@ -127,6 +127,29 @@ def test_deepcopy_and_pickle() -> None:
     assert torch.equal(model(**packed_call()).logits, expected)
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_class_of_a_prepared_model_makes_stock_models(bare: bool, tmp_path: Path) -> None:
+    stock = tiny_model("qwen3_5")
+    stock = stock.model if bare else stock
+    model = copy.deepcopy(stock)
+    prepare(model)
+    model.save_pretrained(tmp_path)
+    (tokens,) = documents([9])
+    for made in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
+        assert [type(module) for module in made.modules()] == [type(module) for module in stock.modules()]
+        made.load_state_dict(stock.state_dict())
+        assert torch.equal(made(tokens[None])[0], stock(tokens[None])[0])
+        prepare(made)
+        assert torch.equal(made(**packed_call())[0], model(**packed_call())[0])
+
+
+def test_a_blank_copy_is_of_our_class() -> None:
+    """As DataParallel and accelerate make one: by the class's ``__new__`` without arguments."""
+    model = tiny_model("qwen3")
+    prepare(model)
+    assert type(model._replicate_for_data_parallel()) is type(model)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "layer"])
 def test_checkpointing_changes_no_gradient(checkpointing: str) -> None:
     reference, model = tiny_model("qwen3_5"), tiny_model("qwen3_5").train()

@@ -144,7 +144,7 @@ def _subclass(layer: type[Swapped], stock: type[nn.Module]) -> type[nn.Module]:
         # transformers keys its recorders and the saved config's architecture on the printed name of the class
         names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_swap_parts": (layer, stock)}
         ours = _named_forward(stock, layer.extra_arguments) if layer.extra_arguments else layer.forward
-        own = names | {"forward": _usable_beyond_restore(ours, stock)}
+        own = names | {"__new__": _makes_stock(stock), "forward": _usable_beyond_restore(ours, stock)}
         made: Any = type(stock.__name__, (layer, stock), own)
         # as the class has it: what it inherits from may wrap what its subclasses bring
         made._own_forward, made._takes_sequences = made.forward, "sequences" in inspect.signature(ours).parameters
@@ -160,6 +160,20 @@ def _usable_beyond_restore(ours: Callable[..., Any], stock: type[nn.Module]) -> 
         return ours(self, *args, **kwargs) if isinstance(self, Swapped) else stock.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _makes_stock(stock: type[nn.Module]) -> Callable[..., nn.Module]:
+    """The ``__new__`` of a subclass: ``type(model)(config)`` and ``type(model).from_pretrained`` make a stock module.
+
+    Python runs no ``__init__`` on it, as it is no instance of the subclass. Without arguments, as pickle and
+    DataParallel call it, it makes a blank one of the subclass.
+    """
+
+    @functools.wraps(stock.__init__)
+    def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        return stock(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    return new
 
 
 def _blank(layer: type[Swapped], stock: type[nn.Module]) -> nn.Module:

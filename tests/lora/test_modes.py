@@ -20,7 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltatune import CompileOptions, prepare
 from deltatune.layers.lora import lora_modes
 from deltatune.layers.mlp import GatedMLP, is_gated_mlp
+from deltatune.lora.linear import LoRALinear
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, is_lora_linear, mode_of
+from deltatune.options import Options
+from deltatune.state import State
+from deltatune.subclass import swap
 from lora_cases import (
     FEW,
     adapted,
@@ -283,6 +287,19 @@ def test_a_bias_is_added_and_trains() -> None:
     prepare(fused, lora="fused")
     assert_same(fused, stock)
     assert any(p.grad is not None and name.endswith("bias") for name, p in fused.named_parameters())
+
+
+def test_a_bias_of_another_dtype_is_added_in_that_of_the_product() -> None:
+    stock = layer(bias=True)
+    stock.base_layer.bias = nn.Parameter(stock.base_layer.bias.float(), requires_grad=False)
+    fused = copy.deepcopy(stock)
+    swap(fused, LoRALinear, State(Options(kernels={}, mask_form="mapping", lora="fused")))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused.mode_of_call(x) == FUSED
+        found, expected = fused(x), stock(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert relative(found, expected) < 1e-2
 
 
 def test_dropout_runs_unfused() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltatune import ops
 from deltatune.ops._linear_cross_entropy import torch_chunked
-from deltatune.ops._opaque import first_order, opaque
+from deltatune.ops._opaque import first_order, first_order_backward, opaque
 
 
 def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -148,9 +148,14 @@ def test_only_listed(xs: Sequence[Tensor], y: Tensor) -> list[Tensor]:
     return [x * y for x in xs]
 
 
+@opaque(fake=lambda xs: xs[0].new_empty(xs[0].shape))
+def test_only_summed(xs: Sequence[Tensor]) -> Tensor:
+    return xs[0] @ torch.eye(xs[0].shape[-1]) + xs[1]
+
+
 # pytest would take them for tests
-square, listed = test_only_square, test_only_listed
-del test_only_square, test_only_listed
+square, listed, summed = test_only_square, test_only_listed, test_only_summed
+del test_only_square, test_only_listed, test_only_summed
 
 
 def test_autograd_sees_an_op_as_any_other():
@@ -181,6 +186,52 @@ def test_autocast_is_off_inside():
     expected = square(x)
     with torch.autocast("cpu", torch.bfloat16):
         found = square(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_autocast_is_off_inside_an_op_of_a_list_alone():
+    x = torch.randn(3, 4) * (1 + 2**-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(summed([x, x]), 2 * x)
+
+
+def by_default(x: Tensor, scale: float = 2.0) -> Tensor:
+    return x * scale
+
+
+def by_keyword(x: Tensor, *, scale: float) -> Tensor:
+    return x * scale
+
+
+@pytest.mark.parametrize("kernel", [by_default, by_keyword])
+def test_arguments_that_a_function_would_not_see_are_refused(kernel):
+    with pytest.raises(TypeError, match=f"{kernel.__name__}: arguments .* have no default; change 'scale'"):
+        opaque(fake=_double_fake)(kernel)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight
+
+    @staticmethod
+    @first_order_backward("product")
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return torch.addmm(grad, grad, weight.T), None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autocast_around_a_backward_is_off_inside(create_graph):
+    """Where it is on, a product rounds its operands, and a sum with one has two dtypes."""
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4)
+    (expected,) = torch.autograd.grad(_Product.apply(x, weight).sum(), x)
+    y = _Product.apply(x, weight).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y, x, create_graph=create_graph)
         assert torch.is_autocast_enabled("cpu")
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ import deltatune.layers.decoder
 from deltatune import CompileOptions, Sequences, VerifyReport, ops, prepare, verify
 from deltatune.compile.graphs import compile_options
 from deltatune.layers.attention import Attention, SinkAttention
-from deltatune.verification.measure import relative
+from deltatune.verification.measure import Pack, Run, Subject, measure, relative
+from deltatune.verification.report import VerifyRow
 from deltatune.verification.rounding import limits_of
 from tiny import FAMILIES, HYBRIDS, tiny_conditional, tiny_model
 
@@ -255,6 +257,71 @@ def test_an_influence_below_the_tolerance_is_found_by_the_perturbation(broken: C
     assert row.verdict == "rounding depends on what other documents hold"
 
 
+def _unseen(x: Tensor, leak: Tensor) -> Tensor:
+    """``x``, with the gradient of ``x + leak``."""
+    return x + (leak - leak.detach())
+
+
+class _GradientByValues(torch.autograd.Function):
+    """Identity whose gradient depends on the values of the token before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 + 1e-6 * F.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+FAINT = {
+    "to the document before": lambda x: _unseen(x, 1e-12 * F.pad(x, (0, 0, 1, 0))[:, :-1]),
+    "to the document after": lambda x: _unseen(x, 1e-12 * F.pad(x, (0, 0, 0, 1))[:, 1:]),
+}
+
+
+def _two_documents(packed: Callable[[Tensor], Tensor], tolerance: float = 1e-5) -> VerifyRow:
+    """The row of a layer that is ``1.1 x`` of a document alone, and ``packed(1.1 x)`` of a pack."""
+    inputs, others, weight = torch.randn(3, 1, 7, 4, generator=torch.Generator().manual_seed(0))
+
+    def run(function: Callable[[Tensor], Tensor], place: slice) -> Run:
+        def runs(x: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+            output = function(1.1 * x)
+            return output, (output * weight[:, place])[:, trained].sum()
+
+        return runs
+
+    pack = Pack((3, 4), padding=0)
+    alone = [run(lambda x: x, place) for place in pack.places]
+    subject = Subject("layer", 1, inputs, others, {}, run(packed, slice(None)), alone)
+    return measure(subject, pack, tolerance=tolerance, exact=True)
+
+
+@pytest.mark.parametrize("where", FAINT)
+def test_the_faintest_gradient_that_crosses_documents_is_found(where: str) -> None:
+    assert _two_documents(lambda x: x).ok
+    row = _two_documents(FAINT[where])
+    assert row.forward == row.input_grad == row.perturbation == 0
+    assert row.cross_document_gradient > 0
+    assert not row.ok
+
+
+def test_a_gradient_that_depends_on_what_other_documents_hold_is_found() -> None:
+    row = _two_documents(_GradientByValues.apply)
+    assert row.forward == row.cross_document_gradient == 0
+    assert row.input_grad < row.limits[1]
+    assert row.perturbation > 0
+    assert not row.ok
+
+
+def test_no_limit_is_raised_where_a_gradient_crosses_documents() -> None:
+    row = _two_documents(lambda x: x + 1e-3 * F.pad(x, (0, 0, 1, 0))[:, :-1], tolerance=1e-9)
+    assert row.limits == (1e-9,) * 3
+    assert not row.ok
+
+
 def test_values_that_are_not_finite_fail(broken: Callable[..., VerifyReport]) -> None:
     report = broken("causal_conv", lambda op: lambda *a, **k: _each(lambda y: y * float("nan"), op(*a, **k)))
     assert not report.ok
@@ -412,6 +479,13 @@ def test_tf32_of_torchs_own_products_counts(monkeypatch: pytest.MonkeyPatch) -> 
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     (limit,) = limits_of([1e-4], 1e-5, lambda: x @ x, lambda a, b: [relative(a, b)])
     assert 1e-4 < limit < 5e-3
+
+
+@pytest.mark.parametrize(("tolerance", "most"), [(1e-5, 0.1), (1e-2, 0.25)])
+def test_no_rounding_raises_a_limit_to_where_another_function_begins(tolerance: float, most: float) -> None:
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    limits = limits_of([1.0], tolerance, lambda: x * x, lambda *_: [1.0])  # as of a model that amplifies all rounding
+    assert limits == pytest.approx((most,))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])

@@ -78,12 +78,12 @@ def exchange_configs(text_model: Any) -> None:
 
 
 def is_prepared(module: nn.Module) -> bool:
-    """Whether a module's config names our attention, and its stock one what it did; or it has none that names any."""
+    """Whether a module's config names our attention, and its stock one what that stands for; or none names any."""
     own: dict[str, Any] = module.__dict__
     if not hasattr(own.get("config"), "_attn_implementation"):
         return True
     ours, stock = (getattr(config, "_attn_implementation", None) for config in (own["config"], own.get(_CONFIG)))
-    return _IMPL in own and ours in _STOCK and _STOCK[ours] == stock == own[_IMPL].stock
+    return _IMPL in own and ours in _STOCK and _STOCK[ours] == stock
 
 
 def packed_attention(

@@ -17,8 +17,9 @@ nothing that leads back to its inputs, is wrapped in ``first_order``; the backwa
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -60,10 +61,14 @@ def opaque(
         remedy: what to do for want of its derivative.
 
     Inside the kernel autocast is off: it would round what accumulates in fp32.
+
+    Raises:
+        TypeError: at registration, of an argument that has a default or goes by keyword alone.
     """
 
     def register(kernel: Callable[..., _R]) -> Callable[..., _R]:
         name = kernel.__name__
+        _check_arguments(kernel)
         schema = torch.library.infer_schema(kernel, mutates_args=())
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
@@ -103,15 +108,21 @@ def first_order_backward(op: str, remedy: str = "detach its input") -> Callable[
 
     That one refuses only where a gradient that comes in can be differentiated. What comes out depends on saved tensors
     too, and behind a plain sum the gradient that comes in is a constant.
+
+    Autocast is off inside, where a backward is called within it: products would get operands of two dtypes.
     """
 
     def decorate(backward: _Backward) -> _Backward:
+        eager = _without_autocast(backward)
+
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return eager(ctx, *grads)
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = eager(ctx, *grads)
             sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
             message = _message(op, remedy)
             return tuple(None if grad is None else _refuse_later(message, grad, *sources) for grad in found)
@@ -190,17 +201,37 @@ def _record(op: Any, schema: str, setup_context: Callable[..., None] | None, dif
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         # autograd looks for tensors among arguments, not inside them
-        inside = itertools.chain.from_iterable(x for x in args if isinstance(x, list | tuple))
-        output = recorded(*args, *inside, args)
+        output = recorded(*args, *_inside(args), args)
         return list(output) if gives_list else output
 
     _LIBRARY.impl(op._schema.name.partition("::")[2], run, "Autograd")
 
 
+def _check_arguments(kernel: Callable[..., Any]) -> None:
+    """The dispatcher hands on no argument that equals its default, and autograd's Functions none by keyword."""
+    for name, argument in inspect.signature(kernel).parameters.items():
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY or argument.default is not inspect.Parameter.empty:
+            raise TypeError(
+                f"{kernel.__name__}: arguments of an opaque op go by position and have no default; "
+                f"change {name!r} to one that does, and give the default in a function that calls the op"
+            )
+
+
+def _inside(args: Iterable[Any]) -> Iterator[Any]:
+    """What the lists among arguments hold."""
+    return itertools.chain.from_iterable(x for x in args if isinstance(x, list | tuple))
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
+
+
 def _without_autocast(kernel: Callable[..., _R]) -> Callable[..., _R]:
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> _R:
-        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        # for every call of an op, so the usual case first
+        first = args[0] if isinstance(args[0], Tensor) else next(filter(_is_tensor, (*args, *_inside(args))))
+        device = first.device.type
         if not torch.is_autocast_enabled(device):
             return kernel(*args, **kwargs)
         with torch.autocast(device, enabled=False):
