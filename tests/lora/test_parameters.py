@@ -307,3 +307,20 @@ def test_weights_of_linear_layers_by_their_names_are_lora_layers_like_others(lor
     assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
     assert_same_gradients(model, stock)
     assert {row.mode for row in prepared.report.lora_rows} == {"fused" if lora == "fused" else "unfused"}
+
+
+@pytest.mark.parametrize("aux_loss", [False, True])
+def test_a_router_trained_whole_beside_them(aux_loss: bool) -> None:
+    model = adapted(modules_to_save=["gate"])
+    model.get_base_model().router_aux_loss_coef = 0.5
+    reference = copy.deepcopy(model)
+    prepared = prepare(model, compile=CompileOptions(backend="aot_eager"))
+    prepare(reference, lora="stock")
+    call = packed_call() | ({"output_router_logits": True} if aux_loss else {})
+    for one in (model, reference):
+        one(**call).loss.backward()
+    assert_same_gradients(model, reference)
+    routers = [name for name, p in model.named_parameters() if "gate.modules_to_save" in name and p.grad is not None]
+    assert len(routers) == 2
+    assert prepared.compile_report is not None
+    assert prepared.compile_report.breaks == []

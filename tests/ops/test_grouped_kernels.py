@@ -39,7 +39,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize(("inner", "outer"), WIDTHS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_kernels(sizes: list[int], inner: int, outer: int, dtype: torch.dtype, device: str) -> None:
-    from deltatune.ops._grouped_mm.triton_grouped import Tile, gram, product
+    from deltatune.ops._grouped_mm.triton_grouped import Tile, gram, product, reads_by_tile
 
     tile, groups, rows = Tile(16, 16, 16, 4, 1), len(sizes), sum(sizes) + 19
     x = random(rows, inner, device=device, dtype=dtype)
@@ -50,6 +50,7 @@ def test_kernels(sizes: list[int], inner: int, outer: int, dtype: torch.dtype, d
     offsets = torch.tensor(sizes, device=device).cumsum(0).int()
     ends = [0, *offsets.tolist()]
     for weight in (stored.mT, stored.mT.contiguous()):
+        assert reads_by_tile(x, weight, tile) == (inner == 64)
         for narrow, b in ((None, None), (low, up)):
             found = product(x, weight, offsets, narrow, b, tile)
             assert found.dtype == dtype

@@ -182,3 +182,17 @@ def test_an_adapter_without_experts_is_not_split(tmp_path: Path, adapter: Path) 
     with pytest.raises(UserError, match="none on routed experts"):
         export_adapter(adapter, tmp_path / "served", layout="per-expert")
     assert not (tmp_path / "served").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_merged_experts_reload_in_the_stock_model(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    expected = logits(model)
+    prepare(model)
+    save_trained(model, byte_tokenizer(), tmp_path / "adapter")
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(merged)), expected) < 1e-5

@@ -84,10 +84,11 @@ class Experts(Swapped):
         return self._per_token() / self.down_proj.shape[0]
 
     def cost(self, tokens: int, squares: int) -> Cost:
-        """Kept: inputs, hidden units before and after the gate, and outputs, for each expert that a token visits."""
+        """Kept of each expert that a token visits: rows before the gate, and what the gate and the weight leave."""
         del squares
-        widths = sum(sum(weight.shape[1:]) for weight in _weights(self)[:2])
-        return Cost(kept=float(tokens * self._per_token() * widths))
+        up, down, transposed = _weights(self)
+        before, behind = (up.shape[2], down.shape[1]) if transposed else (up.shape[1], down.shape[2])
+        return Cost(kept=float(tokens * self._per_token() * (before + 3 * behind)))
 
     def _per_token(self) -> int:
         return experts_per_token(self.config, self.down_proj.shape[0])

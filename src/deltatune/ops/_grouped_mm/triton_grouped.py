@@ -16,11 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deltatune.ops._jit import jit
 from deltatune.ops._numerics import unit_stride
 
-__all__ = ["Tile", "gram", "product"]
+__all__ = ["Tile", "gram", "product", "reads_by_tile"]
 
 
 class Tile(NamedTuple):
@@ -55,13 +56,15 @@ def product(
         return y
     size = tile or _product_tile(rows, groups, outer, inner, x.dtype)
     x = unit_stride(x)
+    source = _by_tile(x, weight, size)
     low, to_low, width = (x, weight, 0) if narrow is None or up is None else (unit_stride(narrow), up, up.shape[2])
     tiles = triton.cdiv(rows, size.rows) + groups + 1
     with torch.cuda.device(x.get_device()):
         _product_kernel[(tiles * triton.cdiv(outer, size.cols),)](
-            x, weight, low, to_low, offsets, y, x.stride(0), low.stride(0), weight.stride(), to_low.stride(),
-            rows, groups, outer, inner, width, triton.next_power_of_2(groups + 1), size.rows, size.cols, size.depth,
-            _depth_of(width), _precision(x.dtype), num_warps=size.warps, num_stages=size.stages,
+            *(source or (x, weight)), low, to_low, offsets, y, x.stride(0), low.stride(0), weight.stride(),
+            to_low.stride(), rows, groups, outer, inner, width, triton.next_power_of_2(groups + 1), size.rows,
+            size.cols, size.depth, _depth_of(width), _precision(x.dtype), source is not None, weight.stride(2) == 1,
+            num_warps=size.warps, num_stages=size.stages,
         )  # fmt: skip
     return y
 
@@ -102,6 +105,31 @@ def _product_tile(rows: int, groups: int, outer: int, inner: int, dtype: torch.d
 def _gram_tile(high: int, wide: int) -> Tile:
     rows, cols = (min(128, max(_LEAST, triton.next_power_of_2(width))) for width in (high, wide))
     return Tile(rows, cols, 64, 8 if rows == cols == 128 else 4, 3)
+
+
+def reads_by_tile(x: Tensor, weight: Tensor, tile: Tile) -> bool:
+    """Whether the tensor memory accelerator reads both operands."""
+    return _by_tile(x, weight, tile) is not None
+
+
+def _by_tile(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """x ``[R, K]`` and all matrices on top of each other, for the tensor memory accelerator; None where it cannot read.
+
+    A tile that goes past a group's rows, or past a matrix, reads those of the next: of rows and columns that are not
+    stored. What it multiplies along K has to end with the matrix.
+    """
+    groups, inner, size = weight.shape[0], weight.shape[2], x.element_size()
+    upright = weight if weight.stride(2) == 1 else weight.mT
+    high, step = upright.shape[1], upright.stride(1)
+    reads = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    dense = upright.stride() == (high * step, step, 1) and x.stride(0) >= inner
+    aligned = all(n % 16 == 0 for n in (x.stride(0) * size, step * size, x.data_ptr(), upright.data_ptr()))
+    if not (dense and aligned and inner % tile.depth == 0 and (reads or not x.is_cuda)):
+        return None
+    block = [tile.cols, tile.depth] if upright is weight else [tile.depth, tile.cols]
+    rows = TensorDescriptor(x, [x.shape[0], inner], [x.stride(0), 1], [tile.rows, tile.depth])
+    shape = [groups * high, upright.shape[2]]
+    return rows, TensorDescriptor(upright, shape, [step, 1], block)
 
 
 def _depth_of(width: int) -> int:
@@ -167,6 +195,8 @@ def _product_kernel(
     DEPTH: tl.constexpr,
     LOW_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_TILE: tl.constexpr,
+    UPRIGHT: tl.constexpr,
 ) -> None:
     across = tl.cdiv(N, COLS)
     tile, column = tl.program_id(0) // across, tl.program_id(0) % across
@@ -187,10 +217,20 @@ def _product_kernel(
         total = tl.zeros((ROWS, COLS), tl.float32)
         if mine < G:
             at = mine.to(tl.int64)
-            total = _add_product(
-                total, x, x_stride, rows, here, weight + at * weight_strides[0], weight_strides, cols, N, K, DEPTH,
-                PRECISION,
-            )  # fmt: skip
+            if BY_TILE:
+                first = begin + (tile - before) * ROWS
+                for start in range(0, K, DEPTH):
+                    a = x.load([first, start])
+                    if UPRIGHT:
+                        b = weight.load([mine * N + column * COLS, start]).T
+                    else:
+                        b = weight.load([mine * K + start, column * COLS])
+                    total = tl.dot(a, b, total, input_precision=PRECISION)
+            else:
+                total = _add_product(
+                    total, x, x_stride, rows, here, weight + at * weight_strides[0], weight_strides, cols, N, K, DEPTH,
+                    PRECISION,
+                )  # fmt: skip
             if LOW_DEPTH > 0:
                 total = _add_product(
                     total, low, low_stride, rows, here, up + at * up_strides[0], up_strides, cols, N, W, LOW_DEPTH,
