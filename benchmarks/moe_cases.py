@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from benchmarks.shapes import Shape
 from deltatune import ops
 from deltatune.ops import Adapter, ExpertLinear
+from deltatune.ops._grouped_mm.routing import combine, route
 
-__all__ = ["BALANCED", "RANK", "SKEWED", "Sizes", "baselines", "draw_inputs", "ours", "sizes_of"]
+__all__ = ["BALANCED", "FLOOR", "RANK", "SKEWED", "Sizes", "baselines", "draw_inputs", "ours", "sizes_of"]
 
+#: What no block can go without; its result is no answer, so the check of it is red.
+FLOOR: Final = "moves and grouped products alone"
 #: Rows of the busiest expert over those of the mean one.
 BALANCED: Final = 1
 SKEWED: Final = 16
@@ -120,6 +123,7 @@ def baselines(
         yield "stock + PEFT target_parameters", "stock", peft
         yield "separate grouped products, compiled", "library", separate
     else:
+        yield FLOOR, "library", lambda: torch.compile(functools.partial(_moves_and_products, sizes), dynamic=False)
         yield "stock grouped_mm", "stock", functools.partial(stock, compiled=False)
         yield "stock grouped_mm, compiled", "stock", functools.partial(stock, compiled=True)
 
@@ -143,6 +147,26 @@ def _factors(sizes: Sizes, rank: int, t: Any, name: str) -> tuple[Tensor, Tensor
     """A ``[X, r, K]`` and B ``[X, N, r]`` in the dtype of x; not compiled, which would take another order of dims."""
     a, b = (t[f"{name}_{factor}"].to(t["x"].dtype) for factor in "AB")
     return a.view(sizes.experts, rank, -1), b.view(-1, rank, sizes.experts).permute(2, 0, 1).contiguous()
+
+
+def _moves_and_products(sizes: Sizes, t: Any) -> Tensor:
+    """Rows gathered, both products by torch, and each token's rows summed: no gate, no weights."""
+    routing = route(t["index"], sizes.experts)
+    copies = routing.copies(sizes.top_k)
+    inner = F.grouped_mm(_Gather.apply(t["x"], *copies), t["up"].mT, offs=routing.offsets)  # type: ignore[no-untyped-call]
+    return combine(F.grouped_mm(inner[:, : sizes.inner], t["down"].mT, offs=routing.offsets), copies)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[source]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return dy[places].sum(1), None, None
 
 
 def _separate_products(sizes: Sizes, t: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

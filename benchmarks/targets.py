@@ -9,6 +9,7 @@ name says otherwise. A result behind a red check is no figure.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -281,6 +282,59 @@ def _ops() -> Iterator[Target]:
         yield Target(f"{name}, {fastest}", speed, 1.0, at_least=False, form=ratio)
 
 
+def _of_experts(op: str, value: Callable[[OpCase, float], Figure | None], choose: Callable[..., Any]) -> Any:
+    """Of what auto takes, forward and backward: the worst of balanced and skewed routing, 8192 and 16384 tokens."""
+
+    def figure(records: Sequence[Record]) -> Iterator[tuple[Record, Figure]]:
+        found: dict[tuple[str, int], tuple[Record, Figure]] = {}
+        for kind, tokens in itertools.product((op, f"{op}_skewed"), (8192, 16384)):
+            for case in op_cases(records, kind):
+                auto = case.auto(_BOTH[1])
+                if case.config["T"] == tokens and case.config["experts"] == 256 and auto is not None:
+                    one = value(case, auto["median_ms"]) if auto["status"] == "ok" else (math.nan, "red check")
+                    if one is not None:
+                        found.setdefault((kind, tokens), (case.record, (one[0], f"{kind}, T {tokens}, {one[1]}")))
+        if len(found) == 4:
+            yield choose(found.values(), key=lambda pair: pair[1][0])
+
+    return figure
+
+
+def _over_fastest(part: str) -> Callable[[OpCase, float], Figure | None]:
+    """The fastest of others with this in their names, over ours."""
+
+    def ratio(case: OpCase, ours_ms: float) -> Figure | None:
+        others = [r for r in case.results(_BOTH[1]) if part in r["impl"]]
+        return min(((r["median_ms"] / ours_ms, str(r["impl"])) for r in others), default=None)
+
+    return ratio
+
+
+def _over_frozen(case: OpCase, ours_ms: float) -> Figure | None:
+    """Over the block without adapters, in a record of the same device next to this one."""
+    op = case.record.kind.removeprefix("ops/").replace("_lora", "")
+    for frozen in op_cases(load_records(case.record.path.parent), op):
+        same = frozen.record.device == case.record.device and frozen.config["T"] == case.config["T"]
+        auto = frozen.auto(_BOTH[1])
+        if same and auto is not None and auto["status"] == "ok":
+            return ours_ms / auto["median_ms"], frozen.record.path.name
+    return None
+
+
+def _experts() -> Iterator[Target]:
+    ratio, of = "{:.3f}x", "experts of 35B-A3B"
+    alone, adapted = "moe_experts", "moe_experts_lora"
+    floor = _of_experts(alone, _over_fastest("moves and grouped products alone"), min)
+    yield Target(f"frozen {of}: of products and moves alone", floor, 0.80)
+    stock = _of_experts(alone, _over_fastest("stock"), min)
+    yield Target(f"frozen {of}: against stock grouped_mm", stock, 1.3, form=ratio)
+    over = _of_experts(adapted, _over_frozen, max)
+    yield Target(f"{of} with adapters: over frozen", over, 1.35, at_least=False, form=ratio)
+    for name, limit in (("PEFT", 2.5), ("separate", 1.0)):
+        figure = _of_experts(adapted, _over_fastest(name), min)
+        yield Target(f"{of} with adapters: against {name}", figure, limit, form=ratio)
+
+
 TARGETS: Final[tuple[Target, ...]] = (
     # 68 and 77% of the roofline are what 80 and 85% came to of an earlier bound, which took each product at its own
     # measured rate, on the frontiers of both models (172.9 against 202.3 ms, 691.4 against 759.5)
@@ -288,6 +342,7 @@ TARGETS: Final[tuple[Target, ...]] = (
     *_training("qwen3.5-9b", 0.77, 1.4, 1.9, 2.2),
     *_cold_starts(),
     *_ops(),
+    *_experts(),
 )
 
 

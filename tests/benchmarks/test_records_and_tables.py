@@ -111,7 +111,7 @@ def test_a_comparison_is_shown() -> None:
 
 def test_targets_of_the_committed_records() -> None:
     outcomes = targets.evaluate(COMMITTED)
-    assert all(o.verdict != "no record" for o in outcomes)
+    assert {"experts of 35B-A3B" in o.target.name for o in outcomes if o.verdict == "no record"} == {True}
     ratio = outcome("qwen3.5-2b: against the same, memory free", *COMMITTED)
     assert ratio.figure[0] == pytest.approx(543.1816 / 232.5928, rel=1e-5)
     assert ratio.record.path == FRONTIER
@@ -150,7 +150,7 @@ def test_more_memory_than_stock_is_missed() -> None:
 
 def test_targets_exit_with_one_while_one_is_missed(capsys, tmp_path) -> None:
     assert targets.main([]) == 1
-    assert "2 missed, 0 no record" in capsys.readouterr().out
+    assert "2 missed, 5 no record" in capsys.readouterr().out
     assert targets.main(["--records", str(tmp_path)]) == 1
     assert "0 met, 0 missed" in capsys.readouterr().out
 
@@ -210,3 +210,27 @@ def test_the_modules_run_as_commands() -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "2 missed" in done.stdout
+
+
+def test_targets_of_experts_are_the_worst_of_four_cases(tmp_path) -> None:
+    def result(impl: str, ms: float) -> dict[str, object]:
+        return {"impl": impl, "what": "forward+backward", "median_ms": ms, "status": "ok", "by": "library"}
+
+    def write(op: str, by_case: dict[str, float], others: dict[str, float], *, last: float) -> None:
+        for skew in ("", "_skewed"):
+            configs = []
+            for tokens in (8192, 16384):
+                ours = last if (skew, tokens) == ("_skewed", 16384) else by_case["triton"]
+                results = [result("triton", ours), *(result(name, ms) for name, ms in others.items())]
+                configs.append({"config": {"T": tokens, "experts": 256}, "auto": "triton", "results": results})
+            kind = f"ops/{op}{skew}"
+            record = head(kind, op, "how", device="NVIDIA H200", source={"commit": "a"}) | {"configs": configs}
+            write_record(record, tmp_path)
+
+    stock = {"stock grouped_mm": 9.0, "stock grouped_mm, compiled": 6.0, "moves and grouped products alone": 3.6}
+    write("moe_experts", {"triton": 4.0}, stock, last=4.5)
+    write("moe_experts_lora", {"triton": 5.0}, {"stock + PEFT": 20.0, "separate grouped products": 7.0}, last=5.4)
+    found = {o.target.name: o for o in targets.evaluate(load_records(tmp_path)) if "35B-A3B" in o.target.name}
+    figures = [round(o.figure[0], 4) for o in found.values()]
+    assert figures == [0.8, round(6 / 4.5, 4), round(5 / 4, 4), round(20 / 5.4, 4), round(7 / 5.4, 4)]
+    assert {o.verdict for o in found.values()} == {"met"}
