@@ -16,7 +16,14 @@ __all__ = ["SHAPES", "Shape", "adapters", "build_model", "shape_named", "with_lo
 #: between documents changes every figure that the gates compare.
 _SLOW_DECAY: Final = 0.05
 #: What ``--targets`` names, as PEFT takes it.
-_TARGETS: Final[Mapping[str, str | list[str]]] = {"qkvo": ["q_proj", "k_proj", "v_proj", "o_proj"], "all": "all-linear"}
+_QKVO: Final = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_EXPERTS: Final = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+#: What has adapters, as PEFT is told.
+TARGETS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "qkvo": {"target_modules": _QKVO},
+    "all": {"target_modules": "all-linear"},
+    "experts": {"target_modules": _QKVO, "target_parameters": _EXPERTS},
+}
 #: Every fourth layer attends, the others run the delta rule.
 _PERIOD: Final = 4
 #: Matrices whose product is added to the residual stream.
@@ -203,9 +210,7 @@ def with_lora(model: Any, targets: str, *, rank: int, alpha: int, seed: int = 0)
     """
     import peft
 
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_TARGETS[targets]
-    )
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, **TARGETS[targets])
     adapted = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

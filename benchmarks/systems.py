@@ -116,7 +116,7 @@ class Setting:
     Attributes:
         system: ours, one of ``BASELINES``, or the float32 reference of the checks.
         checkpointing: ``"none"``, ``"layer"``; ours also a share or ``"auto"``.
-        targets: which projections have adapters: ``"qkvo"`` or ``"all"``.
+        targets: which projections have adapters: ``"qkvo"``, ``"all"`` or ``"experts"``.
         lora: ours: as ``prepare`` takes it; baselines have PEFT's own layers.
     """
 

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.records import RECORDS
 from benchmarks.session import Job, Session, ours
-from benchmarks.shapes import SHAPES, shape_named
+from benchmarks.shapes import SHAPES, TARGETS, shape_named
 from benchmarks.systems import BASELINES, Setting, draw_lengths
 from benchmarks.worker import Spec
 
@@ -77,7 +77,8 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     add("--one-document", action="store_true", help="as long as the pack, in place of 64 to 2048 tokens each")
     add("--checkpointing", nargs="+", default=["none", "layer"], type=checkpointing, metavar="C",
         help="of ours: none, layer, auto or the share of activations that stays; none layer by default")  # fmt: skip
-    add("--targets", nargs="+", default=["qkvo"], choices=["qkvo", "all"], help="projections with adapters; qkvo")
+    what = "what has adapters: q, k, v and o, all linear layers, or q, k, v, o and all routed experts; qkvo"
+    add("--targets", nargs="+", default=["qkvo"], choices=list(TARGETS), help=what)
     add("--rank", type=int, default=16, metavar="R", help="of the adapters; 16 by default")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

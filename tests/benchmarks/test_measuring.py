@@ -126,6 +126,17 @@ def test_every_model_has_a_config() -> None:
         SHAPES["qwen3.5-2b"].config(3)
 
 
+def test_adapters_on_experts_are_fused_in_ours() -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8}
+    shape = replace(SHAPES["tiny"], model_type="qwen3_5_moe_text", values=values)
+    model = build_model(shape, CPU, dtype=torch.float32)
+    system = System(Setting("deltatune", "none", "experts", "auto"), model, backend="none")
+    assert system.prepared is not None
+    rows = {row.reason: row.layers for row in system.prepared.report.lora_rows if row.mode == "fused"}
+    assert rows == {"adapters of all experts in the grouped products": 4}
+
+
 def test_adapters_have_the_same_values_in_every_system() -> None:
     values = []
     for lora in ("stock", "auto"):
