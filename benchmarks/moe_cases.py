@@ -17,7 +17,18 @@ from deltatune import ops
 from deltatune.ops import Adapter, ExpertLinear
 from deltatune.ops._grouped_mm.routing import combine, route
 
-__all__ = ["BALANCED", "FLOOR", "RANK", "SKEWED", "Sizes", "baselines", "draw_inputs", "ours", "sizes_of"]
+__all__ = [
+    "BALANCED",
+    "FLOOR",
+    "RANK",
+    "SKEWED",
+    "Sizes",
+    "baselines",
+    "draw_inputs",
+    "draw_weights",
+    "ours",
+    "sizes_of",
+]
 
 #: What no block can go without; its result is no answer, so the check of it is red.
 FLOOR: Final = "moves and grouped products alone"
@@ -30,25 +41,39 @@ _FACTOR_NAMES: Final = ("up_A", "up_B", "down_A", "down_B")
 
 
 class Sizes(NamedTuple):
-    """X, k, H and I."""
+    """X, k, H and I; gpt-oss stores weights transposed, gate and up by turns, with biases."""
 
     experts: int
     top_k: int
     hidden: int
     inner: int
+    gpt_oss: bool = False
 
 
 def sizes_of(shape: Shape) -> Sizes:
     """Of a model's mixtures."""
-    names = ("num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
-    return Sizes(*(shape.values[name] for name in names))
+    gpt_oss = shape.model_type == "gpt_oss"
+    experts, inner = ("num_local_experts", "intermediate_size") if gpt_oss else ("num_experts", "moe_intermediate_size")
+    names = (experts, "num_experts_per_tok", "hidden_size", inner)
+    return Sizes(*(shape.values[name] for name in names), gpt_oss=gpt_oss)
+
+
+def draw_weights(normal: Callable[..., Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Both weights of all experts, as they are stored, and their biases where there are any."""
+    found = {}
+    for name, (fan_in, fan_out) in {"up": (sizes.hidden, 2 * sizes.inner), "down": (sizes.inner, sizes.hidden)}.items():
+        sides = (fan_in, fan_out) if sizes.gpt_oss else (fan_out, fan_in)
+        found[name] = normal(sizes.experts, *sides, scale=fan_in**-0.5)
+        if sizes.gpt_oss:
+            found[f"{name}_bias"] = normal(sizes.experts, fan_out, scale=0.1)
+    return found
 
 
 def draw_inputs(
     normal: Callable[..., Tensor], generator: torch.Generator, sizes: Sizes, tokens: int, *, busiest: int, rank: int
 ) -> dict[str, Tensor]:
     """Hidden states, routing and, with a rank, factors in fp32 in PEFT's order; ``busiest`` as BALANCED and SKEWED."""
-    experts, top_k, hidden, inner = sizes
+    experts, top_k, hidden, inner, _ = sizes
     scores = torch.rand(tokens, experts, generator=generator, device=generator.device)
     share = min(1.0, busiest * top_k / experts)
     if busiest > 1:
@@ -62,10 +87,24 @@ def draw_inputs(
     return found
 
 
-def swiglu(rows: Tensor) -> Tensor:
-    """``silu(first half) * second half``."""
-    gate, up = rows.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def gate_of(sizes: Sizes) -> Callable[[Tensor], Tensor]:
+    """``silu(first half) * second half``, or gpt-oss's of every second column."""
+
+    def swiglu(rows: Tensor) -> Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def clamped(rows: Tensor) -> Tensor:
+        gate, up = rows[..., ::2].clamp(max=7.0), rows[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    return clamped if sizes.gpt_oss else swiglu
+
+
+def _upright(sizes: Sizes, t: Any, name: str) -> Tensor:
+    """``[X, N, K]``."""
+    weight: Tensor = t[name]
+    return weight.mT if sizes.gpt_oss else weight
 
 
 def ours(impl: str, sizes: Sizes, rank: int) -> Callable[[Any], Tensor]:
@@ -79,8 +118,10 @@ def ours(impl: str, sizes: Sizes, rank: int) -> Callable[[Any], Tensor]:
         return [Adapter(a, b, _SCALE)]
 
     def run(t: Any) -> Tensor:
-        up, down = (ExpertLinear(t[name], None, adapters(t, name)) for name in ("up", "down"))
-        return ops.moe_experts(t["x"], t["index"], t["weights"], up, down, swiglu, impl=impl)
+        up, down = (
+            ExpertLinear(_upright(sizes, t, name), t.get(f"{name}_bias"), adapters(t, name)) for name in ("up", "down")
+        )
+        return ops.moe_experts(t["x"], t["index"], t["weights"], up, down, gate_of(sizes), impl=impl)
 
     return run
 
@@ -130,15 +171,19 @@ def baselines(
 
 def _stock_experts(shape: Shape, sizes: Sizes, weights: Any, device: torch.device) -> nn.Module:
     """transformers' experts by its grouped products, around the case's own weights."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
     config = shape.config()
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        module: Any = Qwen3_5MoeExperts(config)
-    module.gate_up_proj = nn.Parameter(weights["up"], requires_grad=False)
-    module.down_proj = nn.Parameter(weights["down"], requires_grad=False)
-    assert module.gate_up_proj.shape == (sizes.experts, 2 * sizes.inner, sizes.hidden)
+        module: Any = GptOssExperts(config) if sizes.gpt_oss else Qwen3_5MoeExperts(config)
+    for name, tensor in weights.items():
+        stock = {"up": "gate_up_proj", "down": "down_proj"}[name.removesuffix("_bias")] + name[
+            len(name.split("_")[0]) :
+        ]
+        assert getattr(module, stock).shape == tensor.shape
+        setattr(module, stock, nn.Parameter(tensor, requires_grad=False))
     moved: nn.Module = module.to(device)
     return moved
 
@@ -153,8 +198,9 @@ def _moves_and_products(sizes: Sizes, t: Any) -> Tensor:
     """Rows gathered, both products by torch, and each token's rows summed: no gate, no weights."""
     routing = route(t["index"], sizes.experts)
     copies = routing.copies(sizes.top_k)
-    inner = F.grouped_mm(_Gather.apply(t["x"], *copies), t["up"].mT, offs=routing.offsets)  # type: ignore[no-untyped-call]
-    return combine(F.grouped_mm(inner[:, : sizes.inner], t["down"].mT, offs=routing.offsets), copies)
+    up, down = (_upright(sizes, t, name).mT for name in ("up", "down"))
+    inner = F.grouped_mm(_Gather.apply(t["x"], *copies), up, offs=routing.offsets)  # type: ignore[no-untyped-call]
+    return combine(F.grouped_mm(inner[:, : sizes.inner], down, offs=routing.offsets), copies)
 
 
 class _Gather(torch.autograd.Function):
@@ -178,8 +224,10 @@ def _separate_products(sizes: Sizes, t: Any, factors: dict[str, tuple[Tensor, Te
     def linear(rows: Tensor, name: str) -> Tensor:
         a, b = factors[name]
         narrow = F.grouped_mm(rows, a.mT, offs=offsets)
-        return F.grouped_mm(rows, t[name].mT, offs=offsets) + _SCALE * F.grouped_mm(narrow, b.mT, offs=offsets)
+        base = F.grouped_mm(rows, _upright(sizes, t, name).mT, offs=offsets)
+        bias = t[f"{name}_bias"][slots[order]] if sizes.gpt_oss else 0
+        return base + _SCALE * F.grouped_mm(narrow, b.mT, offs=offsets) + bias
 
-    rows = linear(swiglu(linear(t["x"][order // sizes.top_k], "up")), "down")
+    rows = linear(gate_of(sizes)(linear(t["x"][order // sizes.top_k], "up")), "down")
     weighted = rows * t["weights"].flatten()[order].unsqueeze(-1).to(rows.dtype)
     return torch.zeros_like(t["x"]).index_add(0, order // sizes.top_k, weighted)

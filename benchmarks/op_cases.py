@@ -538,18 +538,15 @@ def varlen_attention(shape: Shape, tokens: int, run: Run) -> Case:
 def moe_experts(shape: Shape, tokens: int, run: Run, *, rank: int = 0, busiest: int = moe_cases.BALANCED) -> Case:
     """x ``[T, H]`` through its experts, the weights frozen; with a rank, adapters on all experts train."""
     sizes = moe_cases.sizes_of(shape)
-    normal = run.draw(0)
-    weights = {
-        "up": normal(sizes.experts, 2 * sizes.inner, sizes.hidden, scale=sizes.hidden**-0.5),
-        "down": normal(sizes.experts, sizes.hidden, sizes.inner, scale=sizes.inner**-0.5),
-    }
+    weights = moe_cases.draw_weights(run.draw(0), sizes)
+    spec = {"weight_shape": torch.Size((sizes.experts, 2 * sizes.inner, sizes.hidden))}
 
     def draw(seed: int) -> dict[str, Tensor]:
         generator = torch.Generator(run.device).manual_seed(seed)
         return weights | moe_cases.draw_inputs(run.draw(seed), generator, sizes, tokens, busiest=busiest, rank=rank)
 
     def make(impl: str) -> Function:
-        ops.choose(ops.GroupedMmSpec(run.device, run.dtype, weights["up"].shape), impl)  # or why it cannot run
+        ops.choose(ops.GroupedMmSpec(run.device, run.dtype, **spec), impl)  # or why it cannot run
         function = moe_cases.ours(impl, sizes, rank)
         return function if impl == "reference" else _compiled(function)
 
@@ -569,11 +566,11 @@ def moe_experts(shape: Shape, tokens: int, run: Run, *, rank: int = 0, busiest: 
         forward_bytes=2 * stream + moved,
         backward_bytes=2 * stream + moved,
         gemm=_SQUARE,
-        choice={"weight_shape": weights["up"].shape},
+        choice=spec,
     )
 
 
-_MOE: Final = functools.partial(Entry, shapes=("qwen3.5-35b-a3b",), tokens=(8192, 16384))
+_MOE: Final = functools.partial(Entry, shapes=("qwen3.5-35b-a3b", "gpt-oss-20b"), tokens=(8192, 16384))
 CASES: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry(gated_delta_rule, hybrid=True),
     "causal_conv": Entry(causal_conv, hybrid=True),

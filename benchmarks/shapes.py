@@ -131,6 +131,20 @@ _QWEN3: Final = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": False,
 }
+_GPT_OSS: Final = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
 _14B: Final = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 17408}
 _TINY: Final = {
     **_hybrid(64, 4, (4, 2), 4, tied=False),
@@ -162,6 +176,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         Shape("qwen3-next-80b-a3b", "qwen3_next", _NEXT),
         Shape("qwen3-8b", "qwen3", _QWEN3, hybrid=False),
         Shape("qwen3-14b", "qwen3", {**_QWEN3, **_14B}, hybrid=False),
+        Shape("gpt-oss-20b", "gpt_oss", _GPT_OSS, hybrid=False),
         Shape("tiny", "qwen3_5_text", _TINY),
     )
 }

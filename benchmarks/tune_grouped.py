@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.moe_cases import BALANCED, RANK, SKEWED, Sizes, draw_inputs, sizes_of
+from benchmarks.moe_cases import BALANCED, RANK, SKEWED, Sizes, draw_inputs, draw_weights, sizes_of
 from benchmarks.op_cases import Run
 from benchmarks.shapes import shape_named
 from benchmarks.timing import measure
@@ -71,16 +71,13 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[P
     """Name, FLOPs, what computes it by name, and what torch's own product makes of it."""
     from deltatune.ops._grouped_mm.triton_grouped import Tile, gram, product
 
-    experts, top_k, hidden, inner = sizes
+    experts, top_k, hidden, inner, _ = sizes
     generator, normal = torch.Generator(run.device).manual_seed(0), run.draw(0)
     routing = route(draw_inputs(normal, generator, sizes, tokens, busiest=busiest, rank=0)["index"], experts)
     rows, offsets = tokens * top_k, routing.offsets
-    weights = {
-        "up": normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
-        "down": normal(experts, hidden, inner, scale=inner**-0.5),
-    }
-    for (name, weight), backward, adapted in itertools.product(weights.items(), (False, True), (False, True)):
-        matrix = weight.mT if backward else weight
+    weights = draw_weights(normal, sizes)
+    for name, backward, adapted in itertools.product(("up", "down"), (False, True), (False, True)):
+        matrix = weights[name].mT if backward != sizes.gpt_oss else weights[name]
         x = normal(rows, matrix.shape[2])
         low, up = (normal(rows, RANK), normal(experts, matrix.shape[1], RANK)) if adapted else (None, None)
 

@@ -321,10 +321,13 @@ def test_a_round_that_time_did_not_reach_loses_no_other() -> None:
     assert session.merged("", [first, late | {"status": "failed"}], tokens=4)["status"] == "failed"
 
 
-def test_experts_of_a_mixture_are_measured_beside_the_stock_ones() -> None:
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8}
-    shape = replace(SHAPES["tiny"], model_type="qwen3_5_moe_text", values=values)
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "gpt_oss"])
+def test_experts_of_a_mixture_are_measured_beside_the_stock_ones(model_type) -> None:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 8}
+    values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8, "intermediate_size": 32}
+    if model_type == "gpt_oss":
+        del values["rope_parameters"]
+    shape = replace(SHAPES["tiny"], model_type=model_type, values=values, hybrid=model_type != "gpt_oss")
     case = op_cases.moe_experts(shape, 50, RUN, rank=8, busiest=2)
     inputs = case.draw(1)
     assert int(inputs["index"].flatten().bincount(minlength=8).argmax()) == 0
