@@ -54,8 +54,8 @@ def sizes_of(shape: Shape) -> Sizes:
     """Of a model's mixtures."""
     gpt_oss = shape.model_type == "gpt_oss"
     experts, inner = ("num_local_experts", "intermediate_size") if gpt_oss else ("num_experts", "moe_intermediate_size")
-    names = (experts, "num_experts_per_tok", "hidden_size", inner)
-    return Sizes(*(shape.values[name] for name in names), gpt_oss=gpt_oss)
+    v = shape.values
+    return Sizes(v[experts], v["num_experts_per_tok"], v["hidden_size"], v[inner], gpt_oss)
 
 
 def draw_weights(normal: Callable[..., Tensor], sizes: Sizes) -> dict[str, Tensor]:
