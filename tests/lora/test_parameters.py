@@ -324,3 +324,18 @@ def test_a_router_trained_whole_beside_them(aux_loss: bool) -> None:
     assert len(routers) == 2
     assert prepared.compile_report is not None
     assert prepared.compile_report.breaks == []
+
+
+def test_a_compiled_backward_builds_rows_of_experts_again() -> None:
+    """Kept are the rows before the gate and the narrow ones: not the copies of tokens, nor what the gate leaves."""
+    model = adapted()
+    prepare(model, compile=CompileOptions(backend="aot_eager"))
+    model(**packed_call()).loss.backward()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert model(**packed_call()).loss.requires_grad
+    rows = 2 * packed_call()["input_ids"].shape[1]
+    assert {tuple(t.shape) for t in kept if t.ndim == 2 and t.shape[0] == rows and t.shape[1] > 1} == {
+        (rows, 2 * 24),
+        (rows, 16),
+    }

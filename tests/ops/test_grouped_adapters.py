@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deltatune.ops import Adapter, ExpertLinear, grouped_linear, moe_experts
+from deltatune.ops import Adapter, Choice, ExpertLinear, GroupedMmSpec, grouped_linear, moe_experts
+from deltatune.ops._grouped_mm import api, experts, reference
 
 SIZES = {"mixed": [5, 1, 0, 20, 7], "first empty": [0, 9, 8], "all on one": [0, 17, 0], "none": [0, 0]}
 
@@ -270,3 +271,19 @@ def test_a_scale_that_changes_before_a_checkpoint_recomputes_is_an_error() -> No
         else:
             with pytest.raises(RuntimeError, match=r"scale of an adapter was changed.*\[0.5\] to \[1.5\]"):
                 y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_need_no_fixed_place(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, with the reference's products."""
+    monkeypatch.setattr(experts, "choose", lambda spec, impl: Choice("triton", "the test's own"))
+    monkeypatch.setattr(api, "choose", lambda spec, impl: Choice("triton", "the test's own"))
+    monkeypatch.setattr(GroupedMmSpec, "load", lambda impl: reference)
+    for index in ROUTINGS.values():
+        of = {name: tensor.requires_grad_() for name, tensor in mixture(layout, torch.float64).items()}
+        found, wanted = run(of, index, layout), expected(of, index, layout)
+        assert relative(found, wanted) <= 1e-12
+        grad = random(T, H, seed=9)
+        grads = (torch.autograd.grad(y, list(of.values()), grad) for y in (found, wanted))
+        for name, got, want in zip(of, *grads, strict=True):
+            assert relative(got, want) <= 1e-12 or not (want.any() or got.any()), name

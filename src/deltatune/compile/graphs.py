@@ -173,7 +173,7 @@ class Graphs:
         recompute_functions(graph)
         partitioner = Partitioner(float(budget))
         if self.options.backend == "inductor":
-            patches = {**self.options.options, **({} if budget == 1 else {"custom_partitioner_fn": partitioner})}
+            patches = {**self.options.options, "custom_partitioner_fn": partitioner}
             compiled: Any = compile_fx(graph, inputs, config_patches=patches)
         else:
             compiled = _traced_alone(graph, inputs, partitioner)

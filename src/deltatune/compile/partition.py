@@ -14,14 +14,25 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils.checkpoint import CheckpointPolicy
 
+from deltatune.ops._opaque import rebuilt_places
+
 __all__ = ["Partitioner", "recompute_functions"]
 
 #: In place of a budget of 0, at which the partitioner keeps the graph's inputs alone, whatever must be saved.
 _SMALLEST: Final = 1e-6
+_aten: Final = torch.ops.aten
+#: Moves of data that cost a read and a write.
+_MOVES: Final = (
+    _aten.index.Tensor, torch.ops.prims.convert_element_type.default, _aten.clone.default, _aten._to_copy.default,
+    _aten.constant_pad_nd.default,
+)  # fmt: skip
 
 
 class Partitioner(CustomPartitionerFn):
     """Torch's own partitioner under a budget (the share of activations that may stay), told to save random results.
+
+    Rows that an op asks to have rebuilt are computed again in backward, which it would not do by itself: what an opaque
+    op reads has to be written to memory a second time.
 
     Left to itself it computes a mask of dropout again like anything else, from another state of the generator. Without
     a budget it does not: it saves masks, and in a checkpointed layer draws them from the saved state.
@@ -38,13 +49,37 @@ class Partitioner(CustomPartitionerFn):
         drawn = [node for node in gm.graph.nodes if self._budget < 1 and seeded in getattr(node.target, "tags", ())]
         for node in drawn:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        _rebuild(gm)
         budget = max(self._budget, _SMALLEST) if drawn else self._budget
         with functorch_config.patch(activation_memory_budget=budget):
             return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
         """What cached graphs depend on."""
-        return f"deltatune: random results saved, budget {self._budget}"
+        return f"deltatune: random results saved, rows rebuilt, budget {self._budget}"
+
+
+def _rebuild(gm: fx.GraphModule) -> None:
+    """Marks what is between such an argument and what is kept: elementwise results and a gather at most."""
+    for node in gm.graph.nodes:
+        for place in rebuilt_places(node.target):
+            waiting = [node.args[place]]
+            while waiting:
+                one = waiting.pop()
+                if isinstance(one, fx.Node) and _is_cheap(one) and "recompute" not in one.meta:
+                    # the forward's own, which the partitioner takes for the same
+                    for twin in gm.graph.find_nodes(op="call_function", target=one.target):
+                        if twin.args == one.args and twin.kwargs == one.kwargs:
+                            twin.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                    # what rows are gathered from is kept
+                    waiting += [] if one.target is torch.ops.aten.index.Tensor else one.all_input_nodes
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and (
+        torch.Tag.pointwise in tags or node.target in _MOVES or getattr(node.target, "is_view", False)
+    )
 
 
 def recompute_functions(graph: fx.GraphModule) -> None:

@@ -27,13 +27,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["first_order", "first_order_backward", "opaque", "workspace_bytes"]
+__all__ = ["first_order", "first_order_backward", "opaque", "rebuilt_places", "workspace_bytes"]
 
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
 _R = TypeVar("_R")
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 _workspaces: dict[object, Callable[..., int]] = {}
+_rebuilt: dict[object, tuple[int, ...]] = {}
 
 
 def opaque(
@@ -42,6 +43,7 @@ def opaque(
     flops: Callable[..., int] | None = None,
     raw_flops: bool = False,
     workspace: Callable[..., int] | None = None,
+    rebuilt: tuple[int, ...] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     gradient_of: str | None = None,
@@ -54,6 +56,7 @@ def opaque(
         flops: of a call, from the shapes of the arguments; None counts none, as torch does for elementwise work.
         raw_flops: hand ``flops`` the tensors themselves.
         workspace: bytes the kernel holds for a while besides its arguments and results, from the arguments.
+        rebuilt: places of arguments that a compiled backward builds again where that is cheap, and does not keep.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)`` to a gradient for every input, of which none is a list; grads are one tuple for an
             op that gives a list.
@@ -79,6 +82,8 @@ def opaque(
         register_flop_formula(packet, get_raw=raw_flops)(flops or _no_flops)
         if workspace is not None:
             _workspaces[packet.default] = workspace
+        if rebuilt:
+            _rebuilt[packet.default] = rebuilt
         call: Callable[..., _R] = packet.default
         return call
 
@@ -88,6 +93,11 @@ def opaque(
 def workspace_bytes(op: object, args: Iterable[object]) -> int:
     """What an op of a graph holds besides its arguments and results while it runs; 0 where that is not declared."""
     return _workspaces[op](*args) if op in _workspaces else 0
+
+
+def rebuilt_places(op: object) -> tuple[int, ...]:
+    """The arguments of an op of a graph that backward builds again; none of most."""
+    return _rebuilt.get(op, ())
 
 
 def first_order(op: str, result: Tensor, *inputs: Tensor, remedy: str = "detach its input") -> Tensor:

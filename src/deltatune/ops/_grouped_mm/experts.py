@@ -96,11 +96,17 @@ def moe_experts(
     if fixed_place:
         inner = permute(inner, rows.order, rows.place)
     outputs = checked_grouped_linear(op, inner, down.weight, rows.offsets, down.adapters, impl)
-    if down.bias is not None:
-        if fixed_place:
-            weights = permute(weights, rows.order, rows.place)
+    if down.bias is not None and fixed_place:
+        weights = permute(weights, rows.order, rows.place)
         outputs = outputs + (_bias_of_rows(down.bias, rows, outputs.dtype, impls[1]) * weights).to(outputs.dtype)
-    return combine(outputs, copies).to(hidden.dtype)
+    y = combine(outputs, copies)
+    if down.bias is not None and not fixed_place:
+        # the same sum as one small product: no row of R is as wide as H for it, here or in backward
+        each = torch.arange(sizes["X"], device=top_k_index.device)
+        chosen = top_k_index.unsqueeze(-1) == each
+        shares = torch.where(chosen, top_k_weights.unsqueeze(-1), 0).sum(1)
+        y = y + shares.to(y.dtype) @ down.bias.to(y.dtype)
+    return y.to(hidden.dtype)
 
 
 def _bias_of_rows(bias: Tensor, rows: Routing, dtype: torch.dtype, impl: str) -> Tensor:

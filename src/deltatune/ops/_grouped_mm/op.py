@@ -55,7 +55,8 @@ def _gram_flops(left_shape: Sequence[int], right_shape: Sequence[int], *_: objec
     return 2 * left_shape[0] * left_shape[1] * right_shape[1]
 
 
-@opaque(fake=_gram_fake, flops=_gram_flops, gradient_of="grouped_linear", remedy="freeze its weight")
+# rows are copies of tokens, or a gate of what is kept: k times as large as what they are made of
+@opaque(fake=_gram_fake, flops=_gram_flops, rebuilt=(0, 1), gradient_of="grouped_linear", remedy="freeze its weight")
 def grouped_gram(left: Tensor, right: Tensor, offsets: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
     """``sum over the rows of g of left_r right_r^T`` ``[G, P, Q]`` for left ``[R, P]``, right ``[R, Q]``.
 
