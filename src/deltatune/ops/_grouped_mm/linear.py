@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._grouped_mm.op import grouped_gram, grouped_mm
-from deltatune.ops._lora_linear.api import Adapter, check_scales, noted_scales
+from deltatune.ops._lora_linear.api import Adapter, check_scales, noted_scales, scaled
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import first_order_backward
 
@@ -58,7 +58,7 @@ class _GroupedLinear(torch.autograd.Function):
         rows = x if source is None else x[source]
         u = up = None
         if factors:
-            down, up = _joined(_scaled(factors[::2], ctx.scales, x.dtype), _cast(factors[1::2], x.dtype))
+            down, up = _joined(scaled(factors[::2], ctx.scales, x.dtype), _cast(factors[1::2], x.dtype))
             u = grouped_mm(rows, down, offsets, None, None, ctx.impl)
         x_trains, weight_trains, *_ = ctx.needs_input_grad
         keeps_x = weight_trains or any(ctx.needs_input_grad[7::2])
@@ -80,7 +80,7 @@ class _GroupedLinear(torch.autograd.Function):
         rows = x if x is None or source is None else x[source]
         t = down = None
         if factors and (x_trains or down_trains):
-            down, up = _joined(_cast(downs, dy.dtype), _scaled(ups, ctx.scales, dy.dtype))
+            down, up = _joined(_cast(downs, dy.dtype), scaled(ups, ctx.scales, dy.dtype))
             t = grouped_mm(dy, up.mT, offsets, None, None, impl)
         dx = dweight = None
         if x_trains:
@@ -120,8 +120,3 @@ def _joined(down: Sequence[Tensor], up: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
-
-
-def _scaled(tensors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
-    return [(x * scale).to(dtype) for x, scale in zip(wide, scales, strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from deltatune.ops._lora_linear.op import lora_accumulate, lora_sum_products, lora_up_backward
 from deltatune.ops._opaque import first_order_backward
 
-__all__ = ["Adapter", "check_scales", "linear_with_lora", "low_rank", "noted_scales"]
+__all__ = ["Adapter", "check_scales", "linear_with_lora", "low_rank", "noted_scales", "scaled"]
 
 #: What tensor cores multiply at once.
 _MULTIPLE: Final = 16
@@ -117,7 +117,8 @@ def _laid_out(
     return rows, columns, offsets, places
 
 
-def _scaled(tensors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
+def scaled(tensors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
+    """``tensor * scale`` of each, rounded once, to ``dtype``."""
     wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
     return [(x * scale).to(dtype) for x, scale in zip(wide, scales, strict=True)]
 
@@ -134,7 +135,7 @@ class _LinearWithLora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         counts, scales, *tensors = rest
         weights, down, up = _parts(tensors, len(scales))
-        parts, columns, offsets, _ = _laid_out(counts, _scaled(down, scales, x.dtype), [b.to(x.dtype) for b in up])
+        parts, columns, offsets, _ = _laid_out(counts, scaled(down, scales, x.dtype), [b.to(x.dtype) for b in up])
         # a product of the library with [K, W] takes 27 us, with [W, K] 53 (H200, bf16, M = 16384, K = 2048, W = 64)
         across, *columns = _copied(torch.cat([a.mT for a in parts], 1), *columns)
         narrow = x @ across
@@ -155,7 +156,7 @@ class _LinearWithLora(torch.autograd.Function):
         x_trains, _, _, *train = ctx.needs_input_grad
         _, down_trains, up_trains = map(any, _parts(train, len(ctx.scales)))
         parts, columns, offsets, places = _laid_out(
-            ctx.counts, [a.to(x.dtype) for a in down], _scaled(up, ctx.scales, x.dtype)
+            ctx.counts, [a.to(x.dtype) for a in down], scaled(up, ctx.scales, x.dtype)
         )
         rows, *columns = _copied(torch.cat(parts), *columns)
         t: Tensor | None = None
