@@ -160,6 +160,14 @@ def baselines(
         run = torch.compile(functools.partial(_separate_products, sizes), dynamic=False)
         return lambda t: run(t, {name: _factors(sizes, rank, t, name) for name in ("up", "down")})
 
+    def liger() -> Callable[[Any], Tensor]:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        if sizes.gpt_oss:
+            raise ValueError("Liger's experts have SwiGLU alone")
+        apply = LigerFusedMoEFunction.apply
+        return lambda t: apply(t["x"], t["up"], t["down"], t["index"], t["weights"].to(t["x"].dtype))
+
     if rank:
         yield "stock + PEFT target_parameters", "stock", peft
         yield "separate grouped products, compiled", "library", separate
@@ -167,6 +175,7 @@ def baselines(
         yield FLOOR, "library", lambda: torch.compile(functools.partial(_moves_and_products, sizes), dynamic=False)
         yield "stock grouped_mm", "stock", functools.partial(stock, compiled=False)
         yield "stock grouped_mm, compiled", "stock", functools.partial(stock, compiled=True)
+        yield "Liger", "library", liger
 
 
 def _stock_experts(shape: Shape, sizes: Sizes, weights: Any, device: torch.device) -> nn.Module:
