@@ -166,7 +166,7 @@ def baselines(
         if sizes.gpt_oss:
             raise ValueError("Liger's experts have SwiGLU alone")
         apply = LigerFusedMoEFunction.apply
-        return lambda t: apply(t["x"], t["up"], t["down"], t["index"], t["weights"].to(t["x"].dtype))
+        return lambda t: apply(t["x"], t["up"], t["down"], t["index"].int(), t["weights"].to(t["x"].dtype))
 
     if rank:
         yield "stock + PEFT target_parameters", "stock", peft

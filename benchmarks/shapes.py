@@ -178,9 +178,10 @@ SHAPES: Final[Mapping[str, Shape]] = {
         Shape("qwen3-14b", "qwen3", {**_QWEN3, **_14B}, hybrid=False),
         Shape("gpt-oss-20b", "gpt_oss", _GPT_OSS, hybrid=False),
         Shape("tiny", "qwen3_5_text", _TINY),
+        Shape("tiny-moe", "qwen3_5_moe_text", {**_TINY, **_experts(8, 2), "moe_intermediate_size": 32}),
     )
 }
-"""Name -> shape; ``tiny`` is for a CPU and stands for no checkpoint."""
+"""Name -> shape; ``tiny`` and ``tiny-moe`` are for a CPU and stand for no checkpoint."""
 
 
 def shape_named(name: str) -> Shape:

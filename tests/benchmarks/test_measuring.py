@@ -127,10 +127,7 @@ def test_every_model_has_a_config() -> None:
 
 
 def test_adapters_on_experts_are_fused_in_ours() -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8}
-    shape = replace(SHAPES["tiny"], model_type="qwen3_5_moe_text", values=values)
-    model = build_model(shape, CPU, dtype=torch.float32)
+    model = build_model(SHAPES["tiny-moe"], CPU, dtype=torch.float32)
     system = System(Setting("deltatune", "none", "experts", "auto"), model, backend="none")
     assert system.prepared is not None
     rows = {row.reason: row.layers for row in system.prepared.report.lora_rows if row.mode == "fused"}
