@@ -1,4 +1,4 @@
-"""Random numbers under activation checkpointing: backward uses those that forward drew."""
+"""What a divided graph draws, builds and calls: random numbers of backward are those that forward drew."""
 
 from __future__ import annotations
 
@@ -118,3 +118,14 @@ def test_what_is_drawn_is_saved_at_any_budget(module: Any, backend: Any, budget:
         found.append(torch.autograd.grad(y.square().sum(), (x, weight)))
     for ours, theirs in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_divided_graphs_call_kernels_without_autograd_s_own_trip() -> None:
+    model = adapted("qwen3", layers=1)
+    prepare(model, compile=CompileOptions(backend="aot_eager"), lora="fused")
+    model(**packed_call()).loss.backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**packed_call()).loss.backward()
+    called = {event.key for event in profile.key_averages() if event.key.startswith("deltatune::lora")}
+    assert {"deltatune::lora_accumulate_kernel", "deltatune::lora_up_backward_kernel"} <= called
+    assert all(name.endswith("_kernel") for name in called)

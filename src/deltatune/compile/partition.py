@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from deltatune.ops._opaque import rebuilt_places
+from deltatune.ops._opaque import kernel_of, rebuilt_places
 
 __all__ = ["Partitioner", "recompute_functions"]
 
@@ -42,7 +42,7 @@ class Partitioner(CustomPartitionerFn):
         self._budget = budget
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        """Forward and backward of ``gm``, whose random nodes are marked in place."""
+        """Forward and backward of ``gm``, which is marked in place; both call kernels without a trip to autograd."""
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         seeded = torch.Tag.nondeterministic_seeded
@@ -52,7 +52,15 @@ class Partitioner(CustomPartitionerFn):
         _rebuild(gm)
         budget = max(self._budget, _SMALLEST) if drawn else self._budget
         with functorch_config.patch(activation_memory_budget=budget):
-            return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+            divided: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
+                gm, joint_inputs, **kwargs
+            )
+        for half in divided:
+            for node in half.graph.nodes:
+                if node.op == "call_function":
+                    node.target = kernel_of(node.target)
+            half.recompile()
+        return divided
 
     def uuid(self) -> str:
         """What cached graphs depend on."""

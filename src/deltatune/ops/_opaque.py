@@ -20,14 +20,14 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["first_order", "first_order_backward", "opaque", "rebuilt_places", "workspace_bytes"]
+__all__ = ["first_order", "first_order_backward", "kernel_of", "opaque", "rebuilt_places", "workspace_bytes"]
 
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
@@ -35,6 +35,8 @@ _R = TypeVar("_R")
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 _workspaces: dict[object, Callable[..., int]] = {}
 _rebuilt: dict[object, tuple[int, ...]] = {}
+_kernels: dict[Any, Any] = {}
+_KERNEL: Final = "_kernel"
 
 
 def opaque(
@@ -73,18 +75,22 @@ def opaque(
         name = kernel.__name__
         _check_arguments(kernel)
         schema = torch.library.infer_schema(kernel, mutates_args=())
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"deltatune::{name}", fake, lib=_LIBRARY)
-        packet: Any = getattr(torch.ops.deltatune, name)
+        made: list[Any] = []
+        for called in (name, name + _KERNEL):
+            _LIBRARY.define(called + schema)
+            _LIBRARY.impl(called, _without_autocast(kernel), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"deltatune::{called}", fake, lib=_LIBRARY)
+            packet: Any = getattr(torch.ops.deltatune, called)
+            register_flop_formula(packet, get_raw=raw_flops)(flops or _no_flops)
+            if workspace is not None:
+                _workspaces[packet.default] = workspace
+            made.append(packet.default)
+        op, _kernels[op] = made
         refusal = functools.partial(_refuse, _message(gradient_of or name, remedy))
-        _record(packet.default, schema, setup_context, backward or refusal)
-        register_flop_formula(packet, get_raw=raw_flops)(flops or _no_flops)
-        if workspace is not None:
-            _workspaces[packet.default] = workspace
+        _record(op, schema, setup_context, backward or refusal)
         if rebuilt:
-            _rebuilt[packet.default] = rebuilt
-        call: Callable[..., _R] = packet.default
+            _rebuilt[op] = rebuilt
+        call: Callable[..., _R] = op
         return call
 
     return register
@@ -93,6 +99,11 @@ def opaque(
 def workspace_bytes(op: object, args: Iterable[object]) -> int:
     """What an op of a graph holds besides its arguments and results while it runs; 0 where that is not declared."""
     return _workspaces[op](*args) if op in _workspaces else 0
+
+
+def kernel_of(op: object) -> Any:
+    """The op without what autograd needs, for graphs that are divided already: one trip through Python less."""
+    return _kernels.get(op, op)
 
 
 def rebuilt_places(op: object) -> tuple[int, ...]:
