@@ -56,6 +56,10 @@ def _sum_flops(left_shape: Sequence[int], right_shape: Sequence[int], **_: objec
 @opaque(fake=_sum_fake, flops=_sum_flops)
 def lora_sum_products(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right`` over all tokens, ``[M, P], [M, Q] -> [P, Q]``: fp32 sums kept in fp32, fp64 for fp64."""
+    return _sum_products(left, right)
+
+
+def _sum_products(left: Tensor, right: Tensor) -> Tensor:
     wide = accumulation_dtype(left)
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left.mT, right, out_dtype=wide)
@@ -77,7 +81,7 @@ def _into(t: Tensor, dy: Tensor, up: Tensor, narrow: Tensor) -> Tensor:
         with torch.cuda.device(dy.device):
             return both_products(dy, up, narrow, t)
     torch.mm(dy, up, out=t)
-    return lora_sum_products(dy, narrow)
+    return _sum_products(dy, narrow)
 
 
 def _reads_once(dy: Tensor, up: Tensor, narrow: Tensor) -> bool:
