@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -73,6 +74,14 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles anew."""
         return self.__dict__ | {"graphs": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """The copy of a whole model gets a state of its own; that of a part, as PEFT makes, shares the model's."""
+        if not any(getattr(type(copied), "whole_model", False) for copied in memo.values()):
+            return self
+        memo[id(self)] = fresh = State.__new__(State)
+        fresh.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return fresh
 
     @property
     def checkpointing(self) -> str | float:

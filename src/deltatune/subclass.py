@@ -7,12 +7,11 @@ a subclass of the stock class, made once for each pair of stock class and layer,
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -59,19 +58,9 @@ class Swapped(nn.Module):
         del tokens, squares
         return Cost()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Swapped:
-        """The copy of a whole model gets a state of its own; that of a part, as PEFT makes, shares the model's."""
-        if id(self._deltatune) not in memo:
-            state = copy.deepcopy(self._deltatune, memo) if self.whole_model else self._deltatune
-            memo[id(self._deltatune)] = state
-        build, parts, own = self.__reduce_ex__(4)
-        copied: Any = build(*parts)
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(own, memo))
-        return cast("Swapped", copied)
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts
+        # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts; a __deepcopy__ here would
+        # be found on PEFT's models too, which pass on what they lack, and copy the model inside
         return _blank, self._swap_parts, self.__dict__.copy()
 
 

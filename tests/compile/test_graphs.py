@@ -208,6 +208,15 @@ def test_router_logits_leave_the_compiled_layers(family: str, checkpointing: str
     assert not any("router" in key for module in model.modules() for key in module.__dict__ if key.startswith("_delta"))
 
 
+def test_a_router_that_was_replaced_loses_no_logits_in_silence() -> None:
+    model = tiny_model("qwen3_moe")
+    prepare(model, compile=TRACED)
+    mlp = model.model.layers[1].mlp
+    mlp.gate = type(tiny_model("qwen3_moe").model.layers[1].mlp.gate)(model.config)
+    with pytest.raises(ValueError, match=r"a router was replaced after prepare.*call prepare\(model\) again"):
+        model(**batches(1)[0], output_router_logits=True)
+
+
 def test_router_logits_are_refused_inside_one_graph() -> None:
     model = tiny_model("qwen3_moe")
     prepare(model, compile=CompileOptions(scope="model", backend="aot_eager"))

@@ -257,6 +257,8 @@ def test_they_are_restored_and_copied() -> None:
     prepared = prepare(model)
     assert list(model.state_dict()) == keys
     other = copy.deepcopy(model)
+    assert type(other) is type(model)
+    assert other.get_base_model()._deltatune is not model.get_base_model()._deltatune
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()

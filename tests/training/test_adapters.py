@@ -113,3 +113,28 @@ def test_all_experts(family: str) -> None:
 def test_targets_of_a_mixture_that_peft_would_twist(family: str, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         adapt(tiny_model(family), LoraSection(**values))
+
+
+def test_exclusions_and_patterns_act_on_parameters_too() -> None:
+    section = LoraSection(
+        r=4,
+        target_parameters="all-experts",
+        exclude_modules=r".*layers\.0\..*",
+        rank_pattern={"shared_expert.gate_proj": 8, "experts.down_proj": 2},
+        alpha_pattern={"shared_expert.gate_proj": 24},
+    )
+    model = adapt(tiny_model("qwen3_next"), section)
+    factors = {name: p for name, p in model.named_parameters() if "lora_A" in name}
+    assert not [name for name in factors if "layers.0." in name]
+    ranks = {name.partition("layers.1.")[2].partition(".lora_A")[0]: p.shape[0] for name, p in factors.items()}
+    assert ranks["mlp.shared_expert.gate_proj"] == 8
+    assert ranks["mlp.shared_expert.up_proj"] == 4
+    assert ranks["mlp.experts"] == 2 * 4
+    assert ranks["mlp.experts.base_layer"] == 4 * 4
+    shared = model.get_submodule("base_model.model.model.layers.1.mlp.shared_expert.gate_proj")
+    assert shared.scaling["default"] == 3
+
+
+def test_a_pattern_that_acts_on_no_expert_weight_is_an_error() -> None:
+    with pytest.raises(UserError, match="rank_pattern: 'experts' matches no module"):
+        adapt(tiny_model("qwen3_moe"), LoraSection(target_parameters="all-experts", rank_pattern={"experts": 2}))

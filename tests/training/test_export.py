@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from training_cases import byte_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,6 +118,55 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["whole"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha_pattern": {"experts.down_proj": 12}},
+        {"rank_pattern": {"experts.down_proj": 4}},
+        {"alpha_pattern": {"mlp.experts.gate_up_proj": 12}, "rank_pattern": {"layers.0.mlp.experts.gate_up_proj": 4}},
+        {"rank_pattern": {"down_proj": 3}, "use_rslora": True},
+    ],
+)
+def test_every_expert_keeps_its_rank_and_alpha(changes: dict[str, Any], tmp_path: Path) -> None:
+    """``alpha / r`` by PEFT's reading of the written config, against PEFT's own merge."""
+    base = tiny_model("qwen3_moe")
+    base.save_pretrained(tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, lora_alpha=6, target_parameters=names, init_lora_weights=False, **changes)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    save_trained(model, None, tmp_path / "adapter")
+    exported = export_adapter(tmp_path / "adapter", tmp_path / "served", layout="per-expert")
+    state = load_file(exported / "adapter_model.safetensors")
+    written = LoraConfig.from_pretrained(str(exported))
+    merged = model.merge_and_unload().state_dict()
+    for layer in range(2):
+        change = {name: merged[f"model.layers.{layer}.{name}"] - base.state_dict()[f"model.layers.{layer}.{name}"]
+                  for name in names}  # fmt: skip
+        gate, up = change[names[0]].chunk(2, dim=1)
+        for projection, expected in {"gate_proj": gate, "up_proj": up, "down_proj": change[names[1]]}.items():
+            for e in range(4):
+                path = f"model.layers.{layer}.mlp.experts.{e}.{projection}"
+                a, b = (state[f"base_model.model.{path}.lora_{one}.weight"] for one in "AB")
+                rank = written.rank_pattern.get(get_pattern_key(written.rank_pattern, path), written.r)
+                alpha = written.alpha_pattern.get(get_pattern_key(written.alpha_pattern, path), written.lora_alpha)
+                assert rank == a.shape[0]
+                scale = alpha / (rank**0.5 if written.use_rslora else rank)
+                torch.testing.assert_close(scale * b @ a, expected[e], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_may_adapt_different_weights(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    names = ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_parameters=names))
+    save_trained(model, None, tmp_path / "adapter")
+    state = load_file(
+        export_adapter(tmp_path / "adapter", tmp_path / "served", layout="per-expert") / "adapter_model.safetensors"
+    )
+    found = {name.split("layers.")[1].split(".lora")[0].replace("mlp.experts.", "") for name in state}
+    assert found == {*(f"0.{e}.{p}" for e in range(4) for p in ("gate_proj", "up_proj")),
+                     *(f"1.{e}.down_proj" for e in range(4))}  # fmt: skip
+
+
 @pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_adapters_of_each_expert_add_what_the_fused_ones_add(
@@ -158,7 +209,8 @@ def test_adapters_of_each_expert_add_what_the_fused_ones_add(
                 rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True))
             for projection, expected in rows.items():
                 a, b = (state[f"{prefix}.{projection}.lora_{one}.weight"] for one in "AB")
-                rank = written["rank_pattern"].get(rf"experts\.\d+\.{projection}", written["r"])
+                key = get_pattern_key(written["rank_pattern"], f"{path}.{e}.{projection}")
+                rank = written["rank_pattern"].get(key, written["r"])
                 assert rank == a.shape[0] == b.shape[1]
                 torch.testing.assert_close(written["lora_alpha"] / rank * b @ a, expected, rtol=1e-4, atol=1e-6)
 

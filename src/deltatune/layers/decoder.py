@@ -22,7 +22,7 @@ from deltatune.hf.capture import keep_capture_hooks_outside
 from deltatune.hf.forwards import replaced_since
 from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
-from deltatune.layers.router import has_router, recording, run_recorded
+from deltatune.layers.router import Router, has_router, recorded_routers, recording, run_recorded
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
@@ -179,6 +179,10 @@ class TextModel(Swapped):
         if options.scope == "layer":
             if not wants_logits:
                 return super().forward(**call)
+            if not all(isinstance(router, Router) for router in recorded_routers(self)):
+                raise ValueError(
+                    "a router was replaced after prepare, and its logits would be lost; call prepare(model) again"
+                )
             as_tuple = call.pop("return_dict", getattr(self.config, "return_dict", True)) is False
             with recording() as logits:
                 output = super().forward(**call, return_dict=True)

@@ -63,9 +63,10 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
     if wrong := [name for name in given if name.rpartition(".")[2] in taken]:
         raise UserError(_taken(model, modules, wrong))
     _check_names(model, section)
-    parameters = [] if section.target_parameters == "all-experts" else list(section.target_parameters or ())
-    if section.target_parameters == "all-experts":
-        parameters += _expert_weights(decoder)
+    if isinstance(section.target_parameters, str):
+        parameters = _expert_weights(decoder, excluded)
+    else:
+        parameters = list(section.target_parameters or ())
     if modules == "all-linear":
         if towers and excluded is None:
             excluded = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
@@ -73,7 +74,9 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
             kept = [name for name in linear if not _excluded(name, excluded)]
             endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in kept)
             modules = [name for name in endings if name.rpartition(".")[2] not in taken]
-            parameters += [f"{name}.weight" for name in endings if name.rpartition(".")[2] in taken]
+            # PEFT excludes no Parameters
+            named = endings if section.exclude_modules is None else kept
+            parameters += [f"{name}.weight" for name in named if name.rpartition(".")[2] in taken]
     if parameters and section.lora_dropout:
         raise UserError(
             f"lora.lora_dropout: {section.lora_dropout:g} cannot act on {', '.join(parameters)}, which PEFT can adapt "
@@ -85,15 +88,21 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
         "target_modules": [] if modules is None else modules,
         "target_parameters": parameters or None,
         "exclude_modules": excluded,
+        # of a layer whose weight is named as a Parameter PEFT matches that name
+        **{
+            field: {name: value for p, value in given_by.items() for name in (p, rf"({p})\.weight")}
+            for field, given_by in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern))
+            if taken
+        },
     }
 
 
-def _expert_weights(decoder: Any) -> list[str]:
+def _expert_weights(decoder: Any, excluded: str | tuple[str, ...] | None) -> list[str]:
     found = [
-        f"{path}.{weight}"
-        for layer in decoder.layers
+        f"{path if excluded is None else full}.{weight}"
+        for index, layer in enumerate(decoder.layers)
         for path, module in layer.named_modules()
-        if (layout := experts_layout(module)) is not None
+        if (layout := experts_layout(module)) is not None and not _excluded(full := f"layers.{index}.{path}", excluded)
         for weight in (layout.up, "down_proj")
     ]
     if not found:
@@ -138,10 +147,14 @@ def _taken(model: nn.Module, modules: object, names: Iterable[str]) -> str:
 
 def _check_names(model: nn.Module, section: LoraSection) -> None:
     names = [name for name, _ in model.named_modules() if name]
+    # the adapters of experts are their weights', by whose names patterns go
+    layouts = {name: experts_layout(module) for name, module in model.named_modules()}
+    adapted = [name for name in names if layouts[name] is None]
+    adapted += [f"{name}.{weight}" for name, found in layouts.items() if found for weight in (found.up, "down_proj")]
     for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         wanted = getattr(section, field)
         if wanted is not None and wanted != "all-linear":
-            _each_matches(f"lora.{field}", wanted, names, model)
+            _each_matches(f"lora.{field}", wanted, adapted if field.endswith("_pattern") else names, model)
     if isinstance(section.target_parameters, tuple):
         weights = [name for name, _ in model.named_parameters()]
         for ending in section.target_parameters:

@@ -48,7 +48,7 @@ def per_expert(
     """
     experts = {path: (module, layout) for path, module in model.named_modules() if (layout := experts_layout(module))}
     found: dict[str, Tensor] = {}
-    done: dict[str, int] = {}
+    done: dict[tuple[str, str], int] = {}
     for name, tensor in state.items():
         path, wrappers, factor = _parts(name)
         if path not in experts:
@@ -56,10 +56,10 @@ def per_expert(
             continue
         module, layout = experts[path]
         inner = len({n for n in state if _parts(n)[:2] == (path, 1 - wrappers)}) > 0
-        weight = _weight(config, layout, wrappers, both=inner)
+        weight = _weight(config, layout, path, wrappers, both=inner)
         down, up = (state[name.replace(f"lora_{factor}", f"lora_{one}")] for one in "AB")
         rank = _rank(module, layout, weight, down, up, name)
-        done[weight] = rank
+        done[path, weight] = rank
         for projection, e, a, b in _split(layout, weight, down, up, rank):
             found[f"{_PREFIX}{path}.{e}.{projection}.lora_{factor}.weight"] = (a if factor == "A" else b).clone()
     if not done:
@@ -73,12 +73,13 @@ def _parts(name: str) -> tuple[str, int, str]:
     return ("", 0, "") if matched is None else (matched[1], matched[2].count(".base_layer"), matched[3])
 
 
-def _weight(config: Mapping[str, Any], layout: ExpertsLayout, wrappers: int, *, both: bool) -> str:
+def _weight(config: Mapping[str, Any], layout: ExpertsLayout, path: str, wrappers: int, *, both: bool) -> str:
     """Which weight a wrapper is of: PEFT nests them in the order of registration; alone, the config names it."""
     if both:
         return layout.up if wrappers else "down_proj"
-    names = {target.rpartition(".")[2] for target in config.get("target_parameters") or ()}
-    return "down_proj" if layout.up not in names else layout.up
+    targets = [f".{target}" for target in config.get("target_parameters") or ()]
+    up = any(f".{path}.{layout.up}".endswith(target) for target in targets)
+    return layout.up if up else "down_proj"
 
 
 def _rank(module: Any, layout: ExpertsLayout, weight: str, down: Tensor, up: Tensor, name: str) -> int:
@@ -109,27 +110,35 @@ def _split(
             yield projection, e, a[e], of_all[e].contiguous()
 
 
-def _config(config: Mapping[str, Any], done: Mapping[str, int]) -> dict[str, Any]:
-    """Targets by the names of projections, and ranks that are not the adapter's own by their paths."""
-    projections = {"gate_up_proj": ("gate_proj", "up_proj")}
-    named = [(weight, p) for weight in done for p in projections.get(weight, (weight,))]
-    changed = dict(config)
-    left = [t for t in config.get("target_parameters") or () if t.rpartition(".")[2] not in done]
+def _config(config: Mapping[str, Any], done: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    """Targets by the names of projections, and of each the rank and the alpha that its weight had."""
+    weights = {weight for _, weight in done}
     modules = config.get("target_modules")
     if isinstance(modules, str):
         raise UserError(
             f"target_modules of the adapter are one expression, {modules}, which projections of experts cannot join"
         )
+    changed = dict(config)
+    left = [target for target in config.get("target_parameters") or () if target.rpartition(".")[2] not in weights]
     changed["target_parameters"] = left or None
-    changed["target_modules"] = sorted({*(modules or ()), *(p for _, p in named)})
-    for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+    changed["target_modules"] = sorted({*(modules or ()), *(p for weight in weights for p in _projections(weight))})
+    for field, default in (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha"))):
         given = dict(config.get(field) or {})
-        for weight, projection in named:
-            matching = [
-                value for pattern, value in given.items() if re.fullmatch(rf"(.*\.)?({pattern})", f"x.experts.{weight}")
-            ]
-            value = done[weight] if field == "rank_pattern" else next(iter(matching), config.get(default))
-            if value != config.get(default):
-                given[rf"experts\.\d+\.{projection}"] = value
-        changed[field] = {p: v for p, v in given.items() if p.rpartition(".")[2] not in done}
+        own: dict[str, Any] = {}
+        for (path, weight), rank in done.items():
+            value = rank if field == "rank_pattern" else _matching(given, f"{path}.{weight}", default)
+            for projection in _projections(weight):
+                if _matching(given, f"{path}.0.{projection}", default) != value:
+                    own[rf"{re.escape(path)}\.\d+\.{projection}"] = value
+        # PEFT takes the first that matches
+        changed[field] = own | given
     return changed
+
+
+def _projections(weight: str) -> tuple[str, ...]:
+    return ("gate_proj", "up_proj") if weight == "gate_up_proj" else (weight,)
+
+
+def _matching(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+    """As PEFT reads patterns: the first that is the end of a key."""
+    return next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", key)), default)

@@ -73,6 +73,9 @@ def moe_experts(
     )
     (cast,) = autocast(hidden)  # as the products see it
     impls = [choose(GroupedMmSpec(cast.device, cast.dtype, layer.weight.shape), impl).impl for layer in (up, down)]
+    # a select: what an absent slot's weight is may be NaN
+    present = (top_k_index >= 0) & (top_k_index < sizes["X"])
+    top_k_weights = torch.where(present, top_k_weights, 0)
     rows = route(top_k_index, sizes["X"])
     copies = rows.copies(sizes["k"])
 

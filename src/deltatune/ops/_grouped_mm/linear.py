@@ -40,7 +40,8 @@ def apply_grouped_linear(
 ) -> Tensor:
     """``[R, N]``; with ``copies`` x is ``[S, K]``, and row r stands for token ``source[r]``."""
     scales = tuple(adapter.scale for adapter in adapters)
-    # a view keeps the storage of this call where a tool gives the Parameter another (``.data = ...``) before backward
+    # views keep the storage of this call where a tool gives a Parameter another (``.data = ...``) before backward
+    weight = weight.view_as(weight) if weight.requires_grad else weight.detach()
     factors = [tensor.view_as(tensor) for adapter in adapters for tensor in (adapter.down, adapter.up)]
     source, places = (None, None) if copies is None else copies
     return _apply(x, weight, offsets, source, places, scales, impl, *factors)

@@ -34,7 +34,7 @@ class Routing(NamedTuple):
 
 def route(top_k_index: Tensor, num_experts: int) -> Routing:
     """Of experts ``[T, k]``; an id outside ``[0, X)``, -1 and X among them, marks a slot that goes nowhere."""
-    slots = top_k_index.flatten()
+    slots = top_k_index.flatten().long()
     # before the sort: below 0 they would come first, and be taken for the rows of expert 0
     slots = torch.where((slots >= 0) & (slots < num_experts), slots, num_experts)
     order = slots.argsort(stable=True)
