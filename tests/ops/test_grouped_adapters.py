@@ -221,8 +221,6 @@ def test_experts_of_every_layout_with_adapters(layout: str, routing: str) -> Non
         assert not grads[list(of).index("weights")][absent].any()
         assert not found[absent.all(1)].any()
         assert not grads[list(of).index("x")][absent.all(1)].any()
-        poisoned = of | {"weights": of["weights"].detach().masked_fill(absent, float("nan"))}
-        assert torch.equal(run(poisoned, index, layout), found)
 
 
 @pytest.mark.parametrize("layout", ["gated", "gpt-oss"])

@@ -49,7 +49,7 @@ def moe_experts(
         hidden: ``[T, H]``.
         top_k_index: ``[T, k]`` integers; outside ``[0, X)`` a slot is absent and contributes exactly zero, to the
             output and to every gradient.
-        top_k_weights: ``[T, k]``.
+        top_k_weights: ``[T, k]``, finite in absent slots too.
         up: from H to F.
         down: from I to H.
         gate: ``[R, F] -> [R, I]``, row by row, such as ``silu(first half) * second half``.
@@ -73,9 +73,6 @@ def moe_experts(
     )
     (cast,) = autocast(hidden)  # as the products see it
     impls = [choose(GroupedMmSpec(cast.device, cast.dtype, layer.weight.shape), impl).impl for layer in (up, down)]
-    # a select: what an absent slot's weight is may be NaN
-    present = (top_k_index >= 0) & (top_k_index < sizes["X"])
-    top_k_weights = torch.where(present, top_k_weights, 0)
     rows = route(top_k_index, sizes["X"])
     copies = rows.copies(sizes["k"])
 
