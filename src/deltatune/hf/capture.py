@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,9 @@ from torch import nn
 __all__ = ["forget_capture_hooks", "keep_capture_hooks_outside"]
 
 
-def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str, *, routers: bool) -> bool:
+def keep_capture_hooks_outside(
+    text_model: Any, call: dict[str, Any], scope: str, *, routers: Callable[[], bool]
+) -> bool:
     """Makes ``output_hidden_states`` work with compiled layers; says whether router logits are asked for.
 
     The first call that asks for a recorded output makes transformers put a forward hook on every module of a recordable
@@ -23,7 +25,7 @@ def keep_capture_hooks_outside(text_model: Any, call: dict[str, Any], scope: str
     """
     names = ("output_hidden_states", "output_router_logits")
     wanted = [name for name in names if call.get(name, getattr(text_model.config, name, False))]
-    refused = [name for name in wanted if scope == "model" or (name != "output_hidden_states" and not routers)]
+    refused = [name for name in wanted if scope == "model" or (name != "output_hidden_states" and not routers())]
     if refused:
         raise ValueError(
             f"{refused[0]} is recorded inside the compiled graph (scope={scope!r}) and cannot be returned; "

@@ -175,7 +175,7 @@ class TextModel(Swapped):
         options = compile_options(self._deltatune)
         if options is None or torch.compiler.is_compiling():
             return super().forward(**call)
-        wants_logits = keep_capture_hooks_outside(self, call, options.scope, routers=has_router(self))
+        wants_logits = keep_capture_hooks_outside(self, call, options.scope, routers=lambda: has_router(self))
         if options.scope == "layer":
             if not wants_logits:
                 return super().forward(**call)
