@@ -33,3 +33,8 @@ def _rank(rank: int, main: Callable[..., None], *args: Any) -> None:
     gc.freeze()  # what was imported is not searched again
     torch.set_num_threads(1)
     main(rank, *args)
+    # A DDP model that outlives the process group frees it with the GIL held and joins gloo's thread, which may
+    # itself wait for the GIL to drop a tensor.
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -128,7 +128,6 @@ def distributed(rank: int, folder: str) -> None:
     }
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
-    dist.destroy_process_group()
 
 
 def refusal(attempt: Callable[[], object]) -> str:

@@ -66,7 +66,6 @@ def rank_main(rank: int, folder: str, port: int) -> None:
         "seen": seen,
     }
     torch.save(state, Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:
