@@ -223,6 +223,26 @@ def test_experts_of_every_layout_with_adapters(layout: str, routing: str) -> Non
         assert not grads[list(of).index("x")][absent.all(1)].any()
 
 
+def check_absent_weights(layout: str) -> None:
+    """Of every value that an absent slot's weight may have, outputs and gradients are those of zero."""
+    index = ROUTINGS["absent both ways"]
+    absent = (index < 0) | (index >= X)
+    outcomes = []
+    for value in (0.0, float("nan"), float("inf")):
+        of = mixture(layout, torch.float64)
+        of["weights"] = of["weights"].masked_fill(absent, value)
+        of = {name: tensor.requires_grad_() for name, tensor in of.items()}
+        y = run(of, index, layout)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), list(of.values()))])
+    for others in outcomes[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(outcomes[0], others, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_absent_slots_may_be_anything(layout: str) -> None:
+    check_absent_weights(layout)
+
+
 @pytest.mark.parametrize("layout", ["gated", "gpt-oss"])
 def test_one_graph_for_every_routing(layout: str) -> None:
     compiled = torch.compile(run, fullgraph=True, dynamic=False)
@@ -287,3 +307,4 @@ def test_rows_that_need_no_fixed_place(layout: str, monkeypatch: pytest.MonkeyPa
         grads = (torch.autograd.grad(y, list(of.values()), grad) for y in (found, wanted))
         for name, got, want in zip(of, *grads, strict=True):
             assert relative(got, want) <= 1e-12 or not (want.any() or got.any()), name
+    check_absent_weights(layout)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -486,6 +487,30 @@ def test_no_rounding_raises_a_limit_to_where_another_function_begins(tolerance: 
     x = torch.randn(4, generator=torch.Generator().manual_seed(0))
     limits = limits_of([1.0], tolerance, lambda: x * x, lambda *_: [1.0])  # as of a model that amplifies all rounding
     assert limits == pytest.approx((most,))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "figure", "limit", "runs"),
+    [
+        (torch.bfloat16, 0.05, 0.07, 1),  # the first draw is enough
+        (torch.bfloat16, 0.2, 0.21, 3),
+        (torch.bfloat16, 0.24, 0.21, 4),  # beyond the largest of all draws
+        (torch.float32, 0.26, 0.25, 1),  # a margin in place of more draws
+    ],
+)
+def test_limits_without_a_margin_rest_on_several_draws(
+    dtype: torch.dtype, figure: float, limit: float, runs: int
+) -> None:
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    draws, seen = [0.07, 0.03, 0.21, 0.11], []
+
+    def differ(other: Tensor, _: Tensor) -> list[float]:
+        seen.append(other)
+        return [draws[len(seen) - 1]]
+
+    assert limits_of([figure], 1e-2, lambda: x * x, differ) == pytest.approx((limit,))
+    assert len(seen) == runs
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2)), "independent"
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])

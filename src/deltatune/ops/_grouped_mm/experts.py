@@ -49,7 +49,7 @@ def moe_experts(
         hidden: ``[T, H]``.
         top_k_index: ``[T, k]`` integers; outside ``[0, X)`` a slot is absent and contributes exactly zero, to the
             output and to every gradient.
-        top_k_weights: ``[T, k]``, finite in absent slots too.
+        top_k_weights: ``[T, k]``; in absent slots they may be anything.
         up: from H to F.
         down: from I to H.
         gate: ``[R, F] -> [R, I]``, row by row, such as ``silu(first half) * second half``.
@@ -75,6 +75,9 @@ def moe_experts(
     impls = [choose(GroupedMmSpec(cast.device, cast.dtype, layer.weight.shape), impl).impl for layer in (up, down)]
     rows = route(top_k_index, sizes["X"])
     copies = rows.copies(sizes["k"])
+    # a select: zero times what is not finite is not zero
+    present = (top_k_index >= 0) & (top_k_index < sizes["X"])
+    top_k_weights = torch.where(present, top_k_weights, 0)
 
     inner = checked_grouped_linear(op, hidden, up.weight, rows.offsets, up.adapters, impl, copies)
     if up.bias is not None:
