@@ -57,6 +57,10 @@ def without_scale_for_a_while(model: Any) -> None:
         layer.scaling["default"] = scale
 
 
+def merged(model: Any) -> None:
+    model.merge_adapter()
+
+
 def merged_and_back(model: Any) -> None:
     model.merge_adapter()
     with torch.no_grad():
@@ -93,6 +97,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "replaced": replaced,
     "scale doubled": scaled(2.0),
     "scale zero for a while": without_scale_for_a_while,
+    "merged": merged,
     "merged and back": merged_and_back,
     "disabled for a while": disabled,
     "another adapter": another_adapter,
@@ -100,8 +105,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "loaded": lambda m: loaded(m, assign=False),
     "loaded by assignment": lambda m: loaded(m, assign=True),
 }
-#: A merge adds to the bases and takes away again, whose rounding is in both models' backward.
 REFUSED_BY_PEFT = {"A written", "B written", "bases written", "loaded"}
+#: Written behind autograd's back: PEFT's gradients are those of other weights, or of rounded ones.
+REFUSED_HERE = {"merged", "merged and back"}
 
 
 def gradients(model: Any, change: Callable[[Any], None]) -> list[torch.Tensor] | str:
@@ -130,11 +136,42 @@ def test_gradients_are_those_of_what_forward_used(change: str, options: CompileO
     assert isinstance(theirs, str) == (change in REFUSED_BY_PEFT)
     ours = gradients(fused, CHANGES[change])
     if isinstance(ours, str):
-        assert isinstance(theirs, str), ours
+        assert change in REFUSED_BY_PEFT | REFUSED_HERE, ours
         assert "modified by an inplace operation" in ours
         return
+    assert change not in REFUSED_HERE
     assert options is not None or not isinstance(theirs, str)
     expected = gradients(untouched, lambda _: None) if isinstance(theirs, str) else theirs
+    for found, want in zip(ours, expected, strict=True):
+        assert relative(found, want) < 1e-5  # type: ignore[arg-type]
+
+
+def written_anew(what: str) -> Callable[[Any], None]:
+    """Other storage for everything whose name holds this, which autograd does not see."""
+
+    def change(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if what in name:
+                parameter.data = parameter.data * 1.5
+
+    return change
+
+
+def test_what_merged_weights_computed_is_refused_when_they_are_no_longer_merged() -> None:
+    model = adapted("qwen3", target_modules=FEW)
+    prepare(model, lora="fused")
+    model.get_input_embeddings().requires_grad_()
+    model.merge_adapter()
+    assert isinstance(gradients(model, lambda m: m.unmerge_adapter()), str)
+
+
+@pytest.mark.parametrize("what", ["lora_A", "lora_B", "base_layer"])
+def test_an_eager_backward_reads_the_storage_that_forward_read(what: str) -> None:
+    model = adapted("qwen3", target_modules="all-linear")
+    untouched = copy.deepcopy(model)
+    prepare(model, lora="fused")
+    prepare(untouched, lora="stock")
+    ours, expected = gradients(model, written_anew(what)), gradients(untouched, lambda _: None)
     for found, want in zip(ours, expected, strict=True):
         assert relative(found, want) < 1e-5  # type: ignore[arg-type]
 

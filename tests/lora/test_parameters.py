@@ -230,6 +230,35 @@ def test_parameters_of_two_dimensions(compiled: bool) -> None:
     assert ("unfused", 2) in modes
 
 
+def test_stock_adapters_of_parameters_may_come_after_prepare() -> None:
+    """As asked for, breaks and all."""
+    found = []
+    for options in (None, CompileOptions(backend="aot_eager", strict=False)):
+        model = base("qwen3_moe")
+        prepare(model, compile=options, lora="stock")
+        torch.manual_seed(1)
+        config = peft.LoraConfig(target_parameters=["mlp.gate.weight"], init_lora_weights=False)
+        found.append(logits(peft.get_peft_model(model, config)))
+    assert relative(*found) < 1e-5
+
+
+@pytest.mark.parametrize("names", [BOTH, ["mlp.gate.weight"]])
+def test_adapters_of_parameters_added_after_prepare(names: list[str]) -> None:
+    model = base("qwen3_moe")
+    prepare(model, compile=CompileOptions(backend="aot_eager", strict=False))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_parameters=names, init_lora_weights=False))
+    name = names[-1].rpartition(".")[2]
+    with pytest.raises(ValueError, match=rf"adapters of {name} of layer 0 were .* call prepare\(model\) again"):
+        model(**packed_call())
+    prepare(model, compile=CompileOptions(backend="aot_eager"))
+    model(**packed_call()).loss.backward()
+    eager = base("qwen3_moe")
+    prepare(eager)
+    eager = peft.get_peft_model(eager, peft.LoraConfig(target_parameters=names, init_lora_weights=False))
+    eager.load_state_dict(model.state_dict())
+    assert relative(logits(eager), logits(model)) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_files_are_peft_s_own_both_ways(family: str, tmp_path: Path) -> None:
     model = adapted(family)

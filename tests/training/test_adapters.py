@@ -107,6 +107,13 @@ def test_all_experts(family: str) -> None:
         ("gpt_oss", {"target_modules": ("q_proj", "down_proj")}, "'down_proj' matches no module.*all-experts"),
         ("qwen3", {"target_parameters": "all-experts"}, "all-experts matches nothing: the model has no routed"),
         ("qwen3_moe", {"target_parameters": ("experts.gate_up",)}, r"'experts.gate_up' matches no parameter.*did you"),
+        ("qwen3_moe", {"target_parameters": "mlp.experts.down_proj"},
+         "target_parameters: expected all-experts or a list of names, got mlp.experts.down_proj"),
+        *(
+            ("qwen3_moe", {"target_parameters": "all-experts", "init_lora_weights": start},
+             f"init_lora_weights: {start} cannot act on mlp.experts.gate_up_proj.*true .*gaussian .*false")
+            for start in ("pissa", "pissa_niter_4", "olora", "orthogonal", "corda", "loftq", "eva", "lora_ga")
+        ),
         ("qwen3_next", {"lora_dropout": 0.1}, "lora_dropout: 0.1 cannot act on shared_expert.gate_proj.weight"),
     ],
 )  # fmt: skip
@@ -138,3 +145,18 @@ def test_exclusions_and_patterns_act_on_parameters_too() -> None:
 def test_a_pattern_that_acts_on_no_expert_weight_is_an_error() -> None:
     with pytest.raises(UserError, match="rank_pattern: 'experts' matches no module"):
         adapt(tiny_model("qwen3_moe"), LoraSection(target_parameters="all-experts", rank_pattern={"experts": 2}))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_how_adapters_of_experts_may_start(start: Any) -> None:
+    model = adapt(tiny_model("qwen3_moe"), LoraSection(target_parameters="all-experts", init_lora_weights=start))
+    up = [p for name, p in model.named_parameters() if "experts" in name and "lora_B" in name]
+    assert len(up) == 4
+    assert all(bool(p.any()) == (start is False) for p in up)
+
+
+def test_weights_of_linear_layers_by_name_start_as_those_of_linear_layers() -> None:
+    """PEFT takes the shared expert's names for the routed ones, so that its weights are named as Parameters."""
+    model = adapt(tiny_model("qwen3_next"), LoraSection(r=4, init_lora_weights="pissa"))
+    shared = model.get_submodule("base_model.model.model.layers.1.mlp.shared_expert.gate_proj")
+    assert shared.lora_B["default"].weight.any()

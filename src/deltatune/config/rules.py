@@ -12,7 +12,7 @@ from deltatune.config.refused import refusal
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
-__all__ = ["check_recipe", "check_training_names"]
+__all__ = ["adapter_errors", "check_recipe", "check_training_names"]
 
 _ROLES = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion", "tools"), "text": ("text",)}
 
@@ -89,13 +89,14 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.lora is not None and recipe.lora.use_dora and recipe.lora.impl == "fused":
         yield "lora.use_dora cannot run in lora.impl: fused; set lora.impl to auto or stock"
     if recipe.lora is not None:
-        yield from _adapter_errors(recipe.lora)
+        yield from adapter_errors(recipe.lora)
     given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
 
 
-def _adapter_errors(lora: LoraSection) -> Iterator[str]:
+def adapter_errors(lora: LoraSection) -> Iterator[str]:
+    """What is wrong with the section whatever the model is, one line each."""
     if lora.target_modules is None and lora.target_parameters is None:
         yield "lora has nothing to adapt: give target_modules or target_parameters, or leave the section out"
     if isinstance(lora.target_parameters, str) and lora.target_parameters != "all-experts":

@@ -87,7 +87,8 @@ class LoraSection(Section):
 
     target_parameters: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Parameters that get adapters, by name endings such as `mlp.experts.gate_up_proj`, or `all-experts` (both weights
-    of all routed experts). They take neither `lora_dropout` nor `use_dora`."""
+    of all routed experts). They take neither `lora_dropout` nor `use_dora`, and start as `init_lora_weights` `true`,
+    `false` or `gaussian` says."""
 
     exclude_modules: Text | tuple[Text, ...] | None = None
     """Names, or one regular expression, that `target_modules` shall not match."""

@@ -175,6 +175,7 @@ class TextModel(Swapped):
         options = compile_options(self._deltatune)
         if options is None or torch.compiler.is_compiling():
             return super().forward(**call)
+        self._check_adapters()
         wants_logits = keep_capture_hooks_outside(self, call, options.scope, routers=lambda: has_router(self))
         if options.scope == "layer":
             if not wants_logits:
@@ -189,6 +190,18 @@ class TextModel(Swapped):
             output["router_logits"] = tuple(logits)
             return output.to_tuple() if as_tuple else output
         return graphs_of(self._deltatune).run("text_model", stock_class(self).forward, self, **call)
+
+    def _check_adapters(self) -> None:
+        """Refuses what PEFT put around Parameters since prepare: its forward parametrizes, which no graph can hold."""
+        if self._deltatune.options.lora == "stock":
+            return
+        for index, layer in enumerate(self.layers):
+            for module in _below(layer):
+                if "parameter_name" in module.__dict__ and not isinstance(module, Swapped):
+                    raise ValueError(
+                        f"adapters of {module.__dict__['parameter_name']} of layer {index} were added after prepare, "
+                        "and PEFT's own forward of them breaks a graph; call prepare(model) again"
+                    )
 
     def _no_mask(self, device: torch.device) -> Any:
         """What the stock text model takes as a finished mask; our attention reads boundaries instead."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from deltatune.hf.cached import in_stock_path
 from deltatune.hf.hooks import is_hooked
+from deltatune.lora.merging import Merging
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, active_adapters, mode_of
 from deltatune.ops._lora_linear.api import Adapter, linear_with_lora, low_rank
-from deltatune.subclass import Swapped
 
 __all__ = ["LoRALinear", "project"]
 
 
-class LoRALinear(Swapped):
+class LoRALinear(Merging):
     """``y = x W^T + s (x A^T) B^T``, as PEFT's LoRA layers; what it computes with is read from the layer at the call.
 
     Fused, base and adapters are one sum of products; unfused, the base layer is called and the adapters' product is
@@ -50,6 +50,11 @@ class LoRALinear(Swapped):
             Adapter(peft.lora_A[name].weight, peft.lora_B[name].weight, peft.scaling[name])
             for name in active_adapters(self)
         ]
+
+    def _merged_weights(self) -> Iterator[Tensor]:
+        weight = getattr(self.base_layer, "weight", None)
+        if isinstance(weight, Tensor):
+            yield weight
 
     def _unfused(self, x: Tensor) -> Tensor:
         peft: Any = self

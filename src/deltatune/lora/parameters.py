@@ -17,6 +17,7 @@ from torch.func import functional_call
 from deltatune.hf.cached import in_stock_path, reached
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.hooks import is_hooked
+from deltatune.lora.merging import Merging
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters, is_lora_linear
 from deltatune.ops import Adapter
 from deltatune.subclass import Swapped
@@ -28,7 +29,7 @@ _ONE_PRODUCT = Mode(FUSED, "adapters of all experts in the grouped products")
 _ADDED = Mode(UNFUSED, "the Parameter and its adapters' product are added in every call")
 
 
-class LoRAParameters(Swapped):
+class LoRAParameters(Merging):
     """The outermost of PEFT's wrappers around a module whose Parameters have adapters, one wrapper for each.
 
     Fused, the experts compute with the factors; unfused, the module is called with the sums of its Parameters and the
@@ -47,6 +48,11 @@ class LoRAParameters(Swapped):
         return functional_call(
             inside, {wrapper.parameter_name: _sum(wrapper) for wrapper in wrappers}, (x, *args), kwargs
         )
+
+    def _merged_weights(self) -> Iterator[Tensor]:
+        # the last weight of a layer: every gradient of what is in front of it goes through it
+        wrapper: Any = self
+        yield wrapper.get_param()
 
     @property
     def active_share(self) -> float:

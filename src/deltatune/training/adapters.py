@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from deltatune.config.rules import adapter_errors
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
@@ -34,6 +35,8 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
         model.get_submodule(name).requires_grad_(False)
     if section is None:
         return model
+    if errors := list(adapter_errors(section)):
+        raise UserError("; also: ".join(errors))
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
@@ -63,7 +66,7 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
     if wrong := [name for name in given if name.rpartition(".")[2] in taken]:
         raise UserError(_taken(model, modules, wrong))
     _check_names(model, section)
-    if isinstance(section.target_parameters, str):
+    if section.target_parameters == "all-experts":
         parameters = _expert_weights(decoder, excluded)
     else:
         parameters = list(section.target_parameters or ())
@@ -77,11 +80,7 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
             # PEFT excludes no Parameters
             named = endings if section.exclude_modules is None else kept
             parameters += [f"{name}.weight" for name in named if name.rpartition(".")[2] in taken]
-    if parameters and section.lora_dropout:
-        raise UserError(
-            f"lora.lora_dropout: {section.lora_dropout:g} cannot act on {', '.join(parameters)}, which PEFT can adapt "
-            "as Parameters alone; set it to 0, or leave them out"
-        )
+    _check_parameters(section, parameters)
     if parameters and (towers or section.layers_to_transform):
         parameters = _full_names(model, decoder, parameters, section.layers_to_transform)
     return {
@@ -95,6 +94,23 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
             if taken
         },
     }
+
+
+def _check_parameters(section: LoraSection, names: list[str]) -> None:
+    """What PEFT cannot do with Parameters."""
+    if names and section.lora_dropout:
+        raise UserError(
+            f"lora.lora_dropout: {section.lora_dropout:g} cannot act on {', '.join(names)}, which PEFT can adapt as "
+            "Parameters alone; set it to 0, or leave them out"
+        )
+    start = section.init_lora_weights
+    # every other start begins with a module's own ``weight``
+    others = [name for name in names if name.rpartition(".")[2] != "weight"]
+    if others and isinstance(start, str) and start.lower() != "gaussian":
+        raise UserError(
+            f"lora.init_lora_weights: {start} cannot act on {', '.join(others)}: adapters of routed experts start at "
+            "true (the base model exactly), gaussian (likewise, A normal) or false (A and B random)"
+        )
 
 
 def _expert_weights(decoder: Any, excluded: str | tuple[str, ...] | None) -> list[str]:
