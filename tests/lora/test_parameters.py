@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from deltatune import CompileOptions, Sequences, prepare, verify
-from deltatune.lora.parameters import LoRAParameters
+from deltatune.lora.parameters import LoRAParameters, parameters_mode
 from lora_cases import logits, packed_call, relative
 from packed_cases import alone, packed
 from tiny import documents, randomised, tiny_model
@@ -213,6 +213,62 @@ def test_hooks_on_what_is_read_are_called(part: str, mode: str) -> None:
     handle.remove()
     assert torch.equal(logits(model), before)
     assert calls == [part]
+
+
+def tokens_of(model: Any, count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments of experts."""
+    generator = torch.Generator().manual_seed(3)
+    x, scores = torch.randn(count, 32, generator=generator), torch.rand(count, 4, generator=generator)
+    top = scores.topk(2)
+    return x, top.indices, top.values
+
+
+def test_experts_called_by_keyword() -> None:
+    model = adapted()
+    stock = copy.deepcopy(model)
+    prepare(model)
+    wrapper = wrappers(model)[0]
+    x, index, weights = tokens_of(model)
+    by_name = wrapper(x, top_k_index=index, top_k_weights=weights)
+    assert relative(by_name, wrapper(x, index, weights)) < 1e-6
+    theirs = stock.get_submodule("base_model.model.model.layers.0.mlp.experts")
+    assert relative(by_name, theirs(x, index, weights)) < 1e-5
+
+
+def test_experts_whose_place_is_taken_by_stock_ones_after_prepare_are_called() -> None:
+    model = adapted()
+    stock = copy.deepcopy(model)
+    prepared = prepare(model)
+    wrapper = wrappers(model)[0]
+    theirs = stock.get_submodule("base_model.model.model.layers.0.mlp.experts")
+    wrapper.base_layer.base_layer = copy.deepcopy(theirs.base_layer.base_layer)
+    call = tokens_of(model)
+    assert relative(wrapper(*call), theirs(*call)) < 1e-5
+    modes = [row.mode for row in prepared.report.lora_rows if "linear" not in row.reason]
+    assert "unfused" in modes
+
+
+def test_all_fused_is_said_of_experts_before_they_are_prepared() -> None:
+    model = adapted(target_modules=None)
+    prepare(model, lora="fused")
+    wrapper = wrappers(model)[0]
+    assert parameters_mode(wrapper, "fused").name == "fused"
+    untouched = adapted(target_modules=None).get_submodule("base_model.model.model.layers.0.mlp.experts")
+    assert parameters_mode(untouched, "fused") == parameters_mode(wrapper, "fused")
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_hooks_on_the_adapters_of_experts_leave_them_to_peft(part: str) -> None:
+    """Those of offload bring weights when the module is called, which nobody else does."""
+    model = adapted()
+    prepared = prepare(model)
+    before = logits(model)
+    handle = getattr(wrappers(model)[0].base_layer, part)["default"].register_forward_pre_hook(lambda *_: None)
+    rows = [row for row in prepared.report.lora_rows if "hooks on the adapters" in row.reason]
+    assert [(row.mode, row.layers) for row in rows] == [("stock", 1)]
+    assert relative(logits(model), before) < 1e-5
+    handle.remove()
+    assert not [row for row in prepared.report.lora_rows if "hooks on the adapters" in row.reason]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -115,6 +115,23 @@ def test_what_is_kept_for_backward_beside_the_parameters_is_the_rows_and_their_n
     assert [tuple(t.shape) for t in kept if t.ndim > 1 and t.data_ptr() not in own] == [(20, 16)]
 
 
+@pytest.mark.parametrize("name", ["weight", "A", "B"])
+def test_backward_reads_the_storage_that_forward_read(name: str) -> None:
+    """Where a tool gives a Parameter another one in between (``.data = ...``)."""
+    grads = []
+    for exchanged in (False, True):
+        of = problem([5, 0, 12], torch.float64, ranks=(4,))
+        leaves = {"x": of["x"], "weight": of["weight"], "A": of["factors"][0], "B": of["factors"][1]}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        y = _ours(of["x"], of["weight"], of["offsets"], adapters_of(of["factors"]))
+        if exchanged:
+            leaves[name].data = leaves[name].data * 2
+        grads.append(torch.autograd.grad(y.sum(), list(leaves.values())))
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("bad", ["rank", "groups", "width"])
 def test_adapters_that_do_not_fit(bad: str) -> None:
     of = problem([5, 0, 12], torch.float32, ranks=(4,))
@@ -236,6 +253,16 @@ def check_absent_weights(layout: str) -> None:
         outcomes.append([y, *torch.autograd.grad(y.square().sum(), list(of.values()))])
     for others in outcomes[1:]:
         assert all(torch.equal(one, other) for one, other in zip(outcomes[0], others, strict=True))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_routing_weights_are_rounded_once_with_what_they_multiply(biased: bool) -> None:
+    """131/128 times 1 + 47/4096 is 132.503/128, so 133/128; with the weight in bfloat16, 129/128, it is 132/128."""
+    value, weight = torch.full((1, 8), 131 / 128, dtype=torch.bfloat16), torch.tensor([[1 + 47 / 4096]])
+    eye = torch.eye(8, dtype=torch.bfloat16)[None]
+    hidden, bias = (torch.zeros_like(value), value) if biased else (value, None)
+    y = moe_experts(hidden, torch.tensor([[0]]), weight, ExpertLinear(eye), ExpertLinear(eye, bias), lambda rows: rows)
+    assert torch.equal(y, torch.full((1, 8), 133 / 128, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_all_experts(family: str) -> None:
         ("qwen3_next", {"target_modules": ("q_proj", "gate_proj", "up_proj")},
          r"PEFT takes gate_proj, up_proj for the routed experts of a qwen3_next and drops.*all-experts"),
         ("qwen3_moe", {"target_modules": ("mlp.down_proj",)}, "PEFT takes mlp.down_proj.*all-experts"),
-        ("qwen3_next", {"target_modules": r".*\.(gate_proj|up_proj)"}, "PEFT takes .*gate_up_proj for the routed"),
+        ("qwen3_next", {"target_modules": r".*\.(gate_proj|up_proj)"}, "PEFT takes gate_proj, up_proj for the routed"),
         ("gpt_oss", {"target_modules": ("q_proj", "down_proj")}, "'down_proj' matches no module.*all-experts"),
         ("qwen3", {"target_parameters": "all-experts"}, "all-experts matches nothing: the model has no routed"),
         ("qwen3_moe", {"target_parameters": ("experts.gate_up",)}, r"'experts.gate_up' matches no parameter.*did you"),
@@ -145,6 +146,26 @@ def test_exclusions_and_patterns_act_on_parameters_too() -> None:
 def test_a_pattern_that_acts_on_no_expert_weight_is_an_error() -> None:
     with pytest.raises(UserError, match="rank_pattern: 'experts' matches no module"):
         adapt(tiny_model("qwen3_moe"), LoraSection(target_parameters="all-experts", rank_pattern={"experts": 2}))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss"])
+def test_an_expression_adapts_what_it_matches_and_nothing_else_of_the_same_name(family: str) -> None:
+    model = adapt(tiny_model(family), LoraSection(target_modules=r".*layers\.1\.self_attn\.(q|v)_proj"))
+    names = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"base_model.model.model.layers.1.self_attn.{one}_proj" for one in "qv"}
+
+
+@pytest.mark.parametrize(
+    "values", [{"target_parameters": "all-experts"}, {"target_parameters": ("experts.down_proj",)}]
+)
+def test_a_tower_with_experts_of_its_own_gets_no_adapters(values: dict[str, Any]) -> None:
+    model = tiny_conditional("qwen3_vl_moe")
+    text = model.model.language_model.layers[0].mlp.experts
+    model.model.visual.blocks[0].mlp.experts = copy.deepcopy(text)
+    adapted = adapt(model, LoraSection(target_modules=None, **values))
+    names = [name for name, p in adapted.named_parameters() if "lora_A" in name]
+    assert len(names) == 2 * (1 + (values["target_parameters"] == "all-experts"))
+    assert not any("visual" in name for name in names)
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian"])

@@ -66,8 +66,15 @@ def _of_family(base: nn.Module, text_model: Any, family: Family) -> Iterator[Pla
                 f"{type(base).__name__}: expected {expected} {declared.stock} from its config, found {places}; "
                 "modules that were replaced by other tools cannot be kept leak-free"
             )
+        if declared.layer is Experts:
+            modules = tuple(m for m in modules if not _of_another_layout(m, family))
         if modules:
             yield Planned(declared.stock, declared.layer, expected, modules, family.module)
+
+
+def _of_another_layout(experts: nn.Module, family: Family) -> bool:
+    """Whether a family's own experts, such as are spread over ranks, keep their forward, which is a token's own."""
+    return stock_class(experts).__module__ == family.module and experts_layout(experts) is None
 
 
 def _by_class(layer: type[Swapped], modules: Iterable[nn.Module], config: Any = None) -> Iterator[Planned]:

@@ -66,6 +66,11 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
     if wrong := [name for name in given if name.rpartition(".")[2] in taken]:
         raise UserError(_taken(model, modules, wrong))
     _check_names(model, section)
+    if taken and isinstance(modules, str) and modules != "all-linear":
+        # of an expression PEFT takes the last parts of what it matches, and adapts everything of these names
+        modules = [name for name, _ in model.named_modules() if re.fullmatch(modules, name)]
+        if any_taken := taken & {name.rpartition(".")[2] for name in modules}:
+            raise UserError(_taken(model, section.target_modules, any_taken))
     if section.target_parameters == "all-experts":
         parameters = _expert_weights(decoder, excluded)
     else:
