@@ -15,11 +15,12 @@ from deltatune import CompileOptions, Sequences, prepare, verify
 from deltatune.lora.parameters import LoRAParameters, parameters_mode
 from lora_cases import logits, packed_call, relative
 from packed_cases import alone, packed
-from tiny import documents, randomised, tiny_model
+from tiny import documents, randomised, tiny_conditional, tiny_model
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 #: Experts of every layout, families of their own and others.
-FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "glm4_moe"]
+FAMILIES = ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"]
+OTHERS = ["mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "gemma4_text", "aria_text"]
 _OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
     "deepseek_v3": {
@@ -31,10 +32,21 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 24,
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     },
+    # experts beside a dense MLP in the layer, and a router that norms the residual itself
+    "gemma4_text": {
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24,
+        "intermediate_size": 48, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7,
+        "global_head_dim": 16, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+    },
+    # stored transposed, in halves, without biases
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "intermediate_size": 24},
 }  # fmt: skip
+_OTHERS |= {"deepseek_v2": _OTHERS["deepseek_v3"], "glm4_moe_lite": _OTHERS["deepseek_v3"] | {"n_group": 1}}
 
 
 def base(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    if family == "qwen3_vl_moe":
+        return tiny_conditional(family).to(dtype)
     if family not in _OTHERS:
         return tiny_model(family, dtype=dtype)
     values = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "head_dim": 16}
@@ -45,7 +57,8 @@ def base(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def adapted(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    values = {"r": 4, "lora_alpha": 12, "target_parameters": BOTH, "target_modules": ["o_proj"], **changes}
+    both = [name.removeprefix("mlp.") for name in BOTH] if family == "gemma4_text" else BOTH
+    values = {"r": 4, "lora_alpha": 12, "target_parameters": both, "target_modules": ["o_proj"], **changes}
     wide = values.pop("autocast_adapter_dtype", True)
     torch.manual_seed(1)
     config = peft.LoraConfig(init_lora_weights=False, **values)
@@ -67,12 +80,18 @@ def wrappers(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("family", "compiled"), [*((family, False) for family in FAMILIES), ("gpt_oss", True), ("mixtral", True)]
+    ("family", "compiled"),
+    [
+        *((family, False) for family in (*FAMILIES, *OTHERS)),
+        *((family, True) for family in ("qwen3_next", "gpt_oss", "mixtral", "deepseek_v3", "gemma4_text")),
+    ],
 )
 def test_a_pack_equals_peft_s_own_on_each_document_alone(family: str, compiled: bool) -> None:
     model = adapted(family)
     stock = copy.deepcopy(model)
-    prepared = prepare(model, compile=CompileOptions() if compiled else None)
+    backend = "inductor" if family in ("gpt_oss", "mixtral") else "aot_eager"
+    prepared = prepare(model, compile=CompileOptions(backend=backend) if compiled else None)
+    assert prepared.report.family == (family if family in FAMILIES else "any")
     assert wrappers(model)
     assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
     assert_same_gradients(model, stock)
@@ -109,17 +128,17 @@ def test_forms_of_the_adapters(changes: dict[str, Any]) -> None:
     assert_same_gradients(model, stock)
 
 
-def test_everything_else_that_trains_beside_them() -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "gemma4_text", "aria_text"])
+def test_everything_else_that_trains_beside_them(family: str) -> None:
     """Routers, the expert weights themselves, biases."""
-    for family in ("qwen3_moe", "gpt_oss"):
-        model = adapted(family).requires_grad_(True)
-        stock = copy.deepcopy(model)
-        prepare(model)
-        assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
-        assert_same_gradients(model, stock)
+    model = adapted(family).requires_grad_(True)
+    stock = copy.deepcopy(model)
+    prepare(model)
+    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
+    assert_same_gradients(model, stock)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3"])
 def test_documents_are_independent_with_adapters(family: str) -> None:
     model = adapted(family)
     prepare(model)
@@ -315,7 +334,7 @@ def test_adapters_of_parameters_added_after_prepare(names: list[str]) -> None:
     assert relative(logits(eager), logits(model)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "aria_text"])
 def test_files_are_peft_s_own_both_ways(family: str, tmp_path: Path) -> None:
     model = adapted(family)
     base_model = base(family)

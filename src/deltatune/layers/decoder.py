@@ -196,8 +196,12 @@ class TextModel(Swapped):
         if self._deltatune.options.lora == "stock":
             return
         for index, layer in enumerate(self.layers):
+            inside = set()  # of several wrappers around one module the outermost is ours
             for module in _below(layer):
-                if "parameter_name" in module.__dict__ and not isinstance(module, Swapped):
+                if "parameter_name" not in module.__dict__:
+                    continue
+                inside.add(module._modules["base_layer"])
+                if module not in inside and not isinstance(module, Swapped):
                     raise ValueError(
                         f"adapters of {module.__dict__['parameter_name']} of layer {index} were added after prepare, "
                         "and PEFT's own forward of them breaks a graph; call prepare(model) again"
