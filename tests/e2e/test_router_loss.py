@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from trainer_cases import Remembering, losses, training_values
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from deltatune import Sequences, prepare
+from deltatune import CompileOptions, Sequences, prepare
 from tiny import documents, tiny_conditional, tiny_model
 
 COEFFICIENT = 0.5
@@ -83,6 +83,36 @@ def test_calls_that_share_the_number_of_items_add_up(family: str, own_loss: bool
         total += loss.item()
     assert total == pytest.approx(expected_loss(stock, rows()).item(), rel=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe", "gpt_oss", "conditional"])
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packs_in_one_batch_count_as_packs_one_after_another(family: str, own_loss: bool, compiled: bool) -> None:
+    """Four packs ``[4, T]``, padded, of which another number of tokens train; and each of them in a call of its own."""
+    model, packs = routed(family), rows()
+    one_by_one = copy.deepcopy(model)
+    for each in (model, one_by_one):
+        prepare(each, compile=CompileOptions(backend="aot_eager") if compiled else None)
+        if own_loss:
+            each.loss_function = mean_of_own
+    tokens = torch.stack([F.pad(ids, (0, 30 - len(ids))) for ids, _ in packs])
+    labels = torch.stack([F.pad(of, (0, 30 - len(of)), value=-100) for _, of in packs])
+    mask = torch.stack([(torch.arange(30) < len(ids)).long() for ids, _ in packs])
+    items = int((labels[:, 1:] != -100).sum())
+    at_once = model(input_ids=tokens, labels=labels, attention_mask=mask, num_items_in_batch=items).loss
+    at_once.backward()
+    total = 0.0
+    for row in range(4):
+        call = {"input_ids": tokens[row:][:1], "labels": labels[row:][:1], "attention_mask": mask[row:][:1]}
+        loss = one_by_one(**call, num_items_in_batch=items).loss
+        loss.backward()
+        total += loss.item()
+    assert at_once.item() == pytest.approx(total, rel=1e-5)
+    assert at_once.item() == pytest.approx(expected_loss(routed(family), packs).item(), rel=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), one_by_one.parameters(), strict=True):
         if theirs.grad is not None:
             assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-7, name
 

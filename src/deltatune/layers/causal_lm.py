@@ -22,6 +22,7 @@ from deltatune.hf.forwards import named
 from deltatune.hf.hooks import is_hooked, plain_linear
 from deltatune.hf.peft import trained_copy
 from deltatune.layers.decoder import catch_hidden, resolved_call
+from deltatune.layers.router_loss import coefficient, router_loss
 from deltatune.ops import Spec
 from deltatune.packing.metadata import METADATA
 from deltatune.subclass import Swapped
@@ -40,8 +41,8 @@ class CausalLM(Swapped):
 
     The loss is the stock model's, ``sum_i -log p(label_{i+1} | tokens <= i) / n`` with ``n`` the number of trained
     targets or ``num_items_in_batch``, except that the first token of a document is never a target of the document
-    before it. The auxiliary loss of a router counts with the call's share of the targets, ``targets / n``: over
-    micro-batches and ranks that share ``num_items_in_batch``, it adds up to its mean weighted by trained targets.
+    before it. The auxiliary loss of a router is that of each row, with the row's share of the targets, ``targets / n``:
+    over rows, micro-batches and ranks that share ``num_items_in_batch``, it adds up to its mean weighted by targets.
 
     The loss is computed from chunks of logits. In training, ``.logits`` with ``labels`` is None unless
     ``output_logits=True`` or ``logits_to_keep`` asks for it; in evaluation it is the stock model's, for metrics, and
@@ -107,7 +108,7 @@ class CausalLM(Swapped):
         return output.to_tuple() if as_tuple else output
 
     def _own_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
-        call, count = without_crossing_labels(call)
+        call, counts = without_crossing_labels(call)
         labels, targets = call.pop("labels", None), call.pop("shift_labels", None)
         if targets is None:
             targets = F.pad(labels.reshape(-1), (0, 1), value=-100)[1:].view(labels.shape)
@@ -120,11 +121,11 @@ class CausalLM(Swapped):
         output, hidden = self._stock_output(call, whole=asked or called)
         linear = self._deltatune.facts.head == "linear" and not called
         loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
-        loss = _divided(loss, count if num_items is None else num_items)
-        aux_loss = self._weighted_aux_loss(output)
-        if aux_loss is not None:
-            share = 1.0 if num_items is None else _divided(count, num_items).to(loss.device)
-            loss = loss + share * aux_loss.to(loss.device)
+        num_items = counts.sum() if num_items is None else num_items
+        loss = _divided(loss, num_items)
+        of_router = router_loss(self, output, call.get("attention_mask"), _divided(counts, num_items))
+        if of_router is not None:
+            loss = loss + of_router.to(loss.device)
         fields = {name: value for name, value in output.items() if name != "loss"}
         if not asked:
             del fields["logits"]
@@ -144,30 +145,15 @@ class CausalLM(Swapped):
 
     def _custom_loss(self, call: dict[str, Any]) -> Any:
         """The stock forward with its own loss and logits; the router's share of that loss as in ours."""
-        call, count = without_crossing_labels(call)
+        call, counts = without_crossing_labels(call)
         output = super().forward(**call)
-        aux_loss, num_items = self._weighted_aux_loss(output), call.get("num_items_in_batch")
-        if output.loss is not None and aux_loss is not None and num_items is not None:
+        whole, num_items = getattr(output, "aux_loss", None), call.get("num_items_in_batch")
+        if output.loss is not None and isinstance(whole, Tensor) and num_items is not None:
+            counted = router_loss(self, output, call.get("attention_mask"), _divided(counts, num_items))
             # the stock forward has added it whole
-            surplus = (1 - _divided(count, num_items)).to(output.loss.device)
-            output.loss = output.loss - surplus * aux_loss.to(output.loss.device)
+            surplus = coefficient(self) * whole - cast("Tensor", counted)
+            output.loss = output.loss - surplus.to(output.loss.device)
         return output
-
-    def _weighted_aux_loss(self, output: Any) -> Tensor | None:
-        """The router's auxiliary loss times the coefficient that the stock forward reads."""
-        aux_loss = getattr(output, "aux_loss", None)
-        if not isinstance(aux_loss, Tensor):
-            return None
-        owners = (self, cast("Any", self).config.get_text_config())
-        names = ("router_aux_loss_coef", "aux_loss_coef")
-        found = [getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)]
-        if not found:
-            raise ValueError(
-                f"{type(self).__name__} returns aux_loss, and neither it nor its config has {names[0]} to weigh "
-                "it with; leave output_router_logits off"
-            )
-        weighted: Tensor = found[0] * aux_loss
-        return weighted
 
     def _has_stock_loss(self, call: dict[str, Any]) -> bool:
         from transformers.loss.loss_utils import ForCausalLMLoss
@@ -226,21 +212,21 @@ class CausalLM(Swapped):
 
 
 def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The call without a target across a document's start, and how many targets are left.
+    """The call without a target across a document's start, and how many targets are left in each row ``[B]``.
 
     ``labels`` are aligned with the tokens, ``shift_labels`` with the positions that predict them; the one at a row's
     end is the caller's own. Where both are given, losses read the latter.
     """
     ignored, first = call.get("ignore_index", -100), call["sequences"].positions == 0
-    masked, count = dict(call), torch.zeros((), device="cpu")
+    masked, counts = dict(call), torch.zeros(1, device="cpu")
     for name in ("labels", "shift_labels"):
         if (given := call.get(name)) is not None:
             outside = first.view(given.shape).to(given.device)
             if name == "shift_labels":
                 outside = F.pad(outside[..., 1:], (0, 1))
             masked[name] = given.masked_fill(outside, ignored)
-            count = (masked[name] != ignored).sum()
-    return masked, count
+            counts = (masked[name] != ignored).sum(-1)
+    return masked, counts
 
 
 def _divided(value: Tensor, count: Tensor | float) -> Tensor:
