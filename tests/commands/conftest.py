@@ -55,6 +55,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A checkpoint with routed experts."""
+    folder, tokenizer = tmp_path / "mixture", byte_tokenizer()
+    tiny_model("qwen3_moe", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def conversation(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 

@@ -35,6 +35,24 @@ def test_plan_offers_a_smaller_optimizer_where_its_state_weighs(capsys, write_re
     assert "adamw_8bit" not in capsys.readouterr().out
 
 
+def test_plan_of_a_mixture_counts_experts_and_their_optimizer(capsys, write_recipe, monkeypatch, mixture) -> None:
+    model = {"name_or_path": str(mixture)}
+    assert main(["plan", str(write_recipe(model=model, lora={"r": 4}))]) == 0
+    # 2 layers of 4 experts with [48, 32] and [32, 24]
+    assert "4 a layer in 2 layers, 2 a token; 18,432 parameters (" in (page := capsys.readouterr().out)
+    assert ", 0 trained for them; no adapter on them" in page
+    assert "lora.target_parameters: all-experts" in page
+    monkeypatch.setattr(plan, "_WEIGHS", 2**17)
+    lora = {"r": 64, "target_modules": None, "target_parameters": "all-experts"}
+    assert main(["plan", str(write_recipe(model=model, lora=lora))]) == 0
+    page = capsys.readouterr().out
+    # a layer: (32 + 48 + 24 + 32) columns of 4 x 64
+    assert f", {2 * 136 * 256:,} trained for them\n" in page
+    assert 2 * 136 * 256 * 8 == 544 * 2**10, "two moments in float32"
+    assert [line.split()[1:] for line in page.splitlines() if line.startswith("optimizer  ")] == [["544.0", "KiB"]]
+    assert "training.optim: adamw_8bit keeps" in page
+
+
 def test_plan_loads_no_weights(write_recipe, monkeypatch, checkpoint, tmp_path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from trainer_cases import hybrid, lora, samples, training_values
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from deltatune import prepare
-from tiny import documents, tiny_conditional
+from deltatune import Sequences, prepare
+from tiny import documents, tiny_conditional, tiny_model
 
 KINDS: dict[str, tuple[Callable[[], Any], Any]] = {
     "text": (hybrid, transformers.AutoModelForCausalLM),
@@ -124,3 +124,24 @@ def assert_saved_as_stock(saved: Path, stock: Any, folder: Path) -> None:
     tensors = (load_file(path / "model.safetensors").items() for path in (saved, folder))
     trained, expected = ({name: (tensor.shape, tensor.dtype) for name, tensor in items} for items in tensors)
     assert trained == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe", "gpt_oss"])
+def test_shards_of_a_trained_mixture_load_in_stock_transformers(family: str, tmp_path: Path) -> None:
+    """Transformers writes experts one by one for Qwen, fused for gpt-oss."""
+    model = tiny_model(family)
+    prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    tokens = torch.cat(documents([20, 9]))[None]
+    model(input_ids=tokens, labels=tokens, sequences=Sequences.from_lengths([20, 9])).loss.backward()
+    optimizer.step()
+    model.eval().save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert len(shards) > 2
+    names = {name for shard in shards for name in load_file(shard)}
+    assert any(name.endswith("mlp.experts.3.down_proj.weight") for name in names) == (family != "gpt_oss")
+    assert any(name.endswith("mlp.experts.down_proj") for name in names) == (family == "gpt_oss")
+    stock = load(transformers.AutoModelForCausalLM, tmp_path / "saved")
+    assert_close(logits(model), logits(stock))
+    untouched = tiny_model(family).eval()
+    assert (logits(stock) - logits(untouched)).norm() > 1e-2 * logits(untouched).norm(), "it trained"

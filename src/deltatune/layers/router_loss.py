@@ -1,4 +1,4 @@
-"""The auxiliary loss of a router as a part of a loss: that of every row of a batch, by the row's share of the targets."""
+"""The auxiliary loss of a router as a part of a loss: of every row of a batch, by its share of the targets."""
 
 # B rows, T tokens a row, X experts
 
