@@ -129,3 +129,11 @@ def test_experts_that_do_more_or_less_than_two_linear_layers_stay_stock(family: 
     assert model.model.layers[0].mlp.experts.forward.__func__ is expected
     assert packed(model) == pytest.approx(alone(theirs), rel=1e-5)
     assert_same_gradients(model, theirs)
+
+
+def test_experts_that_change_after_prepare_are_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    prepare(model)
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match=r"its experts changed since prepare.*call prepare\(model\) again"):
+        packed(model)

@@ -14,7 +14,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from deltatune import CompileOptions, prepare
 from deltatune.compile.graphs import FROZEN
-from deltatune.layers.router import recorded_routers
+from deltatune.layers.router import Router, recorded_routers, recording, run_recorded
+from deltatune.subclass import swap
 from packed_cases import packed_call
 from tiny import tiny_model
 
@@ -73,3 +74,24 @@ def test_recorded_logits_in_a_tuple(options: CompileOptions | None, given: str) 
     expected = reference(**packed_call(output_router_logits=True))
     torch.testing.assert_close(hidden, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, expected.router_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_logits_are_the_first_output_or_the_only_one(as_tuple: bool) -> None:
+    class Gate(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            logits = super().forward(x)
+            return (logits, logits.argmax(-1)) if as_tuple else logits
+
+    layer, x = nn.Sequential(Gate(4, 3)), torch.randn(5, 4)
+    expected = nn.functional.linear(x, layer[0].weight, layer[0].bias)
+    prepare(model := tiny_model("qwen3"))
+    swap(layer[0], Router, model._deltatune)
+
+    def run(_label: str, forward: Any, module: nn.Module, *args: Any) -> Any:
+        return forward(module, *args)
+
+    with recording() as found:
+        run_recorded(run, "layer", nn.Sequential.forward, layer, x)
+    assert len(found) == 1
+    assert torch.equal(found[0], expected)

@@ -254,6 +254,26 @@ def test_experts_called_by_keyword() -> None:
     assert relative(by_name, theirs(x, index, weights)) < 1e-5
 
 
+def test_experts_cannot_take_another_adapter_for_each_row() -> None:
+    """PEFT's own error, which names what it is."""
+    model = adapted()
+    prepare(model)
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        wrappers(model)[0](*tokens_of(model), adapter_names=["default"])
+
+
+def test_experts_without_an_active_adapter() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        prepare(bare := copy.deepcopy(model))
+        expected = logits(bare)
+    prepare(model)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=True))
+    model.set_adapter("other")
+    assert parameters_mode(wrappers(model)[0], "auto") == ("stock", "no active adapter")
+    assert relative(logits(model), expected) < 1e-5
+
+
 def test_experts_whose_place_is_taken_by_stock_ones_after_prepare_are_called() -> None:
     model = adapted()
     stock = copy.deepcopy(model)

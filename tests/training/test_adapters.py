@@ -10,6 +10,7 @@ import torch
 
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError
+from deltatune.training import adapters
 from deltatune.training.adapters import adapt
 from tiny import tiny_conditional, tiny_model
 
@@ -181,3 +182,21 @@ def test_weights_of_linear_layers_by_name_start_as_those_of_linear_layers() -> N
     model = adapt(tiny_model("qwen3_next"), LoraSection(r=4, init_lora_weights="pissa"))
     shared = model.get_submodule("base_model.model.model.layers.1.mlp.shared_expert.gate_proj")
     assert shared.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe"])
+@pytest.mark.parametrize("excluded", [r"model\.layers\.0\..*", r".*\.0\..*", ("layers.0.mlp.experts",)])
+def test_exclusions_are_full_names_or_their_ends(family: str, excluded: Any) -> None:
+    section = LoraSection(r=4, target_parameters="all-experts", exclude_modules=excluded)
+    names = [name for name, _ in adapt(tiny_model(family), section).named_parameters() if "lora_A" in name]
+    experts = [name for name in names if ".experts." in name]
+    assert len(experts) == 2
+    assert not any("layers.0." in name for name in (experts if isinstance(excluded, tuple) else names))
+    shared = [name for name in names if "layers.1.mlp.shared_expert.up_proj" in name]
+    assert len(shared) == 1
+
+
+def test_what_peft_takes_for_experts_unseen_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "taken_for_experts", lambda *_: set())
+    with pytest.raises(UserError, match=r"PEFT takes .*gate_up_proj"):
+        adapt(tiny_model("qwen3_next"), LoraSection(target_modules=("gate_proj", "up_proj")))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from training_cases import byte_tokenizer, save_checkpoint
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltatune import prepare
 from deltatune.errors import UserError
 from deltatune.training.export import export_adapter, merge_adapter, save_trained, staged
+from deltatune.training.servers import per_expert
 from tiny import tiny_model
 
 
@@ -125,6 +126,8 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         {"rank_pattern": {"experts.down_proj": 4}},
         {"alpha_pattern": {"mlp.experts.gate_up_proj": 12}, "rank_pattern": {"layers.0.mlp.experts.gate_up_proj": 4}},
         {"rank_pattern": {"down_proj": 3}, "use_rslora": True},
+        # of linear layers that share a projection's name
+        {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"gate_proj": 12}},
     ],
 )
 def test_every_expert_keeps_its_rank_and_alpha(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -228,6 +231,29 @@ def test_stock_peft_reads_the_adapters_of_each_expert(tmp_path: Path) -> None:
     same = export_adapter(tmp_path / "adapter", tmp_path / "same", layout="peft")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(same))
     assert relative(logits(loaded), expected) < 1e-6
+
+
+def expert_adapter(family: str, **values: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(
+        tiny_model(family), LoraConfig(r=2, target_parameters=names, init_lora_weights=False, **values)
+    )
+    state = get_peft_model_state_dict(model)
+    return state, model.peft_config["default"].to_dict(), tiny_model(family)
+
+
+def test_files_of_older_versions_are_not_split() -> None:
+    """They hold the factors of the transposed maps."""
+    state, config, model = expert_adapter("qwen3_moe")
+    swapped = {name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A"): tensor.mT
+               for name, tensor in state.items()}  # fmt: skip
+    with pytest.raises(UserError, match=r"A \[8, 48\] and B \[32, 8\] are not those of 4 experts.*before 0.19"):
+        per_expert(swapped, config, model)
+
+
+def test_one_expression_cannot_name_projections_of_experts() -> None:
+    with pytest.raises(UserError, match="target_modules of the adapter are one expression"):
+        per_expert(*expert_adapter("gpt_oss", target_modules=r".*q_proj"))
 
 
 def test_an_adapter_without_experts_is_not_split(tmp_path: Path, adapter: Path) -> None:

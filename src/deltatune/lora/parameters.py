@@ -107,8 +107,8 @@ def _stock_reason(wrapper: Any, name: str) -> str | None:
         return f"a variant of LoRA ({type(wrapper.lora_variant[name]).__name__})"
     linears: tuple[Any, Any] = wrapper.lora_A[name], wrapper.lora_B[name]
     for linear in linears:
-        if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None:
-            return f"an adapter is a {type(linear).__name__}, or has a bias"
+        if type(linear) is not nn.Linear:
+            return f"an adapter is a {type(linear).__name__}"
         if is_hooked(linear):
             return "hooks on the adapters (offload, or a tool's own)"
         if type(linear.weight) is not nn.Parameter or hasattr(linear.weight, "ds_id"):

@@ -61,7 +61,8 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
     modules: Any = section.target_modules
     excluded, decoder = section.exclude_modules, hf_model.text_model(model)
     given = () if modules is None or isinstance(modules, str) else modules
-    linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    layers = {id(module) for module in decoder.modules()}
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in layers]
     taken = taken_for_experts(model, {name.rpartition(".")[2] for name in (*linear, *given)})
     if wrong := [name for name in given if name.rpartition(".")[2] in taken]:
         raise UserError(_taken(model, modules, wrong))
@@ -72,7 +73,7 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
         if any_taken := taken & {name.rpartition(".")[2] for name in modules}:
             raise UserError(_taken(model, section.target_modules, any_taken))
     if section.target_parameters == "all-experts":
-        parameters = _expert_weights(decoder, excluded)
+        parameters = _expert_weights(model, decoder, excluded)
     else:
         parameters = list(section.target_parameters or ())
     if modules == "all-linear":
@@ -118,12 +119,13 @@ def _check_parameters(section: LoraSection, names: list[str]) -> None:
         )
 
 
-def _expert_weights(decoder: Any, excluded: str | tuple[str, ...] | None) -> list[str]:
+def _expert_weights(model: nn.Module, decoder: Any, excluded: str | tuple[str, ...] | None) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
     found = [
-        f"{path if excluded is None else full}.{weight}"
-        for index, layer in enumerate(decoder.layers)
+        f"{path if excluded is None else names[module]}.{weight}"
+        for layer in decoder.layers
         for path, module in layer.named_modules()
-        if (layout := experts_layout(module)) is not None and not _excluded(full := f"layers.{index}.{path}", excluded)
+        if (layout := experts_layout(module)) is not None and not _excluded(names[module], excluded)
         for weight in (layout.up, "down_proj")
     ]
     if not found:
@@ -150,9 +152,9 @@ def _full_names(model: nn.Module, decoder: Any, endings: list[str], layers: tupl
 
 
 def _excluded(name: str, excluded: str | tuple[str, ...] | None) -> bool:
-    """As PEFT reads ``exclude_modules``; a full name may begin in front of the text model."""
+    """As PEFT reads ``exclude_modules``."""
     if isinstance(excluded, str):
-        return re.fullmatch(rf"(?:.*\.)?(?:{excluded})", name) is not None
+        return re.fullmatch(excluded, name) is not None
     return any(name == ending or name.endswith(f".{ending}") for ending in excluded or ())
 
 
