@@ -155,9 +155,9 @@ class TestCache:
         rendered = []
 
         class Counting(Renderer):
-            def render(self, row, layout, where):
+            def render(self, row, layout, where, notes=None):
                 rendered.append(where)
-                return super().render(row, layout, where)
+                return super().render(row, layout, where, notes)
 
         documents = tokenize(rows, layout, Counting(**vars(renderer)), cache_dir=cache)
         return documents, bool(rendered)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltatune.data.messages import Conversation, Layout, Row, read_conversation, read_text
+from deltatune.data.notes import Notes
 from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 
@@ -57,8 +58,8 @@ class Renderer:
                 "use a fast tokenizer (one saved with a tokenizer.json)"
             )
 
-    def render(self, row: Row, layout: Layout, where: str) -> list[Sample]:
-        """The samples of a row; ``where`` names the row in errors.
+    def render(self, row: Row, layout: Layout, where: str, notes: Notes | None = None) -> list[Sample]:
+        """The samples of a row; ``where`` names the row in errors, and ``notes`` takes what is no error.
 
         Raises:
             DataError: a row that does not hold what ``layout`` says, that the template cannot render, or that would

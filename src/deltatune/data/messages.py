@@ -46,6 +46,7 @@ class Conversation:
     messages: list[Message]  # checked; keys whose value is None are left out
     tools: list[Any] | None = None  # JSON schemas for the template
     num_prompt: int = 0  # messages at the front that belong to a prompt and never train
+    trains: tuple[bool | None, ...] = ()  # what the row says of each message; None or nothing: as train_on says
 
 
 def resolve_format(
