@@ -42,6 +42,36 @@ ERRORS = {
         "data.eval",
         "{training: {eval_strategy: epoch}, data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}}",
     ),
+    "evaluation_may_come_from_the_training_rows": (
+        "training: {eval_strategy: epoch}",
+        "data.val_size",
+        "{training: {eval_strategy: epoch}, data: {train: [{path: a.jsonl}], val_size: 0.1}}",
+    ),
+    "one_place_for_evaluation_data": (
+        "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}], val_size: 5}",
+        "data.val_size cannot act beside data.eval",
+        "data: {train: [{path: a.jsonl}], val_size: 5}",
+    ),
+    "every_source_has_a_weight_or_none": (
+        "data: {train: [{path: a.jsonl, weight: 1}, {path: b.jsonl}]}",
+        "data.train.1.weight is missing",
+        "data: {train: [{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 2.5}]}",
+    ),
+    "weights_are_measured_where_there_are_some": (
+        "data: {train: [{path: a.jsonl}], weight_by: documents}",
+        "data.weight_by: documents cannot act",
+        "data: {train: [{path: a.jsonl, weight: 1}], weight_by: documents}",
+    ),
+    "evaluation_sees_every_document_once": (
+        "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl, repeat: 2}]}",
+        "data.eval.0.repeat cannot act",
+        "data: {train: [{path: a.jsonl, repeat: 2}], eval: [{path: b.jsonl}]}",
+    ),
+    "a_document_fits_a_pack": (
+        "{data: {train: [{path: a.jsonl}], max_length: 512}, packing: {tokens_per_batch: 256}}",
+        "data.max_length: 512 cannot act above packing.tokens_per_batch: 256",
+        "{data: {train: [{path: a.jsonl}], max_length: 256}, packing: {tokens_per_batch: 256}}",
+    ),
     "steps_need_their_strategy": (
         "training: {save_strategy: epoch, save_steps: 50}",
         "save_strategy",

@@ -19,7 +19,7 @@ from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
-from deltatune.training.packs import load_packs
+from deltatune.training.packs import load_data
 from deltatune.training.run import estimate_step, prepare_by_recipe
 
 __all__ = ["run"]
@@ -37,12 +37,10 @@ def run(args: argparse.Namespace) -> int:
     model = adapt(empty_model(recipe.model), recipe.lora)
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
-    packs = load_packs(recipe.data.train, recipe, tokenizer)
-    held_out = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
+    data = load_data(recipe, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
-    lines += ["", str(packs.report), *_steps(packs, arguments)]
-    lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]
+    lines += ["", *data.lines(), *_steps(data.train, arguments)]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]

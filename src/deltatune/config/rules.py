@@ -53,9 +53,9 @@ def _training_names(recipe: Recipe) -> Iterator[str]:
 
 def _schedule_errors(recipe: Recipe) -> Iterator[str]:
     training = recipe.training
-    if training.eval_strategy != "no" and not recipe.data.eval:
+    if training.eval_strategy != "no" and not recipe.data.eval and recipe.data.val_size is None:
         yield (
-            f"training.eval_strategy: {training.eval_strategy} needs data.eval; add a source to it, "
+            f"training.eval_strategy: {training.eval_strategy} needs data.eval or data.val_size; add one, "
             "or set training.eval_strategy to no"
         )
     for kind in ("eval", "save"):
@@ -130,6 +130,26 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
                     )
 
 
+def _mixture_errors(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.eval and data.val_size is not None:
+        yield "data.val_size cannot act beside data.eval, which is evaluated on already; leave one of them out"
+    weighted = [source.weight is not None for source in data.train]
+    if any(weighted) and not all(weighted):
+        yield f"data.train.{weighted.index(False)}.weight is missing: give every source a weight, or none"
+    if data.weight_by != "tokens" and not any(weighted):
+        yield f"data.weight_by: {data.weight_by} cannot act: no source has a weight"
+    for index, source in enumerate(data.eval):
+        for name in ("weight", "repeat"):
+            if _differs(source, name):
+                yield f"data.eval.{index}.{name} cannot act: an evaluation sees every document once"
+    if data.max_length is not None and data.max_length > recipe.packing.tokens_per_batch:
+        yield (
+            f"data.max_length: {data.max_length} cannot act above packing.tokens_per_batch: "
+            f"{recipe.packing.tokens_per_batch}, since a document must fit a pack; raise that, or leave this out"
+        )
+
+
 def _warnings(recipe: Recipe) -> Iterator[str]:
     options = _inductor_options(recipe)
     if options.get("triton.cudagraphs"):
@@ -156,7 +176,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             yield f"data.eval uses {source.path}, which data.train uses as well: the evaluation is not held out"
 
 
-_ERRORS = (_compile_errors, _training_names, _schedule_errors, _model_errors, _data_errors)
+_ERRORS = (_compile_errors, _training_names, _schedule_errors, _model_errors, _data_errors, _mixture_errors)
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

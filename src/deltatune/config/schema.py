@@ -148,6 +148,14 @@ class Source(Section):
     limit: Count | None = None
     """Use the first so many rows only."""
 
+    weight: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """This source's share of an epoch, in any unit, beside the weights of the others, which then all have one. An
+    epoch is as long as it can be without a source giving more than all of its documents (`repeat` times); of the
+    others each epoch takes the next part."""
+
+    repeat: Count = 1
+    """How often an epoch sees each document; with weights, how often it may."""
+
 
 class DataSection(Section):
     """What to train on, and which of its tokens."""
@@ -158,18 +166,31 @@ class DataSection(Section):
     eval: tuple[Source, ...] = ()
     """Held-out data, packed the same way: evaluated after training, and during it as `training.eval_strategy` says."""
 
+    val_size: Annotated[float, Strict(), Field(gt=0, lt=1)] | Count | None = None
+    """Rows of `train` to evaluate on and not train on: a share below 1, or a number. A row's content decides, so equal
+    rows are never on both sides, and a row stays on its side when others come and go."""
+
+    weight_by: Literal["tokens", "documents"] = "tokens"
+    """Whether the `weight` of sources is a share of the tokens or of the documents."""
+
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
 
     overlong: Literal["error", "split", "truncate", "drop"] = "error"
-    """What to do with a document longer than `packing.tokens_per_batch`. `error` by default, because each other
-    choice loses context or data: cut into independent documents, keep the beginning, or leave out. All are counted."""
+    """What to do with a document that is too long. `error` by default, because each other choice loses context or
+    data: cut into independent documents, keep the beginning, or leave out. All are counted."""
+
+    max_length: Annotated[int, Strict(), Field(ge=2)] | None = None
+    """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""
+
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What to do with a row that cannot be rendered or trains nothing: stop there, or leave it out, name and count."""
 
     cache_dir: Text | None = None
     """Where tokenised data is kept; the cache of the `datasets` package by default."""
 
     num_proc: Count | None = None
-    """Processes that tokenise; one by default."""
+    """Processes that tokenise; by default as many as there are cores."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables handed to the chat template, such as `{enable_thinking: false}`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +42,32 @@ class PackCounts:
         return PackCounts(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
-class PackOrder(Sampler[list[int]]):
-    """Indices of one rank's packs, a pack a batch; a function of seed, epoch and rank alone.
+class PackOrder(Sampler[list[Any]]):
+    """One rank's packs, a pack a batch; a function of seed, epoch and rank alone.
 
     An epoch is cut into rounds of ``mesh.data_size`` packs and every rank takes its own of each round, so all ranks run
     the same number of batches and every pack is seen exactly once. In a ragged last round a rank may get none at all:
     an empty list, from which ``CountingCollator`` makes a batch without targets.
 
     Args:
-        num_packs: packs of the data set.
+        num_packs: packs of an epoch.
         seed: of the permutation; epoch ``e`` uses ``seed + e``. ``None`` keeps the order of the data set.
         mesh: the data-parallel ranks, and which of them this one is.
         drop_last: leave a ragged last round out.
+        packs: the packs of an epoch, as the data set takes them; their indices by default.
     """
 
-    def __init__(self, num_packs: int, *, seed: int | None = None, mesh: Mesh = ALONE, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        num_packs: int,
+        *,
+        seed: int | None = None,
+        mesh: Mesh = ALONE,
+        drop_last: bool = False,
+        packs: Callable[[int], Sequence[Any]] | None = None,
+    ) -> None:
         self.num_packs, self.seed, self.mesh = num_packs, seed, mesh
+        self.packs = packs or (lambda _: range(num_packs))
         self.num_rounds = num_packs // mesh.data_size if drop_last else -(-num_packs // mesh.data_size)
         self.epoch = 0
         # accelerate looks for set_epoch and batch_size on a wrapped batch sampler, as after skipping at a resume
@@ -71,14 +81,15 @@ class PackOrder(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.num_rounds
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
+        packs = self.packs(self.epoch)
         order = list(range(self.num_packs))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.num_packs, generator=generator).tolist()
         for number in range(self.num_rounds):
             place = number * self.mesh.data_size + self.mesh.data_rank
-            yield order[place : place + 1]
+            yield [packs[index] for index in order[place : place + 1]]
 
 
 class CountingCollator:

@@ -1,46 +1,121 @@
-"""The recipe's data as packs: sources to documents to packs, for training and evaluation alike."""
+"""The recipe's data as packs: sources to documents to packs, for training and evaluation."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub.constants import HF_HOME
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
-from deltatune.data.dataset import PackedDataset, pack_documents
-from deltatune.data.documents import tokenize
+from deltatune.data.dataset import PackedDataset, counted, pack_documents
+from deltatune.data.documents import Documents, tokenize
+from deltatune.data.held_out import held_out
 from deltatune.data.messages import resolve_format
+from deltatune.data.mixture import Shares
 from deltatune.data.sources import load_rows
 from deltatune.errors import UserError
 
-__all__ = ["cache_folder", "load_packs", "padding_token"]
+__all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
 
 
-def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
-    """Reads, tokenises (or takes from the cache) and packs ``recipe.data.train`` or ``recipe.data.eval``.
-    The rest of the recipe says which tokens train, what becomes of over-long documents, and a pack's capacity and seed.
+@dataclass(frozen=True)
+class RecipeData:
+    """The packs of a recipe."""
+
+    train: PackedDataset
+    eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
+
+    def lines(self) -> list[str]:
+        """What became of the rows, for people."""
+        return [f"train: {self.train.report}", *([] if self.eval is None else [f"eval: {self.eval.report}"])]
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RecipeData:
+    """Reads, tokenises (or takes from the cache) and packs ``recipe.data``.
 
     Raises:
         DataError: rows that cannot be read, rendered or trained on, named.
     """
+    train = _documents(recipe.data.train, recipe, tokenizer)
+    remarks = _remarks(train)
+    if recipe.data.val_size is None:
+        evaluation = _documents(recipe.data.eval, recipe, tokenizer)
+        return RecipeData(
+            _packed(train, recipe, remarks, training=True),
+            _packed(evaluation, recipe, _remarks(evaluation), training=False) if evaluation else None,
+        )
+    held = held_out(train, recipe.data.val_size)
+    return RecipeData(
+        _packed(train, recipe, remarks, training=True, keep=[~chosen for chosen in held]),
+        _packed(train, recipe, [], training=False, keep=held),
+    )
+
+
+def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Documents]:
     renderer = Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
     documents = []
     for source in sources:
         rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
         layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
         documents.append(
-            tokenize(rows, layout, renderer, num_proc=recipe.data.num_proc or 1, cache_dir=cache_folder(recipe))
+            tokenize(
+                rows,
+                layout,
+                renderer,
+                num_proc=recipe.data.num_proc,
+                cache_dir=cache_folder(recipe),
+                on_bad_row=recipe.data.on_bad_row,
+            )
         )
+    return documents
+
+
+def _packed(
+    documents: Sequence[Documents],
+    recipe: Recipe,
+    remarks: Sequence[str],
+    *,
+    training: bool,
+    keep: Sequence[NDArray[np.bool_]] | None = None,
+) -> PackedDataset:
+    settings = recipe.training
+    in_order = (settings.model_extra or {}).get("train_sampling_strategy") == "sequential"
     return pack_documents(
         documents,
         tokens_per_batch=recipe.packing.tokens_per_batch,
         overlong=recipe.data.overlong,
-        seed=recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed,
+        max_length=recipe.data.max_length,
+        seed=None if in_order else settings.seed if settings.data_seed is None else settings.data_seed,
+        shares=_shares(recipe) if training else None,
+        keep=keep,
+        remarks=remarks,
     )
+
+
+def _shares(recipe: Recipe) -> Shares:
+    sources = recipe.data.train
+    weights = [source.weight for source in sources if source.weight is not None]
+    return Shares(weights or None, [source.repeat for source in sources], recipe.data.weight_by)
+
+
+def _remarks(sources: Sequence[Documents]) -> list[str]:
+    """What is no error and should be known."""
+    lines: list[str] = []
+    for documents in sources:
+        name = documents.source.name
+        lines += [f"{name}: {note}" for note in documents.notes]
+        count, errors = documents.dropped
+        if count:
+            lines.append(f"{name}: {counted(count, 'row')} dropped{', the first' if count > len(errors) else ''}:")
+            lines += [f"  {error}" for error in errors]
+    return lines
 
 
 def cache_folder(recipe: Recipe) -> Path:

@@ -97,6 +97,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             seed=None if in_order else seed,
             mesh=self._mesh,
             drop_last=self.args.dataloader_drop_last,
+            packs=self.train_dataset.epochs,
         )
         return pack_loader(self.train_dataset, order, self.data_collator, self.args)
 
