@@ -72,6 +72,31 @@ ERRORS = {
         "data.max_length: 512 cannot act above packing.tokens_per_batch: 256",
         "{data: {train: [{path: a.jsonl}], max_length: 256}, packing: {tokens_per_batch: 256}}",
     ),
+    "a_stream_has_no_end": (
+        "data: {train: [{path: a.jsonl}], streaming: true}",
+        "data.streaming needs training.max_steps",
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5}}",
+    ),
+    "a_stream_holds_nothing_out": (
+        "{data: {train: [{path: a.jsonl}], streaming: true, val_size: 5}, training: {max_steps: 5}}",
+        "data.val_size cannot act with data.streaming",
+        "{data: {train: [{path: a.jsonl}], streaming: true, eval: [{path: b.jsonl}]}, training: {max_steps: 5}}",
+    ),
+    "lengths_of_a_stream_are_not_known": (
+        "{data: {train: [{path: a.jsonl, weight: 2}], streaming: true}, training: {max_steps: 5}}",
+        "set it to documents",
+        "{data: {train: [{path: a.jsonl, weight: 2}], streaming: true, weight_by: documents}, training: {max_steps: 5}}",
+    ),
+    "a_stream_repeats_anyway": (
+        "{data: {train: [{path: a.jsonl, repeat: 2}], streaming: true}, training: {max_steps: 5}}",
+        "data.train.0.repeat cannot act with data.streaming",
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5}}",
+    ),
+    "one_process_reads_a_stream": (
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5, dataloader_num_workers: 2}}",
+        "training.dataloader_num_workers above 1 cannot act",
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5, dataloader_num_workers: 1}}",
+    ),
     "steps_need_their_strategy": (
         "training: {save_strategy: epoch, save_steps: 50}",
         "save_strategy",

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from deltatune.data.epochs import Epochs
-from deltatune.data.mixture import Mixture, Shares
+from deltatune.data.mixture import Mixture
 
 
 def epochs_of(lengths, capacity=256, shares=None, seed=1):

@@ -13,7 +13,9 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.memory import MemoryEstimate, device_memory, optimizer_bytes
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import PackedDataset, counted
+from deltatune.data.dataset import PackedDataset
+from deltatune.data.report import counted
+from deltatune.data.stream import PackStream
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
@@ -62,7 +64,7 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
     ]
 
 
-def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
+def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments) -> list[str]:
     """Steps as transformers.Trainer counts them: a short last accumulation is a step as well."""
     mesh = Mesh.of(arguments)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)

@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import counted
 from deltatune.data.preview import preview
+from deltatune.data.report import counted
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.packs import cache_folder, load_data
 

@@ -137,7 +137,7 @@ def _mixture_errors(recipe: Recipe) -> Iterator[str]:
     weighted = [source.weight is not None for source in data.train]
     if any(weighted) and not all(weighted):
         yield f"data.train.{weighted.index(False)}.weight is missing: give every source a weight, or none"
-    if data.weight_by != "tokens" and not any(weighted):
+    if data.weight_by != "tokens" and not any(weighted) and not data.streaming:
         yield f"data.weight_by: {data.weight_by} cannot act: no source has a weight"
     for index, source in enumerate(data.eval):
         for name in ("weight", "repeat"):
@@ -148,6 +148,23 @@ def _mixture_errors(recipe: Recipe) -> Iterator[str]:
             f"data.max_length: {data.max_length} cannot act above packing.tokens_per_batch: "
             f"{recipe.packing.tokens_per_batch}, since a document must fit a pack; raise that, or leave this out"
         )
+
+
+def _streaming_errors(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if not data.streaming:
+        return
+    if recipe.training.max_steps < 1:
+        yield "data.streaming needs training.max_steps, since a stream has no end"
+    if data.val_size is not None:
+        yield "data.val_size cannot act with data.streaming: rows are not known beforehand; use data.eval"
+    if any(source.weight is not None for source in data.train) and data.weight_by == "tokens":
+        yield "data.weight_by: tokens cannot act with data.streaming, where lengths are not known; set it to documents"
+    for index, source in enumerate(data.train):
+        if source.repeat != 1:
+            yield f"data.train.{index}.repeat cannot act with data.streaming: a source that ends begins again"
+    if recipe.training.dataloader_num_workers > 1:
+        yield "training.dataloader_num_workers above 1 cannot act with data.streaming: one process reads the stream"
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
@@ -176,7 +193,15 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             yield f"data.eval uses {source.path}, which data.train uses as well: the evaluation is not held out"
 
 
-_ERRORS = (_compile_errors, _training_names, _schedule_errors, _model_errors, _data_errors, _mixture_errors)
+_ERRORS = (
+    _compile_errors,
+    _training_names,
+    _schedule_errors,
+    _model_errors,
+    _data_errors,
+    _mixture_errors,
+    _streaming_errors,
+)
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

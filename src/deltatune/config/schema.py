@@ -180,6 +180,11 @@ class DataSection(Section):
     """What to do with a document that is too long. `error` by default, because each other choice loses context or
     data: cut into independent documents, keep the beginning, or leave out. All are counted."""
 
+    streaming: Flag = False
+    """Read `train` as training goes, without tokenising it first: for data that does not fit the disk, or is not there
+    yet. Rows are shuffled and packed in blocks of 8,192; several sources are mixed by documents, in equal parts or by
+    `weight`. Needs `training.max_steps`."""
+
     max_length: Annotated[int, Strict(), Field(ge=2)] | None = None
     """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""
 

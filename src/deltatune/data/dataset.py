@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,64 +11,12 @@ from numpy.typing import NDArray
 from deltatune.data.documents import Documents
 from deltatune.data.epochs import Epochs
 from deltatune.data.mixture import Mixture, Shares
+from deltatune.data.overlong import Limit, Overlong, cut_documents
+from deltatune.data.report import PackingReport, counted, one_source, variance_between
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
-from deltatune.packing.shuffled import Packs
 
-__all__ = ["Overlong", "PackedDataset", "PackingReport", "counted", "pack_documents"]
-
-Overlong = Literal["error", "split", "truncate", "drop"]
-
-
-@dataclass(frozen=True)
-class PackingReport:
-    """What became of the rows, and what an epoch holds."""
-
-    rows: int  # read
-    documents: int  # in the packs of an epoch, parts of split ones counted singly
-    tokens: int  # of these documents
-    trained_tokens: int  # those that are targets; a document's first token never is
-    packs: int
-    tokens_per_batch: int  # a pack has room for
-    fill: float  # tokens / (packs * tokens_per_batch)
-    longest: int  # tokens of the longest document before anything was cut
-    variance_between_packs: (
-        float  # share of the variance of document length; shuffled documents give about packs/documents
-    )
-    one_source_packs: float | None = (
-        None  # share of the packs whose documents come from one source, if there are several
-    )
-    split: int = 0  # documents that were cut into several
-    truncated: int = 0  # documents of which only the beginning was kept
-    dropped: int = 0  # documents left out for their length
-    unlabelled: int = 0  # documents or parts left out because cutting left them without a target
-    sources: tuple[str, ...] = ()  # what an epoch takes of each source, where that is not every document once
-    remarks: tuple[
-        str, ...
-    ] = ()  # what is no error and should be known: rows dropped, columns and keys that nothing reads
-
-    def __str__(self) -> str:
-        between = f"{self.variance_between_packs:.1%} of the variance of length lies between packs"
-        if self.one_source_packs is not None:
-            between += f", {self.one_source_packs:.1%} of packs hold one source"
-        lines = [
-            f"{counted(self.rows, 'row')} -> {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
-            f"{self.trained_tokens:,} of them trained; longest document {counted(self.longest, 'token')}",
-            f"{counted(self.packs, 'pack')} of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full; {between}",
-        ]
-        cut = [
-            f"{count:,} {what}"
-            for count, what in (
-                (self.split, "split"),
-                (self.truncated, "truncated"),
-                (self.dropped, "dropped for length"),
-                (self.unlabelled, "left out because the cut left no trained token"),
-            )
-            if count
-        ]
-        if cut:
-            lines.append("over-long documents: " + ", ".join(cut))
-        return "\n".join([*lines, *self.sources, *self.remarks])
+__all__ = ["PackedDataset", "pack_documents"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +39,6 @@ class PackedDataset:
     def __getitem__(self, pack: int | NDArray[np.int64]) -> list[Sample]:
         members = pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack]
         return [self.documents[source].sample(start, end) for source, start, end in self.pieces[members].tolist()]
-
-
-def counted(number: int, noun: str) -> str:
-    """``"1 row"``, ``"2,000 rows"``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def pack_documents(
@@ -126,12 +68,12 @@ def pack_documents(
     Raises:
         DataError: an over-long document under ``error``, named; or nothing left to train on.
     """
-    limit = _Limit(tokens_per_batch, max_length)
+    limit = Limit(tokens_per_batch, max_length)
     counts = {"split": 0, "truncated": 0, "dropped": 0, "unlabelled": 0}
     parts, targets = [], []
     for number, source in enumerate(documents):
         chosen = np.arange(len(source)) if keep is None else np.flatnonzero(keep[number])
-        cut = _cut(source, chosen, limit, overlong, counts)
+        cut = cut_documents(source, chosen, limit, overlong, counts)
         parts.append(np.stack([np.full_like(cut.starts, number), cut.starts, cut.ends], axis=1))
         targets.append(cut.targets)
     pieces = np.concatenate(parts)
@@ -155,90 +97,13 @@ def pack_documents(
         tokens_per_batch=tokens_per_batch,
         fill=tokens / (len(packs) * tokens_per_batch),
         longest=max(int(source.lengths.max()) for source in documents),
-        variance_between_packs=_variance_between(packs, lengths),
-        one_source_packs=_one_source(packs, pieces[:, 0]) if np.count_nonzero(sizes) > 1 else None,
+        variance_between_packs=variance_between(packs, lengths),
+        one_source_packs=one_source(packs, pieces[:, 0]) if np.count_nonzero(sizes) > 1 else None,
         sources=_taken(documents, mixture, lengths, packs.members),
         remarks=tuple(remarks),
         **counts,
     )
     return PackedDataset(documents, pieces, epochs, report)
-
-
-@dataclass(frozen=True)
-class _Limit:
-    """The most tokens of a document, and the setting that says so."""
-
-    capacity: int
-    max_length: int | None
-
-    @property
-    def tokens(self) -> int:
-        return self.capacity if self.max_length is None else min(self.capacity, self.max_length)
-
-    def __str__(self) -> str:
-        lower = self.max_length is not None and self.max_length < self.capacity
-        return f"data.max_length={self.tokens}" if lower else f"packing.tokens_per_batch={self.tokens}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Documents, or parts of them, in the order of their source."""
-
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    targets: NDArray[np.int64]  # tokens that train
-
-    def __getitem__(self, which: NDArray[Any]) -> _Pieces:
-        return _Pieces(self.starts[which], self.ends[which], self.targets[which])
-
-
-def _cut(
-    documents: Documents, chosen: NDArray[np.int64], limit: _Limit, overlong: Overlong, counts: dict[str, int]
-) -> _Pieces:
-    """The pieces of one source, none longer than the limit."""
-    starts, ends = documents.offsets[:-1][chosen], documents.offsets[1:][chosen]
-    whole = _Pieces(starts, ends, documents.targets[chosen].astype(np.int64))
-    fits = whole.ends - whole.starts <= limit.tokens
-    too_long = np.flatnonzero(~fits)
-    if not too_long.size:
-        return whole
-    if overlong == "error":
-        first = int(chosen[too_long[0]])
-        raise DataError(
-            f"{documents.where(first)} has {documents.lengths[first]} tokens, more than {limit} "
-            f"({counted(too_long.size, 'such document')} in {documents.source.name}); raise it, or set data.overlong "
-            "to split, truncate or drop"
-        )
-    counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] += too_long.size
-    if overlong == "drop":
-        return whole[fits]
-    parts = []
-    for start, end in zip(whole.starts[too_long].tolist(), whole.ends[too_long].tolist(), strict=True):
-        for at in range(start, start + 1 if overlong == "truncate" else end, limit.tokens):
-            to = min(at + limit.tokens, end)
-            parts.append((at, to, documents.num_trained(at, to)))
-    cut = _Pieces(*np.array(parts, dtype=np.int64).T)
-    counts["unlabelled"] += int(np.count_nonzero(cut.targets == 0))
-    cut = cut[cut.targets > 0]
-    kept = (whole[fits], cut)
-    both = _Pieces(*(np.concatenate([getattr(part, name) for part in kept]) for name in ("starts", "ends", "targets")))
-    return both[np.argsort(both.starts)]
-
-
-def _variance_between(packs: Packs, lengths: NDArray[np.int64]) -> float:
-    """Share of the variance of document length that lies between packs; 0 where all are equally long."""
-    values = lengths[packs.members].astype(np.float64)
-    values -= values.mean()
-    sums = np.add.reduceat(values, packs.starts[:-1])
-    total = float(values @ values)
-    return float((sums**2 / np.diff(packs.starts)).sum() / total) if total else 0.0
-
-
-def _one_source(packs: Packs, sources: NDArray[np.int64]) -> float:
-    """Share of the packs whose documents come from one source."""
-    of = sources[packs.members]
-    lowest, highest = (reduce.reduceat(of, packs.starts[:-1]) for reduce in (np.minimum, np.maximum))
-    return float(np.mean(lowest == highest))
 
 
 def _taken(

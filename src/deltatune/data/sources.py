@@ -14,7 +14,7 @@ import numpy as np
 
 from deltatune.errors import DataError, near_files, one_line
 
-__all__ = ["Rows", "load_rows"]
+__all__ = ["Rows", "hub_stream", "load_rows", "local_files"]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -60,7 +60,7 @@ def load_rows(path: str, *, split: str = "train", name: str | None = None, limit
     Raises:
         DataError: nothing there (near names are given), a file that is empty or broken (its line is given), no row.
     """
-    files = _local_files(path)
+    files = local_files(path)
     parts = [_hub_rows(path, split, name)] if files is None else [_file_rows(file) for file in files]
     total = sum(map(len, parts))
     rows = parts[0] if len(parts) == 1 else _ManyRows(path, parts, total)
@@ -71,7 +71,7 @@ def load_rows(path: str, *, split: str = "train", name: str | None = None, limit
     return rows
 
 
-def _local_files(path: str) -> list[Path] | None:
+def local_files(path: str) -> list[Path] | None:
     """The files that a path stands for; ``None`` for a name on the Hub."""
     local = Path(path).expanduser()
     expected = f"expected {', '.join(_SUFFIXES)}"
@@ -179,6 +179,19 @@ def _hub_rows(path: str, split: str, name: str | None) -> Rows:
     except (OSError, ValueError) as error:
         raise DataError(f"{where} is neither a local file nor a data set on the Hub: {one_line(error)}") from error
     return Rows(where, table.column_names, str(table._fingerprint), table)
+
+
+def hub_stream(path: str, split: str, name: str | None) -> Any:
+    """A data set on the Hub as a ``datasets.IterableDataset``, whose rows are fetched as they are read.
+
+    Raises:
+        DataError: there is none of this name.
+    """
+    library = _datasets()
+    try:
+        return library.load_dataset(path, name, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is neither a local file nor a data set on the Hub: {one_line(error)}") from error
 
 
 def _datasets() -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from deltatune.packing.bins import pack
 
-__all__ = ["Packs", "pack_shuffled"]
+__all__ = ["Packs", "pack_ahead", "pack_shuffled"]
 
 Indices = NDArray[np.int64]
 
@@ -46,6 +47,9 @@ class Packs:
         """The documents of a pack."""
         index = range(len(self))[index]
         return self.members[self.starts[index] : self.starts[index + 1]]
+
+    def __iter__(self) -> Iterator[Indices]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def pack_shuffled(lengths: NDArray[np.integer], capacity: int, *, seed: int | tuple[int, ...] | None = 0) -> Packs:
@@ -79,6 +83,20 @@ def pack_shuffled(lengths: NDArray[np.integer], capacity: int, *, seed: int | tu
     return Packs(order[packs.members], packs.starts)
 
 
+def pack_ahead(lengths: NDArray[np.integer], capacity: int) -> tuple[Packs, Indices]:
+    """Packs documents as they come, as long as there are others ahead to fill a pack from.
+
+    Args:
+        lengths: tokens of each document of the queue, integers in ``1..capacity``, ``[D]``.
+        capacity: tokens a pack holds.
+
+    Returns:
+        The packs, and the documents that are left, in order: they begin the queue that more documents are put to.
+    """
+    queue = _Queue(np.asarray(lengths, dtype=np.int64), capacity)
+    return queue.packs(least_ahead=_WINDOW), queue.left()
+
+
 class _Queue:
     """Documents in the order they are taken; a window of those ahead can be taken out of turn, by length."""
 
@@ -91,14 +109,19 @@ class _Queue:
         self._capacity = capacity
         self._documents_per_pack = capacity / lengths.mean() if lengths.size else 0.0
 
-    def packs(self) -> Packs:
+    def packs(self, least_ahead: int = 1) -> Packs:
+        """Packs, as long as so many documents are in the window."""
         members, starts = array("q"), array("q", [0])
         self._refill()
-        while self._window:
+        while len(self._window) >= least_ahead:
             self._fill(members)
             starts.append(len(members))
             self._refill()
         return Packs(np.frombuffer(members, dtype=np.int64), np.frombuffer(starts, dtype=np.int64))
+
+    def left(self) -> Indices:
+        """The places of the documents that are in no pack."""
+        return np.flatnonzero(np.frombuffer(self._taken, dtype=np.uint8) == 0)
 
     def _refill(self) -> None:
         end = min(len(self._lengths), self._seen + _WINDOW - len(self._window))

@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from deltatune.data.dataset import PackedDataset
+from deltatune.data.stream import PackStream, StreamedPack
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.mesh import ALONE, Mesh
 
-__all__ = ["PACK_COUNTS", "CountingCollator", "PackCounts", "PackOrder", "pack_loader"]
+__all__ = ["PACK_COUNTS", "STREAMED", "CountingCollator", "PackCounts", "PackOrder", "pack_loader", "place_file"]
 
 PACK_COUNTS = "pack_counts"
 """The key of a batch under which its ``PackCounts`` travel; the trainer takes it out before the model is called."""
+
+STREAMED = "streamed"
+"""The key of a batch of a stream under which its ``News`` travel; the trainer takes it out as well."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,17 @@ class CountingCollator:
             squares=sum(len(sample) ** 2 for sample in samples),
             packs=len(packs),
         )
-        return {**kept, PACK_COUNTS: counts}
+        told = [pack.news for pack in packs if isinstance(pack, StreamedPack)]
+        return {**kept, PACK_COUNTS: counts, **({STREAMED: told[-1]} if told else {})}
+
+
+def place_file(checkpoint: Path, mesh: Mesh) -> Path:
+    """Where a checkpoint keeps the place in a stream, for this rank."""
+    return checkpoint / f"stream-{mesh.data_rank:05}-of-{mesh.data_size:05}.npz"
 
 
 def pack_loader(
-    source: PackedDataset, order: PackOrder, collator: CountingCollator, args: TrainingArguments
+    source: PackedDataset | PackStream, order: PackOrder, collator: CountingCollator, args: TrainingArguments
 ) -> DataLoader[Any]:
     """A loader of one rank's batches, on the rank's device.
 

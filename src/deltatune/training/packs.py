@@ -14,13 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
-from deltatune.data.dataset import PackedDataset, counted, pack_documents
+from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import Documents, tokenize
 from deltatune.data.held_out import held_out
 from deltatune.data.messages import resolve_format
 from deltatune.data.mixture import Shares
+from deltatune.data.report import counted
+from deltatune.data.row_streams import open_stream
 from deltatune.data.sources import load_rows
+from deltatune.data.stream import BLOCK_ROWS, PackStream, StreamSource
 from deltatune.errors import UserError
+from deltatune.training.mesh import ALONE, Mesh
 
 __all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
 
@@ -29,7 +33,7 @@ __all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
 class RecipeData:
     """The packs of a recipe."""
 
-    train: PackedDataset
+    train: PackedDataset | PackStream
     eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
 
     def lines(self) -> list[str]:
@@ -37,20 +41,22 @@ class RecipeData:
         return [f"train: {self.train.report}", *([] if self.eval is None else [f"eval: {self.eval.report}"])]
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RecipeData:
-    """Reads, tokenises (or takes from the cache) and packs ``recipe.data``.
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh = ALONE) -> RecipeData:
+    """Reads, tokenises (or takes from the cache) and packs ``recipe.data``; a stream of it is opened.
+
+    ``mesh`` tells a stream which of the data-parallel ranks it is for.
 
     Raises:
         DataError: rows that cannot be read, rendered or trained on, named.
     """
+    evaluation = _documents(recipe.data.eval, recipe, tokenizer)
+    held_apart = _packed(evaluation, recipe, _remarks(evaluation), training=False) if evaluation else None
+    if recipe.data.streaming:
+        return RecipeData(_streamed(recipe, tokenizer, mesh), held_apart)
     train = _documents(recipe.data.train, recipe, tokenizer)
     remarks = _remarks(train)
     if recipe.data.val_size is None:
-        evaluation = _documents(recipe.data.eval, recipe, tokenizer)
-        return RecipeData(
-            _packed(train, recipe, remarks, training=True),
-            _packed(evaluation, recipe, _remarks(evaluation), training=False) if evaluation else None,
-        )
+        return RecipeData(_packed(train, recipe, remarks, training=True), held_apart)
     held = held_out(train, recipe.data.val_size)
     return RecipeData(
         _packed(train, recipe, remarks, training=True, keep=[~chosen for chosen in held]),
@@ -59,7 +65,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RecipeData:
 
 
 def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Documents]:
-    renderer = Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
+    renderer = _renderer(recipe, tokenizer)
     documents = []
     for source in sources:
         rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
@@ -85,18 +91,49 @@ def _packed(
     training: bool,
     keep: Sequence[NDArray[np.bool_]] | None = None,
 ) -> PackedDataset:
-    settings = recipe.training
-    in_order = (settings.model_extra or {}).get("train_sampling_strategy") == "sequential"
     return pack_documents(
         documents,
         tokens_per_batch=recipe.packing.tokens_per_batch,
         overlong=recipe.data.overlong,
         max_length=recipe.data.max_length,
-        seed=None if in_order else settings.seed if settings.data_seed is None else settings.data_seed,
+        seed=_seed(recipe),
         shares=_shares(recipe) if training else None,
         keep=keep,
         remarks=remarks,
     )
+
+
+def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> PackStream:
+    shares = [source.weight or 1.0 for source in recipe.data.train]
+    sources = []
+    for source, share in zip(recipe.data.train, shares, strict=True):
+        rows = open_stream(source.path, split=source.split, name=source.name, limit=source.limit)
+        layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
+        sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
+    return PackStream(
+        sources,
+        _renderer(recipe, tokenizer),
+        recipe.packing.tokens_per_batch,
+        recipe.training.max_steps * recipe.training.gradient_accumulation_steps * mesh.data_size,
+        overlong=recipe.data.overlong,
+        max_length=recipe.data.max_length,
+        on_bad_row=recipe.data.on_bad_row,
+        seed=_seed(recipe),
+        rank=mesh.data_rank,
+        num_ranks=mesh.data_size,
+    )
+
+
+def _renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    return Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
+
+
+def _seed(recipe: Recipe) -> int | None:
+    """Of the order of documents; ``None`` keeps that of the sources."""
+    settings = recipe.training
+    if (settings.model_extra or {}).get("train_sampling_strategy") == "sequential":
+        return None
+    return settings.seed if settings.data_seed is None else settings.data_seed
 
 
 def _shares(recipe: Recipe) -> Shares:

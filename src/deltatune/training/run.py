@@ -19,14 +19,17 @@ from deltatune.compile.memory import MemoryEstimate, estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
+from deltatune.data.stream import PackStream, Place
 from deltatune.errors import UserError
 from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
+from deltatune.training.batches import place_file
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
 from deltatune.training.export import save_trained, write_json, write_text
+from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
@@ -88,6 +91,8 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
         console.out(f"warning: {warning}", highlight=False)
     checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     run = build(recipe, arguments, console)
+    if checkpoint is not None and isinstance(run.data.train, PackStream):
+        run.data.train.start = Place.load(place_file(checkpoint, Mesh.of(arguments)))
     records = _records(run, _verify(run))
     with _cache_setting_kept(run.model):
         trainer = _trainer(run)
@@ -108,7 +113,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     tokenizer = load_tokenizer(recipe.model)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
-        data = load_data(recipe, tokenizer)
+        data = load_data(recipe, tokenizer, Mesh.of(arguments))
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)

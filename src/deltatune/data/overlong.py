@@ -1,0 +1,103 @@
+"""Documents that are longer than they may be: refused, cut or left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltatune.data.documents import Documents
+from deltatune.data.report import counted
+from deltatune.errors import DataError
+from deltatune.packing.sample import Sample
+
+__all__ = ["Limit", "Overlong", "Pieces", "cut_documents", "cut_sample"]
+
+Overlong = Literal["error", "split", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most tokens of a document, and the setting that says so."""
+
+    capacity: int
+    max_length: int | None
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens of a document."""
+        return self.capacity if self.max_length is None else min(self.capacity, self.max_length)
+
+    def __str__(self) -> str:
+        lower = self.max_length is not None and self.max_length < self.capacity
+        return f"data.max_length={self.tokens}" if lower else f"packing.tokens_per_batch={self.tokens}"
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Documents, or parts of them, in the order of their source."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    targets: NDArray[np.int64]  # tokens that train
+
+    def __getitem__(self, which: NDArray[Any]) -> Pieces:
+        return Pieces(self.starts[which], self.ends[which], self.targets[which])
+
+
+def cut_documents(
+    documents: Documents, chosen: NDArray[np.int64], limit: Limit, overlong: Overlong, counts: dict[str, int]
+) -> Pieces:
+    """The pieces of one source, none longer than the limit, and the ``counts`` of what was done to which documents.
+
+    Raises:
+        DataError: a document that is too long under ``error``, named.
+    """
+    starts, ends = documents.offsets[:-1][chosen], documents.offsets[1:][chosen]
+    whole = Pieces(starts, ends, documents.targets[chosen].astype(np.int64))
+    fits = whole.ends - whole.starts <= limit.tokens
+    too_long = np.flatnonzero(~fits)
+    if not too_long.size:
+        return whole
+    if overlong == "error":
+        first = int(chosen[too_long[0]])
+        raise DataError(
+            f"{documents.where(first)} has {documents.lengths[first]} tokens, more than {limit} "
+            f"({counted(too_long.size, 'such document')} in {documents.source.name}); raise it, or set data.overlong "
+            "to split, truncate or drop"
+        )
+    counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] += too_long.size
+    if overlong == "drop":
+        return whole[fits]
+    parts = []
+    for start, end in zip(whole.starts[too_long].tolist(), whole.ends[too_long].tolist(), strict=True):
+        for at in range(start, start + 1 if overlong == "truncate" else end, limit.tokens):
+            to = min(at + limit.tokens, end)
+            parts.append((at, to, documents.num_trained(at, to)))
+    cut = Pieces(*np.array(parts, dtype=np.int64).T)
+    counts["unlabelled"] += int(np.count_nonzero(cut.targets == 0))
+    cut = cut[cut.targets > 0]
+    kept = (whole[fits], cut)
+    both = Pieces(*(np.concatenate([getattr(part, name) for part in kept]) for name in ("starts", "ends", "targets")))
+    return both[np.argsort(both.starts)]
+
+
+def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str) -> list[Sample]:
+    """The parts of a document that train, none longer than the limit; ``where`` names it.
+
+    Raises:
+        DataError: it is too long, under ``error``.
+    """
+    if len(sample) <= limit.tokens:
+        return [sample]
+    if overlong == "error":
+        raise DataError(
+            f"{where} has {len(sample)} tokens, more than {limit}; raise it, or set data.overlong to split, truncate "
+            "or drop"
+        )
+    last = {"drop": 0, "truncate": 1, "split": len(sample)}[overlong]
+    slices = (slice(at, at + limit.tokens) for at in range(0, last, limit.tokens))
+    parts = [Sample(sample.input_ids[part], sample.labels[part]) for part in slices]
+    return [part for part in parts if part.num_trained]
