@@ -135,7 +135,10 @@ def test_a_broken_rule_stops_the_recipe(broken, named, mended, tmp_path) -> None
     assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
 
 
-@pytest.mark.parametrize(("setting", "plain"), [("name: all", "name=null"), ("split: test", "split=train")])
+@pytest.mark.parametrize(
+    ("setting", "plain"),
+    [("name: all", "name=null"), ("split: test", "split=null"), ("revision: main", "revision=null")],
+)
 def test_a_file_in_place_of_a_data_set_says_what_to_set(setting, plain, tmp_path) -> None:
     path = recipe_file(tmp_path, f"data: {{train: [{{path: owner/a, {setting}}}]}}")
     here = "data.train.0.path=mine.jsonl"

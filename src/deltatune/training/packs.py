@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from deltatune.config.schema import Recipe, Source
@@ -15,6 +13,7 @@ from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import tokenize
 from deltatune.data.messages import resolve_format
 from deltatune.data.sources import load_rows
+from deltatune.data.unpacked import default_cache
 from deltatune.errors import UserError
 
 __all__ = ["cache_folder", "load_packs", "padding_token"]
@@ -30,7 +29,15 @@ def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
     renderer = Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
     documents = []
     for source in sources:
-        rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
+        rows = load_rows(
+            source.path,
+            split=source.split,
+            name=source.name,
+            revision=source.revision,
+            limit=source.limit,
+            needed=source.columns.values(),
+            cache_dir=cache_folder(recipe),
+        )
         layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
         documents.append(
             tokenize(rows, layout, renderer, num_proc=recipe.data.num_proc or 1, cache_dir=cache_folder(recipe))
@@ -47,7 +54,7 @@ def cache_folder(recipe: Recipe) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``, or a folder in the cache of the ``datasets`` package."""
     if recipe.data.cache_dir is not None:
         return Path(recipe.data.cache_dir).expanduser()
-    return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets")) / "deltatune"
+    return default_cache()
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
