@@ -219,6 +219,7 @@ def test_splits_without_train_are_listed(tmp_path, write_jsonl):
     [
         ("{}/row.jsonl", "row.jsonl does not exist; did you mean rows.jsonl"),
         ("{}/none/rows.jsonl", "there is no folder"),
+        ("https://huggingface.co/datasets/a/b", "is a URL; expected a local path, or the name of a data set"),
         ("{}/row.jsonl.gz", "row.jsonl.gz does not exist"),
         ("{}/*.parquet", "matches no data file; expected .jsonl"),
         ("{}/rows.py", "is no data file: expected .jsonl, .ndjson, .json, .parquet, .arrow, .csv, .tsv, .txt, got .py"),

@@ -75,6 +75,8 @@ def load_rows(
 
 def _local_splits(path: str, name: str | None) -> Splits | None:
     """The files that a path stands for, by split, the split of what has none being ``""``; ``None`` for the Hub."""
+    if "://" in path:
+        raise DataError(f"{path} is a URL; expected a local path, or the name of a data set on the Hub (owner/name)")
     local = Path(path).expanduser()
     if local.is_dir():
         return saved_splits(local, name) or folder_splits(local, name)

@@ -86,21 +86,26 @@ def hub_rows(path: str, split: str, name: str | None, revision: str | None) -> R
     except (OSError, ValueError, AssertionError, RuntimeError, library.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, library.exceptions.DatasetGenerationError) else None
         missing = isinstance(error, library.exceptions.DatasetNotFoundError)
-        what = "is neither a local file nor a data set on the Hub" if missing else "cannot be loaded"
+        what = "is neither a local file nor a data set on the Hub" if missing else "cannot be loaded from the Hub"
         raise DataError(f"{where} {what}: {one_line(cause or error).rstrip('.')}{_remedy(error, path)}") from error
     return _TableRows(where, table, str(table._fingerprint))
 
 
 def _remedy(error: Exception, path: str) -> str:
     text = str(error)
+    if isinstance(error, ConnectionError):
+        return f"; it is no local file or folder either{_near(path)}"
     if "gated" in text:
         return "; accept its terms on its page, then run `hf auth login`"
     if "scripts" in text:
         return "; give the files that it reads, or a revision that holds Parquet, such as refs/convert/parquet"
     if "doesn't exist on the Hub" in text:
-        near = near_files(Path(path)) if Path(path).parent.is_dir() else ""
-        return f"; check the name, or run `hf auth login` if it is private{near}"
+        return f"; check the name, or run `hf auth login` if it is private{_near(path)}"
     return ""
+
+
+def _near(path: str) -> str:
+    return near_files(Path(path)) if Path(path).parent.is_dir() else ""
 
 
 def import_datasets() -> Any:
