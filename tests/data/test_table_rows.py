@@ -110,17 +110,18 @@ def test_the_hub_is_asked_for_what_the_recipe_says(monkeypatch):
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found b.py"),
-            "cannot be loaded from the Hub: .*found b.py; give the files that it reads, or a revision that holds Parquet",
+            "from the Hub: .*found b.py; give the files that it reads, or a revision that holds Parquet",
         ),
         (
-            ValueError("Unknown split \"trian\". Should be one of ['train']."),
-            "cannot be loaded from the Hub: Unknown split .trian",
+            ValueError("Unknown split \"trian\". Should be one of ['test', 'train']."),
+            r"from the Hub: Unknown split .trian.\. .* \(did you mean train\?\)$",
         ),
         (
-            ConnectionError("Couldn't reach it"),
-            "cannot be loaded from the Hub: Couldn't reach it; it is no local file or folder",
+            ValueError("BuilderConfig 'smal' not found. Available: ['small', 'large']"),
+            r"from the Hub: .*'large'\] \(did you mean small\?\)$",
         ),
-        (datasets.exceptions.DatasetGenerationError("x"), "cannot be loaded from the Hub: x"),
+        (ConnectionError("Couldn't reach it"), "from the Hub: Couldn't reach it; it is no local file or folder"),
+        (datasets.exceptions.DatasetGenerationError("x"), "from the Hub: x"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(monkeypatch, error, message):

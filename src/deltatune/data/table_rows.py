@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deltatune.data.rows import Rows, digest
 from deltatune.data.unpacked import file_digest, open_data
-from deltatune.errors import DataError, near_files, one_line
+from deltatune.errors import DataError, near_files, nearest, one_line
 
 __all__ = ["arrow_rows", "hub_rows", "import_datasets", "parquet_rows", "saved_rows"]
 
@@ -93,6 +94,9 @@ def hub_rows(path: str, split: str, name: str | None, revision: str | None) -> R
 
 def _remedy(error: Exception, path: str) -> str:
     text = str(error)
+    unknown = re.search(r"(?:Unknown split|BuilderConfig) ['\"](.+?)['\"].*\[(.*)\]", text)
+    if unknown is not None:
+        return nearest(unknown[1], re.findall(r"'(.+?)'", unknown[2]))
     if isinstance(error, ConnectionError):
         return f"; it is no local file or folder either{_near(path)}"
     if "gated" in text:
