@@ -221,12 +221,13 @@ def test_splits_without_train_are_listed(tmp_path, write_jsonl):
         ("{}/none/rows.jsonl", "there is no folder"),
         ("https://huggingface.co/datasets/a/b", "is a URL; expected a local path, or the name of a data set"),
         ("{}/row.jsonl.gz", "row.jsonl.gz does not exist"),
-        ("{}/*.parquet", "matches no data file; expected .jsonl"),
+        ("{}/*.arrow", "matches no data file; expected .jsonl"),
         ("{}/rows.py", "is no data file: expected .jsonl, .ndjson, .json, .parquet, .arrow, .csv, .tsv, .txt, got .py"),
         ("{}/rows", "is no data file: expected .jsonl"),
         ("{}/empty", "holds no data files"),
         ("{}/empty.jsonl", "is empty; expected at least one row"),
         ("{}/empty.csv", "is empty"),
+        ("{}/pointer.parquet", "is a pointer of Git LFS, not the data; run `git lfs pull`"),
         ("{}/link.jsonl", "/link.jsonl is a link to {}/nothing, which does not exist"),
         ("{}/" + "x" * 300 + ".jsonl", "cannot be read: File name too long"),
     ],
@@ -237,6 +238,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, write_jsonl, path, messag
         (tmp_path / name).write_text("x")
     for name in ("empty.jsonl", "empty.csv"):
         (tmp_path / name).touch()
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as caught:

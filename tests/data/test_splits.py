@@ -39,6 +39,10 @@ LAYOUTS = {
         ["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"],
         {"train": ["train-00000-of-00001.jsonl"], "test": ["test-00000-of-00001.jsonl"]},
     ),
+    "shards_of_no_split": (["x/en-00000-of-00001.jsonl"], {"train": ["x/en-00000-of-00001.jsonl"]}),
+    "words_in_folder_names": (["test 1/0.jsonl", "train-en/0.jsonl", "contest/0.jsonl"], {
+        "train": ["train-en/0.jsonl"], "test": ["test 1/0.jsonl"]
+    }),
     "only_test": (["test.jsonl", "notes.jsonl"], {"test": ["test.jsonl"]}),
     "two_splits_in_a_name": (["train_test.jsonl"], {"train": ["train_test.jsonl"], "test": ["train_test.jsonl"]}),
     "hidden": (["train.jsonl", ".cache/test.jsonl", "__x/test.jsonl"], {"train": ["train.jsonl"]}),

@@ -102,7 +102,7 @@ def json_file(file: Path, name: str, *, limit: int | None = None) -> Rows:
     # positions in the text, which begins after a byte order mark, to positions in the file
     at, position = len(content) - len(text.encode()), 0
     for number, (start, end) in enumerate(_elements(text, name), start=1):
-        first = at + len(text[position:start].encode())
+        first = at + start - position  # what separates elements is ASCII
         at, position = first + len(text[start:end].encode()), end
         index.add(first, at, number)
         if number == limit:

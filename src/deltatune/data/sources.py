@@ -13,7 +13,7 @@ from deltatune.data.json_rows import json_file, json_lines, text_lines
 from deltatune.data.rows import Part, Rows, RowsOf
 from deltatune.data.splits import Splits, folder_splits, saved_splits
 from deltatune.data.table_rows import arrow_rows, hub_rows, import_datasets, parquet_rows, saved_rows
-from deltatune.data.unpacked import default_cache, unpacked
+from deltatune.data.unpacked import default_cache, open_data, unpacked
 from deltatune.errors import DataError, near_files, nearest, one_line
 
 __all__ = ["Rows", "load_rows"]
@@ -21,6 +21,8 @@ __all__ = ["Rows", "load_rows"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LINES = (".jsonl", ".ndjson", ".txt")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,9 @@ def _rows_of(file: Path, limit: int | None, cache_dir: Path) -> Rows:
     suffix, name = data_suffix(file), str(file)
     if file.is_dir():
         return saved_rows(file)
+    with open_data(file) as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise DataError(f"{file} is a pointer of Git LFS, not the data; run `git lfs pull` where it was cloned")
     if suffix == ".parquet":
         return parquet_rows(file)
     if suffix == ".arrow":
@@ -179,7 +184,7 @@ def _look_for(names: set[str], rows: Rows) -> None:
     if missing and not rows.columnar:
         for row in rows.read(0, len(rows)):
             found = missing.intersection(row)
-            rows.columns += tuple(found)
+            rows.columns += tuple(sorted(found))
             missing -= found
             if not missing:
                 break
