@@ -219,6 +219,9 @@ def test_splits_without_train_are_listed(tmp_path, write_jsonl):
     [
         ("{}/row.jsonl", "row.jsonl does not exist; did you mean rows.jsonl"),
         ("{}/none/rows.jsonl", "there is no folder"),
+        ("~nobody-of-this-name/rows.jsonl", "~nobody-of-this-name/rows.jsonl does not exist: "),
+        ("{}/r**.jsonl", "is no pattern: Invalid pattern"),
+        ("/dev/null", "/dev/null is neither a file nor a folder"),
         ("https://huggingface.co/datasets/a/b", "is a URL; expected a local path, or the name of a data set"),
         ("{}/row.jsonl.gz", "row.jsonl.gz does not exist"),
         ("{}/*.arrow", "matches no data file; expected .jsonl"),

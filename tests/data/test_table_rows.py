@@ -68,11 +68,41 @@ def test_identity_follows_the_content(tmp_path, monkeypatch, write, read):
 
 @pytest.mark.parametrize("content", [b"", b"no table at all", b"ARROW1 and nothing", b"PAR1 and nothing"])
 @pytest.mark.parametrize("read", [parquet_rows, arrow_rows])
-def test_broken_files_are_named(tmp_path, content, read):
+def test_broken_files_are_named(tmp_path, content, read, capfd):
     (tmp_path / "rows").write_bytes(content)
     with pytest.raises(DataError, match=r"rows cannot be read as (Parquet|Arrow)") as caught:
         read(tmp_path / "rows")
     assert "\n" not in str(caught.value)
+    assert "Arrow" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"row 599", b"row \xff99"), (bytes([7, 0, 0, 0, 14, 0, 0, 0]), b"\xff" * 8)],
+    ids=["text", "offsets"],
+)
+def test_tables_with_broken_bytes_are_named(tmp_path, saved, old, new):
+    file, read = tmp_path / "rows", arrow_rows
+    if saved:
+        write_saved(tmp_path)
+        file, read = max(tmp_path.glob("*.arrow")), lambda file: saved_rows(file.parent)
+    else:
+        write_arrow_stream(file)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(old, new) if old in content else pytest.fail("nothing to break"))
+    with pytest.raises(DataError, match="cannot be read as") as caught:
+        read(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_need_another_package_are_named(tmp_path, monkeypatch):
+    images = datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": ""}]})
+    images.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path))
+    rows = saved_rows(tmp_path)
+    monkeypatch.setattr(datasets.config, "PIL_AVAILABLE", False)
+    with pytest.raises(DataError, match=r"row 1 cannot be decoded: .*Pillow"):
+        list(rows.read(0, 1))
 
 
 @pytest.mark.parametrize("state", ["{", "{}", "[]", '{"_data_files": [{"filename": "gone.arrow"}]}'])

@@ -122,7 +122,7 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
             if source.format != "auto" and role not in _ROLES[source.format]:
                 expected = ", ".join(_ROLES[source.format])
                 yield f"{where}.columns.{role} cannot act with format: {source.format}; expected {expected}"
-        if _DATA_FILE.search(source.path) and not Path(source.path).expanduser().is_dir():
+        if _DATA_FILE.search(source.path) and not Path(source.path).is_dir():
             for name in ("split", "name", "revision"):
                 # a slice divides a file too
                 if _differs(source, name) and "[" not in getattr(source, name):

@@ -47,10 +47,17 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def files_matching(folder: Path, pattern: str) -> list[Path]:
-    """All data files that a pattern matches from a folder on, sorted; hidden ones only where the pattern names them."""
-    # pathlib's last ** is folders alone
-    matches = folder.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
+    """All data files that a pattern matches from a folder on, sorted; hidden ones only where the pattern names them.
+
+    Raises:
+        DataError: ``**`` within a name.
+    """
     num_hidden = _num_hidden(Path(pattern))
+    try:
+        # pathlib's last ** is folders alone
+        matches = list(folder.glob(f"{pattern}/*" if pattern.endswith("**") else pattern))
+    except ValueError as error:
+        raise DataError(f"{pattern} is no pattern: {error}; expected such as data/**/*.jsonl") from error
     return _data_files(file for file in matches if _num_hidden(file.relative_to(folder)) == num_hidden)
 
 

@@ -61,6 +61,8 @@ def load_rows(
         splits = _local_splits(path, name)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except RuntimeError as error:  # of a tilde before the name of no user
+        raise DataError(f"{path} does not exist: {one_line(error)}") from error
     if splits is None:
         rows = hub_rows(path, split or "train", name, revision)
     elif revision is not None:
@@ -94,6 +96,8 @@ def _local_splits(path: str, name: str | None) -> Splits | None:
         if not files:
             raise DataError(f"{path} matches no data file; expected {', '.join(SUFFIXES)}")
     elif data_suffix(local) or path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(path):
+        if local.exists():
+            raise DataError(f"{path} is neither a file nor a folder; expected one that can be read more than once")
         if local.is_symlink():
             raise DataError(f"{path} is a link to {local.readlink()}, which does not exist")
         raise DataError(f"{path} does not exist{near_files(local)}")

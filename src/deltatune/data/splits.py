@@ -133,13 +133,15 @@ def _configured(folder: Path, configs: Mapping[str, Mapping[str, Any]], name: st
     splits: Splits = {}
     try:
         for entry in [listed] if isinstance(listed, str) else listed:
-            split, patterns = ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
+            split, patterns = ("train", entry) if isinstance(entry, str) else (str(entry["split"]), entry["path"])
             found = [
                 _matching(below, pattern, where) for pattern in ([patterns] if isinstance(patterns, str) else patterns)
             ]
             splits[split] = list(dict.fromkeys([*splits.get(split, ()), *chain.from_iterable(found)]))
     except (LookupError, TypeError) as error:
         raise DataError(f"{where}: data_files cannot be read: {one_line(error)}") from error
+    if not splits:
+        raise DataError(f"{where}: data_files names no files; expected patterns such as data/*.jsonl")
     return splits
 
 

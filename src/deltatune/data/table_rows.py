@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from deltatune.errors import DataError, near_files, nearest, one_line
 __all__ = ["arrow_rows", "hub_rows", "import_datasets", "parquet_rows", "saved_rows"]
 
 _ROWS_AT_ONCE = 256
+# pyarrow's errors are each one of these as well; the last two are also those of a state.json that is none
+_UNREADABLE = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
 
 
 class _TableRows(Rows):
@@ -41,29 +44,29 @@ class _TableRows(Rows):
 def parquet_rows(file: Path) -> Rows:
     """Rows of a Parquet file, which ``datasets`` turns into Arrow in its cache."""
     library = import_datasets()
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what it would log is in the error below
     try:
         table = library.Dataset.from_parquet(str(file))
     except (OSError, ValueError, library.exceptions.DatasetGenerationError) as error:
         cause = one_line(error.__cause__ or error)
         raise DataError(f"{file} cannot be read as Parquet, or holds no rows: {cause}") from error
+    finally:
+        log.setLevel(level)
     return _TableRows(str(file), table, file_digest(file))
 
 
 def arrow_rows(file: Path) -> Rows:
     """Rows of an Arrow file, a stream or with a footer, where it lies."""
     library = import_datasets()
-    import pyarrow
-
-    with open_data(file) as stream:
-        has_footer = stream.read(6) == b"ARROW1"
     try:
-        if has_footer:
-            table = library.Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
-        else:
-            table = library.Dataset.from_file(str(file))
-    except (OSError, ValueError) as error:
+        table = _checked(file)
+        # a stream is opened anew by other processes, and not sent to them
+        data = library.Dataset(table) if _has_footer(file) else library.Dataset.from_file(str(file))
+    except _UNREADABLE as error:
         raise DataError(f"{file} cannot be read as Arrow: {one_line(error)}") from error
-    return _TableRows(str(file), table, file_digest(file))
+    return _TableRows(str(file), data, file_digest(file))
 
 
 def saved_rows(folder: Path) -> Rows:
@@ -72,10 +75,27 @@ def saved_rows(folder: Path) -> Rows:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / entry["filename"] for entry in state["_data_files"]]
-        table = library.load_from_disk(str(folder))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        for file in files:
+            _checked(file)
+        data = library.load_from_disk(str(folder))
+    except _UNREADABLE as error:
         raise DataError(f"{folder} cannot be read as a data set that was saved to disk: {one_line(error)}") from error
-    return _TableRows(str(folder), table, digest("".join(map(file_digest, files)).encode()))
+    return _TableRows(str(folder), data, digest("".join(map(file_digest, files)).encode()))
+
+
+def _checked(file: Path) -> Any:
+    """The table in an Arrow file, as a map of the file; one that is broken within would crash whoever reads it."""
+    import pyarrow
+
+    source = pyarrow.memory_map(str(file))
+    table = (pyarrow.ipc.open_file(source) if _has_footer(file) else pyarrow.ipc.open_stream(source)).read_all()
+    table.validate(full=True)
+    return table
+
+
+def _has_footer(file: Path) -> bool:
+    with open_data(file) as stream:
+        return stream.read(6) == b"ARROW1"
 
 
 def hub_rows(path: str, split: str, name: str | None, revision: str | None) -> Rows:
