@@ -118,11 +118,7 @@ def test_a_readme_configures_splits(tmp_path, config, splits):
         ("---\nconfigs: [\n---\n", None, "README.md lists its configurations in a way that cannot be read"),
         ("---\nconfigs: [{data_files: x}]\n---\n", None, "README.md lists its configurations in a way that cannot"),
         ("---\nconfigs: [{config_name: a, data_files: 3}]\n---\n", None, r"README.md \(a\): data_files cannot be read"),
-        (
-            "---\nconfigs: [{config_name: a, data_files: []}]\n---\n",
-            None,
-            "data_files names no files; expected patterns",
-        ),
+        ("---\nconfigs: [{config_name: a, data_files: []}]\n---\n", None, "data_files names no files; expected"),
         ("---\nconfigs: [{config_name: a, data_files: no/*}]\n---\n", None, "names no/\\*, which matches no data file"),
         ("---\nconfigs: [{config_name: a, data_files: 'hf://x/y'}]\n---\n", None, "names hf://x/y; expected files"),
     ],
