@@ -85,7 +85,7 @@ ERRORS = {
     "lengths_of_a_stream_are_not_known": (
         "{data: {train: [{path: a.jsonl, weight: 2}], streaming: true}, training: {max_steps: 5}}",
         "set it to documents",
-        "{data: {train: [{path: a.jsonl, weight: 2}], streaming: true, weight_by: documents}, training: {max_steps: 5}}",
+        "{data: {train: [{path: a.jsonl, weight: 2}], weight_by: documents, streaming: yes}, training: {max_steps: 5}}",
     ),
     "a_stream_repeats_anyway": (
         "{data: {train: [{path: a.jsonl, repeat: 2}], streaming: true}, training: {max_steps: 5}}",
@@ -190,7 +190,10 @@ def test_a_broken_rule_stops_the_recipe(broken, named, mended, tmp_path) -> None
     assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
 
 
-@pytest.mark.parametrize(("setting", "plain"), [("name: all", "name=null"), ("split: test", "split=train")])
+@pytest.mark.parametrize(
+    ("setting", "plain"),
+    [("name: all", "name=null"), ("split: test", "split=null"), ("revision: main", "revision=null")],
+)
 def test_a_file_in_place_of_a_data_set_says_what_to_set(setting, plain, tmp_path) -> None:
     path = recipe_file(tmp_path, f"data: {{train: [{{path: owner/a, {setting}}}]}}")
     here = "data.train.0.path=mine.jsonl"

@@ -2,6 +2,7 @@
 
 import pickle
 
+import datasets
 import numpy as np
 import pytest
 from datasets import IterableDataset
@@ -9,7 +10,7 @@ from datasets import IterableDataset
 from deltatune.data import stream as module
 from deltatune.data.chat import Renderer
 from deltatune.data.messages import Layout
-from deltatune.data.row_streams import Fetched, Repeated
+from deltatune.data.row_streams import Fetched, Repeated, open_stream
 from deltatune.data.sources import load_rows
 from deltatune.data.stream import PackStream, Place, StreamSource
 from deltatune.errors import DataError
@@ -185,6 +186,19 @@ class TestFetched:
     def test_no_rows_at_all_is_an_error(self):
         with pytest.raises(DataError, match="hub/name holds no rows"):
             self.texts(self.rows(0), 0, 3)
+
+
+def test_rows_of_the_hub_are_fetched_as_they_are_read(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return IterableDataset.from_generator(lambda: ({"text": f"row {i}"} for i in range(9)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = open_stream("owner/data", split="test", revision="v1", limit=4)
+    assert asked == [(("owner/data", None), {"split": "test", "revision": "v1", "streaming": True})]
+    assert [row["text"][-1] for _, row in rows.read(0, 6)] == ["0", "1", "2", "3", "0", "1"]
 
 
 def test_a_broken_place_is_an_error(tmp_path):

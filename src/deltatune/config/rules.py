@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -15,6 +17,7 @@ from deltatune.errors import RecipeKeyError, UserError, nearest
 __all__ = ["check_recipe", "check_training_names"]
 
 _ROLES = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion", "tools"), "text": ("text",)}
+_DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
 
 
 def _compile_errors(recipe: Recipe) -> Iterator[str]:
@@ -119,14 +122,13 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
             if source.format != "auto" and role not in _ROLES[source.format]:
                 expected = ", ".join(_ROLES[source.format])
                 yield f"{where}.columns.{role} cannot act with format: {source.format}; expected {expected}"
-        # a file has no splits and no configurations
-        if source.path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
-            for name in ("split", "name"):
-                if _differs(source, name):
-                    plain = _default(source, name) or "null"
+        if _DATA_FILE.search(source.path) and not Path(source.path).is_dir():
+            for name in ("split", "name", "revision"):
+                # a slice divides a file too
+                if _differs(source, name) and "[" not in getattr(source, name):
                     yield (
                         f"{where}.{name} cannot act on a file ({source.path}); leave it out of the recipe, "
-                        f"or pass --set {where}.{name}={plain}"
+                        f"or pass --set {where}.{name}=null"
                     )
 
 
@@ -187,9 +189,9 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             f"every weight trains in {recipe.model.dtype}: small updates round away; "
             "model.dtype: float32 with training.bf16 keeps them, for twice the memory of weights and optimizer"
         )
-    trained = {(source.path, source.name, source.split) for source in recipe.data.train}
+    trained = {_origin(source) for source in recipe.data.train}
     for source in recipe.data.eval:
-        if (source.path, source.name, source.split) in trained:
+        if _origin(source) in trained:
             yield f"data.eval uses {source.path}, which data.train uses as well: the evaluation is not held out"
 
 
@@ -243,6 +245,10 @@ def _differs(section: BaseModel, name: str) -> bool:
 def _default(section: BaseModel, name: str) -> object:
     default: object = type(section).model_fields[name].get_default(call_default_factory=True)
     return default
+
+
+def _origin(source: Source) -> tuple[str | None, ...]:
+    return source.path, source.name, source.split or "train", source.revision
 
 
 def _sources(recipe: Recipe) -> list[tuple[str, Source]]:

@@ -131,16 +131,21 @@ class Source(Section):
     """One data set: a file, a folder of files, or a name on the Hugging Face Hub."""
 
     path: Text
-    """A JSONL, JSON or Parquet file, a folder or a pattern of such files, or the name of a data set on the Hub."""
+    """A file (JSONL, JSON, Parquet, Arrow, CSV, TSV or text; all but tables also compressed), a folder or a pattern of
+    such files, a folder that `save_to_disk` wrote, or the name of a data set on the Hub."""
 
     format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
     """What a row holds: `messages`, `prompt` and `completion`, or `text`; `auto` looks at the columns."""
 
-    split: Text = "train"
-    """The split of a data set on the Hub."""
+    split: Text | None = None
+    """A split of a folder or of a data set on the Hub, `train` by default; a sum of splits, or slices of them, such as
+    `train[:90%]` and `train[90%:]`, which divide a single file too."""
 
     name: Text | None = None
-    """The configuration of a data set on the Hub."""
+    """A configuration of a data set on the Hub, or of a folder whose README.md lists configurations."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a data set on the Hub."""
 
     columns: dict[ColumnRole, Text] = Field(default_factory=dict)
     """Columns that go by another name, such as `{messages: conversation}`."""

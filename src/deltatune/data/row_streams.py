@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from deltatune.data.messages import Row
-from deltatune.data.sources import Rows, hub_stream, load_rows, local_files
+from deltatune.data.rows import Rows
+from deltatune.data.sources import is_local, load_rows
+from deltatune.data.table_rows import hub_data_set
 from deltatune.errors import DataError
 
 __all__ = ["Fetched", "Repeated", "open_stream"]
 
 
 def open_stream(
-    path: str, *, split: str = "train", name: str | None = None, limit: int | None = None
+    path: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    needed: Iterable[str] = (),
+    cache_dir: Path | None = None,
 ) -> Repeated | Fetched:
-    """Rows as ``load_rows`` finds them; those of a data set on the Hub are fetched as they are read.
+    """Rows as ``load_rows`` finds them, with its arguments; those of the Hub are fetched as they are read.
 
     Raises:
         DataError: nothing there, or a file that cannot be read.
     """
-    if local_files(path) is not None:
-        return Repeated(load_rows(path, split=split, name=name, limit=limit))
-    rows = hub_stream(path, split, name)
-    return Fetched(path, rows if limit is None else rows.take(limit))
+    if is_local(path):
+        return Repeated(
+            load_rows(path, split=split, name=name, revision=revision, limit=limit, needed=needed, cache_dir=cache_dir)
+        )
+    where, rows = hub_data_set(path, split or "train", name, revision, streaming=True)
+    return Fetched(where, rows if limit is None else rows.take(limit))
 
 
 class Repeated:

@@ -124,6 +124,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         UserError: no tokenizer there, or a template file that cannot be read.
     """
     name = section.tokenizer or section.name_or_path
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not path.exists():
+        key = "name_or_path" if section.tokenizer is None else "tokenizer"
+        raise UserError(f"model.{key}: {name} is no folder; expected a checkpoint folder{near_files(path)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_origin(section, name))
     except (OSError, ValueError, KeyError) as error:

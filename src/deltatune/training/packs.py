@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from huggingface_hub.constants import HF_HOME
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from deltatune.data.report import counted
 from deltatune.data.row_streams import open_stream
 from deltatune.data.sources import load_rows
 from deltatune.data.stream import BLOCK_ROWS, PackStream, StreamSource
+from deltatune.data.unpacked import default_cache
 from deltatune.errors import UserError
 from deltatune.training.mesh import ALONE, Mesh
 
@@ -68,7 +68,7 @@ def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
     renderer = _renderer(recipe, tokenizer)
     documents = []
     for source in sources:
-        rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
+        rows = load_rows(source.path, **_reading(source, recipe))
         layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
         documents.append(
             tokenize(
@@ -107,7 +107,7 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
     shares = [source.weight or 1.0 for source in recipe.data.train]
     sources = []
     for source, share in zip(recipe.data.train, shares, strict=True):
-        rows = open_stream(source.path, split=source.split, name=source.name, limit=source.limit)
+        rows = open_stream(source.path, **_reading(source, recipe))
         layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
         sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
     return PackStream(
@@ -122,6 +122,18 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
     )
+
+
+def _reading(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Which rows of a source are read, as ``load_rows`` takes it."""
+    return {
+        "split": source.split,
+        "name": source.name,
+        "revision": source.revision,
+        "limit": source.limit,
+        "needed": source.columns.values(),
+        "cache_dir": cache_folder(recipe),
+    }
 
 
 def _renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -159,7 +171,7 @@ def cache_folder(recipe: Recipe) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``, or a folder in the cache of the ``datasets`` package."""
     if recipe.data.cache_dir is not None:
         return Path(recipe.data.cache_dir).expanduser()
-    return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets")) / "deltatune"
+    return default_cache()
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
