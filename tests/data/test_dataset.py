@@ -184,6 +184,9 @@ class TestCache:
             (texts, Renderer(tokenizer, train_on="all"), TEXT),
             (texts, Renderer(tokenizer, template_kwargs={"enable_thinking": False}), TEXT),
             (texts, Renderer(tokenizer), Layout("text", {"text": "text"})),
+            (texts, Renderer(tokenizer), Layout("text", roles={"bot": "assistant"})),
+            (texts, Renderer(tokenizer), Layout("text", message_fields={"content": "body"})),
+            (texts, Renderer(tokenizer), Layout("text", columnar=True)),
         ]
         assert all(self.tokenize_counting(rows, renderer, cache, layout)[1] for rows, renderer, layout in runs)
         assert len(list(cache.iterdir())) == len(runs)

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from deltatune import __version__
 from deltatune.data.chat import Renderer
-from deltatune.data.messages import Layout
+from deltatune.data.formats import Layout
 from deltatune.data.sources import Rows
 from deltatune.errors import DataError
 from deltatune.packing.sample import IGNORE_INDEX, Sample
@@ -129,7 +129,7 @@ class _Task:
         made_from = {
             "deltatune": __version__,
             "rows": self.rows.identity,
-            "layout": [self.layout.format, dict(self.layout.columns)],
+            "layout": asdict(self.layout),
             "train_on": self.renderer.train_on,
             "chat_template": self.renderer.chat_template or tokenizer.chat_template,
             "template_kwargs": dict(self.renderer.template_kwargs),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deltatune.data.json_values import unreadable
 from deltatune.errors import DataError, near_files, one_line
 
 __all__ = ["Rows", "load_rows"]
@@ -27,10 +28,12 @@ class Rows:
         name: the source as the user wrote it.
         columns: the names of its columns.
         identity: a digest of the content, equal for equal rows.
+        columnar: whether one schema holds for all rows, so that keys a row never had come as ``None``.
     """
 
-    def __init__(self, name: str, columns: Iterable[str], identity: str, rows: Any) -> None:
+    def __init__(self, name: str, columns: Iterable[str], identity: str, rows: Any, *, columnar: bool = False) -> None:
         self.name, self.columns, self.identity = name, tuple(dict.fromkeys(columns)), identity
+        self.columnar = columnar
         self._rows = rows
 
     def __len__(self) -> int:
@@ -39,7 +42,11 @@ class Rows:
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
         """Rows ``start`` to ``end``, as far as there are any."""
         for index in range(start, min(end, len(self))):
-            yield self._rows[index]
+            try:
+                row = self._rows[index]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.where(index)} holds text that is not UTF-8: {one_line(error)}") from None
+            yield row
 
     def where(self, index: int) -> str:
         """The place of a row in words: file and line, or data set and row."""
@@ -146,6 +153,8 @@ def _parse(content: bytes, where: str, expected: str) -> Any:
         raise DataError(f"{where}{line} is not valid JSON: {error.msg} at column {error.colno}; {expected}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {unreadable(error)}") from None
 
 
 def _json_rows(file: Path) -> Rows:
@@ -168,7 +177,7 @@ def _parquet_rows(file: Path) -> Rows:
         raise DataError(f"{file} cannot be read as Parquet, or holds no rows: {cause}") from error
     with file.open("rb") as stream:
         identity = hashlib.file_digest(stream, "blake2b").hexdigest()
-    return Rows(str(file), table.column_names, identity, table)
+    return Rows(str(file), table.column_names, identity, table, columnar=True)
 
 
 def _hub_rows(path: str, split: str, name: str | None) -> Rows:
@@ -178,7 +187,7 @@ def _hub_rows(path: str, split: str, name: str | None) -> Rows:
         table = library.load_dataset(path, name, split=split)
     except (OSError, ValueError) as error:
         raise DataError(f"{where} is neither a local file nor a data set on the Hub: {one_line(error)}") from error
-    return Rows(where, table.column_names, str(table._fingerprint), table)
+    return Rows(where, table.column_names, str(table._fingerprint), table, columnar=True)
 
 
 def _datasets() -> Any:
@@ -197,7 +206,7 @@ class _ManyRows(Rows):
     def __init__(self, name: str, parts: Sequence[Rows], total: int) -> None:
         columns = (column for part in parts for column in part.columns)
         identity = _digest(f"{[part.identity for part in parts]}:{total}".encode())
-        super().__init__(name, columns, identity, range(total))
+        super().__init__(name, columns, identity, range(total), columnar=any(part.columnar for part in parts))
         self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)]).tolist()
 

@@ -13,7 +13,7 @@ from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
 from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import tokenize
-from deltatune.data.messages import resolve_format
+from deltatune.data.formats import resolve_format
 from deltatune.data.sources import load_rows
 from deltatune.errors import UserError
 
@@ -31,7 +31,15 @@ def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
     documents = []
     for source in sources:
         rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
-        layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
+        layout = resolve_format(
+            source.format,
+            rows.columns,
+            dict(source.columns.items()),
+            source.path,
+            roles=dict(recipe.data.roles.items()),
+            message_fields=dict(source.message_fields.items()),
+            columnar=rows.columnar,
+        )
         documents.append(
             tokenize(rows, layout, renderer, num_proc=recipe.data.num_proc or 1, cache_dir=cache_folder(recipe))
         )
