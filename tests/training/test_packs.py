@@ -9,13 +9,14 @@ CALLING = """{%- for m in messages %}{{- m.role + ':' + (m.content or '') }}
 {%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
 
 
-def previews(folder, rows, **data):
-    """The samples of a Parquet file of these rows, as text."""
+def previews(folder, rows, files=1, **data):
+    """The samples of Parquet files of these rows, as text."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    source = {"path": str(folder / "rows.parquet"), **data.pop("source", {})}
+    for number in range(files):
+        parquet.write_table(pa.Table.from_pylist(rows), folder / f"rows-{number}.parquet")
+    source = {"path": str(folder / "rows-*.parquet"), **data.pop("source", {})}
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CALLING
     recipe = make_recipe(folder, folder, data={"train": [source], **data})
@@ -33,7 +34,8 @@ def test_names_of_speakers_and_keys_come_from_the_recipe(tmp_path):
     ) == ["user:q<|im_end|>assistant:«a<|im_end|>»"]
 
 
-def test_keys_that_a_parquet_file_fills_are_absent(tmp_path):
+@pytest.mark.parametrize("files", [1, 2])
+def test_keys_that_a_parquet_file_fills_are_absent(files, tmp_path):
     calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": 2}}}]
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}]
-    assert previews(tmp_path, rows) == ['user:q<|im_end|>assistant:«{"a": 1}{"b": 2}<|im_end|>»']
+    assert previews(tmp_path, rows, files) == ['user:q<|im_end|>assistant:«{"a": 1}{"b": 2}<|im_end|>»'] * files

@@ -114,8 +114,7 @@ def check_row(row: Row, layout: Layout, where: str) -> None:
     Raises:
         DataError: text or values that are broken, or an answer that is marked as liked or not (KTO).
     """
-    if layout.format != "tokens":
-        check_values(row, where)
+    check_values(row, where)
     marked = next((name for name in _UNPAIRED if isinstance(row.get(name), bool)), None)
     if marked is not None and layout.format in ("chat", "prompt_completion", "alpaca") and not layout.explicit:
         raise DataError(

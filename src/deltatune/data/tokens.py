@@ -95,11 +95,11 @@ def _integers(
     if value is None:
         return None
     what = f"{where}: {column}"
-    kinds = (int, bool) if allowed else (int,)
-    wrong = [item for item in value if type(item) not in kinds] if isinstance(value, list) else [value]
-    if wrong:
-        raise DataError(f"{what} must be a list of whole numbers, got {shown(wrong[0])}")
-    if any(not -(2**31) <= item < 2**31 for item in value):
+    kinds = {int, bool} if allowed else {int}
+    if not isinstance(value, list) or not set(map(type, value)) <= kinds:
+        wrong = next(item for item in value if type(item) not in kinds) if isinstance(value, list) else value
+        raise DataError(f"{what} must be a list of whole numbers, got {shown(wrong)}")
+    if value and not -(2**31) <= min(value) <= max(value) < 2**31:
         raise DataError(f"{what} holds a number beyond 32 bits, which no token is")
     array = np.asarray(value, dtype=np.int64)
     if length is not None and array.size != length:
