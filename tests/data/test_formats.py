@@ -15,6 +15,7 @@ from deltatune.errors import DataError
         (["text", "url"], "text"),
         (["messages", "text"], "chat"),
         (["input_ids", "attention_mask", "labels"], "tokens"),
+        (["input_ids", "special_tokens_mask"], "tokens"),
         (["input_ids", "text"], "text"),
         (["text", "label"], "text"),
     ],

@@ -63,7 +63,8 @@ def resolve_format(
         found["messages"] = "conversations"
     chosen = _format(requested, names, found, renamed, where)
     layout = Layout(chosen, found, dict(roles or {}), dict(message_fields or {}), columnar, requested != "auto")
-    masks = [name for name in unused_columns(layout, sorted(names)) if name.endswith(("mask", "masks"))]
+    others = set(unused_columns(layout, names)) - {"special_tokens_mask"}  # which says nothing of training
+    masks = sorted(name for name in others if name.endswith(("mask", "masks")))
     if chosen == "tokens" and masks:
         raise DataError(
             f"{where} has the column {masks[0]!r}, which format tokens does not know; where it says which tokens "
