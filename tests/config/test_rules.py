@@ -135,6 +135,21 @@ ERRORS = {
         "data.train.0.columns.text",
         "data: {train: [{path: a, format: text, columns: {text: body}}]}",
     ),
+    "roles_need_messages": (
+        "data: {train: [{path: a, format: alpaca}], roles: {bot: assistant}}",
+        "data.roles cannot act",
+        "data: {train: [{path: a, format: alpaca}, {path: b}], roles: {bot: assistant}}",
+    ),
+    "message_fields_need_messages": (
+        "data: {train: [{path: a, format: text, message_fields: {role: speaker}}]}",
+        "data.train.0.message_fields cannot act with format: text",
+        "data: {train: [{path: a, format: prompt_completion, message_fields: {role: speaker}}]}",
+    ),
+    "tokens_have_no_turns": (
+        "data: {train: [{path: a, format: tokens}], train_on: last}",
+        "data.train_on",
+        "data: {train: [{path: a, format: tokens}, {path: b, format: alpaca}], train_on: last}",
+    ),
     "hub_settings_need_the_hub": (
         "data: {train: [{path: a.jsonl, split: test}]}",
         "data.train.0.split",

@@ -162,7 +162,7 @@ def test_another_template_may_be_given(make_tokenizer, tokenizer, conversation):
 
 def test_tools_reach_the_template(make_tokenizer):
     template = """{%- for tool in tools or [] %}{{- 'tool: ' + tool.name + '<|im_end|>' }}{%- endfor %}
-{%- for message in messages %}{{- message.role + ':' + message.content }}
+{%- for message in messages %}{{- message.role + ':' + (message.content or '') }}
 {%- for call in message.tool_calls or [] %}{{- call.function.arguments | tojson }}{%- endfor %}
 {{- '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
     tokenizer = make_tokenizer(template)

@@ -46,7 +46,7 @@ def make_documents(lengths, trained=None):
         rows=np.arange(len(lengths)),
         contents=np.arange(len(lengths), dtype=np.uint64),
     )
-    return Documents([shard], Numbered(len(lengths)))
+    return Documents([shard], Numbered(len(lengths)), TEXT)
 
 
 def all_pieces(dataset):

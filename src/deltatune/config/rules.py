@@ -11,13 +11,17 @@ from pydantic import BaseModel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.refused import refusal
+from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
 __all__ = ["check_recipe", "check_training_names"]
 
-_ROLES = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion", "tools"), "text": ("text",)}
 _DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
+# formats whose rows hold messages, or may hold them
+_OF_MESSAGES = ("auto", "chat", "prompt_completion")
+# formats whose rows say themselves which tokens train
+_WITHOUT_TEMPLATE = ("text", "tokens")
 
 
 def _compile_errors(recipe: Recipe) -> Iterator[str]:
@@ -109,19 +113,23 @@ def _adapter_errors(lora: LoraSection) -> Iterator[str]:
 
 
 def _data_errors(recipe: Recipe) -> Iterator[str]:
-    if all(source.format == "text" for _, source in _sources(recipe)):
+    if all(source.format in _WITHOUT_TEMPLATE for _, source in _sources(recipe)):
         settings = {
             "data.chat_template_kwargs": _differs(recipe.data, "chat_template_kwargs"),
             "data.train_on": _differs(recipe.data, "train_on"),
             "model.chat_template": _differs(recipe.model, "chat_template"),
         }
         for name in (name for name, given in settings.items() if given):
-            yield f"{name} cannot act: every source has format: text, where all tokens train; leave it out"
+            yield f"{name} cannot act: every source has format: text or tokens, without turns; leave it out"
+    if recipe.data.roles and not any(source.format in _OF_MESSAGES for _, source in _sources(recipe)):
+        yield "data.roles cannot act: no source has messages; leave it out"
     for where, source in _sources(recipe):
         for role in source.columns:
-            if source.format != "auto" and role not in _ROLES[source.format]:
-                expected = ", ".join(_ROLES[source.format])
+            if source.format != "auto" and role not in columns_of(source.format):
+                expected = ", ".join(columns_of(source.format))
                 yield f"{where}.columns.{role} cannot act with format: {source.format}; expected {expected}"
+        if source.message_fields and source.format not in _OF_MESSAGES:
+            yield f"{where}.message_fields cannot act with format: {source.format}, which has no messages; leave it out"
         if _DATA_FILE.search(source.path) and not Path(source.path).is_dir():
             for name in ("split", "name", "revision"):
                 # a slice divides a file too

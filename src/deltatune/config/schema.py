@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
+
 __all__ = [
     "CompileSection",
     "DataSection",
@@ -36,7 +38,6 @@ OpName = Literal[
     "rms_norm_rope",
     "varlen_attention",
 ]
-ColumnRole = Literal["messages", "tools", "prompt", "completion", "text"]
 
 
 class Section(BaseModel):
@@ -134,8 +135,9 @@ class Source(Section):
     """A file (JSONL, JSON, Parquet, Arrow, CSV, TSV or text; all but tables also compressed), a folder or a pattern of
     such files, a folder that `save_to_disk` wrote, or the name of a data set on the Hub."""
 
-    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
-    """What a row holds: `messages`, `prompt` and `completion`, or `text`; `auto` looks at the columns."""
+    format: Literal["auto", Format] = "auto"
+    """What a row holds: `messages`; `prompt` and `completion`; `instruction` and `output` (Alpaca); `text`; or tokens,
+    as `input_ids`. `auto` takes the first of these whose columns are there."""
 
     split: Text | None = None
     """A split of a folder or of a data set on the Hub, `train` by default; a sum of splits, or slices of them, such as
@@ -149,6 +151,10 @@ class Source(Section):
 
     columns: dict[ColumnRole, Text] = Field(default_factory=dict)
     """Columns that go by another name, such as `{messages: conversation}`."""
+
+    message_fields: dict[MessageField, Text] = Field(default_factory=dict)
+    """Keys of a message that go by another name, such as `{role: speaker, content: text}`. ShareGPT's `from` and
+    `value` need no entry. Beside `columns`, since each file has names of its own."""
 
     limit: Count | None = None
     """Use the first so many rows only."""
@@ -180,6 +186,10 @@ class DataSection(Section):
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
+
+    roles: dict[Text, Role] = Field(default_factory=dict)
+    """Roles of speakers whose names in the files are others, such as `{bot: assistant}`. Names of ShareGPT files
+    (`human`, `gpt`, `observation`, ...) need no entry; an unknown name is an error."""
 
     overlong: Literal["error", "split", "truncate", "drop"] = "error"
     """What to do with a document that is too long. `error` by default, because each other choice loses context or

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deltatune.data.messages import Conversation, Layout, Row, read_conversation, read_text
+from deltatune.data.formats import Layout, Row, check_row
+from deltatune.data.messages import Conversation, read_conversation, read_text
 from deltatune.data.notes import Notes
+from deltatune.data.tokens import read_tokens
 from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 
@@ -44,6 +46,8 @@ class Renderer:
     end-of-sequence token train. Lists of messages are rendered as chat, and only the completion's turns train.
 
     Text. Everything trains, the end-of-sequence token after it too.
+
+    Tokens. Rows that are tokenised already say themselves what trains.
     """
 
     tokenizer: PreTrainedTokenizerBase  # a fast one: trained characters are mapped to tokens by its offsets
@@ -65,14 +69,19 @@ class Renderer:
             DataError: a row that does not hold what ``layout`` says, that the template cannot render, or that would
                 train nothing.
         """
+        check_row(row, layout, where)
         pair = [row.get(layout.column(role)) for role in ("prompt", "completion")]
-        if layout.format == "text":
+        if layout.format == "tokens":
+            samples = [read_tokens(row, layout, len(self.tokenizer), where)]
+        elif layout.format == "text":
             ids = self._with_eos(self._ids(read_text(row, layout.column("text"), where), special=True))
             samples = [Sample(ids, ids)]
         elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
+            if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
+                notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
             samples = [self._completion(row, layout, where)]
         else:
-            samples = self._chat(read_conversation(row, layout, where), where)
+            samples = self._chat(read_conversation(row, layout, where, notes), where)
         if not samples or not all(sample.num_trained for sample in samples):
             raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
         return samples

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from deltatune.data.chat import Renderer
-from deltatune.data.messages import Layout, Row
+from deltatune.data.formats import Layout, Row, unused_columns
 from deltatune.data.notes import Notes
 from deltatune.data.shards import Shard, read_shard, write_shard
 from deltatune.data.sources import Rows
@@ -42,9 +42,10 @@ class Documents:
 
     shards: Sequence[Shard]
     source: Rows  # for their names in errors
+    layout: Layout
 
     def __len__(self) -> int:
-        return self.rows.size
+        return self.offsets.size - 1
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
@@ -147,7 +148,7 @@ def tokenize(
     missing = [number for number, shard in enumerate(shards) if shard is None]
     for number, shard in zip(missing, _made(task, missing, num_proc or num_cores()), strict=True):
         shards[number] = shard
-    documents = Documents([shard for shard in shards if shard is not None], rows)
+    documents = Documents([shard for shard in shards if shard is not None], rows, layout)
     if not len(documents):
         count, errors = documents.dropped
         raise DataError(f"{rows.name}: all {count:,} rows were dropped; the first error: {errors[0]}")
@@ -235,7 +236,7 @@ class _Task:
                 if num_dropped <= NUM_NAMED:
                     dropped.append(str(error))
                 continue
-            content = _content(row)
+            content = _content(row, self.layout)
             parts += [(index, content, sample) for sample in samples]
         remarks = {"notes": notes.to_dict(), "num_dropped": num_dropped, "dropped": dropped}
         return _shard(parts, {name: value for name, value in remarks.items() if value})
@@ -254,9 +255,10 @@ def _shard(parts: Sequence[tuple[int, int, Sample]], remarks: Mapping[str, Any])
     )
 
 
-def _content(row: Row) -> int:
-    """A digest of what a row says."""
-    text = json.dumps(row, sort_keys=True, default=str)
+def _content(row: Row, layout: Layout) -> int:
+    """A digest of what a row says, in the columns that its format reads."""
+    unused = unused_columns(layout, row)
+    text = json.dumps({name: value for name, value in row.items() if name not in unused}, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltatune.data.encoding import check_encoding, decode
+from deltatune.data.json_values import unreadable
 from deltatune.data.rows import Rows, digest
 from deltatune.data.unpacked import open_data
-from deltatune.errors import DataError, one_line
+from deltatune.errors import DataError
 
 __all__ = ["json_file", "json_lines", "text_lines"]
 
@@ -194,14 +195,13 @@ def _parse_text(content: bytes, where: str) -> dict[str, Any]:
     return {"text": decode(content.partition(b"\n")[0].removesuffix(b"\r"), where)}
 
 
-def _json_error(error: Exception, where: str, expected: str) -> DataError:
+def _json_error(error: ValueError | RecursionError, where: str, expected: str) -> DataError:
     if isinstance(error, DataError):
         return error
     if isinstance(error, json.JSONDecodeError):
         line = f", line {error.lineno}" if error.doc.count("\n") else ""
         return DataError(f"{where}{line} is not valid JSON: {error.msg} at column {error.colno}; {expected}")
-    # nested too deeply, or a number of thousands of digits
-    return DataError(f"{where} cannot be read as JSON: {one_line(error)}; {expected}")
+    return DataError(f"{where}: {unreadable(error)}")
 
 
 def _json_name(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deltatune.data.messages import Row
+from deltatune.data.formats import Row
 from deltatune.data.rows import Rows
 from deltatune.data.sources import is_local, load_rows
 from deltatune.data.table_rows import hub_data_set
@@ -42,7 +42,7 @@ class Repeated:
     """Local rows, over and over."""
 
     def __init__(self, rows: Rows) -> None:
-        self.name, self.columns, self._rows = rows.name, rows.columns, rows
+        self.name, self.columns, self.columnar, self._rows = rows.name, rows.columns, rows.columnar, rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -65,6 +65,8 @@ class Fetched:
         name: for errors.
         rows: a ``datasets.IterableDataset``: iterable from the first row, and ``skip(n)``.
     """
+
+    columnar = True
 
     def __init__(self, name: str, rows: Any) -> None:
         self.name, self._rows = name, rows

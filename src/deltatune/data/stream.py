@@ -12,7 +12,7 @@ import numpy as np
 
 from deltatune.data.chat import Renderer
 from deltatune.data.documents import NUM_NAMED, OnBadRow
-from deltatune.data.messages import Layout, Row
+from deltatune.data.formats import Layout, Row
 from deltatune.data.notes import Notes
 from deltatune.data.overlong import Limit, Overlong, cut_sample
 from deltatune.data.report import PackingReport, counted, variance_between
@@ -31,6 +31,7 @@ class RowStream(Protocol):
 
     name: str
     columns: tuple[str, ...]
+    columnar: bool
 
     def read(self, start: int, end: int) -> Iterable[tuple[str, Row]]:
         """Rows ``start`` to ``end``, each with its place in words."""

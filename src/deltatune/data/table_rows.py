@@ -37,8 +37,20 @@ class _TableRows(Rows):
                 columns = self._table[first : min(first + _ROWS_AT_ONCE, end)]
             except ImportError as error:  # of what decodes images or sound
                 raise DataError(f"{self.where(first)} cannot be decoded: {one_line(error)}") from error
+            except UnicodeDecodeError:
+                yield from self._one_by_one(first, min(first + _ROWS_AT_ONCE, end))
+                continue
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
+
+    def _one_by_one(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
+        """Rows among which one is broken, up to that one, which is named."""
+        for index in range(start, end):
+            try:
+                row = self._table[index]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.where(index)} holds text that is not UTF-8: {one_line(error)}") from None
+            yield row
 
 
 def parquet_rows(file: Path) -> Rows:

@@ -15,13 +15,14 @@ from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
 from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import Documents, tokenize
+from deltatune.data.formats import Layout, resolve_format, unused_columns
 from deltatune.data.held_out import held_out
-from deltatune.data.messages import resolve_format
 from deltatune.data.mixture import Shares
 from deltatune.data.report import counted
 from deltatune.data.row_streams import open_stream
+from deltatune.data.rows import Rows
 from deltatune.data.sources import load_rows
-from deltatune.data.stream import BLOCK_ROWS, PackStream, StreamSource
+from deltatune.data.stream import BLOCK_ROWS, PackStream, RowStream, StreamSource
 from deltatune.data.unpacked import default_cache
 from deltatune.errors import UserError
 from deltatune.training.mesh import ALONE, Mesh
@@ -69,7 +70,7 @@ def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
     documents = []
     for source in sources:
         rows = load_rows(source.path, **_reading(source, recipe))
-        layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
+        layout = _layout(source, rows, recipe)
         documents.append(
             tokenize(
                 rows,
@@ -108,7 +109,7 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
     sources = []
     for source, share in zip(recipe.data.train, shares, strict=True):
         rows = open_stream(source.path, **_reading(source, recipe))
-        layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
+        layout = _layout(source, rows, recipe)
         sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
     return PackStream(
         sources,
@@ -121,6 +122,18 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
         seed=_seed(recipe),
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
+    )
+
+
+def _layout(source: Source, rows: Rows | RowStream, recipe: Recipe) -> Layout:
+    return resolve_format(
+        source.format,
+        rows.columns,
+        dict(source.columns.items()),
+        source.path,
+        roles=dict(recipe.data.roles.items()),
+        message_fields=dict(source.message_fields.items()),
+        columnar=rows.columnar,
     )
 
 
@@ -159,6 +172,8 @@ def _remarks(sources: Sequence[Documents]) -> list[str]:
     lines: list[str] = []
     for documents in sources:
         name = documents.source.name
+        if unused := unused_columns(documents.layout, documents.source.columns):
+            lines.append(f"{name}: unused columns: {', '.join(unused)}")
         lines += [f"{name}: {note}" for note in documents.notes]
         count, errors = documents.dropped
         if count:
