@@ -29,7 +29,9 @@ class PackedDataset:
     """
 
     documents: Sequence[Documents]  # of every source
-    pieces: NDArray[np.int64]  # [D, 3]: the number of a source, and [start, end) in its stream of tokens
+    sources: NDArray[np.int32]  # [D], the number of the source that each piece is of
+    starts: NDArray[np.int64]  # [D], where it begins in the source's stream of tokens
+    lengths: NDArray[np.int32]  # [D], its tokens
     epochs: Epochs  # the packs of an epoch, whose members are numbers of pieces
     report: PackingReport  # what became of the rows
 
@@ -38,7 +40,10 @@ class PackedDataset:
 
     def __getitem__(self, pack: int | NDArray[np.int64]) -> list[Sample]:
         members = pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack]
-        return [self.documents[source].sample(start, end) for source, start, end in self.pieces[members].tolist()]
+        places = (array[members].tolist() for array in (self.sources, self.starts, self.lengths))
+        return [
+            self.documents[source].sample(start, start + length) for source, start, length in zip(*places, strict=True)
+        ]
 
 
 def pack_documents(
@@ -70,21 +75,19 @@ def pack_documents(
     """
     limit = Limit(tokens_per_batch, max_length)
     counts = {"split": 0, "truncated": 0, "dropped": 0, "unlabelled": 0}
-    parts, targets = [], []
-    for number, source in enumerate(documents):
-        chosen = np.arange(len(source)) if keep is None else np.flatnonzero(keep[number])
-        cut = cut_documents(source, chosen, limit, overlong, counts)
-        parts.append(np.stack([np.full_like(cut.starts, number), cut.starts, cut.ends], axis=1))
-        targets.append(cut.targets)
-    pieces = np.concatenate(parts)
-    if not len(pieces):
+    parts = [
+        cut_documents(source, None if keep is None else keep[number], limit, overlong, counts)
+        for number, source in enumerate(documents)
+    ]
+    sizes = [len(part) for part in parts]
+    if not any(sizes):
         raise DataError(
             f"no document is left to train on: all are longer than {limit}; raise it, or set data.overlong to split "
             "or truncate"
         )
-    lengths = pieces[:, 2] - pieces[:, 1]
-    sizes = np.array([len(part) for part in parts])
-    mixture = Mixture.of(np.split(lengths, np.cumsum(sizes)[:-1]), shares, seed=seed or 0)
+    lengths = np.concatenate([part.lengths for part in parts])
+    sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
+    mixture = Mixture.of([part.lengths for part in parts], shares, seed=seed or 0)
     epochs = Epochs(lengths, tokens_per_batch, mixture, seed=seed)
     packs = epochs(0)
     tokens = int(lengths[packs.members].sum())
@@ -92,22 +95,22 @@ def pack_documents(
         rows=sum(len(source.source) for source in documents),
         documents=packs.members.size,
         tokens=tokens,
-        trained_tokens=int(np.concatenate(targets)[packs.members].sum()),
+        trained_tokens=int(np.concatenate([part.targets for part in parts])[packs.members].sum()),
         packs=len(packs),
         tokens_per_batch=tokens_per_batch,
         fill=tokens / (len(packs) * tokens_per_batch),
         longest=max(int(source.lengths.max()) for source in documents),
         variance_between_packs=variance_between(packs, lengths),
-        one_source_packs=one_source(packs, pieces[:, 0]) if np.count_nonzero(sizes) > 1 else None,
+        one_source_packs=one_source(packs, sources) if np.count_nonzero(sizes) > 1 else None,
         sources=_taken(documents, mixture, lengths, packs.members),
         remarks=tuple(remarks),
         **counts,
     )
-    return PackedDataset(documents, pieces, epochs, report)
+    return PackedDataset(documents, sources, np.concatenate([part.starts for part in parts]), lengths, epochs, report)
 
 
 def _taken(
-    documents: Sequence[Documents], mixture: Mixture, lengths: NDArray[np.int64], drawn: NDArray[np.int64]
+    documents: Sequence[Documents], mixture: Mixture, lengths: NDArray[np.integer], drawn: NDArray[np.integer]
 ) -> tuple[str, ...]:
     """What an epoch takes of each source, in words, where that is not every document once."""
     if mixture.quotas == mixture.sizes:

@@ -52,25 +52,25 @@ class Documents:
         """Where each document begins in the stream of tokens, ``[D + 1]``."""
         return np.concatenate([[0], np.cumsum(self._all("lengths"), dtype=np.int64)])
 
-    @cached_property
+    @property
     def rows(self) -> NDArray[np.int64]:
         """The row each document came from, ``[D]``."""
         return self._all("rows")
 
-    @cached_property
+    @property
     def contents(self) -> NDArray[np.uint64]:
         """A digest of the row each document came from, ``[D]``: equal for rows that say the same."""
         return self._all("contents")
 
-    @cached_property
+    @property
     def targets(self) -> NDArray[np.int32]:
         """Tokens of each document that train, ``[D]``; its first token never does."""
         return self._all("targets")
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document, ``[D]``."""
-        return np.diff(self.offsets)
+        return self._all("lengths")
 
     @cached_property
     def notes(self) -> Notes:

@@ -25,7 +25,7 @@ class Epochs:
         num_packs: packs of an epoch.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], capacity: int, mixture: Mixture, *, seed: int | None) -> None:
+    def __init__(self, lengths: NDArray[np.integer], capacity: int, mixture: Mixture, *, seed: int | None) -> None:
         """``lengths``: tokens of every document of all sources; ``seed=None`` keeps the order of the mixture."""
         self._lengths, self._capacity, self._mixture, self._seed = lengths, capacity, mixture, seed
         documents = mixture.draw(0)

@@ -13,7 +13,7 @@ __all__ = ["Mixture", "Shares", "WeightBy"]
 
 WeightBy = Literal["tokens", "documents"]
 
-Indices = NDArray[np.int64]
+Indices = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,18 @@ class Mixture:
 
     def draw(self, epoch: int) -> Indices:
         """The documents of an epoch, numbered over all sources; one that is repeated stands there as often."""
-        firsts = np.cumsum([0, *self.sizes[:-1]])
+        firsts = np.cumsum([0, *self.sizes[:-1]]).tolist()
         return np.concatenate([first + self._of(source, epoch) for source, first in enumerate(firsts)])
 
     def _of(self, source: int, epoch: int) -> Indices:
         size, quota = self.sizes[source], self.quotas[source]
+        dtype = np.int32 if sum(self.sizes) < 2**31 else np.int64
         if quota == 0:
-            return np.arange(0)
+            return np.arange(0, dtype=dtype)
         if quota % size == 0:
-            return np.tile(np.arange(size), quota // size)
+            return np.tile(np.arange(size, dtype=dtype), quota // size)
         start = epoch * quota
         rounds = range(start // size, -(-(start + quota) // size))
         orders = [np.random.default_rng((self.seed, source, number)).permutation(size) for number in rounds]
         begin = start - rounds[0] * size
-        return np.concatenate(orders)[begin : begin + quota]
+        return np.concatenate(orders)[begin : begin + quota].astype(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,30 +40,36 @@ class Limit:
 class Pieces:
     """Documents, or parts of them, in the order of their source."""
 
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    targets: NDArray[np.int64]  # tokens that train
+    starts: NDArray[np.int64]  # in the source's stream of tokens
+    lengths: NDArray[np.int32]
+    targets: NDArray[np.int32]  # tokens that train
+
+    def __len__(self) -> int:
+        return self.starts.size
 
     def __getitem__(self, which: NDArray[Any]) -> Pieces:
-        return Pieces(self.starts[which], self.ends[which], self.targets[which])
+        return Pieces(self.starts[which], self.lengths[which], self.targets[which])
 
 
 def cut_documents(
-    documents: Documents, chosen: NDArray[np.int64], limit: Limit, overlong: Overlong, counts: dict[str, int]
+    documents: Documents, keep: NDArray[np.bool_] | None, limit: Limit, overlong: Overlong, counts: dict[str, int]
 ) -> Pieces:
-    """The pieces of one source, none longer than the limit, and the ``counts`` of what was done to which documents.
+    """The pieces of those documents of a source that are kept, none longer than the limit.
+
+    ``counts`` takes what was done to how many of them.
 
     Raises:
         DataError: a document that is too long under ``error``, named.
     """
-    starts, ends = documents.offsets[:-1][chosen], documents.offsets[1:][chosen]
-    whole = Pieces(starts, ends, documents.targets[chosen].astype(np.int64))
-    fits = whole.ends - whole.starts <= limit.tokens
+    whole = Pieces(documents.offsets[:-1], documents.lengths, documents.targets)
+    if keep is not None:
+        whole = whole[keep]
+    fits = whole.lengths <= limit.tokens
     too_long = np.flatnonzero(~fits)
     if not too_long.size:
         return whole
     if overlong == "error":
-        first = int(chosen[too_long[0]])
+        first = int(np.searchsorted(documents.offsets, whole.starts[too_long[0]], side="right")) - 1
         raise DataError(
             f"{documents.where(first)} has {documents.lengths[first]} tokens, more than {limit} "
             f"({counted(too_long.size, 'such document')} in {documents.source.name}); raise it, or set data.overlong "
@@ -72,16 +79,22 @@ def cut_documents(
     if overlong == "drop":
         return whole[fits]
     parts = []
-    for start, end in zip(whole.starts[too_long].tolist(), whole.ends[too_long].tolist(), strict=True):
-        for at in range(start, start + 1 if overlong == "truncate" else end, limit.tokens):
-            to = min(at + limit.tokens, end)
-            parts.append((at, to, documents.num_trained(at, to)))
-    cut = Pieces(*np.array(parts, dtype=np.int64).T)
+    for start, length in zip(whole.starts[too_long].tolist(), whole.lengths[too_long].tolist(), strict=True):
+        for at in range(start, start + (1 if overlong == "truncate" else length), limit.tokens):
+            to = min(at + limit.tokens, start + length)
+            parts.append((at, to - at, documents.num_trained(at, to)))
+    starts, lengths, targets = np.array(parts, dtype=np.int64).T
+    cut = Pieces(starts, lengths.astype(np.int32), targets.astype(np.int32))
     counts["unlabelled"] += int(np.count_nonzero(cut.targets == 0))
-    cut = cut[cut.targets > 0]
-    kept = (whole[fits], cut)
-    both = Pieces(*(np.concatenate([getattr(part, name) for part in kept]) for name in ("starts", "ends", "targets")))
+    both = _joined([whole[fits], cut[cut.targets > 0]])
     return both[np.argsort(both.starts)]
+
+
+def _joined(pieces: Sequence[Pieces]) -> Pieces:
+    starts, lengths, targets = (
+        np.concatenate([getattr(part, name) for part in pieces]) for name in ("starts", "lengths", "targets")
+    )
+    return Pieces(starts, lengths, targets)
 
 
 def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str) -> list[Sample]:

@@ -68,7 +68,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def variance_between(packs: Packs, lengths: NDArray[np.int64]) -> float:
+def variance_between(packs: Packs, lengths: NDArray[np.integer]) -> float:
     """Share of the variance of document length that lies between packs; 0 where all are equally long."""
     values = lengths[packs.members].astype(np.float64)
     values -= values.mean()
@@ -77,7 +77,7 @@ def variance_between(packs: Packs, lengths: NDArray[np.int64]) -> float:
     return float((sums**2 / np.diff(packs.starts)).sum() / total) if total else 0.0
 
 
-def one_source(packs: Packs, sources: NDArray[np.int64]) -> float:
+def one_source(packs: Packs, sources: NDArray[np.integer]) -> float:
     """Share of the packs whose documents come from one source."""
     of = sources[packs.members]
     lowest, highest = (reduce.reduceat(of, packs.starts[:-1]) for reduce in (np.minimum, np.maximum))

@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from deltatune.packing.bins import pack
 
 __all__ = ["Packs", "pack_ahead", "pack_shuffled"]
 
-Indices = NDArray[np.int64]
+Indices = NDArray[np.integer]
 
 _WINDOW = 500  # documents of the queue that the end of a pack is chosen from
 _REST = 0.3  # share of a pack that is chosen; more is closer to the average and slower
@@ -37,7 +38,7 @@ _PLACE = (1 << _PLACE_BITS) - 1
 class Packs:
     """Documents by pack, in flat arrays."""
 
-    members: Indices  # [D], numbers of documents, pack after pack
+    members: Indices  # [D], numbers of documents, pack after pack; int32 where that holds them
     starts: Indices  # [P + 1], where each pack begins in members
 
     def __len__(self) -> int:
@@ -70,15 +71,17 @@ def pack_shuffled(lengths: NDArray[np.integer], capacity: int, *, seed: int | tu
     Raises:
         ValueError: a length outside ``1..capacity``.
     """
-    counts = np.asarray(lengths, dtype=np.int64)
+    counts = np.asarray(lengths)
     if counts.size and not 1 <= counts.min() <= counts.max() <= capacity:
         raise ValueError(f"lengths must lie in 1..{capacity}, got {counts.min()} to {counts.max()}")
-    order = np.arange(counts.size) if seed is None else np.random.default_rng(seed).permutation(counts.size)
+    order = np.arange(counts.size, dtype=_dtype(counts.size))
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
     packs = _Queue(counts[order], capacity).packs()
     if counts.size and capacity < _FEW * counts.mean():
         sorted_packs = pack(counts[order], capacity)
         if len(packs) > _TOLERANCE * len(sorted_packs):
-            members = np.concatenate([np.asarray(members) for members in sorted_packs])
+            members = np.concatenate([np.asarray(members, dtype=order.dtype) for members in sorted_packs])
             packs = Packs(members, np.cumsum([0, *map(len, sorted_packs)]))
     return Packs(order[packs.members], packs.starts)
 
@@ -97,11 +100,15 @@ def pack_ahead(lengths: NDArray[np.integer], capacity: int) -> tuple[Packs, Indi
     return queue.packs(least_ahead=_WINDOW), queue.left()
 
 
+def _dtype(size: int) -> type[np.signedinteger[Any]]:
+    return np.int32 if size < 2**31 else np.int64
+
+
 class _Queue:
     """Documents in the order they are taken; a window of those ahead can be taken out of turn, by length."""
 
     def __init__(self, lengths: Indices, capacity: int) -> None:
-        self._lengths = array("q", lengths.tobytes())
+        self._lengths = memoryview(np.ascontiguousarray(lengths).data)
         self._taken = bytearray(lengths.size)
         self._front = 0  # nothing before this place is left
         self._seen = 0  # places before this one are in the window, if they are left
@@ -111,13 +118,13 @@ class _Queue:
 
     def packs(self, least_ahead: int = 1) -> Packs:
         """Packs, as long as so many documents are in the window."""
-        members, starts = array("q"), array("q", [0])
+        members, starts = array("i" if len(self._lengths) < 2**31 else "q"), array("q", [0])
         self._refill()
         while len(self._window) >= least_ahead:
             self._fill(members)
             starts.append(len(members))
             self._refill()
-        return Packs(np.frombuffer(members, dtype=np.int64), np.frombuffer(starts, dtype=np.int64))
+        return Packs(np.frombuffer(members, dtype=_dtype(len(self._lengths))), np.frombuffer(starts, dtype=np.int64))
 
     def left(self) -> Indices:
         """The places of the documents that are in no pack."""
