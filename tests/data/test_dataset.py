@@ -182,7 +182,7 @@ class TestCache:
             (texts, Renderer(marked_tokenizer), TEXT),
             (texts, Renderer(tokenizer, chat_template="x"), TEXT),
             (texts, Renderer(tokenizer, train_on="all"), TEXT),
-            (texts, Renderer(tokenizer, template_kwargs={"enable_thinking": False}), TEXT),
+            (texts, Renderer(tokenizer, chat_template="{{ x }}", template_kwargs={"x": 1}), TEXT),
             (texts, Renderer(tokenizer), Layout("text", {"text": "text"})),
         ]
         assert all(self.tokenize_counting(rows, renderer, cache, layout)[1] for rows, renderer, layout in runs)

@@ -36,6 +36,7 @@ OpName = Literal[
     "rms_norm_rope",
     "varlen_attention",
 ]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 ColumnRole = Literal["messages", "tools", "prompt", "completion", "text"]
 
 
@@ -66,7 +67,8 @@ class ModelSection(Section):
     """Another folder or Hub name for the tokenizer; the checkpoint's own by default."""
 
     chat_template: Text | None = None
-    """A Jinja file that replaces the tokenizer's chat template."""
+    """What replaces the tokenizer's chat template: a known format (`chatml`, `gemma`, `llama2`, `llama3`, `mistral`,
+    `phi`, `phi4` or `qwen3`), a Jinja file, or Jinja text. A file of such a name is meant by `./chatml`."""
 
 
 class LoraSection(Section):
@@ -158,8 +160,9 @@ class DataSection(Section):
     eval: tuple[Source, ...] = ()
     """Held-out data, packed the same way: evaluated after training, and during it as `training.eval_strategy` says."""
 
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
+    train_on: Literal["assistant", "last", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = "assistant"
+    """Which tokens of a conversation are targets: every assistant turn, the last one, all tokens, or every message of
+    the roles in a list, such as `[assistant, tool]`."""
 
     overlong: Literal["error", "split", "truncate", "drop"] = "error"
     """What to do with a document longer than `packing.tokens_per_batch`. `error` by default, because each other
@@ -172,7 +175,7 @@ class DataSection(Section):
     """Processes that tokenise; one by default."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables handed to the chat template, such as `{enable_thinking: false}`."""
+    """Variables handed to the chat template, such as `{enable_thinking: false}`; one it never reads is an error."""
 
 
 class PackingSection(Section):

@@ -18,7 +18,7 @@ from deltatune.data.probes import Probes
 from deltatune.data.template import ChatTemplate, Span, check_variables
 from deltatune.data.turn_ends import TurnEnds
 from deltatune.data.turns import RenderedConversation
-from deltatune.data.unrendered import UnreadKeys, check_calls
+from deltatune.data.unrendered import UnreadKeys
 from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 
@@ -41,7 +41,8 @@ class Renderer:
     rendered up to each turn, once ending in the generation prompt and once with the turn, and the turn is what the
     second has beyond the first. A template may render an earlier turn differently once more messages follow
     (reasoning removed from the history): such a turn trains in a sample of its own that ends with it, which is what
-    the model sees when it writes that turn. So a row gives one sample, or several, and each turn trains once.
+    the model sees when it writes that turn. So a row gives one sample, or several, and each turn trains once. A row
+    may say of each message whether it trains (``Conversation.trains``), whatever ``train_on`` says.
 
     Prompt and completion. The prompt's tokens are those of the prompt alone, as at inference; the completion and the
     end-of-sequence token train. Lists of messages are rendered as chat, and only the completion's turns train.
@@ -78,10 +79,24 @@ class Renderer:
         elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
             samples = [self._completion(row, layout, where)]
         else:
-            samples = self._chat(read_conversation(row, layout, where), where, Notes() if notes is None else notes)
-        if not samples or not all(sample.num_trained for sample in samples):
-            raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
-        return samples
+            return self.render_conversation(read_conversation(row, layout, where), where, notes)
+        return _checked(samples, where)
+
+    def render_conversation(self, conversation: Conversation, where: str, notes: Notes | None = None) -> list[Sample]:
+        """The samples of a conversation; otherwise as ``render``."""
+        template = self._template(conversation, where)
+        messages, tools = template.forms.convert(conversation.messages), conversation.tools
+        notes = Notes() if notes is None else notes
+        template.unread.note(messages, tools, where, notes)
+        if not template.ends.known:
+            notes.add("no control token ends an assistant turn in the chat template, so none trains to stop", where)
+        rendered = RenderedConversation(template.ends, messages, tools, where, notes)
+        if self.train_on == "all":
+            unmarked = [i for i, trains in enumerate(conversation.trains) if trains is False]
+            texts = [rendered.whole(unmarked)]
+        else:
+            texts = rendered.trained(self._wanted(conversation, where))
+        return _checked([self._encode(text.text, text.all_spans) for text in texts], where)
 
     def _completion(self, row: Row, layout: Layout, where: str) -> Sample:
         prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
@@ -106,24 +121,6 @@ class Renderer:
         if eos is None:
             raise DataError("the tokenizer has no eos_token, so a text would have no end; set one and save it again")
         return ids if ids.size and ids[-1] == eos else np.append(ids, eos)
-
-    def _chat(self, conversation: Conversation, where: str, notes: Notes) -> list[Sample]:
-        template = self._template(conversation, where)
-        messages = template.forms.convert(conversation.messages)
-        template.unread.note(messages, conversation.tools, where, notes)
-        rendered = RenderedConversation(template.ends, messages, conversation.tools, where, notes)
-        unmarked = [i for i, trains in enumerate(conversation.trains) if trains is False]
-        if self.train_on == "all":
-            return [self._encode(rendered.text(len(messages)), rendered.whole(unmarked))]
-        texts = rendered.trained(self._wanted(conversation, where))
-        for text in texts:
-            for turn, spans in text.spans.items():
-                if calls := messages[turn].get("tool_calls"):
-                    written = "".join(text.text[start:end] for start, end in spans)
-                    check_calls(calls, written, f"{where}: message {turn}")
-        if not template.ends.known:
-            notes.add("no control token ends an assistant turn in the chat template, so none trains to stop", where)
-        return [self._encode(text.text, [span for spans in text.spans.values() for span in spans]) for text in texts]
 
     def _wanted(self, conversation: Conversation, where: str) -> list[int]:
         """The messages that train, by ``train_on`` and by what the row says of each."""
@@ -198,6 +195,12 @@ class _Template:
         self.forms = MessageForms(probes)
         self.ends = TurnEnds(probes)
         self.unread = UnreadKeys(template, reasoning_is_read=self.ends.asks_for_reasoning)
+
+
+def _checked(samples: list[Sample], where: str) -> list[Sample]:
+    if not samples or not all(sample.num_trained for sample in samples):
+        raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
+    return samples
 
 
 def _labelled(ids: Indices, trained: NDArray[np.bool_]) -> Sample:

@@ -83,12 +83,12 @@ def check_variables(sources: Sequence[str], given: Mapping[str, Any]) -> None:
     known = set().union(*(_variables(source) for source in sources)) - {*_OURS, *_GLOBALS}
     for name in given:
         if name in _RESERVED:
-            raise DataError(f"chat_template_kwargs: {name} is set for every row; remove it")
+            raise DataError(f"data.chat_template_kwargs: {name} is set for every row; remove it")
         if name not in known and not any(name in _variables(source) for source in sources):
             readable = sorted(name for name in known if not name.endswith("_token"))
             reads = f"it reads {', '.join(readable)}" if readable else "it reads none"
             raise DataError(
-                f"chat_template_kwargs: the chat template does not read {name}{nearest(name, readable)}; {reads}"
+                f"data.chat_template_kwargs: the chat template does not read {name}{nearest(name, readable)}; {reads}"
             )
 
 

@@ -12,7 +12,7 @@ from deltatune.data.notes import Notes
 from deltatune.data.probes import PROBE, as_parts
 from deltatune.data.template import RenderError, Span, common_prefix
 from deltatune.data.turn_ends import OPEN_REASONING, TurnEnds
-from deltatune.data.unrendered import REASONING_KEYS
+from deltatune.data.unrendered import REASONING_KEYS, check_calls
 from deltatune.errors import DataError
 
 __all__ = ["RenderedConversation", "TrainedText"]
@@ -24,6 +24,11 @@ class TrainedText:
 
     text: str
     spans: dict[int, list[Span]]  # by the number of the message
+
+    @property
+    def all_spans(self) -> list[Span]:
+        """The stretches of all messages."""
+        return [span for spans in self.spans.values() for span in spans]
 
 
 class RenderedConversation:
@@ -95,16 +100,27 @@ class RenderedConversation:
             texts[-1].spans |= others
         elif others:
             texts.append(TrainedText(self.text(total), others))
-        return [text for text in texts if text.spans]
+        texts = [text for text in texts if text.spans]
+        for text in texts:
+            for turn, spans in text.spans.items():
+                self._check_calls(turn, "".join(text.text[start:end] for start, end in spans))
+        return texts
 
-    def whole(self, untrained: Sequence[int]) -> list[Span]:
-        """Stretches of the whole conversation that leave out these messages."""
+    def whole(self, untrained: Sequence[int]) -> TrainedText:
+        """The whole conversation, of which all trains but these messages."""
         text = self.text(len(self._messages))
+        for turn in self._answers(len(self._messages)):
+            self._check_calls(turn, text)
         spans, start = [], 0
         for first, last in sorted(self._held_or_content(turn) for turn in untrained):
             spans.append((start, first))
             start = last
-        return [span for span in (*spans, (start, len(text))) if span[0] < span[1]]
+        spans = [span for span in (*spans, (start, len(text))) if span[0] < span[1]]
+        return TrainedText(text, {0: spans})
+
+    def _check_calls(self, turn: int, text: str) -> None:
+        if calls := self._messages[turn].get("tool_calls"):
+            check_calls(calls, text, f"{self._where}: message {turn}")
 
     def _held_or_content(self, turn: int) -> Span:
         text = self.text(len(self._messages))
