@@ -53,15 +53,15 @@ class MessageForms:
     def _call_form(self) -> dict[str | None, tuple[str | None, bool]]:
         """Content that came -> the empty content that calls are rendered beside, and whether arguments are JSON."""
         texts = {(empty, as_text): self._calls(empty, as_text) for empty in (None, "") for as_text in (False, True)}
-        good = [
-            (empty, as_text)
-            for (empty, as_text), text in texts.items()
-            if _shows_call(text) and (text or "").count("None") <= (texts["", as_text] or text or "").count("None")
-        ]
-        return {
-            came: next((form for form in sorted(good, key=lambda form: form[0] != came)), ("", False))
-            for came in (None, "")
+        # null that is printed is told by the same call beside empty text
+        named = {
+            form: text
+            for form, text in texts.items()
+            if text and PROBE in text and text.count("None") <= (texts["", form[1]] or text).count("None")
         }
+        good = [form for form, text in named.items() if _shows_arguments(text)] or list(named)
+        # content stays as it came where calls are shown beside it
+        return {came: min(good, key=lambda form: form[0] != came, default=("", False)) for came in (None, "")}
 
     def _calls(self, empty: str | None, as_text: bool) -> str | None:
         calls = _with_arguments([PROBE_CALL], as_text=as_text)
@@ -88,7 +88,6 @@ def _with_argument_form(call: Any, *, as_text: bool) -> Any:
         return call
 
 
-def _shows_call(text: str | None) -> bool:
-    """Whether a rendering holds the probe's call, and its arguments neither as Python nor quoted once more."""
-    shown = text is not None and all(word in text for word in (PROBE, "zqvkey", "zqvvalue"))
-    return shown and "{'zqvkey'" not in (text or "") and '\\"zqvkey' not in (text or "")
+def _shows_arguments(text: str) -> bool:
+    """Whether a rendering holds the probe's arguments, neither as Python nor quoted once more."""
+    return "zqvkey" in text and "zqvvalue" in text and "{'zqvkey'" not in text and '\\"zqvkey' not in text

@@ -148,3 +148,9 @@ class TurnEnds:
         begin = len(text) - len(text[position:].lstrip())
         match = self.template.control.match(text, begin)
         return text[position : match.end()] if match else ""
+
+    def token_start(self, text: str, position: int) -> int:
+        """The position, or where the control token begins that it lies within."""
+        longest = max(map(len, self.template.controls), default=0)
+        tokens = self.template.control.finditer(text, max(0, position - longest), position + longest)
+        return next((token.start() for token in tokens if token.start() < position < token.end()), position)

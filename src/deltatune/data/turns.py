@@ -87,24 +87,27 @@ class RenderedConversation:
         turn does is left to a shorter text, which ends with the latest turn still missing. Messages of other roles
         train in the whole conversation.
         """
-        total = len(self._messages)
         answers = [turn for turn in turns if self._messages[turn]["role"] == "assistant"]
-        if self._template.has_generation_blocks and self._blocks_stay(answers):
-            spans = dict(zip(self._answers(total), self.blocks(total), strict=True))
-            full = self.text(total)
-            texts = [self._closed(full, {turn: [spans[turn]] for turn in answers})]
-        else:
-            texts = self._as_asked(answers)
+        texts = self._answers_as_asked(answers)
+        full = self.text(len(self._messages))
         others = {turn: [self._content(turn)] for turn in turns if turn not in answers}
-        if others and texts and texts[-1].text.startswith(self.text(total)):
+        if others and texts and texts[-1].text.startswith(full):
             texts[-1].spans |= others
         elif others:
-            texts.append(TrainedText(self.text(total), others))
-        texts = [text for text in texts if text.spans]
+            texts.append(TrainedText(full, others))
         for text in texts:
             for turn, spans in text.spans.items():
                 self._check_calls(turn, "".join(text.text[start:end] for start, end in spans))
         return texts
+
+    def _answers_as_asked(self, turns: Sequence[int]) -> list[TrainedText]:
+        if not turns:
+            return []
+        if self._template.has_generation_blocks and self._blocks_stay(turns):
+            total = len(self._messages)
+            spans = dict(zip(self._answers(total), self.blocks(total), strict=True))
+            return [self._closed(self.text(total), {turn: [spans[turn]] for turn in turns})]
+        return self._each_as_asked(turns)
 
     def whole(self, untrained: Sequence[int]) -> TrainedText:
         """The whole conversation, of which all trains but these messages."""
@@ -125,7 +128,7 @@ class RenderedConversation:
     def _held_or_content(self, turn: int) -> Span:
         text = self.text(len(self._messages))
         if self._messages[turn]["role"] == "assistant":
-            for trained in self._as_asked([turn]):
+            for trained in self._each_as_asked([turn]):
                 if trained.text.startswith(text):
                     return trained.spans[turn][0][0], trained.spans[turn][-1][1]
         return self._content(turn)
@@ -152,7 +155,7 @@ class RenderedConversation:
             )
         return self._template.stable_shapes[shape]
 
-    def _as_asked(self, turns: Sequence[int]) -> list[TrainedText]:
+    def _each_as_asked(self, turns: Sequence[int]) -> list[TrainedText]:
         find = self._block_turn if self._template.has_generation_blocks else self._prompted_turn
         own = {turn: find(turn) for turn in turns}
         missing = [turn for turn in turns if own[turn][1]]
@@ -178,9 +181,10 @@ class RenderedConversation:
         if text.startswith(prompt):
             return text, [(len(prompt), self._ends.end_of_turn(text, len(prompt)))]
         common = common_prefix(prompt, text)
-        if prompt == self.text(turn) and text.endswith(prompt[common:]):
+        start = min(self._ends.token_start(side, common) for side in (text, prompt))
+        if prompt == self.text(turn) and text.endswith(prompt[start:]):
             # no prompt asks for the turn, and what closes a conversation stands after its last message
-            return text, [(common, self._ends.end_of_turn(text[: len(text) - len(prompt[common:])], common))]
+            return text, [(start, self._ends.end_of_turn(text[: len(text) - len(prompt[start:])], start))]
         opened = OPEN_REASONING.search(prompt)
         if opened and text.startswith(prompt[: opened.start()]):
             written = self._written_reasoning(turn, opened, text[opened.start() :])
