@@ -38,10 +38,8 @@ class ChatTemplate:
     """One template with its variables and the tokenizer's control tokens."""
 
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
-        try:
-            self.has_generation_blocks = _has_generation_blocks(source)
-        except TemplateError as error:
-            raise DataError(f"the chat template is not valid Jinja: {one_line(error)}; mend it") from error
+        _variables(source)  # a template that is no Jinja ends here
+        self.has_generation_blocks = _has_generation_blocks(source)
         self.source = source
         self._variables = {**tokenizer.special_tokens_map, **variables}
         self.eos = tokenizer.eos_token
@@ -94,6 +92,7 @@ def check_variables(sources: Sequence[str], given: Mapping[str, Any]) -> None:
 
 @lru_cache
 def _variables(source: str) -> frozenset[str]:
+    """The names that a template looks up."""
     try:
         return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
     except TemplateError as error:
