@@ -199,6 +199,53 @@ def test_a_header_right_after_a_closed_block_does_not_train():
     assert "«A1<|eot_id|>»<|start_header_id|>" in text
 
 
+HEADED_BLOCKS = """{{%- for m in messages %}}{{{{- '<|' + m.role + '|>' if m.role != 'tool' else '<|result|>' }}}}
+{{%- if m.role == 'assistant' %}}{{%- generation %}}{{{{- m.content + {} }}}}{{%- endgeneration %}}{{{{- {} }}}}
+{{%- else %}}{{{{- m.content + '<|im_end|>' }}}}{{%- endif %}}{{%- endfor %}}"""
+HEADERS = ("<|user|>", "<|assistant|>", "<|result|>", "<|eom|>")
+
+
+@pytest.mark.parametrize(
+    ("within", "after", "expected"),
+    [
+        ("'<|im_end|>'", "''", "«A1<|im_end|>»<|result|>"),
+        ("''", "'<|im_end|>'", "«A1<|im_end|>»<|result|>"),
+        ("''", "' <|im_end|>'", "«A1 <|im_end|>»<|result|>"),
+        ("''", "'<|eom|>' if m.last else '<|im_end|>'", "«A1<|eom|>»<|result|>"),
+    ],
+    ids=["within", "after", "after a space", "of another kind"],
+)
+def test_what_ends_a_block_trains_and_no_header_after_it(within, after, expected):
+    tokenizer = tokenizer_for(HEADED_BLOCKS.format(within, after))
+    tokenizer.add_tokens(list(HEADERS), special_tokens=True)
+    messages = [QUESTIONS[0], {**QUESTIONS[1], "last": True}, {"role": "tool", "content": "T"}, QUESTIONS[3]]
+    (text,) = rendered(tokenizer, messages)
+    assert expected in text
+
+
+def test_a_header_after_a_block_that_nothing_ends_does_not_train():
+    tokenizer = tokenizer_for(HEADED_BLOCKS.format("''", "'' if m.last else '<|im_end|>'"))
+    tokenizer.add_tokens(list(HEADERS), special_tokens=True)
+    messages = [QUESTIONS[0], {**QUESTIONS[1], "last": True}, *QUESTIONS[2:]]
+    (text,) = rendered(tokenizer, messages)
+    assert "«A1»<|user|>Q2<|im_end|><|assistant|>«A2<|im_end|>»" in text
+
+
+def test_a_block_with_the_end_of_text_that_closes_a_conversation_needs_no_sample_of_its_own():
+    (text,) = rendered(tokenizer_for(shipped_template("phi3_5_training")), QUESTIONS)
+    assert text == (
+        "<|user|>\nQ1<|end|>\n<|assistant|>\n«A1<|end|>\n»<|user|>\nQ2<|end|>\n<|assistant|>\n«A2<|end|>\n<eos>»"
+    )
+
+
+def test_a_last_turn_may_end_in_a_token_of_its_own():
+    notes = Notes()
+    texts = rendered(tokenizer_for(shipped_template("gptoss")), QUESTIONS, notes=notes)
+    for text, answer in zip(texts, ("A1", "A2"), strict=True):
+        assert text.endswith(f"<|start|>assistant«<|channel|>final<|message|>{answer}<|return|>»")
+    assert list(notes) == []
+
+
 def test_blocks_that_the_next_header_ends_train_it():
     (text,) = rendered(tokenizer_for(shipped_template("glm4moe_training")), QUESTIONS)
     assert text == (

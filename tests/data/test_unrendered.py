@@ -56,6 +56,11 @@ def test_reasoning_that_history_drops_is_read():
     assert notes_of(R1, messages) == []
 
 
+def test_reasoning_that_no_block_holds_is_noted():
+    notes = notes_of(shipped_template("deepseek_r1_distill_training"), answer(reasoning_content="R"))
+    assert [note for note in notes if "that reasoning does not train" in note]
+
+
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
 def test_a_call_that_is_not_rendered_is_an_error(train_on):
     with pytest.raises(DataError, match=r"line 1: message 1: .* not render tool call 0 \(weather\)"):

@@ -135,9 +135,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 
 def test_a_tokenizer_without_the_control_tokens_is_refused():
-    with pytest.raises(
-        UserError, match=r"llama3 writes <\|start_header_id\|>, .*<\|eot_id\|>, which this"
-    ):
+    with pytest.raises(UserError, match=r"llama3 writes <\|start_header_id\|>, .*<\|eot_id\|>, which this"):
         read_template("llama3", named_tokenizer("chatml"))
 
 
