@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -157,7 +157,7 @@ class Renderer:
         """Tokens of a rendered conversation; those that lie inside a span train."""
         ids, starts, ends = self._tokens(text)
         # an offset may leave out the space that its token begins with, so a token reaches back to the one before it
-        reaches = np.concatenate([[0], ends])[: ends.size]
+        reaches = _shifted(ends)
         across = sorted({start for start, _ in spans if ((reaches < start) & (start < ends)).any()})
         if across:
             # a token across the seam is one the model could never write after this prompt
@@ -177,9 +177,10 @@ class Renderer:
     def _tokens(self, text: str) -> tuple[Indices, Indices, Indices]:
         """Ids of a text, and the characters where each token begins and ends."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        offsets = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), dtype=np.int64)
+        starts, ends = offsets[::2], offsets[1::2]
         # a tokenizer that trims offsets gives whitespace tokens none: they begin where the token before ended
-        starts = np.where(starts < ends, starts, np.concatenate([[0], ends])[: ends.size])
+        starts = np.where(starts < ends, starts, _shifted(ends))
         return np.asarray(encoded["input_ids"], dtype=np.int64), starts, ends
 
     @cached_property
@@ -201,6 +202,13 @@ def _checked(samples: list[Sample], where: str) -> list[Sample]:
     if not samples or not all(sample.num_trained for sample in samples):
         raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
     return samples
+
+
+def _shifted(ends: Indices) -> Indices:
+    """Where the token before each one ends."""
+    before = np.zeros_like(ends)
+    before[1:] = ends[:-1]
+    return before
 
 
 def _labelled(ids: Indices, trained: NDArray[np.bool_]) -> Sample:
