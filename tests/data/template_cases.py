@@ -80,6 +80,27 @@ PARTS_ALONE = """
 {{- '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}"""
 
+# DeepSeek-V3.1: reasoning is closed where there is none
+CLOSED_REASONING = """{{- bos_token }}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{- '<User>' + m.content }}
+{%- else %}{{- '<Assistant></think>' + m.content.split('</think>')[-1] + '<end>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<Assistant>' + ('<think>' if thinking else '</think>') }}{%- endif %}"""
+
+# Mistral Nemo: the system message stands in the question that is asked now, and in no other
+SYSTEM_IN_THE_LAST_QUESTION = """{{- bos_token }}
+{%- set system = '' %}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content + '\\n\\n' %}{%- set messages = messages[1:] %}
+{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{- '[INST]' + (system if loop.last else '') + m.content + '[/INST]' }}
+{%- else %}{{- m.content + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+
 QUESTIONS = [
     {"role": "user", "content": "Q1"},
     {"role": "assistant", "content": "A1"},

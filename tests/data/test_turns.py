@@ -3,10 +3,12 @@ from template_cases import (
     ALWAYS_A_HEADER,
     CALL,
     CHATML,
+    CLOSED_REASONING,
     NEXT_HEADER,
     QUESTIONS,
     R1,
     STRIPPING_BLOCKS,
+    SYSTEM_IN_THE_LAST_QUESTION,
     rendered,
     shipped_template,
     tokenizer_for,
@@ -179,6 +181,28 @@ def test_reasoning_that_the_template_writes_in_another_form_continues_the_prompt
     messages = QUESTIONS[:2]
     (text,) = rendered(tokenizer_for(shipped_template("nemotron_3_nano")), messages)
     assert text.endswith("<|im_start|>assistant\n<think>\n«</think>A1<|im_end|>»\n")
+
+
+@pytest.mark.parametrize(
+    ("thinking", "content", "expected"),
+    [
+        (False, "A1", "</think>«A1<end>»"),
+        (True, "A1", "<think>«</think>A1<end>»"),
+        (True, "<think>R</think>A1", "<think>«R</think>A1<end>»"),
+    ],
+)
+def test_reasoning_that_the_history_closes_trains_after_the_prompt(thinking, content, expected):
+    messages = [QUESTIONS[0], {"role": "assistant", "content": content}]
+    (text,) = rendered(tokenizer_for(CLOSED_REASONING), messages, template_kwargs={"thinking": thinking})
+    assert text == f"<bos><User>Q1<Assistant>{expected}"
+
+
+def test_a_turn_trains_after_the_prompt_even_where_that_changes_with_the_answer():
+    notes = Notes()
+    messages = [{"role": "system", "content": "S"}, *QUESTIONS]
+    texts = rendered(tokenizer_for(SYSTEM_IN_THE_LAST_QUESTION), messages, notes=notes)
+    assert texts == ["<bos>[INST]S\n\nQ1[/INST]«A1<eos>»", "<bos>[INST]Q1[/INST]A1<eos>[INST]S\n\nQ2[/INST]«A2<eos>»"]
+    assert list(notes) == []
 
 
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%+ generation %}", "{%generation%}"])

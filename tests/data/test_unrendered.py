@@ -45,6 +45,29 @@ def test_a_key_that_the_template_reads_is_not_noted(shown):
     assert notes_of(CHATML.replace("m.content", shown), answer(id="x")) == []
 
 
+def test_tools_that_the_template_does_not_read_are_noted():
+    assert [note for note in notes_of(CHATML, QUESTIONS, tools=[CALL]) if "does not read tools (1 row" in note]
+    assert notes_of(shipped_template("qwen3"), QUESTIONS, tools=[CALL]) == []
+
+
+def test_messages_that_the_template_leaves_out_are_noted():
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    messages = [{"role": "system", "content": "Be brief."}, *QUESTIONS]
+    assert [note for note in notes_of(template, messages) if "does not read 'content' of system messages (" in note]
+    assert notes_of(shipped_template("gemma3"), messages) == []
+
+
+def test_text_that_the_template_leaves_out_beside_a_call_is_noted():
+    (note,) = notes_of(shipped_template("llama3_1"), answer(tool_calls=[CALL]))
+    assert "does not read 'content' of assistant messages beside tool_calls" in note
+    assert notes_of(shipped_template("qwen3"), answer(tool_calls=[CALL])) == []
+
+
+def test_blank_content_does_not_tell_that_content_is_unread():
+    template = CHATML.replace("m.content", "(m.content | trim)")
+    assert notes_of(template, [{"role": "user", "content": " \n"}, *QUESTIONS[1:]]) == []
+
+
 @pytest.mark.parametrize("value", ["", None, []])
 def test_an_empty_key_is_not_noted(value):
     assert notes_of(CHATML, answer(id=value)) == []

@@ -49,6 +49,10 @@ class ChatTemplate:
         self.control = re.compile("|".join(map(re.escape, controls)) or "(?!)")
         self.stable_shapes: dict[tuple[Any, ...], bool] = {}  # of conversations: whether later messages change no block
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks a variable up."""
+        return variable in _variables(self.source)
+
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None = None, *, generation_prompt: bool = False
     ) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from deltatune.data.messages import Message
 from deltatune.data.probes import PROBE, PROBE_CALL, Probes
-from deltatune.data.template import Span, common_prefix
+from deltatune.data.template import RenderError, Span, common_prefix
 
 __all__ = ["OPEN_REASONING", "Ending", "TurnEnds"]
 
@@ -116,6 +119,20 @@ class TurnEnds:
         text = self._probes.last("assistant", self._probes.message("assistant")["content"]) or ""
         before = text[: max(0, text.rfind(PROBE))]
         return frozenset(self.template.control.findall(before)) - {self.ending("user").text.strip()}
+
+    def before_answer(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
+        """What stands before the content of an answer to these messages, where the template renders one."""
+        try:
+            text = self.template.render([*messages, self._probes.message("assistant")], tools)
+        except RenderError:
+            return None
+        before, found, _ = text.partition(PROBE)
+        return before if found else None
+
+    def ask_alike(self, header: str, prompt: str) -> bool:
+        """Whether two texts end alike, down to a control token at least."""
+        shared = common_prefix(header[::-1], prompt[::-1])
+        return bool(self._first_control(header[len(header) - shared :]))
 
     def end_of_turn(self, text: str, start: int) -> int:
         """Where the turn ends that begins at ``start`` and with which the text ends: after the token that ends it."""

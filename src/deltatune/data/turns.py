@@ -191,6 +191,12 @@ class RenderedConversation:
             end = self._ends.end_of_turn(text, opened.start()) - len(text)
             text = prompt + written
             return text, [(len(prompt), len(text) + end)]
+        header = self._ends.before_answer(self._messages[:turn], self._tools)
+        if header is not None and text.startswith(header) and self._ends.ask_alike(header, prompt):
+            # what stands before the turn changes once it is there: a system message that only a last question holds
+            end = self._ends.end_of_turn(text, len(header)) - len(text)
+            text = prompt + text[len(header) :]
+            return text, [(len(prompt), len(text) + end)]
         near = slice(max(0, common - 20), common + 20)
         raise DataError(
             f"{self._where}: the template asks for message {turn} with {prompt[near]!r} but renders it as "
@@ -215,6 +221,10 @@ class RenderedConversation:
             )
         if rendered.startswith(opening):
             return rendered.removeprefix(opening).removeprefix(opened[2])
+        if rendered.startswith(closing):
+            if not given and not in_content:
+                return rendered
+            rendered = rendered.removeprefix(closing)
         if in_content:
             reasoning, _, answer = str(content).rpartition(closing)
             reasoning = reasoning.lstrip().removeprefix(opening) if opening in reasoning else opened[2] + reasoning

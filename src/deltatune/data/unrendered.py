@@ -14,7 +14,7 @@ from deltatune.errors import DataError
 __all__ = ["REASONING_KEYS", "UnreadKeys", "check_calls"]
 
 # tool_call_id says which call a result answers; few templates write it, and nothing is lost
-_NEVER_NOTED = ("role", "content", "tool_call_id")
+_NEVER_NOTED = ("role", "tool_call_id")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -24,31 +24,60 @@ class UnreadKeys:
     def __init__(self, template: ChatTemplate, *, reasoning_is_read: bool) -> None:
         self._template = template
         self._never_noted = (*_NEVER_NOTED, *(REASONING_KEYS if reasoning_is_read else ()))
-        self._is_read: dict[tuple[str, str], bool] = {}
+        self._is_read: dict[tuple[str, str, bool], bool] = {}
 
     def note(self, messages: Sequence[Message], tools: list[Any] | None, where: str, notes: Notes) -> None:
-        """Notes, once for each row, the keys that change nothing in what is rendered."""
+        """Notes, once for each row, what changes nothing in what is rendered."""
         unread = set()
         for index, message in enumerate(messages):
+            calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
             for key, value in message.items():
-                if not value or key in self._never_noted:
+                # templates trim: blank text says nothing about the key
+                if not value or key in self._never_noted or (isinstance(value, str) and value.isspace()):
                     continue
-                kind = (message["role"], key)
+                kind = (message["role"], key, key == "content" and calls)
                 if kind not in self._is_read:
-                    self._is_read[kind] = self._reads(messages[: index + 1], key, tools)
+                    self._is_read[kind] = self._reads(messages, index, key, tools)
                 if not self._is_read[kind]:
                     unread.add(kind)
-        for role, key in sorted(unread):
+        if tools and not self._template.reads("tools"):
+            notes.add("the chat template does not read tools", where)
+        for role, key, beside_calls in sorted(unread):
             lost = "; that reasoning does not train" if role == "assistant" and key in REASONING_KEYS else ""
-            notes.add(f"the chat template does not read {key!r} of {role} messages{lost}", where)
+            place = " beside tool_calls" if beside_calls else ""
+            notes.add(f"the chat template does not read {key!r} of {role} messages{place}{lost}", where)
 
-    def _reads(self, messages: Sequence[Message], key: str, tools: list[Any] | None) -> bool:
-        *before, last = messages
-        without = {name: value for name, value in last.items() if name != key}
-        try:
-            return self._template.render(messages, tools) != self._template.render([*before, without], tools)
-        except RenderError:
-            return True
+    def _reads(self, messages: Sequence[Message], index: int, key: str, tools: list[Any] | None) -> bool:
+        message = messages[index]
+        without = {name: value for name, value in message.items() if name != key}
+        if key == "content":
+            without[key] = ""
+        if message["role"] == "assistant":
+            # what a template drops of an earlier answer it may render of the last one
+            return self._differ(messages[: index + 1], without, index, tools)
+        # a template may render a message only while its answer is still asked for
+        answers = [i for i, later in enumerate(messages) if later["role"] == "assistant" and i > index]
+        return self._differ(messages, without, index, tools) or bool(
+            answers and self._differ(messages[: answers[-1]], without, index, tools, generation_prompt=True)
+        )
+
+    def _differ(
+        self,
+        messages: Sequence[Message],
+        other: Message,
+        index: int,
+        tools: list[Any] | None,
+        *,
+        generation_prompt: bool = False,
+    ) -> bool:
+        texts = []
+        for shown in (messages[index], other):
+            replaced = [*messages[:index], shown, *messages[index + 1 :]]
+            try:
+                texts.append(self._template.render(replaced, tools, generation_prompt=generation_prompt))
+            except RenderError:
+                return True
+        return texts[0] != texts[1]
 
 
 def check_calls(calls: Sequence[Any], text: str, where: str) -> None:
