@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import build_tokenizer
 from deltatune.data.chat import Renderer
 from deltatune.data.messages import Conversation
 from deltatune.data.preview import preview
@@ -109,6 +108,35 @@ QUESTIONS = [
 ]
 
 CALL = {"id": "abcdefgh1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. What is two plus two? Four, of course!",
+    "user assistant system tool <think>\n\n</think> Hello there\n\nGood morning. Paris Rome Berlin",
+]
+
+
+def build_tokenizer(template, *, trim_offsets=False):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=template,
+    )
 
 
 def tokenizer_for(template, *, eos="<eos>"):

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from deltatune.data.conversation import RenderedConversation
 from deltatune.data.message_forms import MessageForms
 from deltatune.data.messages import Conversation, Layout, Row, read_conversation, read_text
 from deltatune.data.notes import Notes
 from deltatune.data.probes import Probes
 from deltatune.data.template import ChatTemplate, Span, check_variables
 from deltatune.data.turn_ends import TurnEnds
-from deltatune.data.turns import RenderedConversation
 from deltatune.data.unrendered import UnreadKeys
 from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
