@@ -116,6 +116,15 @@ def test_a_plain_header_that_is_always_there_does_not_train():
     assert [note for note in notes if "no control token ends an assistant turn" in note]
 
 
+def test_an_end_that_the_tokenizer_would_split_is_noted():
+    tokenizer = tokenizer_for(None)
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|stop|>")
+    notes = Notes()
+    (text,) = rendered(tokenizer, QUESTIONS[:2], notes=notes)
+    assert "«A1<|stop|>" in text
+    assert [note for note in notes if r"which writes '<|stop|>\n' alone: no single token" in note]
+
+
 def test_an_end_of_text_that_closes_every_conversation_does_not_train():
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}{{ eos_token }}"
     (text,) = rendered(tokenizer_for(template), QUESTIONS)

@@ -1,5 +1,5 @@
 import pytest
-from template_cases import CALL, CHATML, QUESTIONS, R1, rendered, shipped_template, tokenizer_for
+from template_cases import CALL, CHATML, CLOSED_REASONING, QUESTIONS, R1, rendered, shipped_template, tokenizer_for
 
 from deltatune.data.notes import Notes
 from deltatune.data.unrendered import check_calls
@@ -77,6 +77,12 @@ def test_reasoning_that_history_drops_is_read():
     messages = [{**m, "reasoning_content": "R"} if m["role"] == "assistant" else m for m in QUESTIONS]
     assert notes_of(shipped_template("qwen3"), messages) == []
     assert notes_of(R1, messages) == []
+
+
+@pytest.mark.parametrize(("thinking", "count"), [(False, 1), (True, 0)])
+def test_reasoning_in_content_that_the_template_drops_is_noted(thinking, count):
+    notes = notes_of(CLOSED_REASONING, answer(content="<think>\nR\n</think>A1"), template_kwargs={"thinking": thinking})
+    assert len([note for note in notes if "drops the reasoning in the content of answers" in note]) == count
 
 
 def test_reasoning_that_no_block_holds_is_noted():

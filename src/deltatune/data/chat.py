@@ -89,7 +89,12 @@ class Renderer:
         notes = Notes() if notes is None else notes
         template.unread.note(messages, tools, where, notes)
         if not template.ends.known:
-            notes.add("no control token ends an assistant turn in the chat template, so none trains to stop", where)
+            written = f"{template.ends.plain_end!r} alone" if template.ends.plain_end else "nothing"
+            notes.add(
+                "no control token ends an assistant turn in the chat template, which writes "
+                f"{written}: no single token tells the model to stop",
+                where,
+            )
         rendered = RenderedConversation(template.ends, messages, tools, where, notes)
         if self.train_on == "all":
             unmarked = [i for i, trains in enumerate(conversation.trains) if trains is False]

@@ -93,12 +93,18 @@ class TurnEnds:
     @cached_property
     def by_next_header(self) -> bool:
         """Whether a turn has no token of its own to end it, and the header of the next message does."""
-        return not self.ending().text and bool(self.stop("user"))
+        return not self.ending().text and not self.plain_end.strip() and bool(self.stop("user"))
 
     @cached_property
     def known(self) -> bool:
         """Whether a control token ends a turn, its own or the next header's."""
         return bool(self.ending().text) or self.by_next_header
+
+    @cached_property
+    def plain_end(self) -> str:
+        """What follows the content of a last answer, whatever it is."""
+        text = self._probes.last("assistant", self._probes.message("assistant")["content"]) or ""
+        return text.rpartition(PROBE)[2]
 
     def stop(self, role: str) -> str:
         """The token that begins a message of this role right after an answer, with whitespace before it, or nothing.

@@ -11,7 +11,7 @@ from deltatune.data.notes import Notes
 from deltatune.data.template import ChatTemplate, RenderError
 from deltatune.errors import DataError
 
-__all__ = ["REASONING_KEYS", "UnreadKeys", "check_calls"]
+__all__ = ["REASONING_KEYS", "UnreadKeys", "check_calls", "drops_reasoning"]
 
 # tool_call_id says which call a result answers; few templates write it, and nothing is lost
 _NEVER_NOTED = ("role", "tool_call_id")
@@ -81,8 +81,9 @@ class UnreadKeys:
 
 
 def check_calls(calls: Sequence[Any], text: str, where: str) -> None:
-    """Raises a ``DataError`` where a trained turn's text holds none of a tool call's arguments, or of one without any
-    not the name.
+    """Raises a ``DataError`` where a trained turn's text holds nothing of a tool call.
+
+    That is none of its arguments; of a call that has none, not its name.
     """
     for number, call in enumerate(calls):
         function = call.get("function", call)
@@ -94,6 +95,13 @@ def check_calls(calls: Sequence[Any], text: str, where: str) -> None:
             f"{where}: the chat template does not render {what}, so the turn would train without it; use a template "
             "that renders tool_calls (model.chat_template), or write the call into content"
         )
+
+
+def drops_reasoning(content: Any, text: str) -> bool:
+    """Whether a trained turn's text lacks the reasoning that its content begins with."""
+    if not isinstance(content, str) or "</think>" not in content:
+        return False
+    return content.partition("</think>")[0].partition("<think>")[2].strip() not in text
 
 
 def _leaves(value: Any) -> Iterator[Any]:
