@@ -190,7 +190,8 @@ class Renderer:
 
     @cached_property
     def _control_tokens(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.added_tokens_decoder)
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(number for number, token in added if str(token).strip())
 
 
 class _Template:
