@@ -283,5 +283,8 @@ class RenderedConversation:
 
 def _shape(message: Message) -> tuple[Any, ...]:
     """What of a message a template may decide by: its keys, the kinds of their values, and reasoning in the text."""
-    kinds = tuple((key, type(value).__name__, bool(value)) for key, value in sorted(message.items()))
-    return message["role"], kinds, "</think>" in str(message.get("content"))
+    content = message["content"]
+    reasons = isinstance(content, str) and "</think>" in content
+    if len(message) == 2:
+        return message["role"], type(content), bool(content), reasons
+    return message["role"], reasons, *((key, type(value), bool(value)) for key, value in message.items())
