@@ -163,7 +163,9 @@ class Renderer:
         ids, starts, ends = self._tokens(text)
         # an offset may leave out the space that its token begins with, so a token reaches back to the one before it
         reaches = _shifted(ends)
-        across = sorted({start for start, _ in spans if ((reaches < start) & (start < ends)).any()})
+        # the token that holds the first character of each span
+        holding = {start: int(np.argmax(ends > start)) for start, _ in spans} if ids.size else {}
+        across = sorted(start for start, token in holding.items() if reaches[token] < start < ends[token])
         if across:
             # a token across the seam is one the model could never write after this prompt
             pieces = [(at, self._tokens(text[at:to])) for at, to in pairwise([0, *across, len(text)])]
