@@ -148,7 +148,7 @@ class TestCache:
             (texts, Renderer(marked_tokenizer), TEXT),
             (texts, Renderer(tokenizer, chat_template="x"), TEXT),
             (texts, Renderer(tokenizer, train_on="all"), TEXT),
-            (texts, Renderer(tokenizer, template_kwargs={"enable_thinking": False}), TEXT),
+            (texts, Renderer(tokenizer, chat_template="{{ x }}", template_kwargs={"x": 1}), TEXT),
             (texts, Renderer(tokenizer), Layout("text", {"text": "text"})),
         ]
         for count, (rows, renderer, layout) in enumerate(runs, start=1):

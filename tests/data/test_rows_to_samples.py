@@ -79,8 +79,8 @@ def test_tools_without_a_conversation_are_noted(tokenizer):
 
 
 def test_nulls_of_columnar_files_are_noted(tokenizer):
-    call = {"function": {"name": "f", "arguments": {"a": None}}}
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [call]}]
-    notes = Notes()
-    Renderer(tokenizer).render({"messages": messages}, Layout("chat", columnar=True), "rows.parquet, row 1", notes)
+    tools = [{"name": "f", "parameters": {"type": "object", "default": None}}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row, notes = {"messages": messages, "tools": tools}, Notes()
+    Renderer(tokenizer).render(row, Layout("chat", columnar=True), "rows.parquet, row 1", notes)
     assert any("taken for absent keys" in line for line in notes)

@@ -106,6 +106,8 @@ def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     chosen = load_tokenizer(section(tmp_path / "base", chat_template=str(tmp_path / "mine.jinja")))
     assert chosen.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+    known = load_tokenizer(section(tmp_path / "base", chat_template="{{ 'text' }}"))
+    assert known.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "text"
     with pytest.raises(UserError, match=r"model.chat_template: cannot read"):
         load_tokenizer(section(tmp_path / "base", chat_template=str(tmp_path / "none.jinja")))
     (tmp_path / "empty").mkdir()

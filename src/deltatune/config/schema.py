@@ -67,7 +67,8 @@ class ModelSection(Section):
     """Another folder or Hub name for the tokenizer; the checkpoint's own by default."""
 
     chat_template: Text | None = None
-    """A Jinja file that replaces the tokenizer's chat template."""
+    """What replaces the tokenizer's chat template: a known format (`chatml`, `gemma`, `llama2`, `llama3`, `mistral`,
+    `phi`, `phi4` or `qwen3`), a Jinja file, or Jinja text. A file of such a name is meant by `./chatml`."""
 
 
 class LoraSection(Section):
@@ -184,8 +185,9 @@ class DataSection(Section):
     weight_by: Literal["tokens", "documents"] = "tokens"
     """Whether the `weight` of sources is a share of the tokens or of the documents."""
 
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
+    train_on: Literal["assistant", "last", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = "assistant"
+    """Which tokens of a conversation are targets: every assistant turn, the last one, all tokens, or every message of
+    the roles in a list, such as `[assistant, tool]`."""
 
     roles: dict[Text, Role] = Field(default_factory=dict)
     """Roles of speakers whose names in the files are others, such as `{bot: assistant}`. Names of ShareGPT files
@@ -213,7 +215,7 @@ class DataSection(Section):
     """Processes that tokenise; by default as many as there are cores."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables handed to the chat template, such as `{enable_thinking: false}`."""
+    """Variables handed to the chat template, such as `{enable_thinking: false}`; one it never reads is an error."""
 
 
 class PackingSection(Section):
