@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deltatune.packing.bins import pack
     from deltatune.packing.collate import PackedCollator
     from deltatune.packing.sequences import Sequences
+    from deltatune.packing.shuffled import pack_shuffled
     from deltatune.preparation import Prepared, prepare
     from deltatune.verification import VerifyReport, verify
 
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "ops",
     "pack",
+    "pack_shuffled",
     "prepare",
     "verify",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "Sequences": "deltatune.packing.sequences",
     "VerifyReport": "deltatune.verification",
     "pack": "deltatune.packing.bins",
+    "pack_shuffled": "deltatune.packing.shuffled",
     "prepare": "deltatune.preparation",
     "verify": "deltatune.verification",
 }

@@ -82,6 +82,6 @@ def test_plan_gives_warnings(capsys, write_recipe) -> None:
 def test_plan_reads_evaluation_data_too(capsys, write_recipe, write_rows) -> None:
     good, bad = write_rows({"text": "held out"}, name="eval.jsonl"), write_rows("{", name="bad.jsonl")
     assert main(["plan", str(write_recipe()), "--set", f"data.eval.0.path={good}"]) == 0
-    assert "evaluation\n1 row -> 1 document," in capsys.readouterr().out
+    assert "\neval: 1 row -> 1 document," in capsys.readouterr().out
     assert main(["plan", str(write_recipe()), "--set", f"data.eval.0.path={bad}"]) == 2
     assert "bad.jsonl" in capsys.readouterr().err

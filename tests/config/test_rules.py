@@ -42,6 +42,61 @@ ERRORS = {
         "data.eval",
         "{training: {eval_strategy: epoch}, data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}}",
     ),
+    "evaluation_may_come_from_the_training_rows": (
+        "training: {eval_strategy: epoch}",
+        "data.val_size",
+        "{training: {eval_strategy: epoch}, data: {train: [{path: a.jsonl}], val_size: 0.1}}",
+    ),
+    "one_place_for_evaluation_data": (
+        "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}], val_size: 5}",
+        "data.val_size cannot act beside data.eval",
+        "data: {train: [{path: a.jsonl}], val_size: 5}",
+    ),
+    "every_source_has_a_weight_or_none": (
+        "data: {train: [{path: a.jsonl, weight: 1}, {path: b.jsonl}]}",
+        "data.train.1.weight is missing",
+        "data: {train: [{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 2.5}]}",
+    ),
+    "weights_are_measured_where_there_are_some": (
+        "data: {train: [{path: a.jsonl}], weight_by: documents}",
+        "data.weight_by: documents cannot act",
+        "data: {train: [{path: a.jsonl, weight: 1}], weight_by: documents}",
+    ),
+    "evaluation_sees_every_document_once": (
+        "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl, repeat: 2}]}",
+        "data.eval.0.repeat cannot act",
+        "data: {train: [{path: a.jsonl, repeat: 2}], eval: [{path: b.jsonl}]}",
+    ),
+    "a_document_fits_a_pack": (
+        "{data: {train: [{path: a.jsonl}], max_length: 512}, packing: {tokens_per_batch: 256}}",
+        "data.max_length: 512 cannot act above packing.tokens_per_batch: 256",
+        "{data: {train: [{path: a.jsonl}], max_length: 256}, packing: {tokens_per_batch: 256}}",
+    ),
+    "a_stream_has_no_end": (
+        "data: {train: [{path: a.jsonl}], streaming: true}",
+        "data.streaming needs training.max_steps",
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5}}",
+    ),
+    "a_stream_holds_nothing_out": (
+        "{data: {train: [{path: a.jsonl}], streaming: true, val_size: 5}, training: {max_steps: 5}}",
+        "data.val_size cannot act with data.streaming",
+        "{data: {train: [{path: a.jsonl}], streaming: true, eval: [{path: b.jsonl}]}, training: {max_steps: 5}}",
+    ),
+    "lengths_of_a_stream_are_not_known": (
+        "{data: {train: [{path: a.jsonl, weight: 2}], streaming: true}, training: {max_steps: 5}}",
+        "set it to documents",
+        "{data: {train: [{path: a.jsonl, weight: 2}], weight_by: documents, streaming: yes}, training: {max_steps: 5}}",
+    ),
+    "a_stream_repeats_anyway": (
+        "{data: {train: [{path: a.jsonl, repeat: 2}], streaming: true}, training: {max_steps: 5}}",
+        "data.train.0.repeat cannot act with data.streaming",
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5}}",
+    ),
+    "one_process_reads_a_stream": (
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5, dataloader_num_workers: 2}}",
+        "training.dataloader_num_workers above 1 cannot act",
+        "{data: {train: [{path: a.jsonl}], streaming: true}, training: {max_steps: 5, dataloader_num_workers: 1}}",
+    ),
     "steps_need_their_strategy": (
         "training: {save_strategy: epoch, save_steps: 50}",
         "save_strategy",
@@ -79,6 +134,21 @@ ERRORS = {
         "data: {train: [{path: a, format: chat, columns: {text: body}}]}",
         "data.train.0.columns.text",
         "data: {train: [{path: a, format: text, columns: {text: body}}]}",
+    ),
+    "roles_need_messages": (
+        "data: {train: [{path: a, format: alpaca}], roles: {bot: assistant}}",
+        "data.roles cannot act",
+        "data: {train: [{path: a, format: alpaca}, {path: b}], roles: {bot: assistant}}",
+    ),
+    "message_fields_need_messages": (
+        "data: {train: [{path: a, format: text, message_fields: {role: speaker}}]}",
+        "data.train.0.message_fields cannot act with format: text",
+        "data: {train: [{path: a, format: prompt_completion, message_fields: {role: speaker}}]}",
+    ),
+    "tokens_have_no_turns": (
+        "data: {train: [{path: a, format: tokens}], train_on: last}",
+        "data.train_on",
+        "data: {train: [{path: a, format: tokens}, {path: b, format: alpaca}], train_on: last}",
     ),
     "hub_settings_need_the_hub": (
         "data: {train: [{path: a.jsonl, split: test}]}",
@@ -135,7 +205,10 @@ def test_a_broken_rule_stops_the_recipe(broken, named, mended, tmp_path) -> None
     assert load_recipe(recipe_file(tmp_path, mended)).warnings == []
 
 
-@pytest.mark.parametrize(("setting", "plain"), [("name: all", "name=null"), ("split: test", "split=train")])
+@pytest.mark.parametrize(
+    ("setting", "plain"),
+    [("name: all", "name=null"), ("split: test", "split=null"), ("revision: main", "revision=null")],
+)
 def test_a_file_in_place_of_a_data_set_says_what_to_set(setting, plain, tmp_path) -> None:
     path = recipe_file(tmp_path, f"data: {{train: [{{path: owner/a, {setting}}}]}}")
     here = "data.train.0.path=mine.jsonl"

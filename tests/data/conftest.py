@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from template_cases import build_tokenizer
 
 CHATML = """
 {%- for message in messages %}
@@ -36,34 +37,6 @@ THINKING = """
 {%- else %}{{- '<think>\\n' }}
 {%- endif %}
 {%- endif %}"""
-
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. What is two plus two? Four, of course!",
-    "user assistant system tool <think>\n\n</think> Hello there\n\nGood morning. Paris Rome Berlin",
-]
-
-
-def build_tokenizer(template, *, trim_offsets=False):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=template,
-    )
 
 
 @pytest.fixture(scope="session")

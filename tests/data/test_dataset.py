@@ -1,13 +1,19 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from deltatune.data.chat import Renderer
-from deltatune.data.dataset import PackingReport, pack_documents
+from deltatune.data.dataset import pack_documents
 from deltatune.data.documents import Documents, tokenize
 from deltatune.data.messages import Layout
+from deltatune.data.mixture import Shares
+from deltatune.data.report import PackingReport, one_source, variance_between
+from deltatune.data.shards import Shard
 from deltatune.data.sources import load_rows
 from deltatune.errors import DataError
 from deltatune.packing.collate import PackedCollator
+from deltatune.packing.shuffled import Packs
 
 TEXT = Layout("text")
 
@@ -31,13 +37,16 @@ def make_documents(lengths, trained=None):
     """Documents of consecutive numbers; ``trained`` is a mask over all tokens."""
     total = sum(lengths)
     mask = np.ones(total, dtype=bool) if trained is None else np.asarray(trained, dtype=bool)
-    return Documents(
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    shard = Shard(
         tokens=np.arange(total, dtype=np.int32),
         trained=mask,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        lengths=np.array(lengths, dtype=np.int32),
+        targets=np.array([mask[at + 1 : to].sum() for at, to in pairwise(starts)], dtype=np.int32),
         rows=np.arange(len(lengths)),
-        source=Numbered(len(lengths)),
+        contents=np.arange(len(lengths), dtype=np.uint64),
     )
+    return Documents([shard], Numbered(len(lengths)), TEXT)
 
 
 def all_pieces(dataset):
@@ -133,106 +142,82 @@ def test_nothing_left_is_an_error():
         pack_documents([make_documents([9, 10])], tokens_per_batch=8, overlong="drop")
 
 
-def test_several_processes_give_the_same_documents(tokenizer, texts):
-    one = tokenize(texts, TEXT, Renderer(tokenizer))
-    two = tokenize(texts, TEXT, Renderer(tokenizer), num_proc=2)
-    for name in ("tokens", "trained", "offsets", "rows"):
-        assert np.array_equal(getattr(one, name), getattr(two, name))
-
-
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_the_first_bad_row_is_named_whoever_reads_it(tokenizer, write_jsonl, num_proc):
-    rows = [{"text": "fox"}] * 600
-    rows[300] = rows[590] = {"text": ""}
-    source = load_rows(str(write_jsonl(rows)))
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 301: text is empty"):
-        tokenize(source, TEXT, Renderer(tokenizer), num_proc=num_proc)
-
-
-class TestCache:
-    def tokenize_counting(self, rows, renderer, cache, layout=TEXT):
-        """Documents, and whether they were made anew."""
-        rendered = []
-
-        class Counting(Renderer):
-            def render(self, row, layout, where):
-                rendered.append(where)
-                return super().render(row, layout, where)
-
-        documents = tokenize(rows, layout, Counting(**vars(renderer)), cache_dir=cache)
-        return documents, bool(rendered)
-
-    def test_a_second_run_reads_the_same_documents(self, tokenizer, texts, tmp_path):
-        cache = tmp_path / "cache"
-        first, made = self.tokenize_counting(texts, Renderer(tokenizer), cache)
-        second, made_again = self.tokenize_counting(texts, Renderer(tokenizer), cache)
-        plain = tokenize(texts, TEXT, Renderer(tokenizer))
-        assert (made, made_again) == (True, False)
-        for name in ("tokens", "trained", "offsets", "rows"):
-            assert np.array_equal(getattr(first, name), getattr(plain, name))
-            assert np.array_equal(getattr(second, name), getattr(plain, name))
-        assert len(list(cache.iterdir())) == 1
-
-    def test_what_changes_the_tokens_changes_the_entry(self, tokenizer, marked_tokenizer, texts, write_jsonl, tmp_path):
-        cache = tmp_path / "cache"
-        other_rows = load_rows(str(write_jsonl([{"text": f"fox {i}"} for i in range(300)], "other.jsonl")))
-        runs = [
-            (texts, Renderer(tokenizer), TEXT),
-            (other_rows, Renderer(tokenizer), TEXT),
-            (texts, Renderer(marked_tokenizer), TEXT),
-            (texts, Renderer(tokenizer, chat_template="x"), TEXT),
-            (texts, Renderer(tokenizer, train_on="all"), TEXT),
-            (texts, Renderer(tokenizer, template_kwargs={"enable_thinking": False}), TEXT),
-            (texts, Renderer(tokenizer), Layout("text", {"text": "text"})),
-        ]
-        assert all(self.tokenize_counting(rows, renderer, cache, layout)[1] for rows, renderer, layout in runs)
-        assert len(list(cache.iterdir())) == len(runs)
-
-    def test_a_failure_leaves_nothing(self, tokenizer, write_jsonl, tmp_path):
-        cache = tmp_path / "cache"
-        rows = load_rows(str(write_jsonl([{"text": "a"}, {"text": ""}])))
-        with pytest.raises(DataError):
-            tokenize(rows, TEXT, Renderer(tokenizer), cache_dir=cache)
-        assert not cache.exists()
-
-    def test_a_write_that_fails_leaves_nothing(self, tokenizer, texts, tmp_path, monkeypatch):
-        cache = tmp_path / "cache"
-
-        def disk_full(*arguments):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(np, "save", disk_full)
-        with pytest.raises(DataError, match=r"No space left on device; set data\.cache_dir"):
-            tokenize(texts, TEXT, Renderer(tokenizer), cache_dir=cache)
-        assert list(cache.iterdir()) == []
-
-    def test_a_place_that_cannot_be_written_is_named(self, tokenizer, texts, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(DataError, match=r"set data\.cache_dir"):
-            tokenize(texts, TEXT, Renderer(tokenizer), cache_dir=tmp_path / "file" / "cache")
-
-    def test_losing_a_race_takes_the_winners_entry(self, tokenizer, texts, tmp_path, monkeypatch):
-        cache = tmp_path / "cache"
-        original = np.save
-        raced = []
-
-        def save_after_the_other(path, array):
-            if not raced:
-                raced.append(True)
-                tokenize(texts, TEXT, Renderer(tokenizer), cache_dir=cache)
-            original(path, array)
-
-        monkeypatch.setattr(np, "save", save_after_the_other)
-        documents = tokenize(texts, TEXT, Renderer(tokenizer), cache_dir=cache)
-        assert len(documents) == 700
-        assert len(list(cache.iterdir())) == 1
-
-
 def test_report_counts_one_as_one():
-    text = str(PackingReport(1, 1, 1, 0, 1, 8, 1 / 8, 1))
+    text = str(PackingReport(1, 1, 1, 0, 1, 8, 1 / 8, 1, 0.0))
     assert text.startswith("1 row -> 1 document, 1 token, 0 of them trained; longest document 1 token\n1 pack of")
 
 
 def test_report_prints_what_was_cut():
-    report = PackingReport(1, 2, 3, 2, 1, 8, 3 / 8, 9, split=1, unlabelled=4)
+    report = PackingReport(1, 2, 3, 2, 1, 8, 3 / 8, 9, 0.0, split=1, unlabelled=4)
     assert str(report).endswith("over-long documents: 1 split, 4 left out because the cut left no trained token")
+
+
+def test_a_document_may_be_shorter_than_a_pack():
+    with pytest.raises(DataError, match=r"line 2 has 9 tokens, more than data\.max_length=5 \(2 such documents"):
+        pack_documents([make_documents([3, 9, 8])], tokens_per_batch=16, max_length=5)
+    dataset = pack_documents([make_documents([3, 9, 8])], tokens_per_batch=16, max_length=5, overlong="truncate")
+    assert all_pieces(dataset) == [tuple(range(3)), tuple(range(3, 8)), tuple(range(12, 17))]
+
+
+def test_documents_that_are_not_kept_are_in_no_pack():
+    keep = [np.array([True, False, True]), np.array([False])]
+    dataset = pack_documents([make_documents([3, 4, 5]), make_documents([6])], tokens_per_batch=16, keep=keep)
+    assert all_pieces(dataset) == [tuple(range(3)), tuple(range(7, 12))]
+    assert (dataset.report.documents, dataset.report.one_source_packs) == (2, None)
+
+
+def test_without_a_seed_packs_follow_the_order_of_the_rows():
+    dataset = pack_documents([make_documents([4] * 9)], tokens_per_batch=12, seed=None)
+    firsts = [[sample.input_ids[0] // 4 for sample in pack] for pack in dataset]
+    # the end of a pack is chosen by length alone, so equal lengths come as they stand
+    assert firsts == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_an_array_takes_the_pieces_of_another_epoch():
+    dataset = pack_documents([make_documents([4] * 40)], tokens_per_batch=16)
+    for epoch in (1, 2):
+        packs = dataset.epochs(epoch)
+        assert sorted(tuple(s.input_ids) for pack in packs for s in dataset[pack]) == all_pieces(dataset)
+        assert [[tuple(s.input_ids) for s in dataset[pack]] for pack in packs] != [
+            [tuple(s.input_ids) for s in pack] for pack in dataset
+        ]
+
+
+def test_weighted_and_repeated_sources_are_counted_as_an_epoch_takes_them():
+    sources = [make_documents([10] * 30), make_documents([10] * 10)]
+    shares = Shares(weights=[1.0, 1.0], repeats=[1, 2])
+    report = pack_documents(sources, tokens_per_batch=100, shares=shares).report
+    assert (report.rows, report.documents, report.tokens, report.trained_tokens) == (40, 40, 400, 360)
+    assert report.sources == (
+        "rows.jsonl: 50.0% of the tokens, 20 of 30 documents an epoch",
+        "rows.jsonl: 50.0% of the tokens, 20 of 10 documents an epoch",
+    )
+
+
+@pytest.mark.parametrize(
+    ("packs", "between", "of_one_source"),
+    [
+        ([[0, 1], [2, 3]], 1.0, 1.0),
+        ([[0, 2], [1, 3]], 0.0, 0.0),
+        ([[0], [1, 2, 3]], 1 / 3, 0.5),  # means 2 and 14 / 3 around 4: (4 + 3 * 4 / 9) / 16
+    ],
+)
+def test_measures_of_how_documents_are_mixed(packs, between, of_one_source):
+    """Lengths 2, 2 of one source and 6, 6 of another."""
+    made = Packs(np.concatenate(packs), np.cumsum([0, *map(len, packs)]))
+    assert variance_between(made, np.array([2, 2, 6, 6])) == pytest.approx(between)
+    assert one_source(made, np.array([0, 0, 1, 1])) == of_one_source
+
+
+def test_the_report_measures_how_documents_are_mixed():
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(80, 200, 4000), rng.integers(300, 1200, 1000)
+    report = pack_documents([make_documents(short), make_documents(long)], tokens_per_batch=4096).report
+    assert report.variance_between_packs < 0.1
+    assert report.one_source_packs < 0.02
+    assert "% of the variance of length lies between packs, " in str(report)
+
+
+def test_remarks_are_the_last_lines_of_the_report():
+    report = pack_documents([make_documents([3])], tokens_per_batch=8, remarks=["rows.jsonl: 1 row dropped:"]).report
+    assert str(report).endswith("\nrows.jsonl: 1 row dropped:")

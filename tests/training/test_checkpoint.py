@@ -106,10 +106,25 @@ def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     chosen = load_tokenizer(section(tmp_path / "base", chat_template=str(tmp_path / "mine.jinja")))
     assert chosen.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+    known = load_tokenizer(section(tmp_path / "base", chat_template="{{ 'text' }}"))
+    assert known.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "text"
     with pytest.raises(UserError, match=r"model.chat_template: cannot read"):
         load_tokenizer(section(tmp_path / "base", chat_template=str(tmp_path / "none.jinja")))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"cannot load a tokenizer from .*; set model.tokenizer"):
-        load_tokenizer(section(tmp_path / "base", tokenizer=str(tmp_path / "nothing")))
+        load_tokenizer(section(tmp_path / "base", tokenizer=str(tmp_path / "empty")))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_checkpoint(tmp_path / "base", tiny_model("qwen3"))
+    vocabulary = load_tokenizer(section(tmp_path / "base")).get_vocab()
+    assert load_tokenizer(section("~/base")).get_vocab() == vocabulary
+    assert load_tokenizer(section("a/b", tokenizer="~/base")).get_vocab() == vocabulary
+    assert load_config(section("~/base")).model_type == "qwen3"
+    for key, chosen in (("name_or_path", section("~/bas")), ("tokenizer", section("~/base", tokenizer="~/bas"))):
+        with pytest.raises(UserError, match=rf"^model.{key}: ~/bas is no folder; .*did you mean base\?"):
+            load_tokenizer(chosen)
 
 
 def test_the_last_complete_checkpoint_is_where_a_run_resumes(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from deltatune.data.stream import Place
 from deltatune.errors import DataError, UserError
+from deltatune.packing import shuffled
+from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.export import merge_adapter
 from deltatune.training.run import train, verify
@@ -118,6 +121,34 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     again = train(parts, resume=True, console=QUIET)
     assert again.metrics["steps"] == 0
     assert json.loads((tmp_path / "parts" / "metrics.json").read_text()) == resumed.metrics, "a finished run's figures"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_goes_on_in_its_middle_bit_for_bit(
+    tmp_path: Path, checkpoint: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs_module, "BLOCK_ROWS", 24)
+    monkeypatch.setattr(shuffled, "_WINDOW", 8)
+    training = {
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "max_steps": 12,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": workers,
+    }
+    data = {"streaming": True}
+    uninterrupted = train(make_recipe(tmp_path, checkpoint, data=data, training=training), console=QUIET)
+    parts = make_recipe(tmp_path, checkpoint, data=data, training={**training, "output_dir": str(tmp_path / "parts")})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_trainer", stopping_after(7, run_module._trainer))
+        train(parts, console=QUIET)
+    place = Place.load(tmp_path / "parts" / "checkpoint-7" / "stream-00000-of-00001.npz")
+    assert 0 < place.pack < 14, "the block of the last pack is not the first, and that pack is not its first"
+    resumed = train(parts, resume=True, console=QUIET)
+    assert losses(resumed) == losses(uninterrupted)
+    assert len(losses(resumed)) == 12
+    expected, found = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("output", "parts"))
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
 def stopping_after(step: int, build: Any) -> Any:

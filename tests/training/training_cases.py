@@ -49,6 +49,9 @@ class Packs:
         self.seen.append(index)
         return self.packs[index]
 
+    def epochs(self, _: int) -> range:
+        return range(len(self))
+
     @property
     def num_trained(self) -> int:
         return sum(sample.num_trained for pack in self.packs for sample in pack)

@@ -13,13 +13,15 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.memory import MemoryEstimate, device_memory, optimizer_bytes
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import PackedDataset, counted
+from deltatune.data.dataset import PackedDataset
+from deltatune.data.report import counted
+from deltatune.data.stream import PackStream
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
-from deltatune.training.packs import load_packs
+from deltatune.training.packs import load_data
 from deltatune.training.run import estimate_step, prepare_by_recipe
 
 __all__ = ["run"]
@@ -37,12 +39,10 @@ def run(args: argparse.Namespace) -> int:
     model = adapt(empty_model(recipe.model), recipe.lora)
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
-    packs = load_packs(recipe.data.train, recipe, tokenizer)
-    held_out = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
+    data = load_data(recipe, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
-    lines += ["", str(packs.report), *_steps(packs, arguments)]
-    lines += [] if held_out is None else ["", "evaluation", str(held_out.report)]
+    lines += ["", *data.lines(), *_steps(data.train, arguments)]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
@@ -64,7 +64,7 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
     ]
 
 
-def _steps(packs: PackedDataset, arguments: TrainingArguments) -> list[str]:
+def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments) -> list[str]:
     """Steps as transformers.Trainer counts them: a short last accumulation is a step as well."""
     mesh = Mesh.of(arguments)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)

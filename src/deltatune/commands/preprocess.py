@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import counted
 from deltatune.data.preview import preview
+from deltatune.data.report import counted
 from deltatune.training.checkpoint import load_tokenizer
-from deltatune.training.packs import cache_folder, load_packs
+from deltatune.training.packs import cache_folder, load_data
 
 __all__ = ["run"]
 
@@ -27,14 +27,12 @@ def run(args: argparse.Namespace) -> int:
     recipe: Recipe = args.recipe
     check_training_names(recipe.training, [field.name for field in dataclasses.fields(TrainingArguments)])
     tokenizer = load_tokenizer(recipe.model)
-    parts = {"train": recipe.data.train, "eval": recipe.data.eval}
-    packs = {name: load_packs(sources, recipe, tokenizer) for name, sources in parts.items() if sources}
+    data = load_data(recipe, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
-    for name, packed in packs.items():
-        sys.stdout.write(f"{name}: {packed.report}\n")
+    sys.stdout.writelines(f"{line}\n" for line in data.lines())
     sys.stdout.write(f"tokenised data is in {cache_folder(recipe)}\n")
     color = _wants_color(args.color)
-    samples = (sample for index in range(len(packs["train"])) for sample in packs["train"][index])
+    samples = (sample for index in range(len(data.train)) for sample in data.train[index])
     for number, sample in enumerate(islice(samples, args.show), start=1):
         trained = f"{sample.num_trained:,} of them trained"
         sys.stdout.write(f"\nsample {number}: {counted(len(sample), 'token')}, {trained}\n")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from pydantic import BaseModel
 
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.refused import refusal
+from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
 __all__ = ["adapter_errors", "check_recipe", "check_training_names"]
 
-_ROLES = {"chat": ("messages", "tools"), "prompt_completion": ("prompt", "completion", "tools"), "text": ("text",)}
+_DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
+# formats whose rows hold messages, or may hold them
+_OF_MESSAGES = ("auto", "chat", "prompt_completion")
+# formats whose rows say themselves which tokens train
+_WITHOUT_TEMPLATE = ("text", "tokens")
 
 
 def _compile_errors(recipe: Recipe) -> Iterator[str]:
@@ -53,9 +60,9 @@ def _training_names(recipe: Recipe) -> Iterator[str]:
 
 def _schedule_errors(recipe: Recipe) -> Iterator[str]:
     training = recipe.training
-    if training.eval_strategy != "no" and not recipe.data.eval:
+    if training.eval_strategy != "no" and not recipe.data.eval and recipe.data.val_size is None:
         yield (
-            f"training.eval_strategy: {training.eval_strategy} needs data.eval; add a source to it, "
+            f"training.eval_strategy: {training.eval_strategy} needs data.eval or data.val_size; add one, "
             "or set training.eval_strategy to no"
         )
     for kind in ("eval", "save"):
@@ -107,28 +114,68 @@ def adapter_errors(lora: LoraSection) -> Iterator[str]:
 
 
 def _data_errors(recipe: Recipe) -> Iterator[str]:
-    if all(source.format == "text" for _, source in _sources(recipe)):
+    if all(source.format in _WITHOUT_TEMPLATE for _, source in _sources(recipe)):
         settings = {
             "data.chat_template_kwargs": _differs(recipe.data, "chat_template_kwargs"),
             "data.train_on": _differs(recipe.data, "train_on"),
             "model.chat_template": _differs(recipe.model, "chat_template"),
         }
         for name in (name for name, given in settings.items() if given):
-            yield f"{name} cannot act: every source has format: text, where all tokens train; leave it out"
+            yield f"{name} cannot act: every source has format: text or tokens, without turns; leave it out"
+    if recipe.data.roles and not any(source.format in _OF_MESSAGES for _, source in _sources(recipe)):
+        yield "data.roles cannot act: no source has messages; leave it out"
     for where, source in _sources(recipe):
         for role in source.columns:
-            if source.format != "auto" and role not in _ROLES[source.format]:
-                expected = ", ".join(_ROLES[source.format])
+            if source.format != "auto" and role not in columns_of(source.format):
+                expected = ", ".join(columns_of(source.format))
                 yield f"{where}.columns.{role} cannot act with format: {source.format}; expected {expected}"
-        # a file has no splits and no configurations
-        if source.path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
-            for name in ("split", "name"):
-                if _differs(source, name):
-                    plain = _default(source, name) or "null"
+        if source.message_fields and source.format not in _OF_MESSAGES:
+            yield f"{where}.message_fields cannot act with format: {source.format}, which has no messages; leave it out"
+        if _DATA_FILE.search(source.path) and not Path(source.path).is_dir():
+            for name in ("split", "name", "revision"):
+                # a slice divides a file too
+                if _differs(source, name) and "[" not in getattr(source, name):
                     yield (
                         f"{where}.{name} cannot act on a file ({source.path}); leave it out of the recipe, "
-                        f"or pass --set {where}.{name}={plain}"
+                        f"or pass --set {where}.{name}=null"
                     )
+
+
+def _mixture_errors(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.eval and data.val_size is not None:
+        yield "data.val_size cannot act beside data.eval, which is evaluated on already; leave one of them out"
+    weighted = [source.weight is not None for source in data.train]
+    if any(weighted) and not all(weighted):
+        yield f"data.train.{weighted.index(False)}.weight is missing: give every source a weight, or none"
+    if data.weight_by != "tokens" and not any(weighted) and not data.streaming:
+        yield f"data.weight_by: {data.weight_by} cannot act: no source has a weight"
+    for index, source in enumerate(data.eval):
+        for name in ("weight", "repeat"):
+            if _differs(source, name):
+                yield f"data.eval.{index}.{name} cannot act: an evaluation sees every document once"
+    if data.max_length is not None and data.max_length > recipe.packing.tokens_per_batch:
+        yield (
+            f"data.max_length: {data.max_length} cannot act above packing.tokens_per_batch: "
+            f"{recipe.packing.tokens_per_batch}, since a document must fit a pack; raise that, or leave this out"
+        )
+
+
+def _streaming_errors(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if not data.streaming:
+        return
+    if recipe.training.max_steps < 1:
+        yield "data.streaming needs training.max_steps, since a stream has no end"
+    if data.val_size is not None:
+        yield "data.val_size cannot act with data.streaming: rows are not known beforehand; use data.eval"
+    if any(source.weight is not None for source in data.train) and data.weight_by == "tokens":
+        yield "data.weight_by: tokens cannot act with data.streaming, where lengths are not known; set it to documents"
+    for index, source in enumerate(data.train):
+        if source.repeat != 1:
+            yield f"data.train.{index}.repeat cannot act with data.streaming: a source that ends begins again"
+    if recipe.training.dataloader_num_workers > 1:
+        yield "training.dataloader_num_workers above 1 cannot act with data.streaming: one process reads the stream"
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
@@ -151,13 +198,21 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             f"every weight trains in {recipe.model.dtype}: small updates round away; "
             "model.dtype: float32 with training.bf16 keeps them, for twice the memory of weights and optimizer"
         )
-    trained = {(source.path, source.name, source.split) for source in recipe.data.train}
+    trained = {_origin(source) for source in recipe.data.train}
     for source in recipe.data.eval:
-        if (source.path, source.name, source.split) in trained:
+        if _origin(source) in trained:
             yield f"data.eval uses {source.path}, which data.train uses as well: the evaluation is not held out"
 
 
-_ERRORS = (_compile_errors, _training_names, _schedule_errors, _model_errors, _data_errors)
+_ERRORS = (
+    _compile_errors,
+    _training_names,
+    _schedule_errors,
+    _model_errors,
+    _data_errors,
+    _mixture_errors,
+    _streaming_errors,
+)
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -199,6 +254,10 @@ def _differs(section: BaseModel, name: str) -> bool:
 def _default(section: BaseModel, name: str) -> object:
     default: object = type(section).model_fields[name].get_default(call_default_factory=True)
     return default
+
+
+def _origin(source: Source) -> tuple[str | None, ...]:
+    return source.path, source.name, source.split or "train", source.revision
 
 
 def _sources(recipe: Recipe) -> list[tuple[str, Source]]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
+
 __all__ = [
     "CompileSection",
     "DataSection",
@@ -36,7 +38,6 @@ OpName = Literal[
     "rms_norm_rope",
     "varlen_attention",
 ]
-ColumnRole = Literal["messages", "tools", "prompt", "completion", "text"]
 
 
 class Section(BaseModel):
@@ -66,7 +67,8 @@ class ModelSection(Section):
     """Another folder or Hub name for the tokenizer; the checkpoint's own by default."""
 
     chat_template: Text | None = None
-    """A Jinja file that replaces the tokenizer's chat template."""
+    """What replaces the tokenizer's chat template: a known format (`chatml`, `gemma`, `llama2`, `llama3`, `mistral`,
+    `phi`, `phi4` or `qwen3`), a Jinja file, or Jinja text. A file of such a name is meant by `./chatml`."""
 
 
 class LoraSection(Section):
@@ -132,22 +134,40 @@ class Source(Section):
     """One data set: a file, a folder of files, or a name on the Hugging Face Hub."""
 
     path: Text
-    """A JSONL, JSON or Parquet file, a folder or a pattern of such files, or the name of a data set on the Hub."""
+    """A file (JSONL, JSON, Parquet, Arrow, CSV, TSV or text; all but tables also compressed), a folder or a pattern of
+    such files, a folder that `save_to_disk` wrote, or the name of a data set on the Hub."""
 
-    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
-    """What a row holds: `messages`, `prompt` and `completion`, or `text`; `auto` looks at the columns."""
+    format: Literal["auto", Format] = "auto"
+    """What a row holds: `messages`; `prompt` and `completion`; `instruction` and `output` (Alpaca); `text`; or tokens,
+    as `input_ids`. `auto` takes the first of these whose columns are there."""
 
-    split: Text = "train"
-    """The split of a data set on the Hub."""
+    split: Text | None = None
+    """A split of a folder or of a data set on the Hub, `train` by default; a sum of splits, or slices of them, such as
+    `train[:90%]` and `train[90%:]`, which divide a single file too."""
 
     name: Text | None = None
-    """The configuration of a data set on the Hub."""
+    """A configuration of a data set on the Hub, or of a folder whose README.md lists configurations."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a data set on the Hub."""
 
     columns: dict[ColumnRole, Text] = Field(default_factory=dict)
     """Columns that go by another name, such as `{messages: conversation}`."""
 
+    message_fields: dict[MessageField, Text] = Field(default_factory=dict)
+    """Keys of a message that go by another name, such as `{role: speaker, content: text}`. ShareGPT's `from` and
+    `value` need no entry. Beside `columns`, since each file has names of its own."""
+
     limit: Count | None = None
     """Use the first so many rows only."""
+
+    weight: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """This source's share of an epoch, in any unit, beside the weights of the others, which then all have one. An
+    epoch is as long as it can be without a source giving more than all of its documents (`repeat` times); of the
+    others each epoch takes the next part."""
+
+    repeat: Count = 1
+    """How often an epoch sees each document; with weights, how often it may."""
 
 
 class DataSection(Section):
@@ -159,21 +179,44 @@ class DataSection(Section):
     eval: tuple[Source, ...] = ()
     """Held-out data, packed the same way: evaluated after training, and during it as `training.eval_strategy` says."""
 
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens of a conversation are targets: every assistant turn, the last one, or all tokens."""
+    val_size: Annotated[float, Strict(), Field(gt=0, lt=1)] | Count | None = None
+    """Rows of `train` to evaluate on and not train on: a share below 1, or a number. A row's content decides, so equal
+    rows are never on both sides, and a row stays on its side when others come and go."""
+
+    weight_by: Literal["tokens", "documents"] = "tokens"
+    """Whether the `weight` of sources is a share of the tokens or of the documents."""
+
+    train_on: Literal["assistant", "last", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = "assistant"
+    """Which tokens of a conversation are targets: every assistant turn, the last one, all tokens, or every message of
+    the roles in a list, such as `[assistant, tool]`."""
+
+    roles: dict[Text, Role] = Field(default_factory=dict)
+    """Roles of speakers whose names in the files are others, such as `{bot: assistant}`. Names of ShareGPT files
+    (`human`, `gpt`, `observation`, ...) need no entry; an unknown name is an error."""
 
     overlong: Literal["error", "split", "truncate", "drop"] = "error"
-    """What to do with a document longer than `packing.tokens_per_batch`. `error` by default, because each other
-    choice loses context or data: cut into independent documents, keep the beginning, or leave out. All are counted."""
+    """What to do with a document that is too long. `error` by default, because each other choice loses context or
+    data: cut into independent documents, keep the beginning, or leave out. All are counted."""
+
+    streaming: Flag = False
+    """Read `train` as training goes, without tokenising it first: for data that does not fit the disk, or is not there
+    yet. Rows are shuffled and packed in blocks of 8,192; several sources are mixed by documents, in equal parts or by
+    `weight`. Needs `training.max_steps`."""
+
+    max_length: Annotated[int, Strict(), Field(ge=2)] | None = None
+    """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""
+
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What to do with a row that cannot be rendered or trains nothing: stop there, or leave it out, name and count."""
 
     cache_dir: Text | None = None
     """Where tokenised data is kept; the cache of the `datasets` package by default."""
 
     num_proc: Count | None = None
-    """Processes that tokenise; one by default."""
+    """Processes that tokenise; by default as many as there are cores."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables handed to the chat template, such as `{enable_thinking: false}`."""
+    """Variables handed to the chat template, such as `{enable_thinking: false}`; one it never reads is an error."""
 
 
 class PackingSection(Section):

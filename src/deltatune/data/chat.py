@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltatune.data.messages import Conversation, Layout, Row, read_conversation, read_text
+from deltatune.data.conversation import RenderedConversation
+from deltatune.data.formats import Layout, Row, check_row
+from deltatune.data.message_forms import MessageForms
+from deltatune.data.messages import Conversation, read_conversation, read_text
+from deltatune.data.notes import Notes
+from deltatune.data.probes import Probes
+from deltatune.data.template import ChatTemplate, Span, check_variables
+from deltatune.data.tokens import read_tokens
+from deltatune.data.turn_ends import TurnEnds
+from deltatune.data.unrendered import UnreadKeys
 from deltatune.errors import DataError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 
@@ -21,11 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Renderer", "Sample", "TrainOn"]
 
-TrainOn = Literal["assistant", "last", "all"]
-Span = tuple[int, int]
+# every assistant turn, the last one, all tokens, or every message of these roles
+TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
 Indices = NDArray[np.int64]
-
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,19 @@ class Renderer:
     rendered up to each turn, once ending in the generation prompt and once with the turn, and the turn is what the
     second has beyond the first. A template may render an earlier turn differently once more messages follow
     (reasoning removed from the history): such a turn trains in a sample of its own that ends with it, which is what
-    the model sees when it writes that turn. So a row gives one sample, or several, and each turn trains once.
+    the model sees when it writes that turn. So a row gives one sample, or several, and each turn trains once. A row
+    may say of each message whether it trains (``Conversation.trains``), whatever ``train_on`` says.
 
     Prompt and completion. The prompt's tokens are those of the prompt alone, as at inference; the completion and the
     end-of-sequence token train. Lists of messages are rendered as chat, and only the completion's turns train.
 
     Text. Everything trains, the end-of-sequence token after it too.
+
+    Tokens. Rows that are tokenised already say themselves what trains.
     """
 
     tokenizer: PreTrainedTokenizerBase  # a fast one: trained characters are mapped to tokens by its offsets
-    train_on: TrainOn = "assistant"  # every assistant turn, the "last" one, or "all" tokens, prompts included
+    train_on: TrainOn = "assistant"  # or the "last" assistant turn, "all" tokens, prompts included, or a list of roles
     chat_template: str | None = None  # in place of the tokenizer's own
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for the template: {"enable_thinking": False}
 
@@ -56,25 +65,52 @@ class Renderer:
                 f"{type(self.tokenizer).__name__} has no character offsets, which tell the trained tokens; "
                 "use a fast tokenizer (one saved with a tokenizer.json)"
             )
+        if self.template_kwargs and (self.chat_template or self.tokenizer.chat_template):
+            templates = self.chat_template or self.tokenizer.chat_template
+            check_variables([*templates.values()] if isinstance(templates, dict) else [templates], self.template_kwargs)
 
-    def render(self, row: Row, layout: Layout, where: str) -> list[Sample]:
-        """The samples of a row; ``where`` names the row in errors.
+    def render(self, row: Row, layout: Layout, where: str, notes: Notes | None = None) -> list[Sample]:
+        """The samples of a row; ``where`` names the row in errors, and ``notes`` takes what is no error.
 
         Raises:
             DataError: a row that does not hold what ``layout`` says, that the template cannot render, or that would
                 train nothing.
         """
+        check_row(row, layout, where)
         pair = [row.get(layout.column(role)) for role in ("prompt", "completion")]
-        if layout.format == "text":
+        if layout.format == "tokens":
+            samples = [read_tokens(row, layout, len(self.tokenizer), where)]
+        elif layout.format == "text":
             ids = self._with_eos(self._ids(read_text(row, layout.column("text"), where), special=True))
             samples = [Sample(ids, ids)]
         elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
+            if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
+                notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
             samples = [self._completion(row, layout, where)]
         else:
-            samples = self._chat(read_conversation(row, layout, where), where)
-        if not samples or not all(sample.num_trained for sample in samples):
-            raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
-        return samples
+            return self.render_conversation(read_conversation(row, layout, where, notes), where, notes)
+        return _checked(samples, where)
+
+    def render_conversation(self, conversation: Conversation, where: str, notes: Notes | None = None) -> list[Sample]:
+        """The samples of a conversation; otherwise as ``render``."""
+        template = self._template(conversation, where)
+        messages, tools = template.forms.convert(conversation.messages), conversation.tools
+        notes = Notes() if notes is None else notes
+        template.unread.note(messages, tools, where, notes)
+        if not template.ends.known:
+            written = f"{template.ends.plain_end!r} alone" if template.ends.plain_end else "nothing"
+            notes.add(
+                "no control token ends an assistant turn in the chat template, which writes "
+                f"{written}: no single token tells the model to stop",
+                where,
+            )
+        rendered = RenderedConversation(template.ends, messages, tools, where, notes)
+        if self.train_on == "all":
+            unmarked = [i for i, trains in enumerate(conversation.trains) if trains is False]
+            texts = [rendered.whole(unmarked)]
+        else:
+            texts = rendered.trained(self._wanted(conversation, where))
+        return _checked([self._encode(text.text, text.all_spans) for text in texts], where)
 
     def _completion(self, row: Row, layout: Layout, where: str) -> Sample:
         prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
@@ -100,34 +136,45 @@ class Renderer:
             raise DataError("the tokenizer has no eos_token, so a text would have no end; set one and save it again")
         return ids if ids.size and ids[-1] == eos else np.append(ids, eos)
 
-    def _chat(self, conversation: Conversation, where: str) -> list[Sample]:
-        template = _Template(self, conversation, where)
-        messages = conversation.messages
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = [i for i in turns if i >= conversation.num_prompt]
-        if not wanted and self.train_on != "all":
-            place = "completion" if conversation.num_prompt else "conversation"
-            raise DataError(f"{where} has no assistant turn in its {place}, so nothing would train; remove the row")
-        if self.train_on == "all":
-            text = template.text(len(messages))
-            return [self._encode(text, [(0, len(text))])]
+    def _wanted(self, conversation: Conversation, where: str) -> list[int]:
+        """The messages that train, by ``train_on`` and by what the row says of each."""
+        roles = ("assistant",) if isinstance(self.train_on, str) else self.train_on
+        first, messages = conversation.num_prompt, conversation.messages
+        wanted = [i for i in range(first, len(messages)) if messages[i]["role"] in roles]
         if self.train_on == "last":
             wanted = wanted[-1:]
-        if template.has_generation_blocks:
-            text, spans = template.render(len(messages))
-            return [self._encode(text, _of_turns(spans, turns, wanted, where), extend_to_eos=True)]
-        return [self._encode(text, spans, trim=True) for text, spans in template.turns(wanted)]
+        marks = {i: trains for i, trains in enumerate(conversation.trains) if i >= first and trains is not None}
+        if not wanted and True not in marks.values():
+            place = "completion" if first else "conversation"
+            what = " or ".join(roles)
+            raise DataError(f"{where} has no {what} turn in its {place}, so nothing would train; remove the row")
+        return sorted({*wanted, *(i for i, trains in marks.items() if trains)} - {i for i in marks if not marks[i]})
 
-    def _encode(self, text: str, spans: list[Span], *, extend_to_eos: bool = False, trim: bool = False) -> Sample:
-        """Tokens of a rendered conversation; those that lie inside a span train.
+    def _template(self, conversation: Conversation, where: str) -> _Template:
+        try:
+            source = self.tokenizer.get_chat_template(self.chat_template, conversation.tools)
+        except ValueError as error:
+            raise DataError(
+                f"{where} is a conversation, but the tokenizer has no chat template; set model.chat_template, or use "
+                f"an instruction-tuned checkpoint's tokenizer ({one_line(error)})"
+            ) from error
+        if source not in self._templates:
+            self._templates[source] = _Template(ChatTemplate(source, self.tokenizer, self.template_kwargs))
+        return self._templates[source]
 
-        ``trim`` leaves out whitespace that a template writes between the end-of-turn token and the next header, which
-        no model is asked for; ``extend_to_eos`` adds an end-of-sequence token that directly follows a span.
-        """
+    @cached_property
+    def _templates(self) -> dict[str, _Template]:
+        """What was found out about each template; a tokenizer may have one for conversations with tools."""
+        return {}
+
+    def _encode(self, text: str, spans: list[Span]) -> Sample:
+        """Tokens of a rendered conversation; those that lie inside a span train."""
         ids, starts, ends = self._tokens(text)
         # an offset may leave out the space that its token begins with, so a token reaches back to the one before it
-        reaches = np.concatenate([[0], ends])[: ends.size]
-        across = sorted({start for start, _ in spans if ((reaches < start) & (start < ends)).any()})
+        reaches = _shifted(ends)
+        # the token that holds the first character of each span
+        holding = {start: int(np.argmax(ends > start)) for start, _ in spans} if ids.size else {}
+        across = sorted(start for start, token in holding.items() if reaches[token] < start < ends[token])
         if across:
             # a token across the seam is one the model could never write after this prompt
             pieces = [(at, self._tokens(text[at:to])) for at, to in pairwise([0, *across, len(text)])]
@@ -135,119 +182,50 @@ class Renderer:
             starts, ends = (np.concatenate([at + piece[side] for at, piece in pieces]) for side in (1, 2))
         trained = np.zeros(ids.size, dtype=bool)
         for start, end in spans:
-            inside = np.flatnonzero((starts >= start) & (ends <= end))
-            if trim:
-                last = next((i for i in inside[::-1] if not text[starts[i] : ends[i]].isspace()), None)
-                if last is not None and int(ids[last]) in self._control_tokens:
-                    inside = inside[inside <= last]
-            trained[inside] = True
-            after = int(np.searchsorted(starts, end))
-            if extend_to_eos and after < ids.size and starts[after] == end:
-                trained[after] |= ids[after] == self.tokenizer.eos_token_id
+            inside = (starts >= start) & (ends <= end)
+            # an end-of-turn token may take the whitespace after it along
+            last = int(np.searchsorted(starts, end)) - 1
+            if last >= 0 and starts[last] >= start and int(ids[last]) in self._control_tokens:
+                inside[last] = True
+            trained |= inside
         return _labelled(ids, trained)
 
     def _tokens(self, text: str) -> tuple[Indices, Indices, Indices]:
         """Ids of a text, and the characters where each token begins and ends."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        offsets = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), dtype=np.int64)
+        starts, ends = offsets[::2], offsets[1::2]
         # a tokenizer that trims offsets gives whitespace tokens none: they begin where the token before ended
-        starts = np.where(starts < ends, starts, np.concatenate([[0], ends])[: ends.size])
+        starts = np.where(starts < ends, starts, _shifted(ends))
         return np.asarray(encoded["input_ids"], dtype=np.int64), starts, ends
 
     @cached_property
     def _control_tokens(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.added_tokens_decoder)
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(number for number, token in added if str(token).strip())
 
 
 class _Template:
-    """A conversation under a chat template, rendered up to any message."""
+    """What is found out about a chat template, once for all rows."""
 
-    def __init__(self, renderer: Renderer, conversation: Conversation, where: str) -> None:
-        self._conversation = conversation
-        self._where = where
-        tokenizer = renderer.tokenizer
-        try:
-            self._source = tokenizer.get_chat_template(renderer.chat_template, conversation.tools)
-        except ValueError as error:
-            raise DataError(
-                f"{where} is a conversation, but the tokenizer has no chat template; set model.chat_template, or use "
-                f"an instruction-tuned checkpoint's tokenizer ({one_line(error)})"
-            ) from error
-        self._variables = {**tokenizer.special_tokens_map, **renderer.template_kwargs}
-        self._texts: dict[tuple[int, bool], str] = {}
-        self.has_generation_blocks = bool(_GENERATION_BLOCK.search(self._source))
-
-    def text(self, num_messages: int, *, generation_prompt: bool = False) -> str:
-        """The first messages as text, perhaps with the header that asks the model for the next one."""
-        key = (num_messages, generation_prompt)
-        if key not in self._texts:
-            self._texts[key] = self.render(*key)[0]
-        return self._texts[key]
-
-    def turns(self, wanted: list[int]) -> list[tuple[str, list[Span]]]:
-        """Texts and the turns that train in each: the fewest texts in which each turn stands as it was asked for.
-
-        The whole conversation comes first. A turn that it shows otherwise than the conversation up to that turn does
-        is left to a shorter text, which ends with the latest turn still missing.
-        """
-        texts = []
-        end = len(self._conversation.messages)
-        while wanted:
-            text = self.text(end)
-            held = [turn for turn in wanted if text.startswith(self.text(turn + 1))]
-            if held:
-                texts.append((text, [self._span(turn) for turn in held]))
-            wanted = [turn for turn in wanted if turn not in held]
-            end = wanted[-1] + 1 if wanted else 0
-        return texts[::-1]
-
-    def _span(self, turn: int) -> Span:
-        prompt, text = self.text(turn, generation_prompt=True), self.text(turn + 1)
-        if not text.startswith(prompt):
-            common = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
-            near = slice(max(0, common - 20), common + 20)
-            raise DataError(
-                f"{self._where}: the template asks for message {turn} with {prompt[near]!r} but renders it as "
-                f"{text[near]!r}, so its trained tokens cannot be told; set "
-                "chat_template_kwargs that make the two agree (enable_thinking: true or false), or use a template "
-                "with {% generation %} blocks"
-            )
-        return len(prompt), len(text)
-
-    def render(self, num_messages: int, generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The first messages as text, and where generation blocks lie in it."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[self._conversation.messages[:num_messages]],
-                tools=self._conversation.tools,
-                chat_template=self._source,
-                return_assistant_tokens_mask=self.has_generation_blocks,
-                add_generation_prompt=generation_prompt,
-                **self._variables,
-            )
-        except (TemplateError, TypeError) as error:
-            total = len(self._conversation.messages)
-            part = f"its first {num_messages} of {total} messages" if num_messages < total else "it"
-            raise DataError(
-                f"{self._where}: the chat template cannot render {part}: {one_line(error)}; mend the row, or use "
-                "train_on: last where only a part fails"
-            ) from error
-        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
+    def __init__(self, template: ChatTemplate) -> None:
+        probes = Probes(template)
+        self.forms = MessageForms(probes)
+        self.ends = TurnEnds(probes)
+        self.unread = UnreadKeys(template, reasoning_is_read=self.ends.asks_for_reasoning)
 
 
-def _of_turns(spans: list[Span], turns: list[int], wanted: list[int], where: str) -> list[Span]:
-    """The generation blocks of the wanted turns."""
-    if wanted == turns:
-        return spans
-    if len(spans) != len(turns):
-        raise DataError(
-            f"{where}: the template marks {len(spans)} generation blocks for {len(turns)} assistant turns, so the "
-            "turns cannot be told apart; train_on: assistant, or use a template with one block per turn"
-        )
-    return [spans[turns.index(turn)] for turn in wanted]
+def _checked(samples: list[Sample], where: str) -> list[Sample]:
+    if not samples or not all(sample.num_trained for sample in samples):
+        raise DataError(f"{where} trains nothing: none of its tokens is a target; remove the row")
+    return samples
+
+
+def _shifted(ends: Indices) -> Indices:
+    """Where the token before each one ends."""
+    before = np.zeros_like(ends)
+    before[1:] = ends[:-1]
+    return before
 
 
 def _labelled(ids: Indices, trained: NDArray[np.bool_]) -> Sample:

@@ -1,103 +1,68 @@
-"""What a row holds, checked and brought to one shape: a conversation, a prompt with its completion, or a text."""
+"""What a row holds, checked and brought to one shape: a conversation, or a text."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from deltatune.config.row_formats import ROLES, columns_of
+from deltatune.data.formats import Format, Layout, Row
+from deltatune.data.json_values import drop_nulls, holds_null, shown
+from deltatune.data.notes import Notes
+from deltatune.data.tools import read_tools
+from deltatune.data.turns import Message, read_turn
 from deltatune.errors import DataError, nearest
 
-__all__ = ["ROLES", "Conversation", "Format", "Layout", "read_conversation", "read_text", "resolve_format"]
+__all__ = ["ROLES", "Conversation", "Format", "Layout", "Message", "Row", "read_conversation", "read_text"]
 
-Format = Literal["chat", "prompt_completion", "text"]
-Message = dict[str, Any]
-Row = Mapping[str, Any]
+Marks = tuple[bool | None, ...]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPEAKERS = ("user", "assistant")
 
-# the names of the ShareGPT format: {"from": "human", "value": "..."}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-_REQUIRED: dict[Format, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the rows of one source are read."""
-
-    format: Format  # chat (a list of messages), prompt_completion (strings or lists of messages) or text
-    columns: Mapping[str, str] = field(default_factory=dict)  # other names for the columns that the formats read
-
-    def column(self, role: str) -> str:
-        """The name of the column that plays this role."""
-        return self.columns.get(role, role)
+_NULLS_DROPPED = (
+    "nulls inside the arguments and schemas of tools were taken for absent keys, which files with one schema for all "
+    "rows fill with null; keep arguments and tools as JSON text where a null means something"
+)
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages ready for a chat template."""
 
-    messages: list[Message]  # checked; keys whose value is None are left out
+    messages: list[Message]  # checked; keys that are null are left out, but the content of a turn that calls is None
     tools: list[Any] | None = None  # JSON schemas for the template
     num_prompt: int = 0  # messages at the front that belong to a prompt and never train
+    trains: Marks = ()  # what the row says of each message; None or nothing: as train_on says
 
 
-def resolve_format(
-    requested: Format | Literal["auto"], columns: Iterable[str], renamed: Mapping[str, str], where: str
-) -> Layout:
-    """The layout of a source with these columns; ``auto`` takes the first format whose columns are all there.
+def read_conversation(row: Row, layout: Layout, where: str, notes: Notes | None = None) -> Conversation:
+    """The messages and tools of a row of format chat, alpaca, or prompt_completion where that holds messages.
 
-    Raises:
-        DataError: no format fits, or the requested one lacks a column.
-    """
-    names = set(columns)
-    renamed = dict(renamed)
-    if "messages" not in renamed and "messages" not in names and "conversations" in names:
-        renamed["messages"] = "conversations"
-    found = ", ".join(sorted(names)) or "none"
-    for role, name in renamed.items():
-        if name not in names:
-            raise DataError(f"{where} has no column {name!r} for {role}{nearest(name, names)}; its columns: {found}")
-    for candidate, roles in _REQUIRED.items():
-        missing = [name for role in roles if (name := renamed.get(role, role)) not in names]
-        if requested == candidate and missing:
-            raise DataError(
-                f"{where} has no column {missing[0]!r}{nearest(missing[0], names)}, which format {candidate} needs; "
-                f"its columns: {found}; name the right one under columns, or choose another format"
-            )
-        if requested in (candidate, "auto") and not missing:
-            return Layout(candidate, renamed)
-    raise DataError(
-        f"{where} fits no format: expected the columns messages, or prompt and completion, or text; got {found}; "
-        "name them under columns, as in {messages: dialogue}"
-    )
-
-
-def read_conversation(row: Row, layout: Layout, where: str) -> Conversation:
-    """The messages and tools of a chat row, or of a prompt/completion row that holds messages.
-
-    A string prompt with a list of messages is a user turn, a string completion an assistant turn.
+    A string prompt with a list of messages is a user turn, a string completion an assistant turn. Alpaca's question is
+    ``instruction``, a line break and ``input``, or ``instruction`` alone where there is no input; pairs in ``history``
+    come before it. A ``system`` column is the first message. ``notes`` takes what is no error.
 
     Raises:
-        DataError: no messages, an unknown role, a message without content, tools that are no list.
+        DataError: no messages, an unknown role, a message without content, tools that are no list, two system prompts.
     """
-    tools = _read_tools(row.get(layout.column("tools")), where)
-    if layout.format == "chat":
+    if layout.columnar:
+        row = _without_filled_keys(row, layout, where, notes)
+    tools = read_tools(row, layout, where)
+    if layout.format == "prompt_completion":
+        return _read_prompt_and_completion(row, layout, tools, where)
+    if layout.format == "alpaca":
+        messages = _read_alpaca(row, layout, where)
+        trains: Marks = (None,) * len(messages)
+    else:
         column = layout.column("messages")
-        return Conversation(_read_messages(_value(row, column, where), column, where), tools)
-    parts = []
-    for role, speaker in (("prompt", "user"), ("completion", "assistant")):
-        column = layout.column(role)
-        value = _value(row, column, where)
-        turns = [{"role": speaker, "content": value}] if isinstance(value, str) else value
-        parts.append(_read_messages(turns, column, where))
-    return Conversation(parts[0] + parts[1], tools, num_prompt=len(parts[0]))
+        messages, trains = _read_messages(_value(row, column, where), column, layout, where)
+    system = row.get(layout.column("system"))
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{where}: {layout.column('system')} must be a string, got {shown(system)}")
+    if system and _has_no_system(messages, system, layout.column("system"), where):
+        messages, trains = [{"role": "system", "content": system}, *messages], (None, *trains)
+    return Conversation(messages, tools, trains=trains)
 
 
 def read_text(row: Row, column: str, where: str, *, allow_empty: bool = False) -> str:
@@ -108,10 +73,25 @@ def read_text(row: Row, column: str, where: str, *, allow_empty: bool = False) -
     """
     value = _value(row, column, where)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column} must be a string, got {_shown(value)}")
+        raise DataError(f"{where}: {column} must be a string, got {shown(value)}")
     if not value and not allow_empty:
         raise DataError(f"{where}: {column} is empty, so nothing would train; remove the row")
     return value
+
+
+def _without_filled_keys(row: Row, layout: Layout, where: str, notes: Notes | None) -> Row:
+    read = {layout.column(role) for role in columns_of(layout.format)}
+    if notes is not None and any(_null_may_count(row[column]) for column in read & set(row)):
+        notes.add(_NULLS_DROPPED, where)
+    return {name: drop_nulls(value) if name in read else value for name, value in row.items()}
+
+
+def _null_may_count(value: Any) -> bool:
+    """Whether there is a null where one may mean something: in the arguments of a call, in a tool's parameters."""
+    if isinstance(value, Mapping):
+        inside = (holds_null(value.get(key)) for key in ("arguments", "parameters"))
+        return any(inside) or any(map(_null_may_count, value.values()))
+    return isinstance(value, list) and any(map(_null_may_count, value))
 
 
 def _value(row: Row, column: str, where: str) -> Any:
@@ -122,93 +102,63 @@ def _value(row: Row, column: str, where: str) -> Any:
     return value
 
 
-def _read_messages(value: Any, column: str, where: str) -> list[Message]:
+def _read_messages(value: Any, column: str, layout: Layout, where: str) -> tuple[list[Message], Marks]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(f"{where}: {column} must be a list of messages, got {_shown(value)}")
+        raise DataError(f"{where}: {column} must be a list of messages, got {shown(value)}")
     if not value:
         raise DataError(f"{where}: {column} is empty; expected a user and an assistant turn, or remove the row")
-    return [_read_message(message, f"{where}: {column}[{index}]") for index, message in enumerate(value)]
+    turns = [read_turn(message, layout, f"{where}: {column}[{index}]") for index, message in enumerate(value)]
+    return [message for message, _ in turns], tuple(trains for _, trains in turns)
 
 
-def _read_message(value: Any, where: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise DataError(f"{where} must be an object with role and content, got {_shown(value)}")
-    message: Message = _plain(value)
-    if "from" in message and "role" not in message:
-        speaker = message.pop("from")
-        message["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
-        if "value" in message:
-            message["content"] = message.pop("value")
-    role = message.get("role")
-    if role is None:
-        raise DataError(f"{where} has no role; expected one of {', '.join(ROLES)}")
-    if role not in ROLES:
-        hint = nearest(str(role), ROLES)
-        raise DataError(f"{where} has the unknown role {role!r}{hint}; expected one of {', '.join(ROLES)}")
-    if "tool_calls" in message:
-        message["tool_calls"] = _read_tool_calls(message["tool_calls"], where)
-    if "content" not in message:
-        if role != "assistant" or not message.get("tool_calls"):
-            raise DataError(f"{where} ({role}) has no content; add it, or remove the message")
-        message["content"] = ""
-    _check_content(message["content"], where)
-    return message
+def _read_prompt_and_completion(row: Row, layout: Layout, tools: list[Any] | None, where: str) -> Conversation:
+    messages: list[Message] = []
+    trains: Marks = ()
+    num_prompt = 0
+    for role, speaker in zip(("prompt", "completion"), _SPEAKERS, strict=True):
+        num_prompt = len(messages)
+        column = layout.column(role)
+        value = _value(row, column, where)
+        if isinstance(value, str):
+            messages.append({"role": speaker, "content": value})
+            trains = (*trains, None)
+        else:
+            read, marks = _read_messages(value, column, layout, where)
+            messages += read
+            trains += marks
+    return Conversation(messages, tools, num_prompt, trains)
 
 
-def _check_content(content: Any, where: str) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, Sequence):
-        raise DataError(f"{where}: content must be a string or a list of text parts, got {_shown(content)}")
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise DataError(
-                f"{where}: only text parts can be trained on, expected {{'type': 'text', 'text': '...'}}, "
-                f"got {_shown(part)}"
-            )
+def _read_alpaca(row: Row, layout: Layout, where: str) -> list[Message]:
+    instruction, output = (layout.column(role) for role in ("instruction", "output"))
+    question = read_text(row, instruction, where, allow_empty=True)
+    given = layout.column("input")
+    if row.get(given) is not None:
+        question = "\n".join(filter(None, (question, read_text(row, given, where, allow_empty=True))))
+    if not question:
+        raise DataError(f"{where}: {instruction} is empty, so nothing is asked; fill it, or remove the row")
+    pairs = _read_history(row.get(layout.column("history")), f"{where}: {layout.column('history')}")
+    pairs.append((question, read_text(row, output, where)))
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(_SPEAKERS, pair, strict=True)]
 
 
-def _read_tool_calls(calls: Any, where: str) -> list[Any]:
-    """Arguments that came as a JSON string become objects, which templates iterate over."""
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise DataError(f"{where}: tool_calls must be a list, got {_shown(calls)}")
-    read = []
-    for call in calls:
-        if not isinstance(call, Mapping):
-            raise DataError(f"{where}: a tool call must be an object, got {_shown(call)}")
-        function = call.get("function")
-        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-            arguments = _parse(function["arguments"], f"{where}: the arguments of a tool call")
-            call = {**call, "function": {**function, "arguments": arguments}}
-        read.append(call)
-    return read
+def _read_history(value: Any, what: str) -> list[Sequence[str]]:
+    pairs = [] if value is None else value
+    if not isinstance(pairs, list):
+        raise DataError(f"{what} must be a list of [question, answer] pairs, got {shown(value)}")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(f"{what}[{index}] must be a [question, answer] pair of strings, got {shown(pair)}")
+    return list(pairs)
 
 
-def _read_tools(value: Any, where: str) -> list[Any] | None:
-    """Tools may come as a list or as JSON text, which keeps differing schemas out of a Parquet column's type."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = _parse(value, f"{where}: tools")
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise DataError(f"{where}: tools must be a list of JSON schemas, got {_shown(value)}")
-    return [_plain(tool) for tool in value] or None
-
-
-def _plain(value: Any) -> Any:
-    """Columnar files fill absent keys with ``None``, which templates would print."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _parse(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{what} are not JSON: {error}") from None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+def _has_no_system(messages: list[Message], system: str, column: str, where: str) -> bool:
+    first = messages[0]
+    if first["role"] not in ("system", "developer"):
+        return True
+    if first["content"] != system:
+        raise DataError(
+            f"{where} has two system prompts: the column {column} ({shown(system)}) and its first message "
+            f"({shown(first['content'])}); keep one"
+        )
+    return False

@@ -1,216 +1,207 @@
-"""Rows of JSONL, JSON and Parquet files, and of data sets on the Hub, each row with a name for errors."""
+"""A path or a name to its rows: files, folders, patterns, what ``datasets`` saved, and data sets on the Hub."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from deltatune.data.delimited_rows import delimited_rows
+from deltatune.data.files import SUFFIXES, data_suffix, files_matching
+from deltatune.data.json_rows import json_file, json_lines, text_lines
+from deltatune.data.rows import Part, Rows, RowsOf
+from deltatune.data.splits import Splits, folder_splits, saved_splits
+from deltatune.data.table_rows import arrow_rows, hub_rows, import_datasets, parquet_rows, saved_rows
+from deltatune.data.unpacked import default_cache, open_data, unpacked
+from deltatune.errors import DataError, near_files, nearest, one_line
 
-from deltatune.errors import DataError, near_files, one_line
+__all__ = ["Rows", "is_local", "load_rows"]
 
-__all__ = ["Rows", "load_rows"]
-
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LINES = (".jsonl", ".ndjson", ".txt")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
+
+logger = logging.getLogger(__name__)
 
 
-class Rows:
-    """Rows that can be read in any order, and by several processes: a list of objects, or a ``datasets.Dataset``.
-
-    Attributes:
-        name: the source as the user wrote it.
-        columns: the names of its columns.
-        identity: a digest of the content, equal for equal rows.
-    """
-
-    def __init__(self, name: str, columns: Iterable[str], identity: str, rows: Any) -> None:
-        self.name, self.columns, self.identity = name, tuple(dict.fromkeys(columns)), identity
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        """Rows ``start`` to ``end``, as far as there are any."""
-        for index in range(start, min(end, len(self))):
-            yield self._rows[index]
-
-    def where(self, index: int) -> str:
-        """The place of a row in words: file and line, or data set and row."""
-        return f"{self.name}, row {index + 1}"
-
-
-def load_rows(path: str, *, split: str = "train", name: str | None = None, limit: int | None = None) -> Rows:
+def load_rows(
+    path: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    needed: Iterable[str] = (),
+    cache_dir: Path | None = None,
+) -> Rows:
     """Opens a file, a pattern of files, a folder of files, or a data set on the Hub.
 
-    JSON files are checked line by line here and stay as they are: no common schema is forced on their rows. Parquet
-    files and the Hub are read through the ``datasets`` library.
+    JSON and text files stay as they are: an index of their rows is made here, and no common schema is forced on them.
+    What is compressed or delimited is unpacked into the cache once. Parquet and Arrow files, data sets that were saved
+    to disk, and the Hub are read through the ``datasets`` library.
 
     Args:
-        path: ``*.jsonl``, ``*.ndjson``, ``*.json`` (a list of objects), ``*.parquet``, or a name on the Hub.
-        split, name: the split and the configuration of a data set on the Hub.
-        limit: use the first so many rows only.
+        path: a file with one of ``SUFFIXES``, a folder, a pattern, or a name on the Hub.
+        split: a split, a sum of splits, or slices of them, such as ``train[:10%]+test``; ``train`` by default. A file
+            or pattern is one split, ``train``, and a name alone cannot choose among one.
+        name: a configuration, of the Hub or of a folder's README.md.
+        revision: branch, tag or commit of a data set on the Hub.
+        limit: use the first so many rows; of JSON lines no more is read.
+        needed: columns that are looked for beyond the first rows of JSON files.
+        cache_dir: where files are unpacked; a folder in the cache of the ``datasets`` package by default.
 
     Raises:
-        DataError: nothing there (near names are given), a file that is empty or broken (its line is given), no row.
+        DataError: nothing there (near names are given), a setting that cannot act, a file that is empty or broken, no
+            row.
     """
-    files = _local_files(path)
-    parts = [_hub_rows(path, split, name)] if files is None else [_file_rows(file) for file in files]
-    total = sum(map(len, parts))
-    rows = parts[0] if len(parts) == 1 else _ManyRows(path, parts, total)
-    if limit is not None and limit < total:
-        rows = _ManyRows(rows.name, parts, limit)
+    splits = _local_splits(path, name)
+    if splits is None:
+        rows = hub_rows(path, split or "train", name, revision)
+    elif revision is not None:
+        raise DataError(f"revision: {revision} cannot act on {path}, which is not on the Hub; leave it out")
+    else:
+        rows = _split_rows(path, splits, split, limit, cache_dir or default_cache())
+    if limit is not None and limit < len(rows):
+        rows = RowsOf(rows.name, [Part(rows, 0, limit)])
     if len(rows) == 0:
         raise DataError(f"{path} holds no rows; expected at least one")
+    _look_for(set(needed), rows)
     return rows
 
 
-def _local_files(path: str) -> list[Path] | None:
-    """The files that a path stands for; ``None`` for a name on the Hub."""
+def is_local(path: str) -> bool:
+    """Whether a path stands for files here, and not for a data set on the Hub.
+
+    Raises:
+        DataError: it stands for neither.
+    """
+    return _local_splits(path, None) is not None
+
+
+def _local_splits(path: str, name: str | None) -> Splits | None:
+    """The files that a path stands for, by split, the split of what has none being ``""``; ``None`` for the Hub."""
+    try:
+        return _found_splits(path, name)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except RuntimeError as error:  # of a tilde before the name of no user
+        raise DataError(f"{path} does not exist: {one_line(error)}") from error
+
+
+def _found_splits(path: str, name: str | None) -> Splits | None:
+    if "://" in path:
+        raise DataError(f"{path} is a URL; expected a local path, or the name of a data set on the Hub (owner/name)")
     local = Path(path).expanduser()
-    expected = f"expected {', '.join(_SUFFIXES)}"
-    if local.is_file():
-        if local.suffix not in _SUFFIXES:
-            raise DataError(f"{path} is no data file: {expected}, got {local.suffix or 'no suffix'}")
-        return [local]
     if local.is_dir():
-        found, nothing = local.rglob("*"), "holds no data files"
+        return saved_splits(local, name) or folder_splits(local, name)
+    if local.is_file():
+        if data_suffix(local) is None:
+            raise DataError(
+                f"{path} is no data file: expected {', '.join(SUFFIXES)}, got {local.suffix or 'no suffix'}"
+            )
+        files = [local]
     elif any(character in path for character in "*?["):
         anchor = Path(local.anchor) if local.is_absolute() else Path()
-        found, nothing = anchor.glob(str(local.relative_to(anchor))), "matches no data file"
-    elif local.suffix in _SUFFIXES or path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(path):
+        files = files_matching(anchor, str(local.relative_to(anchor)))
+        if not files:
+            raise DataError(f"{path} matches no data file; expected {', '.join(SUFFIXES)}")
+    elif data_suffix(local) or path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(path):
+        if local.exists():
+            raise DataError(f"{path} is neither a file nor a folder; expected one that can be read more than once")
+        if local.is_symlink():
+            raise DataError(f"{path} is a link to {local.readlink()}, which does not exist")
         raise DataError(f"{path} does not exist{near_files(local)}")
     else:
         return None
-    files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
-    if not files:
-        raise DataError(f"{path} {nothing}; {expected}")
-    return files
+    if name is not None:
+        raise DataError(f"name: {name} cannot act on {path}: files have no configurations; leave it out")
+    return {"": files}
 
 
-def _file_rows(file: Path) -> Rows:
-    if file.stat().st_size == 0:
+def _split_rows(path: str, splits: Splits, split: str | None, limit: int | None, cache_dir: Path) -> Rows:
+    if "" in splits:
+        if split is not None and "[" not in split:
+            raise DataError(
+                f"split: {split} cannot act on {path}, which is not divided into splits; leave it out, or take a slice "
+                "such as train[:90%]"
+            )
+        splits = {"train": splits[""]}
+    split = _default_split(path, splits) if split is None else "+".join(splits) if split == "all" else split
+    names = [re.split(r"[\[(]", piece)[0].strip() for piece in split.split("+")]
+    for name in names:
+        if name not in splits:
+            raise DataError(f"{path} has no split {name}{nearest(name, splits)}; it has {', '.join(splits)}")
+    if "[" not in split:
+        return _file_rows(path, [file for name in names for file in splits[name]], limit, cache_dir)
+    rows = {name: _file_rows(path, splits[name], None, cache_dir) for name in dict.fromkeys(names)}
+    return RowsOf(f"{path} (split {split})", _slices(split, rows))
+
+
+def _default_split(path: str, splits: Splits) -> str:
+    if len(splits) > 1 and "train" not in splits:
+        raise DataError(f"{path} has the splits {', '.join(splits)}; choose one with split")
+    chosen = "train" if "train" in splits else next(iter(splits))
+    others = [name for name in splits if name != chosen]
+    if others:
+        logger.warning("%s: split %s is read, and not %s; set split to choose", path, chosen, ", ".join(others))
+    return chosen
+
+
+def _slices(split: str, rows: dict[str, Rows]) -> list[Part]:
+    library = import_datasets()
+    try:
+        instruction = library.ReadInstruction.from_spec(split)
+        slices = instruction.to_absolute({name: len(found) for name, found in rows.items()})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"split: {split} is no slice: {one_line(error)}; expected such as train[:10%]") from error
+    return [Part(rows[part.splitname], part.from_, part.to) for part in slices]
+
+
+def _file_rows(name: str, files: Sequence[Path], limit: int | None, cache_dir: Path) -> Rows:
+    """The first rows of files, one after the other; files after them are not opened."""
+    parts: list[Part] = []
+    left = limit
+    for file in files:
+        rows = _rows_of(file, left, cache_dir)
+        parts.append(Part(rows, 0, len(rows) if left is None else min(left, len(rows))))
+        if left is not None:
+            left -= parts[-1].end
+            if left == 0:
+                break
+    whole = len(parts) == 1 and parts[0].end == len(parts[0].rows)
+    return parts[0].rows if whole else RowsOf(name, parts)
+
+
+def _rows_of(file: Path, limit: int | None, cache_dir: Path) -> Rows:
+    suffix, name = data_suffix(file), str(file)
+    if file.is_dir():
+        return saved_rows(file)
+    with open_data(file) as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise DataError(f"{file} is a pointer of Git LFS, not the data; run `git lfs pull` where it was cloned")
+    if suffix == ".parquet":
+        return parquet_rows(file)
+    if suffix == ".arrow":
+        return arrow_rows(file)
+    content = unpacked(file, cache_dir, limit if suffix in _LINES else None)
+    if content.stat().st_size == 0:
         raise DataError(f"{file} is empty; expected at least one row")
-    if file.suffix == ".parquet":
-        return _parquet_rows(file)
-    return _json_rows(file) if file.suffix == ".json" else _JsonLines(file)
+    if suffix in _DELIMITERS:
+        return delimited_rows(content, name, _DELIMITERS[suffix], cache_dir, limit=limit)
+    read = {".json": json_file, ".txt": text_lines}.get(suffix or "", json_lines)
+    return read(content, name, limit=limit)
 
 
-class _JsonLines(Rows):
-    """One object per line; blank lines are passed over. Lines are found once and parsed when they are read."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        columns: dict[str, None] = {}
-        found = []  # (where a line begins, its number)
-        digest, offset = hashlib.blake2b(digest_size=16), 0
-        with file.open("rb") as stream:
-            for line, content in enumerate(stream, start=1):
-                digest.update(content)
-                if content.strip():
-                    columns |= dict.fromkeys(_parse_line(content, f"{file}, line {line}"))
-                    found.append((offset, line))
-                offset += len(content)
-        if not found:
-            raise DataError(f"{file} holds blank lines only; expected one JSON object per line")
-        super().__init__(str(file), columns, digest.hexdigest(), np.array(found))
-
-    def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        with self._file.open("rb") as stream:
-            for index in range(start, min(end, len(self))):
-                stream.seek(int(self._rows[index, 0]))
-                yield _parse_line(stream.readline(), self.where(index))
-
-    def where(self, index: int) -> str:
-        return f"{self.name}, line {self._rows[index, 1]}"
-
-
-def _parse_line(content: bytes, where: str) -> dict[str, Any]:
-    row = _parse(content.rstrip(b"\r\n"), where, "expected one JSON object per line")
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is a JSON {type(row).__name__}; expected one JSON object per line")
-    return row
-
-
-def _parse(content: bytes, where: str, expected: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if error.doc.count("\n") else ""
-        raise DataError(f"{where}{line} is not valid JSON: {error.msg} at column {error.colno}; {expected}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
-
-
-def _json_rows(file: Path) -> Rows:
-    content = file.read_bytes()
-    rows = _parse(content, str(file), "expected a list of objects (one object per line belongs in a .jsonl file)")
-    if not isinstance(rows, list):
-        raise DataError(f"{file} is a JSON {type(rows).__name__}; expected a list of objects")
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, row {index + 1} is a JSON {type(row).__name__}; expected an object")
-    return Rows(str(file), (column for row in rows for column in row), _digest(content), rows)
-
-
-def _parquet_rows(file: Path) -> Rows:
-    library = _datasets()
-    try:
-        table = library.Dataset.from_parquet(str(file))
-    except (OSError, ValueError, library.exceptions.DatasetGenerationError) as error:
-        cause = one_line(error.__cause__ or error)
-        raise DataError(f"{file} cannot be read as Parquet, or holds no rows: {cause}") from error
-    with file.open("rb") as stream:
-        identity = hashlib.file_digest(stream, "blake2b").hexdigest()
-    return Rows(str(file), table.column_names, identity, table)
-
-
-def _hub_rows(path: str, split: str, name: str | None) -> Rows:
-    library = _datasets()
-    where = f"{path} (split {split})" if name is None else f"{path} ({name}, split {split})"
-    try:
-        table = library.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where} is neither a local file nor a data set on the Hub: {one_line(error)}") from error
-    return Rows(where, table.column_names, str(table._fingerprint), table)
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise DataError(
-            "Parquet files and the Hub are read with the datasets package; pip install 'deltatune[train]'"
-        ) from error
-    return datasets
-
-
-class _ManyRows(Rows):
-    """Several files, one after the other, up to a number of rows."""
-
-    def __init__(self, name: str, parts: Sequence[Rows], total: int) -> None:
-        columns = (column for part in parts for column in part.columns)
-        identity = _digest(f"{[part.identity for part in parts]}:{total}".encode())
-        super().__init__(name, columns, identity, range(total))
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)]).tolist()
-
-    def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        end = min(end, len(self))
-        for part, first in zip(self._parts, self._starts, strict=False):
-            if start < first + len(part) and end > first:
-                yield from part.read(max(0, start - first), end - first)
-
-    def where(self, index: int) -> str:
-        part = bisect_right(self._starts, index) - 1
-        return self._parts[part].where(index - self._starts[part])
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _look_for(names: set[str], rows: Rows) -> None:
+    """Adds columns that no row among the first of a JSON file has, where a later one has them."""
+    missing = names.difference(rows.columns)
+    if missing and not rows.columnar:
+        for row in rows.read(0, len(rows)):
+            found = missing.intersection(row)
+            rows.columns += tuple(sorted(found))
+            missing -= found
+            if not missing:
+                break

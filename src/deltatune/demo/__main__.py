@@ -24,7 +24,7 @@ from deltatune.errors import UserError
 from deltatune.preparation import prepare
 from deltatune.report import table
 from deltatune.training.checkpoint import load_tokenizer
-from deltatune.training.packs import load_packs, padding_token
+from deltatune.training.packs import load_data, padding_token
 from deltatune.training.run import prepare_by_recipe, train
 from deltatune.verification import verify
 
@@ -157,7 +157,7 @@ def _figures(metrics: dict[str, Any]) -> Iterator[str]:
 
 def _speed(recipe: Recipe) -> list[str]:
     tokenizer = load_tokenizer(recipe.model)
-    packs = load_packs(recipe.data.train, recipe, tokenizer)
+    packs = load_data(recipe, tokenizer).train
     prepared, stock = (AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path) for _ in range(2))
     prepare_by_recipe(recipe, prepared)
     count = NUM_WARM_UP + NUM_TIMED

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from deltatune.data.dataset import PackedDataset
+from deltatune.data.stream import PackStream, StreamedPack
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.mesh import ALONE, Mesh
 
-__all__ = ["PACK_COUNTS", "CountingCollator", "PackCounts", "PackOrder", "pack_loader"]
+__all__ = ["PACK_COUNTS", "STREAMED", "CountingCollator", "PackCounts", "PackOrder", "pack_loader", "place_file"]
 
 PACK_COUNTS = "pack_counts"
 """The key of a batch under which its ``PackCounts`` travel; the trainer takes it out before the model is called."""
+
+STREAMED = "streamed"
+"""The key of a batch of a stream under which its ``News`` travel; the trainer takes it out as well."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,32 @@ class PackCounts:
         return PackCounts(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
-class PackOrder(Sampler[list[int]]):
-    """Indices of one rank's packs, a pack a batch; a function of seed, epoch and rank alone.
+class PackOrder(Sampler[list[Any]]):
+    """One rank's packs, a pack a batch; a function of seed, epoch and rank alone.
 
     An epoch is cut into rounds of ``mesh.data_size`` packs and every rank takes its own of each round, so all ranks run
     the same number of batches and every pack is seen exactly once. In a ragged last round a rank may get none at all:
     an empty list, from which ``CountingCollator`` makes a batch without targets.
 
     Args:
-        num_packs: packs of the data set.
+        num_packs: packs of an epoch.
         seed: of the permutation; epoch ``e`` uses ``seed + e``. ``None`` keeps the order of the data set.
         mesh: the data-parallel ranks, and which of them this one is.
         drop_last: leave a ragged last round out.
+        packs: the packs of an epoch, as the data set takes them; their indices by default.
     """
 
-    def __init__(self, num_packs: int, *, seed: int | None = None, mesh: Mesh = ALONE, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        num_packs: int,
+        *,
+        seed: int | None = None,
+        mesh: Mesh = ALONE,
+        drop_last: bool = False,
+        packs: Callable[[int], Sequence[Any]] | None = None,
+    ) -> None:
         self.num_packs, self.seed, self.mesh = num_packs, seed, mesh
+        self.packs = packs or (lambda _: range(num_packs))
         self.num_rounds = num_packs // mesh.data_size if drop_last else -(-num_packs // mesh.data_size)
         self.epoch = 0
         # accelerate looks for set_epoch and batch_size on a wrapped batch sampler, as after skipping at a resume
@@ -71,14 +86,15 @@ class PackOrder(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.num_rounds
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
+        packs = self.packs(self.epoch)
         order = list(range(self.num_packs))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.num_packs, generator=generator).tolist()
         for number in range(self.num_rounds):
             place = number * self.mesh.data_size + self.mesh.data_rank
-            yield order[place : place + 1]
+            yield [packs[index] for index in order[place : place + 1]]
 
 
 class CountingCollator:
@@ -106,11 +122,17 @@ class CountingCollator:
             squares=sum(len(sample) ** 2 for sample in samples),
             packs=len(packs),
         )
-        return {**kept, PACK_COUNTS: counts}
+        told = [pack.news for pack in packs if isinstance(pack, StreamedPack)]
+        return {**kept, PACK_COUNTS: counts, **({STREAMED: told[-1]} if told else {})}
+
+
+def place_file(checkpoint: Path, mesh: Mesh) -> Path:
+    """Where a checkpoint keeps the place in a stream, for this rank."""
+    return checkpoint / f"stream-{mesh.data_rank:05}-of-{mesh.data_size:05}.npz"
 
 
 def pack_loader(
-    source: PackedDataset, order: PackOrder, collator: CountingCollator, args: TrainingArguments
+    source: PackedDataset | PackStream, order: PackOrder, collator: CountingCollator, args: TrainingArguments
 ) -> DataLoader[Any]:
     """A loader of one rank's batches, on the rank's device.
 

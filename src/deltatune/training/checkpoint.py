@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
+from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.training.hub import silence
 
@@ -121,9 +122,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer, with the recipe's chat template where one is given.
 
     Raises:
-        UserError: no tokenizer there, or a template file that cannot be read.
+        UserError: no tokenizer there, a template that is unknown or cannot be read, or one for other control tokens.
     """
     name = section.tokenizer or section.name_or_path
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not path.exists():
+        key = "name_or_path" if section.tokenizer is None else "tokenizer"
+        raise UserError(f"model.{key}: {name} is no folder; expected a checkpoint folder{near_files(path)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_origin(section, name))
     except (OSError, ValueError, KeyError) as error:
@@ -131,11 +136,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if not tokenizer.get_vocab():
         raise UserError(f"{name} holds no tokenizer (no tokenizer.json); set model.tokenizer to one that does")
     if section.chat_template is not None:
-        template = Path(section.chat_template).expanduser()
-        try:
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"model.chat_template: cannot read {template}: {error.strerror}") from error
+        tokenizer.chat_template = read_template(section.chat_template, tokenizer)
     return tokenizer
 
 

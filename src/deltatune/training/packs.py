@@ -1,53 +1,192 @@
-"""The recipe's data as packs: sources to documents to packs, for training and evaluation alike."""
+"""The recipe's data as packs: sources to documents to packs, for training and evaluation."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.constants import HF_HOME
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
 from deltatune.data.dataset import PackedDataset, pack_documents
-from deltatune.data.documents import tokenize
-from deltatune.data.messages import resolve_format
+from deltatune.data.documents import Documents, tokenize
+from deltatune.data.formats import Layout, resolve_format, unused_columns
+from deltatune.data.held_out import held_out
+from deltatune.data.mixture import Shares
+from deltatune.data.report import counted
+from deltatune.data.row_streams import open_stream
+from deltatune.data.rows import Rows
 from deltatune.data.sources import load_rows
+from deltatune.data.stream import BLOCK_ROWS, PackStream, RowStream, StreamSource
+from deltatune.data.unpacked import default_cache
 from deltatune.errors import UserError
+from deltatune.training.mesh import ALONE, Mesh
 
-__all__ = ["cache_folder", "load_packs", "padding_token"]
+__all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
 
 
-def load_packs(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
-    """Reads, tokenises (or takes from the cache) and packs ``recipe.data.train`` or ``recipe.data.eval``.
-    The rest of the recipe says which tokens train, what becomes of over-long documents, and a pack's capacity and seed.
+@dataclass(frozen=True)
+class RecipeData:
+    """The packs of a recipe."""
+
+    train: PackedDataset | PackStream
+    eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
+
+    def lines(self) -> list[str]:
+        """What became of the rows, for people."""
+        return [f"train: {self.train.report}", *([] if self.eval is None else [f"eval: {self.eval.report}"])]
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh = ALONE) -> RecipeData:
+    """Reads, tokenises (or takes from the cache) and packs ``recipe.data``; a stream of it is opened.
+
+    ``mesh`` tells a stream which of the data-parallel ranks it is for.
 
     Raises:
         DataError: rows that cannot be read, rendered or trained on, named.
     """
-    renderer = Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
+    evaluation = _documents(recipe.data.eval, recipe, tokenizer)
+    held_apart = _packed(evaluation, recipe, _remarks(evaluation), training=False) if evaluation else None
+    if recipe.data.streaming:
+        return RecipeData(_streamed(recipe, tokenizer, mesh), held_apart)
+    train = _documents(recipe.data.train, recipe, tokenizer)
+    remarks = _remarks(train)
+    if recipe.data.val_size is None:
+        return RecipeData(_packed(train, recipe, remarks, training=True), held_apart)
+    held = held_out(train, recipe.data.val_size)
+    return RecipeData(
+        _packed(train, recipe, remarks, training=True, keep=[~chosen for chosen in held]),
+        _packed(train, recipe, [], training=False, keep=held),
+    )
+
+
+def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Documents]:
+    renderer = _renderer(recipe, tokenizer)
     documents = []
     for source in sources:
-        rows = load_rows(source.path, split=source.split, name=source.name, limit=source.limit)
-        layout = resolve_format(source.format, rows.columns, dict(source.columns.items()), source.path)
+        rows = load_rows(source.path, **_reading(source, recipe))
+        layout = _layout(source, rows, recipe)
         documents.append(
-            tokenize(rows, layout, renderer, num_proc=recipe.data.num_proc or 1, cache_dir=cache_folder(recipe))
+            tokenize(
+                rows,
+                layout,
+                renderer,
+                num_proc=recipe.data.num_proc,
+                cache_dir=cache_folder(recipe),
+                on_bad_row=recipe.data.on_bad_row,
+            )
         )
+    return documents
+
+
+def _packed(
+    documents: Sequence[Documents],
+    recipe: Recipe,
+    remarks: Sequence[str],
+    *,
+    training: bool,
+    keep: Sequence[NDArray[np.bool_]] | None = None,
+) -> PackedDataset:
     return pack_documents(
         documents,
         tokens_per_batch=recipe.packing.tokens_per_batch,
         overlong=recipe.data.overlong,
-        seed=recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed,
+        max_length=recipe.data.max_length,
+        seed=_seed(recipe),
+        shares=_shares(recipe) if training else None,
+        keep=keep,
+        remarks=remarks,
     )
+
+
+def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> PackStream:
+    shares = [source.weight or 1.0 for source in recipe.data.train]
+    sources = []
+    for source, share in zip(recipe.data.train, shares, strict=True):
+        rows = open_stream(source.path, **_reading(source, recipe))
+        layout = _layout(source, rows, recipe)
+        sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
+    return PackStream(
+        sources,
+        _renderer(recipe, tokenizer),
+        recipe.packing.tokens_per_batch,
+        recipe.training.max_steps * recipe.training.gradient_accumulation_steps * mesh.data_size,
+        overlong=recipe.data.overlong,
+        max_length=recipe.data.max_length,
+        on_bad_row=recipe.data.on_bad_row,
+        seed=_seed(recipe),
+        rank=mesh.data_rank,
+        num_ranks=mesh.data_size,
+    )
+
+
+def _layout(source: Source, rows: Rows | RowStream, recipe: Recipe) -> Layout:
+    return resolve_format(
+        source.format,
+        rows.columns,
+        dict(source.columns.items()),
+        source.path,
+        roles=dict(recipe.data.roles.items()),
+        message_fields=dict(source.message_fields.items()),
+        columnar=rows.columnar,
+    )
+
+
+def _reading(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Which rows of a source are read, as ``load_rows`` takes it."""
+    return {
+        "split": source.split,
+        "name": source.name,
+        "revision": source.revision,
+        "limit": source.limit,
+        "needed": source.columns.values(),
+        "cache_dir": cache_folder(recipe),
+    }
+
+
+def _renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    return Renderer(tokenizer, train_on=recipe.data.train_on, template_kwargs=recipe.data.chat_template_kwargs)
+
+
+def _seed(recipe: Recipe) -> int | None:
+    """Of the order of documents; ``None`` keeps that of the sources."""
+    settings = recipe.training
+    if (settings.model_extra or {}).get("train_sampling_strategy") == "sequential":
+        return None
+    return settings.seed if settings.data_seed is None else settings.data_seed
+
+
+def _shares(recipe: Recipe) -> Shares:
+    sources = recipe.data.train
+    weights = [source.weight for source in sources if source.weight is not None]
+    return Shares(weights or None, [source.repeat for source in sources], recipe.data.weight_by)
+
+
+def _remarks(sources: Sequence[Documents]) -> list[str]:
+    """What is no error and should be known."""
+    lines: list[str] = []
+    for documents in sources:
+        name = documents.source.name
+        if unused := unused_columns(documents.layout, documents.source.columns):
+            lines.append(f"{name}: unused columns: {', '.join(unused)}")
+        lines += [f"{name}: {note}" for note in documents.notes]
+        count, errors = documents.dropped
+        if count:
+            lines.append(f"{name}: {counted(count, 'row')} dropped{', the first' if count > len(errors) else ''}:")
+            lines += [f"  {error}" for error in errors]
+    return lines
 
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``, or a folder in the cache of the ``datasets`` package."""
     if recipe.data.cache_dir is not None:
         return Path(recipe.data.cache_dir).expanduser()
-    return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets")) / "deltatune"
+    return default_cache()
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

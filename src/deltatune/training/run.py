@@ -19,16 +19,18 @@ from deltatune.compile.memory import MemoryEstimate, estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import PackedDataset
+from deltatune.data.stream import PackStream, Place
 from deltatune.errors import UserError
 from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
+from deltatune.training.batches import place_file
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
 from deltatune.training.export import save_trained, write_json, write_text
-from deltatune.training.packs import load_packs, padding_token
+from deltatune.training.mesh import Mesh
+from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
@@ -55,8 +57,7 @@ class Run:
     arguments: TrainingArguments
     console: Console
     tokenizer: PreTrainedTokenizerBase
-    train_packs: PackedDataset
-    eval_packs: PackedDataset | None
+    data: RecipeData
     model: nn.Module
     prepared: Prepared
 
@@ -90,6 +91,8 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
         console.out(f"warning: {warning}", highlight=False)
     checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     run = build(recipe, arguments, console)
+    if checkpoint is not None and isinstance(run.data.train, PackStream):
+        run.data.train.start = Place.load(place_file(checkpoint, Mesh.of(arguments)))
     records = _records(run, _verify(run))
     with _cache_setting_kept(run.model):
         trainer = _trainer(run)
@@ -110,9 +113,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     tokenizer = load_tokenizer(recipe.model)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
-        train_packs = load_packs(recipe.data.train, recipe, tokenizer)
-        eval_packs = load_packs(recipe.data.eval, recipe, tokenizer) if recipe.data.eval else None
-    console.out(str(train_packs.report), highlight=False)
+        data = load_data(recipe, tokenizer, Mesh.of(arguments))
+    for line in data.lines():
+        console.out(line, highlight=False)
     set_seed(arguments.seed)
     model = adapt(load_model(recipe.model, config), recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
@@ -121,7 +124,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
-    return Run(recipe, arguments, console, tokenizer, train_packs, eval_packs, model, prepared)
+    return Run(recipe, arguments, console, tokenizer, data, model, prepared)
 
 
 def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
@@ -188,8 +191,8 @@ def _trainer(run: Run) -> PackedTrainer:
     return PackedTrainer(
         run.model,
         run.arguments,
-        train_dataset=run.train_packs,
-        eval_dataset=run.eval_packs,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.eval,
         tokens_per_batch=run.recipe.packing.tokens_per_batch,
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
@@ -212,7 +215,7 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
 
 def _last_evaluation(run: Run, trainer: PackedTrainer) -> Any:
     """The evaluation after the last step, made now if the schedule did not."""
-    if run.eval_packs is None:
+    if run.data.eval is None:
         return {}
     for entry in reversed(trainer.state.log_history):
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
@@ -257,8 +260,8 @@ def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         "prepare": report.to_dict(),
         "checkpointing_reason": None if choice is None else choice.reason,
         "data": {
-            "train": asdict(run.train_packs.report),
-            "eval": None if run.eval_packs is None else asdict(run.eval_packs.report),
+            "train": asdict(run.data.train.report),
+            "eval": None if run.data.eval is None else asdict(run.data.eval.report),
         },
         "memory_estimate": estimate.to_dict(),
         "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,

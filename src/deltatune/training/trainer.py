@@ -14,9 +14,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from deltatune.data.dataset import PackedDataset
+from deltatune.data.stream import PackStream, Place
 from deltatune.hf.model import compute_dtype
 from deltatune.training.arguments import autocast_dtype
-from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, pack_loader
+from deltatune.training.batches import (
+    PACK_COUNTS,
+    STREAMED,
+    CountingCollator,
+    PackCounts,
+    PackOrder,
+    pack_loader,
+    place_file,
+)
 from deltatune.training.checkpoint import reload_weights
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
@@ -52,7 +61,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: TrainingArguments,
         *,
-        train_dataset: PackedDataset,
+        train_dataset: PackedDataset | PackStream,
         eval_dataset: PackedDataset | None = None,
         tokens_per_batch: int,
         pad_token_id: int,
@@ -63,6 +72,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
         self._evaluated_tokens = 0
+        self._place: Place | None = None  # of a stream, where the block of the latest batch begins
+        self._console = console or Console()
         super().__init__(
             model=model,
             args=args,
@@ -84,19 +95,21 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
         if not args.disable_tqdm:
-            self.add_callback(ProgressBar(console or Console()))
+            self.add_callback(ProgressBar(self._console))
 
     # Batches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's packs in the order of seed and epoch; see ``PackOrder``."""
         in_order = getattr(self.args, "train_sampling_strategy", "random") == "sequential"
+        in_order |= isinstance(self.train_dataset, PackStream)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = PackOrder(
             len(self.train_dataset),
             seed=None if in_order else seed,
             mesh=self._mesh,
             drop_last=self.args.dataloader_drop_last,
+            packs=self.train_dataset.epochs,
         )
         return pack_loader(self.train_dataset, order, self.data_collator, self.args)
 
@@ -114,6 +127,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         batches = list(islice(epoch_iterator, num_batches))
         counts = sum((batch.pop(PACK_COUNTS) for batch in batches), PackCounts())
         self.meter.add(counts)
+        for news in (batch.pop(STREAMED) for batch in batches if STREAMED in batch):
+            self._place = news.place or self._place
+            for line in news.remarks:
+                self._console.out(line, highlight=False)
         # the counts are known on the CPU, so the device fills in a number and nobody waits
         trained = self._mesh.sum_over_data(torch.full((), counts.trained, dtype=torch.int64, device=device))
         # a step of padding alone has loss 0 and no gradient, rather than 0 / 0
@@ -192,6 +209,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.meter.paused():
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # here, since every rank comes by and the file that makes a checkpoint whole is still to be written
+        if self._place is not None:
+            self._place.save(place_file(Path(output_dir), self._mesh))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model

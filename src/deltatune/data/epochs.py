@@ -1,0 +1,68 @@
+"""The packs of every epoch: documents drawn and packed anew, always into the same number of packs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltatune.data.mixture import Mixture
+from deltatune.packing.shuffled import Packs, pack_shuffled
+
+__all__ = ["Epochs"]
+
+_ATTEMPTS = 8  # orders that are tried for an epoch
+_SMALL = 20_000  # documents up to which all attempts are made for the first epoch, since a pack more counts there
+_SPARE = 2000  # one pack in so many is left spare, so that other orders need no more packs than the first had
+
+
+class Epochs:
+    """Packs by epoch, a function of the documents, the mixture and the seed alone.
+
+    The number of packs is the same in every epoch, so that steps, schedules and resumed runs can count on it: what an
+    order needs fewer is made up by cutting packs of many documents in two.
+
+    Attributes:
+        num_packs: packs of an epoch.
+    """
+
+    def __init__(self, lengths: NDArray[np.integer], capacity: int, mixture: Mixture, *, seed: int | None) -> None:
+        """``lengths``: tokens of every document of all sources; ``seed=None`` keeps the order of the mixture."""
+        self._lengths, self._capacity, self._mixture, self._seed = lengths, capacity, mixture, seed
+        documents = mixture.draw(0)
+        attempts = _ATTEMPTS if documents.size <= _SMALL else 1
+        self._first = min((self._pack(0, attempt) for attempt in range(attempts)), key=len)
+        spare = min(len(self._first) // _SPARE, documents.size - len(self._first))
+        self.num_packs = len(self._first) + spare
+        self._latest = (0, _in_number(self._first, self.num_packs))
+
+    def __call__(self, epoch: int) -> Packs:
+        """The packs of an epoch; their members are numbers of documents."""
+        number, packs = self._latest
+        if number != epoch:
+            packs = _in_number(self._first if epoch == 0 else self._anew(epoch), self.num_packs)
+            self._latest = (epoch, packs)
+        return packs
+
+    def _anew(self, epoch: int) -> Packs:
+        for attempt in range(_ATTEMPTS):
+            packs = self._pack(epoch, attempt)
+            if len(packs) <= self.num_packs:
+                return packs
+        return self._first
+
+    def _pack(self, epoch: int, attempt: int) -> Packs:
+        documents = self._mixture.draw(epoch)
+        seed = None if self._seed is None else (self._seed, epoch, attempt)
+        packs = pack_shuffled(self._lengths[documents], self._capacity, seed=seed)
+        return Packs(documents[packs.members], packs.starts)
+
+
+def _in_number(packs: Packs, number: int) -> Packs:
+    """The same documents in so many packs, no fewer than there are: those of most documents are cut in two."""
+    starts = packs.starts
+    while starts.size - 1 < number:
+        sizes = np.diff(starts)
+        most = np.argsort(-sizes, kind="stable")[: number - sizes.size]
+        most = most[sizes[most] > 1]
+        starts = np.sort(np.concatenate([starts, starts[most] + sizes[most] // 2]))
+    return Packs(packs.members, starts)

@@ -1,0 +1,116 @@
+"""Documents that are longer than they may be: refused, cut or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltatune.data.documents import Documents
+from deltatune.data.report import counted
+from deltatune.errors import DataError
+from deltatune.packing.sample import Sample
+
+__all__ = ["Limit", "Overlong", "Pieces", "cut_documents", "cut_sample"]
+
+Overlong = Literal["error", "split", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most tokens of a document, and the setting that says so."""
+
+    capacity: int
+    max_length: int | None
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens of a document."""
+        return self.capacity if self.max_length is None else min(self.capacity, self.max_length)
+
+    def __str__(self) -> str:
+        lower = self.max_length is not None and self.max_length < self.capacity
+        return f"data.max_length={self.tokens}" if lower else f"packing.tokens_per_batch={self.tokens}"
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Documents, or parts of them, in the order of their source."""
+
+    starts: NDArray[np.int64]  # in the source's stream of tokens
+    lengths: NDArray[np.int32]
+    targets: NDArray[np.int32]  # tokens that train
+
+    def __len__(self) -> int:
+        return self.starts.size
+
+    def __getitem__(self, which: NDArray[Any]) -> Pieces:
+        return Pieces(self.starts[which], self.lengths[which], self.targets[which])
+
+
+def cut_documents(
+    documents: Documents, keep: NDArray[np.bool_] | None, limit: Limit, overlong: Overlong, counts: dict[str, int]
+) -> Pieces:
+    """The pieces of those documents of a source that are kept, none longer than the limit.
+
+    ``counts`` takes what was done to how many of them.
+
+    Raises:
+        DataError: a document that is too long under ``error``, named.
+    """
+    whole = Pieces(documents.offsets[:-1], documents.lengths, documents.targets)
+    if keep is not None:
+        whole = whole[keep]
+    fits = whole.lengths <= limit.tokens
+    too_long = np.flatnonzero(~fits)
+    if not too_long.size:
+        return whole
+    if overlong == "error":
+        first = int(np.searchsorted(documents.offsets, whole.starts[too_long[0]], side="right")) - 1
+        raise DataError(
+            f"{documents.where(first)} has {documents.lengths[first]} tokens, more than {limit} "
+            f"({counted(too_long.size, 'such document')} in {documents.source.name}); raise it, or set data.overlong "
+            "to split, truncate or drop"
+        )
+    counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] += too_long.size
+    if overlong == "drop":
+        return whole[fits]
+    parts = []
+    for start, length in zip(whole.starts[too_long].tolist(), whole.lengths[too_long].tolist(), strict=True):
+        for at in range(start, start + (1 if overlong == "truncate" else length), limit.tokens):
+            to = min(at + limit.tokens, start + length)
+            parts.append((at, to - at, documents.num_trained(at, to)))
+    starts, lengths, targets = np.array(parts, dtype=np.int64).T
+    cut = Pieces(starts, lengths.astype(np.int32), targets.astype(np.int32))
+    counts["unlabelled"] += int(np.count_nonzero(cut.targets == 0))
+    both = _joined([whole[fits], cut[cut.targets > 0]])
+    return both[np.argsort(both.starts)]
+
+
+def _joined(pieces: Sequence[Pieces]) -> Pieces:
+    starts, lengths, targets = (
+        np.concatenate([getattr(part, name) for part in pieces]) for name in ("starts", "lengths", "targets")
+    )
+    return Pieces(starts, lengths, targets)
+
+
+def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str) -> list[Sample]:
+    """The parts of a document that train, none longer than the limit; ``where`` names it.
+
+    Raises:
+        DataError: it is too long, under ``error``.
+    """
+    if len(sample) <= limit.tokens:
+        return [sample]
+    if overlong == "error":
+        raise DataError(
+            f"{where} has {len(sample)} tokens, more than {limit}; raise it, or set data.overlong to split, truncate "
+            "or drop"
+        )
+    last = {"drop": 0, "truncate": 1, "split": len(sample)}[overlong]
+    slices = (slice(at, at + limit.tokens) for at in range(0, last, limit.tokens))
+    parts = [Sample(sample.input_ids[part], sample.labels[part]) for part in slices]
+    return [part for part in parts if part.num_trained]

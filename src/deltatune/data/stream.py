@@ -1,0 +1,242 @@
+"""Packs of rows that are read as training goes: block by block, and from the middle again exactly as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from deltatune.data.chat import Renderer
+from deltatune.data.documents import NUM_NAMED, OnBadRow
+from deltatune.data.formats import Layout, Row
+from deltatune.data.notes import Notes
+from deltatune.data.overlong import Limit, Overlong, cut_sample
+from deltatune.data.report import PackingReport, counted, variance_between
+from deltatune.errors import DataError
+from deltatune.packing.sample import Sample
+from deltatune.packing.shuffled import Packs, pack_ahead
+
+__all__ = ["News", "PackStream", "Place", "RowStream", "StreamSource", "StreamedPack"]
+
+BLOCK_ROWS = 8192
+"""Rows that are read, shuffled and packed together."""
+
+
+class RowStream(Protocol):
+    """Rows without an end: after the last comes the first."""
+
+    name: str
+    columns: tuple[str, ...]
+    columnar: bool
+
+    def read(self, start: int, end: int) -> Iterable[tuple[str, Row]]:
+        """Rows ``start`` to ``end``, each with its place in words."""
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Rows, how they are read, and how many of them a block takes."""
+
+    rows: RowStream
+    layout: Layout
+    rows_per_block: int
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a block begins: all that the stream needs to go on from there.
+
+    Attributes:
+        block: its number.
+        pack: the number of its first pack.
+        left: documents of earlier blocks that are in no pack yet.
+    """
+
+    block: int = 0
+    pack: int = 0
+    left: tuple[Sample, ...] = ()
+
+    def save(self, file: Path) -> None:
+        """Writes the place; ``load`` reads it."""
+        lengths = np.array([len(sample) for sample in self.left], dtype=np.int64)
+        nothing = np.zeros(0, dtype=np.int64)
+        np.savez(
+            file,
+            place=np.array([self.block, self.pack]),
+            lengths=lengths,
+            input_ids=np.concatenate([nothing, *(sample.input_ids for sample in self.left)]),
+            labels=np.concatenate([nothing, *(sample.labels for sample in self.left)]),
+        )
+
+    @classmethod
+    def load(cls, file: Path) -> Place:
+        """Reads a place.
+
+        Raises:
+            DataError: no such file, or one that is broken.
+        """
+        try:
+            with np.load(file) as arrays:
+                block, pack = arrays["place"].tolist()
+                lengths = arrays["lengths"]
+                ids, labels = (np.split(arrays[name], np.cumsum(lengths)[:-1]) for name in ("input_ids", "labels"))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{file} does not tell where the stream of data was: {error}; take another checkpoint"
+            ) from error
+        return cls(block, pack, tuple(map(Sample, ids, labels)) if lengths.size else ())
+
+
+@dataclass(frozen=True, eq=False)
+class News:
+    """What the first pack of a block tells: where the block begins, and what the rows' reader should know."""
+
+    place: Place | None = None
+    remarks: tuple[str, ...] = ()
+
+
+class StreamedPack(list[Sample]):
+    """The samples of a pack of a stream."""
+
+    def __init__(self, samples: Iterable[Sample], news: News) -> None:
+        super().__init__(samples)
+        self.news = news
+
+
+@dataclass(eq=False)
+class PackStream:
+    """A map-style data set of the packs of a stream, which has no end: each rank's packs by number.
+
+    Rows are read in blocks, each block's documents are shuffled and packed, and what fills no pack goes before the next
+    block's. Ranks take turns at blocks. A source that ends begins again. A block is a function of the rows, the seed
+    and what was left before it, so a run that goes on from ``Place`` sees the packs that it would have seen.
+
+    Packs are meant to be asked for in order. To go forward costs the blocks between; to go back starts again.
+    """
+
+    sources: Sequence[StreamSource]
+    renderer: Renderer
+    tokens_per_batch: int
+    num_packs: int  # of all ranks together
+    overlong: Overlong = "error"
+    max_length: int | None = None
+    on_bad_row: OnBadRow = "error"
+    seed: int | None = 0  # None keeps the order of the rows
+    rank: int = 0
+    num_ranks: int = 1
+    start: Place = field(
+        default_factory=Place
+    )  # where packs are made from; earlier ones cost a start from the beginning
+
+    def __post_init__(self) -> None:
+        self._packs: Iterator[StreamedPack] = iter(())
+        self._next = -1  # the number of the pack that _packs gives next; none yet
+
+    def __len__(self) -> int:
+        return self.num_packs
+
+    def epochs(self, _: int) -> range:
+        """The packs of an epoch, by number; there is one."""
+        return range(self.num_packs)
+
+    def __getitem__(self, pack: int) -> StreamedPack:
+        """The pack of this number, one of this rank's: ``pack % num_ranks == rank``."""
+        if not 0 <= pack < self.num_packs:
+            raise IndexError(f"pack {pack} of a stream of {self.num_packs}")
+        number = pack // self.num_ranks
+        if number < self._next or self._next < 0:
+            start = self.start if number >= self.start.pack else Place()
+            self._packs, self._next = self._from(start), start.pack
+        passed = News()
+        while True:
+            found = next(self._packs)
+            # what a pack that is passed over tells holds for those after it
+            passed = News(found.news.place or passed.place, passed.remarks + found.news.remarks)
+            self._next += 1
+            if self._next > number:
+                return StreamedPack(found, passed)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the generator, which another process starts again from ``start``."""
+        return {**self.__dict__, "_packs": iter(()), "_next": -1}
+
+    @cached_property
+    def report(self) -> PackingReport:
+        """What became of the first block's rows, for people; it is read and packed for this."""
+        place = Place()
+        while not len((block := self._block(place)).packs):
+            place = block.next(place)
+        lengths = np.array([len(sample) for sample in block.documents])
+        packed = lengths[block.packs.members]
+        return PackingReport(
+            rows=sum(source.rows_per_block for source in self.sources) * (place.block + 1),
+            documents=packed.size,
+            tokens=int(packed.sum()),
+            trained_tokens=sum(block.documents[index].num_trained for index in block.packs.members),
+            packs=len(block.packs),
+            tokens_per_batch=self.tokens_per_batch,
+            fill=float(packed.sum()) / (len(block.packs) * self.tokens_per_batch),
+            longest=int(lengths.max()),
+            variance_between_packs=variance_between(block.packs, lengths),
+            remarks=("rows are streamed; this is the first block of them", *block.remarks),
+        )
+
+    def _from(self, place: Place) -> Iterator[StreamedPack]:
+        while True:
+            block = self._block(place)
+            news = News(place, block.remarks)
+            for members in block.packs:
+                yield StreamedPack((block.documents[index] for index in members), news)
+                news = News()
+            place = block.next(place)
+
+    def _block(self, place: Place) -> _Block:
+        number = place.block * self.num_ranks + self.rank
+        new, remarks = self._read(number)
+        if self.seed is not None:
+            new = [new[index] for index in np.random.default_rng((self.seed, number)).permutation(len(new))]
+        documents = [*place.left, *new]
+        packs, left = pack_ahead(np.array([len(sample) for sample in documents], dtype=np.int64), self.tokens_per_batch)
+        return _Block(documents, packs, tuple(documents[index] for index in left), remarks)
+
+    def _read(self, number: int) -> tuple[list[Sample], tuple[str, ...]]:
+        """The documents of a block, in the order of the rows, and what is no error."""
+        documents: list[Sample] = []
+        notes, dropped, limit = Notes(), [], Limit(self.tokens_per_batch, self.max_length)
+        for source in self.sources:
+            start = number * source.rows_per_block
+            for where, row in source.rows.read(start, start + source.rows_per_block):
+                try:
+                    samples = self.renderer.render(row, source.layout, where, notes)
+                    documents += [
+                        part for sample in samples for part in cut_sample(sample, limit, self.overlong, where)
+                    ]
+                except DataError as error:
+                    if self.on_bad_row == "error":
+                        raise
+                    dropped.append(str(error))
+        lines = [*notes]
+        if dropped:
+            lines += [
+                f"{counted(len(dropped), 'row')} dropped, among them:",
+                *(f"  {error}" for error in dropped[:NUM_NAMED]),
+            ]
+        return documents, tuple(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Documents and their packs."""
+
+    documents: list[Sample]
+    packs: Packs  # whose members are numbers of documents
+    left: tuple[Sample, ...]  # documents in no pack
+    remarks: tuple[str, ...]
+
+    def next(self, place: Place) -> Place:
+        """Where the block after this one, which began at ``place``, begins."""
+        return Place(place.block + 1, place.pack + len(self.packs), self.left)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_cases import byte_tokenizer, make_recipe
+
+from deltatune.data.preview import preview
+from deltatune.errors import UserError
+from deltatune.training import packs
+from deltatune.training.packs import load_data
+
+CALLING = """{%- for m in messages %}{{- m.role + ':' + (m.content or '') }}
+{%- for call in m.tool_calls or [] %}{{- call.function.arguments | tojson }}{%- endfor %}{{- '<|im_end|>' }}
+{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize(("streaming", "opener"), [(False, "load_rows"), (True, "open_stream")])
+def test_a_source_is_opened_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, opener: str
+) -> None:
+    settings = {"split": "test[:9%]", "name": "en", "revision": "v1", "limit": 7}
+    asked: dict[str, Any] = {}
+
+    def opened(path: str, **kwargs: Any) -> None:
+        asked.update(kwargs, path=path)
+        raise UserError("opened")
+
+    monkeypatch.setattr(packs, opener, opened)
+    source = {"path": "owner/data", "columns": {"tools": "functions"}, **settings}
+    recipe = make_recipe(
+        tmp_path, tmp_path, data={"train": [source], "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+    )
+    with pytest.raises(UserError, match="opened"):
+        load_data(recipe, byte_tokenizer())
+    assert list(asked.pop("needed")) == ["functions"]
+    assert asked == {"path": "owner/data", "cache_dir": tmp_path / "cache", **settings}
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_compressed_files_and_slices_pack_like_their_rows(tmp_path: Path, num_proc: int) -> None:
+    pytest.importorskip("datasets")
+    rows = [{"text": f"row {index} " * (index % 5 + 1)} for index in range(600)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    sources = {
+        "plain": [{"path": str(tmp_path / "rows.jsonl")}],
+        "packed": [{"path": str(tmp_path / "rows.jsonl.gz")}],
+        "cut": [{"path": str(tmp_path / "rows.jsonl"), "split": split} for split in ("train[:50%]", "train[50%:]")],
+    }
+    tokens = []
+    for name, train in sources.items():
+        data = {"train": train, "cache_dir": str(tmp_path / name), "num_proc": num_proc}
+        recipe = make_recipe(tmp_path, tmp_path, data=data)
+        packed = load_data(recipe, byte_tokenizer()).train
+        shards = (shard for documents in packed.documents for shard in documents.shards)
+        tokens.append([token for shard in shards for token in shard.tokens.tolist()])
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert len(tokens[0]) > 600
+
+
+def previews(folder, rows, files=1, **data):
+    """The samples of Parquet files of these rows, as text."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for number in range(files):
+        parquet.write_table(pa.Table.from_pylist(rows), folder / f"rows-{number}.parquet")
+    source = {"path": str(folder / "rows-*.parquet"), **data.pop("source", {})}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CALLING
+    recipe = make_recipe(folder, folder, data={"train": [source], **data})
+    packs = load_data(recipe, tokenizer).train
+    return [preview(sample, tokenizer, color=False) for pack in range(len(packs)) for sample in packs[pack]]
+
+
+def test_names_of_speakers_and_keys_come_from_the_recipe(tmp_path):
+    rows = [{"messages": [{"speaker": "customer", "text": "q"}, {"speaker": "agent", "text": "a"}]}]
+    assert previews(
+        tmp_path,
+        rows,
+        roles={"customer": "user", "agent": "assistant"},
+        source={"message_fields": {"role": "speaker", "content": "text"}},
+    ) == ["user:q<|im_end|>assistant:«a<|im_end|>»"]
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_keys_that_a_parquet_file_fills_are_absent(files, tmp_path):
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": 2}}}]
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}]
+    assert previews(tmp_path, rows, files) == ['user:q<|im_end|>assistant:«{"a": 1}{"b": 2}<|im_end|>»'] * files
