@@ -1,6 +1,8 @@
 import os
 import signal
+import struct
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,11 +185,10 @@ class TestCache:
     def test_a_write_that_fails_leaves_nothing(self, tokenizer, texts, tmp_path, monkeypatch):
         cache = tmp_path / "cache"
 
-        class Full:
-            def pack(self, *arguments):
-                raise OSError(28, "No space left on device")
+        def disk_full(*arguments):
+            raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(shards.struct, "pack", Full().pack)
+        monkeypatch.setattr(shards, "struct", SimpleNamespace(pack=disk_full, unpack=struct.unpack, error=struct.error))
         with pytest.raises(DataError, match=r"No space left on device; set data\.cache_dir"):
             tokenize(texts, TEXT, Renderer(tokenizer), num_proc=1, cache_dir=cache)
         assert list(next(cache.iterdir()).iterdir()) == []
