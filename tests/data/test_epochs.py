@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from deltatune.data.epochs import Epochs
-from deltatune.data.mixture import Mixture
+from deltatune.data.mixture import Mixture, Shares
 
 
 def epochs_of(lengths, capacity=256, shares=None, seed=1):
@@ -50,9 +50,48 @@ def test_an_order_that_needs_more_packs_gives_way_to_the_first(monkeypatch):
 
 def test_a_part_of_a_source_is_packed_in_each_epoch():
     lengths = np.full(100, 10)
-    mixture = Mixture((100,), (30,), seed=0)
+    mixture = Mixture((lengths,), (30,), seed=0)
     epochs = Epochs(lengths, 50, mixture, seed=0)
     seen = [epochs(epoch).members for epoch in range(4)]
     assert [members.size for members in seen] == [30] * 4
     assert epochs.num_packs == 6
     assert len(set(np.concatenate(seen[:3]).tolist())) == 90
+
+
+def lognormal(num, seed):
+    return np.minimum(1024, np.random.default_rng(seed).lognormal(4.5, 1.1, num).astype(int) + 1)
+
+
+def test_epochs_of_a_mixture_see_the_documents_that_are_drawn():
+    sources = [lognormal(900, 0), lognormal(300, 1)]
+    mixture = Mixture.of(sources, Shares(weights=[1, 1]), seed=3)
+    epochs = Epochs(np.concatenate(sources), 1024, mixture, seed=3)
+    for epoch in range(8):
+        packs = epochs(epoch)
+        assert len(packs) == epochs.num_packs
+        assert sorted(packs.members) == sorted(mixture.draw(epoch))
+
+
+def test_a_drawn_part_that_needs_more_packs_leaves_the_emptiest_out():
+    lengths = lognormal(900, 0)
+    epochs = Epochs(lengths, 1024, Mixture((lengths,), (400,), seed=0), seed=0)
+    whole = epochs(3)
+    epochs.num_packs = len(whole) - 2
+    less = Epochs.__call__(epochs, 4), Epochs.__call__(epochs, 3)
+    assert [len(packs) for packs in less] == [epochs.num_packs] * 2
+    left_out = np.setdiff1d(epochs._mixture.draw(3), less[1].members)
+    assert 0 < left_out.size < 60
+    assert lengths[left_out].sum() < 2 * 1024
+    assert not np.isin(less[1].members, left_out).any()
+    assert all(0 < lengths[members].sum() <= 1024 for members in less[1])
+
+
+def test_an_epoch_of_fewer_documents_than_packs_sees_some_again():
+    lengths = np.array([100] * 4 + [51] * 8)  # two of which fit no pack
+    epochs = Epochs(lengths, 100, Mixture((lengths,), (6,), seed=0), seed=0)
+    drawn = [epochs._mixture.draw(epoch) for epoch in range(4)]
+    assert min(documents.size for documents in drawn) < epochs.num_packs
+    for epoch, documents in enumerate(drawn):
+        packs = epochs(epoch)
+        assert [members.size for members in packs] == [1] * epochs.num_packs
+        assert set(packs.members) <= set(documents)

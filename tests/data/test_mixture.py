@@ -39,6 +39,18 @@ def test_over_the_epochs_every_document_is_drawn_equally_often():
     assert counts.tolist() == [5] * 4 + [2] * 10
 
 
+@pytest.mark.parametrize("share", [0.07, 0.5, 1.3])
+def test_epochs_of_a_part_hold_as_many_tokens_whatever_the_lengths(share):
+    long = np.random.default_rng(0).lognormal(5, 1.2, 400).astype(int) + 1
+    mixture = Mixture((long,), (int(share * long.size),), seed=0)
+    drawn = [mixture.draw(epoch) for epoch in range(40)]
+    tokens = np.array([long[documents].sum() for documents in drawn])
+    due = long.sum() * mixture.quotas[0] / long.size
+    assert abs(tokens - due).max() < long.max()
+    seen = np.bincount(np.concatenate(drawn), minlength=long.size)
+    assert seen.max() - seen.min() <= 1
+
+
 def test_draws_follow_the_seed():
     lengths, shares = [np.ones(50), np.ones(400)], Shares(weights=[1, 1], by="documents")
     one, again, other = (Mixture.of(lengths, shares, seed=seed).draw(2) for seed in (1, 1, 2))

@@ -48,7 +48,8 @@ class Epochs:
             packs = self._pack(epoch, attempt)
             if len(packs) <= self.num_packs:
                 return packs
-        return self._first
+        # of documents that are others in every epoch, those of a nearly empty pack may wait for their next turn
+        return self._first if self._mixture.is_constant else _fullest(packs, self.num_packs, self._lengths)
 
     def _pack(self, epoch: int, attempt: int) -> Packs:
         documents = self._mixture.draw(epoch)
@@ -58,11 +59,25 @@ class Epochs:
 
 
 def _in_number(packs: Packs, number: int) -> Packs:
-    """The same documents in so many packs, no fewer than there are: those of most documents are cut in two."""
-    starts = packs.starts
+    """The same documents in so many packs, no fewer than there are: those of most documents are cut in two.
+
+    Of documents that are fewer than the packs, the first come again.
+    """
+    members, starts = packs.members, packs.starts
+    if (short := number - members.size) > 0:
+        members = np.concatenate([members, np.resize(members, short)])
+        starts = np.concatenate([starts, np.arange(members.size - short, members.size) + 1])
     while starts.size - 1 < number:
         sizes = np.diff(starts)
         most = np.argsort(-sizes, kind="stable")[: number - sizes.size]
         most = most[sizes[most] > 1]
         starts = np.sort(np.concatenate([starts, starts[most] + sizes[most] // 2]))
-    return Packs(packs.members, starts)
+    return Packs(members, starts)
+
+
+def _fullest(packs: Packs, number: int, lengths: NDArray[np.integer]) -> Packs:
+    """So many packs, those of most tokens, in their order."""
+    tokens = np.add.reduceat(lengths[packs.members], packs.starts[:-1], dtype=np.int64)
+    kept = np.isin(np.arange(len(packs)), np.argsort(-tokens, kind="stable")[:number])
+    sizes = np.diff(packs.starts)
+    return Packs(packs.members[np.repeat(kept, sizes)], np.concatenate([[0], np.cumsum(sizes[kept])]))
