@@ -146,6 +146,8 @@ def test_a_data_file_is_no_recipe(tmp_path, suffix) -> None:
         ("compile.scope=model", "compile is false in the recipe"),
         ("lora.r=[", "broken YAML"),
         ("training.seed=x", 'training.seed: expected a whole number, got "x"'),
+        ("training.seed=-1", "training.seed: "),
+        ("training.data_seed=4294967296", "training.data_seed: "),
     ],
 )
 def test_a_bad_override_is_one_line(load, override, named) -> None:

@@ -66,6 +66,16 @@ def test_every_document_is_in_one_pack(tokenizer, texts):
     assert max(sum(map(len, pack)) for pack in dataset) <= 256
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_weight_of_a_source_with_nothing_left_is_an_error(held):
+    documents = [make_documents([3, 4]), make_documents([4 if held else 30])]
+    keep = [np.ones(2, dtype=bool), np.array([not held])]
+    settings = {"tokens_per_batch": 10, "overlong": "drop", "keep": keep}
+    assert pack_documents(documents, **settings).report.documents == 2
+    with pytest.raises(DataError, match=r"^rows\.jsonl has a weight and no document left to train on"):
+        pack_documents(documents, shares=Shares(weights=[1, 1]), **settings)
+
+
 def test_packs_collate(tokenizer, texts):
     dataset = pack_documents([tokenize(texts, TEXT, Renderer(tokenizer))], tokens_per_batch=256)
     batch = PackedCollator(tokens_per_batch=256, pad_token_id=0)([dataset[0]])

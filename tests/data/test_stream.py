@@ -45,6 +45,10 @@ def content(pack):
     return [tuple(sample.input_ids.tolist()) for sample in pack]
 
 
+def content_of(samples):
+    return [(sample.input_ids.tolist(), sample.labels.tolist()) for sample in samples]
+
+
 def test_every_row_comes_as_often_as_every_other(stream, tokenizer, texts):
     packs = [content(pack) for pack in stream(num_packs=120)]
     seen = [ids for pack in packs for ids in pack]
@@ -147,6 +151,27 @@ def test_long_documents_are_dealt_with_as_they_come(stream):
         assert max(len(sample) for number in range(10) for sample in packs[number]) <= 20
 
 
+@pytest.mark.parametrize("use", [lambda packs: packs[0], lambda packs: packs.report])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", r"rows\.jsonl, line 1: text is empty"), ("fox " * 300, "all are longer than packing.tokens_per_batch=256")],
+)
+def test_a_stream_without_a_document_ends_in_an_error(stream, write_jsonl, text, why, use):
+    rows = Repeated(load_rows(str(write_jsonl([{"text": text}]))))
+    with pytest.raises(DataError, match=f"512 rows in turn were dropped, the last because: .*{why}"):
+        use(stream(rows, on_bad_row="drop", overlong="drop"))
+
+
+def test_blocks_without_a_document_are_passed_over(stream, write_jsonl):
+    texts = [{"text": ""}] * 14 + [{"text": "fox"}] * 2
+    rows = Repeated(load_rows(str(write_jsonl(texts, "sparse.jsonl"))))
+    packs = stream(rows, per_block=2, on_bad_row="drop")
+    assert len(packs[0]) > 1
+    told = packs[0].news.remarks
+    assert told[0] == "2 rows dropped, among them:"
+    assert told[1].startswith(f"  {rows.name}, line 1: text is empty")
+
+
 def test_the_report_shows_the_first_block(stream):
     report = stream().report
     assert report.rows == 64
@@ -201,11 +226,28 @@ def test_rows_of_the_hub_are_fetched_as_they_are_read(monkeypatch):
     assert [row["text"][-1] for _, row in rows.read(0, 6)] == ["0", "1", "2", "3", "0", "1"]
 
 
-def test_a_broken_place_is_an_error(tmp_path):
-    (tmp_path / "place.npz").write_bytes(b"PK")
-    for file in ("place.npz", "none.npz"):
-        with pytest.raises(DataError, match=f"{file} does not tell where the stream of data was"):
-            Place.load(tmp_path / file)
+@pytest.mark.parametrize("kind", ["cut", "flipped", "overwritten"])
+def test_a_broken_place_is_an_error(stream, tmp_path, kind):
+    packs, file = stream(), tmp_path / "place.npz"
+    place = packs._block(Place()).next(Place())
+    place.save(file)
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        at = int(rng.integers(len(content)))
+        after = {"cut": b"", "flipped": bytes([content[at] ^ 1 << int(rng.integers(8))]), "overwritten": rng.bytes(40)}
+        rest = b"" if kind == "cut" else content[at + len(after[kind]) :]
+        file.write_bytes(content[:at] + after[kind] + rest)
+        try:
+            found = Place.load(file)
+        except DataError as error:
+            assert str(error).startswith(f"{file} does not tell where the stream of data was")
+        else:  # a byte that says nothing, such as a date
+            assert (found.block, found.pack, content_of(found.left)) == (1, place.pack, content_of(place.left))
+
+
+def test_a_place_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"none\.npz does not tell where the stream of data was: .*No such file"):
+        Place.load(tmp_path / "none.npz")
 
 
 def test_blocks_are_as_large_as_the_recipe_says():

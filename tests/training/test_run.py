@@ -20,7 +20,9 @@ from deltatune.errors import DataError, UserError
 from deltatune.packing import shuffled
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
+from deltatune.training.batches import place_file
 from deltatune.training.export import merge_adapter
+from deltatune.training.mesh import Mesh
 from deltatune.training.run import train, verify
 
 QUIET = Console(quiet=True)
@@ -149,6 +151,14 @@ def test_a_stream_goes_on_in_its_middle_bit_for_bit(
     assert len(losses(resumed)) == 12
     expected, found = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("output", "parts"))
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def test_a_stream_of_other_ranks_cannot_go_on(tmp_path: Path) -> None:
+    for rank in range(2):
+        Place().save(place_file(tmp_path, Mesh(data_size=2, data_rank=rank)))
+    assert run_module._place(tmp_path, Mesh(data_size=2, data_rank=1)).left == ()
+    with pytest.raises(UserError, match="keeps the places of 2 ranks in the stream of data, and this run has 3"):
+        run_module._place(tmp_path, Mesh(data_size=3, data_rank=1))
 
 
 def stopping_after(step: int, build: Any) -> Any:

@@ -71,7 +71,8 @@ def pack_documents(
         remarks: what the report should say besides.
 
     Raises:
-        DataError: an over-long document under ``error``, named; or nothing left to train on.
+        DataError: an over-long document under ``error``, named; or nothing left to train on, of all sources or of one
+            that has a weight.
     """
     limit = Limit(tokens_per_batch, max_length)
     counts = {"split": 0, "truncated": 0, "dropped": 0, "unlabelled": 0}
@@ -84,6 +85,11 @@ def pack_documents(
         raise DataError(
             f"no document is left to train on: all are longer than {limit}; raise it, or set data.overlong to split "
             "or truncate"
+        )
+    if shares is not None and shares.weights is not None and 0 in sizes:
+        raise DataError(
+            f"{documents[sizes.index(0)].source.name} has a weight and no document left to train on: all are longer "
+            f"than {limit}, or held out; take the source out, raise the limit, or lower data.val_size"
         )
     lengths = np.concatenate([part.lengths for part in parts])
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -24,6 +26,8 @@ __all__ = ["News", "PackStream", "Place", "RowStream", "StreamSource", "Streamed
 
 BLOCK_ROWS = 8192
 """Rows that are read, shuffled and packed together."""
+
+_EMPTY_BLOCKS = 8  # blocks in turn without a document before a stream is given up
 
 
 class RowStream(Protocol):
@@ -84,7 +88,8 @@ class Place:
                 block, pack = arrays["place"].tolist()
                 lengths = arrays["lengths"]
                 ids, labels = (np.split(arrays[name], np.cumsum(lengths)[:-1]) for name in ("input_ids", "labels"))
-        except (OSError, ValueError, KeyError) as error:
+        # a broken archive: its list, a member's flags or length, a checksum
+        except (OSError, EOFError, ValueError, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
             raise DataError(
                 f"{file} does not tell where the stream of data was: {error}; take another checkpoint"
             ) from error
@@ -167,9 +172,7 @@ class PackStream:
     @cached_property
     def report(self) -> PackingReport:
         """What became of the first block's rows, for people; it is read and packed for this."""
-        place = Place()
-        while not len((block := self._block(place)).packs):
-            place = block.next(place)
+        place, block = next((place, block) for place, block in self._blocks(Place()) if len(block.packs))
         lengths = np.array([len(sample) for sample in block.documents])
         packed = lengths[block.packs.members]
         return PackingReport(
@@ -186,12 +189,31 @@ class PackStream:
         )
 
     def _from(self, place: Place) -> Iterator[StreamedPack]:
-        while True:
-            block = self._block(place)
-            news = News(place, block.remarks)
+        remarks: tuple[str, ...] = ()  # of blocks that filled no pack
+        for begin, block in self._blocks(place):
+            remarks += block.remarks
+            news = News(begin, remarks)
             for members in block.packs:
                 yield StreamedPack((block.documents[index] for index in members), news)
-                news = News()
+                news, remarks = News(), ()
+
+    def _blocks(self, place: Place) -> Iterator[tuple[Place, _Block]]:
+        """The blocks from a place on, each with where it begins.
+
+        Raises:
+            DataError: eight blocks in turn without a document.
+        """
+        empty = 0
+        while True:
+            block = self._block(place)
+            empty = empty + 1 if len(block.documents) == len(place.left) else 0
+            if empty == _EMPTY_BLOCKS:
+                rows = empty * sum(source.rows_per_block for source in self.sources)
+                limit = Limit(self.tokens_per_batch, self.max_length)
+                why = block.remarks[-1].strip() if block.remarks else f"all are longer than {limit}"
+                names = ", ".join(source.rows.name for source in self.sources)
+                raise DataError(f"{names}: {counted(rows, 'row')} in turn were dropped, the last because: {why}")
+            yield place, block
             place = block.next(place)
 
     def _block(self, place: Place) -> _Block:

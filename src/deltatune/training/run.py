@@ -92,7 +92,7 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
     checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     run = build(recipe, arguments, console)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
-        run.data.train.start = Place.load(place_file(checkpoint, Mesh.of(arguments)))
+        run.data.train.start = _place(checkpoint, Mesh.of(arguments))
     records = _records(run, _verify(run))
     with _cache_setting_kept(run.model):
         trainer = _trainer(run)
@@ -125,6 +125,18 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, model, prepared)
+
+
+def _place(checkpoint: Path, mesh: Mesh) -> Place:
+    """Where a stream goes on."""
+    file = place_file(checkpoint, mesh)
+    others = [] if file.exists() else sorted(checkpoint.glob("stream-*-of-*.npz"))
+    if others:
+        raise UserError(
+            f"{checkpoint} keeps the places of {int(others[0].stem.rsplit('-', 1)[1])} ranks in the stream of data, and "
+            f"this run has {mesh.data_size}; resume with as many as began"
+        )
+    return Place.load(file)
 
 
 def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
