@@ -231,7 +231,7 @@ def test_a_broken_place_is_an_error(stream, tmp_path, kind):
     packs, file = stream(), tmp_path / "place.npz"
     place = packs._block(Place()).next(Place())
     place.save(file)
-    content, rng = file.read_bytes(), np.random.default_rng(0)
+    content, rng, broken = file.read_bytes(), np.random.default_rng(0), 0
     for _ in range(150):
         at = int(rng.integers(len(content)))
         after = {"cut": b"", "flipped": bytes([content[at] ^ 1 << int(rng.integers(8))]), "overwritten": rng.bytes(40)}
@@ -239,10 +239,11 @@ def test_a_broken_place_is_an_error(stream, tmp_path, kind):
         file.write_bytes(content[:at] + after[kind] + rest)
         try:
             found = Place.load(file)
-        except DataError as error:
-            assert str(error).startswith(f"{file} does not tell where the stream of data was")
+        except DataError:
+            broken += 1
         else:  # a byte that says nothing, such as a date
             assert (found.block, found.pack, content_of(found.left)) == (1, place.pack, content_of(place.left))
+    assert broken > 100
 
 
 def test_a_place_that_is_missing_is_an_error(tmp_path):

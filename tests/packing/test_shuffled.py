@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deltatune.packing.bins import pack
-from deltatune.packing.shuffled import pack_shuffled
+from deltatune.packing.shuffled import pack_ahead, pack_shuffled
 
 
 def two_sources(rng):
@@ -107,3 +107,15 @@ def test_time_is_linear():
         pack_shuffled(np.tile(lengths, repeat), 4096)
         times.append(time.process_time() - started)
     assert times[1] < 16 * times[0]
+
+
+@pytest.mark.parametrize(("least", "spread"), [(512, "uniform"), (300, "uniform"), (1, "lognormal")])
+def test_no_document_waits_for_ever_in_packs_of_one_or_two(least, spread):
+    rng = np.random.default_rng(0)
+    if spread == "uniform":
+        lengths = rng.integers(least, 1025, 6000)
+    else:
+        lengths = np.minimum(1024, rng.lognormal(6.8, 0.8, 6000).astype(int) + least)
+    _, left = pack_ahead(lengths, 1024)
+    assert left.size < 500
+    assert left.min() > 4500

@@ -157,7 +157,8 @@ class _Queue:
         """Takes documents as they come, until the rest of the pack is to be chosen; the tokens left."""
         lengths, taken, window = self._lengths, self._taken, self._window
         room, least = self._capacity, self._capacity * _REST
-        most = max(1, len(members) + int(self._documents_per_pack - 1))
+        # the first in line at least, or it might wait for ever
+        most = len(members) + max(1, int(self._documents_per_pack - 1))
         while taken[self._front]:
             self._front += 1
         place = self._front

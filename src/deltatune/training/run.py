@@ -132,9 +132,10 @@ def _place(checkpoint: Path, mesh: Mesh) -> Place:
     file = place_file(checkpoint, mesh)
     others = [] if file.exists() else sorted(checkpoint.glob("stream-*-of-*.npz"))
     if others:
+        num_ranks = int(others[0].stem.rsplit("-", 1)[1])
         raise UserError(
-            f"{checkpoint} keeps the places of {int(others[0].stem.rsplit('-', 1)[1])} ranks in the stream of data, and "
-            f"this run has {mesh.data_size}; resume with as many as began"
+            f"{checkpoint} keeps the places of {num_ranks} ranks in the stream of data, and this run has "
+            f"{mesh.data_size}; resume with as many as began"
         )
     return Place.load(file)
 
