@@ -8,11 +8,13 @@ from deltatune.data.dataset import pack_documents
 from deltatune.data.documents import Documents, tokenize
 from deltatune.data.messages import Layout
 from deltatune.data.mixture import Shares
+from deltatune.data.overlong import Limit, cut_sample
 from deltatune.data.report import PackingReport, one_source, variance_between
 from deltatune.data.shards import Shard
 from deltatune.data.sources import load_rows
 from deltatune.errors import DataError
 from deltatune.packing.collate import PackedCollator
+from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.packing.shuffled import Packs
 
 TEXT = Layout("text")
@@ -74,6 +76,18 @@ def test_a_weight_of_a_source_with_nothing_left_is_an_error(held):
     assert pack_documents(documents, **settings).report.documents == 2
     with pytest.raises(DataError, match=r"^rows\.jsonl has a weight and no document left to train on"):
         pack_documents(documents, shares=Shares(weights=[1, 1]), **settings)
+
+
+def test_parts_stay_in_the_order_of_their_source():
+    dataset = pack_documents([make_documents([4, 25, 5])], tokens_per_batch=10, overlong="split", seed=None)
+    assert dataset.starts.tolist() == [0, 4, 14, 24, 29]
+
+
+def test_parts_of_a_streamed_document_that_train_nothing_are_left_out():
+    ids = np.arange(9)
+    sample = Sample(ids, np.where(ids < 6, IGNORE_INDEX, ids))
+    parts = cut_sample(sample, Limit(3, None), "split", "row 1")
+    assert [part.input_ids.tolist() for part in parts] == [[6, 7, 8]]
 
 
 def test_packs_collate(tokenizer, texts):

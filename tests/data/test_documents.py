@@ -95,7 +95,48 @@ def test_a_process_that_is_killed_is_an_error_and_not_a_wait(tokenizer, texts):
         tokenize(texts, TEXT, Killing(tokenizer), num_proc=2)
 
 
+def test_as_many_processes_tokenise_as_there_are_cores(tokenizer, texts, monkeypatch):
+    asked = []
+    made = module._made
+    monkeypatch.setattr(module, "num_cores", lambda: 7)
+    monkeypatch.setattr(module, "_made", lambda task, missing, num: asked.append(num) or made(task, missing, 1))
+    for num_proc in (None, 3):
+        tokenize(texts, TEXT, Renderer(tokenizer), num_proc=num_proc)
+    assert asked == [7, 3]
+
+
+def test_rows_that_say_the_same_have_one_digest_whatever_the_order_of_keys(tokenizer, write_jsonl):
+    turns = [{"role": role, "content": "fox"} for role in ("user", "assistant")]
+    rows = [{"messages": turns}, {"messages": [dict(reversed(turn.items())) for turn in turns]}]
+    source = load_rows(str(write_jsonl(rows)))
+    contents = tokenize(source, Layout("chat"), Renderer(tokenizer)).contents
+    assert contents[0] == contents[1]
+
+
 class TestCache:
+    def test_a_shard_that_cannot_be_read_back_loses_no_rows(self, tokenizer, texts, tmp_path, monkeypatch):
+        plain = tokenize(texts, TEXT, Renderer(tokenizer))
+        monkeypatch.setattr(module, "read_shard", lambda file: None)
+        for num_proc in (1, 2):
+            assert same(plain, tokenize(texts, TEXT, Renderer(tokenizer), num_proc=num_proc, cache_dir=tmp_path))
+
+    def test_after_an_error_no_more_shards_are_begun(self, tokenizer, write_jsonl, tmp_path):
+        source = load_rows(str(write_jsonl([{"text": ""}] + [{"text": "fox " * 20}] * (256 * 12))))
+        with pytest.raises(DataError, match="line 1: text is empty"):
+            tokenize(source, TEXT, Renderer(tokenizer), num_proc=2, cache_dir=tmp_path / "cache")
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) < 10
+
+    @pytest.mark.parametrize("num_proc", [1, 2])
+    def test_what_is_on_disk_is_mapped_and_not_held(self, tokenizer, texts, tmp_path, num_proc):
+        documents = tokenize(texts, TEXT, Renderer(tokenizer), num_proc=num_proc, cache_dir=tmp_path)
+        assert not any(shard.tokens.flags.writeable for shard in documents.shards)
+
+    def test_rows_that_another_run_dropped_are_errors_here(self, tokenizer, write_jsonl, tmp_path):
+        source = load_rows(str(write_jsonl([{"text": "fox"}, {"text": ""}])))
+        tokenize(source, TEXT, Renderer(tokenizer), cache_dir=tmp_path / "cache", on_bad_row="drop")
+        with pytest.raises(DataError, match="line 2: text is empty"):
+            tokenize(source, TEXT, Renderer(tokenizer), cache_dir=tmp_path / "cache")
+
     def test_a_second_run_reads_the_same_documents(self, tokenizer, texts, tmp_path):
         plain = tokenize(texts, TEXT, Renderer(tokenizer))
         for made in (700, 0):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from deltatune.data.epochs import Epochs
+from deltatune.data.epochs import Epochs, _in_number
 from deltatune.data.mixture import Mixture, Shares
+from deltatune.packing.shuffled import Packs
 
 
 def epochs_of(lengths, capacity=256, shares=None, seed=1):
@@ -75,15 +76,24 @@ def test_epochs_of_a_mixture_see_the_documents_that_are_drawn():
 def test_a_drawn_part_that_needs_more_packs_leaves_the_emptiest_out():
     lengths = lognormal(900, 0)
     epochs = Epochs(lengths, 1024, Mixture((lengths,), (400,), seed=0), seed=0)
-    whole = epochs(3)
-    epochs.num_packs = len(whole) - 2
-    less = Epochs.__call__(epochs, 4), Epochs.__call__(epochs, 3)
-    assert [len(packs) for packs in less] == [epochs.num_packs] * 2
-    left_out = np.setdiff1d(epochs._mixture.draw(3), less[1].members)
-    assert 0 < left_out.size < 60
-    assert lengths[left_out].sum() < 2 * 1024
-    assert not np.isin(less[1].members, left_out).any()
-    assert all(0 < lengths[members].sum() <= 1024 for members in less[1])
+    last = epochs._pack(3, 7)  # the last order that is tried
+    epochs.num_packs = min(len(epochs._pack(3, attempt)) for attempt in range(8)) - 2
+    packs = epochs(3)
+    assert len(packs) == epochs.num_packs
+    fill = sorted((lengths[members].sum() for members in last), reverse=True)
+    assert sorted((lengths[members].sum() for members in packs), reverse=True) == fill[: len(packs)]
+    assert np.unique(packs.members).size == packs.members.size
+    assert np.isin(packs.members, epochs._mixture.draw(3)).all()
+
+
+@pytest.mark.parametrize(("length", "packs"), [(40, 4002), (60, 8000)])
+def test_one_pack_in_2000_is_spare_where_documents_allow(length, packs):
+    assert epochs_of(np.full(8000, length), 100).num_packs == packs
+
+
+def test_packs_are_cut_until_each_holds_one_document():
+    packs = _in_number(Packs(np.arange(4), np.array([0, 3, 4])), 4)
+    assert packs.starts.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_epoch_of_fewer_documents_than_packs_sees_some_again():

@@ -58,6 +58,11 @@ def test_draws_follow_the_seed():
     assert not np.array_equal(one, other)
 
 
+def test_sources_are_drawn_apart():
+    drawn = Mixture((np.ones(50), np.ones(50)), (20, 20), seed=0).draw(0)
+    assert set(drawn[drawn < 50]) != set(drawn[drawn >= 50] - 50)
+
+
 def test_an_empty_source_is_passed_over_without_weights_and_refused_with_them():
     lengths = [np.ones(2), np.ones(0), np.ones(1)]
     assert Mixture.of(lengths).draw(0).tolist() == [0, 1, 2]

@@ -68,6 +68,14 @@ def test_rows_of_a_block_are_shuffled_unless_there_is_no_seed(stream, tokenizer,
     assert first[2] == tuple(tokenizer(texts[0]["text"] + "<|im_end|>")["input_ids"])
 
 
+def test_blocks_are_shuffled_in_orders_of_their_own(stream, write_jsonl):
+    """The same rows in each block come in another order."""
+    rows = Repeated(load_rows(str(write_jsonl([{"text": f"fox {i}"} for i in range(64)], "block.jsonl"))))
+    orders = [content(stream(rows)._block(Place(block=number)).documents) for number in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
 @pytest.mark.parametrize("stop", [1, 30, 61])
 def test_from_the_latest_place_the_packs_are_the_same(stream, tmp_path, stop):
     whole = stream()
@@ -100,6 +108,12 @@ def test_going_back_begins_again(stream):
     forward = [content(packs[number]) for number in range(40)]
     assert content(packs[3]) == forward[3]
     assert content(packs[39]) == forward[39]
+
+
+def test_packs_before_the_start_are_made_from_the_beginning(stream):
+    whole = stream()
+    place = next(news.place for news in (whole[number].news for number in range(1, 60)) if news.place)
+    assert content(stream(start=place)[0]) == content(stream()[0])
 
 
 def test_a_copy_in_another_process_begins_where_the_stream_does(stream):
@@ -141,6 +155,7 @@ def test_bad_rows_are_dropped_and_told_once(stream, texts, write_jsonl):
     assert told[0][0] == "1 row dropped, among them:"
     assert "bad.jsonl, line 4" in told[0][1]
     assert set(told[1:]) == {()}
+    assert stream(rows, on_bad_row="drop")[6].news.remarks == told[0], "a pack that is asked for first tells it"
 
 
 def test_long_documents_are_dealt_with_as_they_come(stream):

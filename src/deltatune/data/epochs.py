@@ -10,8 +10,7 @@ from deltatune.packing.shuffled import Packs, pack_shuffled
 
 __all__ = ["Epochs"]
 
-_ATTEMPTS = 8  # orders that are tried for an epoch
-_SMALL = 20_000  # documents up to which all attempts are made for the first epoch, since a pack more counts there
+_ATTEMPTS = 8  # orders that are tried for an epoch after the first
 _SPARE = 2000  # one pack in so many is left spare, so that other orders need no more packs than the first had
 
 
@@ -28,10 +27,8 @@ class Epochs:
     def __init__(self, lengths: NDArray[np.integer], capacity: int, mixture: Mixture, *, seed: int | None) -> None:
         """``lengths``: tokens of every document of all sources; ``seed=None`` keeps the order of the mixture."""
         self._lengths, self._capacity, self._mixture, self._seed = lengths, capacity, mixture, seed
-        documents = mixture.draw(0)
-        attempts = _ATTEMPTS if documents.size <= _SMALL else 1
-        self._first = min((self._pack(0, attempt) for attempt in range(attempts)), key=len)
-        spare = min(len(self._first) // _SPARE, documents.size - len(self._first))
+        self._first = self._pack(0, 0)
+        spare = min(len(self._first) // _SPARE, self._first.members.size - len(self._first))
         self.num_packs = len(self._first) + spare
         self._latest = (0, _in_number(self._first, self.num_packs))
 
