@@ -223,6 +223,19 @@ class TestFetched:
     def test_rows_are_named(self):
         assert next(iter(self.rows().read(2, 3)))[0] == "hub/name, row 3"
 
+    def test_rows_that_are_gone_at_the_second_pass_are_an_error(self):
+        class Vanishing:
+            column_names = ("text",)
+
+            def __init__(self):
+                self.passes = [["a", "b"], []]
+
+            def skip(self, number):
+                return [{"text": text} for text in self.passes.pop(0)[number:]]
+
+        with pytest.raises(DataError, match="hub/name ended after fewer than 2 rows"):
+            self.texts(Fetched("hub/name", Vanishing()), 0, 5)
+
     def test_no_rows_at_all_is_an_error(self):
         with pytest.raises(DataError, match="hub/name holds no rows"):
             self.texts(self.rows(0), 0, 3)
