@@ -9,8 +9,10 @@ import pytest
 from training_cases import byte_tokenizer, make_recipe
 
 from deltatune.data.preview import preview
+from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
 from deltatune.training import packs
+from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_data
 
 CALLING = """{%- for m in messages %}{{- m.role + ':' + (m.content or '') }}
@@ -93,3 +95,26 @@ def test_keys_that_a_parquet_file_fills_are_absent(files, tmp_path):
     calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": 2}}}]
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}]
     assert previews(tmp_path, rows, files) == ['user:q<|im_end|>assistant:«{"a": 1}{"b": 2}<|im_end|>»'] * files
+
+
+def test_training_leaves_out_what_is_held_and_follows_the_data_seed(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {index}"}) + "\n" for index in range(100)))
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "cache_dir": str(tmp_path / "cache"), "val_size": 10}
+    orders = []
+    for seed in (1, 2):
+        found = load_data(make_recipe(tmp_path, tmp_path, data=data, training={"data_seed": seed}), byte_tokenizer())
+        assert found.eval is not None
+        assert (found.train.report.documents, found.eval.report.documents) == (90, 10)
+        orders.append([sample.input_ids.tolist() for sample in found.train[0]])
+    assert orders[0] != orders[1]
+
+
+def test_a_stream_shares_its_block_and_has_packs_for_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "row"}\n')
+    sources = [{"path": str(tmp_path / "rows.jsonl"), "weight": weight} for weight in (3.0, 1.0)]
+    data = {"train": sources, "cache_dir": str(tmp_path / "cache"), "streaming": True, "weight_by": "documents"}
+    recipe = make_recipe(tmp_path, tmp_path, data=data, training={"max_steps": 5})
+    stream = load_data(recipe, byte_tokenizer(), Mesh(data_size=2, data_rank=1)).train
+    assert isinstance(stream, PackStream)
+    assert [source.rows_per_block for source in stream.sources] == [6144, 2048]
+    assert (len(stream), stream.rank, stream.num_ranks) == (10, 1, 2)
