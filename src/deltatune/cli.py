@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # before the command, and with it torch, is imported: a typo costs no seconds
             loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
             args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
-        command = importlib.import_module(f"deltatune.commands.{args.command}")
+        module = f"{args.command}_" if keyword.iskeyword(args.command) else args.command
+        command = importlib.import_module(f"deltatune.commands.{module}")
         status: int = command.run(args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_merge(commands)
     _add_export(commands)
+    _add_import(commands)
     return parser
 
 
@@ -149,6 +152,18 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument("--layout", required=True, choices=("peft", "per-expert"), help=what)
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+
+
+def _add_import(commands: _Commands) -> None:
+    parser = _add(
+        commands, "import", "Turn another project's recipe into one of ours, and say what became of each key."
+    )
+    what = "Axolotl's or LLaMA-Factory's YAML, TRL's YAML or shell script with trl sft, Unsloth's .py or .ipynb"
+    parser.add_argument("file", metavar="FILE", help=what)
+    projects = ("axolotl", "llamafactory", "trl", "unsloth")
+    parser.add_argument("--from", dest="kind", choices=projects, help="whose it is, where its keys do not tell")
+    what = "a new file for the recipe, which otherwise goes to the output and the table to the error output"
+    parser.add_argument("--output", metavar="RECIPE", help=what)
 
 
 def _setting(text: str) -> str:
