@@ -19,7 +19,8 @@ def run(args: argparse.Namespace) -> int:
     foreign = read_foreign(args.file, args.kind)
     imported = convert(foreign)
     head = f"# From {foreign.path.name} ({foreign.table.name}), by deltatune import.\n"
-    table = "".join(f"{line}\n" for line in table_lines(imported.rows))
+    lines = [*table_lines(imported.rows), *(f"warning: {warning}" for warning in imported.warnings)]
+    table = "".join(f"{line}\n" for line in lines)
     if args.output is None:
         sys.stdout.write(head + imported.text)
         sys.stderr.write(table)

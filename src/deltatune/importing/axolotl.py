@@ -247,7 +247,10 @@ _RULES: dict[str, Rule] = {
     "wandb_name": carried("training.run_name", text),
     **_each("wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode", refused(f"{_WANDB}: {'WANDB_*'}")),
     "use_tensorboard": _tensorboard,
-    **_each("load_in_4bit load_in_8bit gptq gptq_disable_exllama bnb_config_kwargs", refused(QUANTISED)),
+    **_each(
+        "load_in_4bit load_in_8bit gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama bnb_config_kwargs",
+        refused(QUANTISED),
+    ),
     **_each("quantize_moe_experts model_quantization_config model_quantization_config_kwargs", refused(QUANTISED)),
     **_each(
         "qat fp8 fp8_config fp8_enable_fsdp_float8_all_gather quantization llmcompressor use_onebitllms",
@@ -257,11 +260,13 @@ _RULES: dict[str, Rule] = {
     **_each(
         "attn_implementation flash_attention sdp_attention xformers_attention flex_attention sage_attention "
         "eager_attention flex_attn_compile_kwargs flash_attn_cross_entropy flash_attn_fuse_mlp flash_optimum "
+        "flash_attn_rms_norm flash_attn_fuse_qkv  "
         "flash_attn_d512 sdpa_varlen gemma4_hybrid_attn_impl large_head_attention pretrain_multipack_attn",
         idle(_ATTENTION),
     ),
     **_each(
-        "sample_packing eval_sample_packing sample_packing_group_size sample_packing_bin_size "
+        "sample_packing eval_sample_packing sample_packing_group_size sample_packing_eff_est "
+        "sample_packing_seq_len_multiplier max_packed_sequence_len sample_packing_bin_size  "
         "pad_to_sequence_len pad_to_multiple_of batch_flattening multipack_real_batches "
         "sample_packing_mp_start_method",
         idle(PACKED),
@@ -346,7 +351,8 @@ _RULES: dict[str, Rule] = {
     "reinit_weights": refused("training starts from the checkpoint's weights"),
     **_each(
         "strict debug ddp torchdistx_path auto_resume_from_checkpoints gc_steps gc_collect_steps world_size "
-        "eval_table_size eval_max_new_tokens test_value device is_preprocess preprocess_iterable",
+        "eval_table_size eval_max_new_tokens test_value total_num_tokens base_model_ignore_patterns device "
+        "is_preprocess preprocess_iterable",
         idle("no part of what is trained"),
     ),
     **_each(

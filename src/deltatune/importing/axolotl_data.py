@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.config.row_formats import ROLES
+from deltatune.importing.paths import is_data_file, is_folder_path
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.values import is_off, mapping, text, texts
 
@@ -64,18 +65,22 @@ def _field(name: str) -> str:
 
 def _path(where: str, key: str, value: Any, entry: dict[str, Any]) -> Outcome:
     files, path = entry.get("data_files"), entry.get("path")
-    if is_off(files) or (key == "path" and path not in _READERS):
-        return Outcome("carried", {f"{where}.path": text(value)} if is_off(files) else {})
+    if is_off(files):
+        return Outcome("carried", {f"{where}.path": text(value)})
+    names = texts(files)
+    if path in _READERS:
+        ours = names[0]
+    elif is_folder_path(path):
+        ours = f"{text(path).rstrip('/')}/{names[0]}"
+    elif key == "path":
+        return Outcome("carried", {f"{where}.path": text(path)})
+    else:
+        return Outcome("not supported", why="all files of a data set on the Hub are read, or those of a split or name")
     if key == "path":
-        return Outcome("no effect here", why="the names of files tell how they are read")
-    names = texts(value)
-    if path not in _READERS:
-        return Outcome("changed", {f"{where}.path": f"{path}/{names[0]}"}, "a path below the folder; not for the Hub")
+        return Outcome("no effect here", why="data_files names the file")
     if len(names) > 1:
-        return Outcome(
-            "not supported", {f"{where}.path": names[0]}, "the first alone; give a pattern, or a source each"
-        )
-    return Outcome("carried", {f"{where}.path": names[0]})
+        return Outcome("not supported", {f"{where}.path": ours}, "the first alone; give a pattern, or a source each")
+    return Outcome("carried", {f"{where}.path": ours})
 
 
 def _format(where: str, value: Any) -> Outcome:
@@ -128,11 +133,10 @@ def _column(where: str, role: str) -> Rule:
 
 def _split(where: str) -> Rule:
     def rule(value: Any, settings: Settings) -> Outcome:
-        split = text(value)
-        local = str(settings.get("path")) in _READERS or "." in str(settings.get("path", "")).rsplit("/", 1)[-1]
-        if local and split == "train":
+        local = settings.get("path") in _READERS or is_data_file(settings.get("path"))
+        if local and text(value) == "train":
             return Outcome("no effect here", why="a file is one split, train")
-        return Outcome("carried", {f"{where}.split": split})
+        return Outcome("carried", {f"{where}.split": text(value)})
 
     return rule
 

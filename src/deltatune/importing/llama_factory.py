@@ -8,7 +8,7 @@ from typing import Any
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import QUANTISED, targets, with_lora
 from deltatune.importing.registry import find_registry, named_sources
-from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, changed, idle, refused
+from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import PACKED, SHARDING, TRAINING_ARGUMENTS
 from deltatune.importing.values import count, flag, is_off, number, text, texts, whole
@@ -114,6 +114,13 @@ def _template(value: Any) -> Outcome:
     return Outcome("no effect here", why="not set") if is_off(value) else named_template(value)
 
 
+@alone
+def _max_samples(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    return Outcome("changed", why=f"data.train[].limit: {count(value)}, the first so many rows, not random ones")
+
+
 def _data(part: str) -> Any:
     def rows(value: Any, settings: Settings, here: Path) -> list[Row]:
         folder = str(settings.get("dataset_dir") or "data")
@@ -174,7 +181,7 @@ _RULES: dict[str, Rule] = {
     "template": _template,
     "enable_thinking": _thinking,
     "dataset_dir": idle("where data sets are looked up"),
-    "max_samples": changed("data.train.0.limit", count, "the first so many rows of each source, not random ones"),
+    "max_samples": _max_samples,
     "cutoff_len": length_of(_overlong),
     "per_device_train_batch_size": batch_of(
         "cutoff_len",

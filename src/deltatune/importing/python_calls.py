@@ -104,13 +104,25 @@ def _call(node: ast.Call, constants: dict[str, Any]) -> Call | None:
         name, owner = node.func.id, ""
     else:
         return None
-    named = {word.arg or "**": _literal(word.value, constants) for word in node.keywords}
+    named: dict[str, Any] = {}
+    for word in node.keywords:
+        value = _literal(word.value, constants)
+        if word.arg is not None:
+            named[word.arg] = value
+        elif isinstance(value, dict):
+            named |= value
+        else:
+            named[f"**{value}"] = value
     return Call(name, owner, node.lineno, tuple(_literal(argument, constants) for argument in node.args), named)
 
 
 def _literal(node: ast.expr, constants: dict[str, Any]) -> Any:
     if isinstance(node, ast.Name) and node.id in constants:
         return constants[node.id]
+    if isinstance(node, ast.Subscript):
+        whole, place = _literal(node.value, constants), _literal(node.slice, constants)
+        if isinstance(whole, dict) and not isinstance(place, NotLiteral | dict | list) and place in whole:
+            return whole[place]
     # a dtype is a name of torch's
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
         return node.attr

@@ -22,6 +22,12 @@ Kind = Literal["axolotl", "llamafactory", "trl", "unsloth"]
 KINDS: Mapping[Kind, Table] = {"axolotl": AXOLOTL, "llamafactory": LLAMA_FACTORY, "trl": TRL, "unsloth": UNSLOTH}
 
 
+_OF_YAML: tuple[Kind, ...] = ("axolotl", "llamafactory", "trl")
+# TRL's own trainer in a script is called with the same arguments
+_OF_PYTHON: tuple[Kind, ...] = ("unsloth", "trl")
+_SUFFIXES = {".yaml": _OF_YAML, ".yml": _OF_YAML, ".py": _OF_PYTHON, ".ipynb": _OF_PYTHON}
+
+
 @dataclass(frozen=True)
 class Foreign:
     """Another project's recipe as it stands in its file."""
@@ -44,9 +50,12 @@ def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
         raise UserError(f"{path}: no such file{near_files(path)}") from error
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a text file, got {'a folder' if path.is_dir() else 'bytes'}") from error
-    if path.suffix in (".py", ".ipynb"):
+    written = _SUFFIXES.get(path.suffix, ("trl",))
+    if kind is not None and kind not in written:
+        raise UserError(f"{path}: --from {kind} cannot be; a file {path.name} is read as {' or '.join(written)}")
+    if "unsloth" in written:
         return Foreign(path, UNSLOTH, settings_of_script(path, text))
-    if path.suffix not in (".yaml", ".yml"):
+    if written == ("trl",):
         settings = settings_of_command(path, text)
         return Foreign(path, TRL, _with_config(path, settings))
     settings, _ = parse_document(text, str(path))

@@ -15,8 +15,9 @@ from deltatune.importing.read import Foreign
 from deltatune.importing.rules import Outcome, Row
 from deltatune.importing.values import NotLiteral
 
-__all__ = ["Imported", "convert"]
+__all__ = ["DATA", "MODEL", "Imported", "convert"]
 
+#: What stands in a recipe where the file says nothing.
 MODEL, DATA = "YOUR-MODEL", "YOUR-DATA.jsonl"
 _MISSING = {"model.name_or_path": MODEL, "data.train.0.path": DATA}
 
@@ -27,6 +28,7 @@ class Imported:
 
     text: str  # YAML that load_recipe takes
     rows: list[Row]
+    warnings: list[str]  # of our own loader, one line each
 
 
 def convert(foreign: Foreign) -> Imported:
@@ -42,11 +44,11 @@ def convert(foreign: Foreign) -> Imported:
     while True:
         text = dump_yaml(_nested(_writes(rows)))
         try:
-            parse_recipe(text, "recipe")
+            loaded = parse_recipe(text, "recipe")
         except UserError as error:
             rows = _without(rows, str(error))
         else:
-            return Imported(text, rows)
+            return Imported(text, rows, loaded.warnings)
 
 
 def _rows(foreign: Foreign) -> Iterator[Row]:

@@ -87,7 +87,8 @@ def refused(why: str) -> Rule:
 
     @alone
     def rule(value: Any) -> Outcome:
-        return Outcome("no effect here", why="off there too") if is_off(value) else Outcome("not supported", why=why)
+        off = _unset(value) or (Outcome("no effect here", why="off there too") if is_off(value) else None)
+        return off or Outcome("not supported", why=why)
 
     return rule
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.paths import is_data_file
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.training_arguments import SHARDING, TRAINING_ARGUMENTS
 from deltatune.importing.values import count, flag, is_off, mapping, number, text, texts, whole
@@ -74,10 +75,18 @@ def _evaluates(settings: Settings) -> bool:
 def _test_split(value: Any, settings: Settings) -> Outcome:
     if not _evaluates(settings) or is_off(settings.get("dataset_name")):
         return Outcome("no effect here", why="nothing is evaluated")
+    if is_data_file(settings["dataset_name"]):
+        return Outcome("not supported", why="a file is one split, train: set data.val_size, or data.eval")
     writes = {"data.eval.0.path": text(settings["dataset_name"]), "data.eval.0.split": text(value)}
     if not is_off(settings.get("dataset_config")):
         writes["data.eval.0.name"] = text(settings["dataset_config"])
     return Outcome("carried", writes)
+
+
+def _train_split(value: Any, settings: Settings) -> Outcome:
+    if is_data_file(settings.get("dataset_name")) and value == "train":
+        return Outcome("no effect here", why="a file is one split, train")
+    return Outcome("carried", {"data.train.0.split": text(value)})
 
 
 @alone
@@ -124,14 +133,22 @@ def _data(value: Any, settings: Settings, here: Path) -> list[Row]:
     return rows
 
 
+def _default_dtype(settings: Settings) -> str | None:
+    if "torch_dtype" in settings:
+        return None
+    # what was in 4 or 8 bits does not become 32
+    quantised = not (is_off(settings.get("load_in_4bit")) and is_off(settings.get("load_in_8bit")))
+    return "bfloat16" if quantised else "float32"
+
+
 def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {
         "max_length": 1024 if "max_seq_length" not in settings else None,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 8 if "batch_size" not in settings else None,
         "learning_rate": 2e-5,
         "gradient_checkpointing": True,
         "bf16": is_off(settings.get("fp16")),
-        "dtype": "float32" if "torch_dtype" not in settings else None,
+        "dtype": _default_dtype(settings),
         "assistant_only_loss": False,
     }
     if _has_lora(settings):
@@ -187,14 +204,16 @@ _RULES: dict[str, Rule] = {
     "use_peft": _peft,
     **{key: with_lora(rule, _has_lora) for key, rule in _LORA.items()},
     "model_name_or_path": carried("model.name_or_path", text),
+    "model_name": changed("model.name_or_path", text, _OLD),
     "model_revision": carried("model.revision", text),
     "dtype": carried("model.dtype", text),
     "torch_dtype": changed("model.dtype", text, _OLD),
     "attn_implementation": idle("attention over packs is built in"),
     "per_device_train_batch_size": batch_of("max_length", "max_seq_length", packed=packed),
+    "batch_size": batch_of("max_length", "max_seq_length", packed=packed),
     "dataset_name": carried("data.train.0.path", text),
     "dataset_config": carried("data.train.0.name", text),
-    "dataset_train_split": carried("data.train.0.split", text),
+    "dataset_train_split": _train_split,
     "dataset_test_split": _test_split,
     "dataset_streaming": carried("data.streaming", flag),
     "streaming": carried("data.streaming", flag),

@@ -8,6 +8,7 @@ from typing import Any
 from deltatune.errors import UserError
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import QUANTISED, targets
+from deltatune.importing.paths import is_data_file
 from deltatune.importing.python_calls import Call, calls_in
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
@@ -37,7 +38,7 @@ _ALIASES = {
 }
 # a call that is a row by itself
 _SPEAKS = ("get_peft_model", "LoraConfig", "train_on_responses_only")
-_ONE_RUN = "a recipe is one run: the first such call is taken"
+_FIRST = "a recipe is one run: the first such call is taken"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -136,7 +137,7 @@ def _files(value: Any) -> Outcome:
 
 
 def _split(value: Any, settings: Settings) -> Outcome:
-    if value == "train" and not is_off(settings.get("data_files")):
+    if value == "train" and (not is_off(settings.get("data_files")) or is_data_file(settings.get("path"))):
         return Outcome("no effect here", why="a file is one split, train")
     return Outcome("carried", {"data.train.0.split": text(value)})
 
@@ -263,6 +264,10 @@ _RULES: dict[str, Rule] = {
     "split": _split,
     "data_files": _files,
     "data_dir": refused("name the folder as the path"),
+    **dict.fromkeys(
+        ("column_names", "skiprows", "delimiter", "download_mode", "cache_dir", "num_proc"),
+        idle("files are read as they are; columns go by other names in data.train[].columns"),
+    ),
     "streaming": carried("data.streaming", flag),
     "chat_template": _template,
     "mapping": refused("rows with from and value are read as they are; other keys by data.train[].message_fields"),
@@ -277,9 +282,11 @@ UNSLOTH = Table(
     _RULES,
     _defaults,
     patterns={
-        r".*Trainer \(line .*": refused(f"supervised fine-tuning alone, and {_ONE_RUN}"),
+        r".*Trainer \(line .*": refused(f"supervised fine-tuning alone, and {_FIRST}"),
         r"load_dataset \(line .*": refused("a further source is an entry of data.train"),
-        r".* \(line .*": idle(_ONE_RUN),
+        r"(from_pretrained|get_chat_template|train_on_responses_only|get_peft_model) \(line .*": idle(_FIRST),
+        r".* \(line .*": refused(_FIRST),
+        r"\*\*.*": refused("arguments that the script computes"),
         r"\w+\.\w+": idle("a later call gives it again, which wins"),
     },
 )
