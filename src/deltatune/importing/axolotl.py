@@ -71,14 +71,25 @@ def _linear(value: Any) -> Outcome:
 
 def _targets(value: Any, settings: Settings) -> Outcome:
     if not is_off(settings.get("lora_target_linear")):
+        beyond = [name for name in ("embed_tokens", "lm_head") if value and name in texts(value)]
+        if beyond:
+            return Outcome(
+                "not supported", why=f"all-linear leaves out {' and '.join(beyond)}: use lora.modules_to_save"
+            )
         return Outcome("no effect here", why="lora_target_linear takes all linear layers")
     return targets(value, settings)
 
 
+def _cannot_evaluate(kind: str, settings: Settings) -> Outcome | None:
+    held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
+    return None if kind == "save" or held_out else Outcome("no effect here", why="there is no held-out data")
+
+
 def _per_epoch(kind: str) -> Rule:
     def rule(value: Any, settings: Settings) -> Outcome:
-        if kind == "eval" and is_off(settings.get("val_set_size")) and is_off(settings.get("test_datasets")):
-            return Outcome("no effect here", why="there is no held-out data")
+        nothing = _cannot_evaluate(kind, settings)
+        if nothing is not None:
+            return nothing
         if is_off(value):
             return Outcome("carried", {f"training.{kind}_strategy": "no"} if value is not None else {})
         times = count(value)
@@ -95,6 +106,9 @@ def _per_epoch(kind: str) -> Rule:
 
 def _strategy(kind: str) -> Rule:
     def rule(value: Any, settings: Settings) -> Outcome:
+        nothing = _cannot_evaluate(kind, settings)
+        if nothing is not None:
+            return nothing
         if not is_off(settings.get(f"{kind}s_per_epoch")):
             return Outcome("no effect here", why=f"{kind}s_per_epoch is given")
         return Outcome("carried", {f"training.{kind}_strategy": text(value)})
@@ -104,8 +118,9 @@ def _strategy(kind: str) -> Rule:
 
 def _every(kind: str) -> Rule:
     def rule(value: Any, settings: Settings) -> Outcome:
-        if is_off(value):
-            return Outcome("no effect here", why="not set")
+        nothing = _cannot_evaluate(kind, settings)
+        if is_off(value) or nothing is not None:
+            return nothing or Outcome("no effect here", why="not set")
         writes = {f"training.{kind}_strategy": "steps"} if is_off(settings.get(f"{kind}_strategy")) else {}
         found = number(value)
         return Outcome("carried", {**writes, f"training.{kind}_steps": found if found < 1 else whole(value)})
@@ -331,8 +346,7 @@ _RULES: dict[str, Rule] = {
         "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")
     ),
     **_each(
-        "cosine_constant_lr_ratio lr_quadratic_warmup lr_div_factor eta_min",
-        refused("no schedule of transformers; see training.lr_scheduler_type and lr_scheduler_kwargs"),
+        "cosine_constant_lr_ratio lr_quadratic_warmup lr_div_factor eta_min", refused("no schedule of transformers")
     ),
     **_each("use_eaft eaft_alpha eaft_k use_dynamic_finetuning", refused("the loss is cross entropy")),
     **_each("shuffle_merged_datasets shuffle_before_merging_datasets", idle("each epoch has a new random order")),
@@ -350,7 +364,8 @@ _RULES: dict[str, Rule] = {
     "llama4_linearized_experts": refused("the checkpoint's own layout of experts is used"),
     "reinit_weights": refused("training starts from the checkpoint's weights"),
     **_each(
-        "strict debug ddp torchdistx_path auto_resume_from_checkpoints gc_steps gc_collect_steps world_size "
+        "strict debug ddp fix_untrained_tokens torchdistx_path auto_resume_from_checkpoints gc_steps "
+        "gc_collect_steps world_size "
         "eval_table_size eval_max_new_tokens test_value total_num_tokens base_model_ignore_patterns device "
         "is_preprocess preprocess_iterable",
         idle("no part of what is trained"),

@@ -8,6 +8,7 @@ from typing import Any
 from deltatune.config.row_formats import ROLES
 from deltatune.importing.paths import is_data_file, is_folder_path
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
+from deltatune.importing.templates import named_template
 from deltatune.importing.values import is_off, mapping, text, texts
 
 __all__ = ["data_sets"]
@@ -165,7 +166,7 @@ def _rules(where: str) -> dict[str, Rule]:
         "roles_to_train": _roles_to_train,
         "train_on_eos": _train_on_end,
         "train_on_eot": _train_on_end,
-        "chat_template": refused("one template for all sources: model.chat_template"),
+        "chat_template": alone(named_template),
         "chat_template_jinja": refused("one template for all sources: model.chat_template"),
         "conversation": refused("prompts of FastChat: use a chat template"),
         "drop_system_message": refused("take system messages out of the data"),

@@ -15,7 +15,8 @@ __all__ = ["settings_of_command"]
 
 _ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=(\"[^\"$`]*\"|'[^']*'|[^\s$`\"';&|]*)\s*$", re.MULTILINE)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-_ENDS = (";", "&&", "||", "|", "&", ">", ">>", "<", "2>&1", "\n")
+_NUMBERED = re.compile(r"(?<=\s)\d(?=>)")  # the 2 of 2>&1
+_MARKS = frozenset(";&|<>")
 
 
 def settings_of_command(path: Path, source: str) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _substituted(text: str) -> str:
 
 
 def _words(path: Path, line: str) -> list[str]:
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+    lexer = shlex.shlex(_NUMBERED.sub("", line), posix=True, punctuation_chars=";&|<>")
     lexer.whitespace_split, lexer.commenters = True, "#"
     try:
         return list(lexer)
@@ -73,7 +74,7 @@ def _flags(path: Path, words: list[str]) -> dict[str, Any]:
     found: dict[str, list[str]] = {}
     name = None
     for word in words:
-        if word in _ENDS:
+        if _MARKS.issuperset(word):  # the command ends, or its output goes elsewhere
             break
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")

@@ -110,11 +110,6 @@ def _thinking(value: Any) -> Outcome:
 
 
 @alone
-def _template(value: Any) -> Outcome:
-    return Outcome("no effect here", why="not set") if is_off(value) else named_template(value)
-
-
-@alone
 def _max_samples(value: Any) -> Outcome:
     if is_off(value):
         return Outcome("no effect here", why="not set")
@@ -178,7 +173,7 @@ _RULES: dict[str, Rule] = {
     "model_revision": carried("model.revision", text),
     "trust_remote_code": carried("model.trust_remote_code", flag),
     "adapter_name_or_path": refused("training starts with a new adapter; merge the old one into its base first"),
-    "template": _template,
+    "template": alone(named_template),
     "enable_thinking": _thinking,
     "dataset_dir": idle("where data sets are looked up"),
     "max_samples": _max_samples,

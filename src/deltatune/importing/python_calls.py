@@ -86,6 +86,8 @@ def _constants(tree: ast.AST) -> dict[str, Any]:
             given.setdefault(node.targets[0].id, []).append(node.value)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             given.setdefault(node.id, []).append(None)
+        elif isinstance(node, ast.arg):
+            given.setdefault(node.arg, []).append(None)
     found: dict[str, Any] = {}
     for name, values in given.items():
         # the name on the left of an assignment is walked as well

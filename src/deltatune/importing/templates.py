@@ -6,7 +6,7 @@ from typing import Any
 
 from deltatune.data.well_known import WELL_KNOWN
 from deltatune.importing.rules import Outcome
-from deltatune.importing.values import text
+from deltatune.importing.values import is_off, text
 
 __all__ = ["named_template"]
 
@@ -34,6 +34,8 @@ _OWN = ("tokenizer_default", "tokenizer_default_fallback_chatml", "default")
 
 def named_template(value: Any) -> Outcome:
     """The template of this name where we have it; otherwise the checkpoint's own stays."""
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
     name = text(value)
     if name in _OWN:
         return Outcome("no effect here", why="the checkpoint's own template is the default here")

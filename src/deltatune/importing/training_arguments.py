@@ -217,5 +217,6 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "eval_accumulation_steps": idle("evaluation keeps no logits"),
     "label_names": idle("the labels of a pack are known"),
     "prediction_loss_only": idle("evaluation keeps no logits"),
+    "logging_dir": refused("set the TENSORBOARD_LOGGING_DIR environment variable"),
     "use_cache": idle("training uses no cache"),
 }

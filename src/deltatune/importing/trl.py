@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import QUANTISED, targets, with_lora
 from deltatune.importing.paths import is_data_file
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, changed, idle, refused
+from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import SHARDING, TRAINING_ARGUMENTS
 from deltatune.importing.values import count, flag, is_off, mapping, number, text, texts, whole
 
@@ -110,27 +112,69 @@ def _loss(value: Any) -> Outcome:
     return Outcome("not supported", why="the loss is cross entropy")
 
 
+def _fraction(where: str) -> Rule:
+    @alone
+    def rule(value: Any) -> Outcome:
+        if value is None:
+            return Outcome("no effect here", why="not set")
+        writes = {f"{where}.weight": number(value), "data.weight_by": "documents"}
+        return Outcome("changed", writes, "a share of the documents; each epoch takes the next part of a source")
+
+    return rule
+
+
+@alone
+def _weight(value: Any) -> Outcome:
+    if value in (1, None):
+        return Outcome("no effect here", why="all rows are taken")
+    return Outcome("not supported", why=f"{value} of its rows: a slice of the split takes a part, such as train[:10%]")
+
+
 def _data(value: Any, settings: Settings, here: Path) -> list[Row]:
     del settings, here
     rows: list[Row] = []
     for index, entry in enumerate(value if isinstance(value, list) else [value]):
         where = f"data.train.{index}"
         rules: dict[str, Rule] = {
-            "path": carried(f"{where}.path", text),
-            "name": carried(f"{where}.name", text),
+            **dict.fromkeys(("path", "id"), carried(f"{where}.path", text)),
+            **dict.fromkeys(("name", "config"), carried(f"{where}.name", text)),
             "split": carried(f"{where}.split", text),
             "columns": idle("columns that no format reads are left alone"),
-            "fraction": changed(
-                f"{where}.weight", number, "a share of the tokens; set data.weight_by: documents for rows"
-            ),
+            "fraction": _fraction(where),
+            "weight": _weight,
             "data_files": refused("name the file, or a pattern, as the path"),
             "data_dir": refused("name the folder as the path"),
         }
         for key, inner in mapping(entry).items():
             rule = rules.get(key)
-            outcome = Outcome("unknown") if rule is None else rule(inner, entry)
+            outcome = (
+                Outcome("unknown", why="no key of a data set that is known") if rule is None else rule(inner, entry)
+            )
             rows.append(Row(f"{index}.{key}", inner, outcome))
     return rows
+
+
+def _mixture(value: Any, settings: Settings, here: Path) -> list[Row]:
+    """``dataset_mixture`` of recipes of the alignment handbook, around the same list."""
+    rows: list[Row] = []
+    for key, inner in mapping(value).items():
+        if key == "datasets":
+            rows += [replace(row, key=f"datasets.{row.key}") for row in _data(inner, settings, here)]
+        elif key == "test_split_size":
+            rows.append(Row(key, inner, _test_size(inner, settings)))
+        else:
+            rows.append(Row(key, inner, Outcome("no effect here", why="training.seed orders the data")))
+    return rows
+
+
+def _mixer(value: Any, settings: Settings, here: Path) -> list[Row]:
+    """``dataset_mixer``: names to the share of their rows that is taken."""
+    del settings, here
+    return [
+        Row(name, share, Outcome("carried" if share == 1 else "changed", {f"data.train.{index}.path": name}, why))
+        for index, (name, share) in enumerate(mapping(value).items())
+        for why in ("" if share == 1 else "all of its rows: a slice of the split takes a part, such as train[:10%]",)
+    ]
 
 
 def _default_dtype(settings: Settings) -> str | None:
@@ -215,6 +259,9 @@ _RULES: dict[str, Rule] = {
     "dataset_config": carried("data.train.0.name", text),
     "dataset_train_split": _train_split,
     "dataset_test_split": _test_split,
+    "dataset_splits": refused("set data.train[].split, and data.eval"),
+    "preprocessing_num_workers": carried("data.num_proc", count),
+    "chat_template": alone(named_template),
     "dataset_streaming": carried("data.streaming", flag),
     "streaming": carried("data.streaming", flag),
     "test_split_size": _test_size,
@@ -239,5 +286,5 @@ TRL = Table(
     frozenset(
         {"dataset_name", "use_peft", "dataset_text_field", "dataset_train_split", "max_length", "assistant_only_loss"}
     ),
-    sections={"datasets": _data},
+    sections={"datasets": _data, "dataset_mixture": _mixture, "dataset_mixer": _mixer},
 )

@@ -142,11 +142,6 @@ def _split(value: Any, settings: Settings) -> Outcome:
     return Outcome("carried", {"data.train.0.split": text(value)})
 
 
-@alone
-def _template(value: Any) -> Outcome:
-    return named_template(value)
-
-
 def _text_field(value: Any, settings: Settings) -> Outcome:
     if "train_on_responses_only" in settings:
         return Outcome("changed", {"data.train_on": "assistant"}, "conversations go through the chat template here")
@@ -269,7 +264,7 @@ _RULES: dict[str, Rule] = {
         idle("files are read as they are; columns go by other names in data.train[].columns"),
     ),
     "streaming": carried("data.streaming", flag),
-    "chat_template": _template,
+    "chat_template": alone(named_template),
     "mapping": refused("rows with from and value are read as they are; other keys by data.train[].message_fields"),
     "map_eos_token": idle("the template's own end of a turn is kept"),
     "train_on_responses_only": _responses,
