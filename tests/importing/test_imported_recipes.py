@@ -188,7 +188,16 @@ data:
 packing: {tokens_per_batch: 4096}
 lora: {r: 32, lora_alpha: 64, target_modules: [q_proj], modules_to_save: [lm_head]}
 checkpointing: layer
-training: {max_steps: 60, learning_rate: 0.0002, optim: adamw_8bit, report_to: none}
+training:
+  max_steps: 60
+  learning_rate: 0.0002
+  optim: adamw_8bit
+  report_to: none
+  # what Unsloth takes where a script says nothing
+  gradient_accumulation_steps: 2
+  weight_decay: 0.01
+  seed: 3407
+  logging_steps: 1
 """
 
 
@@ -268,3 +277,14 @@ def test_two_keys_for_one_of_ours(imported):
     row = next(row for row in found.rows if row.key == "model_name")
     assert row.outcome.verdict == "not supported"
     assert yaml.safe_load(found.text)["model"]["name_or_path"] == "a"
+
+
+def test_what_a_script_computes_is_never_written(imported):
+    found = imported("u.py", "FastModel.get_peft_model(m, exclude_modules=choose())\nSFTTrainer()")
+    row = next(row for row in found.rows if row.key == "exclude_modules")
+    assert (row.outcome.verdict, row.outcome.why) == ("not supported", "no literal: the script computes choose()")
+
+
+def test_a_default_gives_way_to_the_file(imported):
+    found = imported("t.sh", "trl sft --completion_only_loss true")
+    assert yaml.safe_load(found.text)["data"]["train_on"] == "assistant"

@@ -71,4 +71,4 @@ def test_notebook_is_its_code(tmp_path):
         {"cell_type": "code", "source": code},
     ]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
-    assert read_foreign(tmp_path / "n.ipynb").settings == {"model_name": "m"}
+    assert read_foreign(tmp_path / "n.ipynb").settings["model_name"] == "m"

@@ -28,7 +28,6 @@ _RL = "supervised fine-tuning alone: no preference training, no reward models, n
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "weights and biases reads it from the environment"
-_SHARE = "a share of all steps"
 
 
 def _has_lora(settings: Settings) -> bool:
@@ -59,7 +58,9 @@ def _fp16(value: Any, settings: Settings) -> Outcome:
         return Outcome("no effect here", why="off there too")
     if not is_off(settings.get("bf16")):
         return Outcome("no effect here", why="bf16 is given, which wins")
-    return Outcome("changed", {"model.dtype": "float32", "training.fp16": True}, "float32 weights under autocast")
+    # a scaler does not take the gradients of 16-bit weights; those of adapters are float32
+    dtype = "float16" if _has_lora(settings) else "float32"
+    return Outcome("changed", {"model.dtype": dtype, "training.fp16": True}, f"{dtype} weights under autocast")
 
 
 @alone
@@ -92,14 +93,15 @@ def _per_epoch(kind: str) -> Rule:
             return nothing
         if is_off(value):
             return Outcome("carried", {f"training.{kind}_strategy": "no"} if value is not None else {})
-        times = count(value)
-        strategy = f"training.{kind}_strategy"
-        if times == 1:
+        times, limited = count(value), not is_off(settings.get("max_steps"))
+        strategy, share = f"training.{kind}_strategy", 1 / (times * number(settings.get("num_epochs") or 1))
+        if times == 1 and not limited:
             return Outcome("carried", {strategy: "epoch"}, "once an epoch")
-        if not is_off(settings.get("max_steps")):
-            return Outcome("changed", {strategy: "epoch"}, "once an epoch; max_steps hides how many epochs there are")
-        share = 1 / (times * number(settings.get("num_epochs") or 1))
-        return Outcome("changed", {strategy: "steps", f"training.{kind}_steps": share}, _SHARE)
+        if share >= 1:
+            return Outcome("changed", {strategy: "epoch"}, "at the end of an epoch, which max_steps may not reach")
+        return Outcome(
+            "changed", {strategy: "steps", f"training.{kind}_steps": share}, "a share of all steps, as there"
+        )
 
     return rule
 
@@ -109,8 +111,9 @@ def _strategy(kind: str) -> Rule:
         nothing = _cannot_evaluate(kind, settings)
         if nothing is not None:
             return nothing
-        if not is_off(settings.get(f"{kind}s_per_epoch")):
-            return Outcome("no effect here", why=f"{kind}s_per_epoch is given")
+        for winner in (f"{kind}s_per_epoch", f"{kind}_steps"):
+            if not is_off(settings.get(winner)):
+                return Outcome("no effect here", why=f"{winner} is given, which wins")
         return Outcome("carried", {f"training.{kind}_strategy": text(value)})
 
     return rule
@@ -121,9 +124,11 @@ def _every(kind: str) -> Rule:
         nothing = _cannot_evaluate(kind, settings)
         if is_off(value) or nothing is not None:
             return nothing or Outcome("no effect here", why="not set")
-        writes = {f"training.{kind}_strategy": "steps"} if is_off(settings.get(f"{kind}_strategy")) else {}
+        if not is_off(settings.get(f"{kind}s_per_epoch")):
+            return Outcome("no effect here", why=f"{kind}s_per_epoch is given, which wins")
         found = number(value)
-        return Outcome("carried", {**writes, f"training.{kind}_steps": found if found < 1 else whole(value)})
+        every = found if found < 1 else whole(value)
+        return Outcome("carried", {f"training.{kind}_strategy": "steps", f"training.{kind}_steps": every})
 
     return rule
 

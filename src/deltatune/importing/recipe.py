@@ -87,7 +87,7 @@ def _without_conflicts(rows: list[Row]) -> list[Row]:
     """Where two keys mean one of ours, what the file says wins over a default, then the first."""
     owner: dict[str, Row] = {}
     found: list[Row] = []
-    for row in sorted(rows, key=lambda row: not row.given):
+    for row in rows:  # defaults come last
         taken = {
             key: owner[key]
             for key, value in row.outcome.writes.items()

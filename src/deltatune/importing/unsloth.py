@@ -37,8 +37,17 @@ _ALIASES = {
     "UnslothTrainingArguments": "SFTConfig",
 }
 # a call that is a row by itself
-_SPEAKS = ("get_peft_model", "LoraConfig", "train_on_responses_only")
+_SPEAKS = ("from_pretrained", "get_peft_model", "LoraConfig", "train_on_responses_only")
 _FIRST = "a recipe is one run: the first such call is taken"
+# what it puts in place of transformers' defaults
+_OWN_TRAINING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.01,
+    "seed": 3407,
+    "optim": "adamw_8bit",
+    "logging_steps": 1,
+}
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -63,7 +72,7 @@ def settings_of_script(path: Path, source: str) -> dict[str, Any]:
             continue
         seen.add(name)
         if name in _SPEAKS:
-            found[name] = f"line {call.line}"
+            found[name] = f"{call.owner or name}, line {call.line}"
         positional = dict(zip(_POSITIONS[name], call.positional, strict=False))
         for key, value in ({word: given for word, given in positional.items() if word} | call.named).items():
             if key == "model" and name != "from_pretrained":
@@ -163,7 +172,12 @@ def _part(name: str) -> Rule:
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = {"dtype": None}
+    found: dict[str, Any] = {}
+    own = str(settings.get("from_pretrained", "")).startswith("Fast")
+    if own:
+        found["dtype"] = None
+    if "train_dataset" in settings:
+        found |= _OWN_TRAINING if own else {"per_device_train_batch_size": 8}
     if "get_peft_model" in settings:
         parts = any(key.startswith("finetune_") for key in settings)
         found |= {"r": 16, "lora_alpha": 16, "target_modules": "all-linear" if parts else _TARGETS}
@@ -185,6 +199,7 @@ def _responses(value: Any) -> Outcome:
 
 _RULES: dict[str, Rule] = {
     **SFT_CONFIG,
+    "from_pretrained": idle("its arguments are rows of their own"),
     "model_name": _model,
     "pretrained_model_name_or_path": _model,
     "revision": carried("model.revision", text),
