@@ -24,6 +24,12 @@ def test_recipe_on_the_output_and_table_on_the_error_output(theirs, tmp_path, ca
     assert "5 keys: 4 carried, 0 changed, 1 not supported, 0 no effect here, 0 unknown" in err
 
 
+def test_recipe_names_what_is_left_out(theirs, capsys):
+    main(["import", str(theirs)])
+    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# left out: ")]
+    assert [line.split(": ")[1] for line in left_out] == ["load_in_4bit"]
+
+
 def test_recipe_in_a_new_file_and_table_on_the_output(theirs, tmp_path, capsys):
     assert main(["import", str(theirs), "--output", str(tmp_path / "ours.yaml")]) == 0
     out, err = capsys.readouterr()

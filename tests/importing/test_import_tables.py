@@ -62,6 +62,7 @@ def outcome(table, key, value, **others) -> Outcome:
         (AXOLOTL, "lora_target_linear", True, {"adapter": "lora"}, {"lora.target_modules": "all-linear"}),
         (AXOLOTL, "train_on_inputs", True, {}, {"data.train_on": "all"}),
         (AXOLOTL, "wandb_project", "mine", {}, {"training.report_to": "wandb"}),
+        (AXOLOTL, "hub_model_id", "me/m", {}, {"training.hub_model_id": "me/m", "training.push_to_hub": True}),
         (AXOLOTL, "torch_compile", True, {}, {"compile": True}),
         (AXOLOTL, "fp16", True, {}, {"model.dtype": "float32", "training.fp16": True}),
         (AXOLOTL, "fp16", True, {"adapter": "lora"}, {"model.dtype": "float16", "training.fp16": True}),

@@ -18,7 +18,9 @@ def run(args: argparse.Namespace) -> int:
     """Writes the recipe to the output, or to a new file; the table goes where the recipe does not."""
     foreign = read_foreign(args.file, args.kind)
     imported = convert(foreign)
+    lost = [row for row in imported.rows if row.given and row.outcome.verdict in ("not supported", "unknown")]
     head = f"# From {foreign.path.name} ({foreign.table.name}), by deltatune import.\n"
+    head += "".join(f"# left out: {row.key}: {row.outcome.why}\n" for row in lost)
     lines = [*table_lines(imported.rows), *(f"warning: {warning}" for warning in imported.warnings)]
     table = "".join(f"{line}\n" for line in lines)
     if args.output is None:

@@ -172,6 +172,13 @@ def _tensorboard(value: Any, settings: Settings) -> Outcome:
 
 
 @alone
+def _hub(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    return Outcome("carried", {"training.hub_model_id": text(value), "training.push_to_hub": True}, "a name pushes")
+
+
+@alone
 def _plugins(value: Any) -> Outcome:
     names = texts(value) if value else []
     others = [name for name in names if not any(part in name for part in ("cut_cross_entropy", "liger", "kernels"))]
@@ -258,6 +265,7 @@ _RULES: dict[str, Rule] = {
     "eval_steps": _every("eval"),
     "save_steps": _every("save"),
     "train_on_inputs": _on_inputs,
+    "hub_model_id": _hub,
     "dataset_prepared_path": changed("data.cache_dir", text, "tokenised data is kept there, in a form of its own"),
     **_each("dataset_processes dataset_num_proc", carried("data.num_proc", count)),
     "streaming": carried("data.streaming", flag),

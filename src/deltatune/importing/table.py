@@ -14,12 +14,14 @@ __all__ = ["table_lines"]
 
 _HEAD: Final = ("key", "value", "", "here", "why")
 _VALUE_WIDTH: Final = 28
+#: Cells beyond it push what follows to the right, in their row alone.
+_WIDEST: Final = 60
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """A line per row, columns one below the other; the last line counts."""
     cells = [_HEAD, *map(_cells, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    widths = [min(_WIDEST, max(len(row[column]) for row in cells)) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in cells
     ]

@@ -43,7 +43,7 @@ def named_template(value: Any) -> Outcome:
         return Outcome("carried", {"model.chat_template": name})
     ours = _SAME.get(name.lower().replace("-", "_").replace(".", "_"))
     if ours in WELL_KNOWN:
-        return Outcome("carried", {"model.chat_template": ours})
+        return Outcome("carried", {"model.chat_template": ours}, "deltatune preprocess --show prints what it renders")
     return Outcome(
         "changed", why="no template of this name here: the checkpoint's own is used, or a file in model.chat_template"
     )
