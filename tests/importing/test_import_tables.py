@@ -1,5 +1,6 @@
 """Single keys: what they become, by hand."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -16,6 +17,7 @@ from deltatune.importing.llama_factory import LLAMA_FACTORY
 from deltatune.importing.rules import Outcome
 from deltatune.importing.trl import TRL
 from deltatune.importing.unsloth import UNSLOTH
+from deltatune.importing.values import NotLiteral
 
 
 def outcome(table, key, value, **others) -> Outcome:
@@ -150,3 +152,40 @@ def test_names_that_are_carried_exist_and_act():
     carried = {name.removeprefix("training.") for name in written} - set(TrainingSection.model_fields)
     assert carried
     assert carried <= names - set(REFUSED_TRAINING_NAMES)
+
+
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "no",
+    "x y",
+    [],
+    [None],
+    ["a"],
+    {},
+    {"a": None},
+    [[]],
+]
+
+
+@pytest.mark.parametrize("table", [AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH], ids=lambda table: table.name)
+@pytest.mark.parametrize("value", [*ODD, NotLiteral("f()")], ids=repr)
+def test_odd_values_are_outcomes_or_errors_of_the_user(table, value, tmp_path):
+    for key, rule in table.rules.items():
+        for others in ({}, dict.fromkeys(table.rules, value)):
+            try:
+                found = rule(value, {**others, key: value})
+            except UserError:
+                continue
+            assert isinstance(found, Outcome), key
+    for section in table.sections.values():
+        for odd in (value, [value], [{"path": value, "type": value, "data_files": value}], {"datasets": value}):
+            with contextlib.suppress(UserError):
+                section(odd, {"max_samples": value, "dataset_dir": value}, tmp_path / "f")

@@ -10,7 +10,7 @@ from typing import Any
 from deltatune.config.explain import shown
 from deltatune.errors import UserError
 from deltatune.importing.rules import Outcome, Row
-from deltatune.importing.values import texts
+from deltatune.importing.values import mapping, text, texts
 
 __all__ = ["Registry", "find_registry", "named_sources"]
 
@@ -78,7 +78,7 @@ def named_sources(part: str, names: Any, registry: Registry | None, dataset_dir:
             )
             rows.append(Row(name, name, outcome))
             continue
-        entry = registry.entries[name]
+        entry = mapping(registry.entries[name])
         rows += [Row(f"{name}.{key}", value, outcome) for key, value, outcome in _entry(where, entry, registry.folder)]
         rows.append(Row(name, name, Outcome("carried", {**_format(where, entry), **limited})))
     return rows
@@ -88,9 +88,9 @@ def _format(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the entry means without saying it."""
     if entry.get("formatting", "alpaca") == "alpaca":
         return {f"{where}.format": "alpaca"}
-    columns = entry.get("columns", {})
+    columns = mapping(entry.get("columns", {}))
     found = {f"{where}.format": "chat", f"{where}.columns.messages": columns.get("messages", _DEFAULT_MESSAGES)}
-    tags = entry.get("tags", {})
+    tags = mapping(entry.get("tags", {}))
     for field, default, ours in (("role_tag", "from", "role"), ("content_tag", "value", "content")):
         found[f"{where}.message_fields.{ours}"] = tags.get(field, default)
     for tag, (role, default) in _ROLES.items():
@@ -107,7 +107,7 @@ def _entry(where: str, entry: Mapping[str, Any], folder: Path) -> Iterator[tuple
         elif key in ("file_name", "ms_hub_url", "om_hub_url", "script_url") and from_hub:
             yield key, value, Outcome("no effect here", why="hf_hub_url is given, which wins")
         elif key == "file_name":
-            yield key, value, Outcome("carried", {f"{where}.path": str(folder / value)})
+            yield key, value, Outcome("carried", {f"{where}.path": str(folder / text(value))})
         elif key in ("subset", "split"):
             ours = "name" if key == "subset" else "split"
             yield key, value, Outcome("carried", {f"{where}.{ours}": value})
@@ -118,7 +118,7 @@ def _entry(where: str, entry: Mapping[str, Any], folder: Path) -> Iterator[tuple
         elif key == "columns":
             yield from _columns(where, value, entry.get("formatting", "alpaca"))
         elif key == "tags":
-            for tag, name in value.items():
+            for tag, name in mapping(value).items():
                 known = tag in _ROLES or tag in ("role_tag", "content_tag", "function_tag")
                 yield f"tags.{tag}", name, Outcome("carried" if known else "unknown")
         elif key == "ranking":
@@ -127,9 +127,9 @@ def _entry(where: str, entry: Mapping[str, Any], folder: Path) -> Iterator[tuple
             yield key, value, Outcome("not supported", why="no such source here: a file, a folder or the Hub")
 
 
-def _columns(where: str, columns: Mapping[str, str], formatting: str) -> Iterator[tuple[str, Any, Outcome]]:
+def _columns(where: str, columns: Any, formatting: str) -> Iterator[tuple[str, Any, Outcome]]:
     known = {**(_OF_ALPACA if formatting == "alpaca" else _OF_MESSAGES), **_OF_BOTH}
-    for role, name in columns.items():
+    for role, name in mapping(columns).items():
         if role in _MEDIA:
             outcome = Outcome("not supported", why="text alone trains here")
         elif role not in known:
