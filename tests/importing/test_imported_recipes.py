@@ -288,3 +288,9 @@ def test_what_a_script_computes_is_never_written(imported):
 def test_a_default_gives_way_to_the_file(imported):
     found = imported("t.sh", "trl sft --completion_only_loss true")
     assert yaml.safe_load(found.text)["data"]["train_on"] == "assistant"
+
+
+def test_adapter_of_peft_has_pefts_defaults(imported):
+    text = "model = get_peft_model(model, LoraConfig(lora_dropout=0.1))\nSFTTrainer(model='owner/m', train_dataset=d)"
+    section = yaml.safe_load(imported("p.py", text).text)["lora"]
+    assert section == {"lora_dropout": 0.1, "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}

@@ -54,3 +54,8 @@ def test_a_later_call_wins_and_the_earlier_is_kept():
 def test_further_trainers_are_named(name):
     found = settings_of_script(Path("s.py"), f"SFTTrainer(packing=True)\n{name}(beta=1)")
     assert list(found) == ["packing", f"{name} (line 2)"]
+
+
+def test_the_trainers_model_may_be_a_name():
+    assert settings_of_script(Path("s.py"), "SFTTrainer('owner/m')\nSFTConfig()")["model_name"] == "owner/m"
+    assert "model_name" not in settings_of_script(Path("s.py"), "SFTTrainer(model)\nSFTConfig()")

@@ -27,7 +27,7 @@ _TOKENS = "special tokens and new tokens cannot be set from a recipe yet: change
 _RL = "supervised fine-tuning alone: no preference training, no reward models, no reinforcement learning"
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
-_WANDB = "weights and biases reads it from the environment"
+_WANDB = "set it in the environment: WANDB_ENTITY and so on"
 
 
 def _has_lora(settings: Settings) -> bool:
@@ -273,28 +273,28 @@ _RULES: dict[str, Rule] = {
     "wandb_project": _wandb,
     "use_wandb": idle("wandb_project says it"),
     "wandb_name": carried("training.run_name", text),
-    **_each("wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode", refused(f"{_WANDB}: {'WANDB_*'}")),
+    **_each("wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode", refused(_WANDB)),
     "use_tensorboard": _tensorboard,
     **_each(
-        "load_in_4bit load_in_8bit gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama bnb_config_kwargs",
+        "load_in_4bit load_in_8bit gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama bnb_config_kwargs "
+        "quantize_moe_experts model_quantization_config model_quantization_config_kwargs nvfp4_merge_aware "
+        "dsv4_fp4_grouped_mode loftq_config loftq_bits peft",
         refused(QUANTISED),
     ),
-    **_each("quantize_moe_experts model_quantization_config model_quantization_config_kwargs", refused(QUANTISED)),
     **_each(
         "qat fp8 fp8_config fp8_enable_fsdp_float8_all_gather quantization llmcompressor use_onebitllms",
         refused("training in fewer than 16 bits is not supported"),
     ),
-    **_each("nvfp4_merge_aware dsv4_fp4_grouped_mode", refused(QUANTISED)),
     **_each(
         "attn_implementation flash_attention sdp_attention xformers_attention flex_attention sage_attention "
         "eager_attention flex_attn_compile_kwargs flash_attn_cross_entropy flash_attn_fuse_mlp flash_optimum "
-        "flash_attn_rms_norm flash_attn_fuse_qkv  "
-        "flash_attn_d512 sdpa_varlen gemma4_hybrid_attn_impl large_head_attention pretrain_multipack_attn",
+        "flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_d512 "
+        "sdpa_varlen gemma4_hybrid_attn_impl large_head_attention pretrain_multipack_attn",
         idle(_ATTENTION),
     ),
     **_each(
         "sample_packing eval_sample_packing sample_packing_group_size sample_packing_eff_est "
-        "sample_packing_seq_len_multiplier max_packed_sequence_len sample_packing_bin_size  "
+        "sample_packing_seq_len_multiplier max_packed_sequence_len sample_packing_bin_size "
         "pad_to_sequence_len pad_to_multiple_of batch_flattening multipack_real_batches "
         "sample_packing_mp_start_method",
         idle(PACKED),
@@ -354,7 +354,6 @@ _RULES: dict[str, Rule] = {
         "loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale lr_groups",
         refused("one learning rate for all that trains"),
     ),
-    **_each("loftq_config loftq_bits peft", refused(QUANTISED)),
     **_each(
         "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")
     ),

@@ -7,9 +7,11 @@ from typing import Any
 from deltatune.importing.rules import Outcome, Rule, Settings, alone
 from deltatune.importing.values import is_off, texts
 
-__all__ = ["QUANTISED", "targets", "with_lora"]
+__all__ = ["PEFT_TARGETS", "QUANTISED", "targets", "with_lora"]
 
 QUANTISED = "quantised base weights are not supported: the base is loaded in 16 bits, which takes more memory"
+#: What PEFT adapts in most families where no target is given.
+PEFT_TARGETS = ["q_proj", "v_proj"]
 _WHOLE_MODULES = ("embed_tokens", "lm_head")
 _ALL = ("all", "all-linear", "all_linear")
 

@@ -130,7 +130,7 @@ def _max_steps(value: Any) -> Outcome:
 
 @alone
 def _report_to(value: Any) -> Outcome:
-    if value in (None, "none", ["none"]):
+    if is_off(value) or value == ["none"]:
         return Outcome("carried", {"training.report_to": "none"})
     trackers = texts(value)
     return Outcome("carried", {"training.report_to": trackers[0] if len(trackers) == 1 else trackers})

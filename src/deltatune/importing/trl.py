@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets, with_lora
 from deltatune.importing.paths import is_data_file
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
@@ -197,6 +197,8 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     }
     if _has_lora(settings):
         found |= {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+        if is_off(settings.get("lora_target_parameters")):
+            found["lora_target_modules"] = PEFT_TARGETS
     if _evaluates(settings) and "dataset_name" in settings:
         found["dataset_test_split"] = "test"
     return {key: value for key, value in found.items() if value is not None}

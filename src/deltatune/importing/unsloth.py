@@ -7,7 +7,7 @@ from typing import Any
 
 from deltatune.errors import UserError
 from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.lora import QUANTISED, targets
+from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets
 from deltatune.importing.paths import is_data_file
 from deltatune.importing.python_calls import Call, calls_in
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, idle, refused
@@ -23,8 +23,8 @@ _MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "AutoModelForCau
 _POSITIONS: dict[str, tuple[str | None, ...]] = {
     "from_pretrained": ("model_name",),
     "get_peft_model": (None,),
-    "LoraConfig": (),
-    "SFTTrainer": (None,),
+    "LoraConfig": ("r",),
+    "SFTTrainer": ("model",),
     "SFTConfig": ("output_dir",),
     "load_dataset": ("path", "name"),
     "get_chat_template": (None, "chat_template"),
@@ -74,11 +74,14 @@ def settings_of_script(path: Path, source: str) -> dict[str, Any]:
         if name in _SPEAKS:
             found[name] = f"{call.owner or name}, line {call.line}"
         positional = dict(zip(_POSITIONS[name], call.positional, strict=False))
-        for key, value in ({word: given for word, given in positional.items() if word} | call.named).items():
-            if key == "model" and name != "from_pretrained":
-                continue  # the object that from_pretrained gave
+        arguments = {word: given for word, given in positional.items() if word} | call.named
+        for key, value in arguments.items():
+            if key == "model":
+                if not isinstance(value, str):
+                    continue  # the object that from_pretrained gave
+                key = "model_name"
             if key in found:
-                found[f"{owners[key]}.{key}"] = found.pop(key)
+                found[f"{owners.get(key)}.{key}"] = found.pop(key)
             found[key], owners[key] = value, name
     if not seen & {"from_pretrained", "SFTTrainer", "SFTConfig"}:
         raise UserError(f"{path}: expected calls of from_pretrained, SFTTrainer or SFTConfig; found none of them")
@@ -90,6 +93,10 @@ def _known(call: Call) -> str | None:
     if name == "from_pretrained" and call.owner not in _MODELS:
         return None
     return name if name in _POSITIONS or name.endswith("Trainer") else None
+
+
+def _is_own(settings: Settings) -> bool:
+    return str(settings.get("from_pretrained", "")).startswith("Fast")
 
 
 def _has_lora(settings: Settings) -> bool:
@@ -111,6 +118,17 @@ def _dtype(value: Any) -> Outcome:
     if value is None:
         return Outcome("changed", {"model.dtype": "bfloat16"}, "None: bfloat16 where the device has it")
     return Outcome("carried", {"model.dtype": text(value)})
+
+
+def _autocast(name: str) -> Rule:
+    """Unsloth's weights are in 16 bits whatever a script says; those of others may be float32."""
+
+    def rule(value: Any, settings: Settings) -> Outcome:
+        if not _is_own(settings):
+            return SFT_CONFIG[name](value, settings)
+        return Outcome("no effect here", why="in model.dtype, which the weights have")
+
+    return rule
 
 
 def _full(value: Any, settings: Settings) -> Outcome:
@@ -173,12 +191,14 @@ def _part(name: str) -> Rule:
 
 def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    own = str(settings.get("from_pretrained", "")).startswith("Fast")
+    own = _is_own(settings)
     if own:
         found["dtype"] = None
     if "train_dataset" in settings:
         found |= _OWN_TRAINING if own else {"per_device_train_batch_size": 8}
-    if "get_peft_model" in settings:
+    if "LoraConfig" in settings:
+        found |= {"r": 8, "lora_alpha": 8, "target_modules": PEFT_TARGETS}
+    if own and "get_peft_model" in settings:
         parts = any(key.startswith("finetune_") for key in settings)
         found |= {"r": 16, "lora_alpha": 16, "target_modules": "all-linear" if parts else _TARGETS}
         found["use_gradient_checkpointing"] = "unsloth"
@@ -206,11 +226,14 @@ _RULES: dict[str, Rule] = {
     "tokenizer_name": carried("model.tokenizer", text),
     "dtype": _dtype,
     "torch_dtype": _dtype,
-    "bf16": idle("in model.dtype, which the weights have"),
-    "fp16": idle("in model.dtype, which the weights have"),
+    "bf16": _autocast("bf16"),
+    "fp16": _autocast("fp16"),
     "full_finetuning": _full,
     "attn_implementation": idle("attention over packs is built in"),
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_fp8", "loftq_config", "qat_scheme"), refused(QUANTISED)),
+    **dict.fromkeys(
+        ("quantization_config", "load_in_4bit", "load_in_8bit", "load_in_fp8", "loftq_config", "qat_scheme"),
+        refused(QUANTISED),
+    ),
     **dict.fromkeys(
         (
             "fast_inference",
@@ -224,6 +247,7 @@ _RULES: dict[str, Rule] = {
             "rope_scaling",
             "local_files_only",
             "offload_embedding",
+            "autocast_adapter_dtype",
             "return_logits",
             "disable_log_stats",
             "text_only",
