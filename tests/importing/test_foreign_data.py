@@ -7,6 +7,7 @@ import pytest
 
 from deltatune.importing.axolotl import AXOLOTL
 from deltatune.importing.llama_factory import LLAMA_FACTORY
+from deltatune.importing.trl import TRL
 
 
 def of_axolotl(entry):
@@ -64,3 +65,29 @@ def test_registry_of_pictures_says_what_is_lost(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"m": entry}))
     rows = LLAMA_FACTORY.sections["dataset"]("m", {}, tmp_path / "l.yaml")
     assert [row.key for row in rows if row.outcome.verdict == "not supported"] == ["m.columns.images"]
+
+
+def of_trl(section, value):
+    rows = TRL.sections[section](value, {}, Path("t.yaml"))
+    return {key: value for row in rows for key, value in row.outcome.writes.items()}, rows
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "writes"),
+    [
+        ("datasets", [{"path": "owner/d", "name": "main"}], {"path": "owner/d", "name": "main"}),
+        ("dataset_mixture", {"datasets": [{"id": "owner/d", "config": "main"}]}, {"path": "owner/d", "name": "main"}),
+        ("dataset_mixture", {"datasets": [{"id": "owner/d", "weight": 1.0}]}, {"path": "owner/d"}),
+        ("dataset_mixer", {"owner/d": 0.5}, {"path": "owner/d"}),
+    ],
+)
+def test_trl_sources(section, value, writes):
+    assert of_trl(section, value)[0] == {f"data.train.0.{key}": value for key, value in writes.items()}
+
+
+def test_fractions_are_shares_of_documents():
+    assert of_trl("datasets", [{"fraction": 0.5}])[0] == {"data.train.0.weight": 0.5, "data.weight_by": "documents"}
+
+
+def test_a_part_of_the_rows_is_not_a_weight():
+    assert [row.outcome.verdict for row in of_trl("datasets", [{"weight": 0.1}])[1]] == ["not supported"]

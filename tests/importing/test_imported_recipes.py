@@ -294,3 +294,7 @@ def test_adapter_of_peft_has_pefts_defaults(imported):
     text = "model = get_peft_model(model, LoraConfig(lora_dropout=0.1))\nSFTTrainer(model='owner/m', train_dataset=d)"
     section = yaml.safe_load(imported("p.py", text).text)["lora"]
     assert section == {"lora_dropout": 0.1, "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_adapter_of_trl_has_pefts_targets(imported):
+    assert yaml.safe_load(imported("t.sh", "trl sft --use_peft").text)["lora"]["target_modules"] == ["q_proj", "v_proj"]
