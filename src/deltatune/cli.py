@@ -107,8 +107,10 @@ def _add_commands_of_recipes(commands: _Commands) -> None:
         what = "change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated"
         settings = parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
         settings.type, settings.help = _setting, what
-    what = "go on from the last checkpoint of training.output_dir, or from the one in DIR"
-    train.add_argument("--resume", nargs="?", const=True, metavar="DIR", help=what)
+    what = "go on from the last whole checkpoint of training.output_dir, or from DIR; auto: or start if there is none"
+    train.add_argument("--resume", nargs="?", const=True, metavar="DIR|auto", help=what)
+    what = "with --resume: go on with other data, packs or seeds than the checkpoint was trained with"
+    train.add_argument("--allow-change", action="store_true", help=what)
     what = "print N samples, trained tokens coloured"
     preprocess.add_argument("--show", type=_count, default=0, metavar="N", help=what)
     preprocess.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")

@@ -109,8 +109,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_trainer", stopping_after(3, run_module._trainer))
         train(parts, console=QUIET)
-    # an interrupted save leaves a folder without the Trainer's state, which is written last
-    (tmp_path / "parts" / "checkpoint-5").mkdir()
+    # an interrupted save leaves a folder beside its place
+    (tmp_path / "parts" / ".saving-5" / "checkpoint-5").mkdir(parents=True)
     resumed = train(parts, resume=True, console=QUIET)
     assert losses(resumed) == losses(uninterrupted)
     assert len(losses(resumed)) == 6
@@ -121,6 +121,81 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     again = train(parts, resume=True, console=QUIET)
     assert again.metrics["steps"] == 0
     assert json.loads((tmp_path / "parts" / "metrics.json").read_text()) == resumed.metrics, "a finished run's figures"
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return weights
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed in the final save"])
+def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: Path, killed: bool) -> None:
+    """Its last step lies within an epoch, where the Trainer would go one further."""
+    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
+    recipe = make_recipe(tmp_path, checkpoint, training=training)
+    first = train(recipe, console=QUIET)
+    expected = adapter(tmp_path / "output")
+    if killed:
+        for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
+            (tmp_path / "output" / name).unlink()
+    again = train(recipe, resume=True, console=QUIET)
+    found = adapter(tmp_path / "output")
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert losses(again) == losses(first)
+    assert again.metrics["global_step"] == 5
+    assert again.metrics["steps"] == 0
+    metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert metrics["steps"] == (0 if killed else 5)
+
+
+def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    before = adapter(tmp_path / "output")
+    console = Console(record=True, width=120, file=(tmp_path / "screen.txt").open("w"))
+    changed = {**training, "max_steps": 5, "learning_rate": 0.0}
+    result = train(make_recipe(tmp_path, checkpoint, training=changed), resume=True, console=console)
+    assert "changed since checkpoint-3: training.learning_rate: 0.01 -> 0.0" in console.export_text()
+    assert [entry["learning_rate"] for entry in result.log_history if "loss" in entry][3:] == [0.0, 0.0]
+    after = adapter(tmp_path / "output")
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"lora": {"r": 8}}, r"lora\.r: \d+ -> 8 cannot act"),
+        ({"packing": {"tokens_per_batch": 128}}, r"packing\.tokens_per_batch: .* say --allow-change"),
+    ],
+)
+def test_settings_that_cannot_act_stop_a_run_that_goes_on(
+    tmp_path: Path, checkpoint: Path, sections: dict[str, Any], message: str
+) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    longer = {**training, "max_steps": 4}
+    other = make_recipe(tmp_path, checkpoint, training=longer, **sections)
+    with pytest.raises(UserError, match=message):
+        train(other, resume=True, console=QUIET)
+    if "packing" in sections:
+        assert train(other, resume=True, allow_change=True, console=QUIET).metrics["global_step"] == 4
+
+
+def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: Path) -> None:
+    held_out = write_conversations(tmp_path / "eval.jsonl", 12, first=40)
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_loss",
+        "save_total_limit": 1,
+        "max_steps": 4,
+    }
+    train(make_recipe(tmp_path, checkpoint, data={"eval": [{"path": str(held_out)}]}, training=training), console=QUIET)
+    (place,) = (tmp_path / "output").glob("checkpoint-*")
+    state = json.loads((place / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(place)
+    assert not list((tmp_path / "output").glob(".*"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -201,7 +276,7 @@ def test_an_earlier_runs_checkpoints_are_not_mixed_with_new_ones(tmp_path: Path,
     (tmp_path / "output" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds checkpoints of an earlier run; continue it with --resume"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
-    with pytest.raises(UserError, match=r"holds no complete checkpoint"):
+    with pytest.raises(UserError, match=r"holds no whole checkpoint"):
         train(make_recipe(tmp_path, checkpoint), resume=True, console=QUIET)
-    with pytest.raises(UserError, match=r"is no complete training checkpoint"):
+    with pytest.raises(UserError, match=r"nowhere is no whole checkpoint: there is no such folder"):
         train(make_recipe(tmp_path, checkpoint), resume=tmp_path / "nowhere", console=QUIET)

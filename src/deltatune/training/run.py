@@ -27,10 +27,12 @@ from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
-from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
+from deltatune.training.changes import check_changes, find_changes
+from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
 from deltatune.training.export import save_trained, write_json, write_text
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
+from deltatune.training.sealed import manifest, resume_point
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
@@ -67,7 +69,13 @@ class Run:
         return Path(self.recipe.training.output_dir).expanduser()
 
 
-def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: Console | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | Path | bool | None = None,
+    allow_change: bool = False,
+    console: Console | None = None,
+) -> TrainResult:
     """Runs a recipe: loads and prepares the model, packs the data, probes for leaks, trains, saves.
 
     Nothing is written before recipe, data and model have been checked. Afterwards ``training.output_dir`` holds the
@@ -76,8 +84,10 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
 
     Args:
         recipe: the run.
-        resume: a checkpoint folder, or ``True`` for the last complete one in ``training.output_dir``. A resumed run
-            continues as if it had never stopped: weights, optimizer, random state, and the place in the data.
+        resume: a checkpoint folder, ``True`` for the last whole one in ``training.output_dir``, or ``"auto"`` for the
+            same where there is one. A resumed run continues as if it had never stopped: weights, optimizer, random
+            state, and the place in the data. Settings that were changed since act from there on, or are refused.
+        allow_change: go on with other data, packs or seeds than the checkpoint was trained with.
         console: where to report; the standard output by default.
 
     Raises:
@@ -89,7 +99,10 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
     console = Console(quiet=True) if arguments.process_index else console or Console()
     for warning in warnings:
         console.out(f"warning: {warning}", highlight=False)
-    checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
+    with arguments.main_process_first(desc="looking for checkpoints"):
+        checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
+    for line in [*passed_over, *_changes(recipe, checkpoint, allow_change)]:
+        console.out(line, highlight=False)
     run = build(recipe, arguments, console)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = Place.load(place_file(checkpoint, Mesh.of(arguments)))
@@ -102,7 +115,8 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
             write_json(run.output_dir / REPORT_FILE, records)
         if recipe.compile is not None:
             console.out("the first step compiles, which takes a while", highlight=False)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is None or not trainer.take_up_finished(checkpoint):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         evaluation = _last_evaluation(run, trainer)
     return _finish(run, trainer, evaluation, records)
 
@@ -198,7 +212,17 @@ def _trainer(run: Run) -> PackedTrainer:
         processing_class=run.tokenizer,
         recompiles=recompiles,
         console=run.console,
+        about={"recipe": run.recipe.model_dump(mode="json"), "deltatune": __version__},
     )
+
+
+def _changes(recipe: Recipe, checkpoint: Path | None, allow: bool) -> list[str]:
+    """What was changed since the checkpoint and acts from there on, in words."""
+    if checkpoint is None:
+        return []
+    changes = find_changes(manifest(checkpoint).get("recipe", {}), recipe.model_dump(mode="json"))
+    check_changes(changes, allow=allow)
+    return [f"changed since {checkpoint.name}: {change}" for change in changes]
 
 
 @contextmanager
