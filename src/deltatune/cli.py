@@ -1,7 +1,7 @@
 """The command line: parses arguments, loads the one command that was asked for, and turns errors into one line.
 
 Exit status: 0 done; 1 a leak was found, or the program failed (with a traceback); 2 the user's input is at fault (one
-line, a traceback only with ``--debug``); 130 interrupted.
+line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from deltatune.errors import RecipeKeyError, UserError, one_line
+from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, one_line
 
 __all__ = ["main"]
 
@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+    except InterruptedRunError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.status
     except (ValueError, OSError, ImportError) as error:
         if not _is_users(error):
             raise

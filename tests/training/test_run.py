@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from deltatune.data.stream import Place
-from deltatune.errors import DataError, UserError
+from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.export import merge_adapter
+from deltatune.training.lock import locked
 from deltatune.training.run import train, verify
+from deltatune.training.trainer import PackedTrainer
 
 QUIET = Console(quiet=True)
 
@@ -196,6 +200,107 @@ def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: P
     state = json.loads((place / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(place)
     assert not list((tmp_path / "output").glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
+    tmp_path: Path, checkpoint: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    recipe = make_recipe(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "parts")})
+
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    build = run_module._trainer
+
+    def building(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Signalled())
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_trainer", building)
+        with pytest.raises(InterruptedRunError, match=r"stopped after step 3 of 6, with a checkpoint; go on") as caught:
+            train(recipe, console=QUIET)
+    assert caught.value.status == status
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert not left & {"adapter_model.safetensors", "metrics.json", ".lock"}, "it does not look finished"
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
+    resumed = train(recipe, resume="auto", console=QUIET)
+    assert losses(resumed) == losses(whole)
+
+
+def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    longer = {**training, "max_steps": 4, "weight_decay": 0.1}
+    train(make_recipe(tmp_path, checkpoint, training=longer), resume=True, console=QUIET)
+    record = json.loads((tmp_path / "output" / "run.json").read_text())
+    first, second = record["legs"]
+    assert record["status"] == first["status"] == second["status"] == "finished"
+    assert [(leg["from_step"], leg["to_step"]) for leg in (first, second)] == [(0, 2), (2, 4)]
+    assert first["changes"] == []
+    assert second["changes"] == ["training.max_steps: 2 -> 4", "training.weight_decay: 0.0 -> 0.1"]
+    assert first["started"] <= first["ended"] <= second["started"]
+    assert list(first["data"].values()) == list(second["data"].values())
+    assert len(next(iter(first["data"].values()))) >= 32, "a digest of the rows"
+    assert first["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    assert [(line["leg"], line["step"]) for line in lines if "loss" in line] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = PackedTrainer.compute_loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
+    with pytest.raises(UserError, match=r"the loss is nan at step 2; nothing after the last checkpoint is saved"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
+    record = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert record["legs"][0]["status"] == "failed"
+    assert "the loss is nan" in record["legs"][0]["reason"]
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] == "nan"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = run_module._last_evaluation
+
+    def poisoned(run: Any, trainer: Any) -> Any:
+        with torch.no_grad():
+            next(weight for weight in run.model.parameters() if weight.requires_grad).fill_(float("inf"))
+        return evaluate(run, trainer)
+
+    monkeypatch.setattr(run_module, "_last_evaluation", poisoned)
+    with pytest.raises(UserError, match="some trained weights are not finite, so they are not saved"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
+
+
+def test_out_of_memory_says_what_to_change(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(PackedTrainer, "compute_loss", full)
+    with pytest.raises(UserError, match=r"out of memory at step 1: .* 2\.00 GiB\.; lower packing\.tokens_per_batch"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, checkpoint: Path) -> None:
+    with locked(tmp_path / "output"), pytest.raises(UserError, match=r"output is in use by process \d+"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not list((tmp_path / "output").iterdir())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

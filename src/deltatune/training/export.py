@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deltatune.errors import UserError, one_line
 from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
 from deltatune.training.servers import per_expert
 
-__all__ = ["export_adapter", "merge_adapter", "save_trained", "staged", "write_json"]
+__all__ = ["export_adapter", "finite", "merge_adapter", "save_trained", "staged", "write_json"]
 
 # Readers tell an adapter or a model by these files, so they are moved into place last.
 _MARKERS = ("adapter_config.json", "config.json")
@@ -149,8 +150,17 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    """JSON, whole or not at all, with numbers that it does not know (NaN, infinities) as text."""
+    write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with numbers that JSON does not know (NaN, infinities) as text."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,6 +37,11 @@ class RecipeData:
     train: PackedDataset | PackStream
     eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
 
+    def identities(self) -> dict[str, str]:
+        """The sources by name, with the digest of the rows that were read."""
+        sets = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
+        return {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
+
     def lines(self) -> list[str]:
         """What became of the rows, for people."""
         return [f"train: {self.train.report}", *([] if self.eval is None else [f"eval: {self.eval.report}"])]

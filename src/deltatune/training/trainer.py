@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -24,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream, Place
+from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
@@ -215,6 +217,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         for name in [name for name in logs if name.endswith("_samples_per_second")]:
             del logs[name]
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; nothing after the last checkpoint is "
+                "saved; lower training.learning_rate, or look at the rows (training.logging_steps: 1 finds the step)"
+            )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # the Trainer logs the last step only where logging_steps divides it: a short run would never say its loss
