@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -357,6 +358,12 @@ def stopping_after(step: int, build: Any) -> Any:
         ({"checkpointing": 0.5}, r"checkpointing: 0.5 .* compile: true"),
         ({"training": {"learning_rat": 0.1}}, r"training.learning_rat: unknown \(did you mean learning_rate\?\)"),
         ({"training": {"optim": "adam"}}, r"training: .*adam"),
+        ({"training": {"optim": "paged_adamw_8bit"}}, r"paged_adamw_8bit needs the package bitsandbytes"),
+        ({"training": {"optim": "schedule_free_adamw"}}, r"needs the package schedulefree; pip install schedulefree"),
+        ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
+        ({"training": {"report_to": "wand"}}, r"report_to: unknown wand \(did you mean wandb\?\)"),
+        ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, r"kwargs: \{\} does not suit .*min_lr"),
+        ({"training": {"lr_scheduler_kwargs": {"foo": 1}}}, r"kwargs: \{'foo': 1\} does not suit .*linear"),
     ],
 )
 def test_a_run_that_cannot_start_writes_nothing(
@@ -365,6 +372,31 @@ def test_a_run_that_cannot_start_writes_nothing(
     with pytest.raises((UserError, DataError), match=message):
         train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
     assert not (tmp_path / "output").exists()
+
+
+def test_tokens_beyond_the_embeddings_stop_the_run(tmp_path: Path, checkpoint: Path) -> None:
+    rows = tmp_path / "tokens.jsonl"
+    rows.write_text(json.dumps({"input_ids": [1, 2, 258]}) + "\n")
+    data = {"train": [{"path": str(rows), "format": "tokens"}]}
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["vocab_size"] == 259
+    small = shutil.copytree(checkpoint, tmp_path / "small")
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    weights = load_file(small / "model.safetensors")
+    cut = {name: weight[:200].clone() if weight.shape[0] == 259 else weight for name, weight in weights.items()}
+    save_file(cut, small / "model.safetensors")
+    with pytest.raises(UserError, match=r"data holds token 258 .*, and the model has 200 embeddings; take the token"):
+        train(make_recipe(tmp_path, small, data=data), console=QUIET)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["over an adapter", "over a model"])
+def test_a_folder_holds_one_kind_of_model(tmp_path: Path, checkpoint: Path, lora: Any) -> None:
+    (tmp_path / "output").mkdir()
+    other = "config.json" if lora else "adapter_config.json"
+    (tmp_path / "output" / other).write_text("{}")
+    with pytest.raises(UserError, match=rf"output holds an? \w+ \({other}\), and this run saves .*; choose another"):
+        train(make_recipe(tmp_path, checkpoint, lora=lora), console=QUIET)
 
 
 def test_a_leak_stops_the_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

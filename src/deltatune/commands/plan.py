@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
+    data.check_tokens(model, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += ["", *data.lines(), *_steps(data.train, arguments)]

@@ -87,6 +87,11 @@ class Documents:
         count = sum(remark.get("num_dropped", 0) for remark in remarks)
         return count, [error for remark in remarks for error in remark.get("dropped", [])][:NUM_NAMED]
 
+    @property
+    def largest_token(self) -> int:
+        """The largest id of all tokens."""
+        return max(int(shard.tokens.max(initial=0)) for shard in self.shards)
+
     def sample(self, start: int, end: int) -> Sample:
         """Tokens ``start`` to ``end`` of the stream, which lie in one document, as a sample."""
         shard, tokens = self._slice(start, end)

@@ -42,6 +42,23 @@ class RecipeData:
         sets = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
         return {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
 
+    def check_tokens(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses data with tokens that the model has no embedding for; of a stream, a tokenizer that has such tokens.
+
+        Raises:
+            UserError: the largest of them, and what to change.
+        """
+        packed = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
+        ids = [documents.largest_token for data in packed for documents in data.documents]
+        largest = max([*ids, len(tokenizer) - 1] if isinstance(self.train, PackStream) else ids)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            name = tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"the data holds token {largest} ({name!r}), and the model has {rows} embeddings; take the tokenizer "
+                "that belongs to it (model.tokenizer), or a checkpoint whose embeddings were resized"
+            )
+
     def lines(self) -> list[str]:
         """What became of the rows, for people."""
         return [f"train: {self.train.report}", *([] if self.eval is None else [f"eval: {self.eval.report}"])]

@@ -67,6 +67,12 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
             stream.write(json.dumps(finite(entry)) + "\n")
         self._legs[-1]["to_step"] = state.global_step
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes how far a leg came that may be killed later."""
+        del args, control, kwargs
+        self._legs[-1]["to_step"] = state.global_step
+        self._write()
+
     def end(self, status: str, step: int, reason: str | None = None) -> None:
         """Closes the leg."""
         self._legs[-1].update(status=status, ended=_now(), to_step=step, **({"reason": reason} if reason else {}))

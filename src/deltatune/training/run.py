@@ -32,7 +32,7 @@ from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
-from deltatune.training.export import save_trained, write_json, write_text
+from deltatune.training.export import check_kind, save_trained, write_json, write_text
 from deltatune.training.lock import locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
@@ -107,6 +107,7 @@ def train(
         console.out(f"warning: {warning}", highlight=False)
     with arguments.main_process_first(desc="looking for checkpoints"):
         checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
+    check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     changes = _changes(recipe, checkpoint, allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
         console.out(line, highlight=False)
@@ -185,7 +186,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    model = adapt(load_model(recipe.model, config), recipe.lora)
+    model = load_model(recipe.model, config)
+    data.check_tokens(model, tokenizer)
+    model = adapt(model, recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
