@@ -189,7 +189,11 @@ class RenderedConversation:
         start = min(self._ends.token_start(side, common) for side in (text, prompt))
         if prompt == self.text(turn) and text.endswith(prompt[start:]):
             # no prompt asks for the turn, and what closes a conversation stands after its last message
-            return text, [(start, self._ends.end_of_turn(text[: len(text) - len(prompt[start:])], start))]
+            closing = prompt[start:]
+            if self._ends.ending().text and closing.startswith(self._ends.ending().text):
+                # the turn goes on where the message before it was closed, and ends as that did
+                return text, [(start, len(text) - len(closing) + len(self._ends.ending().text))]
+            return text, [(start, self._ends.end_of_turn(text[: len(text) - len(closing)], start))]
         opened = OPEN_REASONING.search(prompt)
         if opened and text.startswith(prompt[: opened.start()]):
             written = self._written_reasoning(turn, opened, text[opened.start() :])
