@@ -122,9 +122,11 @@ def _taken(
     if mixture.quotas == mixture.sizes:
         return ()
     ends = np.cumsum(mixture.sizes)
-    tokens = np.bincount(np.searchsorted(ends, drawn, side="right"), weights=lengths[drawn], minlength=ends.size)
+    of_source = np.searchsorted(ends, drawn, side="right")
+    counts = np.bincount(of_source, minlength=ends.size)
+    tokens = np.bincount(of_source, weights=lengths[drawn], minlength=ends.size)
     shares = tokens / tokens.sum()
     return tuple(
-        f"{source.source.name}: {share:.1%} of the tokens, {quota:,} of {counted(size, 'document')} an epoch"
-        for source, share, quota, size in zip(documents, shares, mixture.quotas, mixture.sizes, strict=True)
+        f"{source.source.name}: {share:.1%} of the tokens, {count:,} of {counted(size, 'document')} an epoch"
+        for source, share, count, size in zip(documents, shares, counts.tolist(), mixture.sizes, strict=True)
     )
