@@ -140,6 +140,16 @@ def test_bad_rows_are_dropped_and_told_once(stream, texts, write_jsonl):
     assert set(told[1:]) == {()}
 
 
+def test_lines_that_are_no_rows_are_bad_rows(stream, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{oops\n{"text": "two"}\n')
+    rows = Repeated(load_rows(str(tmp_path / "broken.jsonl")))
+    with pytest.raises(DataError, match=r"broken\.jsonl, line 2 is not valid JSON"):
+        stream(rows)[0]
+    pack = stream(rows, on_bad_row="drop")[0]
+    assert "21 rows dropped" in pack.news.remarks[0]
+    assert len(set(content(pack))) == 2
+
+
 def test_long_documents_are_dealt_with_as_they_come(stream):
     with pytest.raises(DataError, match=r"rows\.jsonl, line \d+ has \d+ tokens, more than data\.max_length=20"):
         stream(max_length=20)[0]

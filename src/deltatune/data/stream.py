@@ -17,6 +17,7 @@ from deltatune.data.formats import Layout, Row
 from deltatune.data.notes import Notes
 from deltatune.data.overlong import Limit, Overlong, cut_sample
 from deltatune.data.report import PackingReport, counted, cut_lines, variance_between
+from deltatune.data.rows import BadRowError, read_on
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
 from deltatune.packing.shuffled import Packs, pack_ahead
@@ -214,8 +215,11 @@ class PackStream:
         cut: Counter[str] = Counter()
         for source in self.sources:
             start = number * source.rows_per_block
-            for where, row in source.rows.read(start, start + source.rows_per_block):
+            for _, found in read_on(source.rows.read, start, start + source.rows_per_block):
                 try:
+                    if isinstance(found, BadRowError):
+                        raise found
+                    where, row = found
                     samples = self.renderer.render(row, source.layout, where, notes)
                 except DataError as error:
                     if self.on_bad_row == "error":
