@@ -261,7 +261,8 @@ def _shard(parts: Sequence[tuple[int, int, Sample]], remarks: Mapping[str, Any])
 def _content(row: Row, layout: Layout) -> int:
     """A digest of what a row says, in the columns that its format reads."""
     unused = unused_columns(layout, row)
-    text = json.dumps({name: value for name, value in row.items() if name not in unused}, sort_keys=True, default=str)
+    said = {name: value for name, value in row.items() if name not in unused} if unused else row
+    text = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
