@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,12 @@ def _packed(
 
 def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> PackStream:
     shares = [source.weight or 1.0 for source in recipe.data.train]
-    sources = []
+    sources, remarks = [], []
     for source, share in zip(recipe.data.train, shares, strict=True):
         rows = open_stream(source.path, **_reading(source, recipe))
         layout = _layout(source, rows, recipe)
         sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
+        remarks += _unused(source.path, layout, rows.columns)
     return PackStream(
         sources,
         _renderer(recipe, tokenizer),
@@ -144,6 +145,7 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
         seed=_seed(recipe),
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
+        remarks=remarks,
     )
 
 
@@ -194,14 +196,18 @@ def _remarks(sources: Sequence[Documents]) -> list[str]:
     lines: list[str] = []
     for documents in sources:
         name = documents.source.name
-        if unused := unused_columns(documents.layout, documents.source.columns):
-            lines.append(f"{name}: unused columns: {', '.join(unused)}")
+        lines += _unused(name, documents.layout, documents.source.columns)
         lines += [f"{name}: {note}" for note in documents.notes]
         count, errors = documents.dropped
         if count:
             lines.append(f"{name}: {counted(count, 'row')} dropped{', the first' if count > len(errors) else ''}:")
             lines += [f"  {error}" for error in errors]
     return lines
+
+
+def _unused(name: str, layout: Layout, columns: Iterable[str]) -> list[str]:
+    unused = unused_columns(layout, columns)
+    return [f"{name}: unused columns: {', '.join(unused)}"] if unused else []
 
 
 def cache_folder(recipe: Recipe) -> Path:
