@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -303,6 +304,7 @@ _worker_task: list[_Task] = []
 def _start_worker(task: _Task) -> None:
     # each worker is one of several: threads inside them would only compete
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what was imported is not searched for garbage again, nor copied by that
     _worker_task[:] = [task]
 
 
