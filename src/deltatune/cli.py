@@ -1,7 +1,7 @@
 """The command line: parses arguments, loads the one command that was asked for, and turns errors into one line.
 
 Exit status: 0 done; 1 a leak was found, or the program failed (with a traceback); 2 the user's input is at fault (one
-line, a traceback only with ``--debug``); 130 interrupted.
+line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from deltatune.errors import RecipeKeyError, UserError, one_line
+from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, one_line
 
 __all__ = ["main"]
 
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+    except InterruptedRunError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.status
     except (ValueError, OSError, ImportError) as error:
         if not _is_users(error):
             raise
@@ -110,8 +113,10 @@ def _add_commands_of_recipes(commands: _Commands) -> None:
         what = "change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated"
         settings = parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
         settings.type, settings.help = _setting, what
-    what = "go on from the last checkpoint of training.output_dir, or from the one in DIR"
-    train.add_argument("--resume", nargs="?", const=True, metavar="DIR", help=what)
+    what = "go on from the last whole checkpoint of training.output_dir, or from DIR; auto: or start if there is none"
+    train.add_argument("--resume", nargs="?", const=True, metavar="DIR|auto", help=what)
+    what = "with --resume: go on with other data, packs or seeds than the checkpoint was trained with"
+    train.add_argument("--allow-change", action="store_true", help=what)
     what = "print N samples, trained tokens coloured"
     preprocess.add_argument("--show", type=_count, default=0, metavar="N", help=what)
     preprocess.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")

@@ -142,6 +142,13 @@ def test_nothing_left_is_an_error():
         pack_documents([make_documents([9, 10])], tokens_per_batch=8, overlong="drop")
 
 
+def test_a_weighted_source_of_which_nothing_is_left_is_named():
+    sources = [make_documents([5, 6]), make_documents([50, 60])]
+    sources[1].source.name = "long.jsonl"
+    with pytest.raises(DataError, match=r"long\.jsonl has a weight, and none of its documents is left"):
+        pack_documents(sources, tokens_per_batch=20, overlong="drop", shares=Shares([1.0, 1.0]))
+
+
 def test_report_counts_one_as_one():
     text = str(PackingReport(1, 1, 1, 0, 1, 8, 1 / 8, 1, 0.0))
     assert text.startswith("1 row -> 1 document, 1 token, 0 of them trained; longest document 1 token\n1 pack of")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from deltatune.data.epochs import Epochs
-from deltatune.data.mixture import Mixture
+from deltatune.data.mixture import Mixture, Shares
 
 
 def epochs_of(lengths, capacity=256, shares=None, seed=1):
@@ -50,9 +50,24 @@ def test_an_order_that_needs_more_packs_gives_way_to_the_first(monkeypatch):
 
 def test_a_part_of_a_source_is_packed_in_each_epoch():
     lengths = np.full(100, 10)
-    mixture = Mixture((100,), (30,), seed=0)
+    mixture = Mixture((100,), (30,), [lengths], seed=0)
     epochs = Epochs(lengths, 50, mixture, seed=0)
     seen = [epochs(epoch).members for epoch in range(4)]
     assert [members.size for members in seen] == [30] * 4
-    assert epochs.num_packs == 6
+    assert epochs.num_packs == 7
     assert len(set(np.concatenate(seen[:3]).tolist())) == 90
+
+
+@pytest.mark.parametrize("sizes", [(300, 3000), (3000, 6000)])
+def test_epochs_that_take_a_part_of_a_source_are_never_the_first_again(sizes):
+    rng = np.random.default_rng(0)
+    sources = [np.clip(rng.lognormal(3, 1, size), 1, 256).astype(np.int32) for size in sizes]
+    lengths = np.concatenate(sources)
+    epochs = Epochs(lengths, 256, Mixture.of(sources, Shares([2.0, 1.0]), seed=1), seed=1)
+    counts = np.zeros(lengths.size, dtype=int)
+    for epoch in range(12):
+        packs = epochs(epoch)
+        assert len(packs) == epochs.num_packs
+        counts += np.bincount(packs.members, minlength=lengths.size)
+    assert set(counts[: sizes[0]]) == {12}
+    assert np.ptp(counts[sizes[0] :]) == 1

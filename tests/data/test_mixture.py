@@ -39,6 +39,17 @@ def test_over_the_epochs_every_document_is_drawn_equally_often():
     assert counts.tolist() == [5] * 4 + [2] * 10
 
 
+def test_epochs_have_equally_many_tokens():
+    lengths = [np.full(5, 100), np.random.default_rng(0).integers(1, 90, 700)]
+    mixture = Mixture.of(lengths, Shares(weights=[1, 3]))
+    drawn = [mixture.draw(epoch) for epoch in range(60)]
+    tokens = [int(lengths[1][part[part >= 5] - 5].sum()) for part in drawn]
+    assert all(abs(count - 1500) < 2 * 90 for count in tokens)
+    counts = np.bincount(np.concatenate(drawn), minlength=705)
+    assert set(counts[:5]) == {60}
+    assert np.ptp(counts[5:]) == 1
+
+
 def test_draws_follow_the_seed():
     lengths, shares = [np.ones(50), np.ones(400)], Shares(weights=[1, 1], by="documents")
     one, again, other = (Mixture.of(lengths, shares, seed=seed).draw(2) for seed in (1, 1, 2))

@@ -1,6 +1,7 @@
 """Streams: packs of blocks of rows, the same from any place again."""
 
 import pickle
+import re
 
 import datasets
 import numpy as np
@@ -139,12 +140,50 @@ def test_bad_rows_are_dropped_and_told_once(stream, texts, write_jsonl):
     assert set(told[1:]) == {()}
 
 
+def test_lines_that_are_no_rows_are_bad_rows(stream, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{oops\n{"text": "two"}\n')
+    rows = Repeated(load_rows(str(tmp_path / "broken.jsonl")))
+    with pytest.raises(DataError, match=r"broken\.jsonl, line 2 is not valid JSON"):
+        stream(rows)[0]
+    pack = stream(rows, on_bad_row="drop")[0]
+    assert "21 rows dropped" in pack.news.remarks[0]
+    assert len(set(content(pack))) == 2
+
+
 def test_long_documents_are_dealt_with_as_they_come(stream):
     with pytest.raises(DataError, match=r"rows\.jsonl, line \d+ has \d+ tokens, more than data\.max_length=20"):
         stream(max_length=20)[0]
     for overlong in ("split", "truncate", "drop"):
         packs = stream(max_length=20, overlong=overlong)
         assert max(len(sample) for number in range(10) for sample in packs[number]) <= 20
+
+
+@pytest.mark.parametrize(
+    ("overlong", "said"),
+    [("truncate", r"over-long documents: \d+ truncated"), ("drop", r"over-long documents: \d+ dropped for length")],
+)
+def test_long_documents_are_counted(stream, overlong, said):
+    packs = stream(max_length=20, overlong=overlong)
+    assert re.fullmatch(said, packs[0].news.remarks[0])
+    assert re.fullmatch(said, str(packs.report).splitlines()[2])
+
+
+def test_a_long_document_is_no_bad_row(stream):
+    with pytest.raises(DataError, match=r"more than data\.max_length=20"):
+        stream(max_length=20, on_bad_row="drop")[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        ({"text": ""}, {"on_bad_row": "drop"}, "64 rows one after another were dropped; the first error: .* is empty"),
+        ({"text": "fox " * 9}, {"overlong": "drop", "max_length": 3}, "leave no document of at most data.max_length=3"),
+    ],
+)
+def test_rows_that_all_give_nothing_end_the_stream(stream, write_jsonl, row, settings, said):
+    rows = Repeated(load_rows(str(write_jsonl([row], "none.jsonl"))))
+    with pytest.raises(DataError, match=rf"none\.jsonl: .*{said}"):
+        stream(rows, **settings)[0]
 
 
 def test_the_report_shows_the_first_block(stream):

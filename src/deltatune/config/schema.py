@@ -24,6 +24,7 @@ __all__ = [
 Flag = Annotated[bool, Strict()]
 Integer = Annotated[int, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]
+Seed = Annotated[int, Strict(), Field(ge=0)]
 Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 # transformers' own convention: a whole number of steps, or below 1 a share of them
 Steps = Count | Annotated[float, Strict(), Field(gt=0, lt=1)]
@@ -207,7 +208,8 @@ class DataSection(Section):
     """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""
 
     on_bad_row: Literal["error", "drop"] = "error"
-    """What to do with a row that cannot be rendered or trains nothing: stop there, or leave it out, name and count."""
+    """What to do with a row that is broken, cannot be rendered or trains nothing: stop there, or leave it out, name and
+    count."""
 
     cache_dir: Text | None = None
     """Where tokenised data is kept; the cache of the `datasets` package by default."""
@@ -290,10 +292,10 @@ class TrainingSection(Section):
     max_grad_norm: Annotated[float, Strict(), Field(ge=0)] = 1.0
     """Gradients are clipped to this norm; 0 clips nothing."""
 
-    seed: Integer = 42
+    seed: Seed = 42
     """Seed of initialisation, dropout and, unless `data_seed` is given, the order of the data."""
 
-    data_seed: Integer | None = None
+    data_seed: Seed | None = None
     """Seed of the order of the data."""
 
     bf16: Flag = False

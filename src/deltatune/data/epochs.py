@@ -31,7 +31,9 @@ class Epochs:
         documents = mixture.draw(0)
         attempts = _ATTEMPTS if documents.size <= _SMALL else 1
         self._first = min((self._pack(0, attempt) for attempt in range(attempts)), key=len)
-        spare = min(len(self._first) // _SPARE, documents.size - len(self._first))
+        # epochs that take a part of a source differ by a document or two
+        spare = max(len(self._first) // _SPARE, int(mixture.in_part))
+        spare = min(spare, documents.size - len(self._first))
         self.num_packs = len(self._first) + spare
         self._latest = (0, _in_number(self._first, self.num_packs))
 

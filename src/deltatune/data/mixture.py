@@ -29,12 +29,15 @@ class Shares:
 class Mixture:
     """Draws every epoch's documents from the sources.
 
-    A source's documents come in one shuffled order after another, and an epoch takes the next ``quotas[s]`` of them.
-    So over the epochs every document is seen equally often, up to one, however small its source's share is.
+    A source's documents come in one shuffled order after another, and an epoch takes the next part: as many tokens as
+    ``quotas[s]`` of its documents have on average, so that all epochs are equally long up to a document, and can have
+    equally many packs. Over the epochs every document is seen equally often, up to one, however small its source's
+    share is.
     """
 
     sizes: tuple[int, ...]  # documents of each source
-    quotas: tuple[int, ...]  # documents that an epoch takes of it
+    quotas: tuple[int, ...]  # documents that an epoch takes of it, on average
+    lengths: Sequence[NDArray[np.integer]]  # tokens of each document, by source
     seed: int
 
     @classmethod
@@ -51,14 +54,19 @@ class Mixture:
         sizes = tuple(len(source) for source in lengths)
         most = [size * repeat for size, repeat in zip(sizes, shares.repeats or [1] * len(sizes), strict=True)]
         if shares.weights is None:
-            return cls(sizes, tuple(most), seed)
+            return cls(sizes, tuple(most), lengths, seed)
         if 0 in sizes:
             raise ValueError(f"source {sizes.index(0)} has a weight and no documents")
         cost = [float(np.mean(source)) if shares.by == "tokens" else 1.0 for source in lengths]
         of_sources = list(zip(most, cost, shares.weights, strict=True))
         epoch = min(count * each / weight for count, each, weight in of_sources)
         quotas = (min(count, max(1, round(weight * epoch / each))) for count, each, weight in of_sources)
-        return cls(sizes, tuple(quotas), seed)
+        return cls(sizes, tuple(quotas), lengths, seed)
+
+    @property
+    def in_part(self) -> bool:
+        """Whether epochs differ in the documents that they take."""
+        return any(size and quota % size for size, quota in zip(self.sizes, self.quotas, strict=True))
 
     def draw(self, epoch: int) -> Indices:
         """The documents of an epoch, numbered over all sources; one that is repeated stands there as often."""
@@ -72,8 +80,14 @@ class Mixture:
             return np.arange(0, dtype=dtype)
         if quota % size == 0:
             return np.tile(np.arange(size, dtype=dtype), quota // size)
-        start = epoch * quota
-        rounds = range(start // size, -(-(start + quota) // size))
-        orders = [np.random.default_rng((self.seed, source, number)).permutation(size) for number in rounds]
-        begin = start - rounds[0] * size
-        return np.concatenate(orders)[begin : begin + quota].astype(dtype)
+        lengths = self.lengths[source]
+        total = int(lengths.sum())
+        # in tokens from the beginning of the first order
+        start, end = (number * quota * total // size for number in (epoch, epoch + 1))
+        taken = []
+        for number in range(start // total, -(-end // total)):
+            order = np.random.default_rng((self.seed, source, number)).permutation(size)
+            begins = number * total + np.cumsum(lengths[order], dtype=np.int64) - lengths[order]
+            first, last = np.searchsorted(begins, (start, end))
+            taken.append(order[first:last].astype(dtype))
+        return np.concatenate(taken)
