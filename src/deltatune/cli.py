@@ -1,20 +1,21 @@
 """The command line: parses arguments, loads the one command that was asked for, and turns errors into one line.
 
 Exit status: 0 done; 1 a leak was found, or the program failed (with a traceback); 2 the user's input is at fault (one
-line, a traceback only with ``--debug``); 130 interrupted.
+line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from deltatune.errors import RecipeKeyError, UserError, one_line
+from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, one_line
 
 __all__ = ["main"]
 
@@ -34,11 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             # before the command, and with it torch, is imported: a typo costs no seconds
             loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
             args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
-        command = importlib.import_module(f"deltatune.commands.{args.command}")
+        module = f"{args.command}_" if keyword.iskeyword(args.command) else args.command
+        command = importlib.import_module(f"deltatune.commands.{module}")
         status: int = command.run(args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+    except InterruptedRunError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.status
     except (ValueError, OSError, ImportError) as error:
         if not _is_users(error):
             raise
@@ -86,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_merge(commands)
     _add_export(commands)
+    _add_import(commands)
     return parser
 
 
@@ -107,8 +113,10 @@ def _add_commands_of_recipes(commands: _Commands) -> None:
         what = "change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated"
         settings = parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
         settings.type, settings.help = _setting, what
-    what = "go on from the last checkpoint of training.output_dir, or from the one in DIR"
-    train.add_argument("--resume", nargs="?", const=True, metavar="DIR", help=what)
+    what = "go on from the last whole checkpoint of training.output_dir, or from DIR; auto: or start if there is none"
+    train.add_argument("--resume", nargs="?", const=True, metavar="DIR|auto", help=what)
+    what = "with --resume: go on with other data, packs or seeds than the checkpoint was trained with"
+    train.add_argument("--allow-change", action="store_true", help=what)
     what = "print N samples, trained tokens coloured"
     preprocess.add_argument("--show", type=_count, default=0, metavar="N", help=what)
     preprocess.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
@@ -149,6 +157,18 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument("--layout", required=True, choices=("peft", "per-expert"), help=what)
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+
+
+def _add_import(commands: _Commands) -> None:
+    parser = _add(
+        commands, "import", "Turn another project's recipe into one of ours, and say what became of each key."
+    )
+    what = "Axolotl's or LLaMA-Factory's YAML, TRL's YAML or shell script with trl sft, Unsloth's .py or .ipynb"
+    parser.add_argument("file", metavar="FILE", help=what)
+    projects = ("axolotl", "llamafactory", "trl", "unsloth")
+    parser.add_argument("--from", dest="kind", choices=projects, help="whose it is, where its keys do not tell")
+    what = "a new file for the recipe, which otherwise goes to the output and the table to the error output"
+    parser.add_argument("--output", metavar="RECIPE", help=what)
 
 
 def _setting(text: str) -> str:

@@ -6,7 +6,16 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["DataError", "RecipeKeyError", "UserError", "first_line", "near_files", "nearest", "one_line"]
+__all__ = [
+    "DataError",
+    "InterruptedRunError",
+    "RecipeKeyError",
+    "UserError",
+    "first_line",
+    "near_files",
+    "nearest",
+    "one_line",
+]
 
 
 class UserError(ValueError):
@@ -26,6 +35,17 @@ class RecipeKeyError(UserError):
 
 class DataError(UserError):
     """A row, file or data option that cannot be trained on; one line that names where it is and the remedy."""
+
+
+class InterruptedRunError(Exception):
+    """A run that a signal ended, with a checkpoint. The message says how to go on.
+
+    The command line prints it and exits with ``status``, 128 and the number of the signal.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from deltatune.cli import main
 from deltatune.commands import train as command
 from deltatune.compile.graphs import GraphBreakError
 from deltatune.config.load import load_recipe
+from deltatune.errors import InterruptedRunError
 
 
 @pytest.fixture
@@ -35,9 +36,22 @@ def test_the_resolved_recipe_runs_again(trained) -> None:
 
 
 def test_a_graph_break_is_one_line_and_not_the_users_fault(monkeypatch, capsys, write_recipe) -> None:
-    def breaks(recipe, resume=None):
+    def breaks(recipe, **settings):
         raise GraphBreakError("layer 0:\nunsupported call")
 
     monkeypatch.setattr(command, "train", breaks)
     assert main(["train", str(write_recipe())]) == 1
     assert capsys.readouterr().err == "error: layer 0: unsupported call\n"
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys, write_recipe) -> None:
+    asked = []
+
+    def stopped(recipe, **settings):
+        asked.append(settings)
+        raise InterruptedRunError("SIGTERM: stopped after step 3 of 6, with a checkpoint; go on with --resume", 143)
+
+    monkeypatch.setattr(command, "train", stopped)
+    assert main(["train", str(write_recipe()), "--resume", "auto", "--allow-change"]) == 143
+    assert capsys.readouterr().err.startswith("SIGTERM: stopped after step 3 of 6")
+    assert asked == [{"resume": "auto", "allow_change": True}]

@@ -279,6 +279,36 @@ def test_a_last_turn_may_end_in_a_token_of_its_own():
     assert list(notes) == []
 
 
+def test_an_answer_after_a_call_trains_behind_the_reasoning_that_it_was_asked_with():
+    """gpt-oss drops the reasoning before a call once the answer is there, which the model saw when it answered."""
+    messages = [
+        QUESTIONS[0],
+        {"role": "assistant", "content": "", "thinking": "why call", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "A1", "thinking": "why so"},
+    ]
+    (text,) = rendered(tokenizer_for(shipped_template("gptoss")), messages)
+    analysis = "<|channel|>analysis<|message|>why call<|end|>"
+    call = '<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>'
+    assert text.endswith(
+        f"<|start|>user<|message|>Q1<|end|><|start|>assistant«{analysis}{call}»"
+        '<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"sunny"<|end|><|start|>assistant'
+        "«<|channel|>analysis<|message|>why so<|end|><|start|>assistant<|channel|>final<|message|>A1<|return|>»"
+    )
+
+
+def test_an_answer_that_goes_on_in_a_closed_turn_trains_its_end():
+    """Gemma 4 closes a turn whose calls have text beside them, asks for nothing, and writes the answer into it."""
+    messages = [
+        QUESTIONS[0],
+        {"role": "assistant", "content": "Let me see. ", "tool_calls": [CALL]},
+        {"role": "tool", "name": "weather", "content": "sunny"},
+        QUESTIONS[1],
+    ]
+    text = rendered(tokenizer_for(shipped_template("gemma4_v5")), messages, train_on="last")[-1]
+    assert text.endswith("<tool_response|>Let me see.«A1<turn|>»\n")
+
+
 def test_blocks_that_the_next_header_ends_train_it():
     (text,) = rendered(tokenizer_for(shipped_template("glm4moe_training")), QUESTIONS)
     assert text == (

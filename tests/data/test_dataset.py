@@ -1,3 +1,4 @@
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_a_weight_of_a_source_with_nothing_left_is_an_error(held):
     keep = [np.ones(2, dtype=bool), np.array([not held])]
     settings = {"tokens_per_batch": 10, "overlong": "drop", "keep": keep}
     assert pack_documents(documents, **settings).report.documents == 2
-    with pytest.raises(DataError, match=r"^rows\.jsonl has a weight and no document left to train on"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl has a weight, and none of its documents is left to train on"):
         pack_documents(documents, shares=Shares(weights=[1, 1]), **settings)
 
 
@@ -86,7 +87,7 @@ def test_parts_stay_in_the_order_of_their_source():
 def test_parts_of_a_streamed_document_that_train_nothing_are_left_out():
     ids = np.arange(9)
     sample = Sample(ids, np.where(ids < 6, IGNORE_INDEX, ids))
-    parts = cut_sample(sample, Limit(3, None), "split", "row 1")
+    parts = cut_sample(sample, Limit(3, None), "split", "row 1", Counter())
     assert [part.input_ids.tolist() for part in parts] == [[6, 7, 8]]
 
 
@@ -164,6 +165,13 @@ def test_parts_that_train_nothing_are_left_out_and_counted(overlong):
 def test_nothing_left_is_an_error():
     with pytest.raises(DataError, match="no document is left to train on"):
         pack_documents([make_documents([9, 10])], tokens_per_batch=8, overlong="drop")
+
+
+def test_a_weighted_source_of_which_nothing_is_left_is_named():
+    sources = [make_documents([5, 6]), make_documents([50, 60])]
+    sources[1].source.name = "long.jsonl"
+    with pytest.raises(DataError, match=r"long\.jsonl has a weight, and none of its documents is left"):
+        pack_documents(sources, tokens_per_batch=20, overlong="drop", shares=Shares([1.0, 1.0]))
 
 
 def test_report_counts_one_as_one():

@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import signal
 import struct
 import threading
@@ -76,6 +78,23 @@ def test_bad_rows_can_be_dropped_and_are_named_and_counted(tokenizer, write_json
         count, errors = documents.dropped
         assert count == len(bad) == 30
         assert [error.split(":")[0].rsplit(" ", 1)[1] for error in errors] == [str(index + 1) for index in bad[:20]]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("broken", ["{oops", "3", '{"text": "cut'])
+def test_lines_that_are_no_rows_are_bad_rows(tokenizer, tmp_path, num_proc, broken):
+    lines = [json.dumps({"text": f"row {i}"}) for i in range(600)]
+    for place in (0, 299, 599):
+        lines[place] = broken
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    source = load_rows(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1 is"):
+        tokenize(source, TEXT, Renderer(tokenizer), num_proc=num_proc)
+    documents = tokenize(source, TEXT, Renderer(tokenizer), num_proc=num_proc, on_bad_row="drop")
+    assert sorted(set(range(600)) - set(documents.rows.tolist())) == [0, 299, 599]
+    count, errors = documents.dropped
+    assert count == 3
+    assert [re.search(r"line \d+", error).group() for error in errors] == ["line 1", "line 300", "line 600"]
 
 
 def test_dropping_every_row_is_an_error_with_the_first_reason(tokenizer, write_jsonl):

@@ -51,11 +51,11 @@ def test_an_order_that_needs_more_packs_gives_way_to_the_first(monkeypatch):
 
 def test_a_part_of_a_source_is_packed_in_each_epoch():
     lengths = np.full(100, 10)
-    mixture = Mixture((lengths,), (30,), seed=0)
+    mixture = Mixture((100,), (30,), [lengths], seed=0)
     epochs = Epochs(lengths, 50, mixture, seed=0)
     seen = [epochs(epoch).members for epoch in range(4)]
     assert [members.size for members in seen] == [30] * 4
-    assert epochs.num_packs == 6
+    assert epochs.num_packs == 7
     assert len(set(np.concatenate(seen[:3]).tolist())) == 90
 
 
@@ -75,7 +75,7 @@ def test_epochs_of_a_mixture_see_the_documents_that_are_drawn():
 
 def test_a_drawn_part_that_needs_more_packs_leaves_the_emptiest_out():
     lengths = lognormal(900, 0)
-    epochs = Epochs(lengths, 1024, Mixture((lengths,), (400,), seed=0), seed=0)
+    epochs = Epochs(lengths, 1024, Mixture((900,), (400,), [lengths], seed=0), seed=0)
     last = epochs._pack(3, 7)  # the last order that is tried
     epochs.num_packs = min(len(epochs._pack(3, attempt)) for attempt in range(8)) - 2
     packs = epochs(3)
@@ -98,10 +98,25 @@ def test_packs_are_cut_until_each_holds_one_document():
 
 def test_an_epoch_of_fewer_documents_than_packs_sees_some_again():
     lengths = np.array([100] * 4 + [51] * 8)  # two of which fit no pack
-    epochs = Epochs(lengths, 100, Mixture((lengths,), (6,), seed=0), seed=0)
+    epochs = Epochs(lengths, 100, Mixture((12,), (6,), [lengths], seed=0), seed=0)
     drawn = [epochs._mixture.draw(epoch) for epoch in range(4)]
     assert min(documents.size for documents in drawn) < epochs.num_packs
     for epoch, documents in enumerate(drawn):
         packs = epochs(epoch)
         assert [members.size for members in packs] == [1] * epochs.num_packs
         assert set(packs.members) <= set(documents)
+
+
+@pytest.mark.parametrize("sizes", [(300, 3000), (3000, 6000)])
+def test_epochs_that_take_a_part_of_a_source_are_never_the_first_again(sizes):
+    rng = np.random.default_rng(0)
+    sources = [np.clip(rng.lognormal(3, 1, size), 1, 256).astype(np.int32) for size in sizes]
+    lengths = np.concatenate(sources)
+    epochs = Epochs(lengths, 256, Mixture.of(sources, Shares([2.0, 1.0]), seed=1), seed=1)
+    counts = np.zeros(lengths.size, dtype=int)
+    for epoch in range(12):
+        packs = epochs(epoch)
+        assert len(packs) == epochs.num_packs
+        counts += np.bincount(packs.members, minlength=lengths.size)
+    assert set(counts[: sizes[0]]) == {12}
+    assert np.ptp(counts[sizes[0] :]) == 1

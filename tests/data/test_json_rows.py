@@ -72,7 +72,7 @@ def test_blank_lines_ends_of_lines_and_byte_order_marks(write, content, lines):
 )
 def test_broken_lines_are_named(write, content, message):
     with pytest.raises(DataError, match=message) as caught:
-        json_lines(write(content), NAME)
+        read_all(json_lines(write(content), NAME))
     assert "\n" not in str(caught.value)
 
 
@@ -189,7 +189,7 @@ def test_a_list_is_read_to_the_limit(write):
 )  # fmt: skip
 def test_broken_json_files_are_named(write, content, message):
     with pytest.raises(DataError, match=rf"^rows.*{message}") as caught:
-        json_file(write(content), NAME)
+        read_all(json_file(write(content), NAME))
     assert "\n" not in str(caught.value)
 
 

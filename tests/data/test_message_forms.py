@@ -86,3 +86,11 @@ def test_text_and_one_part_of_it_render_alike(name):
     tokenizer = tokenizer_for(shipped_template(name))
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in QUESTIONS]
     assert rendered(tokenizer, parts) == rendered(tokenizer, QUESTIONS)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_reasoning_in_the_content_is_not_written_after_an_empty_one(within):
+    reasoned = {"content": "<think>\nwhy\n</think>\n\nA1"} if within else {"content": "A1", "reasoning_content": "why"}
+    messages = [QUESTIONS[0], {"role": "assistant", **reasoned}]
+    (text,) = rendered(tokenizer_for(shipped_template("qwen3_8")), messages)
+    assert text.endswith("<|im_start|>assistant\n<think>\n«why\n</think>\n\nA1<|im_end|>»\n")

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import pytest
 
 from deltatune.data.formats import Layout
@@ -67,6 +70,8 @@ ASK = [{"role": "user", "content": "i\nn"}, {"role": "assistant", "content": "o"
         ({"instruction": "", "input": "i\nn", "output": "o"}, ASK),
         ({"instruction": "i", "input": "n", "output": "o", "system": "s", "history": []}, [SYSTEM, *ASK]),
         ({"instruction": "i", "input": "n", "output": "o", "history": [["q", "a"]]}, [QUESTION, ANSWER, *ASK]),
+        ({"instruction": "i", "input": "n", "output": "o", "system": "", "history": " "}, ASK),
+        ({"instruction": "i", "input": "n", "output": "o", "history": '[["q", "a"]]'}, [QUESTION, ANSWER, *ASK]),
         ({"instruction": "i", "input": "n", "output": "o", "history": [("q", "a")], "system": "s"},
          [SYSTEM, QUESTION, ANSWER, *ASK]),
     ],
@@ -103,6 +108,7 @@ def test_bad_alpaca_rows_are_named(row, message):
         ({"messages": None}, "has no messages"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "must be a list of messages, got str 'hi'"),
+        ({"messages": '[{"role": "user"'}, "messages are not JSON"),
         ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
         ({"messages": [QUESTION, {"role": "bot", "content": "a"}]}, r"messages\[1\] has the unknown role 'bot'"),
         ({"messages": [QUESTION], "tools": "[{"}, "tools are not JSON"),
@@ -114,6 +120,14 @@ def test_bad_alpaca_rows_are_named(row, message):
 def test_bad_rows_are_named(row, message):
     with pytest.raises(DataError, match=f"^x.jsonl, line 7.*{message}"):
         read_conversation(row, CHAT, "x.jsonl, line 7")
+
+
+def test_messages_may_be_json_text():
+    row = {"messages": json.dumps([QUESTION, calling({"a": None})])}
+    for columnar in (False, True):
+        messages = read_conversation(row, replace(CHAT, columnar=columnar), "x").messages
+        assert messages[0] == QUESTION
+        assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
 
 
 def calling(arguments):

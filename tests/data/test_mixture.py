@@ -42,13 +42,24 @@ def test_over_the_epochs_every_document_is_drawn_equally_often():
 @pytest.mark.parametrize("share", [0.07, 0.5, 1.3])
 def test_epochs_of_a_part_hold_as_many_tokens_whatever_the_lengths(share):
     long = np.random.default_rng(0).lognormal(5, 1.2, 400).astype(int) + 1
-    mixture = Mixture((long,), (int(share * long.size),), seed=0)
+    mixture = Mixture((400,), (int(share * long.size),), [long], seed=0)
     drawn = [mixture.draw(epoch) for epoch in range(40)]
     tokens = np.array([long[documents].sum() for documents in drawn])
     due = long.sum() * mixture.quotas[0] / long.size
     assert abs(tokens - due).max() < long.max()
     seen = np.bincount(np.concatenate(drawn), minlength=long.size)
     assert seen.max() - seen.min() <= 1
+
+
+def test_epochs_have_equally_many_tokens():
+    lengths = [np.full(5, 100), np.random.default_rng(0).integers(1, 90, 700)]
+    mixture = Mixture.of(lengths, Shares(weights=[1, 3]))
+    drawn = [mixture.draw(epoch) for epoch in range(60)]
+    tokens = [int(lengths[1][part[part >= 5] - 5].sum()) for part in drawn]
+    assert all(abs(count - 1500) < 2 * 90 for count in tokens)
+    counts = np.bincount(np.concatenate(drawn), minlength=705)
+    assert set(counts[:5]) == {60}
+    assert np.ptp(counts[5:]) == 1
 
 
 def test_draws_follow_the_seed():
@@ -59,7 +70,7 @@ def test_draws_follow_the_seed():
 
 
 def test_sources_are_drawn_apart():
-    drawn = Mixture((np.ones(50), np.ones(50)), (20, 20), seed=0).draw(0)
+    drawn = Mixture((50, 50), (20, 20), [np.ones(50, dtype=int)] * 2, seed=0).draw(0)
     assert set(drawn[drawn < 50]) != set(drawn[drawn >= 50] - 50)
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from deltatune.data.json_rows import json_lines
-from deltatune.data.rows import Part, RowsOf
+from deltatune.data.rows import BadRowError, Part, RowsOf, read_on
+from deltatune.errors import DataError
 
 
 @pytest.fixture
@@ -30,3 +31,20 @@ def test_rows_keep_the_names_of_their_files(parts):
 def test_identity_follows_stretches_and_content(parts):
     again, other = RowsOf("again", parts), RowsOf("all", [Part(parts[0].rows, 1, 2), *parts[1:]])
     assert RowsOf("all", parts).identity == again.identity != other.identity
+
+
+def test_reading_goes_on_after_a_broken_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 0}\n{\n{\n{"a": 3}\n{\n')
+    rows = json_lines(tmp_path / "rows.jsonl", "rows")
+    both = RowsOf("both", [Part(rows, 0, 5), Part(rows, 2, 4)])
+    found = [(number, "broken" if isinstance(row, BadRowError) else row) for number, row in read_on(both.read, 1, 7)]
+    assert found == [(1, "broken"), (2, "broken"), (3, {"a": 3}), (4, "broken"), (5, "broken"), (6, {"a": 3})]
+
+
+def test_a_file_that_changes_is_no_broken_row(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 0}\n{"a": 1}\n')
+    rows = json_lines(file, "rows")
+    file.write_text('{"a": 0}\n')
+    with pytest.raises(DataError, match="has changed"):
+        list(read_on(rows.read, 0, 2))

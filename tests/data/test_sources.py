@@ -110,7 +110,7 @@ def test_the_limit_stops_before_later_files(tmp_path, write_jsonl):
     assert read_all(load_rows(str(tmp_path), limit=2)) == ROWS[:2]
     assert texts(load_rows(str(tmp_path), limit=4)) == ["one", "two", "three", "four"]
     with pytest.raises(DataError, match=r"2\.jsonl, line 2 is not valid JSON"):
-        load_rows(str(tmp_path), limit=5)
+        read_all(load_rows(str(tmp_path), limit=5))
 
 
 def test_identity_follows_the_content(write_jsonl):

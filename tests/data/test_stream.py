@@ -1,6 +1,7 @@
 """Streams: packs of blocks of rows, the same from any place again."""
 
 import pickle
+import re
 
 import datasets
 import numpy as np
@@ -158,6 +159,16 @@ def test_bad_rows_are_dropped_and_told_once(stream, texts, write_jsonl):
     assert stream(rows, on_bad_row="drop")[6].news.remarks == told[0], "a pack that is asked for first tells it"
 
 
+def test_lines_that_are_no_rows_are_bad_rows(stream, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{oops\n{"text": "two"}\n')
+    rows = Repeated(load_rows(str(tmp_path / "broken.jsonl")))
+    with pytest.raises(DataError, match=r"broken\.jsonl, line 2 is not valid JSON"):
+        stream(rows)[0]
+    pack = stream(rows, on_bad_row="drop")[0]
+    assert "21 rows dropped" in pack.news.remarks[0]
+    assert len(set(content(pack))) == 2
+
+
 def test_long_documents_are_dealt_with_as_they_come(stream):
     with pytest.raises(DataError, match=r"rows\.jsonl, line \d+ has \d+ tokens, more than data\.max_length=20"):
         stream(max_length=20)[0]
@@ -166,25 +177,32 @@ def test_long_documents_are_dealt_with_as_they_come(stream):
         assert max(len(sample) for number in range(10) for sample in packs[number]) <= 20
 
 
-@pytest.mark.parametrize("use", [lambda packs: packs[0], lambda packs: packs.report])
 @pytest.mark.parametrize(
-    ("text", "why"),
-    [("", r"rows\.jsonl, line 1: text is empty"), ("fox " * 300, "all are longer than packing.tokens_per_batch=256")],
+    ("overlong", "said"),
+    [("truncate", r"over-long documents: \d+ truncated"), ("drop", r"over-long documents: \d+ dropped for length")],
 )
-def test_a_stream_without_a_document_ends_in_an_error(stream, write_jsonl, text, why, use):
-    rows = Repeated(load_rows(str(write_jsonl([{"text": text}]))))
-    with pytest.raises(DataError, match=f"512 rows in turn were dropped, the last because: .*{why}"):
-        use(stream(rows, on_bad_row="drop", overlong="drop"))
+def test_long_documents_are_counted(stream, overlong, said):
+    packs = stream(max_length=20, overlong=overlong)
+    assert re.fullmatch(said, packs[0].news.remarks[0])
+    assert re.fullmatch(said, str(packs.report).splitlines()[2])
 
 
-def test_blocks_without_a_document_are_passed_over(stream, write_jsonl):
-    texts = [{"text": ""}] * 14 + [{"text": "fox"}] * 2
-    rows = Repeated(load_rows(str(write_jsonl(texts, "sparse.jsonl"))))
-    packs = stream(rows, per_block=2, on_bad_row="drop")
-    assert len(packs[0]) > 1
-    told = packs[0].news.remarks
-    assert told[0] == "2 rows dropped, among them:"
-    assert told[1].startswith(f"  {rows.name}, line 1: text is empty")
+def test_a_long_document_is_no_bad_row(stream):
+    with pytest.raises(DataError, match=r"more than data\.max_length=20"):
+        stream(max_length=20, on_bad_row="drop")[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        ({"text": ""}, {"on_bad_row": "drop"}, "64 rows one after another were dropped; the first error: .* is empty"),
+        ({"text": "fox " * 9}, {"overlong": "drop", "max_length": 3}, "leave no document of at most data.max_length=3"),
+    ],
+)
+def test_rows_that_all_give_nothing_end_the_stream(stream, write_jsonl, row, settings, said):
+    rows = Repeated(load_rows(str(write_jsonl([row], "none.jsonl"))))
+    with pytest.raises(DataError, match=rf"none\.jsonl: .*{said}"):
+        stream(rows, **settings)[0]
 
 
 def test_the_report_shows_the_first_block(stream):

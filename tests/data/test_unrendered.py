@@ -126,3 +126,17 @@ def test_a_call_in_the_question_is_no_call_in_the_answer():
     messages = [{"role": "user", "content": "weather in Paris"}, {**QUESTIONS[1], "tool_calls": [CALL]}]
     with pytest.raises(DataError, match="does not render tool call 0"):
         rendered(tokenizer_for(CHATML), messages)
+
+
+@pytest.mark.parametrize(
+    ("shown", "noted"),
+    [
+        ("{% generation %}{{ m.content | trim + '<|im_end|>' }}{% endgeneration %}", False),
+        ("{{ m.content }}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}", True),
+        ("{% generation %}{{ m.content.replace('answer', '42') + '<|im_end|>' }}{% endgeneration %}", True),
+    ],
+)
+def test_text_of_an_answer_that_does_not_train_is_noted(shown, noted):
+    question = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    notes = notes_of(question + shown + "{% endif %}{% endfor %}", answer(content="answer\n"))
+    assert any(note.startswith("text of answers is changed") for note in notes) == noted

@@ -13,14 +13,7 @@ from training_cases import save_checkpoint
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.training import checkpoint
-from deltatune.training.checkpoint import (
-    empty_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    reload_weights,
-    resume_point,
-)
+from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer, reload_weights
 from tiny import FAMILIES, tiny_conditional, tiny_model
 
 
@@ -125,15 +118,3 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for key, chosen in (("name_or_path", section("~/bas")), ("tokenizer", section("~/base", tokenizer="~/bas"))):
         with pytest.raises(UserError, match=rf"^model.{key}: ~/bas is no folder; .*did you mean base\?"):
             load_tokenizer(chosen)
-
-
-def test_the_last_complete_checkpoint_is_where_a_run_resumes(tmp_path: Path) -> None:
-    assert resume_point(tmp_path, None) is None
-    for step in (9, 10, 200):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step, state in ((9, "{}"), (10, "{}"), (200, '{"half')):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert resume_point(tmp_path, True) == tmp_path / "checkpoint-10"
-    assert resume_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
-    with pytest.raises(UserError, match="no complete training checkpoint"):
-        resume_point(tmp_path, str(tmp_path / "checkpoint-200"))

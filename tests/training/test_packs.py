@@ -42,6 +42,15 @@ def test_a_source_is_opened_as_the_recipe_says(
     assert asked == {"path": "owner/data", "cache_dir": tmp_path / "cache", **settings}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_nothing_reads_are_named(tmp_path: Path, streaming: bool) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {index}", "score": 1}) + "\n" for index in range(900)))
+    data = {"train": [{"path": str(file)}], "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+    recipe = make_recipe(tmp_path, tmp_path, data=data)
+    assert f"{file}: unused columns: score" in load_data(recipe, byte_tokenizer()).train.report.remarks
+
+
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_compressed_files_and_slices_pack_like_their_rows(tmp_path: Path, num_proc: int) -> None:
     pytest.importorskip("datasets")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,21 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from deltatune.data.stream import Place
-from deltatune.errors import DataError, UserError
+from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
 from deltatune.training.export import merge_adapter
+from deltatune.training.lock import locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.run import train, verify
+from deltatune.training.trainer import PackedTrainer
 
 QUIET = Console(quiet=True)
 
@@ -111,8 +116,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_trainer", stopping_after(3, run_module._trainer))
         train(parts, console=QUIET)
-    # an interrupted save leaves a folder without the Trainer's state, which is written last
-    (tmp_path / "parts" / "checkpoint-5").mkdir()
+    # an interrupted save leaves a folder beside its place
+    (tmp_path / "parts" / ".saving-5" / "checkpoint-5").mkdir(parents=True)
     resumed = train(parts, resume=True, console=QUIET)
     assert losses(resumed) == losses(uninterrupted)
     assert len(losses(resumed)) == 6
@@ -123,6 +128,182 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     again = train(parts, resume=True, console=QUIET)
     assert again.metrics["steps"] == 0
     assert json.loads((tmp_path / "parts" / "metrics.json").read_text()) == resumed.metrics, "a finished run's figures"
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return weights
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed in the final save"])
+def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: Path, killed: bool) -> None:
+    """Its last step lies within an epoch, where the Trainer would go one further."""
+    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
+    recipe = make_recipe(tmp_path, checkpoint, training=training)
+    first = train(recipe, console=QUIET)
+    expected = adapter(tmp_path / "output")
+    if killed:
+        for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
+            (tmp_path / "output" / name).unlink()
+    again = train(recipe, resume=True, console=QUIET)
+    found = adapter(tmp_path / "output")
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert losses(again) == losses(first)
+    assert again.metrics["global_step"] == 5
+    assert again.metrics["steps"] == 0
+    metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert metrics["steps"] == (0 if killed else 5)
+
+
+def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    before = adapter(tmp_path / "output")
+    console = Console(record=True, width=120, file=(tmp_path / "screen.txt").open("w"))
+    changed = {**training, "max_steps": 5, "learning_rate": 0.0}
+    result = train(make_recipe(tmp_path, checkpoint, training=changed), resume=True, console=console)
+    assert "changed since checkpoint-3: training.learning_rate: 0.01 -> 0.0" in console.export_text()
+    assert [entry["learning_rate"] for entry in result.log_history if "loss" in entry][3:] == [0.0, 0.0]
+    after = adapter(tmp_path / "output")
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"lora": {"r": 8}}, r"lora\.r: \d+ -> 8 cannot act"),
+        ({"packing": {"tokens_per_batch": 128}}, r"packing\.tokens_per_batch: .* say --allow-change"),
+    ],
+)
+def test_settings_that_cannot_act_stop_a_run_that_goes_on(
+    tmp_path: Path, checkpoint: Path, sections: dict[str, Any], message: str
+) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    longer = {**training, "max_steps": 4}
+    other = make_recipe(tmp_path, checkpoint, training=longer, **sections)
+    with pytest.raises(UserError, match=message):
+        train(other, resume=True, console=QUIET)
+    if "packing" in sections:
+        assert train(other, resume=True, allow_change=True, console=QUIET).metrics["global_step"] == 4
+
+
+def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: Path) -> None:
+    held_out = write_conversations(tmp_path / "eval.jsonl", 12, first=40)
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_loss",
+        "save_total_limit": 1,
+        "max_steps": 4,
+    }
+    train(make_recipe(tmp_path, checkpoint, data={"eval": [{"path": str(held_out)}]}, training=training), console=QUIET)
+    (place,) = (tmp_path / "output").glob("checkpoint-*")
+    state = json.loads((place / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(place)
+    assert not list((tmp_path / "output").glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
+    tmp_path: Path, checkpoint: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    recipe = make_recipe(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "parts")})
+
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    build = run_module._trainer
+
+    def building(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Signalled())
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_trainer", building)
+        with pytest.raises(InterruptedRunError, match=r"stopped after step 3 of 6, with a checkpoint; go on") as caught:
+            train(recipe, console=QUIET)
+    assert caught.value.status == status
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert not left & {"adapter_model.safetensors", "metrics.json", ".lock"}, "it does not look finished"
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
+    resumed = train(recipe, resume="auto", console=QUIET)
+    assert losses(resumed) == losses(whole)
+
+
+def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    longer = {**training, "max_steps": 4, "weight_decay": 0.1}
+    train(make_recipe(tmp_path, checkpoint, training=longer), resume=True, console=QUIET)
+    record = json.loads((tmp_path / "output" / "run.json").read_text())
+    first, second = record["legs"]
+    assert record["status"] == first["status"] == second["status"] == "finished"
+    assert [(leg["from_step"], leg["to_step"]) for leg in (first, second)] == [(0, 2), (2, 4)]
+    assert first["changes"] == []
+    assert second["changes"] == ["training.max_steps: 2 -> 4", "training.weight_decay: 0.0 -> 0.1"]
+    assert first["started"] <= first["ended"] <= second["started"]
+    assert list(first["data"].values()) == list(second["data"].values())
+    assert len(next(iter(first["data"].values()))) >= 32, "a digest of the rows"
+    assert first["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    assert [(line["leg"], line["step"]) for line in lines if "loss" in line] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = PackedTrainer.compute_loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
+    with pytest.raises(UserError, match=r"the loss is nan at step 2; nothing after the last checkpoint is saved"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
+    record = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert record["legs"][0]["status"] == "failed"
+    assert "the loss is nan" in record["legs"][0]["reason"]
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] == "nan"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = run_module._last_evaluation
+
+    def poisoned(run: Any, trainer: Any) -> Any:
+        with torch.no_grad():
+            next(weight for weight in run.model.parameters() if weight.requires_grad).fill_(float("inf"))
+        return evaluate(run, trainer)
+
+    monkeypatch.setattr(run_module, "_last_evaluation", poisoned)
+    with pytest.raises(UserError, match="some trained weights are not finite, so they are not saved"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
+
+
+def test_out_of_memory_says_what_to_change(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(PackedTrainer, "compute_loss", full)
+    with pytest.raises(UserError, match=r"out of memory at step 1: .* 2\.00 GiB\.; lower packing\.tokens_per_batch"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, checkpoint: Path) -> None:
+    with locked(tmp_path / "output"), pytest.raises(UserError, match=r"output is in use by process \d+"):
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert not list((tmp_path / "output").iterdir())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -187,6 +368,12 @@ def stopping_after(step: int, build: Any) -> Any:
         ({"checkpointing": 0.5}, r"checkpointing: 0.5 .* compile: true"),
         ({"training": {"learning_rat": 0.1}}, r"training.learning_rat: unknown \(did you mean learning_rate\?\)"),
         ({"training": {"optim": "adam"}}, r"training: .*adam"),
+        ({"training": {"optim": "paged_adamw_8bit"}}, r"paged_adamw_8bit needs the package bitsandbytes"),
+        ({"training": {"optim": "schedule_free_adamw"}}, r"needs the package schedulefree; pip install schedulefree"),
+        ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
+        ({"training": {"report_to": "wand"}}, r"report_to: unknown wand \(did you mean wandb\?\)"),
+        ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, r"kwargs: \{\} does not suit .*min_lr"),
+        ({"training": {"lr_scheduler_kwargs": {"foo": 1}}}, r"kwargs: \{'foo': 1\} does not suit .*linear"),
     ],
 )
 def test_a_run_that_cannot_start_writes_nothing(
@@ -195,6 +382,31 @@ def test_a_run_that_cannot_start_writes_nothing(
     with pytest.raises((UserError, DataError), match=message):
         train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
     assert not (tmp_path / "output").exists()
+
+
+def test_tokens_beyond_the_embeddings_stop_the_run(tmp_path: Path, checkpoint: Path) -> None:
+    rows = tmp_path / "tokens.jsonl"
+    rows.write_text(json.dumps({"input_ids": [1, 2, 258]}) + "\n")
+    data = {"train": [{"path": str(rows), "format": "tokens"}]}
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["vocab_size"] == 259
+    small = shutil.copytree(checkpoint, tmp_path / "small")
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    weights = load_file(small / "model.safetensors")
+    cut = {name: weight[:200].clone() if weight.shape[0] == 259 else weight for name, weight in weights.items()}
+    save_file(cut, small / "model.safetensors")
+    with pytest.raises(UserError, match=r"data holds token 258 .*, and the model has 200 embeddings; take the token"):
+        train(make_recipe(tmp_path, small, data=data), console=QUIET)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["over an adapter", "over a model"])
+def test_a_folder_holds_one_kind_of_model(tmp_path: Path, checkpoint: Path, lora: Any) -> None:
+    (tmp_path / "output").mkdir()
+    other = "config.json" if lora else "adapter_config.json"
+    (tmp_path / "output" / other).write_text("{}")
+    with pytest.raises(UserError, match=rf"output holds an? \w+ \({other}\), and this run saves .*; choose another"):
+        train(make_recipe(tmp_path, checkpoint, lora=lora), console=QUIET)
 
 
 def test_a_leak_stops_the_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +423,7 @@ def test_an_earlier_runs_checkpoints_are_not_mixed_with_new_ones(tmp_path: Path,
     (tmp_path / "output" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds checkpoints of an earlier run; continue it with --resume"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
-    with pytest.raises(UserError, match=r"holds no complete checkpoint"):
+    with pytest.raises(UserError, match=r"holds no whole checkpoint"):
         train(make_recipe(tmp_path, checkpoint), resume=True, console=QUIET)
-    with pytest.raises(UserError, match=r"is no complete training checkpoint"):
+    with pytest.raises(UserError, match=r"nowhere is no whole checkpoint: there is no such folder"):
         train(make_recipe(tmp_path, checkpoint), resume=tmp_path / "nowhere", console=QUIET)

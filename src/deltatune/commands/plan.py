@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from typing import Final
 
@@ -18,7 +17,7 @@ from deltatune.data.report import counted
 from deltatune.data.stream import PackStream
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import training_arguments
-from deltatune.training.batches import PackOrder
+from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_data
@@ -40,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
+    data.check_tokens(model, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += ["", *data.lines(), *_steps(data.train, arguments)]
@@ -65,11 +65,10 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
 
 
 def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments) -> list[str]:
-    """Steps as transformers.Trainer counts them: a short last accumulation is a step as well."""
+    """What a run takes of the packs: a short last accumulation is a step as well."""
     mesh = Mesh.of(arguments)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
-    per_epoch = max(1, math.ceil(len(order) / arguments.gradient_accumulation_steps))
-    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    per_epoch, total = count_steps(len(order), arguments)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps
     return [
         f"{counted(total, 'step')} of {counted(per_step, 'pack')} "

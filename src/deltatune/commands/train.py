@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains; 1 when the compiler could not capture a layer, with its reason."""
     try:
         # training prints the warnings, with everything else that is saved with the run
-        train(args.recipe, resume=args.resume)
+        train(args.recipe, resume=args.resume, allow_change=args.allow_change)
     except GraphBreakError as error:
         if args.debug:
             raise

@@ -15,7 +15,7 @@ from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import KeyPath, dump_yaml, parse_document
 from deltatune.errors import UserError
 
-__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe"]
+__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "parse_recipe"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         UserError: no such file, broken YAML, an unknown key, a wrong type, or a violated rule.
     """
-    path = Path(path)
-    data, lines = parse_document(_read(path), str(path))
+    return parse_recipe(_read(Path(path)), str(path), overrides)
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Checks the text of a recipe, as ``load_recipe`` does that of a file; ``name`` stands in errors for the file.
+
+    Raises:
+        UserError: broken YAML, an unknown key, a wrong type, or a violated rule.
+    """
+    data, lines = parse_document(text, name)
     if data is None:
-        raise UserError(f"{path}: the recipe is empty; it needs at least model.name_or_path and data.train")
-    places: dict[KeyPath, str] = {(): str(path), **{key: f"{path}:{line}" for key, line in lines.items()}}
+        raise UserError(f"{name}: the recipe is empty; it needs at least model.name_or_path and data.train")
+    places: dict[KeyPath, str] = {(): name, **{key: f"{name}:{line}" for key, line in lines.items()}}
     for override in overrides:
         _override(data, override, places)
     try:
@@ -54,7 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         return LoadedRecipe(recipe, check_recipe(recipe), places)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -192,12 +192,18 @@ class Renderer:
 
     def _tokens(self, text: str) -> tuple[Indices, Indices, Indices]:
         """Ids of a text, and the characters where each token begins and ends."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), dtype=np.int64)
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        offsets = np.fromiter(chain.from_iterable(encoded.offsets), dtype=np.int64)
         starts, ends = offsets[::2], offsets[1::2]
         # a tokenizer that trims offsets gives whitespace tokens none: they begin where the token before ended
         starts = np.where(starts < ends, starts, _shifted(ends))
-        return np.asarray(encoded["input_ids"], dtype=np.int64), starts, ends
+        return np.asarray(encoded.ids, dtype=np.int64), starts, ends
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The tokenizer itself, without what a call of it builds around ids and offsets, for rows by the million."""
+        self.tokenizer("", verbose=False)  # leaves it as calls do: no truncation, no padding
+        return self.tokenizer.backend_tokenizer
 
     @cached_property
     def _control_tokens(self) -> frozenset[int]:

@@ -12,7 +12,7 @@ from deltatune.data.notes import Notes
 from deltatune.data.probes import PROBE, as_parts
 from deltatune.data.template import RenderError, Span, common_prefix
 from deltatune.data.turn_ends import OPEN_REASONING, TurnEnds
-from deltatune.data.unrendered import REASONING_KEYS, check_calls, drops_reasoning
+from deltatune.data.unrendered import REASONING_KEYS, check_calls, drops_answer, drops_reasoning
 from deltatune.errors import DataError
 
 __all__ = ["RenderedConversation", "TrainedText"]
@@ -95,14 +95,21 @@ class RenderedConversation:
             texts[-1].spans |= others
         elif others:
             texts.append(TrainedText(full, others))
-        without_reasoning = False
+        without_reasoning = without_answer = False
         for text in texts:
             for turn, spans in text.spans.items():
                 written = "".join(text.text[start:end] for start, end in spans)
                 self._check_calls(turn, written)
-                without_reasoning |= drops_reasoning(self._messages[turn].get("content"), written)
+                message = self._messages[turn]
+                without_reasoning |= drops_reasoning(message.get("content"), written)
+                # text beside calls is noted as a key that is not read
+                without_answer |= not message.get("tool_calls") and drops_answer(message.get("content"), written)
         if without_reasoning:
             self._notes.add("the chat template drops the reasoning in the content of answers that train", self._where)
+        if without_answer:
+            self._notes.add(
+                "text of answers is changed by the chat template, or not all of it is among what trains", self._where
+            )
         return texts
 
     def _answers_as_asked(self, turns: Sequence[int]) -> list[TrainedText]:
@@ -189,7 +196,11 @@ class RenderedConversation:
         start = min(self._ends.token_start(side, common) for side in (text, prompt))
         if prompt == self.text(turn) and text.endswith(prompt[start:]):
             # no prompt asks for the turn, and what closes a conversation stands after its last message
-            return text, [(start, self._ends.end_of_turn(text[: len(text) - len(prompt[start:])], start))]
+            closing = prompt[start:]
+            if self._ends.ending().text and closing.startswith(self._ends.ending().text):
+                # the turn goes on where the message before it was closed, and ends as that did
+                return text, [(start, len(text) - len(closing) + len(self._ends.ending().text))]
+            return text, [(start, self._ends.end_of_turn(text[: len(text) - len(closing)], start))]
         opened = OPEN_REASONING.search(prompt)
         if opened and text.startswith(prompt[: opened.start()]):
             written = self._written_reasoning(turn, opened, text[opened.start() :])

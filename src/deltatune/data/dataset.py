@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def pack_documents(
             that has a weight.
     """
     limit = Limit(tokens_per_batch, max_length)
-    counts = {"split": 0, "truncated": 0, "dropped": 0, "unlabelled": 0}
+    counts: Counter[str] = Counter()
     parts = [
         cut_documents(source, None if keep is None else keep[number], limit, overlong, counts)
         for number, source in enumerate(documents)
@@ -88,8 +89,8 @@ def pack_documents(
         )
     if shares is not None and shares.weights is not None and 0 in sizes:
         raise DataError(
-            f"{documents[sizes.index(0)].source.name} has a weight and no document left to train on: all are longer "
-            f"than {limit}, or held out; take the source out, raise the limit, or lower data.val_size"
+            f"{documents[sizes.index(0)].source.name} has a weight, and none of its documents is left to train on: all "
+            f"are longer than {limit} or held out; change data.overlong or data.val_size, or leave it out"
         )
     lengths = np.concatenate([part.lengths for part in parts])
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
@@ -122,9 +123,11 @@ def _taken(
     if mixture.quotas == mixture.sizes:
         return ()
     ends = np.cumsum(mixture.sizes)
-    tokens = np.bincount(np.searchsorted(ends, drawn, side="right"), weights=lengths[drawn], minlength=ends.size)
+    of_source = np.searchsorted(ends, drawn, side="right")
+    counts = np.bincount(of_source, minlength=ends.size)
+    tokens = np.bincount(of_source, weights=lengths[drawn], minlength=ends.size)
     shares = tokens / tokens.sum()
     return tuple(
-        f"{source.source.name}: {share:.1%} of the tokens, {quota:,} of {counted(size, 'document')} an epoch"
-        for source, share, quota, size in zip(documents, shares, mixture.quotas, mixture.sizes, strict=True)
+        f"{source.source.name}: {share:.1%} of the tokens, {count:,} of {counted(size, 'document')} an epoch"
+        for source, share, count, size in zip(documents, shares, counts.tolist(), mixture.sizes, strict=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from transformers.utils import logging
 from deltatune.data.chat import Renderer
 from deltatune.data.formats import Layout, Row, unused_columns
 from deltatune.data.notes import Notes
+from deltatune.data.rows import BadRowError, read_on
 from deltatune.data.shards import Shard, read_shard, write_shard
 from deltatune.data.sources import Rows
 from deltatune.errors import DataError, UserError
@@ -87,6 +89,11 @@ class Documents:
         count = sum(remark.get("num_dropped", 0) for remark in remarks)
         return count, [error for remark in remarks for error in remark.get("dropped", [])][:NUM_NAMED]
 
+    @property
+    def largest_token(self) -> int:
+        """The largest id of all tokens."""
+        return max(int(shard.tokens.max(initial=0)) for shard in self.shards)
+
     def sample(self, start: int, end: int) -> Sample:
         """Tokens ``start`` to ``end`` of the stream, which lie in one document, as a sample."""
         shard, tokens = self._slice(start, end)
@@ -135,8 +142,8 @@ def tokenize(
         rows, layout, renderer: what is read, how, and which tokens train.
         num_proc: processes that tokenise; by default as many as this process may use cores.
         cache_dir: where results are kept; ``None`` keeps nothing.
-        on_bad_row: what becomes of a row that cannot be rendered or trains nothing: an ``error``, or ``drop`` it, and
-            ``Documents.dropped`` tells of it.
+        on_bad_row: what becomes of a row that is broken, cannot be rendered or trains nothing: an ``error``, or
+            ``drop`` it, and ``Documents.dropped`` tells of it.
 
     Raises:
         DataError: the first such row, named; every row was dropped; or the cache cannot be written.
@@ -226,8 +233,10 @@ class _Task:
         start = number * self._rows_per_shard
         notes, dropped, num_dropped = Notes(), [], 0
         parts: list[tuple[int, int, Sample]] = []  # (row, its digest, a document)
-        for index, row in enumerate(self.rows.read(start, start + self._rows_per_shard), start):
+        for index, row in read_on(self.rows.read, start, start + self._rows_per_shard):
             try:
+                if isinstance(row, BadRowError):
+                    raise row
                 samples = self.renderer.render(row, self.layout, self.rows.where(index), notes)
             except DataError as error:
                 if self.on_bad_row == "error":
@@ -258,7 +267,8 @@ def _shard(parts: Sequence[tuple[int, int, Sample]], remarks: Mapping[str, Any])
 def _content(row: Row, layout: Layout) -> int:
     """A digest of what a row says, in the columns that its format reads."""
     unused = unused_columns(layout, row)
-    text = json.dumps({name: value for name, value in row.items() if name not in unused}, sort_keys=True, default=str)
+    said = {name: value for name, value in row.items() if name not in unused} if unused else row
+    text = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
@@ -294,6 +304,7 @@ _worker_task: list[_Task] = []
 def _start_worker(task: _Task) -> None:
     # each worker is one of several: threads inside them would only compete
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what was imported is not searched for garbage again, nor copied by that
     _worker_task[:] = [task]
 
 

@@ -28,7 +28,9 @@ class Epochs:
         """``lengths``: tokens of every document of all sources; ``seed=None`` keeps the order of the mixture."""
         self._lengths, self._capacity, self._mixture, self._seed = lengths, capacity, mixture, seed
         self._first = self._pack(0, 0)
-        spare = min(len(self._first) // _SPARE, self._first.members.size - len(self._first))
+        # epochs that take a part of a source differ by a document or two
+        spare = max(len(self._first) // _SPARE, int(mixture.in_part))
+        spare = min(spare, self._first.members.size - len(self._first))
         self.num_packs = len(self._first) + spare
         self._latest = (0, _in_number(self._first, self.num_packs))
 
@@ -46,7 +48,7 @@ class Epochs:
             if len(packs) <= self.num_packs:
                 return packs
         # of documents that are others in every epoch, those of a nearly empty pack may wait for their next turn
-        return self._first if self._mixture.is_constant else _fullest(packs, self.num_packs, self._lengths)
+        return _fullest(packs, self.num_packs, self._lengths) if self._mixture.in_part else self._first
 
     def _pack(self, epoch: int, attempt: int) -> Packs:
         documents = self._mixture.draw(epoch)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deltatune.data.encoding import check_encoding, decode
 from deltatune.data.json_values import unreadable
-from deltatune.data.rows import Rows, digest
+from deltatune.data.rows import BadRowError, Rows, digest, read_on
 from deltatune.data.unpacked import open_data
 from deltatune.errors import DataError
 
@@ -58,7 +58,11 @@ class _Records(Rows):
         self._starts: NDArray[np.int64] = np.frombuffer(index.starts, dtype=np.int64)
         self._numbers: NDArray[np.int64] = np.frombuffer(index.numbers, dtype=np.int64)
         super().__init__(name, (), index.identity, len(index.numbers))
-        self.columns = tuple(dict.fromkeys(key for row in self.read(0, _ROWS_FOR_COLUMNS) for key in row))
+        first = [row for _, row in read_on(self.read, 0, min(_ROWS_FOR_COLUMNS, len(self)))]
+        broken = [row for row in first if isinstance(row, BadRowError)]
+        if len(broken) == len(first):
+            raise broken[0]
+        self.columns = tuple(dict.fromkeys(key for row in first if not isinstance(row, BadRowError) for key in row))
 
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
         end = min(end, len(self))
@@ -68,7 +72,11 @@ class _Records(Rows):
             stream.seek(int(self._starts[min(start, end)]))
             for index in range(start, end):
                 content = stream.read(int(self._starts[index + 1] - self._starts[index]))
-                yield self._parse(content, self.where(index))
+                try:
+                    row = self._parse(content, self.where(index))
+                except DataError as error:
+                    raise BadRowError(str(error)) from error
+                yield row
 
     def where(self, index: int) -> str:
         return f"{self.name}, {self._unit} {self._numbers[index]}"

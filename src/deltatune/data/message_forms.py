@@ -37,6 +37,9 @@ class MessageForms:
             message = {**message, "tool_calls": _with_arguments(calls, as_text=self._call_form[None][1])}
         if content is None:
             return {**message, "content": ""}
+        if isinstance(content, str) and content.lstrip().startswith("<think>") and self._repeats_reasoning:
+            message = _with_reasoning_apart(message)
+            content = message["content"]
         if isinstance(content, str):
             wants_parts = content and self._probes.wants_parts(message["role"])
             return {**message, "content": as_parts(content)} if wants_parts else message
@@ -48,6 +51,15 @@ class MessageForms:
         if role not in self._takes_parts:
             self._takes_parts[role] = self._probes.shows(role, as_parts(PROBE))
         return self._takes_parts[role]
+
+    @cached_property
+    def _repeats_reasoning(self) -> bool:
+        """Whether the template writes a reasoning of its own, empty, before one that the content begins with."""
+        question = self._probes.message("user", "zqvquestion")
+        answer = {"role": "assistant", "content": f"<think>\nzqvreason\n</think>\n\n{PROBE}"}
+        within = self._probes.render(question, answer) or ""
+        apart = self._probes.render(question, _with_reasoning_apart(answer)) or ""
+        return within.count("</think>") == 2 and apart.count("</think>") == 1 and "zqvreason" in apart
 
     @cached_property
     def _call_form(self) -> dict[str | None, tuple[str | None, bool]]:
@@ -67,6 +79,15 @@ class MessageForms:
         calls = _with_arguments([PROBE_CALL], as_text=as_text)
         message = {"role": "assistant", "content": empty, "tool_calls": calls}
         return self._probes.render(self._probes.message("user", "zqvquestion"), message)
+
+
+def _with_reasoning_apart(message: Message) -> Message:
+    """The message with what its content has up to ``</think>`` under a key of its own."""
+    reasoning, closed, answer = str(message["content"]).partition("</think>")
+    if not closed or message.get("reasoning_content") or message["role"] != "assistant":
+        return message
+    reasoning = reasoning.lstrip().removeprefix("<think>").strip("\n")
+    return {**message, "reasoning_content": reasoning, "content": answer.lstrip("\n")}
 
 
 def _with_arguments(calls: Sequence[Any], *, as_text: bool) -> list[Any]:

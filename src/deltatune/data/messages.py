@@ -8,7 +8,7 @@ from typing import Any
 
 from deltatune.config.row_formats import ROLES, columns_of
 from deltatune.data.formats import Format, Layout, Row
-from deltatune.data.json_values import drop_nulls, holds_null, shown
+from deltatune.data.json_values import drop_nulls, holds_null, parse_json, shown
 from deltatune.data.notes import Notes
 from deltatune.data.tools import read_tools
 from deltatune.data.turns import Message, read_turn
@@ -43,6 +43,8 @@ def read_conversation(row: Row, layout: Layout, where: str, notes: Notes | None 
     ``instruction``, a line break and ``input``, or ``instruction`` alone where there is no input; pairs in ``history``
     come before it. A ``system`` column is the first message. ``notes`` takes what is no error.
 
+    Lists of messages and of pairs may come as JSON text.
+
     Raises:
         DataError: no messages, an unknown role, a message without content, tools that are no list, two system prompts.
     """
@@ -56,7 +58,8 @@ def read_conversation(row: Row, layout: Layout, where: str, notes: Notes | None 
         trains: Marks = (None,) * len(messages)
     else:
         column = layout.column("messages")
-        messages, trains = _read_messages(_value(row, column, where), column, layout, where)
+        value = _from_text(_value(row, column, where), f"{where}: {column}")
+        messages, trains = _read_messages(value, column, layout, where)
     system = row.get(layout.column("system"))
     if system is not None and not isinstance(system, str):
         raise DataError(f"{where}: {layout.column('system')} must be a string, got {shown(system)}")
@@ -102,6 +105,14 @@ def _value(row: Row, column: str, where: str) -> Any:
     return value
 
 
+def _from_text(value: Any, what: str) -> Any:
+    """A list that came as JSON text, as in CSV files; blank text is nothing, and what else came stays."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    return parse_json(text, what) if text.startswith("[") else text
+
+
 def _read_messages(value: Any, column: str, layout: Layout, where: str) -> tuple[list[Message], Marks]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"{where}: {column} must be a list of messages, got {shown(value)}")
@@ -143,7 +154,7 @@ def _read_alpaca(row: Row, layout: Layout, where: str) -> list[Message]:
 
 
 def _read_history(value: Any, what: str) -> list[Sequence[str]]:
-    pairs = [] if value is None else value
+    pairs = _from_text(value, what) or []
     if not isinstance(pairs, list):
         raise DataError(f"{what} must be a list of [question, answer] pairs, got {shown(value)}")
     for index, pair in enumerate(pairs):

@@ -25,17 +25,19 @@ class Shares:
     by: WeightBy = "tokens"  # whether weights are shares of the tokens or of the documents
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Mixture:
     """Draws every epoch's documents from the sources.
 
-    A source's documents come in one shuffled order after another, and an epoch takes the next of them, as many as hold
-    the tokens that are its due. So over the epochs every document is seen equally often, up to one, however small its
-    source's share is; and all epochs are of one length, to within a document of each source.
+    A source's documents come in one shuffled order after another, and an epoch takes the next part: as many tokens as
+    ``quotas[s]`` of its documents have on average, so that all epochs are equally long up to a document, and can have
+    equally many packs. Over the epochs every document is seen equally often, up to one, however small its source's
+    share is.
     """
 
-    lengths: tuple[NDArray[np.integer], ...]  # tokens of each document of each source
-    quotas: tuple[int, ...]  # documents that an epoch takes of it on average
+    sizes: tuple[int, ...]  # documents of each source
+    quotas: tuple[int, ...]  # documents that an epoch takes of it, on average
+    lengths: Sequence[NDArray[np.integer]]  # tokens of each document, by source
     seed: int
 
     @classmethod
@@ -49,27 +51,22 @@ class Mixture:
             ValueError: a source with a weight and no documents.
         """
         shares = shares or Shares()
-        sizes = [len(source) for source in lengths]
+        sizes = tuple(len(source) for source in lengths)
         most = [size * repeat for size, repeat in zip(sizes, shares.repeats or [1] * len(sizes), strict=True)]
         if shares.weights is None:
-            return cls(tuple(lengths), tuple(most), seed)
+            return cls(sizes, tuple(most), lengths, seed)
         if 0 in sizes:
             raise ValueError(f"source {sizes.index(0)} has a weight and no documents")
         cost = [float(np.mean(source)) if shares.by == "tokens" else 1.0 for source in lengths]
         of_sources = list(zip(most, cost, shares.weights, strict=True))
         epoch = min(count * each / weight for count, each, weight in of_sources)
         quotas = (min(count, max(1, round(weight * epoch / each))) for count, each, weight in of_sources)
-        return cls(tuple(lengths), tuple(quotas), seed)
+        return cls(sizes, tuple(quotas), lengths, seed)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Documents of each source."""
-        return tuple(map(len, self.lengths))
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether every epoch takes the same documents."""
-        return not any(quota % size for quota, size in zip(self.quotas, self.sizes, strict=True) if size)
+    def in_part(self) -> bool:
+        """Whether epochs differ in the documents that they take."""
+        return any(size and quota % size for size, quota in zip(self.sizes, self.quotas, strict=True))
 
     def draw(self, epoch: int) -> Indices:
         """The documents of an epoch, numbered over all sources; one that is repeated stands there as often."""
@@ -77,19 +74,20 @@ class Mixture:
         return np.concatenate([first + self._of(source, epoch) for source, first in enumerate(firsts)])
 
     def _of(self, source: int, epoch: int) -> Indices:
-        lengths, quota = self.lengths[source].astype(np.int64), self.quotas[source]
-        size = len(lengths)
+        size, quota = self.sizes[source], self.quotas[source]
         dtype = np.int32 if sum(self.sizes) < 2**31 else np.int64
         if quota == 0:
             return np.arange(0, dtype=dtype)
         if quota % size == 0:
             return np.tile(np.arange(size, dtype=dtype), quota // size)
-        # an order holds so many tokens, and an epoch takes the documents that begin in its stretch of all orders
-        tokens = int(lengths.sum())
-        begin, end = (number * quota * tokens // size for number in (epoch, epoch + 1))
-        drawn = []
-        for number in range(begin // tokens, -(-end // tokens)):
+        lengths = self.lengths[source]
+        total = int(lengths.sum())
+        # in tokens from the beginning of the first order
+        start, end = (number * quota * total // size for number in (epoch, epoch + 1))
+        taken = []
+        for number in range(start // total, -(-end // total)):
             order = np.random.default_rng((self.seed, source, number)).permutation(size)
-            starts = number * tokens + np.cumsum(lengths[order]) - lengths[order]
-            drawn.append(order[slice(*np.searchsorted(starts, (begin, end)))])
-        return np.concatenate(drawn).astype(dtype)
+            begins = number * total + np.cumsum(lengths[order], dtype=np.int64) - lengths[order]
+            first, last = np.searchsorted(begins, (start, end))
+            taken.append(order[first:last].astype(dtype))
+        return np.concatenate(taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from deltatune.packing.sample import Sample
 __all__ = ["Limit", "Overlong", "Pieces", "cut_documents", "cut_sample"]
 
 Overlong = Literal["error", "split", "truncate", "drop"]
+
+# what is counted under each choice; "unlabelled" counts the parts that cutting left without a target
+_COUNTED = {"split": "split", "truncate": "truncated", "drop": "dropped"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Pieces:
 
 
 def cut_documents(
-    documents: Documents, keep: NDArray[np.bool_] | None, limit: Limit, overlong: Overlong, counts: dict[str, int]
+    documents: Documents, keep: NDArray[np.bool_] | None, limit: Limit, overlong: Overlong, counts: Counter[str]
 ) -> Pieces:
     """The pieces of those documents of a source that are kept, none longer than the limit.
 
@@ -75,7 +79,7 @@ def cut_documents(
             f"({counted(too_long.size, 'such document')} in {documents.source.name}); raise it, or set data.overlong "
             "to split, truncate or drop"
         )
-    counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] += too_long.size
+    counts[_COUNTED[overlong]] += too_long.size
     if overlong == "drop":
         return whole[fits]
     parts = []
@@ -97,8 +101,10 @@ def _joined(pieces: Sequence[Pieces]) -> Pieces:
     return Pieces(starts, lengths, targets)
 
 
-def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str) -> list[Sample]:
+def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str, counts: Counter[str]) -> list[Sample]:
     """The parts of a document that train, none longer than the limit; ``where`` names it.
+
+    ``counts`` takes what was done to it.
 
     Raises:
         DataError: it is too long, under ``error``.
@@ -110,7 +116,10 @@ def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str) -> 
             f"{where} has {len(sample)} tokens, more than {limit}; raise it, or set data.overlong to split, truncate "
             "or drop"
         )
+    counts[_COUNTED[overlong]] += 1
     last = {"drop": 0, "truncate": 1, "split": len(sample)}[overlong]
     slices = (slice(at, at + limit.tokens) for at in range(0, last, limit.tokens))
     parts = [Sample(sample.input_ids[part], sample.labels[part]) for part in slices]
-    return [part for part in parts if part.num_trained]
+    trained = [part for part in parts if part.num_trained]
+    counts["unlabelled"] += len(parts) - len(trained)
+    return trained

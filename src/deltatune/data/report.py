@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,15 @@ from numpy.typing import NDArray
 
 from deltatune.packing.shuffled import Packs
 
-__all__ = ["PackingReport", "counted", "one_source", "variance_between"]
+__all__ = ["PackingReport", "counted", "cut_lines", "one_source", "variance_between"]
+
+
+_CUT = {
+    "split": "split",
+    "truncated": "truncated",
+    "dropped": "dropped for length",
+    "unlabelled": "left out because the cut left no trained token",
+}
 
 
 @dataclass(frozen=True)
@@ -48,19 +57,14 @@ class PackingReport:
             f"{self.trained_tokens:,} of them trained; longest document {counted(self.longest, 'token')}",
             f"{counted(self.packs, 'pack')} of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full; {between}",
         ]
-        cut = [
-            f"{count:,} {what}"
-            for count, what in (
-                (self.split, "split"),
-                (self.truncated, "truncated"),
-                (self.dropped, "dropped for length"),
-                (self.unlabelled, "left out because the cut left no trained token"),
-            )
-            if count
-        ]
-        if cut:
-            lines.append("over-long documents: " + ", ".join(cut))
-        return "\n".join([*lines, *self.sources, *self.remarks])
+        counts = {name: getattr(self, name) for name in _CUT}
+        return "\n".join([*lines, *cut_lines(counts), *self.sources, *self.remarks])
+
+
+def cut_lines(counts: Mapping[str, int]) -> list[str]:
+    """What became of over-long documents, as one line; none where there were none."""
+    cut = [f"{counts[name]:,} {what}" for name, what in _CUT.items() if counts.get(name)]
+    return ["over-long documents: " + ", ".join(cut)] if cut else []
 
 
 def counted(number: int, noun: str) -> str:

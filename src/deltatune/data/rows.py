@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-__all__ = ["Part", "Rows", "RowsOf", "digest"]
+from deltatune.errors import DataError
+
+__all__ = ["BadRowError", "Part", "Rows", "RowsOf", "digest", "read_on"]
+
+T = TypeVar("T")
+
+
+class BadRowError(DataError):
+    """A row that is broken in its file, beside others that can be read."""
 
 
 class Rows:
@@ -35,7 +43,8 @@ class Rows:
         """Rows ``start`` to ``end``, as far as there are any.
 
         Raises:
-            DataError: a row that cannot be read, or a file that has changed since it was opened.
+            BadRowError: a row that is broken; those after it can be read.
+            DataError: a file that cannot be read, or has changed since it was opened.
         """
         raise NotImplementedError
 
@@ -75,6 +84,21 @@ class RowsOf(Rows):
         number = bisect_right(self._starts, index) - 1
         part = self._parts[number]
         return part.rows.where(part.start + index - self._starts[number])
+
+
+def read_on(read: Callable[[int, int], Iterable[T]], start: int, end: int) -> Iterator[tuple[int, T | BadRowError]]:
+    """What ``read`` gives from ``start`` to ``end``, numbered; a row that is broken comes as its error."""
+    index = start
+    while index < end:
+        try:
+            for row in read(index, end):
+                yield index, row
+                index += 1
+        except BadRowError as error:
+            yield index, error
+            index += 1
+        else:
+            return
 
 
 def digest(content: bytes) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from deltatune.data.delimited_rows import delimited_rows
 from deltatune.data.files import SUFFIXES, data_suffix, files_matching
 from deltatune.data.json_rows import json_file, json_lines, text_lines
-from deltatune.data.rows import Part, Rows, RowsOf
+from deltatune.data.rows import BadRowError, Part, Rows, RowsOf, read_on
 from deltatune.data.splits import Splits, folder_splits, saved_splits
 from deltatune.data.table_rows import arrow_rows, hub_rows, import_datasets, parquet_rows, saved_rows
 from deltatune.data.unpacked import default_cache, open_data, unpacked
@@ -199,7 +199,9 @@ def _look_for(names: set[str], rows: Rows) -> None:
     """Adds columns that no row among the first of a JSON file has, where a later one has them."""
     missing = names.difference(rows.columns)
     if missing and not rows.columnar:
-        for row in rows.read(0, len(rows)):
+        for _, row in read_on(rows.read, 0, len(rows)):
+            if isinstance(row, BadRowError):
+                continue  # which is told where rows are tokenised
             found = missing.intersection(row)
             rows.columns += tuple(sorted(found))
             missing -= found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,8 @@ from deltatune.data.documents import NUM_NAMED, OnBadRow
 from deltatune.data.formats import Layout, Row
 from deltatune.data.notes import Notes
 from deltatune.data.overlong import Limit, Overlong, cut_sample
-from deltatune.data.report import PackingReport, counted, variance_between
+from deltatune.data.report import PackingReport, counted, cut_lines, variance_between
+from deltatune.data.rows import BadRowError, read_on
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
 from deltatune.packing.shuffled import Packs, pack_ahead
@@ -26,8 +28,6 @@ __all__ = ["News", "PackStream", "Place", "RowStream", "StreamSource", "Streamed
 
 BLOCK_ROWS = 8192
 """Rows that are read, shuffled and packed together."""
-
-_EMPTY_BLOCKS = 8  # blocks in turn without a document before a stream is given up
 
 
 class RowStream(Protocol):
@@ -133,6 +133,7 @@ class PackStream:
     seed: int | None = 0  # None keeps the order of the rows
     rank: int = 0
     num_ranks: int = 1
+    remarks: Sequence[str] = ()  # what the report should say besides
     start: Place = field(
         default_factory=Place
     )  # where packs are made from; earlier ones cost a start from the beginning
@@ -172,7 +173,9 @@ class PackStream:
     @cached_property
     def report(self) -> PackingReport:
         """What became of the first block's rows, for people; it is read and packed for this."""
-        place, block = next((place, block) for place, block in self._blocks(Place()) if len(block.packs))
+        place = Place()
+        while not len((block := self._block(place)).packs):
+            place = block.next(place)
         lengths = np.array([len(sample) for sample in block.documents])
         packed = lengths[block.packs.members]
         return PackingReport(
@@ -185,69 +188,65 @@ class PackStream:
             fill=float(packed.sum()) / (len(block.packs) * self.tokens_per_batch),
             longest=int(lengths.max()),
             variance_between_packs=variance_between(block.packs, lengths),
-            remarks=("rows are streamed; this is the first block of them", *block.remarks),
+            sources=(),
+            remarks=("rows are streamed; this is the first block of them", *self.remarks, *block.remarks),
+            **block.cut,
         )
 
     def _from(self, place: Place) -> Iterator[StreamedPack]:
         remarks: tuple[str, ...] = ()  # of blocks that filled no pack
-        for begin, block in self._blocks(place):
-            remarks += block.remarks
-            news = News(begin, remarks)
+        while True:
+            block = self._block(place)
+            remarks = (*remarks, *cut_lines(block.cut), *block.remarks)
+            news = News(place, remarks)
             for members in block.packs:
                 yield StreamedPack((block.documents[index] for index in members), news)
                 news, remarks = News(), ()
-
-    def _blocks(self, place: Place) -> Iterator[tuple[Place, _Block]]:
-        """The blocks from a place on, each with where it begins.
-
-        Raises:
-            DataError: eight blocks in turn without a document.
-        """
-        empty = 0
-        while True:
-            block = self._block(place)
-            empty = empty + 1 if len(block.documents) == len(place.left) else 0
-            if empty == _EMPTY_BLOCKS:
-                rows = empty * sum(source.rows_per_block for source in self.sources)
-                limit = Limit(self.tokens_per_batch, self.max_length)
-                why = block.remarks[-1].strip() if block.remarks else f"all are longer than {limit}"
-                names = ", ".join(source.rows.name for source in self.sources)
-                raise DataError(f"{names}: {counted(rows, 'row')} in turn were dropped, the last because: {why}")
-            yield place, block
             place = block.next(place)
 
     def _block(self, place: Place) -> _Block:
         number = place.block * self.num_ranks + self.rank
-        new, remarks = self._read(number)
+        new, cut, remarks = self._read(number)
         if self.seed is not None:
             new = [new[index] for index in np.random.default_rng((self.seed, number)).permutation(len(new))]
         documents = [*place.left, *new]
         packs, left = pack_ahead(np.array([len(sample) for sample in documents], dtype=np.int64), self.tokens_per_batch)
-        return _Block(documents, packs, tuple(documents[index] for index in left), remarks)
+        return _Block(documents, packs, tuple(documents[index] for index in left), cut, remarks)
 
-    def _read(self, number: int) -> tuple[list[Sample], tuple[str, ...]]:
-        """The documents of a block, in the order of the rows, and what is no error."""
+    def _read(self, number: int) -> tuple[list[Sample], Counter[str], tuple[str, ...]]:
+        """The documents of a block, in the order of the rows, how many were cut, and what is no error."""
         documents: list[Sample] = []
         notes, dropped, limit = Notes(), [], Limit(self.tokens_per_batch, self.max_length)
+        cut: Counter[str] = Counter()
         for source in self.sources:
             start = number * source.rows_per_block
-            for where, row in source.rows.read(start, start + source.rows_per_block):
+            for _, found in read_on(source.rows.read, start, start + source.rows_per_block):
                 try:
+                    if isinstance(found, BadRowError):
+                        raise found
+                    where, row = found
                     samples = self.renderer.render(row, source.layout, where, notes)
-                    documents += [
-                        part for sample in samples for part in cut_sample(sample, limit, self.overlong, where)
-                    ]
                 except DataError as error:
                     if self.on_bad_row == "error":
                         raise
                     dropped.append(str(error))
+                    continue
+                for sample in samples:
+                    documents += cut_sample(sample, limit, self.overlong, where, cut)
+        if not documents:
+            # a source begins again at its end, so this might go on for ever
+            names = ", ".join(source.rows.name for source in self.sources)
+            rows = f"{names}: {counted(sum(source.rows_per_block for source in self.sources), 'row')} one after another"
+            if dropped:
+                raise DataError(f"{rows} were dropped; the first error: {dropped[0]}")
+            raise DataError(f"{rows} leave no document of at most {limit}; raise it, or set data.overlong")
         lines = [*notes]
         if dropped:
             lines += [
                 f"{counted(len(dropped), 'row')} dropped, among them:",
                 *(f"  {error}" for error in dropped[:NUM_NAMED]),
             ]
-        return documents, tuple(lines)
+        return documents, cut, tuple(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +256,7 @@ class _Block:
     documents: list[Sample]
     packs: Packs  # whose members are numbers of documents
     left: tuple[Sample, ...]  # documents in no pack
+    cut: Counter[str]  # what was done to over-long documents
     remarks: tuple[str, ...]
 
     def next(self, place: Place) -> Place:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deltatune.data.rows import Rows, digest
+from deltatune.data.rows import BadRowError, Rows, digest
 from deltatune.data.unpacked import file_digest, open_data
 from deltatune.errors import DataError, near_files, nearest, one_line
 
@@ -49,7 +49,7 @@ class _TableRows(Rows):
             try:
                 row = self._table[index]
             except UnicodeDecodeError as error:
-                raise DataError(f"{self.where(index)} holds text that is not UTF-8: {one_line(error)}") from None
+                raise BadRowError(f"{self.where(index)} holds text that is not UTF-8: {one_line(error)}") from None
             yield row
 
 

@@ -127,13 +127,21 @@ class TurnEnds:
         return frozenset(self.template.control.findall(before)) - {self.ending("user").text.strip()}
 
     def before_answer(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
-        """What stands before the content of an answer to these messages, where the template renders one."""
+        """What stands before an answer to these messages, where the template renders one."""
         try:
             text = self.template.render([*messages, self._probes.message("assistant")], tools)
         except RenderError:
             return None
         before, found, _ = text.partition(PROBE)
-        return before if found else None
+        return before.removesuffix(self._before_content) if found else None
+
+    @cached_property
+    def _before_content(self) -> str:
+        """What the model itself writes before the content of an answer, such as the name of a channel."""
+        question = self._probes.message("user", "zqvquestion")
+        prompt = self._probes.render(question, generation_prompt=True)
+        before = (self._probes.render(question, self._probes.message("assistant")) or "").partition(PROBE)[0]
+        return before.removeprefix(prompt) if prompt and before.startswith(prompt) else ""
 
     def ask_alike(self, header: str, prompt: str) -> bool:
         """Whether two texts end alike, down to a control token at least."""

@@ -11,7 +11,7 @@ from deltatune.data.notes import Notes
 from deltatune.data.template import ChatTemplate, RenderError
 from deltatune.errors import DataError
 
-__all__ = ["REASONING_KEYS", "UnreadKeys", "check_calls", "drops_reasoning"]
+__all__ = ["REASONING_KEYS", "UnreadKeys", "check_calls", "drops_answer", "drops_reasoning"]
 
 # tool_call_id says which call a result answers; few templates write it, and nothing is lost
 _NEVER_NOTED = ("role", "tool_call_id")
@@ -102,6 +102,14 @@ def drops_reasoning(content: Any, text: str) -> bool:
     if not isinstance(content, str) or "</think>" not in content:
         return False
     return content.partition("</think>")[0].partition("<think>")[2].strip() not in text
+
+
+def drops_answer(content: Any, text: str) -> bool:
+    """Whether a trained turn's text lacks the text that its content ends with, reasoning apart."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    answer = str(content or "").rpartition("</think>")[2].strip()
+    return answer not in text
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Final
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, nearest, one_line
 
 __all__ = ["autocast_dtype", "training_arguments"]
 
@@ -24,6 +26,23 @@ _FIXED: Final[Mapping[str, object]] = {
     "per_device_train_batch_size": 1,
     "prediction_loss_only": True,
     "remove_unused_columns": False,
+}
+
+# What optimizers need besides torch, by a part of their name; the first part that fits counts.
+_PACKAGES: Final[Mapping[str, str]] = {
+    "torch_8bit": "torchao",
+    "torch_4bit": "torchao",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+    "bnb": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "lion": "bitsandbytes",
 }
 
 
@@ -41,14 +60,60 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
         values["dataloader_pin_memory"] = False
     try:
         arguments = TrainingArguments(**{name: value for name, value in values.items() if name in known})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"training: {error}") from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"training: {one_line(error)}") from error
+    _check_trackers(arguments)
+    _check_optimizer(arguments)
+    _check_schedule(arguments)
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process; start a process for each with "
             f"torchrun --nproc-per-node {arguments.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
     return arguments
+
+
+def _check_trackers(arguments: TrainingArguments) -> None:
+    """Trackers that are not there are found by the Trainer only when model and data are."""
+    available = get_available_reporting_integrations()
+    for name in arguments.report_to or []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UserError(
+                f"training.report_to: unknown {name}{nearest(name, INTEGRATION_TO_CALLBACK)}; known: {known}"
+            )
+        if name not in available and name != "flyte":
+            raise UserError(
+                f"training.report_to: the package of {name} is not installed; pip install {name.replace('_', '-')}, or "
+                "set report_to: none"
+            )
+
+
+def _check_optimizer(arguments: TrainingArguments) -> None:
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    package = next((package for part, package in _PACKAGES.items() if part in name), None)
+    if package is not None and find_spec(package) is None:
+        distribution = package.replace("_", "-")
+        raise UserError(f"training.optim: {name} needs the package {distribution}; pip install {distribution}")
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Builds the schedule once for a weight of nothing: its arguments are checked nowhere else before training."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"training.lr_scheduler_kwargs: {arguments.lr_scheduler_kwargs or {}} does not suit "
+            f"lr_scheduler_type: {getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def autocast_dtype(arguments: TrainingArguments | TrainingSection) -> torch.dtype | None:

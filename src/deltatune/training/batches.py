@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.mesh import ALONE, Mesh
 
-__all__ = ["PACK_COUNTS", "STREAMED", "CountingCollator", "PackCounts", "PackOrder", "pack_loader", "place_file"]
+__all__ = [
+    "PACK_COUNTS",
+    "STREAMED",
+    "CountingCollator",
+    "PackCounts",
+    "PackOrder",
+    "count_steps",
+    "pack_loader",
+    "place_file",
+]
 
 PACK_COUNTS = "pack_counts"
 """The key of a batch under which its ``PackCounts`` travel; the trainer takes it out before the model is called."""
@@ -129,6 +139,13 @@ class CountingCollator:
 def place_file(checkpoint: Path, mesh: Mesh) -> Path:
     """Where a checkpoint keeps the place in a stream, for this rank."""
     return checkpoint / f"stream-{mesh.data_rank:05}-of-{mesh.data_size:05}.npz"
+
+
+def count_steps(num_batches: int, arguments: TrainingArguments) -> tuple[int, int]:
+    """Optimizer steps of an epoch of one rank's batches, and of the run, as transformers.Trainer counts them."""
+    per_epoch = max(1, math.ceil(num_batches / arguments.gradient_accumulation_steps))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    return per_epoch, steps
 
 
 def pack_loader(

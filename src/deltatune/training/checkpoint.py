@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,7 @@ from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.training.hub import silence
 
-__all__ = [
-    "empty_model",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "model_class",
-    "new_model",
-    "reload_weights",
-    "resume_point",
-]
+__all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "model_class", "new_model", "reload_weights"]
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -154,46 +144,6 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
         model.load_state_dict(saved.state_dict(), strict=True)
     except RuntimeError as error:
         raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
-
-
-def resume_point(output_dir: Path, resume: str | Path | bool | None) -> Path | None:
-    """The checkpoint to resume from: a given folder, or for ``True`` the last complete one of ``output_dir``.
-
-    The Trainer's state is the last file written, so a folder without it was interrupted while saving.
-
-    Raises:
-        UserError: nothing there to resume from; or, for a run from the beginning, checkpoints of another one.
-    """
-    if resume is None or resume is False:
-        if output_dir.exists() and not output_dir.is_dir():
-            raise UserError(f"training.output_dir: {output_dir} is a file; choose a folder")
-        if any(output_dir.glob("checkpoint-*")):
-            raise UserError(
-                f"training.output_dir: {output_dir} holds checkpoints of an earlier run; continue it with --resume, "
-                "or choose another folder"
-            )
-        return None
-    if resume is not True:
-        folder = Path(resume).expanduser()
-        if not _is_complete(folder):
-            raise UserError(f"{folder} is no complete training checkpoint: it holds no trainer_state.json")
-        return folder
-    complete: dict[int, Path] = {}
-    for path in output_dir.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal() and _is_complete(path):
-            complete[int(step)] = path
-    if not complete:
-        raise UserError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
-    return complete[max(complete)]
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _origin(section: ModelSection, name: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deltatune.errors import UserError, one_line
 from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
 from deltatune.training.servers import per_expert
 
-__all__ = ["export_adapter", "merge_adapter", "save_trained", "staged", "write_json"]
+__all__ = ["check_kind", "export_adapter", "finite", "merge_adapter", "save_trained", "staged", "write_json"]
 
 # Readers tell an adapter or a model by these files, so they are moved into place last.
 _MARKERS = ("adapter_config.json", "config.json")
@@ -39,6 +40,21 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ou
         _save(model, tokenizer, Path(folder))
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in _MARKERS):
             path.replace(output_dir / path.name)
+
+
+def check_kind(output_dir: Path, *, adapter: bool) -> None:
+    """Refuses a folder that holds what a run of the other kind left: loaders would read a mixture of both.
+
+    Raises:
+        UserError: an adapter where a model will be saved, or a model where an adapter will.
+    """
+    other = _MARKERS[1] if adapter else _MARKERS[0]
+    if (output_dir / other).is_file():
+        kinds = ("a model", "an adapter") if adapter else ("an adapter", "a model")
+        raise UserError(
+            f"training.output_dir: {output_dir} holds {kinds[0]} ({other}), and this run saves {kinds[1]}; choose "
+            "another folder"
+        )
 
 
 def merge_adapter(
@@ -149,8 +165,17 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    """JSON, whole or not at all, with numbers that it does not know (NaN, infinities) as text."""
+    write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with numbers that JSON does not know (NaN, infinities) as text."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

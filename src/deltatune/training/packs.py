@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,28 @@ class RecipeData:
 
     train: PackedDataset | PackStream
     eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
+
+    def identities(self) -> dict[str, str]:
+        """The sources by name, with the digest of the rows that were read."""
+        sets = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
+        return {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
+
+    def check_tokens(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses data with tokens that the model has no embedding for; of a stream, a tokenizer that has such tokens.
+
+        Raises:
+            UserError: the largest of them, and what to change.
+        """
+        packed = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
+        ids = [documents.largest_token for data in packed for documents in data.documents]
+        largest = max([*ids, len(tokenizer) - 1] if isinstance(self.train, PackStream) else ids)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            name = tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"the data holds token {largest} ({name!r}), and the model has {rows} embeddings; take the tokenizer "
+                "that belongs to it (model.tokenizer), or a checkpoint whose embeddings were resized"
+            )
 
     def lines(self) -> list[str]:
         """What became of the rows, for people."""
@@ -106,11 +128,12 @@ def _packed(
 
 def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> PackStream:
     shares = [source.weight or 1.0 for source in recipe.data.train]
-    sources = []
+    sources, remarks = [], []
     for source, share in zip(recipe.data.train, shares, strict=True):
         rows = open_stream(source.path, **_reading(source, recipe))
         layout = _layout(source, rows, recipe)
         sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
+        remarks += _unused(source.path, layout, rows.columns)
     return PackStream(
         sources,
         _renderer(recipe, tokenizer),
@@ -122,6 +145,7 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
         seed=_seed(recipe),
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
+        remarks=remarks,
     )
 
 
@@ -172,14 +196,18 @@ def _remarks(sources: Sequence[Documents]) -> list[str]:
     lines: list[str] = []
     for documents in sources:
         name = documents.source.name
-        if unused := unused_columns(documents.layout, documents.source.columns):
-            lines.append(f"{name}: unused columns: {', '.join(unused)}")
+        lines += _unused(name, documents.layout, documents.source.columns)
         lines += [f"{name}: {note}" for note in documents.notes]
         count, errors = documents.dropped
         if count:
             lines.append(f"{name}: {counted(count, 'row')} dropped{', the first' if count > len(errors) else ''}:")
             lines += [f"  {error}" for error in errors]
     return lines
+
+
+def _unused(name: str, layout: Layout, columns: Iterable[str]) -> list[str]:
+    unused = unused_columns(layout, columns)
+    return [f"{name}: unused columns: {', '.join(unused)}"] if unused else []
 
 
 def cache_folder(recipe: Recipe) -> Path:

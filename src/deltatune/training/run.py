@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import signal
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,23 @@ from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream, Place
-from deltatune.errors import UserError
+from deltatune.errors import InterruptedRunError, UserError, first_line, one_line
+from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
-from deltatune.training.checkpoint import load_config, load_model, load_tokenizer, resume_point
-from deltatune.training.export import save_trained, write_json, write_text
+from deltatune.training.changes import check_changes, find_changes
+from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
+from deltatune.training.export import check_kind, save_trained, write_json, write_text
+from deltatune.training.lock import locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
+from deltatune.training.record import RunRecord
+from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
+from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
@@ -67,7 +75,13 @@ class Run:
         return Path(self.recipe.training.output_dir).expanduser()
 
 
-def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: Console | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | Path | bool | None = None,
+    allow_change: bool = False,
+    console: Console | None = None,
+) -> TrainResult:
     """Runs a recipe: loads and prepares the model, packs the data, probes for leaks, trains, saves.
 
     Nothing is written before recipe, data and model have been checked. Afterwards ``training.output_dir`` holds the
@@ -76,8 +90,10 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
 
     Args:
         recipe: the run.
-        resume: a checkpoint folder, or ``True`` for the last complete one in ``training.output_dir``. A resumed run
-            continues as if it had never stopped: weights, optimizer, random state, and the place in the data.
+        resume: a checkpoint folder, ``True`` for the last whole one in ``training.output_dir``, or ``"auto"`` for the
+            same where there is one. A resumed run continues as if it had never stopped: weights, optimizer, random
+            state, and the place in the data. Settings that were changed since act from there on, or are refused.
+        allow_change: go on with other data, packs or seeds than the checkpoint was trained with.
         console: where to report; the standard output by default.
 
     Raises:
@@ -89,22 +105,75 @@ def train(recipe: Recipe, *, resume: str | Path | bool | None = None, console: C
     console = Console(quiet=True) if arguments.process_index else console or Console()
     for warning in warnings:
         console.out(f"warning: {warning}", highlight=False)
-    checkpoint = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
+    with arguments.main_process_first(desc="looking for checkpoints"):
+        checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
+    check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
+    changes = _changes(recipe, checkpoint, allow_change)
+    for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
+        console.out(line, highlight=False)
     run = build(recipe, arguments, console)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = _place(checkpoint, Mesh.of(arguments))
     records = _records(run, _verify(run))
-    with _cache_setting_kept(run.model):
-        trainer = _trainer(run)
-        if arguments.should_save:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run.output_dir / "config.yaml", dump_recipe(recipe))
-            write_json(run.output_dir / REPORT_FILE, records)
-        if recipe.compile is not None:
-            console.out("the first step compiles, which takes a while", highlight=False)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
+        during_training.enter_context(_cache_setting_kept(run.model))
+        return _fit(run, records, checkpoint, changes, during_training)
+
+
+def _fit(
+    run: Run, records: dict[str, Any], checkpoint: Path | None, changes: list[str], during_training: ExitStack
+) -> TrainResult:
+    """Trains, evaluates and saves, and keeps the record of it."""
+    trainer, stop, record = _trainer(run), StopAfterStep(), None
+    trainer.add_callback(stop)
+    if run.arguments.should_save:
+        write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
+        write_json(run.output_dir / REPORT_FILE, records)
+        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
+        about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
+        record = RunRecord(run.output_dir, about, changes=changes, from_step=step)
+        trainer.add_callback(record)
+    status = "failed"
+    try:
+        if run.recipe.compile is not None:
+            run.console.out("the first step compiles, which takes a while", highlight=False)
+        _run_steps(trainer, checkpoint, stop, run.console)
         evaluation = _last_evaluation(run, trainer)
-    return _finish(run, trainer, evaluation, records)
+        during_training.close()
+        result = _finish(run, trainer, evaluation, records)
+        status = "finished"
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}; lower "
+            "packing.tokens_per_batch, or set checkpointing: layer (deltatune plan estimates both); a run with "
+            "checkpoints goes on from the last with --resume"
+        ) from error
+    finally:
+        failure = sys.exception()
+        if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
+            status = "interrupted"
+        if record is not None:
+            record.end(status, trainer.state.global_step, None if failure is None else one_line(failure))
+    return result
+
+
+def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: Console) -> None:
+    """The steps that are left.
+
+    Raises:
+        InterruptedRunError: a signal came before the last of them.
+    """
+    if checkpoint is not None and trainer.take_up_finished(checkpoint):
+        return
+    # several ranks could end after different steps, and wait for each other for ever
+    with caught_signals(stop, console.out) if trainer.args.world_size == 1 else nullcontext():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise InterruptedRunError(
+            f"{signal.Signals(stop.received).name}: stopped after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}, with a checkpoint; go on with --resume",
+            128 + stop.received,
+        )
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
@@ -117,7 +186,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    model = adapt(load_model(recipe.model, config), recipe.lora)
+    model = load_model(recipe.model, config)
+    data.check_tokens(model, tokenizer)
+    model = adapt(model, recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
@@ -211,7 +282,17 @@ def _trainer(run: Run) -> PackedTrainer:
         processing_class=run.tokenizer,
         recompiles=recompiles,
         console=run.console,
+        about={"recipe": run.recipe.model_dump(mode="json"), "deltatune": __version__},
     )
+
+
+def _changes(recipe: Recipe, checkpoint: Path | None, allow: bool) -> list[str]:
+    """What was changed since the checkpoint and acts from there on, in words."""
+    if checkpoint is None:
+        return []
+    changes = find_changes(manifest(checkpoint).get("recipe", {}), recipe.model_dump(mode="json"))
+    check_changes(changes, allow=allow)
+    return [str(change) for change in changes]
 
 
 @contextmanager
@@ -239,6 +320,7 @@ def _last_evaluation(run: Run, trainer: PackedTrainer) -> Any:
 def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = _metrics(run, trainer, evaluation)
+    _check_finite(run.model)
     if run.arguments.should_save:
         save_trained(run.model, run.tokenizer, run.output_dir)
         # the compiler's account is complete only now
@@ -250,6 +332,16 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
     run.console.out(f"saved to {run.output_dir}", highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuses to save weights over whatever was there before that no model should have."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad and not is_sharded(weight)]
+    if trained and not bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):
+        raise UserError(
+            "some trained weights are not finite, so they are not saved; go on from a checkpoint before with another "
+            "training.learning_rate"
+        )
 
 
 def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) -> dict[str, Any]:

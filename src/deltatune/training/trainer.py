@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream, Place
+from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
@@ -23,6 +34,7 @@ from deltatune.training.batches import (
     CountingCollator,
     PackCounts,
     PackOrder,
+    count_steps,
     pack_loader,
     place_file,
 )
@@ -30,6 +42,8 @@ from deltatune.training.checkpoint import reload_weights
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.progress import ProgressBar
+from deltatune.training.resuming import restore_settings
+from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
 
 __all__ = ["PackedTrainer"]
 
@@ -54,6 +68,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
         console: where progress is drawn; the standard output by default.
+        about: JSON that every checkpoint's manifest holds, such as the recipe.
     """
 
     def __init__(
@@ -68,10 +83,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         processing_class: PreTrainedTokenizerBase | None = None,
         recompiles: Callable[[], int] | None = None,
         console: Console | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
         self._evaluated_tokens = 0
+        self._staging: Path | None = None  # where a checkpoint is written, while one is
+        self._about = about or {}
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
         self._console = console or Console()
         super().__init__(
@@ -199,6 +217,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         for name in [name for name in logs if name.endswith("_samples_per_second")]:
             del logs[name]
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; nothing after the last checkpoint is "
+                "saved; lower training.learning_rate, or look at the rows (training.logging_steps: 1 finds the step)"
+            )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # the Trainer logs the last step only where logging_steps divides it: a short run would never say its loss
@@ -207,14 +230,53 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self.meter.paused():
-            super()._save_checkpoint(model, trial)
+        """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
+        output_dir = Path(self.args.output_dir)
+        step = self.state.global_step
+        with self.meter.paused(), staged_checkpoint(output_dir, step) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._commit(staging / f"{CHECKPOINT}{step}", output_dir)
+            self.accelerator.wait_for_everyone()
+
+    def _commit(self, folder: Path, output_dir: Path) -> None:
+        place = output_dir / folder.name
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        seal(folder, self._about)
+        commit(folder, place)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # here, since every rank comes by and the file that makes a checkpoint whole is still to be written
         if self._place is not None:
             self._place.save(place_file(Path(output_dir), self._mesh))
+
+    def take_up_finished(self, checkpoint: Path) -> bool:
+        """Takes up the weights and the state of a checkpoint, if no step of the run is left after it.
+
+        The Trainer itself goes one step further where the last step lies within an epoch.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        _, steps = count_steps(len(self.get_train_dataloader()), self.args)
+        if state.global_step < steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -224,6 +286,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             # the stock way loads tensors by the names on disk, which for some families are not the module's names,
             # and goes on without those it cannot place
             reload_weights(target, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Their states, under the settings that hold now: what a recipe changes acts from here on."""
+        groups = [] if checkpoint is None else self.optimizer.param_groups
+        given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        restore_settings(self.optimizer, self.lr_scheduler, given)
 
     def _load_best_model(self) -> None:
         if self._loads_as_stock(self.model):

@@ -1,0 +1,37 @@
+"""deltatune import: another project's recipe as one of ours, and what became of each of its keys."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from deltatune.errors import UserError
+from deltatune.importing.read import read_foreign
+from deltatune.importing.recipe import convert
+from deltatune.importing.table import table_lines
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the recipe to the output, or to a new file; the table goes where the recipe does not."""
+    foreign = read_foreign(args.file, args.kind)
+    imported = convert(foreign)
+    lost = [row for row in imported.rows if row.given and row.outcome.verdict in ("not supported", "unknown")]
+    head = f"# From {foreign.path.name} ({foreign.table.name}), by deltatune import.\n"
+    head += "".join(f"# left out: {row.key}: {row.outcome.why}\n" for row in lost)
+    lines = [*table_lines(imported.rows), *(f"warning: {warning}" for warning in imported.warnings)]
+    table = "".join(f"{line}\n" for line in lines)
+    if args.output is None:
+        sys.stdout.write(head + imported.text)
+        sys.stderr.write(table)
+        return 0
+    output = Path(args.output)
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(head + imported.text)
+    except FileExistsError as error:
+        raise UserError(f"{output} exists: --output expects a new file") from error
+    sys.stdout.write(f"{table}\nthe recipe is in {output}\n")
+    return 0

@@ -1,0 +1,414 @@
+"""Axolotl's YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltatune.importing.axolotl_data import data_sets
+from deltatune.importing.batches import batch_of, length_of
+from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
+from deltatune.importing.templates import named_template
+from deltatune.importing.training_arguments import (
+    PACKED,
+    SHARDING,
+    TRAINING_ARGUMENTS,
+    epochs,
+    learning_rate_schedule,
+    optimizer,
+)
+from deltatune.importing.values import count, flag, is_off, mapping, number, text, texts, whole
+
+__all__ = ["AXOLOTL"]
+
+_BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
+_ATTENTION = "attention over packs is built in"
+_TOKENS = "special tokens and new tokens cannot be set from a recipe yet: change the tokenizer's files"
+_RL = "supervised fine-tuning alone: no preference training, no reward models, no reinforcement learning"
+_AUTO = "transformers' auto classes find the class"
+_IMAGES = "text alone trains here; images and audio in data are not read"
+_WANDB = "set it in the environment: WANDB_ENTITY and so on"
+
+
+def _has_lora(settings: Settings) -> bool:
+    return settings.get("adapter") in ("lora", "qlora")
+
+
+@alone
+def _adapter(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="every weight trains")
+    if value == "qlora":
+        return Outcome("changed", {"lora": {}}, f"lora; {QUANTISED}")
+    if value != "lora":
+        return Outcome("not supported", why="lora is the one adapter of recipes")
+    return Outcome("carried", {"lora": {}})
+
+
+@alone
+def _bf16(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="off there too")
+    why = "weights are loaded in it, as there" + ("; auto: where the device has it" if value == "auto" else "")
+    return Outcome("changed", {"model.dtype": "bfloat16"}, why)
+
+
+def _fp16(value: Any, settings: Settings) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="off there too")
+    if not is_off(settings.get("bf16")):
+        return Outcome("no effect here", why="bf16 is given, which wins")
+    # a scaler does not take the gradients of 16-bit weights; those of adapters are float32
+    dtype = "float16" if _has_lora(settings) else "float32"
+    return Outcome("changed", {"model.dtype": dtype, "training.fp16": True}, f"{dtype} weights under autocast")
+
+
+@alone
+def _linear(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="off there too")
+    return Outcome("carried", {"lora.target_modules": "all-linear"})
+
+
+def _targets(value: Any, settings: Settings) -> Outcome:
+    if not is_off(settings.get("lora_target_linear")):
+        beyond = [name for name in ("embed_tokens", "lm_head") if value and name in texts(value)]
+        if beyond:
+            return Outcome(
+                "not supported", why=f"all-linear leaves out {' and '.join(beyond)}: use lora.modules_to_save"
+            )
+        return Outcome("no effect here", why="lora_target_linear takes all linear layers")
+    return targets(value, settings)
+
+
+def _cannot_evaluate(kind: str, settings: Settings) -> Outcome | None:
+    held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
+    return None if kind == "save" or held_out else Outcome("no effect here", why="there is no held-out data")
+
+
+def _per_epoch(kind: str) -> Rule:
+    def rule(value: Any, settings: Settings) -> Outcome:
+        nothing = _cannot_evaluate(kind, settings)
+        if nothing is not None:
+            return nothing
+        if is_off(value):
+            return Outcome("carried", {f"training.{kind}_strategy": "no"} if value is not None else {})
+        times, limited = count(value), not is_off(settings.get("max_steps"))
+        strategy, share = f"training.{kind}_strategy", 1 / (times * number(settings.get("num_epochs") or 1))
+        if times == 1 and not limited:
+            return Outcome("carried", {strategy: "epoch"}, "once an epoch")
+        if share >= 1:
+            return Outcome("changed", {strategy: "epoch"}, "at the end of an epoch, which max_steps may not reach")
+        return Outcome(
+            "changed", {strategy: "steps", f"training.{kind}_steps": share}, "a share of all steps, as there"
+        )
+
+    return rule
+
+
+def _strategy(kind: str) -> Rule:
+    def rule(value: Any, settings: Settings) -> Outcome:
+        nothing = _cannot_evaluate(kind, settings)
+        if nothing is not None:
+            return nothing
+        for winner in (f"{kind}s_per_epoch", f"{kind}_steps"):
+            if not is_off(settings.get(winner)):
+                return Outcome("no effect here", why=f"{winner} is given, which wins")
+        return Outcome("carried", {f"training.{kind}_strategy": text(value)})
+
+    return rule
+
+
+def _every(kind: str) -> Rule:
+    def rule(value: Any, settings: Settings) -> Outcome:
+        nothing = _cannot_evaluate(kind, settings)
+        if is_off(value) or nothing is not None:
+            return nothing or Outcome("no effect here", why="not set")
+        if not is_off(settings.get(f"{kind}s_per_epoch")):
+            return Outcome("no effect here", why=f"{kind}s_per_epoch is given, which wins")
+        found = number(value)
+        every = found if found < 1 else whole(value)
+        return Outcome("carried", {f"training.{kind}_strategy": "steps", f"training.{kind}_steps": every})
+
+    return rule
+
+
+@alone
+def _val_size(value: Any) -> Outcome:
+    if is_off(value) or number(value) == 0:
+        return Outcome("no effect here", why="nothing is held out")
+    found = number(value)
+    return Outcome("carried", {"data.val_size": found if found < 1 else whole(value)})
+
+
+@alone
+def _on_inputs(value: Any) -> Outcome:
+    return Outcome(
+        "carried", {"data.train_on": "all"} if flag(value) else {}, "" if flag(value) else "the default here"
+    )
+
+
+def _template(value: Any, settings: Settings) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    if value == "jinja":
+        given = not is_off(settings.get("chat_template_jinja"))
+        return Outcome("no effect here" if given else "not supported", why="the text is in chat_template_jinja")
+    return named_template(value)
+
+
+@alone
+def _wandb(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    return Outcome("changed", {"training.report_to": "wandb"}, "set WANDB_PROJECT for the project's name")
+
+
+def _tensorboard(value: Any, settings: Settings) -> Outcome:
+    both = not is_off(settings.get("wandb_project"))
+    if is_off(value):
+        return Outcome("no effect here", why="off there too")
+    return Outcome("not supported" if both else "carried", {} if both else {"training.report_to": "tensorboard"})
+
+
+@alone
+def _hub(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    return Outcome("carried", {"training.hub_model_id": text(value), "training.push_to_hub": True}, "a name pushes")
+
+
+@alone
+def _plugins(value: Any) -> Outcome:
+    names = texts(value) if value else []
+    others = [name for name in names if not any(part in name for part in ("cut_cross_entropy", "liger", "kernels"))]
+    if others:
+        return Outcome("not supported", why=f"{others[0]}: no plugins here")
+    return Outcome("no effect here", why=_BUILT_IN)
+
+
+def _overlong(settings: Settings) -> str:
+    fate = {"truncate": "truncate", "raise": "error"}
+    return fate.get(str(settings.get("excess_length_strategy")), "drop")
+
+
+@alone
+def _share_of_experts(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    names = texts(value)
+    full = all(any(name.endswith(end) for name in names) for end in ("gate_up_proj", "down_proj"))
+    return Outcome("carried", {"lora.target_parameters": "all-experts" if full else names})
+
+
+def _defaults(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = {"micro_batch_size": 1, "sequence_len": 512, "num_epochs": 1.0, "lr_scheduler": "cosine"}
+    if is_off(settings.get("warmup_steps")) and "warmup_ratio" not in settings:
+        found["warmup_ratio"] = 0.03
+    if all(key not in settings for key in ("saves_per_epoch", "save_steps", "save_strategy")):
+        found["save_strategy"] = "epoch"
+    return found
+
+
+_LORA: dict[str, Rule] = {
+    "lora_r": carried("lora.r", count),
+    "lora_alpha": carried("lora.lora_alpha", whole),
+    "lora_dropout": carried("lora.lora_dropout", number),
+    "lora_target_modules": _targets,
+    "lora_target_linear": _linear,
+    "lora_target_parameters": _share_of_experts,
+    "lora_modules_to_save": carried("lora.modules_to_save", texts),
+    "lora_rank_pattern": carried("lora.rank_pattern", mapping),
+    "lora_alpha_pattern": carried("lora.alpha_pattern", mapping),
+    "lora_fan_in_fan_out": idle("linear layers alone get adapters"),
+    "peft_use_rslora": carried("lora.use_rslora", flag),
+    "peft_use_dora": carried("lora.use_dora", flag, "needs compile.strict: false with compile"),
+    "peft_init_lora_weights": carried("lora.init_lora_weights"),
+    "peft_layers_to_transform": carried("lora.layers_to_transform"),
+}
+
+_LORA_RULES = {key: with_lora(rule, _has_lora) for key, rule in _LORA.items()}
+
+
+def _each(names: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, Rule] = {
+    **TRAINING_ARGUMENTS,
+    "base_model": carried("model.name_or_path", text),
+    "revision_of_model": carried("model.revision", text),
+    "trust_remote_code": carried("model.trust_remote_code", flag),
+    "tokenizer_config": carried("model.tokenizer", text),
+    "chat_template": _template,
+    "chat_template_jinja": carried("model.chat_template", text),
+    "chat_template_kwargs": carried("data.chat_template_kwargs", mapping),
+    "torch_dtype": carried("model.dtype", text),
+    "bf16": _bf16,
+    "bfloat16": _bf16,
+    "fp16": _fp16,
+    "float16": _fp16,
+    "sequence_len": length_of(_overlong),
+    "excess_length_strategy": idle("in data.overlong, with sequence_len"),
+    "micro_batch_size": batch_of("sequence_len", packed=lambda settings: not is_off(settings.get("sample_packing"))),
+    "num_epochs": epochs,
+    "optimizer": optimizer,
+    "lr_scheduler": learning_rate_schedule,
+    "adapter": _adapter,
+    **_LORA_RULES,
+    "val_set_size": _val_size,
+    "evals_per_epoch": _per_epoch("eval"),
+    "saves_per_epoch": _per_epoch("save"),
+    "eval_strategy": _strategy("eval"),
+    "evaluation_strategy": _strategy("eval"),
+    "save_strategy": _strategy("save"),
+    "eval_steps": _every("eval"),
+    "save_steps": _every("save"),
+    "train_on_inputs": _on_inputs,
+    "hub_model_id": _hub,
+    "dataset_prepared_path": changed("data.cache_dir", text, "tokenised data is kept there, in a form of its own"),
+    **_each("dataset_processes dataset_num_proc", carried("data.num_proc", count)),
+    "streaming": carried("data.streaming", flag),
+    "adam_eps": carried("training.adam_epsilon", number),
+    "wandb_project": _wandb,
+    "use_wandb": idle("wandb_project says it"),
+    "wandb_name": carried("training.run_name", text),
+    **_each("wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode", refused(_WANDB)),
+    "use_tensorboard": _tensorboard,
+    **_each(
+        "load_in_4bit load_in_8bit gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama bnb_config_kwargs "
+        "quantize_moe_experts model_quantization_config model_quantization_config_kwargs nvfp4_merge_aware "
+        "dsv4_fp4_grouped_mode loftq_config loftq_bits peft",
+        refused(QUANTISED),
+    ),
+    **_each(
+        "qat fp8 fp8_config fp8_enable_fsdp_float8_all_gather quantization llmcompressor use_onebitllms",
+        refused("training in fewer than 16 bits is not supported"),
+    ),
+    **_each(
+        "attn_implementation flash_attention sdp_attention xformers_attention flex_attention sage_attention "
+        "eager_attention flex_attn_compile_kwargs flash_attn_cross_entropy flash_attn_fuse_mlp flash_optimum "
+        "flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_d512 "
+        "sdpa_varlen gemma4_hybrid_attn_impl large_head_attention pretrain_multipack_attn",
+        idle(_ATTENTION),
+    ),
+    **_each(
+        "sample_packing eval_sample_packing sample_packing_group_size sample_packing_eff_est "
+        "sample_packing_seq_len_multiplier max_packed_sequence_len sample_packing_bin_size "
+        "pad_to_sequence_len pad_to_multiple_of batch_flattening multipack_real_batches "
+        "sample_packing_mp_start_method",
+        idle(PACKED),
+    ),
+    "sample_packing_sequentially": refused("use training.train_sampling_strategy: sequential"),
+    "curriculum_sampling": refused("use training.train_sampling_strategy: sequential"),
+    **_each("eval_batch_size eval_sequence_len", idle("evaluation packs as training does")),
+    "batch_size": refused("set training.gradient_accumulation_steps"),
+    **_each(
+        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel fused_attn_kernel use_kernels "
+        "cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp use_scattermoe "
+        "use_sonicmoe experts_implementation use_glm_dsa_kernels use_dsv4_kernels",
+        idle(_BUILT_IN),
+    ),
+    "plugins": _plugins,
+    **_each(
+        "special_tokens tokens added_tokens_overrides eot_tokens bos_token eos_token pad_token "
+        "additional_special_tokens resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings "
+        "default_system_message",
+        refused(_TOKENS),
+    ),
+    **_each(
+        "model_type tokenizer_type tokenizer_use_fast tokenizer_legacy is_llama_derived_model "
+        "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model base_model_config",
+        idle(_AUTO),
+    ),
+    **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
+    **_each("processor_type processor_kwargs skip_prepare_dataset image_size image_resize_algorithm", refused(_IMAGES)),
+    "freeze_mm_modules": idle("towers of images and audio never train"),
+    **_each(
+        "rl trl vllm ebft rl_beta orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight kto_undesirable_weight "
+        "reward_model process_reward_model center_rewards_coefficient num_labels diffusion dpo_beta "
+        "cls_model_config dpo_use_weighting",
+        refused(_RL),
+    ),
+    **_each(
+        "fsdp fsdp_config fsdp_version deepspeed dp_shard_size dp_replicate_size tensor_parallel_size "
+        "expert_parallel_size context_parallel_size sequence_parallel_degree heads_k_stride ring_attn_func "
+        "fsdp_final_state_dict_type deepcompile expert_parallel_num_nvl_bytes expert_parallel_token_capacity "
+        "use_ray ray_num_workers resources_per_worker context_parapllel_size",
+        refused(SHARDING),
+    ),
+    **_each(
+        "activation_offloading layer_offloading ple_cpu_offload experimental_skip_move_to_device "
+        "qlora_sharded_model_loading lora_on_cpu max_memory gpu_memory_limit low_cpu_mem_usage device_map",
+        refused("nothing is moved to the host's memory here"),
+    ),
+    **_each("early_stopping_patience", refused("runs are not stopped early yet")),
+    **_each("loss_watchdog_threshold loss_watchdog_patience", refused("a run is not stopped by its loss")),
+    **_each(
+        "unfrozen_parameters lisa_n_layers lisa_step_interval lisa_layers_attribute relora relora_prune_ratio "
+        "relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps",
+        refused("an adapter or every weight trains, from start to end"),
+    ),
+    **_each("lora_model_dir", refused("training starts with a new adapter; merge the old one into its base first")),
+    **_each(
+        "loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale lr_groups",
+        refused("one learning rate for all that trains"),
+    ),
+    **_each(
+        "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")
+    ),
+    **_each(
+        "cosine_constant_lr_ratio lr_quadratic_warmup lr_div_factor eta_min", refused("no schedule of transformers")
+    ),
+    **_each("use_eaft eaft_alpha eaft_k use_dynamic_finetuning", refused("the loss is cross entropy")),
+    **_each("shuffle_merged_datasets shuffle_before_merging_datasets", idle("each epoch has a new random order")),
+    **_each("dataset_exact_deduplication min_sample_len max_prompt_len", refused("prepare the data with it")),
+    **_each(
+        "dataset_keep_in_memory dataset_shard_num dataset_shard_idx streaming_multipack_buffer_size "
+        "pretrain_multipack_buffer_size num_dataset_shards_to_save",
+        idle("data is read from its cache or streamed"),
+    ),
+    "push_dataset_to_hub": refused("tokenised data stays local"),
+    "hf_use_auth_token": idle("the login of huggingface_hub is used"),
+    "model_config": refused("values of the checkpoint's config.json: change them there"),
+    "overrides_of_model_config": refused("values of the checkpoint's config.json: change them there"),
+    "rope_scaling": refused("values of the checkpoint's config.json: change them there"),
+    "llama4_linearized_experts": refused("the checkpoint's own layout of experts is used"),
+    "reinit_weights": refused("training starts from the checkpoint's weights"),
+    **_each(
+        "strict debug ddp fix_untrained_tokens torchdistx_path auto_resume_from_checkpoints gc_steps "
+        "gc_collect_steps world_size "
+        "eval_table_size eval_max_new_tokens test_value total_num_tokens base_model_ignore_patterns device "
+        "is_preprocess preprocess_iterable",
+        idle("no part of what is trained"),
+    ),
+    **_each(
+        "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset generate_samples num_generation_samples",
+        refused("evaluation is the loss per trained token"),
+    ),
+    "merge_lora": refused("use deltatune merge"),
+    "save_first_step": refused("see training.save_steps"),
+}
+
+AXOLOTL = Table(
+    "axolotl",
+    _RULES,
+    _defaults,
+    frozenset({"base_model", "micro_batch_size", "sequence_len", "adapter", "num_epochs", "val_set_size"}),
+    patterns={
+        "liger_.*": idle(_BUILT_IN),
+        "gradio_.*": idle("no part of what is trained"),
+        "dpo_.*": refused(_RL),
+        "(use_)?(swanlab|mlflow|comet|trackio|otel_metrics)(_.*)?|hf_mlflow_.*": refused(
+            "set training.report_to, and the tracker's own environment variables"
+        ),
+        "dion_.*|qgalore_.*|adam_(epsilon2|beta3)": refused("no optimizer of transformers"),
+        "pose_.*|use_pose": refused("documents keep their positions"),
+        "profiler_.*|include_t(okens_per_second|kps)": idle("tokens per second are always logged"),
+    },
+    sections={
+        "datasets": data_sets("train"),
+        "pretraining_dataset": data_sets("train", streamed=True),
+        "test_datasets": data_sets("eval"),
+    },
+)

@@ -1,0 +1,49 @@
+"""Rows in a batch and tokens in a row: the size of a pack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltatune.importing.rules import Outcome, Rule, Settings
+from deltatune.importing.values import count, is_off
+
+__all__ = ["batch_of", "length_of"]
+
+
+def batch_of(*length_keys: str, packed: Any) -> Rule:
+    """Rows in a batch times the most tokens in a row: the tokens of a pack.
+
+    Args:
+        length_keys: where the most tokens in a row stand; the first that is set.
+        packed: of all settings, whether rows are packs there too.
+    """
+
+    def rule(value: Any, settings: Settings) -> Outcome:
+        length_key = next((key for key in length_keys if not is_off(settings.get(key))), None)
+        if is_off(value) or length_key is None:
+            why = f"without {length_keys[0]} nothing bounds a batch: set packing.tokens_per_batch"
+            return Outcome("not supported", why=why)
+        rows, tokens = count(value), count(settings[length_key])
+        why = f"{rows} x {tokens} tokens ({length_key}) a pack"
+        if not packed(settings):
+            why += "; rows were padded there: a pack holds more documents, so an epoch has fewer, larger steps"
+        return Outcome("changed", {"packing.tokens_per_batch": rows * tokens}, why)
+
+    return rule
+
+
+def length_of(overlong: Any) -> Rule:
+    """The most tokens of a document, and what becomes of longer ones.
+
+    Args:
+        overlong: of all settings, the value of data.overlong.
+    """
+
+    def rule(value: Any, settings: Settings) -> Outcome:
+        if is_off(value):
+            return Outcome("no effect here", why="not set: a document must fit a pack")
+        fate = overlong(settings)
+        writes = {"data.max_length": count(value), "data.overlong": fate}
+        return Outcome("changed", writes, f"the most tokens of a document; longer ones: {fate}, as there")
+
+    return rule

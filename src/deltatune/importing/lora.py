@@ -1,0 +1,48 @@
+"""Adapters: what the four projects' LoRA settings become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltatune.importing.rules import Outcome, Rule, Settings, alone
+from deltatune.importing.values import is_off, texts
+
+__all__ = ["PEFT_TARGETS", "QUANTISED", "targets", "with_lora"]
+
+QUANTISED = "quantised base weights are not supported: the base is loaded in 16 bits, which takes more memory"
+#: What PEFT adapts in most families where no target is given.
+PEFT_TARGETS = ["q_proj", "v_proj"]
+_WHOLE_MODULES = ("embed_tokens", "lm_head")
+_ALL = ("all", "all-linear", "all_linear")
+
+
+def with_lora(rule: Rule, has_lora: Any) -> Rule:
+    """A rule of a section that is there only where the file asks for an adapter.
+
+    Args:
+        rule: what becomes of the key then.
+        has_lora: of all settings, whether they ask for one.
+    """
+
+    def outcome(value: Any, settings: Settings) -> Outcome:
+        return rule(value, settings) if has_lora(settings) else Outcome("no effect here", why="no adapter is trained")
+
+    return outcome
+
+
+@alone
+def targets(value: Any) -> Outcome:
+    """Modules that get adapters: names, ``all``, or one expression; whole modules among them are trained fully."""
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    if isinstance(value, str) and (any(sign in value for sign in r"\([*|^$") or value in _ALL):
+        return Outcome("carried", {"lora.target_modules": "all-linear" if value in _ALL else value})
+    names = texts(value)
+    if names[0] in _ALL:
+        return Outcome("carried", {"lora.target_modules": "all-linear"})
+    whole = [name for name in names if name in _WHOLE_MODULES]
+    adapted = [name for name in names if name not in whole]
+    if not whole or not adapted:
+        return Outcome("carried", {"lora.target_modules": names})
+    writes = {"lora.target_modules": adapted, "lora.modules_to_save": whole}
+    return Outcome("changed", writes, f"{' and '.join(whole)} train fully and are saved with the adapter")

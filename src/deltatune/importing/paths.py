@@ -1,0 +1,20 @@
+"""Which paths are files: a data set of one file has no splits to choose from."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+__all__ = ["is_data_file", "is_folder_path"]
+
+_DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|txt|parquet|arrow)(\.(gz|zst|xz|bz2))?$", re.IGNORECASE)
+
+
+def is_data_file(path: Any) -> bool:
+    """Whether a path has the ending of a data file; it need not be there."""
+    return isinstance(path, str) and _DATA_FILE.search(path) is not None
+
+
+def is_folder_path(path: Any) -> bool:
+    """Whether a path can only be a folder here, and not a name on the Hub."""
+    return isinstance(path, str) and (path.startswith(("/", "./", "../", "~")) or path in (".", ".."))

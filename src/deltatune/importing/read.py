@@ -1,0 +1,88 @@
+"""A file of another project: which one's it is, and its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deltatune.config.yaml_text import parse_document
+from deltatune.errors import UserError, near_files
+from deltatune.importing.axolotl import AXOLOTL
+from deltatune.importing.command_line import settings_of_command
+from deltatune.importing.llama_factory import LLAMA_FACTORY
+from deltatune.importing.rules import Table
+from deltatune.importing.trl import TRL
+from deltatune.importing.unsloth import UNSLOTH, settings_of_script
+
+__all__ = ["KINDS", "Foreign", "Kind", "read_foreign"]
+
+Kind = Literal["axolotl", "llamafactory", "trl", "unsloth"]
+KINDS: Mapping[Kind, Table] = {"axolotl": AXOLOTL, "llamafactory": LLAMA_FACTORY, "trl": TRL, "unsloth": UNSLOTH}
+
+
+_OF_YAML: tuple[Kind, ...] = ("axolotl", "llamafactory", "trl")
+# TRL's own trainer in a script is called with the same arguments
+_OF_PYTHON: tuple[Kind, ...] = ("unsloth", "trl")
+_SUFFIXES = {".yaml": _OF_YAML, ".yml": _OF_YAML, ".py": _OF_PYTHON, ".ipynb": _OF_PYTHON}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Another project's recipe as it stands in its file."""
+
+    path: Path
+    table: Table
+    settings: Mapping[str, Any]
+
+
+def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
+    """Reads a file; what kind it is of is told by its ending and its keys unless ``kind`` says it.
+
+    Raises:
+        UserError: no such file, one that is broken, or one of which the kind is not told.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file{near_files(path)}") from error
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a text file, got {'a folder' if path.is_dir() else 'bytes'}") from error
+    written = _SUFFIXES.get(path.suffix, ("trl",))
+    if kind is not None and kind not in written:
+        raise UserError(f"{path}: --from {kind} cannot be; a file {path.name} is read as {' or '.join(written)}")
+    if "unsloth" in written:
+        return Foreign(path, UNSLOTH, settings_of_script(path, text))
+    if written == ("trl",):
+        settings = settings_of_command(path, text)
+        return Foreign(path, TRL, _with_config(path, settings))
+    settings, _ = parse_document(text, str(path))
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {type(settings).__name__}")
+    return Foreign(path, KINDS[kind or _kind(path, settings)], settings)
+
+
+def _with_config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The keys of ``--config FILE`` under those of the command line, which win."""
+    for config in (Path(str(settings.get("config", ""))), path.parent / str(settings.get("config", ""))):
+        if config.suffix in (".yaml", ".yml") and config.is_file():
+            inner, _ = parse_document(config.read_text(encoding="utf-8"), str(config))
+            return {**(inner or {}), **{key: value for key, value in settings.items() if key != "config"}}
+    return settings
+
+
+def _kind(path: Path, settings: Mapping[str, Any]) -> Kind:
+    found: dict[Kind, list[str]] = {}
+    for kind, table in KINDS.items():
+        marks = [key for key in settings if key in table.marks]
+        if marks:
+            found[kind] = marks
+    if len(found) == 1:
+        return next(iter(found))
+    if not found and {"model", "training", "data"} & set(settings):
+        raise UserError(f"{path}: this is a recipe of deltatune's own already")
+    said = "; ".join(f"{kind} by {', '.join(marks[:3])}" for kind, marks in found.items())
+    why = f"more than one fits: {said}" if found else "none of their own keys is there"
+    raise UserError(f"{path}: whose file this is cannot be told ({why}); say --from axolotl, llamafactory or trl")

@@ -1,0 +1,222 @@
+"""Names of transformers.TrainingArguments, which three of the formats share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, changed, idle, refused
+from deltatune.importing.values import count, flag, is_off, mapping, number, steps, text, texts, whole
+
+__all__ = [
+    "BITS_8",
+    "SHARDING",
+    "TRAINING_ARGUMENTS",
+    "checkpointing",
+    "epochs",
+    "learning_rate_schedule",
+    "optimizer",
+    "warmup_ratio",
+]
+
+BITS_8 = "needs bitsandbytes (pip install bitsandbytes)"
+SHARDING = "sharded training is not set up from a recipe yet; several GPUs train with a copy of the model each"
+PACKED = "packs are always used; documents stay apart in them"
+
+# transformers' names; what is beside them is needed beyond the train extra
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"), ""),
+    **dict.fromkeys(
+        [
+            "adamw_bnb_8bit",
+            "adamw_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_lion_8bit",
+            "paged_lion_32bit",
+            "ademamix",
+            "ademamix_8bit",
+            "paged_ademamix_8bit",
+            "paged_ademamix_32bit",
+            "rmsprop_bnb",
+            "rmsprop_bnb_8bit",
+            "rmsprop_bnb_32bit",
+        ],
+        BITS_8,
+    ),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "needs torchao (pip install torchao)"),
+    **dict.fromkeys(
+        ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"),
+        "needs schedulefree (pip install schedulefree)",
+    ),
+}
+# another name, or one that transformers no longer has
+_RENAMED = {"adamw_hf": "adamw_torch", "adamw": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}
+_SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+@alone
+def optimizer(value: Any) -> Outcome:
+    """An optimizer by transformers' name."""
+    if value is None:
+        return Outcome("no effect here", why="not set")
+    name = text(value)
+    if name in _RENAMED:
+        return Outcome("changed", {"training.optim": _RENAMED[name]}, "transformers' name for it today")
+    if name not in _OPTIMIZERS:
+        return Outcome("not supported", why="no optimizer of transformers that is known to work here")
+    return Outcome("carried", {"training.optim": name}, _OPTIMIZERS[name])
+
+
+@alone
+def learning_rate_schedule(value: Any) -> Outcome:
+    """A learning-rate schedule by transformers' name."""
+    if value is None:
+        return Outcome("no effect here", why="not set")
+    if text(value) not in _SCHEDULES:
+        return Outcome("not supported", why="no schedule of transformers; set training.lr_scheduler_type")
+    return Outcome("carried", {"training.lr_scheduler_type": value})
+
+
+def warmup_ratio(value: Any, settings: Settings) -> Outcome:
+    """A share of all steps, unless the number of steps is given as well, which wins."""
+    if is_off(value):
+        return Outcome("no effect here", why="no warm-up is the default here")
+    if not is_off(settings.get("warmup_steps")):
+        return Outcome("no effect here", why="warmup_steps is given, which wins")
+    return Outcome("changed", {"training.warmup_steps": number(value)}, "a number below 1 is a share of all steps")
+
+
+def epochs(value: Any, settings: Settings) -> Outcome:
+    """Passes over the data, unless max_steps ends the run."""
+    if value is None:
+        return Outcome("no effect here", why="not set")
+    if not is_off(settings.get("max_steps")) and number(settings["max_steps"]) > 0:
+        return Outcome("no effect here", why="max_steps is given, which wins")
+    return Outcome("carried", {"training.num_train_epochs": number(value)})
+
+
+@alone
+def checkpointing(value: Any) -> Outcome:
+    """Recomputation of whole layers, which all four projects mean."""
+    if is_off(value):
+        return Outcome("carried", {"checkpointing": "none"})
+    if isinstance(value, str) and value.lower() not in ("true", "yes", "1"):
+        why = "every layer is recomputed; nothing is moved to the host's memory"
+        return Outcome("changed", {"checkpointing": "layer"}, why)
+    flag(value)
+    return Outcome("carried", {"checkpointing": "layer"}, "auto recomputes only what the memory asks for")
+
+
+@alone
+def _max_steps(value: Any) -> Outcome:
+    if is_off(value) or number(value) < 0:
+        return Outcome("no effect here", why="epochs are counted")
+    return Outcome("carried", {"training.max_steps": count(value)})
+
+
+@alone
+def _report_to(value: Any) -> Outcome:
+    if is_off(value) or value == ["none"]:
+        return Outcome("carried", {"training.report_to": "none"})
+    trackers = texts(value)
+    return Outcome("carried", {"training.report_to": trackers[0] if len(trackers) == 1 else trackers})
+
+
+@alone
+def _compiled(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("carried", {"compile": False})
+    flag(value)
+    return Outcome("carried", {"compile": True}, "one graph for each kind of layer; a graph break is an error")
+
+
+_FLAGS = (
+    "logging_first_step disable_tqdm save_only_model load_best_model_at_end dataloader_pin_memory greater_is_better "
+    "push_to_hub hub_private_repo hub_always_push full_determinism use_cpu ddp_find_unused_parameters "
+    "ddp_broadcast_buffers log_on_each_node save_on_each_node eval_on_start bf16_full_eval fp16_full_eval "
+    "dataloader_drop_last dataloader_persistent_workers enable_jit_checkpoint ignore_data_skip skip_memory_metrics fp16"
+)
+_NUMBERS = "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm learning_rate eval_delay"
+_COUNTS = "gradient_accumulation_steps save_total_limit ddp_timeout ddp_bucket_cap_mb dataloader_prefetch_factor"
+_STEPS = "logging_steps save_steps eval_steps"
+_TEXTS = (
+    "output_dir run_name metric_for_best_model hub_model_id hub_strategy hub_revision ddp_backend log_level "
+    "log_level_replica logging_strategy eval_strategy save_strategy project trackio_space_id"
+)
+_WHOLE = "seed data_seed dataloader_num_workers torch_empty_cache_steps"
+
+
+def _to_training(names: str, read: Any) -> dict[str, Rule]:
+    return {name: carried(f"training.{name}", read) for name in names.split()}
+
+
+_COMMANDS = "the command says what to do: deltatune train"
+
+TRAINING_ARGUMENTS: dict[str, Rule] = {
+    **_to_training(_FLAGS, flag),
+    **_to_training(_NUMBERS, number),
+    **_to_training(_COUNTS, count),
+    **_to_training(_STEPS, steps),
+    **_to_training(_TEXTS, text),
+    **_to_training(_WHOLE, whole),
+    "num_train_epochs": epochs,
+    "max_steps": _max_steps,
+    "optim": optimizer,
+    "optim_args": carried("training.optim_args"),
+    "optim_target_modules": carried("training.optim_target_modules"),
+    "lr_scheduler_type": learning_rate_schedule,
+    "lr_scheduler_kwargs": carried("training.lr_scheduler_kwargs", mapping),
+    "warmup_ratio": warmup_ratio,
+    "warmup_steps": carried("training.warmup_steps", steps),
+    "evaluation_strategy": changed("training.eval_strategy", text, "today's name"),
+    "report_to": _report_to,
+    "tf32": carried("training.tf32", flag, "an error on devices without it"),
+    "gradient_checkpointing": checkpointing,
+    "gradient_checkpointing_kwargs": idle("layers are recomputed without reentrant autograd"),
+    "torch_compile": _compiled,
+    "torch_compile_backend": idle("layers are compiled by Inductor"),
+    "torch_compile_mode": refused("use compile.options"),
+    "use_liger_kernel": idle("fused norms, MLPs and a loss without whole logits are built in"),
+    "liger_kernel_config": idle("fused norms, MLPs and a loss without whole logits are built in"),
+    "packing": idle(PACKED),
+    "padding_free": idle(PACKED),
+    "group_by_length": idle("packs are all of one length"),
+    "per_device_eval_batch_size": idle("evaluation packs as training does"),
+    "auto_find_batch_size": refused("a batch is one pack of packing.tokens_per_batch tokens"),
+    "remove_unused_columns": idle("packs hold what the model takes"),
+    "average_tokens_across_devices": idle("the loss is always divided by all trained tokens"),
+    "label_smoothing_factor": refused("the loss without whole logits has no label smoothing"),
+    "neftune_noise_alpha": refused("its noise depends on a row's length, and a row is a pack"),
+    "fsdp": refused(SHARDING),
+    "fsdp_config": refused(SHARDING),
+    "deepspeed": refused(SHARDING),
+    "accelerator_config": idle("every rank reads its own packs"),
+    "parallelism_config": refused(SHARDING),
+    "hub_token": refused("set the HF_TOKEN environment variable"),
+    "overwrite_output_dir": idle("a folder with another run's checkpoints is never overwritten"),
+    "resume_from_checkpoint": refused("use deltatune train --resume"),
+    "do_train": idle(_COMMANDS),
+    "do_eval": idle(_COMMANDS),
+    "do_predict": refused("training alone; generate with the trained model"),
+    "local_rank": idle("the launcher sets it"),
+    "save_safetensors": idle("files are always safetensors"),
+    "eval_accumulation_steps": idle("evaluation keeps no logits"),
+    "label_names": idle("the labels of a pack are known"),
+    "prediction_loss_only": idle("evaluation keeps no logits"),
+    "logging_dir": refused("set the TENSORBOARD_LOGGING_DIR environment variable"),
+    "use_cache": idle("training uses no cache"),
+}

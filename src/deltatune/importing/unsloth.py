@@ -1,0 +1,326 @@
+"""Unsloth's scripts and notebooks: the arguments of their calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deltatune.errors import UserError
+from deltatune.importing.batches import batch_of, length_of
+from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets
+from deltatune.importing.paths import is_data_file
+from deltatune.importing.python_calls import Call, calls_in
+from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, idle, refused
+from deltatune.importing.templates import named_template
+from deltatune.importing.training_arguments import checkpointing
+from deltatune.importing.trl import SFT_CONFIG, overlong, packed
+from deltatune.importing.values import NotLiteral, count, flag, is_off, number, text, texts, whole
+
+__all__ = ["UNSLOTH", "settings_of_script"]
+
+_MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "AutoModelForCausalLM")
+# what a call is known as -> the names of its positional arguments, None for objects
+_POSITIONS: dict[str, tuple[str | None, ...]] = {
+    "from_pretrained": ("model_name",),
+    "get_peft_model": (None,),
+    "LoraConfig": ("r",),
+    "SFTTrainer": ("model",),
+    "SFTConfig": ("output_dir",),
+    "load_dataset": ("path", "name"),
+    "get_chat_template": (None, "chat_template"),
+    "train_on_responses_only": (None,),
+}
+_ALIASES = {
+    "UnslothTrainer": "SFTTrainer",
+    "Trainer": "SFTTrainer",
+    "TrainingArguments": "SFTConfig",
+    "UnslothTrainingArguments": "SFTConfig",
+}
+# a call that is a row by itself
+_SPEAKS = ("from_pretrained", "get_peft_model", "LoraConfig", "train_on_responses_only")
+_FIRST = "a recipe is one run: the first such call is taken"
+# what it puts in place of transformers' defaults
+_OWN_TRAINING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.01,
+    "seed": 3407,
+    "optim": "adamw_8bit",
+    "logging_steps": 1,
+}
+_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def settings_of_script(path: Path, source: str) -> dict[str, Any]:
+    """The arguments of the calls that say how a model is trained, by their names.
+
+    Where two calls have an argument of one name, the later one's is taken and the earlier one is kept under
+    ``call.argument``, and so is every further call of one kind.
+
+    Raises:
+        UserError: broken Python, or no such call.
+    """
+    found: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    seen: set[str] = set()
+    for call in calls_in(path, source):
+        name = _known(call)
+        if name is None:
+            continue
+        if name in seen or (name.endswith("Trainer") and name not in _POSITIONS):
+            found[f"{call.name} (line {call.line})"] = NotLiteral(f"{call.name}(...)")
+            continue
+        seen.add(name)
+        if name in _SPEAKS:
+            found[name] = f"{call.owner or name}, line {call.line}"
+        positional = dict(zip(_POSITIONS[name], call.positional, strict=False))
+        arguments = {word: given for word, given in positional.items() if word} | call.named
+        for key, value in arguments.items():
+            if key == "model":
+                if not isinstance(value, str):
+                    continue  # the object that from_pretrained gave
+                key = "model_name"
+            if key in found:
+                found[f"{owners.get(key)}.{key}"] = found.pop(key)
+            found[key], owners[key] = value, name
+    if not seen & {"from_pretrained", "SFTTrainer", "SFTConfig"}:
+        raise UserError(f"{path}: expected calls of from_pretrained, SFTTrainer or SFTConfig; found none of them")
+    return found
+
+
+def _known(call: Call) -> str | None:
+    name = _ALIASES.get(call.name, call.name)
+    if name == "from_pretrained" and call.owner not in _MODELS:
+        return None
+    return name if name in _POSITIONS or name.endswith("Trainer") else None
+
+
+def _is_own(settings: Settings) -> bool:
+    return str(settings.get("from_pretrained", "")).startswith("Fast")
+
+
+def _has_lora(settings: Settings) -> bool:
+    return "get_peft_model" in settings or "LoraConfig" in settings
+
+
+@alone
+def _model(value: Any) -> Outcome:
+    name = text(value)
+    for end in ("-unsloth-bnb-4bit", "-bnb-4bit"):
+        if name.endswith(end):
+            ours = name.removesuffix(end)
+            return Outcome("changed", {"model.name_or_path": ours}, f"{ours}, its form in 16 bits; {QUANTISED}")
+    return Outcome("carried", {"model.name_or_path": name})
+
+
+@alone
+def _dtype(value: Any) -> Outcome:
+    if value is None:
+        return Outcome("changed", {"model.dtype": "bfloat16"}, "None: bfloat16 where the device has it")
+    return Outcome("carried", {"model.dtype": text(value)})
+
+
+def _autocast(name: str) -> Rule:
+    """Unsloth's weights are in 16 bits whatever a script says; those of others may be float32."""
+
+    def rule(value: Any, settings: Settings) -> Outcome:
+        if not _is_own(settings):
+            return SFT_CONFIG[name](value, settings)
+        return Outcome("no effect here", why="in model.dtype, which the weights have")
+
+    return rule
+
+
+def _full(value: Any, settings: Settings) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="off there too")
+    if _has_lora(settings):
+        return Outcome("not supported", why="the script adds an adapter as well, which is taken")
+    flag(value)
+    return Outcome("carried", why="without a section lora every weight trains")
+
+
+def _dataset(value: Any, settings: Settings) -> Outcome:
+    if not is_off(settings.get("path")):
+        why = f"{value}: the data of load_dataset; what the script does to its rows is not carried"
+        return Outcome("changed", why=why)
+    return Outcome("not supported", why=f"{value} is made by the script: name a file in data.train.0.path")
+
+
+def _path(value: Any, settings: Settings) -> Outcome:
+    if value in ("json", "csv", "parquet", "text") and not is_off(settings.get("data_files")):
+        return Outcome("no effect here", why="data_files names the file")
+    return Outcome("carried", {"data.train.0.path": text(value)})
+
+
+@alone
+def _files(value: Any) -> Outcome:
+    files = texts(list(value.values())[:1] if isinstance(value, dict) else value)
+    if len(files) == 1:
+        return Outcome("carried", {"data.train.0.path": files[0]})
+    return Outcome(
+        "not supported", {"data.train.0.path": files[0]}, "the first alone; give a pattern, or a source each"
+    )
+
+
+def _split(value: Any, settings: Settings) -> Outcome:
+    if value == "train" and (not is_off(settings.get("data_files")) or is_data_file(settings.get("path"))):
+        return Outcome("no effect here", why="a file is one split, train")
+    return Outcome("carried", {"data.train.0.split": text(value)})
+
+
+def _text_field(value: Any, settings: Settings) -> Outcome:
+    if "train_on_responses_only" in settings:
+        return Outcome("changed", {"data.train_on": "assistant"}, "conversations go through the chat template here")
+    if isinstance(settings.get("formatting_func"), NotLiteral) or not is_off(settings.get("chat_template")):
+        return Outcome("changed", {"data.train_on": "all"}, "all of a conversation trains, by the chat template")
+    return Outcome("no effect here", why=f"{value}: the default here, where rows have no messages")
+
+
+def _part(name: str) -> Rule:
+    @alone
+    def rule(value: Any) -> Outcome:
+        if name == "vision_layers":
+            return Outcome("not supported" if value else "no effect here", why="towers of images never train")
+        if value is True:
+            return Outcome("carried", why="all-linear are those of the text model")
+        return Outcome("not supported", why=f"lora.target_modules: names instead of all-linear leave {name} out")
+
+    return rule
+
+
+def _defaults(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    own = _is_own(settings)
+    if own:
+        found["dtype"] = None
+    if "train_dataset" in settings:
+        found |= _OWN_TRAINING if own else {"per_device_train_batch_size": 8}
+    if "LoraConfig" in settings:
+        found |= {"r": 8, "lora_alpha": 8, "target_modules": PEFT_TARGETS}
+    if own and "get_peft_model" in settings:
+        parts = any(key.startswith("finetune_") for key in settings)
+        found |= {"r": 16, "lora_alpha": 16, "target_modules": "all-linear" if parts else _TARGETS}
+        found["use_gradient_checkpointing"] = "unsloth"
+    return found
+
+
+@alone
+def _adapter(value: Any) -> Outcome:
+    del value
+    return Outcome("carried", {"lora": {}})
+
+
+@alone
+def _responses(value: Any) -> Outcome:
+    del value
+    return Outcome("carried", {"data.train_on": "assistant"})
+
+
+_RULES: dict[str, Rule] = {
+    **SFT_CONFIG,
+    "from_pretrained": idle("its arguments are rows of their own"),
+    "model_name": _model,
+    "pretrained_model_name_or_path": _model,
+    "revision": carried("model.revision", text),
+    "tokenizer_name": carried("model.tokenizer", text),
+    "dtype": _dtype,
+    "torch_dtype": _dtype,
+    "bf16": _autocast("bf16"),
+    "fp16": _autocast("fp16"),
+    "full_finetuning": _full,
+    "attn_implementation": idle("attention over packs is built in"),
+    **dict.fromkeys(
+        ("quantization_config", "load_in_4bit", "load_in_8bit", "load_in_fp8", "loftq_config", "qat_scheme"),
+        refused(QUANTISED),
+    ),
+    **dict.fromkeys(
+        (
+            "fast_inference",
+            "gpu_memory_utilization",
+            "max_lora_rank",
+            "use_cache",
+            "device_map",
+            "token",
+            "unsloth_tiled_mlp",
+            "float8_kv_cache",
+            "rope_scaling",
+            "local_files_only",
+            "offload_embedding",
+            "autocast_adapter_dtype",
+            "return_logits",
+            "disable_log_stats",
+            "text_only",
+            "load_in_16bit",
+        ),
+        idle("no part of what is trained here"),
+    ),
+    "auto_model": refused("transformers' auto classes find the class"),
+    "get_peft_model": _adapter,
+    "LoraConfig": _adapter,
+    "r": carried("lora.r", count),
+    "lora_alpha": carried("lora.lora_alpha", whole),
+    "lora_dropout": carried("lora.lora_dropout", number),
+    "target_modules": targets,
+    "target_parameters": carried("lora.target_parameters", texts),
+    "modules_to_save": carried("lora.modules_to_save", texts),
+    "exclude_modules": carried("lora.exclude_modules"),
+    "layers_to_transform": carried("lora.layers_to_transform"),
+    "rank_pattern": carried("lora.rank_pattern"),
+    "alpha_pattern": carried("lora.alpha_pattern"),
+    "bias": carried("lora.bias", text),
+    "use_rslora": carried("lora.use_rslora", flag),
+    "use_dora": carried("lora.use_dora", flag, "needs compile.strict: false with compile"),
+    "init_lora_weights": carried("lora.init_lora_weights"),
+    "task_type": idle("causal language models"),
+    "use_gradient_checkpointing": checkpointing,
+    "random_state": idle("training.seed seeds the adapter as well"),
+    "finetune_vision_layers": _part("vision_layers"),
+    "finetune_language_layers": _part("language_layers"),
+    "finetune_attention_modules": _part("attention_modules"),
+    "finetune_mlp_modules": _part("mlp_modules"),
+    "max_seq_length": length_of(overlong),
+    "per_device_train_batch_size": batch_of("max_seq_length", "max_length", packed=packed),
+    "train_dataset": _dataset,
+    "eval_dataset": refused("made by the script: set data.val_size, or data.eval"),
+    "dataset_text_field": _text_field,
+    "formatting_func": refused("Python of the script: give the rows as messages, or prompt and completion"),
+    "data_collator": idle("packs are collated with their boundaries"),
+    "compute_metrics": refused("evaluation is the loss per trained token"),
+    "callbacks": refused("no callbacks in a recipe"),
+    "tokenizer": idle("the checkpoint's"),
+    "processing_class": idle("the checkpoint's"),
+    "args": idle("its arguments are rows of their own"),
+    "peft_config": idle("its arguments are rows of their own"),
+    "embedding_learning_rate": refused("one learning rate for all that trains"),
+    "path": _path,
+    "name": carried("data.train.0.name", text),
+    "split": _split,
+    "data_files": _files,
+    "data_dir": refused("name the folder as the path"),
+    **dict.fromkeys(
+        ("column_names", "skiprows", "delimiter", "download_mode", "cache_dir", "num_proc"),
+        idle("files are read as they are; columns go by other names in data.train[].columns"),
+    ),
+    "streaming": carried("data.streaming", flag),
+    "chat_template": alone(named_template),
+    "mapping": refused("rows with from and value are read as they are; other keys by data.train[].message_fields"),
+    "map_eos_token": idle("the template's own end of a turn is kept"),
+    "train_on_responses_only": _responses,
+    **dict.fromkeys(("instruction_part", "response_part"), idle("where turns lie is known from the template")),
+    "return_function": idle("no part of what is trained here"),
+}
+
+UNSLOTH = Table(
+    "unsloth",
+    _RULES,
+    _defaults,
+    patterns={
+        r".*Trainer \(line .*": refused(f"supervised fine-tuning alone, and {_FIRST}"),
+        r"load_dataset \(line .*": refused("a further source is an entry of data.train"),
+        r"(from_pretrained|get_chat_template|train_on_responses_only|get_peft_model) \(line .*": idle(_FIRST),
+        r".* \(line .*": refused(_FIRST),
+        r"\*\*.*": refused("arguments that the script computes"),
+        r"\w+\.\w+": idle("a later call gives it again, which wins"),
+    },
+)

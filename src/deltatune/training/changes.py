@@ -1,0 +1,96 @@
+"""What a recipe says otherwise than the one that a checkpoint was saved under: what acts, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deltatune.errors import UserError
+
+__all__ = ["Change", "check_changes", "find_changes"]
+
+Verdict = Literal["acts", "asks", "cannot"]
+
+# by the longest key that a setting begins with
+_VERDICTS: dict[str, Verdict] = {
+    "model": "cannot",
+    "model.tokenizer": "asks",
+    "model.chat_template": "asks",
+    "lora": "cannot",
+    "lora.lora_dropout": "acts",
+    "lora.impl": "acts",
+    "data": "asks",
+    "data.eval": "acts",
+    "data.cache_dir": "acts",
+    "data.num_proc": "acts",
+    "packing": "asks",
+    "kernels": "acts",
+    "compile": "acts",
+    "checkpointing": "acts",
+    "verify": "acts",
+    "training": "acts",
+    "training.optim": "cannot",
+    "training.optim_args": "cannot",
+    "training.optim_target_modules": "cannot",
+    "training.gradient_accumulation_steps": "asks",
+    "training.seed": "asks",
+    "training.data_seed": "asks",
+    "training.train_sampling_strategy": "asks",
+    "training.dataloader_drop_last": "asks",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is another now."""
+
+    key: str
+    before: Any
+    now: Any
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.now!r}"
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The settings that differ between two recipes, as ``Recipe.model_dump(mode="json")`` gives them."""
+    return [
+        Change(key, old, new, _VERDICTS[_home(key)])
+        for key, old, new in _differences(before, now, ())
+        if _home(key) in _VERDICTS
+    ]
+
+
+def check_changes(changes: list[Change], *, allow: bool) -> None:
+    """Refuses what cannot act in a run that goes on, and asks for a word where the data would be other data.
+
+    Raises:
+        UserError: a setting of either kind, with the remedy.
+    """
+    if fixed := [change for change in changes if change.verdict == "cannot"]:
+        raise UserError(
+            f"{fixed[0]} cannot act on a run that goes on: the checkpoint was trained with the first; set it back, or "
+            "start another run in another training.output_dir"
+        )
+    asking = [change for change in changes if change.verdict == "asks"]
+    if asking and not allow:
+        raise UserError(
+            f"{asking[0]} makes the run go on with other packs, or in another place of them, than it would have; set "
+            "it back, or say --allow-change"
+        )
+
+
+def _differences(before: Any, now: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(name), now.get(name), (*path, name))
+    elif before != now:
+        yield ".".join(path), before, now
+
+
+def _home(key: str) -> str:
+    parts = key.split(".")
+    known = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in known if name in _VERDICTS), "")

@@ -1,0 +1,84 @@
+"""One run in a folder at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deltatune.errors import UserError
+
+__all__ = ["locked"]
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Holds a folder for this process; the lock of one that is gone is taken over.
+
+    Raises:
+        UserError: a run that goes on holds the folder.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = output_dir / LOCK
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+    while not _create(file, mine):
+        holder = _read(file)
+        if holder is not None and _runs(holder):
+            raise UserError(
+                f"{output_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, choose "
+                f"another training.output_dir, or remove {file} if that run is gone"
+            )
+        file.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        if _read(file) == mine:
+            file.unlink(missing_ok=True)
+
+
+def _create(file: Path, content: dict[str, Any]) -> bool:
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            json.dump(content, stream)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _runs(holder: dict[str, Any]) -> bool:
+    """Whether a holder may still be there: of another host nothing is known."""
+    if holder.get("host") != socket.gethostname():
+        return True
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid == os.getpid():
+        return pid == os.getpid() and holder.get("started") == _started(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    # the number may be another process's by now
+    return holder.get("started") == _started(pid)
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since boot; None where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,29 @@
+"""What goes on from a checkpoint, and under which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["restore_settings"]
+
+
+def restore_settings(optimizer: Optimizer, scheduler: Any, given: Sequence[Mapping[str, Any]]) -> None:
+    """Puts back the settings of parameter groups that loading an optimizer's state has replaced by the saved ones.
+
+    ``given``: the groups as they were built. Weight decay, betas and the like are set to them. So is the learning rate,
+    where it is another than the one that was saved, at the step that the schedule has reached.
+    """
+    for group, built in zip(optimizer.param_groups, given, strict=True):
+        group.update({name: value for name, value in built.items() if name not in ("lr", "initial_lr")})
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # out of accelerate's
+    peaks = [built.get("initial_lr", built["lr"]) for built in given]
+    if isinstance(scheduler, LambdaLR) and scheduler.base_lrs != peaks:
+        scheduler.base_lrs = list(peaks)
+        rates = [peak * factor(scheduler.last_epoch) for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]
+        for group, peak, rate in zip(optimizer.param_groups, peaks, rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+        scheduler._last_lr = rates

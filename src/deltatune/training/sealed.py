@@ -1,0 +1,211 @@
+"""Checkpoints that are whole or not there: written beside their place, sealed with a manifest, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deltatune.errors import UserError, one_line
+
+__all__ = [
+    "CHECKPOINT",
+    "clear_leftovers",
+    "commit",
+    "manifest",
+    "problem_of",
+    "resume_point",
+    "rotate",
+    "seal",
+    "staged_checkpoint",
+    "steps_of",
+]
+
+CHECKPOINT = "checkpoint-"
+MANIFEST = "manifest.json"
+_STAGING = ".saving-"  # a checkpoint that is being written
+_REPLACED = ".replaced-"  # one whose place another is about to take
+
+_BLOCK = 1 << 20
+
+
+@contextmanager
+def staged_checkpoint(output_dir: Path, step: int) -> Iterator[Path]:
+    """A folder beside the checkpoints, in which ``checkpoint-STEP`` is written; it takes its place with ``commit``.
+
+    What a failed save leaves is removed.
+
+    Raises:
+        UserError: the disk is full, or does not take the files.
+    """
+    folder = output_dir / f"{_STAGING}{step}"
+    try:
+        yield folder
+    except (OSError, RuntimeError) as error:
+        # torch and safetensors raise errors of their own for what the operating system said
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) or _is_full(output_dir, error):
+            raise UserError(
+                f"{output_dir / f'{CHECKPOINT}{step}'} cannot be saved: {one_line(error)}; make room, then go on from "
+                "the checkpoint before with --resume"
+            ) from error
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_full(folder: Path, error: RuntimeError) -> bool:
+    return shutil.disk_usage(folder).free < 1 << 20 or "inline_container" in str(error) or "No space" in str(error)
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes the manifest of a folder's files and sees to it that all of it is on the disk.
+
+    Args:
+        folder: whose files are all written.
+        about: JSON that the manifest holds besides the size and the CRC-32 of each file.
+    """
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        _sync(path)
+    target = folder / MANIFEST
+    target.write_text(json.dumps({**about, "files": found}, indent=2) + "\n", encoding="utf-8")
+    _sync(target)
+    _sync(folder)
+
+
+def commit(folder: Path, place: Path) -> None:
+    """Moves a sealed folder to its place. Another folder there is removed only when the new one stands in it."""
+    replaced = place.parent / f"{_REPLACED}{place.name}"
+    if place.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
+    folder.rename(place)
+    _sync(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Removes what a killed run left beside its checkpoints, and puts back one whose place none has taken."""
+    for path in output_dir.glob(f"{_REPLACED}{CHECKPOINT}*"):
+        place = output_dir / path.name.removeprefix(_REPLACED)
+        if place.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(place)
+    for path in output_dir.glob(f"{_STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, and what should be said of those that were passed over.
+
+    A given folder, for ``True`` the last whole one of ``output_dir``, and for ``"auto"`` the same if there is one. What
+    a killed run left beside its checkpoints is cleared.
+
+    Raises:
+        UserError: nothing there to resume from, or a given folder that is not whole; or, for a run from the beginning,
+            checkpoints of another one.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"training.output_dir: {output_dir} is a file; choose a folder")
+    clear_leftovers(output_dir)
+    found = steps_of(output_dir)
+    if resume is None or resume is False:
+        if found:
+            raise UserError(
+                f"training.output_dir: {output_dir} holds checkpoints of an earlier run; continue it with --resume, "
+                "or choose another folder"
+            )
+        return None, []
+    if resume is not True and resume != "auto":
+        folder = Path(resume).expanduser()
+        if problem := problem_of(folder):
+            raise UserError(f"{folder} is no whole checkpoint: {problem}; take another one")
+        return folder, []
+    broken: list[str] = []
+    for path in found.values():
+        problem = problem_of(path)
+        if problem is None:
+            return path, broken
+        broken.append(f"{path} is passed over: {problem}")
+    if broken:
+        raise UserError(f"{output_dir} holds no whole checkpoint; {broken[0]}; remove the checkpoints to start again")
+    if resume == "auto":
+        return None, []
+    raise UserError(f"{output_dir} holds no checkpoint to resume from; start without --resume, or say --resume auto")
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a run cannot go on from a folder; None for a whole checkpoint."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        files = manifest(folder)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"it holds no {MANIFEST} that can be read"
+    if not any(name.startswith("optimizer") for name in files):
+        return "it holds no optimizer's state (training.save_only_model), so nothing can go on from it"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes of {expected['bytes']:,}"
+    for name, expected in files.items():
+        if _crc32(folder / name) != expected["crc32"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What ``seal`` wrote.
+
+    Raises:
+        OSError, ValueError: there is none, or it is broken.
+    """
+    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / MANIFEST} holds a JSON {type(found).__name__}")
+    return found
+
+
+def steps_of(output_dir: Path) -> dict[int, Path]:
+    """The folders that are named as checkpoints, by their step, the latest first."""
+    found = {path.name.removeprefix(CHECKPOINT): path for path in output_dir.glob(f"{CHECKPOINT}*")}
+    return dict(sorted(((int(step), path) for step, path in found.items() if step.isdecimal()), reverse=True))
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints beyond the limit; the best one stays and counts."""
+    if not limit or limit < 0:
+        return
+    folders = list(steps_of(output_dir).values())
+    kept = [path for path in folders if best is not None and path == Path(best)]
+    kept += [path for path in folders if path not in kept][: max(limit - len(kept), 1)]
+    for path in folders:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

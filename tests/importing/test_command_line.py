@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+
+from deltatune.errors import UserError
+from deltatune.importing.command_line import settings_of_command
+from deltatune.importing.values import NotLiteral
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("trl sft --a 1 --b", {"a": 1, "b": True}),
+        ("trl sft --a=1e-4 --b x y", {"a": 0.0001, "b": ["x", "y"]}),
+        ("trl sft --no_b", {"b": False}),
+        ("trl sft --a-b 1", {"a_b": 1}),
+        ("trl sft \\\n  --a '<|im_end|>' \\\n  --b false", {"a": "<|im_end|>", "b": False}),
+        ("python examples/scripts/sft.py --a 1 2>&1 | tee log", {"a": 1}),
+        ("# trl sft --a 1\ntrl sft --a 2 # later", {"a": 2}),
+        ("N=3\ntrl sft --a $N --b ${N}x", {"a": 3, "b": "3x"}),
+        ("trl sft --a $HOME/x", {"a": NotLiteral("$HOME/x")}),
+        ("N=1\nN=2\ntrl sft --a $N", {"a": NotLiteral("$N")}),
+        ("trl dpo --a 1\ntrl sft --a 2 && echo done", {"a": 2}),
+    ],
+)
+def test_flags(source, expected):
+    assert settings_of_command(Path("run.sh"), source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("trl sft 'x", "cannot be read"), ("trl sft x", "expected a flag"), ("trl dpo --a 1", "found none")],
+)
+def test_what_is_no_command(source, message):
+    with pytest.raises(UserError, match=message):
+        settings_of_command(Path("run.sh"), source)

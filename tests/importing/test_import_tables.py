@@ -1,0 +1,195 @@
+"""Single keys: what they become, by hand."""
+
+import contextlib
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from deltatune.config.refused import REFUSED_TRAINING_NAMES
+from deltatune.config.schema import TrainingSection
+from deltatune.errors import UserError
+from deltatune.importing import training_arguments
+from deltatune.importing.axolotl import AXOLOTL
+from deltatune.importing.llama_factory import LLAMA_FACTORY
+from deltatune.importing.rules import Outcome
+from deltatune.importing.trl import TRL
+from deltatune.importing.unsloth import UNSLOTH
+from deltatune.importing.values import NotLiteral
+
+
+def outcome(table, key, value, **others) -> Outcome:
+    return table.rules[key](value, {**others, key: value})
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "others", "writes"),
+    [
+        (AXOLOTL, "micro_batch_size", 2, {"sequence_len": 4096}, {"packing.tokens_per_batch": 8192}),
+        (AXOLOTL, "sequence_len", 512, {}, {"data.max_length": 512, "data.overlong": "drop"}),
+        (
+            AXOLOTL,
+            "sequence_len",
+            512,
+            {"excess_length_strategy": "truncate"},
+            {"data.max_length": 512, "data.overlong": "truncate"},
+        ),
+        (AXOLOTL, "saves_per_epoch", 1, {}, {"training.save_strategy": "epoch"}),
+        (
+            AXOLOTL,
+            "saves_per_epoch",
+            2,
+            {"num_epochs": 4},
+            {"training.save_strategy": "steps", "training.save_steps": 0.125},
+        ),
+        (AXOLOTL, "saves_per_epoch", 1, {"max_steps": 10}, {"training.save_strategy": "epoch"}),
+        (
+            AXOLOTL,
+            "saves_per_epoch",
+            1,
+            {"max_steps": 10, "num_epochs": 4},
+            {"training.save_strategy": "steps", "training.save_steps": 0.25},
+        ),
+        (AXOLOTL, "evals_per_epoch", 1, {"val_set_size": 0.1}, {"training.eval_strategy": "epoch"}),
+        (AXOLOTL, "evals_per_epoch", 1, {"val_set_size": 0.0}, {}),
+        (AXOLOTL, "val_set_size", 100, {}, {"data.val_size": 100}),
+        (AXOLOTL, "warmup_ratio", 0.1, {"warmup_steps": 5}, {}),
+        (AXOLOTL, "warmup_steps", 5, {}, {"training.warmup_steps": 5}),
+        (AXOLOTL, "num_epochs", 3, {"max_steps": 10}, {}),
+        (AXOLOTL, "learning_rate", "2e-4", {}, {"training.learning_rate": 0.0002}),
+        (AXOLOTL, "adapter", "qlora", {}, {"lora": {}}),
+        (AXOLOTL, "lora_r", 8, {"adapter": None}, {}),
+        (AXOLOTL, "lora_target_linear", True, {"adapter": "lora"}, {"lora.target_modules": "all-linear"}),
+        (AXOLOTL, "train_on_inputs", True, {}, {"data.train_on": "all"}),
+        (AXOLOTL, "wandb_project", "mine", {}, {"training.report_to": "wandb"}),
+        (AXOLOTL, "hub_model_id", "me/m", {}, {"training.hub_model_id": "me/m", "training.push_to_hub": True}),
+        (AXOLOTL, "torch_compile", True, {}, {"compile": True}),
+        (AXOLOTL, "fp16", True, {}, {"model.dtype": "float32", "training.fp16": True}),
+        (AXOLOTL, "fp16", True, {"adapter": "lora"}, {"model.dtype": "float16", "training.fp16": True}),
+        (AXOLOTL, "fp16", True, {"bf16": "auto"}, {}),
+        (AXOLOTL, "save_steps", 5, {}, {"training.save_strategy": "steps", "training.save_steps": 5}),
+        (AXOLOTL, "save_strategy", "epoch", {"save_steps": 5}, {}),
+        (AXOLOTL, "save_strategy", "epoch", {}, {"training.save_strategy": "epoch"}),
+        (AXOLOTL, "eval_steps", 5, {}, {}),
+        (
+            AXOLOTL,
+            "lora_target_parameters",
+            ["experts.gate_up_proj", "experts.down_proj"],
+            {"adapter": "lora"},
+            {"lora.target_parameters": "all-experts"},
+        ),
+        (LLAMA_FACTORY, "cutoff_len", 512, {}, {"data.max_length": 512, "data.overlong": "truncate"}),
+        (LLAMA_FACTORY, "lora_target", "all", {}, {"lora.target_modules": "all-linear"}),
+        (LLAMA_FACTORY, "lora_rank", 8, {"finetuning_type": "full"}, {}),
+        (LLAMA_FACTORY, "bf16", True, {"finetuning_type": "lora"}, {"model.dtype": "bfloat16"}),
+        (LLAMA_FACTORY, "bf16", True, {"finetuning_type": "full"}, {"model.dtype": "float32", "training.bf16": True}),
+        (LLAMA_FACTORY, "disable_gradient_checkpointing", True, {}, {"checkpointing": "none"}),
+        (LLAMA_FACTORY, "pissa_init", True, {"pissa_iter": 16}, {"lora.init_lora_weights": "pissa_niter_16"}),
+        (LLAMA_FACTORY, "train_on_prompt", True, {}, {"data.train_on": "all"}),
+        (LLAMA_FACTORY, "mask_history", True, {}, {"data.train_on": "last"}),
+        (LLAMA_FACTORY, "template", "llama3", {}, {"model.chat_template": "llama3"}),
+        (LLAMA_FACTORY, "template", "qwen2_vl", {}, {}),
+        (TRL, "report_to", [], {}, {"training.report_to": "none"}),
+        (TRL, "report_to", "wandb,tensorboard", {}, {"training.report_to": ["wandb", "tensorboard"]}),
+        (TRL, "logging_steps", 0.5, {}, {"training.logging_steps": 0.5}),
+        (TRL, "bf16", True, {"dtype": "float32"}, {"training.bf16": True}),
+        (TRL, "bf16", True, {"dtype": "bfloat16"}, {}),
+        (TRL, "per_device_train_batch_size", 2, {"max_seq_length": 512}, {"packing.tokens_per_batch": 1024}),
+        (TRL, "per_device_train_batch_size", 2, {"max_length": None}, {}),
+        (TRL, "assistant_only_loss", False, {}, {"data.train_on": "all"}),
+        (TRL, "assistant_only_loss", False, {"completion_only_loss": True}, {}),
+        (TRL, "dataset_test_split", "test", {"dataset_name": "x.jsonl", "eval_strategy": "epoch"}, {}),
+        (TRL, "dataset_train_split", "train", {"dataset_name": "x.jsonl"}, {}),
+        (TRL, "dataset_text_field", "body", {}, {"data.train.0.format": "text", "data.train.0.columns.text": "body"}),
+        (UNSLOTH, "model_name", "unsloth/M-bnb-4bit", {}, {"model.name_or_path": "unsloth/M"}),
+        (UNSLOTH, "use_gradient_checkpointing", "unsloth", {}, {"checkpointing": "layer"}),
+        (UNSLOTH, "use_gradient_checkpointing", False, {}, {"checkpointing": "none"}),
+        (UNSLOTH, "bf16", True, {"from_pretrained": "FastModel, line 1"}, {}),
+        (UNSLOTH, "bf16", True, {"from_pretrained": "AutoModelForCausalLM, line 1"}, {"training.bf16": True}),
+        (UNSLOTH, "path", "json", {"data_files": "x.jsonl"}, {}),
+        (UNSLOTH, "data_files", {"train": "x.jsonl"}, {}, {"data.train.0.path": "x.jsonl"}),
+    ],
+)
+def test_key(table, key, value, others, writes):
+    assert dict(outcome(table, key, value, **others).writes) == writes
+
+
+@pytest.mark.parametrize("table", [AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH], ids=lambda table: table.name)
+@pytest.mark.parametrize("key", ["fsdp", "deepspeed", "neftune_noise_alpha", "label_smoothing_factor"])
+def test_what_cannot_be_had_says_why(table, key):
+    found = outcome(table, key, "something")
+    assert (found.verdict, bool(found.why)) == ("not supported", True)
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "deepspeed", "early_stopping_patience"])
+@pytest.mark.parametrize("value", [None, False, 0])
+def test_what_is_off_is_no_loss(key, value):
+    assert outcome(AXOLOTL, key, value).verdict == "no effect here"
+
+
+@pytest.mark.parametrize(("value", "known"), [("adamw_bnb_8bit", True), ("muon", False)])
+def test_optimizers(value, known):
+    assert outcome(AXOLOTL, "optimizer", value).verdict == ("carried" if known else "not supported")
+
+
+def test_wrong_values_are_errors():
+    with pytest.raises(UserError, match='expected a number, got "fast"'):
+        outcome(TRL, "learning_rate", "fast")
+
+
+def test_names_are_transformers_own():
+    assert set(training_arguments._OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert set(training_arguments._SCHEDULES) <= {name.value for name in SchedulerType}
+
+
+def test_names_that_are_carried_exist_and_act():
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    written = set()
+    for key, rule in training_arguments.TRAINING_ARGUMENTS.items():
+        for value in (1, True, "steps", {"a": 1}):
+            try:
+                written |= {name for name in rule(value, {key: value}).writes if name.startswith("training.")}
+            except UserError:
+                continue
+    carried = {name.removeprefix("training.") for name in written} - set(TrainingSection.model_fields)
+    assert carried
+    assert carried <= names - set(REFUSED_TRAINING_NAMES)
+
+
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "no",
+    "x y",
+    [],
+    [None],
+    ["a"],
+    {},
+    {"a": None},
+    [[]],
+]
+
+
+@pytest.mark.parametrize("table", [AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH], ids=lambda table: table.name)
+@pytest.mark.parametrize("value", [*ODD, NotLiteral("f()")], ids=repr)
+def test_odd_values_are_outcomes_or_errors_of_the_user(table, value, tmp_path):
+    for key, rule in table.rules.items():
+        for others in ({}, dict.fromkeys(table.rules, value)):
+            try:
+                found = rule(value, {**others, key: value})
+            except UserError:
+                continue
+            assert isinstance(found, Outcome), key
+    for section in table.sections.values():
+        for odd in (value, [value], [{"path": value, "type": value, "data_files": value}], {"datasets": value}):
+            with contextlib.suppress(UserError):
+                section(odd, {"max_samples": value, "dataset_dir": value}, tmp_path / "f")

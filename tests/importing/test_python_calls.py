@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from deltatune.importing.python_calls import calls_in
+from deltatune.importing.unsloth import settings_of_script
+from deltatune.importing.values import NotLiteral
+
+
+def arguments(source):
+    return next(call.named for call in calls_in(Path("s.py"), source) if call.name == "f")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("f(a=-1, b=[1, 'x'])", {"a": -1, "b": [1, "x"]}),
+        ("n = 3\nf(a=n)", {"a": 3}),
+        ("f(a=torch.bfloat16)", {"a": "bfloat16"}),
+        ("c = {'r': 8}\nf(a=c['r'])", {"a": 8}),
+        ("c = {'r': 8}\nf(**c)", {"r": 8}),
+        ("f(a=g())", {"a": NotLiteral("g()")}),
+        ("n = 3\nn = 4\nf(a=n)", {"a": NotLiteral("n")}),
+        ("for n in (1, 2):\n    f(a=n)", {"a": NotLiteral("n")}),
+        ("n = 1\nn += 1\nf(a=n)", {"a": NotLiteral("n")}),
+        ("def g(n):\n    f(a=n)", {"a": NotLiteral("n")}),
+    ],
+)
+def test_arguments(source, expected):
+    assert arguments(source) == expected
+
+
+def test_a_parameter_hides_a_constant():
+    assert arguments("n = 1\ndef g(n):\n    f(a=n)") == {"a": NotLiteral("n")}
+
+
+def test_calls_that_never_run_are_passed_over():
+    assert [call.name for call in calls_in(Path("s.py"), "if False:\n    f()\nelse:\n    g()")] == ["g"]
+
+
+def test_nothing_is_run(tmp_path):
+    source = f"open({str(tmp_path / 'made')!r}, 'w')\nFastModel.from_pretrained('m')"
+    settings_of_script(Path("s.py"), source)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_later_call_wins_and_the_earlier_is_kept():
+    source = "FastModel.from_pretrained('m', max_seq_length=1)\nSFTTrainer(max_seq_length=2)"
+    found = settings_of_script(Path("s.py"), source)
+    assert (found["max_seq_length"], found["from_pretrained.max_seq_length"]) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer", "GRPOTrainer"])
+def test_further_trainers_are_named(name):
+    found = settings_of_script(Path("s.py"), f"SFTTrainer(packing=True)\n{name}(beta=1)")
+    assert list(found) == ["packing", f"{name} (line 2)"]
+
+
+def test_the_trainers_model_may_be_a_name():
+    assert settings_of_script(Path("s.py"), "SFTTrainer('owner/m')\nSFTConfig()")["model_name"] == "owner/m"
+    assert "model_name" not in settings_of_script(Path("s.py"), "SFTTrainer(model)\nSFTConfig()")

@@ -1,0 +1,67 @@
+"""What a changed setting does to a run that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
+from deltatune.training.changes import check_changes, find_changes
+
+BASE: dict[str, Any] = {
+    "model": {"name_or_path": "m"},
+    "data": {"train": [{"path": "a.jsonl"}]},
+    "lora": {"r": 8},
+    "training": {"learning_rate": 1e-4},
+}
+
+
+def changes(**sections: Any) -> Any:
+    def dumped(values: dict[str, Any]) -> dict[str, Any]:
+        return Recipe.model_validate(values).model_dump(mode="json")
+
+    merged = {name: {**BASE.get(name, {}), **values} for name, values in sections.items()}
+    return find_changes(dumped(BASE), dumped({**BASE, **merged}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, []),
+        ({"training": {"learning_rate": 2e-4}}, [("training.learning_rate", "acts")]),
+        (
+            {"training": {"max_steps": 50, "save_steps": 5}},
+            [("training.max_steps", "acts"), ("training.save_steps", "acts")],
+        ),
+        ({"training": {"optim": "sgd"}}, [("training.optim", "cannot")]),
+        ({"training": {"seed": 1}}, [("training.seed", "asks")]),
+        ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
+        ({"lora": {"lora_dropout": 0.1}}, [("lora.lora_dropout", "acts")]),
+        ({"model": {"dtype": "bfloat16"}}, [("model.dtype", "cannot")]),
+        ({"data": {"train": [{"path": "b.jsonl"}]}}, [("data.train", "asks")]),
+        ({"data": {"num_proc": 3, "eval": [{"path": "c.jsonl"}]}}, [("data.eval", "acts"), ("data.num_proc", "acts")]),
+        ({"packing": {"tokens_per_batch": 64}}, [("packing.tokens_per_batch", "asks")]),
+    ],
+)
+def test_every_setting_has_a_verdict(sections: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    assert [(change.key, change.verdict) for change in changes(**sections)] == expected
+
+
+@pytest.mark.parametrize("section", sorted(Recipe.model_fields))
+def test_no_section_is_without_one(section: str) -> None:
+    assert find_changes({section: 1}, {section: 2})[0].verdict in ("acts", "asks", "cannot")
+
+
+def test_what_cannot_act_is_refused_whatever_is_allowed() -> None:
+    with pytest.raises(UserError, match=r"lora.r: 8 -> 16 cannot act on a run that goes on: .*; set it back"):
+        check_changes(changes(lora={"r": 16}), allow=True)
+
+
+def test_other_data_needs_a_word() -> None:
+    found = changes(packing={"tokens_per_batch": 64})
+    with pytest.raises(UserError, match=r"packing.tokens_per_batch: 4096 -> 64 makes the run go on .* --allow-change"):
+        check_changes(found, allow=False)
+    check_changes(found, allow=True)
+    check_changes(changes(training={"learning_rate": 2e-4}), allow=False)

@@ -1,0 +1,69 @@
+"""One run in a folder at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deltatune.errors import UserError
+from deltatune.training.lock import _started, locked
+
+
+def test_a_folder_is_held_and_let_go(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        held = json.loads((tmp_path / "run" / ".lock").read_text())
+        assert (held["pid"], held["host"]) == (os.getpid(), socket.gethostname())
+        with (
+            pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on .*; wait for it"),
+            locked(tmp_path / "run"),
+        ):
+            pass
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_another_process_holds_while_it_runs(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=-1)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        holder = {"pid": other.pid, "host": socket.gethostname(), "started": _started(other.pid)}
+        (tmp_path / ".lock").write_text(json.dumps(holder))
+        with pytest.raises(UserError, match=f"process {other.pid}"), locked(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "holder",
+    ["", "[]", json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": "1"})],
+    ids=["empty", "broken", "the number of another process"],
+)
+def test_a_stale_lock_is_taken_over(tmp_path: Path, holder: str) -> None:
+    (tmp_path / ".lock").write_text(holder)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": None}))
+    with (
+        pytest.raises(UserError, match=r"process 1 on elsewhere; .*, or remove .*\.lock if that run is gone"),
+        locked(tmp_path),
+    ):
+        pass

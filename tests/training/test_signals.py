@@ -1,0 +1,59 @@
+"""Signals while a run trains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+from transformers import TrainerControl
+
+from deltatune.training.signals import StopAfterStep, caught_signals
+
+
+def step_ends(stop: StopAfterStep) -> TrainerControl:
+    control = TrainerControl()
+    stop.on_step_end(None, None, control)  # type: ignore[arg-type]
+    return control
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_ends_the_run_after_the_step(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    stop, said = StopAfterStep(), []
+    with caught_signals(stop, said.append):
+        assert not step_ends(stop).should_training_stop
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+        control = step_ends(stop)
+        assert control.should_training_stop
+        assert control.should_save
+        assert {each: signal.getsignal(each) for each in before} == before, "a second one is not caught"
+    assert {each: signal.getsignal(each) for each in before} == before
+    assert said == [f"{number.name}: the run ends after this step, with a checkpoint; once more ends it at once"]
+
+
+def test_the_second_ctrl_c_ends_it_at_once() -> None:
+    def twice() -> None:
+        with caught_signals(StopAfterStep(), lambda _: None):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+
+
+def test_a_thread_catches_nothing_and_says_nothing() -> None:
+    found: list[Any] = []
+
+    def run() -> None:
+        with caught_signals(StopAfterStep(), found.append):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]
