@@ -8,7 +8,7 @@ import pytest
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
-from deltatune.training.changes import check_changes, find_changes
+from deltatune.training.changes import check_changes, find_changes, find_other_data
 
 BASE: dict[str, Any] = {
     "model": {"name_or_path": "m"},
@@ -40,7 +40,8 @@ def changes(**sections: Any) -> Any:
         ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
         ({"lora": {"lora_dropout": 0.1}}, [("lora.lora_dropout", "acts")]),
         ({"model": {"dtype": "bfloat16"}}, [("model.dtype", "cannot")]),
-        ({"data": {"train": [{"path": "b.jsonl"}]}}, [("data.train", "asks")]),
+        ({"data": {"train": [{"path": "b.jsonl"}]}}, [("data.train.0.path", "asks")]),
+        ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}}, [("data.train", "asks")]),
         ({"data": {"num_proc": 3, "eval": [{"path": "c.jsonl"}]}}, [("data.eval", "acts"), ("data.num_proc", "acts")]),
         ({"packing": {"tokens_per_batch": 64}}, [("packing.tokens_per_batch", "asks")]),
     ],
@@ -52,6 +53,13 @@ def test_every_setting_has_a_verdict(sections: dict[str, Any], expected: list[tu
 @pytest.mark.parametrize("section", sorted(Recipe.model_fields))
 def test_no_section_is_without_one(section: str) -> None:
     assert find_changes({section: 1}, {section: 2})[0].verdict in ("acts", "asks", "cannot")
+
+
+def test_rows_that_were_changed_are_told_by_their_digest() -> None:
+    (found,) = find_other_data({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "4", "new": "5"})
+    assert str(found) == 'rows of b: "2" -> "4"'
+    with pytest.raises(UserError, match=r"rows of b: .* --allow-change"):
+        check_changes([found], allow=False)
 
 
 def test_what_cannot_act_is_refused_whatever_is_allowed() -> None:

@@ -47,6 +47,23 @@ def test_the_learning_rate_that_holds_now_is_at_the_step_of_the_schedule(lr: flo
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.6 * lr] * 2)
 
 
+def test_a_longer_schedule_acts_from_the_next_step() -> None:
+    """A finished linear schedule ends at 0; twice as long, it is half-way down there."""
+    optimizer, schedule = built(1.0, 0.0)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [0.0, 0.0]
+    saved: Any = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+    optimizer, _ = built(1.0, 0.0)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / 20)
+    given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    restore_settings(optimizer, schedule, given)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5])
+
+
 def test_other_settings_are_those_of_the_groups_as_they_are_built() -> None:
     optimizer, _ = resumed(1.0, 0.5)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,34 @@ def test_settings_that_cannot_act_stop_a_run_that_goes_on(
         train(other, resume=True, console=QUIET)
     if "packing" in sections:
         assert train(other, resume=True, allow_change=True, console=QUIET).metrics["global_step"] == 4
+
+
+def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    rows = write_conversations(tmp_path / "rows.jsonl", 24)
+    data = {"train": [{"path": str(rows), "format": "chat"}]}
+    train(make_recipe(tmp_path, checkpoint, data=data, training=training), console=QUIET)
+    assert stat.S_IMODE((tmp_path / "output" / "adapter_model.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "output" / "config.yaml").stat().st_mode
+    )
+    with rows.open("a") as stream:
+        stream.write(rows.read_text().splitlines()[0] + "\n")
+    recipe = make_recipe(tmp_path, checkpoint, data=data, training={**training, "max_steps": 4})
+    with pytest.raises(UserError, match=r"rows of .*rows\.jsonl: .* --allow-change"):
+        train(recipe, resume=True, console=QUIET)
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    train(recipe, resume=True, allow_change=True, console=console)
+    assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in console.export_text()
+
+
+def test_a_model_that_is_replaced_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    recipe = make_recipe(tmp_path, checkpoint, training={"max_steps": 1})
+    said = []
+    for _ in range(2):
+        console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+        train(recipe, console=console)
+        said.append("holds the model of an earlier run, which this one will replace" in console.export_text())
+    assert said == [False, True]
 
 
 def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: Path) -> None:

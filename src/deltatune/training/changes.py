@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from deltatune.errors import UserError
 
-__all__ = ["Change", "check_changes", "find_changes"]
+__all__ = ["Change", "check_changes", "find_changes", "find_other_data"]
 
 Verdict = Literal["acts", "asks", "cannot"]
 
@@ -51,7 +52,17 @@ class Change:
     verdict: Verdict
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before!r} -> {self.now!r}"
+        before, now = (json.dumps(value, default=str) for value in (self.before, self.now))
+        return f"{self.key}: {before} -> {now}"
+
+
+def find_other_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
+    """The sources whose rows are others than the ones that a checkpoint was trained on, by their digests."""
+    return [
+        Change(f"rows of {name}", before[name], now[name], "asks")
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -86,6 +97,9 @@ def _differences(before: Any, now: Any, path: tuple[str, ...]) -> Iterator[tuple
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(name), now.get(name), (*path, name))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(old, new, (*path, str(index)))
     elif before != now:
         yield ".".join(path), before, now
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,17 @@ from deltatune.errors import UserError, one_line
 from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
 from deltatune.training.servers import per_expert
 
-__all__ = ["check_kind", "export_adapter", "finite", "merge_adapter", "save_trained", "staged", "write_json"]
+__all__ = [
+    "check_kind",
+    "export_adapter",
+    "finite",
+    "holds_model",
+    "merge_adapter",
+    "readable",
+    "save_trained",
+    "staged",
+    "write_json",
+]
 
 # Readers tell an adapter or a model by these files, so they are moved into place last.
 _MARKERS = ("adapter_config.json", "config.json")
@@ -55,6 +66,20 @@ def check_kind(output_dir: Path, *, adapter: bool) -> None:
             f"training.output_dir: {output_dir} holds {kinds[0]} ({other}), and this run saves {kinds[1]}; choose "
             "another folder"
         )
+
+
+def holds_model(output_dir: Path) -> bool:
+    """Whether a folder holds an adapter or a model."""
+    return any((output_dir / name).is_file() for name in _MARKERS)
+
+
+def readable(folder: Path) -> None:
+    """Gives files the mode that new files have: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def merge_adapter(
@@ -190,6 +215,7 @@ def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: P
     save(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+    readable(folder)
 
 
 def _adapter_base(adapter: Path) -> str | None:

@@ -32,26 +32,25 @@ def format_metrics(logs: dict[str, Any]) -> str:
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Steps done and to go, with the last log entry next to them; evaluations get a line of their own.
+    """Steps done and to go, and the time left, at any width; log entries are lines above, cut to the terminal's width.
 
     Args:
-        console: where to draw. Where that is no terminal, log entries become lines.
+        console: where to draw. Where that is no terminal, there are lines alone.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=None, metrics="")
+        self._task = self._progress.add_task("training", total=None)
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Draws the bar, at the step a run resumes from."""
@@ -64,14 +63,15 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """The entry next to the bar; on a line of its own for an evaluation, or where there is no bar."""
+        """A line for the entry."""
         line = format_metrics(logs)
         if not line or not state.is_world_process_zero:
             return
-        if "loss" in logs and self._console.is_terminal:
-            self._progress.update(self._task, metrics=line)
-        else:
-            self._console.out(f"step {state.global_step}/{state.max_steps} · {line}", highlight=False)
+        entry = f"step {state.global_step}/{state.max_steps} · {line}"
+        if self._console.is_terminal:
+            while len(entry) > self._console.width and " · " in entry:
+                entry = entry.rpartition(" · ")[0]
+        self._console.out(entry, highlight=False)
 
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Leaves the finished bar in the terminal."""

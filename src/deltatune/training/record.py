@@ -25,9 +25,10 @@ RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 class RunRecord(TrainerCallback):  # type: ignore[misc]
     """Writes both files as the run goes; a run that goes on adds a leg.
 
-    A leg in ``run.json`` has ``status`` (running, finished, interrupted, failed), ``command``, ``host``, ``git``,
-    ``started`` and ``ended`` (UTC), ``from_step``, ``to_step``, the ``changes`` since the leg before, and what the run
-    says of itself: versions, device, data. A line of ``run.jsonl`` is one log entry with its ``leg`` and ``time``.
+    A leg in ``run.json`` has ``status`` (running, finished, interrupted, failed), ``command``, the ``folder`` it ran
+    in, ``host``, ``git`` (the commit of that folder), ``started`` and ``ended`` (UTC), ``from_step``, ``to_step``, the
+    ``changes`` since the leg before, and what the run says of itself: versions, device, data. A line of ``run.jsonl``
+    is one log entry with its ``leg`` and ``time``.
     A killed run leaves ``running``.
     """
 
@@ -38,6 +39,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
             {
                 "status": "running",
                 "command": shlex.join(sys.argv),
+                "folder": str(Path.cwd()),
                 "host": platform.node(),
                 "git": _git(),
                 "started": _now(),

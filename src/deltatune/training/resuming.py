@@ -14,14 +14,14 @@ __all__ = ["restore_settings"]
 def restore_settings(optimizer: Optimizer, scheduler: Any, given: Sequence[Mapping[str, Any]]) -> None:
     """Puts back the settings of parameter groups that loading an optimizer's state has replaced by the saved ones.
 
-    ``given``: the groups as they were built. Weight decay, betas and the like are set to them. So is the learning rate,
-    where it is another than the one that was saved, at the step that the schedule has reached.
+    ``given``: the groups as they were built. Weight decay, betas and the like are set to them. The learning rate is
+    that of the schedule as it is now (its kind, length and peak), at the step that was reached.
     """
     for group, built in zip(optimizer.param_groups, given, strict=True):
         group.update({name: value for name, value in built.items() if name not in ("lr", "initial_lr")})
     scheduler = getattr(scheduler, "scheduler", scheduler)  # out of accelerate's
     peaks = [built.get("initial_lr", built["lr"]) for built in given]
-    if isinstance(scheduler, LambdaLR) and scheduler.base_lrs != peaks:
+    if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = list(peaks)
         rates = [peak * factor(scheduler.last_epoch) for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]
         for group, peak, rate in zip(optimizer.param_groups, peaks, rates, strict=True):

@@ -30,9 +30,9 @@ from deltatune.preparation import Prepared, prepare
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
-from deltatune.training.changes import check_changes, find_changes
+from deltatune.training.changes import check_changes, find_changes, find_other_data
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
-from deltatune.training.export import check_kind, save_trained, write_json, write_text
+from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
 from deltatune.training.lock import locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
@@ -114,6 +114,11 @@ def train(
     run = build(recipe, arguments, console)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = _place(checkpoint, Mesh.of(arguments))
+    changes += _other_data(run, checkpoint, allow_change)
+    if checkpoint is not None:
+        console.out(f"going on from {checkpoint}", highlight=False)
+    elif holds_model(run.output_dir):
+        console.out(f"{run.output_dir} holds the model of an earlier run, which this one will replace", highlight=False)
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
@@ -282,7 +287,7 @@ def _trainer(run: Run) -> PackedTrainer:
         processing_class=run.tokenizer,
         recompiles=recompiles,
         console=run.console,
-        about={"recipe": run.recipe.model_dump(mode="json"), "deltatune": __version__},
+        about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
     )
 
 
@@ -291,6 +296,15 @@ def _changes(recipe: Recipe, checkpoint: Path | None, allow: bool) -> list[str]:
     if checkpoint is None:
         return []
     changes = find_changes(manifest(checkpoint).get("recipe", {}), recipe.model_dump(mode="json"))
+    check_changes(changes, allow=allow)
+    return [str(change) for change in changes]
+
+
+def _other_data(run: Run, checkpoint: Path | None, allow: bool) -> list[str]:
+    """Sources that hold other rows than at the checkpoint, in words."""
+    if checkpoint is None:
+        return []
+    changes = find_other_data(manifest(checkpoint).get("data", {}), run.data.identities())
     check_changes(changes, allow=allow)
     return [str(change) for change in changes]
 

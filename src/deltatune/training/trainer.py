@@ -39,6 +39,7 @@ from deltatune.training.batches import (
     place_file,
 )
 from deltatune.training.checkpoint import reload_weights
+from deltatune.training.export import readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.progress import ProgressBar
@@ -249,6 +250,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(place)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        readable(folder)
         seal(folder, self._about)
         commit(folder, place)
         shutil.rmtree(folder.parent, ignore_errors=True)
