@@ -127,3 +127,13 @@ def test_a_stream_shares_its_block_and_has_packs_for_every_rank(tmp_path: Path) 
     assert isinstance(stream, PackStream)
     assert [source.rows_per_block for source in stream.sources] == [6144, 2048]
     assert (len(stream), stream.rank, stream.num_ranks) == (10, 1, 2)
+
+
+def test_a_stream_is_named_and_its_bad_rows_once(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    data = {"train": [{"path": str(rows)}], "streaming": True, "on_bad_row": "drop"}
+    loaded = load_data(make_recipe(tmp_path, tmp_path, data=data, training={"max_steps": 2}), byte_tokenizer())
+    assert loaded.identities() == {str(rows): "streamed"}
+    remarks = loaded.train.report.remarks
+    assert len([line for line in remarks if "line 2: text is empty" in line]) == 1

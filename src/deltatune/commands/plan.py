@@ -70,8 +70,8 @@ def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments) -> l
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
     per_epoch, total = count_steps(len(order), arguments)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps
+    epochs = f", {counted(per_epoch, 'step')} an epoch, {total / per_epoch:.2f} epochs"
     return [
-        f"{counted(total, 'step')} of {counted(per_step, 'pack')} "
-        f"({per_step * packs.report.tokens_per_batch:,} tokens), {counted(per_epoch, 'step')} an epoch, "
-        f"{total / per_epoch:.2f} epochs"
+        f"{counted(total, 'step')} of {counted(per_step, 'pack')} ({per_step * packs.report.tokens_per_batch:,} tokens)"
+        f"{'' if isinstance(packs, PackStream) else epochs}"
     ]

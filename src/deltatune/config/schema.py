@@ -201,8 +201,8 @@ class DataSection(Section):
 
     streaming: Flag = False
     """Read `train` as training goes, without tokenising it first: for data that does not fit the disk, or is not there
-    yet. Rows are shuffled and packed in blocks of 8,192; several sources are mixed by documents, in equal parts or by
-    `weight`. Needs `training.max_steps`."""
+    yet. Rows are shuffled and packed in blocks of 8,192; several sources are mixed in equal parts, or by `weight` with
+    `weight_by: documents`. Needs `training.max_steps`, and `eval` in place of `val_size`."""
 
     max_length: Annotated[int, Strict(), Field(ge=2)] | None = None
     """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""

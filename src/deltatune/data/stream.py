@@ -244,7 +244,8 @@ class PackStream:
         if dropped:
             lines += [
                 f"{counted(len(dropped), 'row')} dropped, among them:",
-                *(f"  {error}" for error in dropped[:NUM_NAMED]),
+                # a source that begins again within a block brings its bad rows again
+                *(f"  {error}" for error in [*dict.fromkeys(dropped)][:NUM_NAMED]),
             ]
         return documents, cut, tuple(lines)
 

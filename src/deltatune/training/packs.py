@@ -38,9 +38,11 @@ class RecipeData:
     eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
 
     def identities(self) -> dict[str, str]:
-        """The sources by name, with the digest of the rows that were read."""
+        """The sources by name, with the digest of the rows that were read, which is not known of a stream."""
+        streams = self.train.sources if isinstance(self.train, PackStream) else []
         sets = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
-        return {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
+        read = {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
+        return {source.rows.name: "streamed" for source in streams} | read
 
     def check_tokens(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuses data with tokens that the model has no embedding for; of a stream, a tokenizer that has such tokens.
