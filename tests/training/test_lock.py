@@ -56,8 +56,15 @@ def test_the_lock_of_another_process_holds_while_it_runs(tmp_path: Path) -> None
 )
 def test_a_stale_lock_is_taken_over(tmp_path: Path, holder: str) -> None:
     (tmp_path / ".lock").write_text(holder)
+    os.utime(tmp_path / ".lock", (1, 1))
     with locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_is_being_written_holds(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(UserError, match="is in use"), locked(tmp_path):
+        pass
 
 
 def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from deltatune.errors import UserError
 
-__all__ = ["locked"]
+__all__ = ["check_free", "locked"]
 
 LOCK = ".lock"
+_WRITING = 10.0  # seconds in which a lock that holds nothing may be one that is being written
 
 
 @contextmanager
@@ -28,18 +30,38 @@ def locked(output_dir: Path) -> Iterator[None]:
     file = output_dir / LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
     while not _create(file, mine):
-        holder = _read(file)
-        if holder is not None and _runs(holder):
-            raise UserError(
-                f"{output_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, choose "
-                f"another training.output_dir, or remove {file} if that run is gone"
-            )
+        check_free(output_dir)
         file.unlink(missing_ok=True)
     try:
         yield
     finally:
         if _read(file) == mine:
             file.unlink(missing_ok=True)
+
+
+def check_free(output_dir: Path) -> None:
+    """Refuses a folder that a run holds, before anything in it is touched.
+
+    Raises:
+        UserError: a run that goes on holds the folder.
+    """
+    file = output_dir / LOCK
+    if not file.exists():
+        return
+    holder = _read(file) or {}
+    if _runs(holder) if holder else _age(file) < _WRITING:
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "a run that starts just now"
+        raise UserError(
+            f"{output_dir} is in use by {who}; wait for it, choose another training.output_dir, or remove {file} if "
+            "that run is gone"
+        )
+
+
+def _age(file: Path) -> float:
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _create(file: Path, content: dict[str, Any]) -> bool:

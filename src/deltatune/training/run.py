@@ -33,7 +33,7 @@ from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
 from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
-from deltatune.training.lock import locked
+from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.record import RunRecord
@@ -106,6 +106,9 @@ def train(
     for warning in warnings:
         console.out(f"warning: {warning}", highlight=False)
     with arguments.main_process_first(desc="looking for checkpoints"):
+        # what another run is writing there looks like what a killed one left
+        if arguments.should_save:
+            check_free(Path(recipe.training.output_dir).expanduser())
         checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     changes = _changes(recipe, checkpoint, allow_change)
