@@ -307,14 +307,14 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
 def test_weights_that_are_no_numbers_are_not_saved(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = run_module._last_evaluation
+    evaluate = run_module.evaluation_of_weights
 
-    def poisoned(run: Any, trainer: Any) -> Any:
+    def poisoned(trainer: Any) -> Any:
         with torch.no_grad():
-            next(weight for weight in run.model.parameters() if weight.requires_grad).fill_(float("inf"))
-        return evaluate(run, trainer)
+            next(weight for weight in trainer.model.parameters() if weight.requires_grad).fill_(float("inf"))
+        return evaluate(trainer)
 
-    monkeypatch.setattr(run_module, "_last_evaluation", poisoned)
+    monkeypatch.setattr(run_module, "evaluation_of_weights", poisoned)
     with pytest.raises(UserError, match="some trained weights are not finite, so they are not saved"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()

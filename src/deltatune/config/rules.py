@@ -80,10 +80,23 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         )
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"training.max_steps must be at least 1, or -1 to count epochs; got {training.max_steps}"
-    wants_best = training.load_best_model_at_end or training.save_strategy == "best"
-    if wants_best and training.eval_strategy == "no":
-        what = "load_best_model_at_end" if training.load_best_model_at_end else "save_strategy: best"
+    compares = {
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "save_strategy: best": training.save_strategy == "best",
+        "early_stopping_patience": training.early_stopping_patience is not None,
+    }
+    for what in (what for what, given in compares.items() if given and training.eval_strategy == "no"):
         yield f"training.{what} needs evaluations; set data.eval and training.eval_strategy"
+    if _differs(training, "early_stopping_threshold") and training.early_stopping_patience is None:
+        yield "training.early_stopping_threshold cannot act without early_stopping_patience; set it, or leave this out"
+    extra = training.model_extra or {}
+    if extra.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
+        yield (
+            f"training.metric_for_best_model: {extra['metric_for_best_model']} is not measured; evaluation reports "
+            "eval_loss alone"
+        )
+    if extra.get("greater_is_better"):
+        yield "training.greater_is_better: true would take the largest loss for the best; leave it out"
 
 
 def _model_errors(recipe: Recipe) -> Iterator[str]:

@@ -341,7 +341,14 @@ class TrainingSection(Section):
     """Leave optimizer and random state out of checkpoints; a run cannot resume from them."""
 
     load_best_model_at_end: Flag = False
-    """Return to the checkpoint with the best evaluation when training ends."""
+    """Save the weights of the best evaluation rather than the last ones. Each evaluation that is the best so far writes
+    a checkpoint."""
+
+    early_stopping_patience: Count | None = None
+    """End the run after so many evaluations in a row without a better loss."""
+
+    early_stopping_threshold: Annotated[float, Strict(), Field(ge=0)] = 0.0
+    """By how much a loss must be below the best one to count as better."""
 
     dataloader_num_workers: Annotated[int, Strict(), Field(ge=0)] = 0
     """Processes that collate batches."""

@@ -56,6 +56,8 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     check_training_names(section, known)
     # every trained parameter takes part in every step: looking for others costs a walk of the graph
     values = {"ddp_find_unused_parameters": False, **section.arguments(), **_FIXED}
+    if section.eval_strategy != "no":  # so that the best checkpoint is known
+        values.setdefault("metric_for_best_model", "eval_loss")
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:

@@ -32,6 +32,8 @@ from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
+from deltatune.training.early_stopping import EarlyStopping
+from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
@@ -146,7 +148,7 @@ def _fit(
         if run.recipe.compile is not None:
             run.console.out("the first step compiles, which takes a while", highlight=False)
         _run_steps(trainer, checkpoint, stop, run.console)
-        evaluation = _last_evaluation(run, trainer)
+        evaluation = evaluation_of_weights(trainer)
         during_training.close()
         result = _finish(run, trainer, evaluation, records)
         status = "finished"
@@ -161,7 +163,8 @@ def _fit(
         if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
             status = "interrupted"
         if record is not None:
-            record.end(status, trainer.state.global_step, None if failure is None else one_line(failure))
+            reason = None if failure is None else one_line(failure)
+            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
     return result
 
 
@@ -291,6 +294,7 @@ def _trainer(run: Run) -> PackedTrainer:
         recompiles=recompiles,
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
+        early_stopping=EarlyStopping.of(run.recipe.training),
     )
 
 
@@ -324,16 +328,6 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
         config.update(kept)
 
 
-def _last_evaluation(run: Run, trainer: PackedTrainer) -> Any:
-    """The evaluation after the last step, made now if the schedule did not."""
-    if run.data.eval is None:
-        return {}
-    for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
-            return entry
-    return trainer.evaluate()
-
-
 def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = _metrics(run, trainer, evaluation)
@@ -347,7 +341,8 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
             write_json(run.output_dir / METRICS_FILE, metrics)
     if not metrics["steps"]:
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
-    run.console.out(f"saved to {run.output_dir}", highlight=False)
+    for line in [*ending_lines(trainer), f"saved to {run.output_dir}"]:
+        run.console.out(line, highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
 
@@ -368,6 +363,7 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
         "global_step": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         **{name: value for name, value in evaluation.items() if name in ("eval_loss", "eval_trained_tokens")},
+        **ending(trainer),
         **trainer.meter.summary(),
         "compile": None if compiled is None else compiled.to_dict(),
     }

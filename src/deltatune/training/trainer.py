@@ -39,6 +39,7 @@ from deltatune.training.batches import (
     place_file,
 )
 from deltatune.training.checkpoint import reload_weights
+from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
@@ -70,6 +71,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
         console: where progress is drawn; the standard output by default.
         about: JSON that every checkpoint's manifest holds, such as the recipe.
+        early_stopping: ends the run when evaluations get no better.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         recompiles: Callable[[], int] | None = None,
         console: Console | None = None,
         about: Mapping[str, Any] | None = None,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
@@ -93,6 +96,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._about = about or {}
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
         self._console = console or Console()
+        self.early_stopping = early_stopping
         super().__init__(
             model=model,
             args=args,
@@ -100,6 +104,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            callbacks=None if early_stopping is None else [early_stopping],
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -230,6 +235,32 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             self.control.should_log = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Sees to it that what a run may return to, and where it stops early, is on the disk."""
+        found = bool(super()._determine_best_metric(metrics, trial))
+        returned_to = found and self.args.load_best_model_at_end
+        if self.args.save_strategy != "no" and (returned_to or self.stopped_early):
+            self.control.should_save = True
+        return found
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its last step since evaluations got no better."""
+        stops = self.early_stopping is not None and self.early_stopping.stops
+        return stops and self.state.global_step < self.state.max_steps
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint had the best evaluation; None where none was compared and kept."""
+        place = self.state.best_model_checkpoint
+        return None if place is None else int(Path(place).name.removeprefix(CHECKPOINT))
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the model's weights are of, once training has ended."""
+        best = self.best_step if self.args.load_best_model_at_end else None
+        return int(self.state.global_step) if best is None else best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
         output_dir = Path(self.args.output_dir)
@@ -272,8 +303,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         _, steps = count_steps(len(self.get_train_dataloader()), self.args)
-        if state.global_step < steps:
+        stopping = self.early_stopping
+        if stopping is not None:
+            stopping.restore(state)
+        if state.global_step < steps and (stopping is None or not stopping.stops):
             return False
+        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
+            state.best_model_checkpoint = None  # as the Trainer has it
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
