@@ -399,7 +399,7 @@ def stopping_after(step: int, build: Any) -> Any:
         ({"checkpointing": 0.5}, r"checkpointing: 0.5 .* compile: true"),
         ({"training": {"learning_rat": 0.1}}, r"training.learning_rat: unknown \(did you mean learning_rate\?\)"),
         ({"training": {"optim": "adam"}}, r"training: .*adam"),
-        ({"training": {"optim": "paged_adamw_8bit"}}, r"paged_adamw_8bit needs the package bitsandbytes"),
+        ({"training": {"optim": "paged_adamw_8bit"}}, r"needs the package bitsandbytes; pip install 'deltatune\[opt"),
         ({"training": {"optim": "schedule_free_adamw"}}, r"needs the package schedulefree; pip install schedulefree"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
         ({"training": {"report_to": "wand"}}, r"report_to: unknown wand \(did you mean wandb\?\)"),

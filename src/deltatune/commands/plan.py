@@ -20,6 +20,7 @@ from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.mesh import Mesh
+from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import load_data
 from deltatune.training.run import estimate_step, prepare_by_recipe
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     data.check_tokens(model, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
+    lines += optimizer_lines(model, recipe.training)
     lines += ["", *data.lines(), *_steps(data.train, arguments)]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"

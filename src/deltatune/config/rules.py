@@ -99,6 +99,29 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         yield "training.greater_is_better: true would take the largest loss for the best; leave it out"
 
 
+#: Parts of the names of optimizers that make groups of their own, or step while backward runs.
+_OWN_GROUPS = ("galore", "apollo", "lomo")
+
+
+def _optimizer_errors(recipe: Recipe) -> Iterator[str]:
+    training, extra = recipe.training, recipe.training.model_extra or {}
+    if training.loraplus_lr_ratio is not None and recipe.lora is None:
+        yield "training.loraplus_lr_ratio cannot act without adapters; add a section lora, or leave it out"
+    if _differs(training, "loraplus_lr_embedding") and training.loraplus_lr_ratio is None:
+        yield "training.loraplus_lr_embedding cannot act without loraplus_lr_ratio; set it, or leave this out"
+    grouped = {"learning_rates": bool(training.learning_rates), "loraplus_lr_ratio": training.loraplus_lr_ratio}
+    if any(part in training.optim for part in _OWN_GROUPS):
+        for name in (name for name, given in grouped.items() if given):
+            yield f"training.{name} cannot act with optim: {training.optim}, which groups parameters itself"
+    if training.optim == "muon":
+        for name in ("optim_args", "optim_target_modules"):
+            if extra.get(name):
+                yield f"training.{name} cannot act with optim: muon; leave it out"
+        for name in ("fsdp", "deepspeed"):
+            if extra.get(name):
+                yield f"training.{name} cannot act with optim: muon, which needs whole matrices; take another optimizer"
+
+
 def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.training.bf16 and recipe.training.fp16:
         yield "training.bf16 and training.fp16 exclude each other; keep one"
@@ -221,6 +244,7 @@ _ERRORS = (
     _compile_errors,
     _training_names,
     _schedule_errors,
+    _optimizer_errors,
     _model_errors,
     _data_errors,
     _mixture_errors,

@@ -274,8 +274,19 @@ class TrainingSection(Section):
     warmup_steps: Steps | Literal[0] = 0
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
 
+    learning_rates: dict[Text, Annotated[float, Strict(), Field(ge=0)]] = Field(default_factory=dict)
+    """Peak learning rates that differ from `learning_rate`, by a regular expression that is found in the names of
+    parameters, such as `{embed_tokens: 1e-5}`. The schedule scales all."""
+
+    loraplus_lr_ratio: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """LoRA+: the learning rate of adapters' B matrices (and of vectors) is `learning_rate` times this."""
+
+    loraplus_lr_embedding: Annotated[float, Strict(), Field(ge=0)] = 1e-6
+    """The learning rate of adapters of embeddings with LoRA+."""
+
     optim: Text = "adamw_torch_fused"
-    """The optimizer, by transformers' name."""
+    """The optimizer, by transformers' name; or `muon`, which steps weights of hidden linear layers by
+    `torch.optim.Muon` and all others by AdamW, both scaled to one learning rate."""
 
     weight_decay: Annotated[float, Strict(), Field(ge=0)] = 0.0
     """Decoupled weight decay."""

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError, nearest, one_line
+from deltatune.training.optimizers import MUON
 
 __all__ = ["autocast_dtype", "training_arguments"]
 
@@ -44,6 +45,8 @@ _PACKAGES: Final[Mapping[str, str]] = {
     "ademamix": "bitsandbytes",
     "lion": "bitsandbytes",
 }
+#: The packages of the extra ``optimizers``.
+_EXTRA: Final = ("bitsandbytes", "torchao")
 
 
 def training_arguments(section: TrainingSection) -> TrainingArguments:
@@ -58,6 +61,8 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     values = {"ddp_find_unused_parameters": False, **section.arguments(), **_FIXED}
     if section.eval_strategy != "no":  # so that the best checkpoint is known
         values.setdefault("metric_for_best_model", "eval_loss")
+    if section.optim == MUON:  # which the trainer makes
+        values["optim"] = "adamw_torch"
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:
@@ -96,7 +101,8 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
     package = next((package for part, package in _PACKAGES.items() if part in name), None)
     if package is not None and find_spec(package) is None:
         distribution = package.replace("_", "-")
-        raise UserError(f"training.optim: {name} needs the package {distribution}; pip install {distribution}")
+        wanted = "'deltatune[optimizers]'" if package in _EXTRA else distribution
+        raise UserError(f"training.optim: {name} needs the package {distribution}; pip install {wanted}")
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:

@@ -37,6 +37,7 @@ from deltatune.training.ending import ending, ending_lines, evaluation_of_weight
 from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
+from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.record import RunRecord
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
@@ -205,7 +206,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
         model.to(arguments.device)
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
-    console.out(str(prepared.report), highlight=False)
+    for line in [str(prepared.report), *optimizer_lines(model, recipe.training)]:
+        console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, model, prepared)
 
 
@@ -295,6 +297,7 @@ def _trainer(run: Run) -> PackedTrainer:
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
         early_stopping=EarlyStopping.of(run.recipe.training),
+        optimizer=OptimizerSettings.of(run.recipe.training),
     )
 
 

@@ -43,6 +43,8 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
+from deltatune.training.muon import MuonWithAdamW
+from deltatune.training.optimizers import TRANSFORMERS_GROUPS, OptimizerSettings, parameter_groups
 from deltatune.training.progress import ProgressBar
 from deltatune.training.resuming import restore_settings
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
@@ -72,6 +74,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         console: where progress is drawn; the standard output by default.
         about: JSON that every checkpoint's manifest holds, such as the recipe.
         early_stopping: ends the run when evaluations get no better.
+        optimizer: learning rates by pattern, LoRA+ and Muon.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         console: Console | None = None,
         about: Mapping[str, Any] | None = None,
         early_stopping: EarlyStopping | None = None,
+        optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
     ) -> None:
         self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
@@ -97,6 +101,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
         self._console = console or Console()
         self.early_stopping = early_stopping
+        self._optimizer_settings = optimizer
         super().__init__(
             model=model,
             args=args,
@@ -177,6 +182,23 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Batch) -> float:
         """Model FLOPs of the batch's matrices, for the Trainer's ``total_flos``; no walk over the model per step."""
         return self.meter.flops.per_token * float(inputs["input_ids"].numel())
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """The Trainer's optimizer, over groups of our own where the recipe asks for any."""
+        settings = self._optimizer_settings
+        found: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
+        if not settings.act:
+            return found
+        cls, options = found
+        if settings.muon:
+            cls, options = MuonWithAdamW, {name: options[name] for name in ("lr", "betas", "eps")}
+        groups = parameter_groups(
+            self.model if model is None else model,
+            settings,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+        )
+        return cls, {**options, "params": groups}
 
     # Evaluation
 
