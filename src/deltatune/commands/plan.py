@@ -19,6 +19,7 @@ from deltatune.training.adapters import adapt
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
+from deltatune.training.continuing import load_adapter, start_lines
 from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import load_data
@@ -37,13 +38,14 @@ def run(args: argparse.Namespace) -> int:
     recipe: Recipe = args.recipe
     arguments = training_arguments(recipe.training)
     model = adapt(empty_model(recipe.model), recipe.lora)
+    load_adapter(model, recipe.lora)
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     data.check_tokens(model, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
-    lines += optimizer_lines(model, recipe.training)
+    lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
     lines += ["", *data.lines(), *_steps(data.train, arguments)]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"

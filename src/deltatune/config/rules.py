@@ -133,6 +133,9 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
         yield "lora.use_dora cannot run in lora.impl: fused; set lora.impl to auto or stock"
     if recipe.lora is not None:
         yield from adapter_errors(recipe.lora)
+        start = recipe.lora.name_or_path
+        if start is not None and Path(start).expanduser() == Path(recipe.training.output_dir).expanduser():
+            yield f"lora.name_or_path: {start} is training.output_dir as well; save this run in another folder"
     given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"

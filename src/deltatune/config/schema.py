@@ -75,6 +75,10 @@ class ModelSection(Section):
 class LoraSection(Section):
     """Low-rank adapters, in PEFT's own names. Leave the section out to train every weight."""
 
+    name_or_path: Text | None = None
+    """An adapter to go on from: a folder, or a name on the Hub. Its ranks, targets and scales are its own; of this
+    section `lora_dropout`, `adapter_dtype` and `impl` act, and any other setting must agree with it."""
+
     r: Count = 16
     """Rank of the adapters."""
 
@@ -127,8 +131,8 @@ class LoraSection(Section):
     """`fused` makes the adapter part of the base product, `stock` is PEFT's layer; `auto` fuses where it can."""
 
     def peft_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``peft.LoraConfig``; ``adapter_dtype`` and ``impl`` are ours and left out."""
-        return self.model_dump(mode="json", exclude={"adapter_dtype", "impl"}, exclude_none=True)
+        """Keyword arguments of ``peft.LoraConfig``; the others are ours and left out."""
+        return self.model_dump(mode="json", exclude={"name_or_path", "adapter_dtype", "impl"}, exclude_none=True)
 
 
 class Source(Section):

@@ -15,6 +15,7 @@ from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
+from deltatune.training.continuing import continued
 
 __all__ = ["adapt"]
 
@@ -24,7 +25,7 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
     ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
-    with ``adapter_dtype: model``.
+    with ``adapter_dtype: model``. With ``name_or_path`` they are built as that adapter's, for ``load_adapter``.
 
     Raises:
         UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
@@ -37,6 +38,8 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
         return model
     if errors := list(adapter_errors(section)):
         raise UserError("; also: ".join(errors))
+    if section.name_or_path is not None:
+        return continued(model, section)
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)

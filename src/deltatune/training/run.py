@@ -32,6 +32,7 @@ from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
 from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
+from deltatune.training.continuing import adapter_record, load_adapter, start_lines
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
@@ -142,6 +143,8 @@ def _fit(
         write_json(run.output_dir / REPORT_FILE, records)
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
+        if started_from := adapter_record(run.recipe.lora):
+            about["adapter"] = started_from
         record = RunRecord(run.output_dir, about, changes=changes, from_step=step)
         trainer.add_callback(record)
     status = "failed"
@@ -201,12 +204,13 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     model = load_model(recipe.model, config)
     data.check_tokens(model, tokenizer)
     model = adapt(model, recipe.lora)
+    load_adapter(model, recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
-    for line in [str(prepared.report), *optimizer_lines(model, recipe.training)]:
+    for line in [str(prepared.report), *start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, model, prepared)
 
