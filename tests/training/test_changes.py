@@ -36,6 +36,8 @@ def changes(**sections: Any) -> Any:
             [("training.max_steps", "acts"), ("training.save_steps", "acts")],
         ),
         ({"training": {"optim": "sgd"}}, [("training.optim", "cannot")]),
+        ({"training": {"unfrozen_parameters": ["a"]}}, [("training.unfrozen_parameters", "cannot")]),
+        ({"lora": {"name_or_path": "a"}}, [("lora.name_or_path", "cannot")]),
         ({"training": {"loraplus_lr_ratio": 4.0}}, [("training.loraplus_lr_ratio", "cannot")]),
         ({"training": {"learning_rates": {"a.b": 2e-4}}}, [("training.learning_rates.a.b", "cannot")]),
         ({"training": {"early_stopping_patience": 3}}, [("training.early_stopping_patience", "acts")]),

@@ -15,7 +15,7 @@ from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.report import counted
 from deltatune.data.stream import PackStream
-from deltatune.training.adapters import adapt
+from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
     recipe: Recipe = args.recipe
     arguments = training_arguments(recipe.training)
-    model = adapt(empty_model(recipe.model), recipe.lora)
+    model = adapt_by_recipe(empty_model(recipe.model), recipe)
     load_adapter(model, recipe.lora)
     report = prepare_by_recipe(recipe, model, device=arguments.device).report
     tokenizer = load_tokenizer(recipe.model)

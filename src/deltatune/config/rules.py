@@ -123,6 +123,9 @@ def _optimizer_errors(recipe: Recipe) -> Iterator[str]:
 
 
 def _model_errors(recipe: Recipe) -> Iterator[str]:
+    continued = recipe.lora is not None and recipe.lora.name_or_path is not None
+    if recipe.training.unfrozen_parameters is not None and continued:
+        yield "training.unfrozen_parameters cannot act with lora.name_or_path: what trains whole is said by the adapter"
     if recipe.training.bf16 and recipe.training.fp16:
         yield "training.bf16 and training.fp16 exclude each other; keep one"
     # the loss scaler refuses to unscale float16 gradients

@@ -278,6 +278,10 @@ class TrainingSection(Section):
     warmup_steps: Steps | Literal[0] = 0
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
 
+    unfrozen_parameters: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Parameters that train, by regular expressions that are found in their names, such as `[norm, "layers\\.3[0-9]"]`:
+    these alone, or with a section `lora` these whole beside the adapters."""
+
     learning_rates: dict[Text, Annotated[float, Strict(), Field(ge=0)]] = Field(default_factory=dict)
     """Peak learning rates that differ from `learning_rate`, by a regular expression that is found in the names of
     parameters, such as `{embed_tokens: 1e-5}`. The schedule scales all."""

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
 from deltatune.config.rules import adapter_errors
-from deltatune.config.schema import LoraSection
+from deltatune.config.schema import LoraSection, Recipe
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
 from deltatune.training.continuing import continued
+from deltatune.training.unfrozen import freeze_others, whole_modules
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "adapt_by_recipe"]
 
 
-def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
+def adapt_by_recipe(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """``adapt`` with all that a recipe says of what trains."""
+    return adapt(model, recipe.lora, recipe.training.unfrozen_parameters)
+
+
+def adapt(model: nn.Module, section: LoraSection | None, unfrozen: Sequence[str] | None = None) -> nn.Module:
     """The model as a recipe trains it: with LoRA adapters and everything else frozen, or, without a section, whole.
+
+    ``unfrozen`` are regular expressions over names of parameters: these train beside adapters, or in place of all.
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
     ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
@@ -35,6 +43,8 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
     for name in towers:
         model.get_submodule(name).requires_grad_(False)
     if section is None:
+        if unfrozen is not None:
+            freeze_others(model, unfrozen)
         return model
     if errors := list(adapter_errors(section)):
         raise UserError("; also: ".join(errors))
@@ -43,6 +53,8 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
+    if unfrozen is not None:
+        arguments["modules_to_save"] = [*(section.modules_to_save or ()), *whole_modules(model, unfrozen)]
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
         adapted: nn.Module = peft.get_peft_model(

@@ -34,6 +34,7 @@ _VERDICTS: dict[str, Verdict] = {
     "training.optim": "cannot",
     "training.optim_args": "cannot",
     "training.optim_target_modules": "cannot",
+    "training.unfrozen_parameters": "cannot",
     "training.learning_rates": "acts",
     "training.loraplus_lr_ratio": "acts",
     "training.gradient_accumulation_steps": "asks",

@@ -27,7 +27,7 @@ from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
-from deltatune.training.adapters import adapt
+from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
@@ -203,7 +203,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     set_seed(arguments.seed)
     model = load_model(recipe.model, config)
     data.check_tokens(model, tokenizer)
-    model = adapt(model, recipe.lora)
+    model = adapt_by_recipe(model, recipe)
     load_adapter(model, recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
