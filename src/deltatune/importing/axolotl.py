@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.axolotl_data import data_sets
+from deltatune.importing.axolotl_schedule import every, patience, per_epoch, strategy
 from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
+from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import (
@@ -81,56 +83,9 @@ def _targets(value: Any, settings: Settings) -> Outcome:
     return targets(value, settings)
 
 
-def _cannot_evaluate(kind: str, settings: Settings) -> Outcome | None:
-    held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
-    return None if kind == "save" or held_out else Outcome("no effect here", why="there is no held-out data")
-
-
-def _per_epoch(kind: str) -> Rule:
-    def rule(value: Any, settings: Settings) -> Outcome:
-        nothing = _cannot_evaluate(kind, settings)
-        if nothing is not None:
-            return nothing
-        if is_off(value):
-            return Outcome("carried", {f"training.{kind}_strategy": "no"} if value is not None else {})
-        times, limited = count(value), not is_off(settings.get("max_steps"))
-        strategy, share = f"training.{kind}_strategy", 1 / (times * number(settings.get("num_epochs") or 1))
-        if times == 1 and not limited:
-            return Outcome("carried", {strategy: "epoch"}, "once an epoch")
-        if share >= 1:
-            return Outcome("changed", {strategy: "epoch"}, "at the end of an epoch, which max_steps may not reach")
-        return Outcome(
-            "changed", {strategy: "steps", f"training.{kind}_steps": share}, "a share of all steps, as there"
-        )
-
-    return rule
-
-
-def _strategy(kind: str) -> Rule:
-    def rule(value: Any, settings: Settings) -> Outcome:
-        nothing = _cannot_evaluate(kind, settings)
-        if nothing is not None:
-            return nothing
-        for winner in (f"{kind}s_per_epoch", f"{kind}_steps"):
-            if not is_off(settings.get(winner)):
-                return Outcome("no effect here", why=f"{winner} is given, which wins")
-        return Outcome("carried", {f"training.{kind}_strategy": text(value)})
-
-    return rule
-
-
-def _every(kind: str) -> Rule:
-    def rule(value: Any, settings: Settings) -> Outcome:
-        nothing = _cannot_evaluate(kind, settings)
-        if is_off(value) or nothing is not None:
-            return nothing or Outcome("no effect here", why="not set")
-        if not is_off(settings.get(f"{kind}s_per_epoch")):
-            return Outcome("no effect here", why=f"{kind}s_per_epoch is given, which wins")
-        found = number(value)
-        every = found if found < 1 else whole(value)
-        return Outcome("carried", {f"training.{kind}_strategy": "steps", f"training.{kind}_steps": every})
-
-    return rule
+def _trains_embeddings(settings: Settings) -> bool:
+    named = [settings.get(key) or [] for key in ("lora_modules_to_save", "lora_target_modules")]
+    return not _has_lora(settings) or any(name in str(named) for name in EMBEDDINGS.split("|"))
 
 
 @alone
@@ -227,7 +182,12 @@ _LORA: dict[str, Rule] = {
     "peft_layers_to_transform": carried("lora.layers_to_transform"),
 }
 
-_LORA_RULES = {key: with_lora(rule, _has_lora) for key, rule in _LORA.items()}
+_LORA_RULES = {
+    **{key: with_lora(new_adapter("lora_model_dir", key, rule), _has_lora) for key, rule in _LORA.items()},
+    "lora_model_dir": with_lora(carried("lora.name_or_path", text, "its ranks and targets are its own"), _has_lora),
+    "loraplus_lr_ratio": with_lora(lora_plus("loraplus_lr_ratio"), _has_lora),
+    "loraplus_lr_embedding": with_lora(lora_plus("loraplus_lr_embedding"), _has_lora),
+}
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -257,13 +217,13 @@ _RULES: dict[str, Rule] = {
     "adapter": _adapter,
     **_LORA_RULES,
     "val_set_size": _val_size,
-    "evals_per_epoch": _per_epoch("eval"),
-    "saves_per_epoch": _per_epoch("save"),
-    "eval_strategy": _strategy("eval"),
-    "evaluation_strategy": _strategy("eval"),
-    "save_strategy": _strategy("save"),
-    "eval_steps": _every("eval"),
-    "save_steps": _every("save"),
+    "evals_per_epoch": per_epoch("eval"),
+    "saves_per_epoch": per_epoch("save"),
+    "eval_strategy": strategy("eval"),
+    "evaluation_strategy": strategy("eval"),
+    "save_strategy": strategy("save"),
+    "eval_steps": every("eval"),
+    "save_steps": every("save"),
     "train_on_inputs": _on_inputs,
     "hub_model_id": _hub,
     "dataset_prepared_path": changed("data.cache_dir", text, "tokenised data is kept there, in a form of its own"),
@@ -342,18 +302,17 @@ _RULES: dict[str, Rule] = {
         "qlora_sharded_model_loading lora_on_cpu max_memory gpu_memory_limit low_cpu_mem_usage device_map",
         refused("nothing is moved to the host's memory here"),
     ),
-    **_each("early_stopping_patience", refused("runs are not stopped early yet")),
+    "early_stopping_patience": patience,
     **_each("loss_watchdog_threshold loss_watchdog_patience", refused("a run is not stopped by its loss")),
     **_each(
-        "unfrozen_parameters lisa_n_layers lisa_step_interval lisa_layers_attribute relora relora_prune_ratio "
+        "lisa_n_layers lisa_step_interval lisa_layers_attribute relora relora_prune_ratio "
         "relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps",
         refused("an adapter or every weight trains, from start to end"),
     ),
-    **_each("lora_model_dir", refused("training starts with a new adapter; merge the old one into its base first")),
-    **_each(
-        "loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale lr_groups",
-        refused("one learning rate for all that trains"),
-    ),
+    "unfrozen_parameters": unfrozen,
+    "embedding_lr": embedding_rate(EMBEDDINGS, _trains_embeddings),
+    "embedding_lr_scale": embedding_rate(EMBEDDINGS, _trains_embeddings, scale=True),
+    "lr_groups": learning_rate_groups,
     **_each(
         "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")
     ),
