@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
 
 __all__ = [
+    "OWN_TRAINING_NAMES",
     "CompileSection",
     "DataSection",
     "LoraSection",
@@ -245,8 +246,21 @@ class CompileSection(Section):
     """Inductor settings, for this model's graphs only."""
 
 
+#: Fields of ``training`` that transformers.TrainingArguments does not have.
+OWN_TRAINING_NAMES = frozenset(
+    (
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "learning_rates",
+        "loraplus_lr_embedding",
+        "loraplus_lr_ratio",
+        "unfrozen_parameters",
+    )
+)
+
+
 class TrainingSection(Section):
-    """The training loop, in the names of `transformers.TrainingArguments`.
+    """The training loop, in the names of `transformers.TrainingArguments` and a few of ours.
 
     The fields below are the usual ones; any other TrainingArguments name may be given as well. Names that have no
     effect here, or another home in the recipe, are refused.
@@ -377,7 +391,7 @@ class TrainingSection(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return self.model_dump(mode="json", exclude=set(OWN_TRAINING_NAMES), exclude_none=True)
 
 
 class VerifySection(Section):
