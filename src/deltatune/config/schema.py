@@ -72,6 +72,13 @@ class ModelSection(Section):
     """What replaces the tokenizer's chat template: a known format (`chatml`, `gemma`, `llama2`, `llama3`, `mistral`,
     `phi`, `phi4` or `qwen3`), a Jinja file, or Jinja text. A file of such a name is meant by `./chatml`."""
 
+    added_tokens: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Tokens that the tokenizer gets, each one token wherever it stands in text. Their rows of embedding and head
+    train, beside adapters too; embeddings that are too short for them grow."""
+
+    special_tokens: dict[Literal["bos_token", "eos_token", "pad_token", "unk_token"], Text] | None = None
+    """Tokens of the vocabulary, or of `added_tokens`, that take a role, such as `{pad_token: "<|endoftext|>"}`."""
+
 
 class LoraSection(Section):
     """Low-rank adapters, in PEFT's own names. Leave the section out to train every weight."""

@@ -15,21 +15,32 @@ from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
+from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
+from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
 from deltatune.training.unfrozen import freeze_others, whole_modules
 
 __all__ = ["adapt", "adapt_by_recipe"]
 
 
 def adapt_by_recipe(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """``adapt`` with all that a recipe says of what trains."""
-    return adapt(model, recipe.lora, recipe.training.unfrozen_parameters)
+    """``adapt`` with all that a recipe says of what trains, after embeddings have grown for its tokens."""
+    added, lora = recipe.model.added_tokens, recipe.lora
+    if added is None and (lora is None or lora.name_or_path is None):
+        return adapt(model, lora, recipe.training.unfrozen_parameters)
+    tokenizer = load_tokenizer(recipe.model)
+    resize_embeddings(model, tokenizer)
+    new_tokens = tokenizer.convert_tokens_to_ids(list(added or ()))
+    return adapt(model, lora, recipe.training.unfrozen_parameters, new_tokens)
 
 
-def adapt(model: nn.Module, section: LoraSection | None, unfrozen: Sequence[str] | None = None) -> nn.Module:
+def adapt(
+    model: nn.Module, section: LoraSection | None, unfrozen: Sequence[str] | None = None, new_tokens: Sequence[int] = ()
+) -> nn.Module:
     """The model as a recipe trains it: with LoRA adapters and everything else frozen, or, without a section, whole.
 
-    ``unfrozen`` are regular expressions over names of parameters: these train beside adapters, or in place of all.
+    ``unfrozen`` are regular expressions over names of parameters: these train beside adapters, or in place of all. The
+    rows of ``new_tokens`` train in any case.
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
     ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
@@ -45,6 +56,8 @@ def adapt(model: nn.Module, section: LoraSection | None, unfrozen: Sequence[str]
     if section is None:
         if unfrozen is not None:
             freeze_others(model, unfrozen)
+        if new_tokens:
+            check_new_rows_train(model)
         return model
     if errors := list(adapter_errors(section)):
         raise UserError("; also: ".join(errors))
@@ -55,6 +68,9 @@ def adapt(model: nn.Module, section: LoraSection | None, unfrozen: Sequence[str]
     arguments = section.peft_arguments() | _targets(model, section, towers)
     if unfrozen is not None:
         arguments["modules_to_save"] = [*(section.modules_to_save or ()), *whole_modules(model, unfrozen)]
+    if new_tokens:
+        saved = section.model_copy(update={"modules_to_save": arguments.get("modules_to_save")})
+        arguments["trainable_token_indices"] = token_rows(model, new_tokens, saved) or None
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
         adapted: nn.Module = peft.get_peft_model(

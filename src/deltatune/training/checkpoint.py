@@ -17,6 +17,7 @@ from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.training.hub import silence
+from deltatune.training.tokens import add_tokens
 
 __all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "model_class", "new_model", "reload_weights"]
 
@@ -109,10 +110,11 @@ def new_model(section: ModelSection, config: PreTrainedConfig) -> nn.Module:
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the recipe's chat template where one is given.
+    """The tokenizer, with the recipe's tokens and chat template where they are given.
 
     Raises:
-        UserError: no tokenizer there, a template that is unknown or cannot be read, or one for other control tokens.
+        UserError: no tokenizer there, a template that is unknown or cannot be read, or one for other control tokens;
+            tokens that cannot be added, or take a role.
     """
     name = section.tokenizer or section.name_or_path
     path = Path(name).expanduser()
@@ -125,6 +127,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot load a tokenizer from {name}: {_why(error, name)}; set model.tokenizer") from error
     if not tokenizer.get_vocab():
         raise UserError(f"{name} holds no tokenizer (no tokenizer.json); set model.tokenizer to one that does")
+    add_tokens(tokenizer, section)
     if section.chat_template is not None:
         tokenizer.chat_template = read_template(section.chat_template, tokenizer)
     return tokenizer

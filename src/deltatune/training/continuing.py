@@ -57,10 +57,11 @@ def load_adapter(model: nn.Module, section: LoraSection | None) -> None:
     name = section.name_or_path
     weights = load_peft_weights(str(_folder(name)), device="cpu")
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    base = model.state_dict().keys()  # PEFT saves an embedding that is adapted as well
+    # PEFT saves embeddings as well that are adapted, or were resized
+    known = get_peft_model_state_dict(model, save_embedding_layers=True).keys() | model.state_dict().keys()
     for words, names in (
         ("lacks {} of the weights that its configuration says", sorted(expected.keys() - weights.keys())),
-        ("holds {} weights that have no place in the model", sorted(weights.keys() - expected.keys() - base)),
+        ("holds {} weights that have no place in the model", sorted(weights.keys() - known)),
     ):
         if names:
             raise UserError(f"{_KEY}: {name} {words.format(len(names))}, such as {names[0]}")

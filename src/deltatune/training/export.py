@@ -23,6 +23,7 @@ from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
 from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
 from deltatune.training.servers import per_expert
+from deltatune.training.tokens import resize_embeddings
 
 __all__ = [
     "check_kind",
@@ -104,11 +105,13 @@ def merge_adapter(
     """
     adapter, output = _adapter_and_output(adapter_dir, output_dir)
     section, config = _base_of(adapter, base, dtype=dtype, trust_remote_code=trust_remote_code)
-    merged = _merged(load_model(section, config), adapter)
-    if (adapter / "tokenizer_config.json").is_file():
-        # the adapter's own has its chat template
-        section = section.model_copy(update={"tokenizer": str(adapter)})
-    tokenizer = load_tokenizer(section)
+    own = (adapter / "tokenizer_config.json").is_file()
+    # the adapter's own has its chat template, and its tokens
+    tokenizer = load_tokenizer(section.model_copy(update={"tokenizer": str(adapter)}) if own else section)
+    model = load_model(section, config)
+    if own and _has_new_tokens(model, adapter):
+        resize_embeddings(model, tokenizer)
+    merged = _merged(model, adapter)
     with staged(output) as folder:
         _save(merged, tokenizer, folder)
     return output
@@ -212,7 +215,10 @@ def write_text(path: Path, text: str) -> None:
 
 def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     save: Any = model.save_pretrained
-    save(str(folder))
+    configs = getattr(model, "peft_config", {}).values()
+    # rows that train are saved by themselves; PEFT would add the embeddings that they came into
+    by_rows = any(getattr(config, "trainable_token_indices", None) for config in configs)
+    save(str(folder), **({"save_embedding_layers": False} if by_rows else {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     readable(folder)
@@ -230,6 +236,16 @@ def _adapter_base(adapter: Path) -> str | None:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{marker} is no JSON object: {error}") from error
     return None if recorded is None else str(recorded)
+
+
+def _has_new_tokens(model: Any, adapter: Path) -> bool:
+    """Whether rows of embeddings train, or embeddings that trained whole have more rows than the base model's."""
+    if json.loads((adapter / _MARKERS[0]).read_text("utf-8")).get("trainable_token_indices"):
+        return True
+    embedding = model.get_input_embeddings()
+    names = [f"base_model.model.{name}.weight" for name, module in model.named_modules() if module is embedding]
+    weights = load_peft_weights(str(adapter), device="cpu")
+    return any(name in weights and weights[name].shape[0] > embedding.weight.shape[0] for name in names)
 
 
 def _merged(model: nn.Module, adapter: Path) -> nn.Module:

@@ -202,8 +202,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
         console.out(line, highlight=False)
     set_seed(arguments.seed)
     model = load_model(recipe.model, config)
-    data.check_tokens(model, tokenizer)
     model = adapt_by_recipe(model, recipe)
+    data.check_tokens(model, tokenizer)
     load_adapter(model, recipe.lora)
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
