@@ -11,6 +11,7 @@ from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate
 from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
+from deltatune.importing.tokens import added_tokens, role_of, roles
 from deltatune.importing.training_arguments import (
     PACKED,
     SHARDING,
@@ -25,7 +26,7 @@ __all__ = ["AXOLOTL"]
 
 _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _ATTENTION = "attention over packs is built in"
-_TOKENS = "special tokens and new tokens cannot be set from a recipe yet: change the tokenizer's files"
+_TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
 _RL = "supervised fine-tuning alone: no preference training, no reward models, no reinforcement learning"
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
@@ -270,9 +271,12 @@ _RULES: dict[str, Rule] = {
         idle(_BUILT_IN),
     ),
     "plugins": _plugins,
+    "special_tokens": roles,
+    "tokens": added_tokens("tokens"),
+    **{role: role_of(role) for role in ("bos_token", "eos_token", "pad_token")},
+    "mean_resizing_embeddings": idle("new rows are drawn around the mean of the others"),
     **_each(
-        "special_tokens tokens added_tokens_overrides eot_tokens bos_token eos_token pad_token "
-        "additional_special_tokens resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings "
+        "added_tokens_overrides eot_tokens additional_special_tokens resize_token_embeddings_to_32x shrink_embeddings "
         "default_system_message",
         refused(_TOKENS),
     ),

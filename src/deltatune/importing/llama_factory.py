@@ -11,6 +11,7 @@ from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
+from deltatune.importing.tokens import added_tokens
 from deltatune.importing.training_arguments import PACKED, SHARDING, TRAINING_ARGUMENTS
 from deltatune.importing.values import count, flag, is_off, number, text, texts, whole
 
@@ -20,7 +21,7 @@ _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _LOSS = "the loss is cross entropy"
 _ONE_OF_TWO = "an adapter or every weight trains"
 _NO_OPTIMIZER = "no optimizer of transformers that is known to work here"
-_TOKENS = "new tokens cannot be set from a recipe yet: change the tokenizer's files"
+_TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
 
 
 def _has_lora(settings: Settings) -> bool:
@@ -220,6 +221,8 @@ _RULES: dict[str, Rule] = {
     "disable_gradient_checkpointing": _no_checkpointing,
     "flash_attn": idle("attention over packs is built in"),
     "early_stopping_steps": _patience,
+    **dict.fromkeys(("add_tokens", "add_special_tokens"), added_tokens("add_tokens", "add_special_tokens")),
+    "resize_vocab": idle("embeddings grow where tokens need it"),
     "use_muon": muon,
     **_each(
         "quantization_bit quantization_method quantization_type double_quantization quantization_device_map",
@@ -244,8 +247,7 @@ _RULES: dict[str, Rule] = {
         idle("no part of what is trained"),
     ),
     **_each(
-        "resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens "
-        "split_special_tokens default_system tool_format",
+        "new_special_tokens_config init_special_tokens split_special_tokens default_system tool_format",
         refused(_TOKENS),
     ),
     **_each("freeze_vision_tower freeze_multi_modal_projector", idle("towers of images never train")),
