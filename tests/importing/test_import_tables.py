@@ -88,6 +88,14 @@ def outcome(table, key, value, **others) -> Outcome:
             {"model.special_tokens.pad_token": "<p>"},
         ),
         (AXOLOTL, "special_tokens", {"additional_special_tokens": ["<a>"]}, {}, {}),
+        (
+            AXOLOTL,
+            "generate_samples",
+            True,
+            {"val_set_size": 0.1, "num_generation_samples": 2},
+            {"samples.held_out": 2, "samples.max_new_tokens": 50},
+        ),
+        (AXOLOTL, "generate_samples", True, {}, {}),
         (AXOLOTL, "tokens", ["<a>", "<b>"], {}, {"model.added_tokens": ["<a>", "<b>"]}),
         (
             LLAMA_FACTORY,

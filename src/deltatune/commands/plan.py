@@ -24,6 +24,7 @@ from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import load_data
 from deltatune.training.run import estimate_step, prepare_by_recipe
+from deltatune.training.samples import samples_lines
 
 __all__ = ["run"]
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
-    lines += ["", *data.lines(), *_steps(data.train, arguments)]
+    lines += ["", *data.lines(), *_steps(data.train, arguments), *samples_lines(recipe)]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]

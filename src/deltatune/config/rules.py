@@ -203,6 +203,18 @@ def _mixture_errors(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _samples_errors(recipe: Recipe) -> Iterator[str]:
+    section, extra = recipe.samples, recipe.training.model_extra or {}
+    if section is None:
+        return
+    if not section.prompts and not section.held_out:
+        yield "samples has nothing to complete: give prompts, or held_out, or leave the section out"
+    if not recipe.data.eval and recipe.data.val_size is None:
+        yield "samples are made at evaluations, and there are none: add data.eval or data.val_size"
+    for name in (name for name in ("fsdp", "deepspeed") if extra.get(name)):
+        yield f"samples cannot act with training.{name}: one process completes them, and it has no whole weights"
+
+
 def _streaming_errors(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if not data.streaming:
@@ -255,6 +267,7 @@ _ERRORS = (
     _data_errors,
     _mixture_errors,
     _streaming_errors,
+    _samples_errors,
 )
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "ModelSection",
     "PackingSection",
     "Recipe",
+    "SamplesSection",
     "Source",
     "TrainingSection",
     "VerifySection",
@@ -415,6 +416,19 @@ class VerifySection(Section):
     must be zero exactly, whatever is set here."""
 
 
+class SamplesSection(Section):
+    """Completions at each evaluation, greedy, kept in `samples.jsonl` of the run's folder."""
+
+    prompts: tuple[Text, ...] = ()
+    """Questions, asked through the chat template; plain text where the tokenizer has none."""
+
+    held_out: Annotated[int, Strict(), Field(ge=0)] = 0
+    """How many of the held-out documents are begun, each up to its first answer."""
+
+    max_new_tokens: Count = 64
+    """The most tokens of a completion."""
+
+
 def _compile_switch(value: object) -> object:
     if value is True:
         return {}
@@ -452,3 +466,6 @@ class Recipe(Section):
 
     verify: VerifySection = VerifySection()
     """The independence probe at the start of the run."""
+
+    samples: SamplesSection | None = None
+    """Completions at each evaluation; none without this section."""

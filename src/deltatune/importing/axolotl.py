@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.axolotl_data import data_sets
-from deltatune.importing.axolotl_schedule import every, patience, per_epoch, strategy
+from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
 from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
@@ -346,8 +346,14 @@ _RULES: dict[str, Rule] = {
         idle("no part of what is trained"),
     ),
     **_each(
-        "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset generate_samples num_generation_samples",
+        "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset",
         refused("evaluation is the loss per trained token"),
+    ),
+    "generate_samples": samples,
+    **_each("num_generation_samples generation_max_new_tokens", idle("in samples, with generate_samples")),
+    **_each(
+        "generation_temperature generation_top_p generation_top_k generation_do_sample generation_prompt_ratio",
+        idle("samples are greedy, and begin where the answer does"),
     ),
     "merge_lora": refused("use deltatune merge"),
     "save_first_step": refused("see training.save_steps"),

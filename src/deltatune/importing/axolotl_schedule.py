@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.rules import Outcome, Rule, Settings
-from deltatune.importing.values import count, is_off, number, text, whole
+from deltatune.importing.values import count, flag, is_off, number, text, whole
 
-__all__ = ["every", "patience", "per_epoch", "strategy"]
+__all__ = ["every", "patience", "per_epoch", "samples", "strategy"]
 
 
 def _cannot_evaluate(kind: str, settings: Settings) -> Outcome | None:
@@ -75,3 +75,16 @@ def patience(value: Any, settings: Settings) -> Outcome:
         return nothing or Outcome("no effect here", why="not set")
     why = "training.load_best_model_at_end saves the best weights, not the last"
     return Outcome("carried", {"training.early_stopping_patience": count(value)}, why)
+
+
+def samples(value: Any, settings: Settings) -> Outcome:
+    """Completions of held-out rows at evaluations."""
+    nothing = _cannot_evaluate("eval", settings)
+    if is_off(value) or nothing is not None:
+        return nothing or Outcome("no effect here", why="off there too")
+    flag(value)
+    writes = {
+        "samples.held_out": count(settings.get("num_generation_samples") or 3),
+        "samples.max_new_tokens": count(settings.get("generation_max_new_tokens") or 50),
+    }
+    return Outcome("changed", writes, "greedy, at each evaluation, into samples.jsonl")

@@ -30,6 +30,7 @@ _VERDICTS: dict[str, Verdict] = {
     "compile": "acts",
     "checkpointing": "acts",
     "verify": "acts",
+    "samples": "acts",
     "training": "acts",
     "training.optim": "cannot",
     "training.optim_args": "cannot",

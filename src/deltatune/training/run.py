@@ -41,6 +41,7 @@ from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.record import RunRecord
+from deltatune.training.samples import Samples, prompts_of
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.trainer import PackedTrainer
@@ -147,6 +148,8 @@ def _fit(
             about["adapter"] = started_from
         record = RunRecord(run.output_dir, about, changes=changes, from_step=step)
         trainer.add_callback(record)
+        if run.recipe.samples is not None:
+            trainer.add_callback(_samples(run, trainer))
     status = "failed"
     try:
         if run.recipe.compile is not None:
@@ -302,6 +305,18 @@ def _trainer(run: Run) -> PackedTrainer:
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
         early_stopping=EarlyStopping.of(run.recipe.training),
         optimizer=OptimizerSettings.of(run.recipe.training),
+    )
+
+
+def _samples(run: Run, trainer: PackedTrainer) -> Samples:
+    assert run.recipe.samples is not None
+    return Samples(
+        prompts_of(run.recipe, run.tokenizer, run.data.eval),
+        run.tokenizer,
+        max_new_tokens=run.recipe.samples.max_new_tokens,
+        output_dir=run.output_dir,
+        console=run.console,
+        around=(trainer.meter.paused, trainer.compute_loss_context_manager),
     )
 
 
