@@ -45,7 +45,7 @@ def grouped(model: nn.Module, **training: Any) -> dict[str, tuple[float, float]]
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"target_modules": ["q_proj", "embed_tokens"], "bias": "all", "modules_to_save": ["lm_head"]}]
+    "lora", [{}, {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head", "input_layernorm"]}]
 )
 def test_lora_plus_is_pefts(lora: dict[str, Any]) -> None:
     model = peft.get_peft_model(
@@ -54,7 +54,10 @@ def test_lora_plus_is_pefts(lora: dict[str, Any]) -> None:
     theirs = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1, fused=True
     )
-    assert grouped(model, loraplus_lr_ratio=16.0) == rates(model, theirs.param_groups)
+    ours, expected = grouped(model, loraplus_lr_ratio=16.0), rates(model, theirs.param_groups)
+    assert {name: lr for name, (lr, _) in ours.items()} == {name: lr for name, (lr, _) in expected.items()}
+    adapters = [name for name in ours if "lora_" in name]
+    assert [ours[name] for name in adapters] == [expected[name] for name in adapters], "weight decay as well"
 
 
 def test_patterns_set_rates_and_leave_weight_decay_as_it_is() -> None:

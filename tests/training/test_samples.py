@@ -70,7 +70,7 @@ def test_samples_are_kept_and_shown_and_change_nothing(tmp_path: Path, checkpoin
 
 class Failing(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("broken")
+        raise RuntimeError(f"broken, training: {self.training}")
 
 
 def test_the_model_trains_again_whatever_happens(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_model_trains_again_whatever_happens(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     samples = Samples([Prompt("a", [5, 6])], tokenizer, max_new_tokens=2, output_dir=tmp_path, console=QUIET)
     state = make_trainer(tmp_path).state
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError, match="broken, training: False"):
         samples.on_evaluate(None, state, None, model=model)
     assert model.training
     assert model.model.norm.training
