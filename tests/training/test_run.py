@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import deltatune
 from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
@@ -75,7 +76,7 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     assert report["verify"]["ok"]
     assert metrics == result.metrics
     assert metrics["global_step"] == 6
-    assert metrics["trained_tokens"] > 0
+    assert metrics["leg"]["trained_tokens"] > 0
 
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     before = logits(base)
@@ -127,7 +128,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     again = train(parts, resume=True, console=QUIET)
-    assert again.metrics["steps"] == 0
+    assert again.metrics["leg"]["steps"] == 0
     assert json.loads((tmp_path / "parts" / "metrics.json").read_text()) == resumed.metrics, "a finished run's figures"
 
 
@@ -151,9 +152,9 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert losses(again) == losses(first)
     assert again.metrics["global_step"] == 5
-    assert again.metrics["steps"] == 0
+    assert again.metrics["leg"]["steps"] == 0
     metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
-    assert metrics["steps"] == (0 if killed else 5)
+    assert metrics["leg"]["steps"] == (0 if killed else 5)
 
 
 def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:
@@ -281,7 +282,25 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
     assert len(next(iter(first["data"].values()))) >= 32, "a digest of the rows"
     assert first["versions"]["torch"] == torch.__version__
     lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
-    assert [(line["leg"], line["step"]) for line in lines if "loss" in line] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    logged = [line for line in lines if "loss" in line]
+    assert [(line["leg"], line["step"]) for line in logged] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert [(leg["first_loss"], leg["last_loss"]) for leg in (first, second)] == [
+        (logged[0]["loss"], logged[1]["loss"]),
+        (logged[2]["loss"], logged[3]["loss"]),
+    ]
+    assert record["model"] == {
+        "name_or_path": str(checkpoint), "revision": None, "commit": None, "class": "Qwen3_5ForCausalLM"
+    }  # fmt: skip
+    assert first["deltatune"]["version"] == deltatune.__version__
+    metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert (metrics["global_step"], metrics["leg"]["steps"]) == (4, 2), "of the model, and of what the last leg did"
+    for name in ("tokens", "trained_tokens", "packs"):
+        assert second[name] == metrics["leg"][name]
+    assert first["packs"] == second["packs"] == 2
+    text = (tmp_path / "output" / "train.log").read_text()
+    assert [text.count(said) for said in ("\ntrain: 40 rows", "OK: every document", "\nsaved to ")] == [2, 2, 2]
+    steps = [line.split(" ·")[0] for line in text.splitlines() if line.startswith("step ")]
+    assert steps == ["step 1/2", "step 2/2", "step 3/4", "step 4/4"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
@@ -300,6 +319,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
     record = json.loads((tmp_path / "output" / "run.json").read_text())
     assert record["legs"][0]["status"] == "failed"
     assert "the loss is nan" in record["legs"][0]["reason"]
+    assert (tmp_path / "output" / "train.log").read_text().splitlines()[-1].startswith("failed: the loss is nan at")
     lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] == "nan"
 

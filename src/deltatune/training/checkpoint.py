@@ -16,9 +16,20 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
+from deltatune.hf.model import base_model
+from deltatune.subclass import stock_class
 from deltatune.training.hub import silence
 
-__all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "model_class", "new_model", "reload_weights"]
+__all__ = [
+    "base_identity",
+    "empty_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "model_class",
+    "new_model",
+    "reload_weights",
+]
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -128,6 +139,20 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if section.chat_template is not None:
         tokenizer.chat_template = read_template(section.chat_template, tokenizer)
     return tokenizer
+
+
+def base_identity(section: ModelSection, model: nn.Module) -> dict[str, str | None]:
+    """Which model a run began with: ``name_or_path``, ``revision`` as asked, the Hub's ``commit``, and its ``class``.
+
+    The path of a folder is absolute. ``commit`` is None where no Hub says it.
+    """
+    base = base_model(model)
+    return {
+        "name_or_path": str(_origin(section, section.name_or_path)["pretrained_model_name_or_path"]),
+        "revision": section.revision,
+        "commit": getattr(base.config, "_commit_hash", None),
+        "class": stock_class(base).__name__,
+    }
 
 
 def reload_weights(model: nn.Module, folder: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from deltatune.training.console import RunConsole
 
 __all__ = ["ProgressBar", "format_metrics"]
 
@@ -36,9 +37,10 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     Args:
         console: where to draw. Where that is no terminal, there are lines alone.
+        bar: whether to draw one; lines come anyway.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: RunConsole, *, bar: bool = True) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("training"),
@@ -47,8 +49,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=console.screen,
+            disable=not (bar and console.screen.is_terminal),
         )
         self._task = self._progress.add_task("training", total=None)
 
@@ -68,10 +70,11 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if not line or not state.is_world_process_zero:
             return
         entry = f"step {state.global_step}/{state.max_steps} · {line}"
-        if self._console.is_terminal:
-            while len(entry) > self._console.width and " · " in entry:
-                entry = entry.rpartition(" · ")[0]
-        self._console.out(entry, highlight=False)
+        self._console.keep(entry)
+        screen = self._console.screen
+        while screen.is_terminal and len(entry) > screen.width and " · " in entry:
+            entry = entry.rpartition(" · ")[0]
+        screen.out(entry, highlight=False)
 
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Leaves the finished bar in the terminal."""

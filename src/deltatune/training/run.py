@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
+from deltatune.training.checkpoint import base_identity, load_config, load_model, load_tokenizer
+from deltatune.training.console import RunConsole
 from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
@@ -53,7 +55,7 @@ class TrainResult:
     """What came out of a run."""
 
     output_dir: Path  # where the adapter or model, its tokenizer and the run's records are
-    metrics: dict[str, Any]  # as saved in metrics.json: losses, rates, counts, compile counts
+    metrics: dict[str, Any]  # as saved in metrics.json: losses, and the rates and counts of this leg
     log_history: list[dict[str, Any]]  # every log entry, in order
 
 
@@ -63,7 +65,7 @@ class Run:
 
     recipe: Recipe
     arguments: TrainingArguments
-    console: Console
+    console: RunConsole
     tokenizer: PreTrainedTokenizerBase
     data: RecipeData
     model: nn.Module
@@ -102,9 +104,9 @@ def train(
     """
     warnings = check_recipe(recipe)
     arguments = training_arguments(recipe.training)
-    console = Console(quiet=True) if arguments.process_index else console or Console()
+    log = RunConsole(Console(quiet=True) if arguments.process_index else console or Console())
     for warning in warnings:
-        console.out(f"warning: {warning}", highlight=False)
+        log.out(f"warning: {warning}", highlight=False)
     with arguments.main_process_first(desc="looking for checkpoints"):
         # what another run is writing there looks like what a killed one left
         if arguments.should_save:
@@ -113,15 +115,15 @@ def train(
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     changes = _changes(recipe, checkpoint, allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
-        console.out(line, highlight=False)
-    run = build(recipe, arguments, console)
+        log.out(line, highlight=False)
+    run = build(recipe, arguments, log)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = _place(checkpoint, Mesh.of(arguments))
     changes += _other_data(run, checkpoint, allow_change)
     if checkpoint is not None:
-        console.out(f"going on from {checkpoint}", highlight=False)
+        log.out(f"going on from {checkpoint}", highlight=False)
     elif holds_model(run.output_dir):
-        console.out(f"{run.output_dir} holds the model of an earlier run, which this one will replace", highlight=False)
+        log.out(f"{run.output_dir} holds the model of an earlier run, which this one will replace", highlight=False)
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
@@ -135,11 +137,13 @@ def _fit(
     trainer, stop, record = _trainer(run), StopAfterStep(), None
     trainer.add_callback(stop)
     if run.arguments.should_save:
+        run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
         write_json(run.output_dir / REPORT_FILE, records)
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
-        record = RunRecord(run.output_dir, about, changes=changes, from_step=step)
+        base = base_identity(run.recipe.model, run.model)
+        record = RunRecord(run.output_dir, about, model=base, changes=changes, from_step=step, meter=trainer.meter)
         trainer.add_callback(record)
     status = "failed"
     try:
@@ -160,12 +164,15 @@ def _fit(
         failure = sys.exception()
         if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
             status = "interrupted"
+        if failure is not None:
+            told = isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt)
+            run.console.keep(f"{status}: {one_line(failure)}" if told else "".join(format_exception(failure)).rstrip())
         if record is not None:
             record.end(status, trainer.state.global_step, None if failure is None else one_line(failure))
     return result
 
 
-def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: Console) -> None:
+def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: RunConsole) -> None:
     """The steps that are left.
 
     Raises:
@@ -184,7 +191,7 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
         )
 
 
-def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
+def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -343,9 +350,9 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay
-        if metrics["steps"] or not (run.output_dir / METRICS_FILE).exists():
+        if metrics["leg"]["steps"] or not (run.output_dir / METRICS_FILE).exists():
             write_json(run.output_dir / METRICS_FILE, metrics)
-    if not metrics["steps"]:
+    if not metrics["leg"]["steps"]:
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
     run.console.out(f"saved to {run.output_dir}", highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
@@ -362,14 +369,14 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the model that is saved: its step and losses. ``leg``: of what this process trained of it."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     compiled = run.prepared.compile_report
     return {
         "global_step": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         **{name: value for name, value in evaluation.items() if name in ("eval_loss", "eval_trained_tokens")},
-        **trainer.meter.summary(),
-        "compile": None if compiled is None else compiled.to_dict(),
+        "leg": {**trainer.meter.summary(), "compile": None if compiled is None else compiled.to_dict()},
     }
 
 

@@ -39,6 +39,7 @@ from deltatune.training.batches import (
     place_file,
 )
 from deltatune.training.checkpoint import reload_weights
+from deltatune.training.console import RunConsole
 from deltatune.training.export import readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
@@ -83,7 +84,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: int,
         processing_class: PreTrainedTokenizerBase | None = None,
         recompiles: Callable[[], int] | None = None,
-        console: Console | None = None,
+        console: RunConsole | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self._mesh = Mesh.of(args)
@@ -92,7 +93,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
-        self._console = console or Console()
+        self._console = console or RunConsole(Console())
         super().__init__(
             model=model,
             args=args,
@@ -113,8 +114,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.meter)
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        if not args.disable_tqdm:
-            self.add_callback(ProgressBar(self._console))
+        self.add_callback(ProgressBar(self._console, bar=not args.disable_tqdm))
 
     # Batches
 
