@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import stat
@@ -48,6 +49,13 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def loaded_by_the_card(folder: Path) -> Any:
+    """What the code in a model card makes."""
+    code = folder.parent / "load.py"
+    code.write_text((folder / "README.md").read_text().split("```python")[1].split("```")[0])
+    return runpy.run_path(str(code))["model"]
+
+
 def losses(result: Any) -> list[float]:
     return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
@@ -81,6 +89,7 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     before = logits(base)
     adapted = logits(PeftModel.from_pretrained(base, str(output)))
+    assert torch.equal(adapted, logits(loaded_by_the_card(output)))
     merged_dir = merge_adapter(output, tmp_path / "merged")
     merged = logits(AutoModelForCausalLM.from_pretrained(merged_dir))
     assert (adapted - before).abs().max() > 0.1, "the adapter does something"
@@ -105,6 +114,7 @@ def test_every_weight_trains_without_a_lora_section(tmp_path: Path, checkpoint: 
     assert reloaded.config.use_cache, "the Trainer's own setting is not the model's"
     assert type(reloaded).__name__ == type(AutoModelForCausalLM.from_pretrained(checkpoint)).__name__
     assert logits(reloaded).isfinite().all()
+    assert torch.equal(logits(reloaded), logits(loaded_by_the_card(tmp_path / "output")))
 
 
 @pytest.mark.parametrize("lora", [{"r": 4, "lora_dropout": 0.2}, None], ids=["adapter", "full"])

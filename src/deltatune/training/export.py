@@ -25,6 +25,7 @@ from deltatune.training.checkpoint import empty_model, load_config, load_model, 
 from deltatune.training.servers import per_expert
 
 __all__ = [
+    "CARD_FILE",
     "check_kind",
     "export_adapter",
     "finite",
@@ -36,12 +37,16 @@ __all__ = [
     "write_json",
 ]
 
+CARD_FILE = "README.md"
+
 # Readers tell an adapter or a model by these files, so they are moved into place last.
 _MARKERS = ("adapter_config.json", "config.json")
 
 
-def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path) -> None:
-    """Saves the adapter of a PEFT model, or the whole model, with its tokenizer, into ``output_dir``.
+def save_trained(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path, card: str | None = None
+) -> None:
+    """Saves the adapter of a PEFT model, or the whole model, with its tokenizer and its card, into ``output_dir``.
 
     Files are written to a folder next to them and moved in when all are there; an older model in the folder is
     replaced, checkpoints and records stay.
@@ -49,6 +54,8 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ou
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder:
         _save(model, tokenizer, Path(folder))
+        if card is not None:
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in _MARKERS):
             path.replace(output_dir / path.name)
 
@@ -213,6 +220,8 @@ def write_text(path: Path, text: str) -> None:
 def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     save: Any = model.save_pretrained
     save(str(folder))
+    # PEFT's card asks 39 questions and answers none
+    (folder / CARD_FILE).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     readable(folder)

@@ -28,6 +28,8 @@ from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
 from deltatune.preparation import Prepared, prepare
+from deltatune.runs.card import model_card
+from deltatune.runs.folder import read_run
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
@@ -346,7 +348,7 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     metrics = _metrics(run, trainer, evaluation)
     _check_finite(run.model)
     if run.arguments.should_save:
-        save_trained(run.model, run.tokenizer, run.output_dir)
+        save_trained(run.model, run.tokenizer, run.output_dir, model_card(read_run(run.output_dir)))
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay

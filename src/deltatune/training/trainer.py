@@ -40,7 +40,7 @@ from deltatune.training.batches import (
 )
 from deltatune.training.checkpoint import reload_weights
 from deltatune.training.console import RunConsole
-from deltatune.training.export import readable
+from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.progress import ProgressBar
@@ -250,6 +250,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(place)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is empty
         readable(folder)
         seal(folder, self._about)
         commit(folder, place)
