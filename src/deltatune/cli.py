@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_export(commands)
     _add_import(commands)
+    _add_report(commands)
     return parser
 
 
@@ -169,6 +170,13 @@ def _add_import(commands: _Commands) -> None:
     parser.add_argument("--from", dest="kind", choices=projects, help="whose it is, where its keys do not tell")
     what = "a new file for the recipe, which otherwise goes to the output and the table to the error output"
     parser.add_argument("--output", metavar="RECIPE", help=what)
+
+
+def _add_report(commands: _Commands) -> None:
+    parser = _add(commands, "report", "Write what runs did as one HTML page: curves, legs, packs, kernels, memory.")
+    what = "the training.output_dir of a run, whether it goes on or not; several are laid over each other"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
+    parser.add_argument("--output", metavar="FILE", help="where the page goes; report.html in the first run's folder")
 
 
 def _setting(text: str) -> str:

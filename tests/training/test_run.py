@@ -24,6 +24,8 @@ import deltatune
 from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
+from deltatune.runs.folder import read_run
+from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
@@ -272,6 +274,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     left = {path.name for path in (tmp_path / "parts").iterdir()}
     assert not left & {"adapter_model.safetensors", "metrics.json", ".lock"}, "it does not look finished"
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
+    assert f"interrupted: {signal.Signals(number).name}: stopped after step 3" in page([read_run(tmp_path / "parts")])
     resumed = train(recipe, resume="auto", console=QUIET)
     assert losses(resumed) == losses(whole)
 
@@ -310,6 +313,7 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
     text = (tmp_path / "output" / "train.log").read_text()
     assert [text.count(said) for said in ("\ntrain: 40 rows", "OK: every document", "\nsaved to ")] == [2, 2, 2]
     steps = [line.split(" ·")[0] for line in text.splitlines() if line.startswith("step ")]
+    assert "training.weight_decay: 0.0 -&gt; 0.1" in page([read_run(tmp_path / "output")])
     assert steps == ["step 1/2", "step 2/2", "step 3/4", "step 4/4"]
 
 
