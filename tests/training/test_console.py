@@ -36,6 +36,6 @@ def test_steps_are_kept_whole_and_the_bar_is_not(tmp_path: Path) -> None:
     state.global_step = 3
     bar.on_step_end(nothing, state, nothing)
     bar.on_log(nothing, state, nothing, {"loss": 2.0, "tokens_per_second": 1689.0, "peak_memory_gib": 12.5})
-    bar.on_train_end(nothing, state, nothing)
+    bar.close()
     _, *lines = (tmp_path / "train.log").read_text().splitlines()
     assert lines == ["step 3/9 · loss 2.0000 · tok/s 1,689 · peak GiB 12.50"]

@@ -16,6 +16,7 @@ from deltatune.data.overlong import Limit, Overlong, cut_documents
 from deltatune.data.report import PackingReport, counted, one_source, variance_between
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
+from deltatune.phases import phase
 
 __all__ = ["PackedDataset", "pack_documents"]
 
@@ -94,9 +95,10 @@ def pack_documents(
         )
     lengths = np.concatenate([part.lengths for part in parts])
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
-    mixture = Mixture.of([part.lengths for part in parts], shares, seed=seed or 0)
-    epochs = Epochs(lengths, tokens_per_batch, mixture, seed=seed)
-    packs = epochs(0)
+    with phase("packing"):
+        mixture = Mixture.of([part.lengths for part in parts], shares, seed=seed or 0)
+        epochs = Epochs(lengths, tokens_per_batch, mixture, seed=seed)
+        packs = epochs(0)
     tokens = int(lengths[packs.members].sum())
     report = PackingReport(
         rows=sum(len(source.source) for source in documents),

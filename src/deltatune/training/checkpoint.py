@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.hf.model import base_model
+from deltatune.phases import phase
 from deltatune.subclass import stock_class
 from deltatune.training.hub import silence
 
@@ -89,8 +92,11 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     loader = model_class(config)
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     origin = _origin(section, section.name_or_path)
+    # a download has bars of its own
+    loading = phase("loading the model") if _is_here(section) else nullcontext()
     try:
-        model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
+        with loading:
+            model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = _why(error, section.name_or_path)
         raise UserError(f"cannot load model {section.name_or_path}: {why}") from error
@@ -182,6 +188,15 @@ def _origin(section: ModelSection, name: str) -> dict[str, Any]:
     if section.revision is not None and name == section.name_or_path:
         origin["revision"] = section.revision
     return origin
+
+
+def _is_here(section: ModelSection) -> bool:
+    """Whether the weights are on this machine."""
+    name = section.name_or_path
+    if Path(name).expanduser().exists():
+        return True
+    files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return any(isinstance(try_to_load_from_cache(name, file, revision=section.revision), str) for file in files)
 
 
 def _silence_about(name: str) -> str | None:

@@ -1,13 +1,17 @@
-"""Where a run speaks: on a console, and in the train.log of its folder."""
+"""Where a run speaks: lines on a console and in the train.log of its folder, and phases that are under way."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
+
+from deltatune.phases import Advance
+from deltatune.training.phase_lines import MovingLines, plain_lines
 
 __all__ = ["LOG_FILE", "RunConsole"]
 
@@ -18,11 +22,13 @@ class RunConsole:
     """A console whose lines are kept as well, in ``train.log`` once the run's folder is its own.
 
     Args:
-        screen: where lines are shown. What is drawn on it past this class, such as a progress bar, is not kept.
+        screen: where lines are shown. What is drawn on it past this class is not kept.
+        moving: whether phases are shown.
     """
 
-    def __init__(self, screen: Console) -> None:
+    def __init__(self, screen: Console, *, moving: bool = True) -> None:
         self.screen = screen
+        self._moving, self._lines = moving, MovingLines(screen)
         self._file: Path | None = None
         self._early: list[str] = []  # said before there was a file
 
@@ -30,6 +36,18 @@ class RunConsole:
         """Shows a line, or several, as they are, and keeps them."""
         self.screen.out(text, highlight=highlight)
         self.keep(text)
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Shows a phase while it lasts: a moving line on a terminal, elsewhere a plain one now and then."""
+        if self._moving and not self.screen.is_interactive and not self.screen.quiet:
+            return plain_lines(self.out, name, total)
+        return self.moving_phase(name, total)
+
+    def moving_phase(self, name: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
+        """Shows a phase on a terminal alone: elsewhere it has lines of its own."""
+        if self._moving and self.screen.is_interactive and not self.screen.quiet:
+            return self._lines.line(name, total, done)
+        return nullcontext(lambda _done: None)
 
     def keep(self, text: str) -> None:
         """A line, or several, for the file alone."""

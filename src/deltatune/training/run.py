@@ -27,6 +27,7 @@ from deltatune.errors import InterruptedRunError, UserError, first_line, one_lin
 from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
 from deltatune.options import CompileOptions
+from deltatune.phases import phase, shown_by
 from deltatune.preparation import Prepared, prepare
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
@@ -106,7 +107,20 @@ def train(
     """
     warnings = check_recipe(recipe)
     arguments = training_arguments(recipe.training)
-    log = RunConsole(Console(quiet=True) if arguments.process_index else console or Console())
+    screen = Console(quiet=True) if arguments.process_index else console or Console()
+    log = RunConsole(screen, moving=not arguments.disable_tqdm)
+    with shown_by(log.phase):
+        return _train(recipe, arguments, log, warnings, resume, allow_change)
+
+
+def _train(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    log: RunConsole,
+    warnings: list[str],
+    resume: str | Path | bool | None,
+    allow_change: bool,
+) -> TrainResult:
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
     with arguments.main_process_first(desc="looking for checkpoints"):
@@ -246,13 +260,14 @@ def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device 
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepared.decide_checkpointing(
-        recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        compute_dtype=autocast_dtype(recipe.training),
-        accumulates=recipe.training.gradient_accumulation_steps > 1,
-        device=device,
-    )
+    with phase("choosing the activations to keep"):
+        prepared.decide_checkpointing(
+            recipe.packing.tokens_per_batch,
+            optimizer=recipe.training.optim,
+            compute_dtype=autocast_dtype(recipe.training),
+            accumulates=recipe.training.gradient_accumulation_steps > 1,
+            device=device,
+        )
     return prepared
 
 
@@ -277,7 +292,8 @@ def _verify(run: Run) -> VerifyReport | None:
     section = run.recipe.verify
     if not section.enabled:
         return None
-    report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
+    with phase("probing the model"):
+        report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
     run.console.out(str(report), highlight=False)
     if not report.ok:
         raise UserError(f"verify: {report.verdict}; nothing was trained")
@@ -348,7 +364,8 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     metrics = _metrics(run, trainer, evaluation)
     _check_finite(run.model)
     if run.arguments.should_save:
-        save_trained(run.model, run.tokenizer, run.output_dir, model_card(read_run(run.output_dir)))
+        with phase("saving the model"):
+            save_trained(run.model, run.tokenizer, run.output_dir, model_card(read_run(run.output_dir)))
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay

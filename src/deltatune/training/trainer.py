@@ -27,6 +27,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream, Place
 from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
+from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
     PACK_COUNTS,
@@ -89,11 +90,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self._mesh = Mesh.of(args)
         self._evaluated_loss = torch.zeros(())
-        self._evaluated_tokens = 0
+        self._evaluated_tokens = self._evaluated_packs = 0
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
-        self._console = console or RunConsole(Console())
+        self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
         super().__init__(
             model=model,
             args=args,
@@ -114,7 +115,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.meter)
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        self.add_callback(ProgressBar(self._console, bar=not args.disable_tqdm))
+        self._bar = ProgressBar(self._console)
+        self.add_callback(self._bar)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer, with a bar that goes whatever happens."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._bar.close()
 
     # Batches
 
@@ -186,6 +195,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             summed = model(**inputs, num_items_in_batch=one, output_logits=False).loss.detach().float()
         self._evaluated_loss = self._evaluated_loss + summed.double()
         self._evaluated_tokens += counts.trained
+        self._evaluated_packs += 1
+        self._advance(self._evaluated_packs)
         return summed / max(counts.trained, 1), None, None
 
     def evaluation_loop(
@@ -198,8 +209,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The Trainer's loop; its mean of batch means becomes ``sum(nll) / trained tokens`` over all ranks."""
         self._evaluated_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self._evaluated_tokens = 0
-        with self.meter.paused():
+        self._evaluated_tokens = self._evaluated_packs = 0
+        with self.meter.paused(), phase("evaluating", len(dataloader)) as self._advance:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -234,7 +245,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
         output_dir = Path(self.args.output_dir)
         step = self.state.global_step
-        with self.meter.paused(), staged_checkpoint(output_dir, step) as staging:
+        saving = phase(f"saving {CHECKPOINT}{step}")
+        with self.meter.paused(), saving, staged_checkpoint(output_dir, step) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
