@@ -29,6 +29,7 @@ from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
+from deltatune.training.console import RunConsole
 from deltatune.training.export import merge_adapter
 from deltatune.training.lock import locked
 from deltatune.training.mesh import Mesh
@@ -58,6 +59,19 @@ def loaded_by_the_card(folder: Path) -> Any:
     return runpy.run_path(str(code))["model"]
 
 
+def watched_phases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The phases of runs from here on."""
+    seen: list[str] = []
+
+    class Watched(RunConsole):
+        def phase(self, name: str, total: int | None = None) -> Any:
+            seen.append(name)
+            return super().phase(name, total)
+
+    monkeypatch.setattr(run_module, "RunConsole", Watched)
+    return seen
+
+
 def losses(result: Any) -> list[float]:
     return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
@@ -70,6 +84,7 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     monkeypatch.setattr(
         run_module, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
     )
+    phases = watched_phases(monkeypatch)
     few = {"target_modules": ["q_proj", "in_proj_qkv", "down_proj"]}  # to trace: of both types of layer
     training = {"gradient_accumulation_steps": 2, "disable_tqdm": False}
     recipe = make_recipe(tmp_path, checkpoint, compile=True, lora=few, training=training)
@@ -78,6 +93,17 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     screen = console.export_text()
     assert screen.index("family qwen3_5") < screen.index("OK: every document") < screen.index("step 1/6")
     assert losses(result)[-1] < losses(result)[0]
+    assert phases == [
+        f"reading {tmp_path / 'train.jsonl'}",
+        "tokenising",
+        "packing",
+        "loading the model",
+        "choosing the activations to keep",
+        "probing the model",
+        "compiling linear_attention_Qwen3_5MLP, graph 1 of 2",
+        "compiling full_attention_Qwen3_5MLP, graph 2 of 2",
+        "saving the model",
+    ]
 
     output = tmp_path / "output"
     report, metrics = (json.loads((output / name).read_text()) for name in ("report.json", "metrics.json"))
@@ -230,7 +256,10 @@ def test_a_model_that_is_replaced_is_named(tmp_path: Path, checkpoint: Path) -> 
     assert said == [False, True]
 
 
-def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: Path) -> None:
+def test_the_best_checkpoint_is_named_by_its_place(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = watched_phases(monkeypatch)
     held_out = write_conversations(tmp_path / "eval.jsonl", 12, first=40)
     training = {
         "eval_strategy": "steps",
@@ -244,6 +273,7 @@ def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: P
     (place,) = (tmp_path / "output").glob("checkpoint-*")
     state = json.loads((place / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(place)
+    assert phases[-5:] == ["evaluating", "saving checkpoint-2", "evaluating", "saving checkpoint-4", "saving the model"]
     assert not list((tmp_path / "output").glob(".*"))
 
 

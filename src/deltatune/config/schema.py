@@ -320,7 +320,7 @@ class TrainingSection(Section):
     """The run's name in a tracker."""
 
     disable_tqdm: Flag | None = None
-    """Show no progress bar."""
+    """Show no progress bars; log entries are printed anyway."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When `data.eval` is evaluated during training; it always is afterwards."""
