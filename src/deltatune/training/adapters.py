@@ -15,6 +15,8 @@ from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
+from deltatune.subclass import stock_class
+from deltatune.training.starts import begins_in_base, refuse_tied
 
 __all__ = ["adapt"]
 
@@ -41,15 +43,32 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
     try:
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
+        config = peft.LoraConfig(**_base(model), **arguments)
         adapted: nn.Module = peft.get_peft_model(
             model, config, autocast_adapter_dtype=section.adapter_dtype == "float32"
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error
+    if begins_in_base(section.init_lora_weights):
+        refuse_tied(adapted)
     if added := set(config.target_parameters or ()) - set(arguments["target_parameters"] or ()):
         raise UserError(_taken(model, section.target_modules, added))
     return adapted
+
+
+def _base(model: nn.Module) -> dict[str, Any]:
+    """What names the base model beside its path, which PEFT records: the commit on the Hub, and the class.
+
+    Without a task PEFT's ``AutoPeftModel...`` classes load the class that is named here. With CAUSAL_LM they take
+    AutoModelForCausalLM, whose class for a checkpoint of a model with images has other names, and no adapter fits them.
+    """
+    cls = stock_class(model)
+    plain = cls.__name__.endswith("ForCausalLM") or not cls.__module__.startswith("transformers.")
+    return {
+        "task_type": "CAUSAL_LM" if plain else None,
+        "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
 
 
 def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[str, Any]:

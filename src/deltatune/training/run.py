@@ -31,14 +31,15 @@ from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
-from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
+from deltatune.training.checkpoint import load_checkpoint, load_config, load_tokenizer
+from deltatune.training.export import Origin, check_kind, holds_model, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.record import RunRecord
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
+from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
@@ -68,6 +69,7 @@ class Run:
     data: RecipeData
     model: nn.Module
     prepared: Prepared
+    origin: Origin
 
     @property
     def output_dir(self) -> Path:
@@ -194,16 +196,17 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    model = load_model(recipe.model, config)
-    data.check_tokens(model, tokenizer)
-    model = adapt(model, recipe.lora)
+    loaded = load_checkpoint(recipe.model, config)
+    data.check_tokens(loaded.model, tokenizer)
+    model = adapt(loaded.model, recipe.lora)
+    origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, model, prepared)
+    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
 
 
 def _place(checkpoint: Path, mesh: Mesh) -> Place:
@@ -289,6 +292,7 @@ def _trainer(run: Run) -> PackedTrainer:
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
         recompiles=recompiles,
+        first=run.origin.first,
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
     )
@@ -339,7 +343,8 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     metrics = _metrics(run, trainer, evaluation)
     _check_finite(run.model)
     if run.arguments.should_save:
-        save_trained(run.model, run.tokenizer, run.output_dir)
+        for line in save_trained(run.model, run.tokenizer, run.output_dir, run.origin):
+            run.console.out(line, highlight=False)
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay
