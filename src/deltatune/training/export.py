@@ -28,6 +28,7 @@ from deltatune.training.servers import per_expert
 from deltatune.training.starts import begins_in_base
 
 __all__ = [
+    "MARKERS",
     "Origin",
     "check_kind",
     "export_adapter",
@@ -35,13 +36,14 @@ __all__ = [
     "holds_model",
     "merge_adapter",
     "readable",
+    "refuse_to_replace",
     "save_trained",
     "staged",
     "write_json",
 ]
 
 # Readers tell an adapter or a model by these files, so they are moved into place last.
-_MARKERS = ("adapter_config.json", "config.json")
+MARKERS = ("adapter_config.json", "config.json")
 
 
 def save_trained(
@@ -49,8 +51,8 @@ def save_trained(
 ) -> list[str]:
     """Saves the adapter of a PEFT model, or the whole model, with its tokenizer, into ``output_dir``.
 
-    Files are written to a folder next to them and moved in when all are there; an older model in the folder is
-    replaced, checkpoints and records stay. An adapter is one of the stock base, whatever it began from. With it go the
+    Files are written to a folder next to them and moved in when all are there; a resumed run replaces its own model,
+    checkpoints and records stay. An adapter is one of the stock base, whatever it began from. With it go the
     files beside the base's weights, and with a whole model the tensors that its class does not load.
 
     Returns:
@@ -60,7 +62,7 @@ def save_trained(
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder:
         said = write_trained(model, tokenizer, Path(folder), origin)
         readable(Path(folder))
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in _MARKERS):
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in MARKERS):
             target = output_dir / path.name
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)
@@ -74,7 +76,7 @@ def check_kind(output_dir: Path, *, adapter: bool) -> None:
     Raises:
         UserError: an adapter where a model will be saved, or a model where an adapter will.
     """
-    other = _MARKERS[1] if adapter else _MARKERS[0]
+    other = MARKERS[1] if adapter else MARKERS[0]
     if (output_dir / other).is_file():
         kinds = ("a model", "an adapter") if adapter else ("an adapter", "a model")
         raise UserError(
@@ -83,9 +85,22 @@ def check_kind(output_dir: Path, *, adapter: bool) -> None:
         )
 
 
+def refuse_to_replace(output_dir: Path) -> None:
+    """Refuses a run from the beginning in a folder that holds what another one made.
+
+    Raises:
+        UserError: an adapter or a model is there.
+    """
+    if holds_model(output_dir):
+        raise UserError(
+            f"training.output_dir: {output_dir} holds the model of an earlier run, and no checkpoint that --resume "
+            "could go on from; choose another folder, or remove that model"
+        )
+
+
 def holds_model(output_dir: Path) -> bool:
     """Whether a folder holds an adapter or a model."""
-    return any((output_dir / name).is_file() for name in _MARKERS)
+    return any((output_dir / name).is_file() for name in MARKERS)
 
 
 def readable(folder: Path) -> None:
@@ -199,7 +214,7 @@ def export_adapter(
         state, config = per_expert(state, config, empty_model(section))
     with staged(output) as folder:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
-        write_json(folder / _MARKERS[0], config)
+        write_json(folder / MARKERS[0], config)
         for path in adapter.folder.iterdir():
             if path.is_file() and not path.name.startswith("adapter_"):
                 shutil.copy2(path, folder / path.name)

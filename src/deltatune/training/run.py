@@ -32,7 +32,7 @@ from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
 from deltatune.training.checkpoint import load_checkpoint, load_config, load_tokenizer
-from deltatune.training.export import Origin, check_kind, holds_model, save_trained, write_json, write_text
+from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
@@ -113,6 +113,8 @@ def train(
             check_free(Path(recipe.training.output_dir).expanduser())
         checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
+    if checkpoint is None:
+        refuse_to_replace(Path(recipe.training.output_dir).expanduser())
     changes = _changes(recipe, checkpoint, allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
         console.out(line, highlight=False)
@@ -122,8 +124,6 @@ def train(
     changes += _other_data(run, checkpoint, allow_change)
     if checkpoint is not None:
         console.out(f"going on from {checkpoint}", highlight=False)
-    elif holds_model(run.output_dir):
-        console.out(f"{run.output_dir} holds the model of an earlier run, which this one will replace", highlight=False)
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
