@@ -98,9 +98,7 @@ def test_a_resumed_run_ends_in_the_same_bits(base: Path, tmp_path: Path) -> None
     recipe = make_recipe(tmp_path, base, lora=lora, training=other)
     checkpoint = tmp_path / "output" / "checkpoint-2"
     train(recipe, resume=checkpoint, console=Console(quiet=True))
-    whole, resumed = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("output", "other")
-    )
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("output", "other"))
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 

@@ -21,12 +21,12 @@ from deltatune.training.starts import begins_in_base, refuse_tied
 __all__ = ["adapt"]
 
 
-def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
+def adapt(model: nn.Module, section: LoraSection | None, *, revision: str | None = None) -> nn.Module:
     """The model as a recipe trains it: with LoRA adapters and everything else frozen, or, without a section, whole.
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
     ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
-    with ``adapter_dtype: model``.
+    with ``adapter_dtype: model``. ``revision`` of the base model is recorded with them.
 
     Raises:
         UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
@@ -43,7 +43,7 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
     try:
-        config = peft.LoraConfig(**_base(model), **arguments)
+        config = peft.LoraConfig(revision=revision, **_base(model), **arguments)
         adapted: nn.Module = peft.get_peft_model(
             model, config, autocast_adapter_dtype=section.adapter_dtype == "float32"
         )
@@ -57,7 +57,7 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
 
 
 def _base(model: nn.Module) -> dict[str, Any]:
-    """What names the base model beside its path, which PEFT records: the commit on the Hub, and the class.
+    """What names the base model's class; PEFT records its path.
 
     Without a task PEFT's ``AutoPeftModel...`` classes load the class that is named here. With CAUSAL_LM they take
     AutoModelForCausalLM, whose class for a checkpoint of a model with images has other names, and no adapter fits them.
@@ -67,7 +67,6 @@ def _base(model: nn.Module) -> dict[str, Any]:
     return {
         "task_type": "CAUSAL_LM" if plain else None,
         "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
-        "revision": getattr(model.config, "_commit_hash", None),
     }
 
 

@@ -21,6 +21,7 @@ from deltatune.training.hub import silence
 
 __all__ = [
     "Loaded",
+    "commit_of",
     "empty_model",
     "folder_of",
     "load_checkpoint",
@@ -177,14 +178,27 @@ def folder_of(section: ModelSection, name: str, patterns: tuple[str, ...]) -> Pa
     """The folder in which a checkpoint's files lie, those of the Hub that fit ``patterns`` downloaded.
 
     Raises:
-        OSError: the Hub does not give them.
+        OSError: there is no such folder, or the Hub does not give them.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"there is no folder {path}")
     revision = section.revision if name == section.name_or_path else None
     offline = _silence_about(name) is not None
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=offline))
+
+
+def commit_of(section: ModelSection) -> str | None:
+    """The commit that a model on the Hub is loaded from, since branches move; None for a folder."""
+    if Path(section.name_or_path).expanduser().exists():
+        return None
+    try:
+        folder = folder_of(section, section.name_or_path, ("config.json",))
+    except OSError:
+        return section.revision
+    return folder.name if folder.parent.name == "snapshots" else section.revision
 
 
 def _origin(section: ModelSection, name: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import load_checkpoint, load_config, load_tokenizer
+from deltatune.training.checkpoint import commit_of, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
@@ -198,7 +198,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run
     set_seed(arguments.seed)
     loaded = load_checkpoint(recipe.model, config)
     data.check_tokens(loaded.model, tokenizer)
-    model = adapt(loaded.model, recipe.lora)
+    model = adapt(loaded.model, recipe.lora, revision=commit_of(recipe.model))
     origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
