@@ -15,7 +15,7 @@ from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
-__all__ = ["adapter_errors", "check_recipe", "check_training_names"]
+__all__ = ["adapter_errors", "check_recipe", "check_training_names", "start_errors"]
 
 _DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
 _NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
@@ -120,6 +120,13 @@ def adapter_errors(lora: LoraSection) -> Iterator[str]:
     for name in ("lora_dropout", "use_dora") if lora.target_parameters is not None else ():
         if getattr(lora, name):
             yield f"lora.{name} cannot act on lora.target_parameters; leave one of them out"
+    if lora.target_parameters is None:
+        # which of them can begin at all, their shapes say
+        yield from start_errors(lora)
+
+
+def start_errors(lora: LoraSection) -> Iterator[str]:
+    """An initialisation that PEFT does not know, or could not carry out."""
     start = lora.init_lora_weights
     if isinstance(start, str) and not _STARTS.fullmatch(start):
         why = _STARTS_FROM_DATA.get(

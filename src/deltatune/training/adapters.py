@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from deltatune.config.rules import adapter_errors
+from deltatune.config.rules import adapter_errors, start_errors
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
@@ -42,6 +42,8 @@ def adapt(model: nn.Module, section: LoraSection | None, *, revision: str | None
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
+    if errors := list(start_errors(section)):
+        raise UserError(errors[0])
     try:
         config = peft.LoraConfig(revision=revision, **_base(model), **arguments)
         adapted: nn.Module = peft.get_peft_model(
