@@ -115,6 +115,14 @@ def test_others_are_accepted(start: bool | str) -> None:
     assert begins_in_base(start) == (str(start).lower() in ("olora", "pissa", "pissa_niter_16"))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "mica"])
+def test_a_plan_needs_no_weights(start: str) -> None:
+    with torch.device("meta"):
+        model = text()
+    shapes = {name: p.shape for name, p in adapt(model, LoraSection(r=4, init_lora_weights=start)).named_parameters()}
+    assert shapes == {name: p.shape for name, p in adapt(text(), LoraSection(r=4)).named_parameters()}
+
+
 def test_a_weight_that_is_embedding_and_head_is_not_taken_apart() -> None:
     section = LoraSection(target_modules=["lm_head"], init_lora_weights="pissa")
     with pytest.raises(UserError, match=r"embedding and lm_head share .*leave them out of target_modules"):

@@ -44,6 +44,9 @@ def adapt(model: nn.Module, section: LoraSection | None, *, revision: str | None
     arguments = section.peft_arguments() | _targets(model, section, towers)
     if errors := list(start_errors(section)):
         raise UserError(errors[0])
+    if hf_model.text_model(model).get_input_embeddings().weight.is_meta:
+        # shapes do not depend on it, and weights that are not there cannot be taken apart
+        arguments["init_lora_weights"] = True
     try:
         config = peft.LoraConfig(revision=revision, **_base(model), **arguments)
         adapted: nn.Module = peft.get_peft_model(
