@@ -12,7 +12,7 @@ import pytest
 import torch
 from export_cases import VOCABULARY, adapter_on, add_to_file, conditional, logits, relative, saved, stock, text, tied
 from huggingface_hub import constants
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from training_cases import byte_tokenizer, make_recipe
@@ -170,6 +170,26 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert seen.is_set()
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_virtual_tokens_are_no_weights(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", text())
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), tuning).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"holds virtual tokens \(PROMPT_TUNING\)"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_rounding_that_hides_an_adapter_is_said(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", text().to(torch.bfloat16))
+    adapter_on(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: t * 1e-3 for name, t in load_file(file).items()}, file)
+    said: list[str] = []
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", say=said.append)
+    assert said[-1] == "that is within the limit: on this text the adapter does no more than rounding may"
+    merge_adapter(tmp_path / "adapter", tmp_path / "wide", dtype="float32", say=said.append)
+    assert stock(tmp_path / "wide").dtype == torch.float32
 
 
 def test_what_was_checked_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -49,8 +51,9 @@ def probe_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
         UserError: no id is within the vocabulary.
     """
     text = _TEXT + _QUESTION
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": _TEXT}]
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": _TEXT}]
+    # a template that takes no such conversation is none to compare on
+    with suppress(ValueError, TypeError, TemplateError):
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token < vocabulary]
     if not ids:

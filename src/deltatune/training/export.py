@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
@@ -119,7 +120,7 @@ def merge_adapter(
     base: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    say: Callable[[str], object] = len,
+    say: Callable[[str], object] | None = None,
 ) -> Path:
     """Adds an adapter to its base model's weights and saves a model that needs no PEFT.
 
@@ -158,14 +159,15 @@ def merge_adapter(
         if not compared.ok:
             tokens = {place: tokenizer.decode(ids[0, place]) for place in compared.worst}
             raise UserError(_apart(compared, tokens))
-    for line in said:
-        say(line)
-    say(
+    said.append(
         f"checked on {compared.num_tokens} tokens: its logits are those of base and adapter within "
         f"{compared.difference:.1e} (limit {compared.limit:.0e}); the adapter changes them by {effect:.1e}"
     )
     if effect <= compared.limit:
-        say("that is within the limit: on this text the adapter does no more than rounding may")
+        said.append("that is within the limit: on this text the adapter does no more than rounding may")
+    if say is not None:
+        for line in said:
+            say(line)
     return output
 
 
@@ -268,10 +270,17 @@ def _tokenizer_of(adapter: Adapter, section: ModelSection) -> PreTrainedTokenize
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not."""
+    """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not.
+
+    Raises:
+        UserError: the disk does not take the files.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be written: {one_line(error)}; nothing is left of it") from error
         # temporary folders are private; a model is not
         Path(folder).chmod(0o755)
         _sync(Path(folder))

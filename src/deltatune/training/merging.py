@@ -72,14 +72,17 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
     """The base model with the adapter around its layers, as PEFT has it; the base as it was loaded, and by which class.
 
     Raises:
-        UserError: tensors of the adapter that have no place in the base, or places for which it has no tensors.
+        UserError: an adapter that is not added to weights; tensors of it that have no place in the base, or places for
+            which it has none.
     """
+    given = peft.PeftConfig.from_pretrained(str(adapter.folder))
+    given.inference_mode = True
+    if given.is_prompt_learning:
+        raise UserError(f"{adapter.folder} holds virtual tokens ({given.peft_type.value}), which no weight takes up")
     state = load_peft_weights(str(adapter.folder), device="cpu")
     loader = _loader(section, config, adapter, state)
     loaded = load_checkpoint(section, config, loader=loader)
     _resize(loaded.model, state)
-    given = peft.PeftConfig.from_pretrained(str(adapter.folder))
-    given.inference_mode = True
     try:
         with warnings.catch_warnings():
             # what PEFT says of tied weights, this module sees to
@@ -99,35 +102,19 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
 
 
 def merge(adapted: Any) -> nn.Module:
-    """The base model with the adapter in its weights; the head is untied from the embedding where they now differ.
-
-    Raises:
-        UserError: a kind of adapter that is not added to weights.
-    """
+    """The base model with the adapter in its weights; the head is untied from the embedding where it is around one of them."""
     base = hf_model.base_model(adapted)
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     weights: list[Any] = [getattr(_inside(module), "weight", None) for module in ends]
     tied = weights[0] is not None and weights[0] is weights[1]
-    untied = tied and any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in ends)
-    if untied:
+    if tied and any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in ends):
         # what is added to one must not reach the other
         _inside(ends[1]).weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
-        _say_tied(base, tied=False)
-    if not hasattr(adapted, "merge_and_unload") or adapted.active_peft_config.is_prompt_learning:
-        raise UserError(f"an adapter of type {adapted.active_peft_config.peft_type} is not added to weights")
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
     with torch.no_grad():
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
-    if untied:
-        embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-        if torch.equal(embedding.weight, head.weight):
-            head.weight = embedding.weight
-            _say_tied(merged, tied=True)
-    return merged  # type: ignore[no-any-return]
-
-
-def _say_tied(model: Any, *, tied: bool) -> None:
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = tied
+        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+    return merged
 
 
 def _inside(module: Any) -> Any:

@@ -115,7 +115,8 @@ def load_plain(model: nn.Module, folder: Path, first: dict[str, Tensor]) -> None
             layer: Any = layers[name]
             weight = layer.get_base_layer().weight
             change = first[up].float() @ first[down].float() - saved[up].float() @ saved[down].float()
-            weight.data = (weight.data.float() + layer.scaling[_ADAPTER] * change).to(weight.dtype)
+            moved = layer.scaling[_ADAPTER] * change.to(weight.device)
+            weight.data = (weight.data.float() + moved).to(weight.dtype)
     set_peft_model_state_dict(model, trained)
     first.update(saved)
 
