@@ -102,7 +102,7 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
 
 
 def merge(adapted: Any) -> nn.Module:
-    """The base model with the adapter in its weights; the head is untied from the embedding where it is around one of them."""
+    """The base model with the adapter in its weights; head and embedding are untied where it is around one of them."""
     base = hf_model.base_model(adapted)
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     weights: list[Any] = [getattr(_inside(module), "weight", None) for module in ends]
