@@ -246,14 +246,16 @@ def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
     assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in console.export_text()
 
 
-def test_a_model_that_is_replaced_is_named(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_finished_model_is_not_replaced(tmp_path: Path, checkpoint: Path) -> None:
     recipe = make_recipe(tmp_path, checkpoint, training={"max_steps": 1})
-    said = []
-    for _ in range(2):
-        console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
-        train(recipe, console=console)
-        said.append("holds the model of an earlier run, which this one will replace" in console.export_text())
-    assert said == [False, True]
+    train(recipe, console=QUIET)
+    files = {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()}
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match=r"holds the model of an earlier run, and no checkpoint .* another folder"):
+            train(recipe, resume=resume, console=QUIET)
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
+        train(recipe, resume=True, console=QUIET)
+    assert {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()} == files
 
 
 def test_the_best_checkpoint_is_named_by_its_place(

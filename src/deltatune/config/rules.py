@@ -15,9 +15,18 @@ from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
-__all__ = ["adapter_errors", "check_recipe", "check_training_names"]
+__all__ = ["adapter_errors", "check_recipe", "check_training_names", "start_errors"]
 
 _DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
+_NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
+_STARTS = re.compile(r"(?i:gaussian|mica|olora)|orthogonal|pissa(_niter_\d+)?")
+# PEFT's others, which it would ignore, or fail at, without what they begin from
+_STARTS_FROM_DATA = {
+    "eva": "begins from activations on data, which no recipe gives it",
+    "corda": "begins from covariances of activations, which no recipe gives it",
+    "lora_ga": "begins from gradients on data, which no recipe gives it",
+    "loftq": "begins from what quantisation loses, and no recipe quantises the base",
+}
 # formats whose rows hold messages, or may hold them
 _OF_MESSAGES = ("auto", "chat", "prompt_completion")
 # formats whose rows say themselves which tokens train
@@ -111,6 +120,19 @@ def adapter_errors(lora: LoraSection) -> Iterator[str]:
     for name in ("lora_dropout", "use_dora") if lora.target_parameters is not None else ():
         if getattr(lora, name):
             yield f"lora.{name} cannot act on lora.target_parameters; leave one of them out"
+    if lora.target_parameters is None:
+        # which of them can begin at all, their shapes say
+        yield from start_errors(lora)
+
+
+def start_errors(lora: LoraSection) -> Iterator[str]:
+    """An initialisation that PEFT does not know, or could not carry out."""
+    start = lora.init_lora_weights
+    if isinstance(start, str) and not _STARTS.fullmatch(start):
+        why = _STARTS_FROM_DATA.get(
+            start.lower(), f"is none of PEFT's that can act here{nearest(start, _NAMED_STARTS)}"
+        )
+        yield f"lora.init_lora_weights: {start} {why}; choose true, false or one of {', '.join(_NAMED_STARTS)}"
 
 
 def _data_errors(recipe: Recipe) -> Iterator[str]:

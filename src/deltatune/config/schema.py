@@ -118,7 +118,8 @@ class LoraSection(Section):
     """Weight-decomposed adapters on PEFT's own layers, which torch 2.13 takes with `compile.strict: false` alone."""
 
     init_lora_weights: Flag | Text = True
-    """PEFT's initialisation of A and B by name; `true` starts at the base model exactly."""
+    """PEFT's initialisation of A and B: `true` and `gaussian` start at the base model exactly; also `false`,
+    `orthogonal`, `mica`, and `pissa`, `pissa_niter_4` and `olora`, which are saved as plain adapters of rank `2 r`."""
 
     adapter_dtype: Literal["float32", "model"] = "float32"
     """The dtype of A and B; `model` takes the base weights' and halves the optimizer's memory at some precision."""

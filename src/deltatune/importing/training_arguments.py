@@ -207,7 +207,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "accelerator_config": idle("every rank reads its own packs"),
     "parallelism_config": refused(SHARDING),
     "hub_token": refused("set the HF_TOKEN environment variable"),
-    "overwrite_output_dir": idle("a folder with another run's checkpoints is never overwritten"),
+    "overwrite_output_dir": idle("a folder with another run's checkpoints or model is never overwritten"),
     "resume_from_checkpoint": refused("use deltatune train --resume"),
     "do_train": idle(_COMMANDS),
     "do_eval": idle(_COMMANDS),

@@ -35,15 +35,16 @@ from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import base_identity, load_config, load_model, load_tokenizer
+from deltatune.training.checkpoint import base_identity, commit_of, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.console import RunConsole
-from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
+from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.record import RunRecord
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
+from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
@@ -73,6 +74,7 @@ class Run:
     data: RecipeData
     model: nn.Module
     prepared: Prepared
+    origin: Origin
 
     @property
     def output_dir(self) -> Path:
@@ -129,6 +131,8 @@ def _train(
             check_free(Path(recipe.training.output_dir).expanduser())
         checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
+    if checkpoint is None:
+        refuse_to_replace(Path(recipe.training.output_dir).expanduser())
     changes = _changes(recipe, checkpoint, allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
         log.out(line, highlight=False)
@@ -138,8 +142,6 @@ def _train(
     changes += _other_data(run, checkpoint, allow_change)
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
-    elif holds_model(run.output_dir):
-        log.out(f"{run.output_dir} holds the model of an earlier run, which this one will replace", highlight=False)
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
@@ -216,16 +218,17 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    model = load_model(recipe.model, config)
-    data.check_tokens(model, tokenizer)
-    model = adapt(model, recipe.lora)
+    loaded = load_checkpoint(recipe.model, config)
+    data.check_tokens(loaded.model, tokenizer)
+    model = adapt(loaded.model, recipe.lora, revision=commit_of(recipe.model))
+    origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
     console.out(str(prepared.report), highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, model, prepared)
+    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
 
 
 def _place(checkpoint: Path, mesh: Mesh) -> Place:
@@ -313,6 +316,7 @@ def _trainer(run: Run) -> PackedTrainer:
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
         recompiles=recompiles,
+        first=run.origin.first,
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
     )
@@ -364,7 +368,10 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     _check_finite(run.model)
     if run.arguments.should_save:
         with phase("saving the model"):
-            save_trained(run.model, run.tokenizer, run.output_dir, model_card(read_run(run.output_dir)))
+            card = model_card(read_run(run.output_dir))
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card)
+        for line in said:
+            run.console.out(line, highlight=False)
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay

@@ -47,6 +47,7 @@ from deltatune.training.metrics import Meter
 from deltatune.training.progress import ProgressBar
 from deltatune.training.resuming import restore_settings
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
+from deltatune.training.starts import load_plain, make_plain
 
 __all__ = ["PackedTrainer"]
 
@@ -70,6 +71,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: fills the rest of a pack.
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
+        first: the factors that adapters began with inside the base weights; see ``starts``.
         console: where progress is drawn; the standard output by default.
         about: JSON that every checkpoint's manifest holds, such as the recipe.
     """
@@ -85,6 +87,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: int,
         processing_class: PreTrainedTokenizerBase | None = None,
         recompiles: Callable[[], int] | None = None,
+        first: dict[str, Tensor] | None = None,
         console: RunConsole | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
@@ -93,6 +96,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._evaluated_tokens = self._evaluated_packs = 0
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
+        self._first = first
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
         self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
         super().__init__(
@@ -272,6 +276,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._first is not None:
+            make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # here, since every rank comes by and the file that makes a checkpoint whole is still to be written
@@ -295,7 +304,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if self._loads_as_stock(target):
+        if self._first is not None:
+            load_plain(target, Path(resume_from_checkpoint), self._first)
+        elif self._loads_as_stock(target):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             # the stock way loads tensors by the names on disk, which for some families are not the module's names,
@@ -312,7 +323,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         restore_settings(self.optimizer, self.lr_scheduler, given)
 
     def _load_best_model(self) -> None:
-        if self._loads_as_stock(self.model):
+        if self._first is not None:
+            load_plain(self.model, Path(self.state.best_model_checkpoint), self._first)
+        elif self._loads_as_stock(self.model):
             super()._load_best_model()
         else:
             reload_weights(self.model, Path(self.state.best_model_checkpoint))
