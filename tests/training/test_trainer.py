@@ -12,7 +12,7 @@ from training_cases import TOKENS, Packs, make_trainer, weights
 
 from deltatune import prepare
 from deltatune.packing.collate import PackedCollator
-from deltatune.training.batches import PACK_COUNTS, CountingCollator
+from deltatune.training.batches import PACK_COUNTS, PACK_ORIGINS, CountingCollator
 from tiny import FAMILIES, VOCAB, tiny_model
 
 
@@ -111,7 +111,7 @@ def test_the_routers_loss_is_the_mean_weighted_by_trained_tokens(tmp_path: Path)
     total, count, routed = 0.0, 0, 0.0
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader():
-            trained = batch.pop(PACK_COUNTS).trained
+            trained, _ = batch.pop(PACK_COUNTS).trained, batch.pop(PACK_ORIGINS)
             output = model(**batch)
             total, count = total + trained * output.loss.item(), count + trained
             routed += trained * 0.5 * output.aux_loss.item()

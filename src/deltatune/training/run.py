@@ -141,6 +141,7 @@ def _fit(
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
         record = RunRecord(run.output_dir, about, changes=changes, from_step=step)
         trainer.add_callback(record)
+        trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
     status = "failed"
     try:
         if run.recipe.compile is not None:
@@ -291,6 +292,7 @@ def _trainer(run: Run) -> PackedTrainer:
         recompiles=recompiles,
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
+        on_nonfinite=run.recipe.training.on_nonfinite,
     )
 
 
@@ -347,6 +349,9 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
             write_json(run.output_dir / METRICS_FILE, metrics)
     if not metrics["steps"]:
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
+    if trainer.skipped:
+        steps = ", ".join(str(found.step) for found in trainer.skipped)
+        run.console.out(f"updates that were left out, since a loss or gradient norm was no number: steps {steps}")
     run.console.out(f"saved to {run.output_dir}", highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
@@ -369,6 +374,7 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
         "loss": losses[-1] if losses else None,
         **{name: value for name, value in evaluation.items() if name in ("eval_loss", "eval_trained_tokens")},
         **trainer.meter.summary(),
+        "skipped_steps": len(trainer.skipped),
         "compile": None if compiled is None else compiled.to_dict(),
     }
 
