@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from deltatune import prepare
 from deltatune.config.refused import PASSED_TRAINING_NAMES
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError
+from deltatune.training import arguments as module
 from deltatune.training.arguments import training_arguments
 from tiny import tiny_model
 
@@ -38,11 +40,22 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
         ({"learnin_rate": 1e-4}, r"training\.learnin_rate.*learning_rate"),
         ({"lr_scheduler_type": "linaer"}, r"training: .*linaer"),
         ({"optim": "adamw_of_no_kind"}, r"training: .*adamw_of_no_kind"),
+        ({"push_to_hub": True}, r"training\.push_to_hub: HF_HUB_OFFLINE forbids asking"),
+        ({"fsdp": True, "fsdp_config": "/no/such/file.json"}, r"training: .*/no/such/file\.json"),
+        ({"deepspeed": "/no/such/file.json"}, r"training: .*"),
     ],
 )
 def test_bad_values_are_user_errors(tmp_path: Path, values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         training_arguments(TrainingSection(output_dir=str(tmp_path), use_cpu=True, **values))
+
+
+def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "silence", lambda: None)
+    monkeypatch.setattr(module, "huggingface_hub", SimpleNamespace(get_token=lambda: None))
+    section = TrainingSection.model_validate({"output_dir": str(tmp_path), "use_cpu": True, "push_to_hub": True})
+    with pytest.raises(UserError, match="needs a token; run hf auth login, or set HF_TOKEN"):
+        training_arguments(section)
 
 
 PASSED = {

@@ -17,6 +17,7 @@ from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.training.hub import silence
+from deltatune.training.preflight import check_model_path
 
 __all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "model_class", "new_model", "reload_weights"]
 
@@ -32,20 +33,8 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
+    check_model_path(section)
     path = Path(section.name_or_path).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        what = "is no checkpoint: it holds no config.json; expected config.json and weights"
-        if (path / "adapter_config.json").is_file():
-            merge = f"deltatune merge {path} --output OUTPUT"
-            what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
-        raise UserError(f"model {path} {what}")
-    # no model that can be prepared goes by the short names of the Hub's first years
-    local = section.name_or_path.startswith((".", "/", "~")) or section.name_or_path.count("/") != 1
-    if path.is_file() or (not path.exists() and local):
-        raise UserError(
-            f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
-            f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
-        )
     try:
         return AutoConfig.from_pretrained(**_origin(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
