@@ -45,6 +45,11 @@ def test_the_writes_are_those_of_a_run(case: Any) -> None:
 
 
 @pytest.mark.faults
+def test_killed_while_it_takes_the_lock(case: Any, tmp_path: Path) -> None:
+    killed_and_resumed(case, tmp_path / "output", case.first("opened", ".lock"))
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("number", range(1, MOST, EVERY))
 def test_killed_at_every_third_write(case: Any, tmp_path: Path, number: int) -> None:
     killed_and_resumed(case, tmp_path / "output", number)

@@ -40,6 +40,7 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
         ({"learnin_rate": 1e-4}, r"training\.learnin_rate.*learning_rate"),
         ({"lr_scheduler_type": "linaer"}, r"training: .*linaer"),
         ({"optim": "adamw_of_no_kind"}, r"training: .*adamw_of_no_kind"),
+        ({"fp16": True}, r"training\.fp16 needs a GPU, and this run would train on the CPU"),
         ({"push_to_hub": True}, r"training\.push_to_hub: HF_HUB_OFFLINE forbids asking"),
         ({"fsdp": True, "fsdp_config": "/no/such/file.json"}, r"training: .*/no/such/file\.json"),
         ({"deepspeed": "/no/such/file.json"}, r"training: .*"),

@@ -48,6 +48,8 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
         raise UserError(f"training: {one_line(error)}") from error
     _check_trackers(arguments)
     _check_schedule(arguments)
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise UserError("training.fp16 needs a GPU, and this run would train on the CPU; set training.bf16, or neither")
     if arguments.push_to_hub:
         _check_push()
     if arguments.n_gpu > 1:

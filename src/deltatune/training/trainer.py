@@ -383,6 +383,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None or self.is_deepspeed_enabled:
             return
         restore_settings(self.optimizer, self.lr_scheduler, given)
+        # the state brings back when the run before logged, saved and evaluated
+        self.state.compute_steps(self.args, self.state.max_steps)
 
     def _load_best_model(self) -> None:
         if self._loads_as_stock(self.model):
