@@ -203,7 +203,7 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 NO_SETTING = {"training.output_dir"}  # where a run is; --resume looks there
 NOT_HERE = {"data.train.name", "data.train.revision"}  # of the Hub
-REFUSED_ELSEWHERE = {"data.chat_template_kwargs", "data.train.split", "data.streaming", "training.bf16"}
+REFUSED_ELSEWHERE = {"data.chat_template_kwargs", "data.streaming"}
 
 
 def all_keys() -> Iterator[str]:

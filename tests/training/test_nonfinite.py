@@ -66,7 +66,7 @@ def test_the_step_and_the_rows_of_the_pack_are_named(
 
 def test_nothing_is_saved_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that falls between two log lines is one of the places where the figures are read."""
-    training = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 4}
+    training = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100, "max_steps": 8}
     trainer = trainer_with(tmp_path, monkeypatch, {2: float("nan")}, **training)
     with pytest.raises(UserError, match="at step 3"):
         trainer.train()
@@ -187,8 +187,13 @@ def test_a_run_that_stops_waits_no_more_than_one_that_does_not_look(
 
 def test_ranks_stop_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one whose loss is a number hears of the other's, and names no rows of its own."""
-    told = {0: 0, 1: 5}
-    monkeypatch.setattr(Mesh, "sum_over_data", lambda self, value: torch.tensor([told[0], told[1]]))
+    told = []
+
+    def summed(self: Mesh, value: torch.Tensor) -> torch.Tensor:
+        told.append(value.tolist())
+        return torch.tensor([0, 5])
+
+    monkeypatch.setattr(Mesh, "sum_over_data", summed)
     found = {}
     for rank, loss in ((0, 1.0), (1, float("nan"))):
         watch = FiniteWatch(Mesh(2, rank), str)
@@ -196,4 +201,5 @@ def test_ranks_stop_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
             watch.begin(step, [PackOrigins((rank,))])
             watch.add_loss(torch.tensor(value))
         found[rank] = str(watch.read())
+    assert told == [[0, 0], [0, 5]], "what is summed over the ranks"
     assert found == {0: "the loss of another rank is not finite at step 5", 1: "the loss is nan at step 5 (1)"}

@@ -361,6 +361,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if state.global_step < steps:
             return False
         self.state = state
+        if self.args.should_save:
+            # what the run would have removed, had it not been killed before
+            rotate(Path(self.args.output_dir), self.args.save_total_limit, state.best_model_checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
