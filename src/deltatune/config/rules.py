@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from deltatune.config.idle import idle_settings
 from deltatune.config.inductor import INDUCTOR_OPTIONS
-from deltatune.config.refused import refusal
+from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
@@ -62,9 +63,10 @@ def _training_names(recipe: Recipe) -> Iterator[str]:
             "choose one of random, sequential"
         )
     sharding = extra.get("accelerator_config")
-    for name in ("dispatch_batches", "split_batches", "even_batches"):
+    for name in ("dispatch_batches", "split_batches", "even_batches", "use_seedable_sampler", "non_blocking"):
         if isinstance(sharding, dict) and sharding.get(name) is not None:
             yield f"training.accelerator_config.{name} cannot act here: every rank reads its own packs"
+    yield from idle_settings(recipe)
 
 
 def _schedule_errors(recipe: Recipe) -> Iterator[str]:
@@ -98,6 +100,9 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
 def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.training.bf16 and recipe.training.fp16:
         yield "training.bf16 and training.fp16 exclude each other; keep one"
+    if recipe.training.on_nonfinite == "skip":
+        for key, why in _takes_steps_itself(recipe.training):
+            yield f"training.on_nonfinite: skip cannot act with training.{key}, {why}; set it to stop or dump"
     # the loss scaler refuses to unscale float16 gradients
     if recipe.training.fp16 and recipe.model.dtype == "float16" and recipe.lora is None:
         yield "training.fp16 scales the gradients of float32 weights; set model.dtype to float32 (or training.bf16)"
@@ -109,6 +114,16 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
+
+
+def _takes_steps_itself(training: TrainingSection) -> Iterator[tuple[str, str]]:
+    """What makes updates, or leaves them out, where the trainer has no say."""
+    if training.fp16:
+        yield "fp16", "whose loss scaler leaves updates out by itself"
+    if (training.model_extra or {}).get("deepspeed") is not None:
+        yield "deepspeed", "which makes the update within the backward"
+    if "lomo" in training.optim:
+        yield "optim", f"since {training.optim} makes the update within the backward"
 
 
 def adapter_errors(lora: LoraSection) -> Iterator[str]:
@@ -253,10 +268,16 @@ def check_training_names(training: TrainingSection, known: Iterable[str]) -> Non
     """Checks names beyond the section's own fields against TrainingArguments' names, which the caller supplies.
 
     Raises:
-        UserError: a name that is none, with the nearest one.
+        UserError: a name that is none, with the nearest one; or one of a newer transformers, of which nobody has said
+            what it does here.
     """
     names = set(known)
     for name in training.model_extra or {}:
+        if name in names and name not in PASSED_TRAINING_NAMES and name not in REFUSED_TRAINING_NAMES:
+            raise RecipeKeyError(
+                ("training", name),
+                f"training.{name} is newer than this deltatune, which does not know whether it acts here; leave it out",
+            )
         if name not in names:
             close = nearest(name, sorted(names))
             raise RecipeKeyError(

@@ -26,7 +26,8 @@ from deltatune.report import table
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.export import MARKERS
 from deltatune.training.packs import load_data, padding_token
-from deltatune.training.run import prepare_by_recipe, train
+from deltatune.training.planned import prepare_by_recipe
+from deltatune.training.run import train
 from deltatune.verification import verify
 
 __all__ = ["main", "make_files", "run"]

@@ -23,6 +23,7 @@ from deltatune.hf.model import base_model
 from deltatune.phases import phase
 from deltatune.subclass import stock_class
 from deltatune.training.hub import silence
+from deltatune.training.preflight import check_model_path
 
 __all__ = [
     "Loaded",
@@ -51,20 +52,8 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
+    check_model_path(section)
     path = Path(section.name_or_path).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        what = "is no checkpoint: it holds no config.json; expected config.json and weights"
-        if (path / "adapter_config.json").is_file():
-            merge = f"deltatune merge {path} --output OUTPUT"
-            what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
-        raise UserError(f"model {path} {what}")
-    # no model that can be prepared goes by the short names of the Hub's first years
-    local = section.name_or_path.startswith((".", "/", "~")) or section.name_or_path.count("/") != 1
-    if path.is_file() or (not path.exists() and local):
-        raise UserError(
-            f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
-            f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
-        )
     try:
         return AutoConfig.from_pretrained(**_origin(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
