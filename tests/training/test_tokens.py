@@ -82,7 +82,7 @@ def test_new_rows_train_beside_adapters_and_load_everywhere(tmp_path: Path, chec
 
     unfinished = {**training, "max_steps": 3}
     resumed = train(with_calls(tmp_path, checkpoint, training=unfinished), resume=True, console=QUIET)
-    assert resumed.metrics["steps"] == 1
+    assert resumed.metrics["leg"]["steps"] == 1
     second = {"max_steps": 1, "learning_rate": 0.0, "output_dir": str(tmp_path / "second")}
     lora = {"name_or_path": str(tmp_path / "output"), "target_modules": "all-linear", "r": 16}
     train(with_calls(tmp_path, checkpoint, training=second, lora=lora), console=QUIET)

@@ -131,7 +131,8 @@ class LoraSection(Section):
     """Weight-decomposed adapters on PEFT's own layers, which torch 2.13 takes with `compile.strict: false` alone."""
 
     init_lora_weights: Flag | Text = True
-    """PEFT's initialisation of A and B by name; `true` starts at the base model exactly."""
+    """PEFT's initialisation of A and B: `true` and `gaussian` start at the base model exactly; also `false`,
+    `orthogonal`, `mica`, and `pissa`, `pissa_niter_4` and `olora`, which are saved as plain adapters of rank `2 r`."""
 
     adapter_dtype: Literal["float32", "model"] = "float32"
     """The dtype of A and B; `model` takes the base weights' and halves the optimizer's memory at some precision."""
@@ -262,6 +263,7 @@ OWN_TRAINING_NAMES = frozenset(
         "learning_rates",
         "loraplus_lr_embedding",
         "loraplus_lr_ratio",
+        "on_nonfinite",
         "unfrozen_parameters",
     )
 )
@@ -361,7 +363,7 @@ class TrainingSection(Section):
     """The run's name in a tracker."""
 
     disable_tqdm: Flag | None = None
-    """Show no progress bar."""
+    """Show no progress bars; log entries are printed anyway."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When `data.eval` is evaluated during training; it always is afterwards."""
@@ -396,6 +398,12 @@ class TrainingSection(Section):
 
     dataloader_pin_memory: Flag = True
     """Collate into pinned memory, which copies to an accelerator faster."""
+
+    on_nonfinite: Literal["stop", "skip", "dump"] = "stop"
+    """What becomes of a step whose loss or gradient norm is no number. `stop` ends the run at its next log line or
+    checkpoint and names the rows; `skip` leaves the update out, names the rows, and ends the run after 10 in a row;
+    `dump` ends it before the update and writes the step's packs into the run's folder. `skip` and `dump` wait for the
+    device once a step."""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included."""

@@ -16,6 +16,7 @@ from deltatune.data.overlong import Limit, Overlong, cut_documents
 from deltatune.data.report import PackingReport, counted, one_source, variance_between
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
+from deltatune.phases import phase
 
 __all__ = ["PackedDataset", "pack_documents"]
 
@@ -43,8 +44,14 @@ class PackedDataset:
         members = pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack]
         places = (array[members].tolist() for array in (self.sources, self.starts, self.lengths))
         return [
-            self.documents[source].sample(start, start + length) for source, start, length in zip(*places, strict=True)
+            self.documents[source].sample(start, start + length, piece)
+            for source, start, length, piece in zip(*places, members.tolist(), strict=True)
         ]
+
+    def where(self, piece: int) -> str:
+        """The row that a piece, by its number, comes from, in words."""
+        documents = self.documents[int(self.sources[piece])]
+        return documents.where(documents.document_at(int(self.starts[piece])))
 
 
 def pack_documents(
@@ -94,9 +101,10 @@ def pack_documents(
         )
     lengths = np.concatenate([part.lengths for part in parts])
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
-    mixture = Mixture.of([part.lengths for part in parts], shares, seed=seed or 0)
-    epochs = Epochs(lengths, tokens_per_batch, mixture, seed=seed)
-    packs = epochs(0)
+    with phase("packing"):
+        mixture = Mixture.of([part.lengths for part in parts], shares, seed=seed or 0)
+        epochs = Epochs(lengths, tokens_per_batch, mixture, seed=seed)
+        packs = epochs(0)
     tokens = int(lengths[packs.members].sum())
     report = PackingReport(
         rows=sum(len(source.source) for source in documents),

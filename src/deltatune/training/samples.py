@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.hf.model import in_mode
 from deltatune.packing.sample import IGNORE_INDEX, Sample
+from deltatune.training.console import RunConsole
 from deltatune.training.packs import padding_token
 
 __all__ = ["SAMPLES_FILE", "Prompt", "Samples", "prompts_of", "samples_lines"]
@@ -84,7 +84,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         *,
         max_new_tokens: int,
         output_dir: Path,
-        console: Console,
+        console: RunConsole,
         around: Sequence[Callable[[], AbstractContextManager[Any]]] = (),
     ) -> None:
         self._prompts, self._tokenizer, self._max_new_tokens = prompts, tokenizer, max_new_tokens
