@@ -96,10 +96,13 @@ def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, write_ro
     recipe = str(write_recipe(training={"max_steps": 2, "optim": "adamw_8bit"}, kernels={"gated_delta_rule": "fla"}))
     assert main(["plan", recipe]) == 0
     page = capsys.readouterr().out
-    assert "warning: training.optim: adamw_8bit needs the package bitsandbytes; pip install bitsandbytes where" in page
+    assert (
+        "warning: training.optim: adamw_8bit needs the package bitsandbytes; pip install 'deltatune[optimizers]' where"
+        in page
+    )
     assert re.search(r"warning: .*fla.*; what follows is for kernels: auto\n", page)
     assert main(["plan", recipe, "--set", "training.use_cpu=true"]) == 2
-    assert "needs the package bitsandbytes; pip install bitsandbytes\n" in capsys.readouterr().err
+    assert f"{remedy}\n" in capsys.readouterr().err
 
 
 def test_plan_says_what_is_saved_and_what_is_there(capsys, write_recipe, tmp_path, monkeypatch) -> None:

@@ -126,7 +126,7 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
         return []
     return [
         f"the optimizer's state is {estimate.optimizer / 2**30:.1f} GiB of it; training.optim: {_EIGHT_BIT} keeps "
-        f"{eight / 2**30:.1f} GiB (pip install bitsandbytes)"
+        f"{eight / 2**30:.1f} GiB (pip install 'deltatune[optimizers]')"
     ]
 
 
