@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,15 @@ from deltatune.data.report import PackingReport, counted, one_source, variance_b
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
 
-__all__ = ["PackedDataset", "pack_documents"]
+__all__ = ["PackedDataset", "ReferencedPack", "pack_documents"]
+
+
+class ReferencedPack(list[Sample]):
+    """The samples of a pack, and what a reference model says of each, fp32 ``[D]``."""
+
+    def __init__(self, samples: Iterable[Sample], reference: NDArray[np.float32]) -> None:
+        super().__init__(samples)
+        self.reference = reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +44,23 @@ class PackedDataset:
     epochs: Epochs  # the packs of an epoch, whose members are numbers of pieces, or of pairs
     report: PackingReport  # what became of the rows
     per_member: int = 1  # pieces of a member of a pack: 2 where the rows are preferences
+    reference: NDArray[np.float32] | None = None  # [D], the log-probability of its answer that a reference gives
 
     def __len__(self) -> int:
         return self.epochs.num_packs
 
     def __getitem__(self, pack: int | NDArray[np.int64]) -> list[Sample]:
-        members = self.pieces(pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack])
-        places = (array[members].tolist() for array in (self.sources, self.starts, self.lengths))
-        return [
+        pieces = self.pieces(pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack])
+        places = (array[pieces].tolist() for array in (self.sources, self.starts, self.lengths))
+        samples = [
             self.documents[source].sample(start, start + length) for source, start, length in zip(*places, strict=True)
         ]
+        return samples if self.reference is None else ReferencedPack(samples, self.reference[pieces])
+
+    @property
+    def member_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, or of each pair."""
+        return _of_members(self.lengths, self.per_member)
 
     def pieces(self, members: NDArray[np.integer]) -> NDArray[np.integer]:
         """The pieces of members of a pack, in their order."""
@@ -99,14 +114,14 @@ def pack_documents(
             f"{documents[sizes.index(0)].source.name} has a weight, and none of its documents is left to train on: all "
             f"are longer than {limit} or held out; change data.overlong or data.val_size, or leave it out"
         )
-    lengths = [part.lengths.reshape(-1, per_member).sum(1, dtype=np.int32) for part in parts]  # of members
+    lengths = [_of_members(part.lengths, per_member) for part in parts]
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
     mixture = Mixture.of(lengths, shares, seed=seed or 0)
     all_lengths = np.concatenate(lengths)
     epochs = Epochs(all_lengths, tokens_per_batch, mixture, seed=seed)
     packs = epochs(0)
     tokens = int(all_lengths[packs.members].sum())
-    targets = np.concatenate([part.targets for part in parts]).reshape(-1, per_member).sum(1)
+    targets = _of_members(np.concatenate([part.targets for part in parts]), per_member)
     report = PackingReport(
         rows=sum(len(source.source) for source in documents),
         documents=packs.members.size * per_member,
@@ -125,6 +140,11 @@ def pack_documents(
     )
     starts, pieces = (np.concatenate([getattr(part, name) for part in parts]) for name in ("starts", "lengths"))
     return PackedDataset(documents, sources, starts, pieces, epochs, report, per_member)
+
+
+def _of_members(values: NDArray[np.int32], per_member: int) -> NDArray[np.int32]:
+    """Sums over the pieces of each member."""
+    return np.asarray(values.reshape(-1, per_member).sum(1, dtype=np.int32))
 
 
 def _pieces_per_member(documents: Sequence[Documents]) -> int:

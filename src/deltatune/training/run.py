@@ -36,6 +36,8 @@ from deltatune.training.export import check_kind, holds_model, save_trained, wri
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
+from deltatune.training.preference import base_is_start
+from deltatune.training.preference_trainer import PreferenceTrainer
 from deltatune.training.record import RunRecord
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
@@ -280,18 +282,30 @@ def _trainer(run: Run) -> PackedTrainer:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
 
-    return PackedTrainer(
-        run.model,
-        run.arguments,
-        train_dataset=run.data.train,
-        eval_dataset=run.data.eval,
-        tokens_per_batch=run.recipe.packing.tokens_per_batch,
-        pad_token_id=padding_token(run.tokenizer),
-        processing_class=run.tokenizer,
-        recompiles=recompiles,
-        console=run.console,
-        about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
-    )
+    recipe = run.recipe
+    arguments: dict[str, Any] = {
+        "args": run.arguments,
+        "train_dataset": run.data.train,
+        "eval_dataset": run.data.eval,
+        "tokens_per_batch": recipe.packing.tokens_per_batch,
+        "pad_token_id": padding_token(run.tokenizer),
+        "processing_class": run.tokenizer,
+        "recompiles": recompiles,
+        "console": run.console,
+        "about": {
+            "recipe": run.recipe.model_dump(mode="json"),
+            "data": run.data.identities(),
+            "deltatune": __version__,
+        },
+    }
+    settings = run.recipe.preference
+    if settings is None:
+        return PackedTrainer(run.model, **arguments)
+    trainer = PreferenceTrainer(run.model, settings=settings, **arguments)
+    if settings.has_reference and not base_is_start(run.recipe.lora):
+        run.console.out("the model as it is now says what answers are worth to it: the reference", highlight=False)
+        trainer.compute_reference()
+    return trainer
 
 
 def _changes(recipe: Recipe, checkpoint: Path | None, allow: bool) -> list[str]:
@@ -367,7 +381,7 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
     return {
         "global_step": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
-        **{name: value for name, value in evaluation.items() if name in ("eval_loss", "eval_trained_tokens")},
+        **{f"eval_{name}": evaluation[f"eval_{name}"] for name in (*trainer.figures, trainer.counted) if evaluation},
         **trainer.meter.summary(),
         "compile": None if compiled is None else compiled.to_dict(),
     }
