@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,21 @@ import torch
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     [
-        "deltatune.training.trainer",
+        "deltatune.training.run",
         "deltatune.verification.probe",
         "peft",
         "transformers.models.qwen3_5.modeling_qwen3_5",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
     ]
 )
+
+
+def free_port() -> int:
+    """For ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def run_ranks(main: Callable[..., None], *args: Any, count: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import trl
 from rich.console import Console
-from training_cases import byte_tokenizer, make_recipe, save_checkpoint
+from training_cases import byte_tokenizer, make_recipe, save_checkpoint, write_pairs
 from transformers import AutoModelForCausalLM
 
 from deltatune.config.schema import PreferenceSection
@@ -25,10 +25,7 @@ from deltatune.training.preference_trainer import REWARDS, PreferenceTrainer
 from deltatune.training.run import build
 
 TARGETS = ["q_proj", "in_proj_qkv", "down_proj"]
-PAIRS = [
-    {"prompt": f"{i} + {i}?", "chosen": " so" * (i % 4) + f" {2 * i}", "rejected": f" {i}" + "!" * (5 * i % 7)}
-    for i in range(1, 10)
-]
+NUM_PAIRS = 9
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +36,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def ours(folder: Path, checkpoint: Path, settings: dict[str, Any], lora: dict[str, Any] | None) -> PreferenceTrainer:
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     recipe = make_recipe(
         folder,
         checkpoint,
-        data={"train": [{"path": str(folder / "pairs.jsonl")}]},
+        data={"train": [{"path": str(write_pairs(folder / "pairs.jsonl", NUM_PAIRS))}]},
         packing={"tokens_per_batch": 128},
         preference=settings,
         lora=lora,
@@ -61,14 +57,14 @@ def theirs(folder: Path, model: Any, **values: Any) -> Any:
     adapter = values.pop("peft_config", None)
     reference = values.pop("ref_model", None)
     config = trl.DPOConfig(
-        str(folder / "trl"), per_device_train_batch_size=len(PAIRS), use_cpu=True, bf16=False, report_to="none",
+        str(folder / "trl"), per_device_train_batch_size=NUM_PAIRS, use_cpu=True, bf16=False, report_to="none",
         gradient_checkpointing=False, disable_tqdm=True, max_length=None, **values,
     )  # fmt: skip
     return trl.DPOTrainer(
         model,
         reference,
         args=config,
-        train_dataset=datasets.Dataset.from_list(PAIRS),
+        train_dataset=datasets.Dataset.from_list([json.loads(line) for line in (folder / "pairs.jsonl").open()]),
         processing_class=byte_tokenizer(),
         peft_config=adapter,
     )
@@ -78,7 +74,7 @@ def assert_equal_step(trainer: PreferenceTrainer, other: Any) -> None:
     """Loss, gradients and figures of all pairs at once, there in one batch and here in several packs."""
     loader = trainer.get_train_dataloader()
     batches, number = trainer.get_batch_samples(iter(loader), len(loader), torch.device("cpu"))
-    assert int(number) == len(PAIRS)
+    assert int(number) == NUM_PAIRS
     total = 0.0
     for batch in batches:
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=number)

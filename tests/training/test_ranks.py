@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from training_cases import Packs, make_trainer, weights
 
 from deltatune import prepare
-from forked import run_ranks
+from forked import free_port, run_ranks
 from tiny import tiny_model
 
 
@@ -66,10 +65,3 @@ def rank_main(rank: int, folder: str, port: int) -> None:
         "seen": seen,
     }
     torch.save(state, Path(folder) / f"rank{rank}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
