@@ -74,11 +74,13 @@ class Variant:
         by: ``"deltatune"``, ``"compile"`` (the reference under torch.compile), ``"stock"`` or ``"library"``.
         build: makes the function; an ImportError or a ValueError of it is the reason why there is none here.
         packed: False for one that knows no documents, which is held to the reference on a single one.
+        timed: False for one that is only checked, since a call takes seconds.
     """
 
     by: str
     build: Callable[[], Function]
     packed: bool = True
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -561,6 +563,7 @@ def moe_experts(shape: Shape, tokens: int, run: Run, *, rank: int = 0, busiest: 
         trained=("x", *(f"{name}_{factor}" for name in ("up", "down") for factor in "AB" if rank)),
         variants={
             **_ours(make, "torch", "triton", compile_reference=False),
+            "reference": Variant("deltatune", functools.partial(make, "reference"), timed=False),
             **{name: Variant(by, build) for name, by, build in stock},
         },
         forward_bytes=2 * stream + moved,

@@ -209,7 +209,7 @@ def _timed(
     with torch.no_grad():
         grads = _gradient_weights(_tuple(case.reference(sets[0])))
     for name, row in rows.items():
-        if row.function is None:
+        if row.function is None or not row.variant.timed:
             continue
 
         def call(i: int, function: Function = row.function) -> object:

@@ -25,6 +25,8 @@ __all__ = ["MODELS", "PAGES", "main", "rendered", "with_table"]
 _ROOT: Final = Path(__file__).parents[1]
 MODELS: Final = ("qwen3.5-2b", "qwen3.5-9b")
 _DIRECTIONS: Final = ("forward", "forward+backward")
+#: Keys of an op's config that the table shows.
+_SIZES: Final = (*"DEHGKNMV", "experts", "top_k", "hidden", "inner")
 
 
 def speed(records: Sequence[Record]) -> list[str]:
@@ -134,7 +136,7 @@ def ops(records: Sequence[Record]) -> list[str]:
             auto = case.auto(_DIRECTIONS[1])
             if auto is None or case.config["T"] != 16384:
                 continue
-            sizes = " ".join(f"{k} {v}" for k, v in case.config.items() if k in "DEHGKNMV")
+            sizes = " ".join(f"{k} {v}" for k, v in case.config.items() if k in _SIZES)
             cells = [_pair(case.results, "impl", auto["impl"]), _pair(case.results, "by", "compile")]
             others = [r for r in case.results(_DIRECTIONS[1]) if r.get("by") in ("stock", "library")]
             exact = [r for r in others if r["status"] == "ok" and r["impl"] != "reference"]

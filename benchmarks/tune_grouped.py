@@ -4,12 +4,14 @@
     python -m benchmarks.tune_grouped --model qwen3-next-80b-a3b --tokens 8192 --skewed
 
 The four products of a layer's experts (up and down, forward and input gradient), alone and with adapters' narrow rows,
-and the sums of their gradients. Constants in ``ops/_grouped_mm/triton_grouped.py`` come from here.
+and the sums of their gradients; by torch's own product and, where it is installed, quack's. Constants in
+``ops/_grouped_mm/triton_grouped.py`` come from here.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import statistics
 import sys
@@ -75,6 +77,7 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[P
     generator, normal = torch.Generator(run.device).manual_seed(0), run.draw(0)
     routing = route(draw_inputs(normal, generator, sizes, tokens, busiest=busiest, rank=0)["index"], experts)
     rows, offsets = tokens * top_k, routing.offsets
+    starts = F.pad(offsets, (1, 0))
     weights = draw_weights(normal, sizes)
     for name, backward, adapted in itertools.product(("up", "down"), (False, True), (False, True)):
         matrix = weights[name].mT if backward != sizes.gpt_oss else weights[name]
@@ -90,7 +93,15 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[P
             y = F.grouped_mm(a, b.mT, offs=offsets)
             return y if narrow is None else y.add_(F.grouped_mm(narrow, wide.mT, offs=offsets))
 
-        calls: dict[str, Any] = {"torch": torchs, "default": ours}
+        def quacks(_: int, given: Any = (x, matrix, low, up)) -> Tensor:
+            library: Any = importlib.import_module("quack.gemm_interface")
+            a, b, narrow, wide = given
+            y: Tensor = library.gemm(a, b.mT, cu_seqlens_m=starts)
+            if narrow is not None:
+                library.gemm_add_inplace(narrow, wide.mT, y, cu_seqlens_m=starts)
+            return y
+
+        calls: dict[str, Any] = {"torch": torchs, "quack": quacks, "default": ours}
         for shape in tiles(matrix.shape[1]):
             tile = Tile(*shape)
             calls[str(shape)] = lambda i, ours=ours, tile=tile: ours(i, tile)
@@ -105,7 +116,13 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[P
             a, b = given
             return gram(a, b, offsets, torch.float32, tile)
 
-        calls = {"default": sums}
+        def quacks_sums(_: int, given: Any = (left, right)) -> Tensor:
+            library: Any = importlib.import_module("quack.gemm_interface")
+            a, b = given
+            found: Tensor = library.gemm(a.mT, b, out_dtype=torch.float32, cu_seqlens_k=starts)
+            return found
+
+        calls = {"quack": quacks_sums, "default": sums}
         for own, *rest in _SUMS:
             tile = Tile(*((RANK, own) if high == RANK else (own, RANK)), *rest)
             calls[str(tuple(tile))] = lambda i, sums=sums, tile=tile: sums(i, tile)

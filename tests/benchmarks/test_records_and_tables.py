@@ -150,7 +150,7 @@ def test_more_memory_than_stock_is_missed() -> None:
 
 def test_targets_exit_with_one_while_one_is_missed(capsys, tmp_path) -> None:
     assert targets.main([]) == 1
-    assert "2 missed, 5 no record" in capsys.readouterr().out
+    assert "2 missed, 6 no record" in capsys.readouterr().out
     assert targets.main(["--records", str(tmp_path)]) == 1
     assert "0 met, 0 missed" in capsys.readouterr().out
 
@@ -229,8 +229,9 @@ def test_targets_of_experts_are_the_worst_of_four_cases(tmp_path) -> None:
 
     stock = {"stock grouped_mm": 9.0, "stock grouped_mm, compiled": 6.0, "moves and grouped products alone": 3.6}
     write("moe_experts", {"triton": 4.0}, stock, last=4.5)
-    write("moe_experts_lora", {"triton": 5.0}, {"stock + PEFT": 20.0, "separate grouped products": 7.0}, last=5.4)
+    others = {"stock + PEFT target_parameters": 20.0, "separate grouped products, compiled": 7.0}
+    write("moe_experts_lora", {"triton": 5.0}, others, last=5.4)
     found = {o.target.name: o for o in targets.evaluate(load_records(tmp_path)) if "35B-A3B" in o.target.name}
     figures = [round(o.figure[0], 4) for o in found.values()]
-    assert figures == [0.8, round(6 / 4.5, 4), round(5 / 4, 4), round(20 / 5.4, 4), round(7 / 5.4, 4)]
+    assert figures == [0.8, 2.0, round(6 / 4.5, 4), round(5 / 4, 4), round(20 / 5.4, 4), round(7 / 5.4, 4)]
     assert {o.verdict for o in found.values()} == {"met"}

@@ -85,3 +85,8 @@ def test_plan_reads_evaluation_data_too(capsys, write_recipe, write_rows) -> Non
     assert "\neval: 1 row -> 1 document," in capsys.readouterr().out
     assert main(["plan", str(write_recipe()), "--set", f"data.eval.0.path={bad}"]) == 2
     assert "bad.jsonl" in capsys.readouterr().err
+
+
+def test_plan_counts_pairs(capsys, write_recipe, pairs) -> None:
+    assert main(["plan", str(write_recipe(pairs, preference={"loss": "simpo"}))]) == 0
+    assert "train: 12 rows -> 12 pairs" in capsys.readouterr().out

@@ -20,7 +20,7 @@ datasets:
     field_messages: dialogue
     message_property_mappings: {role: speaker, content: text}
     roles: {assistant: [bot], user: [visitor]}
-    roles_to_train: [assistant]
+    roles_to_train: [gpt, assistant]
 val_set_size: 0.05
 dataset_prepared_path: prepared
 output_dir: ./outputs/talks

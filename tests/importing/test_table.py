@@ -25,3 +25,11 @@ def test_a_long_cell_moves_its_own_row_alone():
         Row("b", 1, Outcome("carried", {}, "short")),
     ]
     assert table_lines(rows)[2].index("short") == len("key  value           ") + 60 + 2
+
+
+def test_a_narrow_terminal_gets_paragraphs():
+    rows = [Row("lora_dropout", 0.1, Outcome("changed", {"lora.dropout": 0.1}, "word " * 30))]
+    lines = table_lines(rows, 60)
+    assert lines[:2] == ["lora_dropout: 0.1 (changed)", "  lora.dropout: 0.1"]
+    assert max(map(len, lines)) <= 60
+    assert table_lines(rows, 400) == table_lines(rows)

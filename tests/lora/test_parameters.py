@@ -19,6 +19,7 @@ from tiny import documents, randomised, tiny_conditional, tiny_model
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 #: Experts of every layout, families of their own and others.
+SEVERAL = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "gemma4_text", "aria_text"]
 FAMILIES = ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"]
 OTHERS = ["mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "gemma4_text", "aria_text"]
 _OTHERS: dict[str, dict[str, Any]] = {
@@ -44,13 +45,16 @@ _OTHERS: dict[str, dict[str, Any]] = {
 _OTHERS |= {"deepseek_v2": _OTHERS["deepseek_v3"], "glm4_moe_lite": _OTHERS["deepseek_v3"] | {"n_group": 1}}
 
 
-def base(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def base(family: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
     if family == "qwen3_vl_moe":
         return tiny_conditional(family).to(dtype)
     if family not in _OTHERS:
-        return tiny_model(family, dtype=dtype)
-    values = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "head_dim": 16}
+        return tiny_model(family, dtype=dtype, layers=layers)
+    values = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0, "head_dim": 16}
     values |= {"num_attention_heads": 4, "num_key_value_heads": 2, **_OTHERS[family]}
+    values["num_hidden_layers"] = layers + values.get("first_k_dense_replace", 0) * (layers == 1)
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][:layers]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **values)
     return randomised(transformers.AutoModelForCausalLM.from_config(config), 0).to(dtype)
@@ -59,10 +63,10 @@ def base(family: str, dtype: torch.dtype = torch.float32) -> Any:
 def adapted(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     both = [name.removeprefix("mlp.") for name in BOTH] if family == "gemma4_text" else BOTH
     values = {"r": 4, "lora_alpha": 12, "target_parameters": both, "target_modules": ["o_proj"], **changes}
-    wide = values.pop("autocast_adapter_dtype", True)
+    wide, layers = values.pop("autocast_adapter_dtype", True), values.pop("layers", 2)
     torch.manual_seed(1)
     config = peft.LoraConfig(init_lora_weights=False, **values)
-    return peft.get_peft_model(base(family, dtype), config, autocast_adapter_dtype=wide).train()
+    return peft.get_peft_model(base(family, dtype, layers), config, autocast_adapter_dtype=wide).train()
 
 
 def assert_same_gradients(model: Any, stock: Any) -> None:
@@ -128,7 +132,7 @@ def test_forms_of_the_adapters(changes: dict[str, Any]) -> None:
     assert_same_gradients(model, stock)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "gemma4_text", "aria_text"])
+@pytest.mark.parametrize("family", SEVERAL)
 def test_everything_else_that_trains_beside_them(family: str) -> None:
     """Routers, the expert weights themselves, biases."""
     model = adapted(family).requires_grad_(True)
@@ -146,10 +150,14 @@ def test_documents_are_independent_with_adapters(family: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_errors_are_no_larger_than_peft_s_own(dtype: torch.dtype) -> None:
-    exact = adapted(dtype=torch.float64, autocast_adapter_dtype=False)
-    found, theirs = (adapted(dtype=dtype, autocast_adapter_dtype=wide) for wide in (True, True))
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.bfloat16) for family in SEVERAL), ("qwen3_moe", torch.float16)]
+)
+def test_errors_are_no_larger_than_peft_s_own(family: str, dtype: torch.dtype) -> None:
+    """Of one layer, in front of which both compute the same bits: rounding sends no token elsewhere in one of them."""
+    forms: dict[str, Any] = {"target_modules": None, "layers": 1}
+    exact = adapted(family, dtype=torch.float64, autocast_adapter_dtype=False, **forms)
+    found, theirs = (adapted(family, dtype=dtype, **forms) for _ in range(2))
     for model, lora in ((exact, "stock"), (theirs, "stock"), (found, "auto")):
         model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in found.state_dict().items()})
         prepare(model, lora=lora)
@@ -163,7 +171,7 @@ def test_errors_are_no_larger_than_peft_s_own(dtype: torch.dtype) -> None:
         ]
         for model in (found, theirs)
     ]
-    assert len(errors[0]) == 8
+    assert len(errors[0]) == 4
     assert all(ours <= 2 * peft_s for ours, peft_s in zip(*errors, strict=True)), errors
     grads = [p.grad.dtype for n, p in found.named_parameters() if "experts" in n and p.grad is not None]
     assert set(grads) == {torch.float32}

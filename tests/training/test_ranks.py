@@ -1,39 +1,57 @@
-"""Two processes train what one does."""
+"""Several processes train what one does."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from training_cases import Packs, make_trainer, weights
+from transformers import TrainerCallback
 
 from deltatune import prepare
+from deltatune.training.signals import StopAfterStep, caught_signals
 from forked import free_port, run_ranks
 from tiny import tiny_model
 
 
-def test_two_ranks_equal_one_process_on_an_uneven_epoch(tmp_path: Path) -> None:
-    run_ranks(rank_main, str(tmp_path), free_port(), count=2)
-    alone = trained(tmp_path / "alone", gradient_accumulation_steps=2)
-    for rank in (0, 1):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_equal_one_process_on_an_uneven_epoch(ranks: int, tmp_path: Path) -> None:
+    run_ranks(rank_main, ranks, str(tmp_path), free_port(), count=ranks)
+    alone = trained(tmp_path / "alone", gradient_accumulation_steps=ranks)
+    seen = []
+    for rank in range(ranks):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert found["losses"] == pytest.approx(losses(alone), rel=1e-5)
         assert found["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-5)
         for name, value in weights(alone.model).items():
             torch.testing.assert_close(found["weights"][name], value, rtol=1e-5, atol=1e-6)
-    counts = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["seen"] for rank in (0, 1)]
-    assert sorted(counts[0] + counts[1]) == [0, 1, 2, 3, 4], "every pack once, none twice"
+        seen += found["seen"]
+    assert sorted(seen) == [0, 1, 2, 3, 4], "every pack once, none twice"
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> None:
+    run_ranks(signalled_main, 2, str(tmp_path), free_port(), count=2)
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert found == [{"received": signal.SIGTERM, "step": 1}] * 2
+    assert (tmp_path / "ranks" / "checkpoint-1" / "trainer_state.json").is_file()
 
 
 def trained(output_dir: Path, **training: Any) -> Any:
-    """A model with experts, whose router's loss must not grow with the ranks."""
+    trainer = small_trainer(output_dir, **training)
+    trainer.train()
+    return trainer
+
+
+def small_trainer(output_dir: Path, **training: Any) -> Any:
+    """Of a model with experts, whose router's loss must not grow with the ranks."""
     model = tiny_model("qwen3_moe", layers=1)
     model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
     prepare(model)
-    trainer = make_trainer(
+    return make_trainer(
         output_dir,
         model=model,
         packs=Packs(5),
@@ -44,18 +62,36 @@ def trained(output_dir: Path, **training: Any) -> Any:
         learning_rate=0.1,
         **training,
     )
-    trainer.train()
-    return trainer
 
 
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def rank_main(rank: int, folder: str, port: int) -> None:
+def signalled_main(rank: int, ranks: int, folder: str, port: int) -> None:
+    join(rank, ranks, port)
+    trainer, stop = small_trainer(Path(folder) / "ranks"), StopAfterStep()
+    trainer.add_callback(stop)
+    if rank == 1:
+        trainer.add_callback(SignalAtStepBegin())
+    with caught_signals(stop, lambda _: None):
+        trainer.train()
+    torch.save({"received": stop.received, "step": trainer.state.global_step}, Path(folder) / f"rank{rank}.pt")
+
+
+class SignalAtStepBegin(TrainerCallback):
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def join(rank: int, ranks: int, port: int) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
+
+def rank_main(rank: int, ranks: int, folder: str, port: int) -> None:
+    join(rank, ranks, port)
     trainer = trained(Path(folder) / "ranks")
     seen = list(trainer.train_dataset.seen)
     state = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,11 +22,13 @@ def run(args: argparse.Namespace) -> int:
     lost = [row for row in imported.rows if row.given and row.outcome.verdict in ("not supported", "unknown")]
     head = f"# From {foreign.path.name} ({foreign.table.name}), by deltatune import.\n"
     head += "".join(f"# left out: {row.key}: {row.outcome.why}\n" for row in lost)
-    lines = [*table_lines(imported.rows), *(f"warning: {warning}" for warning in imported.warnings)]
+    stream = sys.stderr if args.output is None else sys.stdout
+    width = shutil.get_terminal_size().columns if stream.isatty() else None
+    lines = [*table_lines(imported.rows, width), *(f"warning: {warning}" for warning in imported.warnings)]
     table = "".join(f"{line}\n" for line in lines)
     if args.output is None:
         sys.stdout.write(head + imported.text)
-        sys.stderr.write(table)
+        stream.write(table)
         return 0
     output = Path(args.output)
     try:
@@ -33,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
             file.write(head + imported.text)
     except FileExistsError as error:
         raise UserError(f"{output} exists: --output expects a new file") from error
-    sys.stdout.write(f"{table}\nthe recipe is in {output}\n")
+    stream.write(f"{table}\nthe recipe is in {output}\n")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["REQUIRED_COLUMNS", "ROLES", "ColumnRole", "Format", "MessageField", "Role", "columns_of"]
+__all__ = ["KNOWN_ROLES", "REQUIRED_COLUMNS", "ROLES", "ColumnRole", "Format", "MessageField", "Role", "columns_of"]
 
 Format = Literal["preference", "chat", "prompt_completion", "alpaca", "text", "tokens"]
 ColumnRole = Literal[
@@ -17,6 +17,13 @@ MessageField = Literal[
     "role", "content", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "name", "train", "weight"
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
+KNOWN_ROLES: dict[str, Role] = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("function", "observation", "tool_response", "function_response"), "tool"),
+}
+"""Names that files give their speakers, ShareGPT's and OpenAI's among them -> roles."""
 
 # in the order in which `auto` tries them
 REQUIRED_COLUMNS: dict[Format, tuple[ColumnRole, ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltatune.config.row_formats import ROLES
+from deltatune.config.row_formats import KNOWN_ROLES, ROLES
 from deltatune.data.formats import Layout
 from deltatune.data.json_values import shown
 from deltatune.data.tools import calls_in_text, read_calls
@@ -18,13 +18,6 @@ Message = dict[str, Any]
 # the keys of the ShareGPT format: {"from": "human", "value": "..."}
 _SHAREGPT_FIELDS = {"role": "from", "content": "value"}
 
-# names that ShareGPT and OpenAI files give their speakers
-_KNOWN_ROLES: dict[str, str] = {
-    **{role: role for role in ROLES},
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("function", "observation", "tool_response", "function_response"), "tool"),
-}
 # speakers whose text is a call in JSON
 _CALLERS = ("function_call", "tool_call")
 
@@ -85,7 +78,7 @@ def _role(message: Message, layout: Layout, where: str) -> tuple[str, bool]:
         )
     if name in _CALLERS and name not in layout.roles:
         return "assistant", True
-    known = {**_KNOWN_ROLES, **layout.roles}
+    known = {**KNOWN_ROLES, **layout.roles}
     if not isinstance(name, str) or name not in known:
         raise DataError(
             f"{where} has the unknown role {name!r}{nearest(str(name), known)}; expected one of {', '.join(ROLES)}; "

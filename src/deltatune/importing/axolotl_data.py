@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deltatune.config.row_formats import ROLES
+from deltatune.config.row_formats import KNOWN_ROLES, ROLES
 from deltatune.importing.paths import is_data_file, is_folder_path
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
@@ -115,7 +115,7 @@ def _roles(value: Any) -> Outcome:
 
 @alone
 def _roles_to_train(value: Any) -> Outcome:
-    roles = texts(value)
+    roles = list(dict.fromkeys(KNOWN_ROLES.get(name, name) for name in texts(value)))
     if roles == ["assistant"]:
         return Outcome("carried", {"data.train_on": "assistant"})
     return Outcome("carried", {"data.train_on": roles}, "for all sources")

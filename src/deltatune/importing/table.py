@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, get_args
@@ -18,16 +19,37 @@ _VALUE_WIDTH: Final = 28
 _WIDEST: Final = 60
 
 
-def table_lines(rows: Sequence[Row]) -> list[str]:
-    """A line per row, columns one below the other; the last line counts."""
+def table_lines(rows: Sequence[Row], width: int | None = None) -> list[str]:
+    """A line per row, columns one below the other; the last line counts.
+
+    Where a line would be wider than ``width`` columns, rows are paragraphs of that width instead.
+    """
+    number = Counter(row.outcome.verdict for row in rows if row.given)
+    counts = ", ".join(f"{number[verdict]} {verdict}" for verdict in get_args(Verdict))
+    last = f"{number.total()} keys: {counts}"
+    lines = _in_columns(rows)
+    if width is None or max(map(len, lines)) <= width:
+        return [*lines, "", last]
+    paragraphs = [line for row in rows for line in _paragraph(row, width)]
+    return [*paragraphs, "", *textwrap.wrap(last, width)]
+
+
+def _in_columns(rows: Sequence[Row]) -> list[str]:
     cells = [_HEAD, *map(_cells, rows)]
     widths = [min(_WIDEST, max(len(row[column]) for row in cells)) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in cells
     ]
-    number = Counter(row.outcome.verdict for row in rows if row.given)
-    counts = ", ".join(f"{number[verdict]} {verdict}" for verdict in get_args(Verdict))
-    return [*(line.rstrip() for line in lines), "", f"{number.total()} keys: {counts}"]
+    return [line.rstrip() for line in lines]
+
+
+def _paragraph(row: Row, width: int) -> list[str]:
+    """What is there, and below it what it becomes here and why."""
+    key, value, verdict, ours, why = _cells(row)
+    found = textwrap.wrap(f"{key}: {value} ({verdict})", width, subsequent_indent="  ")
+    for cell in filter(None, (ours, why)):
+        found += textwrap.wrap(cell, width, initial_indent="  ", subsequent_indent="  ")
+    return found
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:

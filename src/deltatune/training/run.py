@@ -175,8 +175,7 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
     """
     if checkpoint is not None and trainer.take_up_finished(checkpoint):
         return
-    # several ranks could end after different steps, and wait for each other for ever
-    with caught_signals(stop, console.out) if trainer.args.world_size == 1 else nullcontext():
+    with caught_signals(stop, console.out):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(

@@ -1,4 +1,8 @@
-"""SIGTERM and Ctrl-C while a run trains: the first ends it after the step with a checkpoint, the second at once."""
+"""SIGTERM and Ctrl-C while a run trains: the first ends it after the step with a checkpoint, the second at once.
+
+A launcher passes signals on to its processes one by one, and they lie between different steps of the host. So all ranks
+agree after every step, by a number that goes over gloo and makes no device wait.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["StopAfterStep", "caught_signals"]
@@ -16,20 +22,39 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in which a signal came, with a checkpoint.
+    """Ends training after the step in which a signal came to any rank, with a checkpoint.
 
     Attributes:
-        received: the signal, once it came.
+        received: the signal, once it came; of all ranks the largest, once they agreed.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._ranks: dist.ProcessGroup | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens the way by which ranks agree."""
+        del state, control, kwargs
+        if args.world_size > 1:
+            self._ranks = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end, if a signal came."""
         del args, state, kwargs
+        if self._ranks is not None:
+            largest = torch.tensor(self.received or 0)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._ranks)
+            self.received = int(largest) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Closes it."""
+        if self._ranks is not None:
+            dist.destroy_process_group(self._ranks)
+            self._ranks = None
 
 
 @contextmanager

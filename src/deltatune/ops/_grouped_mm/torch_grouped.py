@@ -39,11 +39,13 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
 
 
 def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, up: Tensor | None) -> Tensor:
-    """``[R, N]``, each product accumulated in fp32; rows past the last group stay unwritten."""
-    y = F.grouped_mm(x.contiguous(), _dense(weight).mT, offs=offsets)
-    if narrow is not None and up is not None:
-        y += F.grouped_mm(narrow.contiguous(), _dense(up).mT, offs=offsets)
-    return y
+    """``[R, N]``, accumulated in fp32; without narrow rows those past the last group stay unwritten."""
+    if narrow is not None:
+        # H200, up of gpt-oss-20b, 16384 tokens: 3.23 ms as one sum, 3.86 as two products and an addition
+        from deltatune.ops._grouped_mm import triton_grouped
+
+        return triton_grouped.product(x, weight, offsets, narrow, up)
+    return F.grouped_mm(x.contiguous(), _dense(weight).mT, offs=offsets)
 
 
 def _dense(matrices: Tensor) -> Tensor:
