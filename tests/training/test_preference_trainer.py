@@ -12,7 +12,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from test_ranks import free_port
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint, weights, write_conversations, write_pairs
 
 from deltatune.errors import UserError
@@ -20,7 +19,7 @@ from deltatune.training import run as run_module
 from deltatune.training.arguments import training_arguments
 from deltatune.training.preference_trainer import REWARDS, PreferenceTrainer
 from deltatune.training.run import TrainResult, build, train
-from forked import run_ranks
+from forked import free_port, run_ranks
 from tiny import tiny_model
 
 QUIET = Console(quiet=True)
