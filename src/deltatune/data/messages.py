@@ -111,10 +111,13 @@ def read_turns(value: Any, column: str, layout: Layout, where: str, speaker: str
 def read_asked(row: Row, layout: Layout, where: str) -> Turns | None:
     """What is asked in the columns of Alpaca, and the pairs before it; ``None`` where the row asks otherwise.
 
+    A column that was named as the instruction is one, also beside a ``prompt``.
+
     Raises:
         DataError: an empty question, or pairs that are none.
     """
-    if row.get(layout.column("prompt")) is not None or row.get(layout.column("instruction")) is None:
+    prompted = row.get(layout.column("prompt")) is not None and "instruction" not in layout.columns
+    if prompted or row.get(layout.column("instruction")) is None:
         return None
     return _asked(row, layout, where)
 

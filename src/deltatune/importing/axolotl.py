@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from deltatune.importing.axolotl_data import data_sets
+from deltatune.importing.axolotl_data import PREFERENCE_LOSSES, data_sets, preference_loss
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import (
@@ -24,7 +26,7 @@ __all__ = ["AXOLOTL"]
 _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _ATTENTION = "attention over packs is built in"
 _TOKENS = "special tokens and new tokens cannot be set from a recipe yet: change the tokenizer's files"
-_RL = "supervised fine-tuning alone: no preference training, no reward models, no reinforcement learning"
+_RL = "supervised fine-tuning and dpo, ipo, orpo, simpo alone: no reward models, no reinforcement learning"
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "set it in the environment: WANDB_ENTITY and so on"
@@ -201,12 +203,22 @@ def _share_of_experts(value: Any) -> Outcome:
     return Outcome("carried", {"lora.target_parameters": "all-experts" if full else names})
 
 
+def _loss(value: Any, settings: Settings) -> Outcome:
+    outcome = loss_of({name: name for name in PREFERENCE_LOSSES}, _RL)(value)
+    if value == "simpo" and settings.get("cpo_alpha") is None:
+        return replace(outcome, verdict="changed", why="without the likelihood of the chosen answer (cpo_alpha: 0)")
+    return outcome
+
+
 def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"micro_batch_size": 1, "sequence_len": 512, "num_epochs": 1.0, "lr_scheduler": "cosine"}
     if is_off(settings.get("warmup_steps")) and "warmup_ratio" not in settings:
         found["warmup_ratio"] = 0.03
     if all(key not in settings for key in ("saves_per_epoch", "save_steps", "save_strategy")):
         found["save_strategy"] = "epoch"
+    if preference_loss(settings) == "simpo":
+        # TRL's defaults, which Axolotl hands on
+        found |= {"rl_beta": 0.1, "simpo_gamma": 0.5}
     return found
 
 
@@ -250,7 +262,11 @@ _RULES: dict[str, Rule] = {
     "float16": _fp16,
     "sequence_len": length_of(_overlong),
     "excess_length_strategy": idle("in data.overlong, with sequence_len"),
-    "micro_batch_size": batch_of("sequence_len", packed=lambda settings: not is_off(settings.get("sample_packing"))),
+    "micro_batch_size": batch_of(
+        "sequence_len",
+        packed=lambda settings: not is_off(settings.get("sample_packing")),
+        paired=lambda settings: preference_loss(settings) is not None,
+    ),
     "num_epochs": epochs,
     "optimizer": optimizer,
     "lr_scheduler": learning_rate_schedule,
@@ -324,9 +340,17 @@ _RULES: dict[str, Rule] = {
     **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
     **_each("processor_type processor_kwargs skip_prepare_dataset image_size image_resize_algorithm", refused(_IMAGES)),
     "freeze_mm_modules": idle("towers of images and audio never train"),
+    "rl": _loss,
+    **_each("rl_beta dpo_beta", belongs_to("beta", preference_loss)),
+    "orpo_alpha": belongs_to("beta", preference_loss, "orpo"),
+    "simpo_gamma": belongs_to("gamma", preference_loss, "simpo"),
+    "dpo_label_smoothing": belongs_to("label_smoothing", preference_loss, "dpo"),
+    "cpo_alpha": refused("simpo without the likelihood of the chosen answer"),
+    **_each("precompute_ref_log_probs rl_adapter_ref_model", idle(REFERENCE)),
+    "rpo_alpha": refused("dpo without the likelihood of the chosen answer"),
     **_each(
-        "rl trl vllm ebft rl_beta orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight kto_undesirable_weight "
-        "reward_model process_reward_model center_rewards_coefficient num_labels diffusion dpo_beta "
+        "trl vllm ebft kto_desirable_weight kto_undesirable_weight "
+        "reward_model process_reward_model center_rewards_coefficient num_labels diffusion "
         "cls_model_config dpo_use_weighting",
         refused(_RL),
     ),
