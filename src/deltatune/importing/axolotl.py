@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from deltatune.importing.axolotl_data import PREFERENCE_LOSSES, data_sets, preference_loss
+from deltatune.importing.axolotl_data import data_sets
+from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_loss
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import QUANTISED, targets, with_lora
-from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import (
@@ -26,7 +25,6 @@ __all__ = ["AXOLOTL"]
 _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _ATTENTION = "attention over packs is built in"
 _TOKENS = "special tokens and new tokens cannot be set from a recipe yet: change the tokenizer's files"
-_RL = "supervised fine-tuning and dpo, ipo, orpo, simpo alone: no reward models, no reinforcement learning"
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "set it in the environment: WANDB_ENTITY and so on"
@@ -203,13 +201,6 @@ def _share_of_experts(value: Any) -> Outcome:
     return Outcome("carried", {"lora.target_parameters": "all-experts" if full else names})
 
 
-def _loss(value: Any, settings: Settings) -> Outcome:
-    outcome = loss_of({name: name for name in PREFERENCE_LOSSES}, _RL)(value)
-    if value == "simpo" and settings.get("cpo_alpha") is None:
-        return replace(outcome, verdict="changed", why="without the likelihood of the chosen answer (cpo_alpha: 0)")
-    return outcome
-
-
 def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"micro_batch_size": 1, "sequence_len": 512, "num_epochs": 1.0, "lr_scheduler": "cosine"}
     if is_off(settings.get("warmup_steps")) and "warmup_ratio" not in settings:
@@ -340,19 +331,12 @@ _RULES: dict[str, Rule] = {
     **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
     **_each("processor_type processor_kwargs skip_prepare_dataset image_size image_resize_algorithm", refused(_IMAGES)),
     "freeze_mm_modules": idle("towers of images and audio never train"),
-    "rl": _loss,
-    **_each("rl_beta dpo_beta", belongs_to("beta", preference_loss)),
-    "orpo_alpha": belongs_to("beta", preference_loss, "orpo"),
-    "simpo_gamma": belongs_to("gamma", preference_loss, "simpo"),
-    "dpo_label_smoothing": belongs_to("label_smoothing", preference_loss, "dpo"),
-    "cpo_alpha": refused("simpo without the likelihood of the chosen answer"),
-    **_each("precompute_ref_log_probs rl_adapter_ref_model", idle(REFERENCE)),
-    "rpo_alpha": refused("dpo without the likelihood of the chosen answer"),
+    **PREFERENCES,
     **_each(
         "trl vllm ebft kto_desirable_weight kto_undesirable_weight "
         "reward_model process_reward_model center_rewards_coefficient num_labels diffusion "
         "cls_model_config dpo_use_weighting",
-        refused(_RL),
+        refused(RL),
     ),
     **_each(
         "fsdp fsdp_config fsdp_version deepspeed dp_shard_size dp_replicate_size tensor_parallel_size "
@@ -422,7 +406,7 @@ AXOLOTL = Table(
     patterns={
         "liger_.*": idle(_BUILT_IN),
         "gradio_.*": idle("no part of what is trained"),
-        "dpo_.*": refused(_RL),
+        "dpo_.*": refused(RL),
         "(use_)?(swanlab|mlflow|comet|trackio|otel_metrics)(_.*)?|hf_mlflow_.*": refused(
             "set training.report_to, and the tracker's own environment variables"
         ),

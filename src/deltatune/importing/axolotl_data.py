@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.config.row_formats import KNOWN_ROLES, ROLES
+from deltatune.importing.axolotl_preferences import preference_loss
 from deltatune.importing.paths import is_data_file, is_folder_path
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.values import is_off, mapping, text, texts
 
-__all__ = ["PREFERENCE_LOSSES", "data_sets", "preference_loss"]
-
-PREFERENCE_LOSSES = ("dpo", "ipo", "orpo", "simpo")
-"""Values of ``rl`` that there are here too, by the same names."""
+__all__ = ["data_sets"]
 
 # the name of a reader, where a data set is one or several files
 _READERS = ("json", "csv", "parquet", "arrow", "text")
@@ -23,12 +21,6 @@ _THINKING = "reasoning_content"
 # prompt strategies for pairs of strings: where they find the question
 _QUESTIONS = {"intel": "question", "prompt_pairs": "prompt", "icr": "input"}
 _OWN_TEMPLATES = ("chatml", "llama3", "zephyr")
-
-
-def preference_loss(settings: Settings) -> str | None:
-    """The loss over pairs that the file asks for, of those that there are here."""
-    loss = settings.get("rl")
-    return loss if isinstance(loss, str) and loss in PREFERENCE_LOSSES else None
 
 
 def data_sets(part: str, *, streamed: bool = False) -> Any:

@@ -11,18 +11,26 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from deltatune.config.schema import PreferenceSection
+from deltatune.config.schema import PreferenceSection, Recipe
 from deltatune.data.dataset import PackedDataset, ReferencedPack
+from deltatune.errors import UserError
 from deltatune.hf.model import base_model, in_mode
 from deltatune.layers.router_loss import router_loss
 from deltatune.packing.bins import pack
 from deltatune.packing.sample import Sample
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, pack_loader
-from deltatune.training.preference import AnswerLogProbs, answer_log_probs, as_reference, preference_losses
+from deltatune.training.preference import (
+    AnswerLogProbs,
+    answer_log_probs,
+    as_reference,
+    base_is_start,
+    preference_losses,
+)
 from deltatune.training.trainer import Batch, PackedTrainer
 
-__all__ = ["PairCollator", "PreferenceTrainer"]
+__all__ = ["PairCollator", "PreferenceTrainer", "check_reference", "trainer_for"]
 
 REWARDS: Final = (
     "rewards/chosen",
@@ -158,3 +166,36 @@ class PreferenceTrainer(PackedTrainer):
             self._rewards.zero_()
             self._num_rewarded = 0
         super().log(logs, start_time)
+
+
+def trainer_for(recipe: Recipe, model: nn.Module, args: TrainingArguments, **others: Any) -> PackedTrainer:
+    """The trainer that a recipe asks for; a reference that is the model as it is now is computed.
+
+    ``others``: as ``PackedTrainer`` takes them.
+    """
+    if recipe.preference is None:
+        return PackedTrainer(model, args, **others)
+    trainer = PreferenceTrainer(model, args, settings=recipe.preference, **others)
+    if _start_is_reference(recipe):
+        others["console"].out("computing the reference: what the model, as it is now, says of every pair")
+        trainer.compute_reference()
+    return trainer
+
+
+def check_reference(recipe: Recipe, args: TrainingArguments) -> None:
+    """Refuses a reference that cannot be had: one is computed before a model is sharded.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if (args.fsdp or args.deepspeed) and _start_is_reference(recipe):
+        assert recipe.preference is not None
+        raise UserError(
+            f"preference.loss: {recipe.preference.loss} is held against the model at the start, which is computed "
+            "before it is sharded; use a lora section without bias and of the usual init_lora_weights, a loss without "
+            "a reference (simpo, orpo), or no fsdp and deepspeed"
+        )
+
+
+def _start_is_reference(recipe: Recipe) -> bool:
+    return recipe.preference is not None and recipe.preference.has_reference and not base_is_start(recipe.lora)

@@ -36,8 +36,7 @@ from deltatune.training.export import check_kind, holds_model, save_trained, wri
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
-from deltatune.training.preference import base_is_start
-from deltatune.training.preference_trainer import PreferenceTrainer
+from deltatune.training.preference_trainer import check_reference, trainer_for
 from deltatune.training.record import RunRecord
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
@@ -187,6 +186,7 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+    check_reference(recipe, arguments)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # one process tokenises, the others then read its cache
@@ -281,30 +281,19 @@ def _trainer(run: Run) -> PackedTrainer:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
 
-    recipe = run.recipe
-    arguments: dict[str, Any] = {
-        "args": run.arguments,
-        "train_dataset": run.data.train,
-        "eval_dataset": run.data.eval,
-        "tokens_per_batch": recipe.packing.tokens_per_batch,
-        "pad_token_id": padding_token(run.tokenizer),
-        "processing_class": run.tokenizer,
-        "recompiles": recompiles,
-        "console": run.console,
-        "about": {
-            "recipe": run.recipe.model_dump(mode="json"),
-            "data": run.data.identities(),
-            "deltatune": __version__,
-        },
-    }
-    settings = run.recipe.preference
-    if settings is None:
-        return PackedTrainer(run.model, **arguments)
-    trainer = PreferenceTrainer(run.model, settings=settings, **arguments)
-    if settings.has_reference and not base_is_start(run.recipe.lora):
-        run.console.out("the model as it is now says what answers are worth to it: the reference", highlight=False)
-        trainer.compute_reference()
-    return trainer
+    return trainer_for(
+        run.recipe,
+        run.model,
+        run.arguments,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.eval,
+        tokens_per_batch=run.recipe.packing.tokens_per_batch,
+        pad_token_id=padding_token(run.tokenizer),
+        processing_class=run.tokenizer,
+        recompiles=recompiles,
+        console=run.console,
+        about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
+    )
 
 
 def _changes(recipe: Recipe, checkpoint: Path | None, allow: bool) -> list[str]:
