@@ -4,6 +4,7 @@ import pytest
 
 from deltatune.data.chat import Renderer
 from deltatune.data.formats import resolve_format
+from deltatune.data.notes import Notes
 from deltatune.data.pairs import TextPair, read_pair
 from deltatune.errors import DataError
 from deltatune.packing.sample import IGNORE_INDEX
@@ -113,6 +114,13 @@ def test_a_pair_is_two_samples_whose_answers_train(tokenizer, of_messages):
         assert sample.labels.tolist() == expected.labels.tolist()
         answer = "Blue." if role == "chosen" else "Dark green."
         assert tokenizer.decode(sample.input_ids[sample.labels != IGNORE_INDEX]).startswith(answer)
+
+
+def test_tools_beside_plain_text_are_left_out_and_said(tokenizer):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"name": "look"}]}
+    notes = Notes()
+    Renderer(tokenizer).render(row, resolve_format("auto", row, {}, "x"), "line 1", notes)
+    assert "tools are left out" in str([*notes])
 
 
 def test_an_answer_that_a_template_takes_apart_is_refused(thinking_tokenizer):

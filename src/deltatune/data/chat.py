@@ -90,8 +90,7 @@ class Renderer:
             ids = self._with_eos(self._ids(read_text(row, layout.column("text"), where), special=True))
             samples = [Sample(ids, ids)]
         elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
-            if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
-                notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
+            _note_tools(row, layout, where, notes)
             prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
             samples = [self._completion(prompt, read_text(row, layout.column("completion"), where))]
         else:
@@ -122,6 +121,7 @@ class Renderer:
     def _pair(self, row: Row, layout: Layout, where: str, notes: Notes | None) -> list[Sample]:
         pair = read_pair(row, layout, where, notes)
         if isinstance(pair, TextPair):
+            _note_tools(row, layout, where, notes)
             return [self._completion(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
         samples = []
         for role, conversation in zip(("chosen", "rejected"), pair, strict=True):
@@ -239,6 +239,11 @@ class _Template:
         self.forms = MessageForms(probes)
         self.ends = TurnEnds(probes)
         self.unread = UnreadKeys(template, reasoning_is_read=self.ends.asks_for_reasoning)
+
+
+def _note_tools(row: Row, layout: Layout, where: str, notes: Notes | None) -> None:
+    if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
+        notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
 
 
 def _checked(samples: list[Sample], where: str) -> list[Sample]:
