@@ -105,6 +105,26 @@ def test_pissas_reference_is_the_model_at_the_start(tmp_path: Path, checkpoint: 
     assert logged(trainer, "loss")[0] == pytest.approx(np.log(2), rel=1e-5)
 
 
+def test_the_routers_loss_is_weighed_by_pairs(tmp_path: Path) -> None:
+    """It is a figure of a pack, and packs hold unequal numbers of pairs."""
+    found = []
+    for coefficient in (0.0, 0.5):
+        model = tiny_model("qwen3_moe", layers=1, vocab_size=len(byte_tokenizer()))
+        model.config.output_router_logits, model.config.router_aux_loss_coef = True, coefficient
+        checkpoint = save_checkpoint(tmp_path / f"moe{coefficient}", model)
+        data = {"eval": [{"path": str(write_pairs(tmp_path / "eval.jsonl", 7, first=100))}]}
+        settings = {"data": data, "preference": {"loss": "simpo"}, "packing": {"tokens_per_batch": 160}}
+        trainer = trainer_of(recipe_of(tmp_path, checkpoint, lora={"r": 2, "target_modules": ["q_proj"]}, **settings))
+        found.append(trainer.evaluate()["eval_loss"])
+    total = 0.0
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            call = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "sequences")}
+            total += batch["num_documents"] // 2 * float(trainer.model(**call).aux_loss)
+    assert found[1] - found[0] == pytest.approx(0.5 * total / 7, rel=1e-4)
+    assert total > 1
+
+
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
 def test_it_learns_which_answer_is_preferred(tmp_path: Path, checkpoint: Path, loss: str) -> None:
     data = {"val_size": 6}
