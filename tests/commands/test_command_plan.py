@@ -125,3 +125,8 @@ def test_tables_fit_the_terminal(capsys, write_recipe, monkeypatch, width) -> No
     for number in rules:
         end = lines.index("", number) if "" in lines[number:] else len(lines)
         assert max(map(len, lines[number - 1 : end])) <= width
+
+
+def test_plan_counts_pairs(capsys, write_recipe, pairs) -> None:
+    assert main(["plan", str(write_recipe(pairs, preference={"loss": "simpo"}))]) == 0
+    assert "train: 12 rows -> 12 pairs" in capsys.readouterr().out

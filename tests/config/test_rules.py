@@ -225,6 +225,41 @@ ERRORS = {
         "data.train.0.split",
         "data: {train: [{path: owner/a, split: test}]}",
     ),
+    "pairs_need_a_preference_section": (
+        "data: {train: [{path: a, format: preference}]}",
+        "add preference: {}, which is DPO",
+        "{data: {train: [{path: a, format: preference}]}, preference: {}}",
+    ),
+    "preference_needs_pairs": (
+        "{data: {train: [{path: a, format: preference}, {path: b, format: chat}]}, preference: {}}",
+        "needs pairs in every source",
+        "{data: {train: [{path: a, format: preference}, {path: b}]}, preference: {}}",
+    ),
+    "gamma_is_the_margin_of_simpo": (
+        "preference: {gamma: 0.5}",
+        "preference.gamma cannot act with preference.loss: dpo",
+        "preference: {gamma: 0.5, loss: simpo}",
+    ),
+    "label_smoothing_is_for_dpo": (
+        "preference: {label_smoothing: 0.1, loss: orpo}",
+        "preference.label_smoothing cannot act with preference.loss: orpo",
+        "preference: {label_smoothing: 0.1}",
+    ),
+    "pairs_are_not_streamed": (
+        "{data: {train: [{path: a}], streaming: true}, training: {max_steps: 5}, preference: {}}",
+        "data.streaming cannot act with preference",
+        "{data: {train: [{path: a}], streaming: true}, training: {max_steps: 5}}",
+    ),
+    "pairs_are_not_split": (
+        "{data: {train: [{path: a}], overlong: split}, preference: {}}",
+        "data.overlong: split cannot act with preference",
+        "{data: {train: [{path: a}], overlong: truncate}, preference: {}}",
+    ),
+    "answers_alone_are_compared": (
+        "{data: {train: [{path: a}], train_on: all}, preference: {}}",
+        "data.train_on must be assistant or last",
+        "{data: {train: [{path: a}], train_on: last}, preference: {}}",
+    ),
     "probe_settings_need_the_probe": (
         "verify: {enabled: false, lengths: [3, 4]}",
         "verify.lengths",

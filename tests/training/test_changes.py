@@ -38,6 +38,7 @@ def changes(**sections: Any) -> Any:
         ({"training": {"optim": "sgd"}}, [("training.optim", "cannot")]),
         ({"training": {"seed": 1}}, [("training.seed", "asks")]),
         ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
+        ({"preference": {"beta": 0.2}}, [("preference", "asks")]),
         ({"lora": {"lora_dropout": 0.1}}, [("lora.lora_dropout", "acts")]),
         ({"model": {"dtype": "bfloat16"}}, [("model.dtype", "cannot")]),
         ({"data": {"train": [{"path": "b.jsonl"}]}}, [("data.train.0.path", "asks")]),

@@ -20,6 +20,7 @@ from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
 from deltatune.training.planned import prepare_by_recipe
+from deltatune.training.preference import as_reference, base_is_start
 
 __all__ = ["build", "document_counts", "shallow"]
 
@@ -41,6 +42,10 @@ def build(recipe: Recipe, device: torch.device) -> Iterator[tuple[str, float]]:
     for count in document_counts(config, device):
         documents = f"{count} document{'s' * (count > 1)}"
         yield f"a step, {documents}", _seconds(model, _batch(recipe, config, count, device), autocast)
+    if recipe.preference is not None and recipe.preference.has_reference and base_is_start(recipe.lora):
+        with as_reference(model):
+            seconds = _seconds(model, _batch(recipe, config, 1, device), autocast)
+        yield "the reference", seconds
     if recipe.data.eval:
         model.eval()
         with torch.no_grad():
