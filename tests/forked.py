@@ -15,7 +15,7 @@ import torch
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     [
-        "deltatune.training.trainer",
+        "deltatune.training.run",
         "deltatune.verification.probe",
         "peft",
         "transformers.models.qwen3_5.modeling_qwen3_5",

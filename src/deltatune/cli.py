@@ -24,6 +24,9 @@ _PACKAGE = Path(__file__).parent
 # what the extra `train` installs, by import name
 _TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich", "yaml")
 
+# what is looked up for a command before torch is imported
+_PREFLIGHT = {"plan": "preflight", "train": "preflight_training"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
@@ -35,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # before the command, and with it torch, is imported: a typo costs no seconds
             loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
             args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
+            if args.command in _PREFLIGHT:
+                # nor does a missing file or package
+                getattr(importlib.import_module("deltatune.training.preflight"), _PREFLIGHT[args.command])(args.recipe)
         module = f"{args.command}_" if keyword.iskeyword(args.command) else args.command
         command = importlib.import_module(f"deltatune.commands.{module}")
         status: int = command.run(args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -27,6 +28,7 @@ from deltatune.packing import shuffled
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
+from deltatune.training import planned
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
 from deltatune.training.console import RunConsole
@@ -80,9 +82,9 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without Inductor's C++, which takes half a minute; compile/test_graphs.py has that."""
-    given = run_module.compile_options
+    given = planned.compile_options
     monkeypatch.setattr(
-        run_module, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
+        planned, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
     )
     phases = watched_phases(monkeypatch)
     few = {"target_modules": ["q_proj", "in_proj_qkv", "down_proj"]}  # to trace: of both types of layer
@@ -246,14 +248,16 @@ def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
     assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in console.export_text()
 
 
-def test_a_model_that_is_replaced_is_named(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_finished_model_is_not_replaced(tmp_path: Path, checkpoint: Path) -> None:
     recipe = make_recipe(tmp_path, checkpoint, training={"max_steps": 1})
-    said = []
-    for _ in range(2):
-        console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
-        train(recipe, console=console)
-        said.append("holds the model of an earlier run, which this one will replace" in console.export_text())
-    assert said == [False, True]
+    train(recipe, console=QUIET)
+    files = {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()}
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match=r"holds the model of an earlier run, and no checkpoint .* another folder"):
+            train(recipe, resume=resume, console=QUIET)
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
+        train(recipe, resume=True, console=QUIET)
+    assert {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()} == files
 
 
 def test_the_best_checkpoint_is_named_by_its_place(
@@ -358,7 +362,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
         return loss * float("nan") if self.state.global_step == 1 else loss
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
-    with pytest.raises(UserError, match=r"the loss is nan at step 2; nothing after the last checkpoint is saved"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 2 \(.*train\.jsonl, line \d+; .*\); nothing after"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
     record = json.loads((tmp_path / "output" / "run.json").read_text())
@@ -367,6 +371,30 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
     assert (tmp_path / "output" / "train.log").read_text().splitlines()[-1].startswith("failed: the loss is nan at")
     lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] == "nan"
+
+
+def test_a_skipped_update_is_kept_in_the_record(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = PackedTrainer.compute_loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("inf") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
+    console = Console(record=True, width=400, file=(tmp_path / "screen.txt").open("w"))
+    result = train(make_recipe(tmp_path, checkpoint, training={"on_nonfinite": "skip"}), console=console)
+    assert result.metrics["leg"]["skipped_steps"] == 1
+    assert len(losses(result)) == 5
+    screen = console.export_text()
+    assert re.search(r"the loss is inf at step 3 \(.*train\.jsonl, line \d+.*\); its update is left out", screen)
+    assert "updates that were left out, since a loss or gradient norm was no number: steps 3\n" in screen
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert skipped["step"] == 3
+    assert skipped["rows"][0].startswith(f"{tmp_path / 'train.jsonl'}, line ")
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [1]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(

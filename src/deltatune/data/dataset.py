@@ -44,8 +44,14 @@ class PackedDataset:
         members = pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack]
         places = (array[members].tolist() for array in (self.sources, self.starts, self.lengths))
         return [
-            self.documents[source].sample(start, start + length) for source, start, length in zip(*places, strict=True)
+            self.documents[source].sample(start, start + length, piece)
+            for source, start, length, piece in zip(*places, members.tolist(), strict=True)
         ]
+
+    def where(self, piece: int) -> str:
+        """The row that a piece, by its number, comes from, in words."""
+        documents = self.documents[int(self.sources[piece])]
+        return documents.where(documents.document_at(int(self.starts[piece])))
 
 
 def pack_documents(

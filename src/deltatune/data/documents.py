@@ -94,11 +94,11 @@ class Documents:
         """The largest id of all tokens."""
         return max(int(shard.tokens.max(initial=0)) for shard in self.shards)
 
-    def sample(self, start: int, end: int) -> Sample:
+    def sample(self, start: int, end: int, origin: int | None = None) -> Sample:
         """Tokens ``start`` to ``end`` of the stream, which lie in one document, as a sample."""
         shard, tokens = self._slice(start, end)
         ids = shard.tokens[tokens].astype(np.int64)
-        return Sample(ids, np.where(shard.trained[tokens], ids, IGNORE_INDEX))
+        return Sample(ids, np.where(shard.trained[tokens], ids, IGNORE_INDEX), origin)
 
     def num_trained(self, start: int, end: int) -> int:
         """Tokens ``start`` to ``end`` of the stream, which lie in one document, that are targets."""
@@ -108,6 +108,10 @@ class Documents:
     def where(self, document: int) -> str:
         """The row of a document, in words."""
         return self.source.where(int(self.rows[document]))
+
+    def document_at(self, start: int) -> int:
+        """The document in which a token of the stream lies."""
+        return int(np.searchsorted(self.offsets, start, side="right")) - 1
 
     @cached_property
     def _begins(self) -> NDArray[np.int64]:

@@ -24,8 +24,10 @@ from deltatune.errors import UserError
 from deltatune.preparation import prepare
 from deltatune.report import table
 from deltatune.training.checkpoint import load_tokenizer
+from deltatune.training.export import MARKERS
 from deltatune.training.packs import load_data, padding_token
-from deltatune.training.run import prepare_by_recipe, train
+from deltatune.training.planned import prepare_by_recipe
+from deltatune.training.run import train
 from deltatune.verification import verify
 
 __all__ = ["main", "make_files", "run"]
@@ -85,6 +87,8 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
     _show(console, "Asking it", f"{len(held_out)} held-out questions, answered greedily by the untrained model")
     before = _ask(recipe.model.name_or_path, held_out)
     _show(console, "Training it", "as `deltatune train` does it: packed, compiled, every weight")
+    for name in MARKERS:  # made anew, as checkpoint and data are
+        (Path(recipe.training.output_dir) / name).unlink(missing_ok=True)
     result = train(recipe, console=console)
     trained = str(result.output_dir)
     after = _ask(trained, held_out)

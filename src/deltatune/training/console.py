@@ -32,6 +32,11 @@ class RunConsole:
         self._file: Path | None = None
         self._early: list[str] = []  # said before there was a file
 
+    @property
+    def table_width(self) -> int | None:
+        """Columns that a table may take; None where nobody looks at it in a window."""
+        return self.screen.width if self.screen.is_terminal else None
+
     def out(self, text: str, *, highlight: bool = False) -> None:
         """Shows a line, or several, as they are, and keeps them."""
         self.screen.out(text, highlight=highlight)

@@ -96,10 +96,14 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         del args, control, kwargs
         if logs is None or not state.is_world_process_zero:
             return
-        entry = {"leg": len(self._legs), "time": _now(), "step": state.global_step, **logs}
-        with (self._output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite(entry)) + "\n")
+        self.add({"step": state.global_step, **logs})
         self._note(state.global_step, logs)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Adds a line to ``run.jsonl``: what has happened at ``entry["step"]``."""
+        line = json.dumps(finite({"leg": len(self._legs), "time": _now(), **entry}))
+        with (self._output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes how far a leg came that may be killed later."""
