@@ -8,7 +8,7 @@ RUN ?= $(BIN)/python
 # processes that share the tests; each grows to about 2 GB
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs bench-ops bench-train targets clean setup
+.PHONY: demo test test-faults lint format docs bench-ops bench-train targets clean setup
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# every fault at every moment, in one process: half an hour
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --numprocesses 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,8 +10,12 @@ import runpy
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from benchmarks.records import load_records
 from benchmarks.tables import PAGES as TABLES
@@ -21,11 +25,12 @@ from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.load import load_recipe
 from deltatune.demo.checkpoint import save_checkpoint
 from deltatune.demo.conversations import make_conversations, write_conversations
+from tiny import tiny_conditional
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # pages whose python is run, not only parsed
-RUN = [ROOT / "README.md", ROOT / "docs" / "integrations.md"]
+RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -65,26 +70,66 @@ def test_python_parses(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the names in the docs are files: a small checkpoint and a few conversations."""
+    """A folder where the names in the docs are files: a small checkpoint and a few conversations, and what comes of it.
+
+    The checkpoint is of a model with images, as Qwen ships it. ``outputs/mine`` and ``outputs/merged`` are those of the
+    README's recipe and commands, after one step.
+    """
     folder = tmp_path_factory.mktemp("workplace")
+    base = folder / "Qwen" / "Qwen3.5-2B"
     conversations = make_conversations(50, seed=0)
-    save_checkpoint(folder / "Qwen" / "Qwen3.5-2B", conversations)
+    save_checkpoint(base, conversations)
+    (base / "model.safetensors").unlink()
+    model = tiny_conditional()
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(base)))
+    model.save_pretrained(base)
     write_conversations(folder / "data" / "train.jsonl", conversations)
+    (folder / "mine.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0], encoding="utf-8")
+    small = ["model.dtype=float32", "compile=false", "checkpointing=none", "packing.tokens_per_batch=512",
+             "training.max_steps=1", "training.use_cpu=true", "training.learning_rate=0.1"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["train", "mine.yaml", *(word for each in small for word in ("--set", each))]) == 0
+        assert cli.main(["merge", "outputs/mine", "--output", "outputs/merged"]) == 0
     return folder
 
 
-PROGRAMS = [(page.name, i) for page in RUN for i in range(len(blocks(page, "python")))]
+# the steps that adding an op or a model takes are code of a checkout
+PROGRAMS = [(p.name, i) for p in RUN for i in range(len(blocks(p, "python"))) if not p.name.startswith("adding-")]
 
 
 @pytest.mark.parametrize(("name", "number"), PROGRAMS)
 def test_python_runs(name: str, number: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     code = blocks(next(page for page in RUN if page.name == name), "python")[number]
-    code = re.sub(r'"outputs/\w+",', r"\g<0> use_cpu=True,", code)
+    code = re.sub(r'(?<!from_pretrained\()"outputs/\w+",', r"\g<0> use_cpu=True,", code)
     # the same graphs, without generated code
     code = code.replace("CompileOptions()", 'CompileOptions(backend="aot_eager")')
     (workplace / "program.py").write_text(code, encoding="utf-8")
-    runpy.run_path("program.py")
+    made = runpy.run_path("program.py")
+    loaded = re.search(r'from_pretrained\("outputs/(mine|merged)"', code)
+    if loaded is not None:
+        assert_is_what_was_trained(made["model"])
+
+
+def assert_is_what_was_trained(model: Any) -> None:
+    """The logits of the adapter on the class that it was trained on, which are not the base's."""
+    base = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen3.5-2B")
+    ids = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        before, found = (each.eval()(input_ids=ids).logits for each in (base, model))
+        expected = PeftModel.from_pretrained(base, "outputs/mine").eval()(input_ids=ids).logits
+    assert (expected - before).norm() > 0.05 * before.norm()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_every_program_that_loads_what_was_trained_is_run() -> None:
+    run = {blocks(page, "python")[i] for page in RUN for name, i in PROGRAMS if page.name == name}
+    every = {
+        code for page in PAGES for code in blocks(page, "python") if "outputs/" in code and "from_pretrained" in code
+    }
+    assert every
+    assert every <= run
 
 
 def test_code_imports_public_names() -> None:

@@ -24,6 +24,9 @@ _PACKAGE = Path(__file__).parent
 # what the extra `train` installs, by import name
 _TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich", "yaml")
 
+# what is looked up for a command before torch is imported
+_PREFLIGHT = {"plan": "preflight", "train": "preflight_training"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
@@ -35,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # before the command, and with it torch, is imported: a typo costs no seconds
             loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
             args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
+            if args.command in _PREFLIGHT:
+                # nor does a missing file or package
+                getattr(importlib.import_module("deltatune.training.preflight"), _PREFLIGHT[args.command])(args.recipe)
         module = f"{args.command}_" if keyword.iskeyword(args.command) else args.command
         command = importlib.import_module(f"deltatune.commands.{module}")
         status: int = command.run(args)
@@ -92,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_export(commands)
     _add_import(commands)
+    _add_report(commands)
     return parser
 
 
@@ -169,6 +176,13 @@ def _add_import(commands: _Commands) -> None:
     parser.add_argument("--from", dest="kind", choices=projects, help="whose it is, where its keys do not tell")
     what = "a new file for the recipe, which otherwise goes to the output and the table to the error output"
     parser.add_argument("--output", metavar="RECIPE", help=what)
+
+
+def _add_report(commands: _Commands) -> None:
+    parser = _add(commands, "report", "Write what runs did as one HTML page: curves, legs, packs, kernels, memory.")
+    what = "the training.output_dir of a run, whether it goes on or not; several are laid over each other"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
+    parser.add_argument("--output", metavar="FILE", help="where the page goes; report.html in the first run's folder")
 
 
 def _setting(text: str) -> str:

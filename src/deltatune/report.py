@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -22,6 +24,8 @@ from deltatune.state import State
 from deltatune.subclass import Swapped
 
 __all__ = ["PrepareReport", "SwapRow", "kernel_rows", "report_of", "table"]
+
+_NARROWEST: Final = 16  # of a column that is wrapped
 
 
 @dataclass(frozen=True)
@@ -99,25 +103,39 @@ class PrepareReport:
         return {**facts, "trainable_parameters": self.trainable_parameters, "compile": compiled}
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """The report for people, its tables no wider than so many columns."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         lines = [f"family {self.family}"]
         lines += [f"  {name}: {text}" for name, text in self.features.items()]
-        lines += ["", *table(("stock class", "becomes", "expected", "found"), map(astuple, self.swaps))]
-        lines += ["", *table(("op", "runs on", "because"), map(astuple, self.kernels))]
+        lines += ["", *table(("stock class", "becomes", "expected", "found"), map(astuple, self.swaps), width)]
+        lines += ["", *table(("op", "runs on", "because"), map(astuple, self.kernels), width)]
         lines += ["", f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f}%)"]
-        rows = [(r.pattern, r.tensors, f"{r.elements:,}") for r in self.trainable]
-        lines += table(("trainable", "tensors", "elements"), rows) if rows else []
+        lines += self._trainable_table(width) if self.trainable else []
         lines += [] if self.experts is None else ["", f"experts: {self.experts}"]
         if self.lora is not None:
             lines += ["", f"lora: {self.lora}"]
-            lines += table(("runs", "because", "layers"), map(astuple, self.lora_rows))
+            lines += table(("runs", "because", "layers"), map(astuple, self.lora_rows), width)
         if self.head == "transformed":
             lines.append("head: logits are scaled or capped after it, so the loss builds them whole")
         if self.patches:
-            lines += ["", *table(("other tools' work on", "by", "modules", "becomes"), map(astuple, self.patches))]
+            header = ("other tools' work on", "by", "modules", "becomes")
+            lines += ["", *table(header, map(astuple, self.patches), width)]
         reason = "" if self.checkpointing_reason is None else f": {self.checkpointing_reason}"
         lines += ["", f"checkpointing {self.checkpointing}{reason}", self._compile_line()]
         return "\n".join(lines)
+
+    def _trainable_table(self, width: int | None) -> list[str]:
+        """Names in full; where they are too long for the width, what all begin with stands in the header alone."""
+        rows = [(r.pattern, r.tensors, f"{r.elements:,}") for r in self.trainable]
+        lines = table(("trainable", "tensors", "elements"), rows)
+        shared = _shared_path([row.pattern for row in self.trainable])
+        if width is None or max(map(len, lines)) <= width or not shared:
+            return lines if width is None else table(("trainable", "tensors", "elements"), rows, width)
+        short = [(name.removeprefix(shared), *counts) for name, *counts in rows]
+        return [f"in {shared}", *table(("trainable", "tensors", "elements"), short, width)]
 
     def _compile_line(self) -> str:
         if self.compile is None or self.compile_report is None:
@@ -130,12 +148,39 @@ class PrepareReport:
         )
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a plain-text table with aligned columns; ``-`` for None."""
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> list[str]:
+    """Lines of a plain-text table with aligned columns; ``-`` for None.
+
+    Where they would be wider than ``width``, the widest column is wrapped, after spaces and dots.
+    """
     cells = [["-" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    if width is not None and (excess := sum(widths) + 2 * (len(widths) - 1) - width) > 0:
+        widest = widths.index(max(widths))
+        widths[widest] = max(widths[widest] - excess, _NARROWEST)
+        cells = [line for row in cells for line in _wrapped(row, widest, widths[widest])]
+    lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * size for size in widths), *lines[1:]]
+
+
+def _shared_path(names: Sequence[str]) -> str:
+    """What dotted names begin with, whole parts of them."""
+    first, last = min(names).split("."), max(names).split(".")
+    parts = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(f"{part}." for part, _ in parts)
+
+
+def _wrapped(row: Sequence[str], column: int, width: int) -> list[list[str]]:
+    """A row as several, one cell wrapped over them."""
+    pieces = [""]
+    for part in re.findall(r"[^ .]*[ .]?", row[column]):
+        if pieces[-1] and len(pieces[-1]) + len(part.rstrip()) > width:
+            pieces.append("")
+        pieces[-1] += part
+    lines = [list(row), *([""] * len(row) for _ in pieces[1:])]
+    for line, piece in zip(lines, pieces, strict=True):
+        line[column] = piece
+    return lines
 
 
 def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRow]) -> PrepareReport:

@@ -6,7 +6,7 @@ from deltatune import CompileOptions
 from deltatune.cli import main
 from deltatune.commands import doctor, prebuild
 from deltatune.config.load import load_recipe
-from deltatune.training import run
+from deltatune.training import planned
 from deltatune.training.adapters import adapt
 from tiny import tiny_model
 
@@ -76,11 +76,11 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, tmp_
     prepared = []
 
     def recorded(*args, **options):
-        prepared.append(run.prepare_by_recipe(*args, **options))
+        prepared.append(planned.prepare_by_recipe(*args, **options))
         return prepared[-1]
 
     monkeypatch.setattr(prebuild, "prepare_by_recipe", recorded)
-    monkeypatch.setattr(run, "compile_options", lambda recipe: CompileOptions(backend="aot_eager"))
+    monkeypatch.setattr(planned, "compile_options", lambda recipe: CompileOptions(backend="aot_eager"))
     sections = {"model": {"name_or_path": str(tmp_path / "deep")}, "compile": True, "checkpointing": "auto"}
     sections["lora"] = {"r": 4, "target_modules": r".*layers\.[123]\..*q_proj"}
     recipe = load_recipe(write_recipe(**sections)).recipe
@@ -93,7 +93,7 @@ def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, tmp_
 
     # the run's own model, at its own depth
     model = adapt(tiny_model("qwen3", layers=4), recipe.lora)
-    whole = run.prepare_by_recipe(recipe, model.train())
+    whole = planned.prepare_by_recipe(recipe, model.train())
     prebuild._seconds(model, prebuild._batch(recipe, model.config, 1, CPU), None)
     assert found.compile_report.graphs == whole.compile_report.graphs
     assert len(found.compile_report.graphs) == 2

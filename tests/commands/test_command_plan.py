@@ -1,9 +1,13 @@
+import re
 import shutil
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from deltatune.cli import main
 from deltatune.commands import plan
+from deltatune.training import space
 
 
 def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
@@ -90,3 +94,39 @@ def test_plan_reads_evaluation_data_too(capsys, write_recipe, write_rows) -> Non
 def test_plan_counts_pairs(capsys, write_recipe, pairs) -> None:
     assert main(["plan", str(write_recipe(pairs, preference={"loss": "simpo"}))]) == 0
     assert "train: 12 rows -> 12 pairs" in capsys.readouterr().out
+
+
+def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, write_rows) -> None:
+    """On a machine without an accelerator, for a run that wants one, a missing package is no error."""
+    recipe = str(write_recipe(training={"max_steps": 2, "optim": "adamw_8bit"}, kernels={"gated_delta_rule": "fla"}))
+    assert main(["plan", recipe]) == 0
+    page = capsys.readouterr().out
+    assert "warning: training.optim: adamw_8bit needs the package bitsandbytes; pip install bitsandbytes where" in page
+    assert re.search(r"warning: .*fla.*; what follows is for kernels: auto\n", page)
+    assert main(["plan", recipe, "--set", "training.use_cpu=true"]) == 2
+    assert "needs the package bitsandbytes; pip install bitsandbytes\n" in capsys.readouterr().err
+
+
+def test_plan_says_what_is_saved_and_what_is_there(capsys, write_recipe, tmp_path, monkeypatch) -> None:
+    (tmp_path / "output" / "checkpoint-1").mkdir(parents=True)
+    training = {"output_dir": str(tmp_path / "output"), "save_total_limit": 2, "use_cpu": True}
+    recipe = str(write_recipe(training=training))
+    assert main(["plan", recipe]) == 0
+    page = capsys.readouterr().out
+    assert "a checkpoint is 12.8 KiB, 3 of them at once; " in page
+    assert "output holds checkpoints of an earlier run: train takes --resume" in page
+    monkeypatch.setattr(space, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000)))
+    assert main(["plan", recipe]) == 2
+    assert "the first save needs 12.8 KiB, and " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_tables_fit_the_terminal(capsys, write_recipe, monkeypatch, width) -> None:
+    monkeypatch.setattr(plan, "_terminal_width", lambda: width)
+    assert main(["plan", str(write_recipe(lora={"r": 4}))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rules = [number for number, line in enumerate(lines) if line and set(line) <= {"-", " "}]
+    assert len(rules) >= 4
+    for number in rules:
+        end = lines.index("", number) if "" in lines[number:] else len(lines)
+        assert max(map(len, lines[number - 1 : end])) <= width

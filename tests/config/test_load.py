@@ -140,6 +140,9 @@ def test_a_data_file_is_no_recipe(tmp_path, suffix) -> None:
         ("training.max_steps", "expected key=value"),
         ("=3", "expected key=value"),
         ("modl.name_or_path=x", "modl: unknown key (did you mean model?)"),
+        ("learning_rate=1", "learning_rate: unknown key (did you mean training.learning_rate?)"),
+        ("r=8", "r: unknown key (did you mean lora.r?)"),
+        ("eval_delay=8", "eval_delay: unknown key (did you mean training.eval_delay?)"),
         ("data.train.0.pth=x", "data.train.0.pth: unknown key (did you mean path?)"),
         ("data.train.7.path=x", "data.train is a list of 1"),
         ("data.train.first.path=x", "data.train is a list of 1"),
@@ -165,6 +168,15 @@ def test_a_resolved_recipe_is_read_back_as_itself(load) -> None:
     )
     assert load(dump_recipe(recipe)) == recipe
     assert recipe.training.run_name == "1e-4"
+
+
+def test_a_resolved_recipe_says_nothing_that_says_nothing(load) -> None:
+    """Null as a value that is no default stays."""
+    text = dump_recipe(load(MINIMAL + "lora: {target_modules: null, target_parameters: all-experts}\n"))
+    nulls = [line.strip() for line in text.splitlines() if line.endswith((" null", " []", " {}"))]
+    assert nulls == ["target_modules: null"]
+    assert "\ncompile: false\n" in text
+    assert "learning_rate: 5.0e-05" in text
 
 
 def test_no_such_file(tmp_path) -> None:

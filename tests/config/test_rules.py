@@ -1,18 +1,23 @@
 """Every rule, with a recipe that breaks it and one that is next to it and does not."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deltatune.config.explain import known_keys
 from deltatune.config.load import load_recipe
-from deltatune.config.refused import REFUSED_TRAINING_NAMES, refusal
+from deltatune.config.refused import MOVED_TRAINING_NAMES, PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+
+OURS = {"on_nonfinite"}  # of the training section
+EVALUATED = "data: {train: [{path: a}], eval: [{path: b}]}"
 
 # rule -> (broken, what the message must name, mended)
 ERRORS = {
@@ -35,7 +40,77 @@ ERRORS = {
     "ranks_read_their_own_packs": (
         "training: {accelerator_config: {dispatch_batches: true}}",
         "training.accelerator_config.dispatch_batches cannot act here: every rank reads its own packs",
-        "training: {accelerator_config: {use_seedable_sampler: true}}",
+        "training: {accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}}",
+    ),
+    "evaluations_are_delayed_where_there_are_some": (
+        "training: {eval_delay: 3}",
+        "training.eval_delay: 3 cannot act without evaluations; set training.eval_strategy",
+        f"{{training: {{eval_delay: 3, eval_strategy: steps}}, {EVALUATED}}}",
+    ),
+    "a_first_evaluation_needs_data": (
+        "training: {eval_on_start: true}",
+        "training.eval_on_start: true cannot act without data.eval or data.val_size",
+        f"{{training: {{eval_on_start: true}}, {EVALUATED}}}",
+    ),
+    "the_best_is_known_by_what_is_logged": (
+        f"{{training: {{metric_for_best_model: accuracy, eval_strategy: steps}}, {EVALUATED}}}",
+        "training.metric_for_best_model: accuracy is nothing that an evaluation logs; expected eval_loss",
+        f"{{training: {{metric_for_best_model: eval_loss, eval_strategy: steps}}, {EVALUATED}}}",
+    ),
+    "rewards_are_logged_of_preferences": (
+        f"{{training: {{metric_for_best_model: rewards/accuracies, eval_strategy: steps}}, {EVALUATED}}}",
+        "rewards/accuracies is nothing that an evaluation logs; expected eval_loss",
+        f"{{preference: {{}}, training: {{metric_for_best_model: logps/chosen, eval_strategy: steps}}, {EVALUATED}}}",
+    ),
+    "something_is_to_be_better": (
+        f"{{training: {{greater_is_better: true, eval_strategy: steps}}, {EVALUATED}}}",
+        "training.greater_is_better: true cannot act without a best checkpoint",
+        f"{{training: {{greater_is_better: true, eval_strategy: steps, load_best_model_at_end: true}}, {EVALUATED}}}",
+    ),
+    "workers_are_there_to_persist": (
+        "training: {dataloader_persistent_workers: true}",
+        "cannot act without training.dataloader_num_workers above 0",
+        "training: {dataloader_persistent_workers: true, dataloader_num_workers: 1}",
+    ),
+    "something_is_pushed": (
+        "training: {hub_model_id: me/mine}",
+        'training.hub_model_id: "me/mine" cannot act without training.push_to_hub',
+        "training: {hub_model_id: me/mine, push_to_hub: true}",
+    ),
+    "what_is_pushed_is_checkpoints": (
+        "training: {push_to_hub: true, hub_strategy: end}",
+        "training.hub_strategy: end cannot act here",
+        "training: {push_to_hub: true, hub_strategy: checkpoint}",
+    ),
+    "the_optimizer_reads_its_arguments": (
+        "training: {optim_args: foo=1}",
+        'training.optim_args: "foo=1" cannot act without an optimizer that reads it',
+        "training: {optim_args: momentum=0.9, optim: sgd}",
+    ),
+    "the_optimizer_reads_its_targets": (
+        "training: {optim_target_modules: all-linear, optim: sgd}",
+        "cannot act without an optimizer that reads it: apollo, galore",
+        "training: {optim_target_modules: all-linear, optim: galore_adamw}",
+    ),
+    "shards_are_configured_where_there_are_some": (
+        "training: {fsdp_config: {cpu_offload: true}}",
+        "cannot act without training.fsdp",
+        "training: {fsdp_config: {cpu_offload: true}, fsdp: true}",
+    ),
+    "the_tracker_reads_its_settings": (
+        "training: {trackio_space_id: me/space, report_to: wandb}",
+        "cannot act without training.report_to: trackio",
+        "training: {trackio_space_id: me/space, report_to: [wandb, trackio]}",
+    ),
+    "a_loss_scaler_skips_by_itself": (
+        "training: {on_nonfinite: skip, fp16: true}",
+        "training.on_nonfinite: skip cannot act with training.fp16",
+        "training: {on_nonfinite: dump, fp16: true}",
+    ),
+    "an_update_within_the_backward_cannot_be_skipped": (
+        "training: {on_nonfinite: skip, optim: adalomo}",
+        "since adalomo makes the update within the backward",
+        "training: {on_nonfinite: skip, optim: adafactor}",
     ),
     "evaluation_needs_data": (
         "training: {eval_strategy: epoch}",
@@ -289,15 +364,39 @@ def transformers_names() -> set[str]:
 
 
 def test_the_sections_own_names_are_transformers_names(transformers_names) -> None:
-    assert set(TrainingSection.model_fields) <= transformers_names
-    assert not set(TrainingSection.model_fields) & set(REFUSED_TRAINING_NAMES)
+    assert set(TrainingSection.model_fields) - transformers_names == OURS
+
+
+def test_every_name_of_transformers_is_in_one_class(transformers_names) -> None:
+    """Passed on, set by the recipe under another key, or refused with the reason."""
+    passed = (set(TrainingSection.model_fields) - OURS) | PASSED_TRAINING_NAMES
+    refused = set(REFUSED_TRAINING_NAMES) - MOVED_TRAINING_NAMES
+    classes = [passed, MOVED_TRAINING_NAMES, refused]
+    for name in sorted(transformers_names):
+        assert sum(name in names for names in classes) == 1, name
+    assert passed <= transformers_names
+    for name in MOVED_TRAINING_NAMES:
+        key = re.search(r"use (?:deltatune train )?(--resume|[\w.]+)", REFUSED_TRAINING_NAMES[name][1])
+        assert key is not None, name
+        assert key[1] == "--resume" or names_a_setting(key[1]), name
+
+
+def names_a_setting(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return name in known_keys([section]) if name else section in known_keys([])
+
+
+def test_a_name_of_a_newer_transformers_is_not_passed_on_unseen(transformers_names) -> None:
+    training = TrainingSection.model_validate({"shiny": True})
+    with pytest.raises(UserError, match=r"training\.shiny is newer than this deltatune, .*; leave it out"):
+        check_training_names(training, {*transformers_names, "shiny"})
 
 
 def test_defaults_are_transformers_defaults(transformers_names) -> None:
     from transformers import TrainingArguments
 
     theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    ours = TrainingSection().model_dump()
+    ours = TrainingSection().model_dump(exclude=OURS)
     differing = {name for name, value in ours.items() if value != theirs[name]}
     assert differing == {"output_dir", "logging_steps"}
 

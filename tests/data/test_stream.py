@@ -77,6 +77,16 @@ def test_blocks_are_shuffled_in_orders_of_their_own(stream, write_jsonl):
     assert orders[0] != orders[1]
 
 
+def test_every_sample_knows_its_row(stream, tokenizer, texts, tmp_path):
+    packs = stream()
+    packs._block(Place()).next(Place()).save(tmp_path / "place.npz")
+    left = Place.load(tmp_path / "place.npz").left
+    assert left
+    for sample in [*packs[0], *packs[3], *left]:
+        line = int(packs.where(sample.origin).rpartition(", line ")[2])
+        assert tuple(sample.input_ids) == tuple(tokenizer(texts[line - 1]["text"] + "<|im_end|>")["input_ids"])
+
+
 @pytest.mark.parametrize("stop", [1, 30, 61])
 def test_from_the_latest_place_the_packs_are_the_same(stream, tmp_path, stop):
     whole = stream()

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from training_cases import TOKENS, Packs, make_trainer
+from transformers import TrainingArguments
 
+from deltatune import prepare
+from deltatune.config.refused import PASSED_TRAINING_NAMES
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError
+from deltatune.training import arguments as module
 from deltatune.training.arguments import training_arguments
+from tiny import tiny_model
 
 
 def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> None:
-    section = TrainingSection(output_dir=str(tmp_path / "out"), adam_beta2=0.95, use_cpu=True, hub_strategy="end")
+    section = TrainingSection(output_dir=str(tmp_path / "out"), adam_beta2=0.95, use_cpu=True, save_on_each_node=True)
     arguments = training_arguments(section)
     assert arguments.adam_beta2 == 0.95
-    assert arguments.hub_strategy == "end"
+    assert arguments.save_on_each_node
     assert arguments.report_to == []
     assert not arguments.logging_nan_inf_filter
     assert not arguments.remove_unused_columns
@@ -31,8 +40,107 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
         ({"learnin_rate": 1e-4}, r"training\.learnin_rate.*learning_rate"),
         ({"lr_scheduler_type": "linaer"}, r"training: .*linaer"),
         ({"optim": "adamw_of_no_kind"}, r"training: .*adamw_of_no_kind"),
+        ({"fp16": True}, r"training\.fp16 needs a GPU, and this run would train on the CPU"),
+        ({"push_to_hub": True}, r"training\.push_to_hub: HF_HUB_OFFLINE forbids asking"),
+        ({"fsdp": True, "fsdp_config": "/no/such/file.json"}, r"training: .*/no/such/file\.json"),
+        ({"deepspeed": "/no/such/file.json"}, r"training: .*"),
     ],
 )
 def test_bad_values_are_user_errors(tmp_path: Path, values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         training_arguments(TrainingSection(output_dir=str(tmp_path), use_cpu=True, **values))
+
+
+def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "silence", lambda: None)
+    monkeypatch.setattr(module, "huggingface_hub", SimpleNamespace(get_token=lambda: None))
+    section = TrainingSection.model_validate({"output_dir": str(tmp_path), "use_cpu": True, "push_to_hub": True})
+    with pytest.raises(UserError, match="needs a token; run hf auth login, or set HF_TOKEN"):
+        training_arguments(section)
+
+
+PASSED = {
+    "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    "dataloader_drop_last": True,
+    "dataloader_persistent_workers": True,
+    "dataloader_prefetch_factor": 3,
+    "ddp_broadcast_buffers": False,
+    "ddp_bucket_cap_mb": 7,
+    "ddp_find_unused_parameters": True,
+    "ddp_static_graph": True,
+    "ddp_timeout": 77,
+    "eval_delay": 2,
+    "eval_on_start": True,
+    "full_determinism": True,
+    "greater_is_better": True,
+    "hub_always_push": True,
+    "hub_model_id": "me/mine",
+    "hub_private_repo": True,
+    "hub_revision": "other",
+    "hub_strategy": "checkpoint",
+    "include_num_input_tokens_seen": "all",
+    "log_level": "error",
+    "log_level_replica": "error",
+    "log_on_each_node": False,
+    "logging_strategy": "epoch",
+    "metric_for_best_model": "eval_loss",
+    "optim_args": "momentum=0.5",
+    "optim_target_modules": "all-linear",
+    "project": "mine",
+    "push_to_hub": False,
+    "save_on_each_node": True,
+    "skip_memory_metrics": False,
+    "torch_empty_cache_steps": 3,
+    "trackio_bucket_id": "me/bucket",
+    "trackio_space_id": "me/space",
+    "trackio_static_space_id": "me/static",
+    "train_sampling_strategy": "sequential",
+}
+# need packages, GPUs or several processes
+NOT_TRIED = {"ddp_backend", "deepspeed", "fsdp", "fsdp_config", "tf32"}
+
+
+def test_every_name_that_is_passed_on_is_tried() -> None:
+    assert set(PASSED) | NOT_TRIED == PASSED_TRAINING_NAMES
+
+
+def test_what_is_passed_on_arrives(tmp_path: Path) -> None:
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    given = {name: value for name, value in PASSED.items() if name in names}
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "steps", "dataloader_num_workers": 1}
+    arguments = training_arguments(TrainingSection.model_validate({**values, **given}))
+    for name, value in given.items():
+        found = getattr(arguments, name)
+        if name == "accelerator_config":
+            assert found.gradient_accumulation_kwargs == PASSED[name]["gradient_accumulation_kwargs"]
+        else:
+            assert getattr(found, "value", found) == value, name
+
+
+def test_what_is_passed_on_acts(tmp_path: Path) -> None:
+    training: dict[str, Any] = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_delay": 3,
+        "eval_on_start": True,
+        "include_num_input_tokens_seen": "all",
+        "logging_strategy": "epoch",
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "optim_args": "momentum=0.5",
+        "torch_empty_cache_steps": 1,
+        "skip_memory_metrics": False,
+    }
+    model = tiny_model("qwen3", layers=1)
+    prepare(model)
+    packs = Packs(2)
+    trainer = make_trainer(tmp_path, model=model, packs=packs, eval_packs=Packs(1), **training)
+    trainer.train()
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 3, 4]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4]
+    assert trainer.state.num_input_tokens_seen == 4 * TOKENS
+    assert packs.seen == [0, 1, 0, 1]
+    assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
+    assert "train_mem_cpu_alloc_delta" in history[-1]

@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from deltatune.errors import UserError
+from deltatune.training import lock
 from deltatune.training.lock import _started, locked
 
 
@@ -63,8 +65,19 @@ def test_a_stale_lock_is_taken_over(tmp_path: Path, holder: str) -> None:
 
 def test_a_lock_that_is_being_written_holds(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("")
-    with pytest.raises(UserError, match="is in use"), locked(tmp_path):
+    holder = json.dumps({"pid": 1, "host": "elsewhere", "started": None})
+    writer = threading.Timer(0.2, (tmp_path / ".lock").write_text, (holder,))
+    writer.start()
+    with pytest.raises(UserError, match="is in use by process 1 on elsewhere"), locked(tmp_path):
         pass
+    writer.join()
+
+
+def test_a_lock_that_nobody_goes_on_writing_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_WRITING", 0.3)
+    (tmp_path / ".lock").write_text("")
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:

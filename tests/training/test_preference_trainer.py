@@ -14,10 +14,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint, weights, write_conversations, write_pairs
 
+from deltatune.config.rewards import REWARDS
 from deltatune.errors import UserError
+from deltatune.training import planned
 from deltatune.training import run as run_module
 from deltatune.training.arguments import training_arguments
-from deltatune.training.preference_trainer import REWARDS, PreferenceTrainer
+from deltatune.training.console import RunConsole
+from deltatune.training.preference_trainer import PreferenceTrainer
 from deltatune.training.run import TrainResult, build, train
 from forked import free_port, run_ranks
 from tiny import tiny_model
@@ -42,7 +45,7 @@ def recipe_of(folder: Path, checkpoint: Path, *, output: str = "output", **secti
 
 
 def trainer_of(recipe: Any) -> PreferenceTrainer:
-    trainer = run_module._trainer(build(recipe, training_arguments(recipe.training), QUIET))
+    trainer = run_module._trainer(build(recipe, training_arguments(recipe.training), RunConsole(QUIET)))
     assert isinstance(trainer, PreferenceTrainer)
     return trainer
 
@@ -160,9 +163,9 @@ def test_compiled_layers_have_graphs_for_the_reference(tmp_path: Path, monkeypat
     """And none is compiled twice, with evaluations between the steps."""
     model = tiny_model("qwen3", layers=1, vocab_size=len(byte_tokenizer()))  # one type of layer to trace
     checkpoint = save_checkpoint(tmp_path / "small", model)
-    given = run_module.compile_options
+    given = planned.compile_options
     monkeypatch.setattr(
-        run_module,
+        planned,
         "compile_options",
         lambda recipe: recipe.compile and dataclasses.replace(given(recipe), backend="aot_eager"),
     )
@@ -173,10 +176,30 @@ def test_compiled_layers_have_graphs_for_the_reference(tmp_path: Path, monkeypat
     compiled = train(recipe_of(tmp_path, checkpoint, output="compiled", compile=True, **settings), console=QUIET)
     for name in ("loss", "eval_loss"):
         assert logged(compiled, name) == pytest.approx(logged(eager, name), rel=1e-4), name
-    report = compiled.metrics["compile"]
+    report = compiled.metrics["leg"]["compile"]
     assert (report["breaks"], report["recompiles"]) == ([], [])
     kinds = {name.partition(" ")[2] for name in report["graphs"]}
     assert kinds == {"", "(no grad)", "(no grad) (reference)"}
+
+
+def test_a_step_that_is_left_out_counts_in_no_reward(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 3, "on_nonfinite": "skip", "logging_steps": 3, **CONSTANT}
+    trainer = trainer_of(recipe_of(tmp_path, checkpoint, training=training))
+    compute, calls = trainer.compute_loss, list[int]()
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        loss = compute(*args, **kwargs)
+        if len(calls) == 2:
+            trainer._rewards += torch.nan
+            return loss * torch.nan
+        return loss
+
+    trainer.compute_loss = broken
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["skipped_steps"] == 1
+    assert np.isfinite([entry[name] for name in REWARDS]).all()
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path, checkpoint: Path) -> None:
@@ -233,4 +256,4 @@ def test_a_sharded_model_has_no_start_to_compare_with(tmp_path: Path, checkpoint
     arguments = training_arguments(recipe.training)
     arguments.deepspeed = "zero.json"  # whose package need not be there for this
     with pytest.raises(UserError, match=r"dpo is held against the model at the start.*before it is sharded"):
-        build(recipe, arguments, QUIET)
+        build(recipe, arguments, RunConsole(QUIET))

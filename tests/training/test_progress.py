@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from deltatune.training.console import RunConsole
 from deltatune.training.progress import ProgressBar
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LOGS = {"loss": 11.2426, "learning_rate": 1e-3, "tokens_per_second": 1689.0, "fill": 0.955, "peak_memory_gib": 12.5}
 
 
-def screen(width: int, *, terminal: bool) -> str:
+def screen(width: int, *, terminal: bool, moving: bool = True) -> str:
     file = io.StringIO()
-    bar = ProgressBar(Console(file=file, width=width, force_terminal=terminal, color_system=None, legacy_windows=False))
+    console = Console(file=file, width=width, force_terminal=terminal, color_system=None, legacy_windows=False)
+    shown = ProgressBar(RunConsole(console, moving=moving))
     state: Any = SimpleNamespace(is_world_process_zero=True, max_steps=2000, global_step=0)
-    bar.on_train_begin(None, state, None)
+    shown.on_train_begin(None, state, None)
     state.global_step = 1234
-    bar.on_step_end(None, state, None)
-    bar.on_log(None, state, None, LOGS)
-    bar.on_train_end(None, state, None)
+    shown.on_step_end(None, state, None)
+    shown.on_log(None, state, None, LOGS)
+    time.sleep(0.4 if terminal and moving else 0)  # it is drawn four times a second
+    shown.close()
     return file.getvalue()
 
 
@@ -46,7 +50,8 @@ def test_log_entries_are_lines_that_fit(width: int) -> None:
     assert entry.endswith("peak GiB 12.50") == (width == 200)
 
 
-def test_without_a_terminal_there_are_lines_alone() -> None:
-    assert screen(60, terminal=False) == (
+@pytest.mark.parametrize(("terminal", "moving"), [(False, True), (True, False)], ids=["no terminal", "no bar"])
+def test_without_a_bar_there_are_lines_alone(terminal: bool, moving: bool) -> None:
+    assert screen(200, terminal=terminal, moving=moving) == (
         "step 1234/2000 · loss 11.2426 · lr 1.0e-03 · tok/s 1,689 · fill 95.5% · peak GiB 12.50\n"
     )

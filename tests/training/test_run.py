@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import stat
@@ -19,12 +21,17 @@ from safetensors.torch import load_file, save_file
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import deltatune
 from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
+from deltatune.runs.folder import read_run
+from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
+from deltatune.training import planned
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
+from deltatune.training.console import RunConsole
 from deltatune.training.export import merge_adapter
 from deltatune.training.lock import locked
 from deltatune.training.mesh import Mesh
@@ -47,6 +54,26 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def loaded_by_the_card(folder: Path) -> Any:
+    """What the code in a model card makes."""
+    code = folder.parent / "load.py"
+    code.write_text((folder / "README.md").read_text().split("```python")[1].split("```")[0])
+    return runpy.run_path(str(code))["model"]
+
+
+def watched_phases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The phases of runs from here on."""
+    seen: list[str] = []
+
+    class Watched(RunConsole):
+        def phase(self, name: str, total: int | None = None) -> Any:
+            seen.append(name)
+            return super().phase(name, total)
+
+    monkeypatch.setattr(run_module, "RunConsole", Watched)
+    return seen
+
+
 def losses(result: Any) -> list[float]:
     return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
@@ -55,10 +82,11 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without Inductor's C++, which takes half a minute; compile/test_graphs.py has that."""
-    given = run_module.compile_options
+    given = planned.compile_options
     monkeypatch.setattr(
-        run_module, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
+        planned, "compile_options", lambda recipe: dataclasses.replace(given(recipe), backend="aot_eager")
     )
+    phases = watched_phases(monkeypatch)
     few = {"target_modules": ["q_proj", "in_proj_qkv", "down_proj"]}  # to trace: of both types of layer
     training = {"gradient_accumulation_steps": 2, "disable_tqdm": False}
     recipe = make_recipe(tmp_path, checkpoint, compile=True, lora=few, training=training)
@@ -67,6 +95,17 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     screen = console.export_text()
     assert screen.index("family qwen3_5") < screen.index("OK: every document") < screen.index("step 1/6")
     assert losses(result)[-1] < losses(result)[0]
+    assert phases == [
+        f"reading {tmp_path / 'train.jsonl'}",
+        "tokenising",
+        "packing",
+        "loading the model",
+        "choosing the activations to keep",
+        "probing the model",
+        "compiling linear_attention_Qwen3_5MLP, graph 1 of 2",
+        "compiling full_attention_Qwen3_5MLP, graph 2 of 2",
+        "saving the model",
+    ]
 
     output = tmp_path / "output"
     report, metrics = (json.loads((output / name).read_text()) for name in ("report.json", "metrics.json"))
@@ -75,11 +114,12 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     assert report["verify"]["ok"]
     assert metrics == result.metrics
     assert metrics["global_step"] == 6
-    assert metrics["trained_tokens"] > 0
+    assert metrics["leg"]["trained_tokens"] > 0
 
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     before = logits(base)
     adapted = logits(PeftModel.from_pretrained(base, str(output)))
+    assert torch.equal(adapted, logits(loaded_by_the_card(output)))
     merged_dir = merge_adapter(output, tmp_path / "merged")
     merged = logits(AutoModelForCausalLM.from_pretrained(merged_dir))
     assert (adapted - before).abs().max() > 0.1, "the adapter does something"
@@ -104,6 +144,7 @@ def test_every_weight_trains_without_a_lora_section(tmp_path: Path, checkpoint: 
     assert reloaded.config.use_cache, "the Trainer's own setting is not the model's"
     assert type(reloaded).__name__ == type(AutoModelForCausalLM.from_pretrained(checkpoint)).__name__
     assert logits(reloaded).isfinite().all()
+    assert torch.equal(logits(reloaded), logits(loaded_by_the_card(tmp_path / "output")))
 
 
 @pytest.mark.parametrize("lora", [{"r": 4, "lora_dropout": 0.2}, None], ids=["adapter", "full"])
@@ -127,7 +168,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     again = train(parts, resume=True, console=QUIET)
-    assert again.metrics["steps"] == 0
+    assert again.metrics["leg"]["steps"] == 0
     assert json.loads((tmp_path / "parts" / "metrics.json").read_text()) == resumed.metrics, "a finished run's figures"
 
 
@@ -151,9 +192,9 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert losses(again) == losses(first)
     assert again.metrics["global_step"] == 5
-    assert again.metrics["steps"] == 0
+    assert again.metrics["leg"]["steps"] == 0
     metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
-    assert metrics["steps"] == (0 if killed else 5)
+    assert metrics["leg"]["steps"] == (0 if killed else 5)
 
 
 def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:
@@ -207,17 +248,22 @@ def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
     assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in console.export_text()
 
 
-def test_a_model_that_is_replaced_is_named(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_finished_model_is_not_replaced(tmp_path: Path, checkpoint: Path) -> None:
     recipe = make_recipe(tmp_path, checkpoint, training={"max_steps": 1})
-    said = []
-    for _ in range(2):
-        console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
-        train(recipe, console=console)
-        said.append("holds the model of an earlier run, which this one will replace" in console.export_text())
-    assert said == [False, True]
+    train(recipe, console=QUIET)
+    files = {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()}
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match=r"holds the model of an earlier run, and no checkpoint .* another folder"):
+            train(recipe, resume=resume, console=QUIET)
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
+        train(recipe, resume=True, console=QUIET)
+    assert {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()} == files
 
 
-def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: Path) -> None:
+def test_the_best_checkpoint_is_named_by_its_place(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = watched_phases(monkeypatch)
     held_out = write_conversations(tmp_path / "eval.jsonl", 12, first=40)
     training = {
         "eval_strategy": "steps",
@@ -231,6 +277,7 @@ def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, checkpoint: P
     (place,) = (tmp_path / "output").glob("checkpoint-*")
     state = json.loads((place / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(place)
+    assert phases[-5:] == ["evaluating", "saving checkpoint-2", "evaluating", "saving checkpoint-4", "saving the model"]
     assert not list((tmp_path / "output").glob(".*"))
 
 
@@ -261,6 +308,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     left = {path.name for path in (tmp_path / "parts").iterdir()}
     assert not left & {"adapter_model.safetensors", "metrics.json", ".lock"}, "it does not look finished"
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
+    assert f"interrupted: {signal.Signals(number).name}: stopped after step 3" in page([read_run(tmp_path / "parts")])
     resumed = train(recipe, resume="auto", console=QUIET)
     assert losses(resumed) == losses(whole)
 
@@ -281,7 +329,26 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
     assert len(next(iter(first["data"].values()))) >= 32, "a digest of the rows"
     assert first["versions"]["torch"] == torch.__version__
     lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
-    assert [(line["leg"], line["step"]) for line in lines if "loss" in line] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    logged = [line for line in lines if "loss" in line]
+    assert [(line["leg"], line["step"]) for line in logged] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert [(leg["first_loss"], leg["last_loss"]) for leg in (first, second)] == [
+        (logged[0]["loss"], logged[1]["loss"]),
+        (logged[2]["loss"], logged[3]["loss"]),
+    ]
+    assert record["model"] == {
+        "name_or_path": str(checkpoint), "revision": None, "commit": None, "class": "Qwen3_5ForCausalLM"
+    }  # fmt: skip
+    assert first["deltatune"]["version"] == deltatune.__version__
+    metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert (metrics["global_step"], metrics["leg"]["steps"]) == (4, 2), "of the model, and of what the last leg did"
+    for name in ("tokens", "trained_tokens", "packs"):
+        assert second[name] == metrics["leg"][name]
+    assert first["packs"] == second["packs"] == 2
+    text = (tmp_path / "output" / "train.log").read_text()
+    assert [text.count(said) for said in ("\ntrain: 40 rows", "OK: every document", "\nsaved to ")] == [2, 2, 2]
+    steps = [line.split(" ·")[0] for line in text.splitlines() if line.startswith("step ")]
+    assert "training.weight_decay: 0.0 -&gt; 0.1" in page([read_run(tmp_path / "output")])
+    assert steps == ["step 1/2", "step 2/2", "step 3/4", "step 4/4"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
@@ -294,14 +361,39 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
         return loss * float("nan") if self.state.global_step == 1 else loss
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
-    with pytest.raises(UserError, match=r"the loss is nan at step 2; nothing after the last checkpoint is saved"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 2 \(.*train\.jsonl, line \d+; .*\); nothing after"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
     record = json.loads((tmp_path / "output" / "run.json").read_text())
     assert record["legs"][0]["status"] == "failed"
     assert "the loss is nan" in record["legs"][0]["reason"]
+    assert (tmp_path / "output" / "train.log").read_text().splitlines()[-1].startswith("failed: the loss is nan at")
     lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] == "nan"
+
+
+def test_a_skipped_update_is_kept_in_the_record(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = PackedTrainer.compute_loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("inf") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
+    console = Console(record=True, width=400, file=(tmp_path / "screen.txt").open("w"))
+    result = train(make_recipe(tmp_path, checkpoint, training={"on_nonfinite": "skip"}), console=console)
+    assert result.metrics["leg"]["skipped_steps"] == 1
+    assert len(losses(result)) == 5
+    screen = console.export_text()
+    assert re.search(r"the loss is inf at step 3 \(.*train\.jsonl, line \d+.*\); its update is left out", screen)
+    assert "updates that were left out, since a loss or gradient norm was no number: steps 3\n" in screen
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert skipped["step"] == 3
+    assert skipped["rows"][0].startswith(f"{tmp_path / 'train.jsonl'}, line ")
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [1]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(

@@ -209,6 +209,24 @@ def test_the_oldest_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2, "the latest is what a run goes on from"
 
 
+def test_a_checkpoint_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within, a run would otherwise leave a part of it under its name."""
+    for step in (2, 4):
+        checkpoint(tmp_path, step)
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "optimizer.pt").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(Killed):
+            rotate(tmp_path, 1, None)
+    assert not (tmp_path / "checkpoint-2").exists()
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
 def test_what_is_no_leftover_stays(tmp_path: Path) -> None:
     for name in ("checkpoint-final", "notes"):
         (tmp_path / name).mkdir()

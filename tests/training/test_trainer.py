@@ -12,7 +12,7 @@ from training_cases import TOKENS, Packs, make_trainer, weights
 
 from deltatune import prepare
 from deltatune.packing.collate import PackedCollator
-from deltatune.training.batches import PACK_COUNTS, CountingCollator
+from deltatune.training.batches import PACK_COUNTS, PACK_ORIGINS, CountingCollator
 from tiny import FAMILIES, VOCAB, tiny_model
 
 
@@ -111,7 +111,7 @@ def test_the_routers_loss_is_the_mean_weighted_by_trained_tokens(tmp_path: Path)
     total, count, routed = 0.0, 0, 0.0
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader():
-            trained = batch.pop(PACK_COUNTS).trained
+            trained, _ = batch.pop(PACK_COUNTS).trained, batch.pop(PACK_ORIGINS)
             output = model(**batch)
             total, count = total + trained * output.loss.item(), count + trained
             routed += trained * 0.5 * output.aux_loss.item()
@@ -163,6 +163,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, split: int
     for name, value in weights(whole.model).items():
         assert torch.equal(value, weights(resumed.model)[name]), name
     assert resumed.train_dataset.seen != whole.train_dataset.seen, "the resumed run skips what it has seen"
+
+
+def test_a_resumed_run_logs_and_saves_as_it_is_told_now(tmp_path: Path) -> None:
+    """The state of a checkpoint holds the steps of the run before."""
+    values = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    first = make_trainer(tmp_path, model=small(), packs=Packs(4), **values)
+    first.add_callback(stop_after(2))
+    first.train()
+    values |= {"save_steps": 5, "logging_steps": 3}
+    resumed = make_trainer(tmp_path, model=small(), packs=Packs(4), **values)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 6, 8]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-5", "checkpoint-8"}
 
 
 def stop_after(step: int) -> Any:

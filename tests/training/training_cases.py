@@ -26,11 +26,11 @@ class Packs:
 
     def __init__(self, count: int, *, tokens: int = TOKENS, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        self.packs = [self._pack(rng, tokens, trained) for trained in np.linspace(0.15, 1.0, count)]
+        self.packs = [self._pack(rng, tokens, trained, n) for n, trained in enumerate(np.linspace(0.15, 1.0, count))]
         self.seen: list[int] = []
 
     @staticmethod
-    def _pack(rng: np.random.Generator, tokens: int, trained: float) -> list[Sample]:
+    def _pack(rng: np.random.Generator, tokens: int, trained: float, number: int) -> list[Sample]:
         samples: list[Sample] = []
         room = int(rng.integers(tokens * 2 // 3, tokens + 1))
         while room >= 3:
@@ -38,7 +38,7 @@ class Packs:
             ids = rng.integers(1, VOCAB, length)
             labels = np.where(rng.random(length) < trained, ids, IGNORE_INDEX)
             labels[-1] = ids[-1]
-            samples.append(Sample(ids, labels))
+            samples.append(Sample(ids, labels, 100 * number + len(samples)))
             room -= length
         return samples
 
@@ -48,6 +48,9 @@ class Packs:
     def __getitem__(self, index: int) -> list[Sample]:
         self.seen.append(index)
         return self.packs[index]
+
+    def where(self, origin: int) -> str:
+        return f"pack {origin // 100}, row {origin % 100}"
 
     def epochs(self, _: int) -> range:
         return range(len(self))

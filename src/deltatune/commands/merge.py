@@ -15,7 +15,12 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Merges ``args.adapter`` into its base and writes ``args.output``."""
     folder = merge_adapter(
-        args.adapter, args.output, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+        args.adapter,
+        args.output,
+        base=args.base,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        say=lambda line: sys.stdout.write(f"{line}\n"),
     )
     sys.stdout.write(f"merged model in {folder}\n")
     return 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+from pathlib import Path
 from typing import Final
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -15,13 +18,19 @@ from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.report import counted
 from deltatune.data.stream import PackStream
+from deltatune.errors import UserError
+from deltatune.preparation import Prepared
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
+from deltatune.training.export import check_kind
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_data
-from deltatune.training.run import estimate_step, prepare_by_recipe
+from deltatune.training.planned import estimate_step, prepare_by_recipe
+from deltatune.training.preflight import missing_optimizer
+from deltatune.training.sealed import steps_of
+from deltatune.training.space import check_space
 
 __all__ = ["run"]
 
@@ -35,20 +44,72 @@ def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
     recipe: Recipe = args.recipe
     arguments = training_arguments(recipe.training)
+    warnings = [*args.warnings, *_missing_here(recipe, arguments.device), *_held(recipe)]
     model = adapt(empty_model(recipe.model), recipe.lora)
-    report = prepare_by_recipe(recipe, model, device=arguments.device).report
+    room = check_space(model, recipe)
+    prepared, unavailable = _prepared(recipe, model, arguments.device)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     data.check_tokens(model, tokenizer)
-    sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)
-    lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", str(report)]
-    lines += ["", *data.lines(), *_steps(data.train, arguments)]
+    report = prepared.report
+    sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
+    lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
+    lines += ["", *data.lines(), *_steps(data.train, arguments), *room.lines()]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
     lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}", *_smaller_state(recipe, model, estimate)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _terminal_width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _is_elsewhere(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the run is meant for another machine: there is no accelerator here, and the recipe wants one."""
+    return device.type == "cpu" and not recipe.training.use_cpu
+
+
+def _missing_here(recipe: Recipe, device: torch.device) -> list[str]:
+    """The optimizer's package, which a run on another machine may find there.
+
+    Raises:
+        UserError: it is missing where the run will train.
+    """
+    missing = missing_optimizer(recipe.training.optim)
+    if missing is not None and not _is_elsewhere(recipe, device):
+        raise UserError(missing)
+    return [] if missing is None else [f"{missing} where the run will train"]
+
+
+def _prepared(recipe: Recipe, model: nn.Module, device: torch.device) -> tuple[Prepared, list[str]]:
+    """The model as it will train, and what of it is known to be otherwise where the run will train.
+
+    Raises:
+        UserError: what ``prepare`` refuses.
+    """
+    try:
+        return prepare_by_recipe(recipe, model, device=device), []
+    except UserError as error:
+        if recipe.kernels == "auto" or not _is_elsewhere(recipe, device):
+            raise
+        chosen = recipe.model_copy(update={"kernels": "auto"})
+        return prepare_by_recipe(chosen, model, device=device), [f"{error}; what follows is for kernels: auto"]
+
+
+def _held(recipe: Recipe) -> list[str]:
+    """What an earlier run left in the folder, which a run has to be told about.
+
+    Raises:
+        UserError: a model of the other kind.
+    """
+    output_dir = Path(recipe.training.output_dir).expanduser()
+    check_kind(output_dir, adapter=recipe.lora is not None)
+    if not steps_of(output_dir):
+        return []
+    return [f"{output_dir} holds checkpoints of an earlier run: train takes --resume, or another training.output_dir"]
 
 
 def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -> list[str]:

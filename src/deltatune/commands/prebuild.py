@@ -19,8 +19,8 @@ from deltatune.packing.collate import PackedCollator
 from deltatune.training.adapters import adapt
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
+from deltatune.training.planned import prepare_by_recipe
 from deltatune.training.preference import as_reference, base_is_start
-from deltatune.training.run import prepare_by_recipe
 
 __all__ = ["build", "document_counts", "shallow"]
 

@@ -8,17 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import LogRecord
 
+from huggingface_hub.utils.tqdm import enable_progress_bars
+from rich.console import Console
 from transformers.utils import logging
+
+from deltatune.phases import shown_by
+from deltatune.training.console import RunConsole
 
 __all__ = ["quiet_libraries"]
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """So that an error is the only line: no loading bars unless someone watches, no deprecations and advice."""
+    """So that an error is the only line: no deprecations and advice; phases and downloads are shown to who watches."""
     shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    watched = sys.stderr.isatty()
+    if watched:
+        enable_progress_bars()  # of downloads; loading is a phase
     kernels = logging.get_logger("transformers.integrations.hub_kernels")
     # the probe's comparison runs stock layers, whatever kernels they would like; a run's own are in its report
     kernels.addFilter(_names_no_fallback)
@@ -26,7 +33,8 @@ def quiet_libraries() -> Iterator[None]:
         # PEFT asks transformers for attributes that the latter is renaming
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
         try:
-            yield
+            with shown_by(RunConsole(Console(stderr=True), moving=watched).phase):
+                yield
         finally:
             kernels.removeFilter(_names_no_fallback)
             if shown:

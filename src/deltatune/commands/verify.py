@@ -11,6 +11,7 @@ import torch
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, first_line
+from deltatune.phases import phase
 from deltatune.preparation import prepare
 from deltatune.training.checkpoint import load_model
 from deltatune.verification import verify
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.stock:
         prepare(model)
     given: dict[str, Any] = {"lengths": args.lengths, "tolerance": args.tolerance}
-    report = verify(model, **{name: value for name, value in given.items() if value is not None})
+    with phase("probing the model"):
+        report = verify(model, **{name: value for name, value in given.items() if value is not None})
     sys.stdout.write(f"{report}\n")
     return 0 if report.ok else 1
 

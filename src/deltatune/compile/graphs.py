@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deltatune.compile.partition import Partitioner, recompute_functions
 from deltatune.hf.hooks import hooks_inside
 from deltatune.options import CompileOptions
+from deltatune.phases import phase
 from deltatune.state import State, bound
 
 __all__ = [
@@ -83,6 +84,7 @@ class Graphs:
         self.options = options
         self.checkpointing = checkpointing
         self.report = CompileReport()
+        self.expected = 0  # graphs of a forward, one for each type of layer, for progress to say
         # under scope="model" the layers checkpoint themselves while they are traced
         self._checkpointed = checkpointing == "layer" and options.scope == "layer"
         # by the identities of the functions that hang inside, whose death takes out what was compiled with them
@@ -161,7 +163,10 @@ class Graphs:
         if key in self._called:
             yield
             return
-        with self._compiling:
+        name, _ = key
+        kind = name.partition(" (")[2]
+        number = 1 + sum(called.partition(" (")[2] == kind for called, _ in self._called)
+        with self._compiling, phase(f"compiling {name}, graph {number} of {max(number, self.expected)}"):
             yield
             self._called.add(key)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from deltatune.config.refused import PASSED_TRAINING_NAMES
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import KeyPath
 from deltatune.errors import nearest
@@ -76,7 +77,8 @@ def _finding(path: KeyPath, findings: list[ErrorDetails]) -> str:
         return f"{dotted(path)} is missing"
     if first["type"] == "extra_forbidden":
         keys = known_keys(path[:-1])
-        return f"{dotted(path)}: unknown key{nearest(str(path[-1]), keys)}; expected one of {', '.join(keys)}"
+        close = nearest(str(path[-1]), keys) or _in_a_section(path)
+        return f"{dotted(path)}: unknown key{close}; expected one of {', '.join(keys)}"
     keys_at_fault = [finding for finding in findings if finding["loc"][-1:] == ("[key]",)]
     if keys_at_fault:
         allowed = _expected(keys_at_fault[0])
@@ -86,6 +88,15 @@ def _finding(path: KeyPath, findings: list[ErrorDetails]) -> str:
     words = re.findall(r"'([^']+)'", expected)
     close = nearest(first["input"], words) if isinstance(first["input"], str) else ""
     return f"{dotted(path) or 'the recipe'}: expected {expected}, got {shown(first['input'])}{close}"
+
+
+def _in_a_section(path: KeyPath) -> str:
+    """``" (did you mean training.learning_rate?)"`` for a key that stands outside the section it belongs into."""
+    if len(path) > 1:
+        return ""
+    found = [f"{section}.{path[0]}" for section in known_keys(()) if path[0] in known_keys((section,))]
+    found += [f"training.{path[0]}"] if path[0] in PASSED_TRAINING_NAMES else []
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def _expected(finding: ErrorDetails) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+from pydantic import BaseModel
 
 from deltatune.config.explain import dotted, explain, known_keys, names_free_mapping, shown
 from deltatune.config.rules import check_recipe
@@ -66,8 +67,28 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> LoadedR
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; ``load_recipe`` reads it back as the same recipe."""
-    return dump_yaml(recipe.model_dump(mode="json"))
+    """The recipe as YAML with its defaults written out, but for those that say nothing (null, empty lists, mappings).
+
+    ``load_recipe`` reads it back as the same recipe.
+    """
+    dumped = recipe.model_dump(mode="json")
+    return dump_yaml(_telling(recipe, {**dumped, "compile": dumped["compile"] or False}))
+
+
+def _telling(section: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """What a section says, without defaults that say nothing; a null that is no default stays."""
+    kept: dict[str, Any] = {}
+    for name, value in dumped.items():
+        field, given = type(section).model_fields.get(name), getattr(section, name)
+        if field is not None and value in (None, [], {}) and given == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(given, BaseModel):
+            value = _telling(given, value)
+        elif isinstance(given, tuple):
+            parts = zip(given, value, strict=True)
+            value = [_telling(part, item) if isinstance(part, BaseModel) else item for part, item in parts]
+        kept[name] = value
+    return kept
 
 
 def _override(data: Any, override: str, places: dict[KeyPath, str]) -> None:

@@ -9,15 +9,25 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from deltatune.config.idle import idle_settings
 from deltatune.config.inductor import INDUCTOR_OPTIONS
-from deltatune.config.refused import refusal
+from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
-__all__ = ["adapter_errors", "check_recipe", "check_training_names"]
+__all__ = ["adapter_errors", "check_recipe", "check_training_names", "start_errors"]
 
 _DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
+_NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
+_STARTS = re.compile(r"(?i:gaussian|mica|olora)|orthogonal|pissa(_niter_\d+)?")
+# PEFT's others, which it would ignore, or fail at, without what they begin from
+_STARTS_FROM_DATA = {
+    "eva": "begins from activations on data, which no recipe gives it",
+    "corda": "begins from covariances of activations, which no recipe gives it",
+    "lora_ga": "begins from gradients on data, which no recipe gives it",
+    "loftq": "begins from what quantisation loses, and no recipe quantises the base",
+}
 # formats whose rows hold messages, or may hold them
 _OF_MESSAGES = ("auto", "preference", "chat", "prompt_completion")
 # formats whose rows say themselves which tokens train
@@ -53,9 +63,10 @@ def _training_names(recipe: Recipe) -> Iterator[str]:
             "choose one of random, sequential"
         )
     sharding = extra.get("accelerator_config")
-    for name in ("dispatch_batches", "split_batches", "even_batches"):
+    for name in ("dispatch_batches", "split_batches", "even_batches", "use_seedable_sampler", "non_blocking"):
         if isinstance(sharding, dict) and sharding.get(name) is not None:
             yield f"training.accelerator_config.{name} cannot act here: every rank reads its own packs"
+    yield from idle_settings(recipe)
 
 
 def _schedule_errors(recipe: Recipe) -> Iterator[str]:
@@ -89,6 +100,9 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
 def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.training.bf16 and recipe.training.fp16:
         yield "training.bf16 and training.fp16 exclude each other; keep one"
+    if recipe.training.on_nonfinite == "skip":
+        for key, why in _takes_steps_itself(recipe.training):
+            yield f"training.on_nonfinite: skip cannot act with training.{key}, {why}; set it to stop or dump"
     # the loss scaler refuses to unscale float16 gradients
     if recipe.training.fp16 and recipe.model.dtype == "float16" and recipe.lora is None:
         yield "training.fp16 scales the gradients of float32 weights; set model.dtype to float32 (or training.bf16)"
@@ -102,6 +116,16 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
 
 
+def _takes_steps_itself(training: TrainingSection) -> Iterator[tuple[str, str]]:
+    """What makes updates, or leaves them out, where the trainer has no say."""
+    if training.fp16:
+        yield "fp16", "whose loss scaler leaves updates out by itself"
+    if (training.model_extra or {}).get("deepspeed") is not None:
+        yield "deepspeed", "which makes the update within the backward"
+    if "lomo" in training.optim:
+        yield "optim", f"since {training.optim} makes the update within the backward"
+
+
 def adapter_errors(lora: LoraSection) -> Iterator[str]:
     """What is wrong with the section whatever the model is, one line each."""
     if lora.target_modules is None and lora.target_parameters is None:
@@ -111,6 +135,19 @@ def adapter_errors(lora: LoraSection) -> Iterator[str]:
     for name in ("lora_dropout", "use_dora") if lora.target_parameters is not None else ():
         if getattr(lora, name):
             yield f"lora.{name} cannot act on lora.target_parameters; leave one of them out"
+    if lora.target_parameters is None:
+        # which of them can begin at all, their shapes say
+        yield from start_errors(lora)
+
+
+def start_errors(lora: LoraSection) -> Iterator[str]:
+    """An initialisation that PEFT does not know, or could not carry out."""
+    start = lora.init_lora_weights
+    if isinstance(start, str) and not _STARTS.fullmatch(start):
+        why = _STARTS_FROM_DATA.get(
+            start.lower(), f"is none of PEFT's that can act here{nearest(start, _NAMED_STARTS)}"
+        )
+        yield f"lora.init_lora_weights: {start} {why}; choose true, false or one of {', '.join(_NAMED_STARTS)}"
 
 
 def _data_errors(recipe: Recipe) -> Iterator[str]:
@@ -252,10 +289,16 @@ def check_training_names(training: TrainingSection, known: Iterable[str]) -> Non
     """Checks names beyond the section's own fields against TrainingArguments' names, which the caller supplies.
 
     Raises:
-        UserError: a name that is none, with the nearest one.
+        UserError: a name that is none, with the nearest one; or one of a newer transformers, of which nobody has said
+            what it does here.
     """
     names = set(known)
     for name in training.model_extra or {}:
+        if name in names and name not in PASSED_TRAINING_NAMES and name not in REFUSED_TRAINING_NAMES:
+            raise RecipeKeyError(
+                ("training", name),
+                f"training.{name} is newer than this deltatune, which does not know whether it acts here; leave it out",
+            )
         if name not in names:
             close = nearest(name, sorted(names))
             raise RecipeKeyError(

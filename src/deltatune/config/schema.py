@@ -119,7 +119,8 @@ class LoraSection(Section):
     """Weight-decomposed adapters on PEFT's own layers, which torch 2.13 takes with `compile.strict: false` alone."""
 
     init_lora_weights: Flag | Text = True
-    """PEFT's initialisation of A and B by name; `true` starts at the base model exactly."""
+    """PEFT's initialisation of A and B: `true` and `gaussian` start at the base model exactly; also `false`,
+    `orthogonal`, `mica`, and `pissa`, `pissa_niter_4` and `olora`, which are saved as plain adapters of rank `2 r`."""
 
     adapter_dtype: Literal["float32", "model"] = "float32"
     """The dtype of A and B; `model` takes the base weights' and halves the optimizer's memory at some precision."""
@@ -280,8 +281,8 @@ class CompileSection(Section):
 class TrainingSection(Section):
     """The training loop, in the names of `transformers.TrainingArguments`.
 
-    The fields below are the usual ones; any other TrainingArguments name may be given as well. Names that have no
-    effect here, or another home in the recipe, are refused.
+    The fields below are the usual ones, and one of our own, `on_nonfinite`; any other TrainingArguments name may be
+    given as well. Names that have no effect here, or another home in the recipe, are refused.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -356,7 +357,7 @@ class TrainingSection(Section):
     """The run's name in a tracker."""
 
     disable_tqdm: Flag | None = None
-    """Show no progress bar."""
+    """Show no progress bars; log entries are printed anyway."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When `data.eval` is evaluated during training; it always is afterwards."""
@@ -385,9 +386,18 @@ class TrainingSection(Section):
     dataloader_pin_memory: Flag = True
     """Collate into pinned memory, which copies to an accelerator faster."""
 
+    on_nonfinite: Literal["stop", "skip", "dump"] = "stop"
+    """What becomes of a step whose loss or gradient norm is no number. `stop` ends the run at its next log line or
+    checkpoint and names the rows; `skip` leaves the update out, names the rows, and ends the run after 10 in a row;
+    `dump` ends it before the update and writes the step's packs into the run's folder. `skip` and `dump` wait for the
+    device once a step."""
+
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included.
+
+        ``on_nonfinite`` is ours and left out.
+        """
+        return self.model_dump(mode="json", exclude={"on_nonfinite"}, exclude_none=True)
 
 
 class VerifySection(Section):

@@ -16,6 +16,7 @@ from deltatune.data.overlong import Limit, Overlong, cut_documents, cut_pairs
 from deltatune.data.report import PackingReport, counted, one_source, variance_between
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
+from deltatune.phases import phase
 
 __all__ = ["PackedDataset", "ReferencedPack", "pack_documents"]
 
@@ -53,7 +54,8 @@ class PackedDataset:
         pieces = self.pieces(pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack])
         places = (array[pieces].tolist() for array in (self.sources, self.starts, self.lengths))
         samples = [
-            self.documents[source].sample(start, start + length) for source, start, length in zip(*places, strict=True)
+            self.documents[source].sample(start, start + length, piece)
+            for source, start, length, piece in zip(*places, pieces.tolist(), strict=True)
         ]
         return samples if self.reference is None else ReferencedPack(samples, self.reference[pieces])
 
@@ -65,6 +67,11 @@ class PackedDataset:
     def pieces(self, members: NDArray[np.integer]) -> NDArray[np.integer]:
         """The pieces of members of a pack, in their order."""
         return (members[:, None] * self.per_member + np.arange(self.per_member)).ravel()
+
+    def where(self, piece: int) -> str:
+        """The row that a piece, by its number, comes from, in words."""
+        documents = self.documents[int(self.sources[piece])]
+        return documents.where(documents.document_at(int(self.starts[piece])))
 
 
 def pack_documents(
@@ -116,10 +123,11 @@ def pack_documents(
         )
     lengths = [_of_members(part.lengths, per_member) for part in parts]
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
-    mixture = Mixture.of(lengths, shares, seed=seed or 0)
     all_lengths = np.concatenate(lengths)
-    epochs = Epochs(all_lengths, tokens_per_batch, mixture, seed=seed)
-    packs = epochs(0)
+    with phase("packing"):
+        mixture = Mixture.of(lengths, shares, seed=seed or 0)
+        epochs = Epochs(all_lengths, tokens_per_batch, mixture, seed=seed)
+        packs = epochs(0)
     tokens = int(all_lengths[packs.members].sum())
     targets = _of_members(np.concatenate([part.targets for part in parts]), per_member)
     report = PackingReport(

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.utils import logging
 
 from deltatune.data.chat import Renderer
 from deltatune.data.formats import Layout, Row, unused_columns
@@ -30,6 +29,7 @@ from deltatune.data.shards import Shard, read_shard, write_shard
 from deltatune.data.sources import Rows
 from deltatune.errors import DataError, UserError
 from deltatune.packing.sample import IGNORE_INDEX, Sample
+from deltatune.phases import phase
 
 __all__ = ["Documents", "OnBadRow", "tokenize"]
 
@@ -94,11 +94,11 @@ class Documents:
         """The largest id of all tokens."""
         return max(int(shard.tokens.max(initial=0)) for shard in self.shards)
 
-    def sample(self, start: int, end: int) -> Sample:
+    def sample(self, start: int, end: int, origin: int | None = None) -> Sample:
         """Tokens ``start`` to ``end`` of the stream, which lie in one document, as a sample."""
         shard, tokens = self._slice(start, end)
         ids = shard.tokens[tokens].astype(np.int64)
-        return Sample(ids, np.where(shard.trained[tokens], ids, IGNORE_INDEX))
+        return Sample(ids, np.where(shard.trained[tokens], ids, IGNORE_INDEX), origin)
 
     def num_trained(self, start: int, end: int) -> int:
         """Tokens ``start`` to ``end`` of the stream, which lie in one document, that are targets."""
@@ -108,6 +108,10 @@ class Documents:
     def where(self, document: int) -> str:
         """The row of a document, in words."""
         return self.source.where(int(self.rows[document]))
+
+    def document_at(self, start: int) -> int:
+        """The document in which a token of the stream lies."""
+        return int(np.searchsorted(self.offsets, start, side="right")) - 1
 
     @cached_property
     def _begins(self) -> NDArray[np.int64]:
@@ -170,22 +174,21 @@ def num_cores() -> int:
 def _made(task: _Task, missing: Sequence[int], num_proc: int) -> Iterator[Shard]:
     """The shards of these numbers, made."""
     workers = min(num_proc, len(missing))
-    # a bar on terminals alone, which goes when the rows are done
-    progress: dict[str, Any] = {
-        "desc": "tokenising",
-        "total": len(missing),
-        "unit": "shard",
-        "leave": False,
-        "disable": None,
-    }
     if workers <= 1:
-        yield from logging.tqdm(map(task, missing), **progress)
+        with phase("tokenising", len(missing)) as advance:
+            for done, number in enumerate(missing):
+                advance(done)
+                yield task(number)
         return
     pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task,))
     try:
-        for shard, number in zip(logging.tqdm(pool.map(_work, missing), **progress), missing, strict=True):
-            # what is on disk is mapped again here rather than sent
-            yield shard or task.kept(number) or task(number)
+        # all processes are there before a phase may start a thread, which they would inherit
+        made = pool.map(_work, missing)
+        with phase("tokenising", len(missing)) as advance:
+            for done, (shard, number) in enumerate(zip(made, missing, strict=True), start=1):
+                advance(done)
+                # what is on disk is mapped again here rather than sent
+                yield shard or task.kept(number) or task(number)
     except BrokenProcessPool as error:
         raise UserError(
             "a process that tokenised was killed, most likely for lack of memory; set data.num_proc to a smaller "

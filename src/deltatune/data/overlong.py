@@ -73,7 +73,7 @@ def cut_documents(
     if not too_long.size:
         return whole
     if overlong == "error":
-        first = int(np.searchsorted(documents.offsets, whole.starts[too_long[0]], side="right")) - 1
+        first = documents.document_at(int(whole.starts[too_long[0]]))
         raise DataError(
             f"{documents.where(first)} has {documents.lengths[first]} tokens, more than {limit} "
             f"({counted(too_long.size, 'such document')} in {documents.source.name}); raise it, or set data.overlong "
@@ -161,7 +161,7 @@ def cut_sample(sample: Sample, limit: Limit, overlong: Overlong, where: str, cou
     counts[_COUNTED[overlong]] += 1
     last = {"drop": 0, "truncate": 1, "split": len(sample)}[overlong]
     slices = (slice(at, at + limit.tokens) for at in range(0, last, limit.tokens))
-    parts = [Sample(sample.input_ids[part], sample.labels[part]) for part in slices]
+    parts = [Sample(sample.input_ids[part], sample.labels[part], sample.origin) for part in slices]
     trained = [part for part in parts if part.num_trained]
     counts["unlabelled"] += len(parts) - len(trained)
     return trained

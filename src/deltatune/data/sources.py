@@ -16,7 +16,7 @@ from deltatune.data.table_rows import arrow_rows, hub_rows, import_datasets, par
 from deltatune.data.unpacked import default_cache, open_data, unpacked
 from deltatune.errors import DataError, near_files, nearest, one_line
 
-__all__ = ["Rows", "is_local", "load_rows"]
+__all__ = ["Rows", "check_source", "is_local", "load_rows"]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LINES = (".jsonl", ".ndjson", ".txt")
@@ -70,6 +70,15 @@ def load_rows(
         raise DataError(f"{path} holds no rows; expected at least one")
     _look_for(set(needed), rows)
     return rows
+
+
+def check_source(path: str, name: str | None) -> None:
+    """Looks whether there is something to read, without reading it; of the Hub nothing is asked.
+
+    Raises:
+        DataError: neither a file, a folder or a pattern here, nor what may be a name on the Hub.
+    """
+    _local_splits(path, name)
 
 
 def is_local(path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -74,6 +74,7 @@ class Place:
             lengths=lengths,
             input_ids=np.concatenate([nothing, *(sample.input_ids for sample in self.left)]),
             labels=np.concatenate([nothing, *(sample.labels for sample in self.left)]),
+            origins=np.array([str(sample.origin) for sample in self.left], dtype=np.str_),
         )
 
     @classmethod
@@ -88,12 +89,13 @@ class Place:
                 block, pack = arrays["place"].tolist()
                 lengths = arrays["lengths"]
                 ids, labels = (np.split(arrays[name], np.cumsum(lengths)[:-1]) for name in ("input_ids", "labels"))
+                origins = arrays["origins"].tolist()
         # a broken archive: its list, a member's flags or length, a checksum
         except (OSError, EOFError, ValueError, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
             raise DataError(
                 f"{file} does not tell where the stream of data was: {error}; take another checkpoint"
             ) from error
-        return cls(block, pack, tuple(map(Sample, ids, labels)) if lengths.size else ())
+        return cls(block, pack, tuple(map(Sample, ids, labels, origins)) if lengths.size else ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +168,10 @@ class PackStream:
             if self._next > number:
                 return StreamedPack(found, passed)
 
+    def where(self, origin: str) -> str:
+        """The row that a sample comes from, in words, which is its origin here."""
+        return origin
+
     def __getstate__(self) -> dict[str, object]:
         """Without the generator, which another process starts again from ``start``."""
         return {**self.__dict__, "_packs": iter(()), "_next": -1}
@@ -232,7 +238,7 @@ class PackStream:
                     dropped.append(str(error))
                     continue
                 for sample in samples:
-                    documents += cut_sample(sample, limit, self.overlong, where, cut)
+                    documents += cut_sample(replace(sample, origin=where), limit, self.overlong, where, cut)
         if not documents:
             # a source begins again at its end, so this might go on for ever
             names = ", ".join(source.rows.name for source in self.sources)

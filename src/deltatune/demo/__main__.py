@@ -24,8 +24,10 @@ from deltatune.errors import UserError
 from deltatune.preparation import prepare
 from deltatune.report import table
 from deltatune.training.checkpoint import load_tokenizer
+from deltatune.training.export import MARKERS
 from deltatune.training.packs import load_data, padding_token
-from deltatune.training.run import prepare_by_recipe, train
+from deltatune.training.planned import prepare_by_recipe
+from deltatune.training.run import train
 from deltatune.verification import verify
 
 __all__ = ["main", "make_files", "run"]
@@ -85,6 +87,8 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
     _show(console, "Asking it", f"{len(held_out)} held-out questions, answered greedily by the untrained model")
     before = _ask(recipe.model.name_or_path, held_out)
     _show(console, "Training it", "as `deltatune train` does it: packed, compiled, every weight")
+    for name in MARKERS:  # made anew, as checkpoint and data are
+        (Path(recipe.training.output_dir) / name).unlink(missing_ok=True)
     result = train(recipe, console=console)
     trained = str(result.output_dir)
     after = _ask(trained, held_out)
@@ -99,7 +103,7 @@ def run(recipe: Recipe, console: Console, *, num_train: int = NUM_TRAIN) -> list
     probed = AutoModelForCausalLM.from_pretrained(trained)
     prepare(probed)
     _show(console, "Are documents independent?", "the probe on the trained weights", "", str(verify(probed)))
-    _show(console, "How it ran", *_figures(result.metrics))
+    _show(console, "How it ran", *_figures(result.metrics["leg"]))
     _show(
         console,
         "Against the stock model",
@@ -142,14 +146,14 @@ def _scores(conversations: Sequence[Conversation], before: Sequence[str], after:
     return table(("held-out questions", "right before", "right after"), rows)
 
 
-def _figures(metrics: dict[str, Any]) -> Iterator[str]:
+def _figures(leg: dict[str, Any]) -> Iterator[str]:
     """Fill, rates and graphs of the training run."""
-    yield f"packs: {metrics['packs']:,} trained on, {metrics['fill']:.1%} full"
-    yield f"training: {metrics['seconds']:.0f} s in all, compiling included"
-    if "steady_tokens_per_second" in metrics:
-        rates = metrics["steady_tokens_per_second"], metrics["steady_trained_tokens_per_second"]
+    yield f"packs: {leg['packs']:,} trained on, {leg['fill']:.1%} full"
+    yield f"training: {leg['seconds']:.0f} s in all, compiling included"
+    if "steady_tokens_per_second" in leg:
+        rates = leg["steady_tokens_per_second"], leg["steady_trained_tokens_per_second"]
         yield "rate after the first steps: {:,.0f} tokens/s, {:,.0f} of them trained".format(*rates)
-    if (compiled := metrics["compile"]) is not None:
+    if (compiled := leg["compile"]) is not None:
         yield "graphs: " + ", ".join(f"{name} {count}" for name, count in compiled["graphs"].items())
         yield f"graph breaks: {len(compiled['breaks'])}, recompiles: {len(compiled['recompiles'])}"
         yield f"compiling: {compiled['seconds']:.0f} s"

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from deltatune.packing.sample import IGNORE_INDEX, Sample
-from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts
+from deltatune.training.batches import PACK_COUNTS, PACK_ORIGINS, CountingCollator, PackCounts
 from deltatune.training.metrics import MeterReading
 
 __all__ = ["compare", "padded_batch", "shuffled_batches"]
@@ -53,6 +53,7 @@ def compare(
 def _step(before: MeterReading, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> MeterReading:
     """Trains on a batch and counts it: forward, backward and optimizer."""
     counts = batch.pop(PACK_COUNTS)
+    batch.pop(PACK_ORIGINS, None)
     began = time.perf_counter()
     model(**batch, use_cache=False).loss.backward()
     optimizer.step()

@@ -147,8 +147,8 @@ def _compiled(value: Any) -> Outcome:
 _FLAGS = (
     "logging_first_step disable_tqdm save_only_model load_best_model_at_end dataloader_pin_memory greater_is_better "
     "push_to_hub hub_private_repo hub_always_push full_determinism use_cpu ddp_find_unused_parameters "
-    "ddp_broadcast_buffers log_on_each_node save_on_each_node eval_on_start bf16_full_eval fp16_full_eval "
-    "dataloader_drop_last dataloader_persistent_workers enable_jit_checkpoint ignore_data_skip skip_memory_metrics fp16"
+    "ddp_broadcast_buffers log_on_each_node save_on_each_node eval_on_start dataloader_drop_last "
+    "dataloader_persistent_workers skip_memory_metrics fp16"
 )
 _NUMBERS = "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm learning_rate eval_delay"
 _COUNTS = "gradient_accumulation_steps save_total_limit ddp_timeout ddp_bucket_cap_mb dataloader_prefetch_factor"
@@ -207,7 +207,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "accelerator_config": idle("every rank reads its own packs"),
     "parallelism_config": refused(SHARDING),
     "hub_token": refused("set the HF_TOKEN environment variable"),
-    "overwrite_output_dir": idle("a folder with another run's checkpoints is never overwritten"),
+    "overwrite_output_dir": idle("a folder with another run's checkpoints or model is never overwritten"),
     "resume_from_checkpoint": refused("use deltatune train --resume"),
     "do_train": idle(_COMMANDS),
     "do_eval": idle(_COMMANDS),
@@ -215,6 +215,13 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "local_rank": idle("the launcher sets it"),
     "save_safetensors": idle("files are always safetensors"),
     "eval_accumulation_steps": idle("evaluation keeps no logits"),
+    "eval_use_gather_object": idle("evaluation keeps no logits"),
+    "bf16_full_eval": refused("it would round the weights that are saved"),
+    "fp16_full_eval": refused("it would round the weights that are saved"),
+    "enable_jit_checkpoint": idle("SIGTERM always saves a checkpoint"),
+    "ignore_data_skip": refused("a run that goes on does so in its place in the data"),
+    "restore_callback_states_from_checkpoint": idle("nothing that watches a run has a state of its own"),
+    "debug": refused("use training.on_nonfinite: dump"),
     "label_names": idle("the labels of a pack are known"),
     "prediction_loss_only": idle("evaluation keeps no logits"),
     "logging_dir": refused("set the TENSORBOARD_LOGGING_DIR environment variable"),

@@ -178,6 +178,8 @@ class TextModel(Swapped):
         self._check_adapters()
         wants_logits = keep_capture_hooks_outside(self, call, options.scope, routers=lambda: has_router(self))
         if options.scope == "layer":
+            graphs = graphs_of(self._deltatune)
+            graphs.expected = graphs.expected or len({layer_label(layer) for layer in self.layers})
             if not wants_logits:
                 return super().forward(**call)
             if not all(isinstance(router, Router) for router in recorded_routers(self)):

@@ -22,10 +22,12 @@ class Sample:
     Attributes:
         input_ids: int64 ``[T]``.
         labels: int64 ``[T]``, unshifted: the token itself where it trains, ``IGNORE_INDEX`` elsewhere.
+        origin: the row that it comes from, as the data set's ``where`` takes it; None where nothing is known.
     """
 
     input_ids: Tokens
     labels: Tokens
+    origin: int | str | None = None
 
     def __len__(self) -> int:
         return self.input_ids.size

@@ -9,22 +9,24 @@ from typing import Any, cast
 
 from torch import nn
 
-from deltatune.config.rules import adapter_errors
+from deltatune.config.rules import adapter_errors, start_errors
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
+from deltatune.subclass import stock_class
+from deltatune.training.starts import begins_in_base, refuse_tied
 
 __all__ = ["adapt"]
 
 
-def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
+def adapt(model: nn.Module, section: LoraSection | None, *, revision: str | None = None) -> nn.Module:
     """The model as a recipe trains it: with LoRA adapters and everything else frozen, or, without a section, whole.
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
     ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
-    with ``adapter_dtype: model``.
+    with ``adapter_dtype: model``. ``revision`` of the base model is recorded with them.
 
     Raises:
         UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
@@ -40,16 +42,37 @@ def adapt(model: nn.Module, section: LoraSection | None) -> nn.Module:
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
+    if errors := list(start_errors(section)):
+        raise UserError(errors[0])
+    if hf_model.text_model(model).get_input_embeddings().weight.is_meta:
+        # shapes do not depend on it, and weights that are not there cannot be taken apart
+        arguments["init_lora_weights"] = True
     try:
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
+        config = peft.LoraConfig(revision=revision, **_base(model), **arguments)
         adapted: nn.Module = peft.get_peft_model(
             model, config, autocast_adapter_dtype=section.adapter_dtype == "float32"
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error
+    if begins_in_base(section.init_lora_weights):
+        refuse_tied(adapted)
     if added := set(config.target_parameters or ()) - set(arguments["target_parameters"] or ()):
         raise UserError(_taken(model, section.target_modules, added))
     return adapted
+
+
+def _base(model: nn.Module) -> dict[str, Any]:
+    """What names the base model's class; PEFT records its path.
+
+    Without a task PEFT's ``AutoPeftModel...`` classes load the class that is named here. With CAUSAL_LM they take
+    AutoModelForCausalLM, whose class for a checkpoint of a model with images has other names, and no adapter fits them.
+    """
+    cls = stock_class(model)
+    plain = cls.__name__.endswith("ForCausalLM") or not cls.__module__.startswith("transformers.")
+    return {
+        "task_type": "CAUSAL_LM" if plain else None,
+        "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
+    }
 
 
 def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[str, Any]:

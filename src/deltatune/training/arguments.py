@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Final
 
+import huggingface_hub
 import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError, nearest, one_line
+from deltatune.training.hub import silence
 
 __all__ = ["autocast_dtype", "training_arguments"]
 
@@ -26,23 +27,6 @@ _FIXED: Final[Mapping[str, object]] = {
     "per_device_train_batch_size": 1,
     "prediction_loss_only": True,
     "remove_unused_columns": False,
-}
-
-# What optimizers need besides torch, by a part of their name; the first part that fits counts.
-_PACKAGES: Final[Mapping[str, str]] = {
-    "torch_8bit": "torchao",
-    "torch_4bit": "torchao",
-    "galore": "galore_torch",
-    "apollo": "apollo_torch",
-    "lomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free": "schedulefree",
-    "stable_adamw": "optimi",
-    "bnb": "bitsandbytes",
-    "8bit": "bitsandbytes",
-    "paged": "bitsandbytes",
-    "ademamix": "bitsandbytes",
-    "lion": "bitsandbytes",
 }
 
 
@@ -60,11 +44,14 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
         values["dataloader_pin_memory"] = False
     try:
         arguments = TrainingArguments(**{name: value for name, value in values.items() if name in known})
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {one_line(error)}") from error
     _check_trackers(arguments)
-    _check_optimizer(arguments)
     _check_schedule(arguments)
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise UserError("training.fp16 needs a GPU, and this run would train on the CPU; set training.bf16, or neither")
+    if arguments.push_to_hub:
+        _check_push()
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process; start a process for each with "
@@ -89,14 +76,6 @@ def _check_trackers(arguments: TrainingArguments) -> None:
             )
 
 
-def _check_optimizer(arguments: TrainingArguments) -> None:
-    name = str(getattr(arguments.optim, "value", arguments.optim))
-    package = next((package for part, package in _PACKAGES.items() if part in name), None)
-    if package is not None and find_spec(package) is None:
-        distribution = package.replace("_", "-")
-        raise UserError(f"training.optim: {name} needs the package {distribution}; pip install {distribution}")
-
-
 def _check_schedule(arguments: TrainingArguments) -> None:
     """Builds the schedule once for a weight of nothing: its arguments are checked nowhere else before training."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -114,6 +93,14 @@ def _check_schedule(arguments: TrainingArguments) -> None:
             f"lr_scheduler_type: {getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}: "
             f"{one_line(error)}"
         ) from error
+
+
+def _check_push() -> None:
+    """What is pushed goes when checkpoints are saved, and the repository is made before."""
+    if why := silence():
+        raise UserError(f"training.push_to_hub: {why}; leave it out, or mend the connection")
+    if huggingface_hub.get_token() is None:
+        raise UserError("training.push_to_hub needs a token; run hf auth login, or set HF_TOKEN")
 
 
 def autocast_dtype(arguments: TrainingArguments | TrainingSection) -> torch.dtype | None:

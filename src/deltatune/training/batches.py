@@ -24,10 +24,12 @@ from deltatune.training.mesh import ALONE, Mesh
 
 __all__ = [
     "PACK_COUNTS",
+    "PACK_ORIGINS",
     "STREAMED",
     "CountingCollator",
     "PackCounts",
     "PackOrder",
+    "PackOrigins",
     "count_steps",
     "pack_loader",
     "place_file",
@@ -35,6 +37,9 @@ __all__ = [
 
 PACK_COUNTS = "pack_counts"
 """The key of a batch under which its ``PackCounts`` travel; the trainer takes it out before the model is called."""
+
+PACK_ORIGINS = "pack_origins"
+"""The key of a batch under which its ``PackOrigins`` travel; the trainer takes it out as well."""
 
 STREAMED = "streamed"
 """The key of a batch of a stream under which its ``News`` travel; the trainer takes it out as well."""
@@ -56,6 +61,13 @@ class PackCounts:
 
     def __sub__(self, other: PackCounts) -> PackCounts:
         return PackCounts(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+@dataclass(frozen=True, eq=False)
+class PackOrigins:
+    """Which rows the documents of a batch come from, as the data set's ``where`` takes them."""
+
+    documents: tuple[int | str | None, ...] = ()
 
 
 class PackOrder(Sampler[list[Any]]):
@@ -120,7 +132,7 @@ class CountingCollator:
         self._padding = dataclasses.replace(self._collate, allow_unlabelled=True)([nothing])
 
     def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, object]:
-        """The batch of these packs: ``input_ids``, ``labels``, ``position_ids``, ``sequences`` and the counts."""
+        """The batch of these packs: what a prepared model takes, the counts and the origins."""
         samples = [sample for pack in packs for sample in pack]
         batch: dict[str, Any] = self._collate(samples) if samples else self._padding
         labels = batch["labels"]
@@ -135,7 +147,8 @@ class CountingCollator:
             documents=len(samples),
         )
         told = [pack.news for pack in packs if isinstance(pack, StreamedPack)]
-        return {**kept, PACK_COUNTS: counts, **({STREAMED: told[-1]} if told else {})}
+        origins = PackOrigins(tuple(sample.origin for sample in samples))
+        return {**kept, PACK_COUNTS: counts, PACK_ORIGINS: origins, **({STREAMED: told[-1]} if told else {})}
 
 
 def place_file(checkpoint: Path, mesh: Mesh) -> Path:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
+from deltatune.hf.model import base_model
+from deltatune.phases import phase
+from deltatune.subclass import stock_class
 from deltatune.training.hub import silence
+from deltatune.training.preflight import check_model_path
 
-__all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "model_class", "new_model", "reload_weights"]
+__all__ = [
+    "Loaded",
+    "base_identity",
+    "commit_of",
+    "empty_model",
+    "folder_of",
+    "load_checkpoint",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "model_class",
+    "new_model",
+    "reload_weights",
+]
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -32,20 +52,8 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
+    check_model_path(section)
     path = Path(section.name_or_path).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        what = "is no checkpoint: it holds no config.json; expected config.json and weights"
-        if (path / "adapter_config.json").is_file():
-            merge = f"deltatune merge {path} --output OUTPUT"
-            what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
-        raise UserError(f"model {path} {what}")
-    # no model that can be prepared goes by the short names of the Hub's first years
-    local = section.name_or_path.startswith((".", "/", "~")) or section.name_or_path.count("/") != 1
-    if path.is_file() or (not path.exists() and local):
-        raise UserError(
-            f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
-            f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
-        )
     try:
         return AutoConfig.from_pretrained(**_origin(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -68,18 +76,36 @@ def model_class(config: PreTrainedConfig) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and the names of tensors in its checkpoint that its class neither has nor declares to leave out."""
+
+    model: nn.Module
+    unexpected: frozenset[str]
+
+
 def load_model(section: ModelSection, config: PreTrainedConfig | None = None) -> nn.Module:
+    """The model of ``load_checkpoint``."""
+    return load_checkpoint(section, config).model
+
+
+def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = None, *, loader: Any = None) -> Loaded:
     """The model with its weights, in ``section.dtype``, on the CPU and in evaluation mode.
+
+    ``loader``: the class, where it is another than the one the checkpoint was saved from.
 
     Raises:
         UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
     """
     config = load_config(section) if config is None else config
-    loader = model_class(config)
+    loader = model_class(config) if loader is None else loader
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     origin = _origin(section, section.name_or_path)
+    # a download has bars of its own
+    loading = phase("loading the model") if _is_here(section) else nullcontext()
     try:
-        model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
+        with loading:
+            model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = _why(error, section.name_or_path)
         raise UserError(f"cannot load model {section.name_or_path}: {why}") from error
@@ -90,18 +116,18 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
             f"such as {missing[0]}; they would start at random"
         )
     assert isinstance(model, nn.Module)
-    return model
+    return Loaded(model, frozenset(info["unexpected_keys"]))
 
 
-def empty_model(section: ModelSection) -> nn.Module:
+def empty_model(section: ModelSection, config: PreTrainedConfig | None = None, *, loader: Any = None) -> nn.Module:
     """The model on the meta device: every module and shape, no weights; what ``deltatune plan`` looks at."""
     with torch.device("meta"):
-        return new_model(section, load_config(section))
+        return new_model(section, load_config(section) if config is None else config, loader=loader)
 
 
-def new_model(section: ModelSection, config: PreTrainedConfig) -> nn.Module:
+def new_model(section: ModelSection, config: PreTrainedConfig, *, loader: Any = None) -> nn.Module:
     """A model of this config in ``section.dtype``, its weights drawn at random on the current default device."""
-    loader = model_class(config)
+    loader = model_class(config) if loader is None else loader
     dtype = (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
     make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
     model: nn.Module = make(config, dtype=dtype)
@@ -130,6 +156,20 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def base_identity(section: ModelSection, model: nn.Module) -> dict[str, str | None]:
+    """Which model a run began with: ``name_or_path``, ``revision`` as asked, the Hub's ``commit``, and its ``class``.
+
+    The path of a folder is absolute. ``commit`` is None where no Hub says it.
+    """
+    base = base_model(model)
+    return {
+        "name_or_path": str(_origin(section, section.name_or_path)["pretrained_model_name_or_path"]),
+        "revision": section.revision,
+        "commit": commit_of(section),
+        "class": stock_class(base).__name__,
+    }
+
+
 def reload_weights(model: nn.Module, folder: Path) -> None:
     """Puts a saved checkpoint's weights into ``model``, every one of them.
 
@@ -146,6 +186,33 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
 
 
+def folder_of(section: ModelSection, name: str, patterns: tuple[str, ...]) -> Path:
+    """The folder in which a checkpoint's files lie, those of the Hub that fit ``patterns`` downloaded.
+
+    Raises:
+        OSError: there is no such folder, or the Hub does not give them.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"there is no folder {path}")
+    revision = section.revision if name == section.name_or_path else None
+    offline = _silence_about(name) is not None
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=offline))
+
+
+def commit_of(section: ModelSection) -> str | None:
+    """The commit that a model on the Hub is loaded from, since branches move; None for a folder."""
+    if Path(section.name_or_path).expanduser().exists():
+        return None
+    try:
+        folder = folder_of(section, section.name_or_path, ("config.json",))
+    except OSError:
+        return section.revision
+    return folder.name if folder.parent.name == "snapshots" else section.revision
+
+
 def _origin(section: ModelSection, name: str) -> dict[str, Any]:
     """Where ``from_pretrained`` finds what goes by this name."""
     path = Path(name).expanduser()
@@ -157,6 +224,15 @@ def _origin(section: ModelSection, name: str) -> dict[str, Any]:
     if section.revision is not None and name == section.name_or_path:
         origin["revision"] = section.revision
     return origin
+
+
+def _is_here(section: ModelSection) -> bool:
+    """Whether the weights are on this machine."""
+    name = section.name_or_path
+    if Path(name).expanduser().exists():
+        return True
+    files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return any(isinstance(try_to_load_from_cache(name, file, revision=section.revision), str) for file in files)
 
 
 def _silence_about(name: str) -> str | None:

@@ -7,50 +7,79 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
-from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
+from deltatune.hf import model as hf_model
+from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
+from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
+from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
+from deltatune.training.saving import Origin, write_merged, write_trained
 from deltatune.training.servers import per_expert
+from deltatune.training.starts import begins_in_base
 
 __all__ = [
+    "CARD_FILE",
+    "MARKERS",
+    "Origin",
     "check_kind",
     "export_adapter",
     "finite",
     "holds_model",
     "merge_adapter",
     "readable",
+    "refuse_to_replace",
     "save_trained",
     "staged",
     "write_json",
 ]
 
+CARD_FILE = "README.md"
+
 # Readers tell an adapter or a model by these files, so they are moved into place last.
-_MARKERS = ("adapter_config.json", "config.json")
+MARKERS = ("adapter_config.json", "config.json")
 
 
-def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path) -> None:
-    """Saves the adapter of a PEFT model, or the whole model, with its tokenizer, into ``output_dir``.
+def save_trained(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_dir: Path,
+    origin: Origin | None = None,
+    card: str | None = None,
+) -> list[str]:
+    """Saves the adapter of a PEFT model, or the whole model, with its tokenizer and its card, into ``output_dir``.
 
-    Files are written to a folder next to them and moved in when all are there; an older model in the folder is
-    replaced, checkpoints and records stay.
+    Files are written to a folder next to them and moved in when all are there; a resumed run replaces its own model,
+    checkpoints and records stay. An adapter is one of the stock base, whatever it began from. With it go the
+    files beside the base's weights, and with a whole model the tensors that its class does not load.
+
+    Returns:
+        What should be said of these, in words.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder:
-        _save(model, tokenizer, Path(folder))
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in _MARKERS):
-            path.replace(output_dir / path.name)
+        said = write_trained(model, tokenizer, Path(folder), origin)
+        # PEFT's card asks 39 questions and answers none
+        (Path(folder) / CARD_FILE).unlink(missing_ok=True)
+        if card is not None:
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+        readable(Path(folder))
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in MARKERS):
+            target = output_dir / path.name
+            if path.is_dir() and target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    return said
 
 
 def check_kind(output_dir: Path, *, adapter: bool) -> None:
@@ -59,7 +88,7 @@ def check_kind(output_dir: Path, *, adapter: bool) -> None:
     Raises:
         UserError: an adapter where a model will be saved, or a model where an adapter will.
     """
-    other = _MARKERS[1] if adapter else _MARKERS[0]
+    other = MARKERS[1] if adapter else MARKERS[0]
     if (output_dir / other).is_file():
         kinds = ("a model", "an adapter") if adapter else ("an adapter", "a model")
         raise UserError(
@@ -68,9 +97,22 @@ def check_kind(output_dir: Path, *, adapter: bool) -> None:
         )
 
 
+def refuse_to_replace(output_dir: Path) -> None:
+    """Refuses a run from the beginning in a folder that holds what another one made.
+
+    Raises:
+        UserError: an adapter or a model is there.
+    """
+    if holds_model(output_dir):
+        raise UserError(
+            f"training.output_dir: {output_dir} holds the model of an earlier run, and no checkpoint that --resume "
+            "could go on from; choose another folder, or remove that model"
+        )
+
+
 def holds_model(output_dir: Path) -> bool:
     """Whether a folder holds an adapter or a model."""
-    return any((output_dir / name).is_file() for name in _MARKERS)
+    return any((output_dir / name).is_file() for name in MARKERS)
 
 
 def readable(folder: Path) -> None:
@@ -89,8 +131,13 @@ def merge_adapter(
     base: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> Path:
     """Adds an adapter to its base model's weights and saves a model that needs no PEFT.
+
+    The result is the base checkpoint with other weights: what the adapter leaves alone stays, tensors that the class
+    does not load included. It is loaded again, and its logits on a text are those of base and adapter within rounding,
+    before it gets its name; where they are not, nothing is written.
 
     Args:
         adapter_dir: a folder that PEFT's ``save_pretrained`` wrote.
@@ -98,20 +145,50 @@ def merge_adapter(
         base: the base model, where it is no longer where the adapter says.
         dtype: of the merged weights: ``auto`` (the base model's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the base model.
+        say: takes lines on what was kept and how far logits differ.
 
     Raises:
-        UserError: a folder that holds no adapter, a base model that cannot be found, or an output folder in use.
+        UserError: a folder that holds no adapter, a base model that cannot be found, an adapter that does not fit it
+            or cannot be merged, logits that differ, or an output folder in use.
     """
     adapter, output = _adapter_and_output(adapter_dir, output_dir)
+    refuse_lost_base(adapter)
     section, config = _base_of(adapter, base, dtype=dtype, trust_remote_code=trust_remote_code)
-    merged = _merged(load_model(section, config), adapter)
-    if (adapter / "tokenizer_config.json").is_file():
-        # the adapter's own has its chat template
-        section = section.model_copy(update={"tokenizer": str(adapter)})
-    tokenizer = load_tokenizer(section)
+    tokenizer = _tokenizer_of(adapter, section)
+    model, loaded, loader = load_adapted(section, config, adapter)
+    ids = probe_tokens(tokenizer, hf_model.base_model(model).get_input_embeddings().weight.shape[0])
+    expected = logits_of(model, ids)
+    with model.disable_adapter():
+        effect = difference(logits_of(model, ids), expected)
     with staged(output) as folder:
-        _save(merged, tokenizer, folder)
+        origin = Origin(section, loaded.unexpected)
+        said = write_merged(merge(model), tokenizer, folder, origin, config, adapter.folder)
+        readable(folder)
+        del model, loaded  # two models at once may be too much
+        written = ModelSection(name_or_path=str(folder), trust_remote_code=trust_remote_code)
+        compared = compare(load_checkpoint(written, loader=loader).model.eval(), ids, expected)
+        if not compared.ok:
+            tokens = {place: tokenizer.decode(ids[0, place]) for place in compared.worst}
+            raise UserError(_apart(compared, tokens))
+    said.append(
+        f"checked on {compared.num_tokens} tokens: its logits are those of base and adapter within "
+        f"{compared.difference:.1e} (limit {compared.limit:.0e}); the adapter changes them by {effect:.1e}"
+    )
+    if effect <= compared.limit:
+        said.append("that is within the limit: on this text the adapter does no more than rounding may")
+    if say is not None:
+        for line in said:
+            say(line)
     return output
+
+
+def _apart(compared: Compared, tokens: Mapping[int, str]) -> str:
+    worst = ", ".join(f"{tokens[place]!r} (token {place + 1}) by {by:.2g}" for place, by in compared.worst.items())
+    return (
+        f"the merged model is not base and adapter: on {compared.num_tokens} tokens of a text its logits differ by "
+        f"{compared.difference:.2g} of their size, where rounding explains {compared.limit:.2g}, most at {worst}; "
+        "nothing was written; try --dtype float32, or serve base and adapter as they are"
+    )
 
 
 def export_adapter(
@@ -136,39 +213,59 @@ def export_adapter(
             an output folder in use.
     """
     adapter, output = _adapter_and_output(adapter_dir, output_dir)
-    state, config = (
-        load_peft_weights(str(adapter), device="cpu"),
-        json.loads((adapter / _MARKERS[0]).read_text("utf-8")),
-    )
+    init = adapter.config.get("init_lora_weights")
+    refuse_lost_base(adapter)
+    if begins_in_base(init):
+        raise UserError(
+            f"{adapter.folder} is an adapter of other base weights ({init}), which no server makes; merge it "
+            "(deltatune merge), or train it again, since it is now saved as a plain adapter"
+        )
+    state: dict[str, Tensor] = load_peft_weights(str(adapter.folder), device="cpu")
+    config = adapter.config
     if layout == "per-expert":
         section, _ = _base_of(adapter, base, trust_remote_code=trust_remote_code)
         state, config = per_expert(state, config, empty_model(section))
     with staged(output) as folder:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
-        write_json(folder / _MARKERS[0], config)
-        for path in adapter.iterdir():
+        write_json(folder / MARKERS[0], config)
+        for path in adapter.folder.iterdir():
             if path.is_file() and not path.name.startswith("adapter_"):
                 shutil.copy2(path, folder / path.name)
+        readable(folder)
     return output
 
 
-def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Path, Path]:
-    adapter, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
-    _adapter_base(adapter)
+def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Adapter, Path]:
+    folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
+    adapter = _adapter(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another output folder")
     return adapter, output
 
 
+def _adapter(folder: Path) -> Adapter:
+    marker = folder / "adapter_config.json"
+    if not marker.is_file():
+        raise UserError(f"{folder} is no adapter: it holds no adapter_config.json")
+    if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise UserError(f"{folder} is no adapter: it holds no adapter_model.safetensors")
+    try:
+        return Adapter(folder, dict(json.loads(marker.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{marker} is no JSON object: {error}") from error
+
+
 def _base_of(
-    adapter: Path, base: str | None, *, dtype: str = "auto", trust_remote_code: bool
+    adapter: Adapter, base: str | None, *, dtype: str = "auto", trust_remote_code: bool
 ) -> tuple[ModelSection, PreTrainedConfig]:
     """The base model of an adapter as a section of a recipe, and its config."""
-    name = base or _adapter_base(adapter)
+    name = base or adapter.base
     if not name:
-        raise UserError(f"{adapter} names no base model; pass it with --base")
+        raise UserError(f"{adapter.folder} names no base model; pass it with --base")
+    # what was trained on is one revision of the model of this name
+    revision = adapter.revision if name == adapter.base and not Path(name).expanduser().exists() else None
     section = ModelSection.model_validate(
-        {"name_or_path": name, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        {"name_or_path": name, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     )
     try:
         return section, load_config(section)
@@ -176,17 +273,39 @@ def _base_of(
         raise UserError(f"the adapter's base model: {error}; pass another with --base") from error
 
 
+def _tokenizer_of(adapter: Adapter, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The adapter's own, which has its chat template, where it has one."""
+    own = {"tokenizer": str(adapter.folder)} if (adapter.folder / "tokenizer_config.json").is_file() else {}
+    return load_tokenizer(section.model_copy(update=own))
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not."""
+    """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not.
+
+    Raises:
+        UserError: the disk does not take the files.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be written: {one_line(error)}; nothing is left of it") from error
         # temporary folders are private; a model is not
         Path(folder).chmod(0o755)
+        _sync(Path(folder))
         if path.is_dir():
             path.rmdir()
         Path(folder).replace(path)
+
+
+def _sync(folder: Path) -> None:
+    """Sees to it that the files are on the disk before their folder has its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -208,35 +327,3 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    save: Any = model.save_pretrained
-    save(str(folder))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    readable(folder)
-
-
-def _adapter_base(adapter: Path) -> str | None:
-    """The base model an adapter names."""
-    marker = adapter / "adapter_config.json"
-    if not marker.is_file():
-        raise UserError(f"{adapter} is no adapter: it holds no adapter_config.json")
-    if not any((adapter / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
-        raise UserError(f"{adapter} is no adapter: it holds no adapter_model.safetensors")
-    try:
-        recorded = json.loads(marker.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{marker} is no JSON object: {error}") from error
-    return None if recorded is None else str(recorded)
-
-
-def _merged(model: nn.Module, adapter: Path) -> nn.Module:
-    try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{adapter} does not fit its base model: {one_line(error)[:300]}") from error
-    with torch.no_grad():
-        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    return merged

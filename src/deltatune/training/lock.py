@@ -17,6 +17,7 @@ __all__ = ["check_free", "locked"]
 
 LOCK = ".lock"
 _WRITING = 10.0  # seconds in which a lock that holds nothing may be one that is being written
+_PAUSE = 0.05
 
 
 @contextmanager
@@ -42,18 +43,20 @@ def locked(output_dir: Path) -> Iterator[None]:
 def check_free(output_dir: Path) -> None:
     """Refuses a folder that a run holds, before anything in it is touched.
 
+    A lock that holds nothing yet is waited for; one that a run left so when it was killed holds nothing later either.
+
     Raises:
         UserError: a run that goes on holds the folder.
     """
     file = output_dir / LOCK
-    if not file.exists():
-        return
-    holder = _read(file) or {}
-    if _runs(holder) if holder else _age(file) < _WRITING:
-        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "a run that starts just now"
+    holder = _read(file)
+    while holder is None and file.exists() and _age(file) < _WRITING:
+        time.sleep(_PAUSE)
+        holder = _read(file)
+    if holder is not None and _runs(holder):
         raise UserError(
-            f"{output_dir} is in use by {who}; wait for it, choose another training.output_dir, or remove {file} if "
-            "that run is gone"
+            f"{output_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, choose "
+            f"another training.output_dir, or remove {file} if that run is gone"
         )
 
 

@@ -114,6 +114,9 @@ class MeterReading:
     seconds: float
     steps: int
 
+    def __add__(self, other: MeterReading) -> MeterReading:
+        return MeterReading(self.counts + other.counts, self.seconds + other.seconds, self.steps + other.steps)
+
     def rates(self) -> dict[str, float]:
         """Trained and document tokens per second, and the share of token slots that held documents."""
         if not self.counts.capacity or self.seconds <= 0:
@@ -133,6 +136,9 @@ class Meter(TrainerCallback):  # type: ignore[misc]
 
     The model's matrices give the FLOPs, which the peak of ``device`` for products in ``dtype`` makes a share.
     ``recompiles`` counts graphs compiled after the first ones, so far; None where nothing is compiled.
+
+    Attributes:
+        logged: what was counted on all ranks up to the last window.
     """
 
     def __init__(
@@ -156,6 +162,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self._counts, self._steps, self._paused = PackCounts(), 0, 0.0
         self._began = self._window_began = self._now()
         self._warm: MeterReading | None = None
+        self.logged = MeterReading(PackCounts(), 0.0, 0)
 
     def add(self, counts: PackCounts) -> None:
         """The batches of one optimizer step on this rank."""
@@ -182,10 +189,11 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         """Metrics since the last call, for a log line."""
         reading = self._since(self._window_began)
         self._window_began = self._now()
+        self.logged += reading
         return {**reading.rates(), **self._utilization(reading), **self._state()}
 
     def summary(self) -> dict[str, float]:
-        """Metrics of the whole run; ``steady_`` ones leave out the first steps, which compile."""
+        """Metrics since this process began to train; ``steady_`` ones leave out the first steps, which compile."""
         self._synchronize()
         whole = self._since(self._began)
         metrics: dict[str, float] = {

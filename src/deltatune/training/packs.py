@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deltatune.data.sources import load_rows
 from deltatune.data.stream import BLOCK_ROWS, PackStream, RowStream, StreamSource
 from deltatune.data.unpacked import default_cache
 from deltatune.errors import UserError
+from deltatune.phases import phase
 from deltatune.training.mesh import ALONE, Mesh
 
 __all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
@@ -93,7 +95,10 @@ def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
     renderer = _renderer(recipe, tokenizer)
     documents = []
     for source in sources:
-        rows = load_rows(source.path, **_reading(source, recipe))
+        # a download has bars of its own
+        reading = phase(f"reading {source.path}") if Path(source.path).expanduser().exists() else nullcontext()
+        with reading:
+            rows = load_rows(source.path, **_reading(source, recipe))
         layout = _layout(source, rows, recipe)
         _check_kind(source, layout, recipe)
         documents.append(

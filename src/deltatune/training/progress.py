@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from deltatune.phases import Advance
+from deltatune.training.console import RunConsole
 
 __all__ = ["ProgressBar", "format_metrics"]
 
@@ -38,29 +40,21 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         console: where to draw. Where that is no terminal, there are lines alone.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: RunConsole) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("training", total=None)
+        self._shown = ExitStack()
+        self._advance: Advance | None = None
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Draws the bar, at the step a run resumes from."""
         if state.is_world_process_zero:
-            self._progress.reset(self._task, total=state.max_steps, completed=state.global_step)
-            self._progress.start()
+            bar = self._console.moving_phase("training", state.max_steps, state.global_step)
+            self._advance = self._shown.enter_context(bar)
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """One step further."""
-        self._progress.update(self._task, completed=state.global_step)
+        if self._advance is not None:
+            self._advance(state.global_step)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
         """A line for the entry."""
@@ -68,11 +62,13 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if not line or not state.is_world_process_zero:
             return
         entry = f"step {state.global_step}/{state.max_steps} · {line}"
-        if self._console.is_terminal:
-            while len(entry) > self._console.width and " · " in entry:
-                entry = entry.rpartition(" · ")[0]
-        self._console.out(entry, highlight=False)
+        self._console.keep(entry)
+        screen = self._console.screen
+        while screen.is_terminal and len(entry) > screen.width and " · " in entry:
+            entry = entry.rpartition(" · ")[0]
+        screen.out(entry, highlight=False)
 
-    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Leaves the finished bar in the terminal."""
-        self._progress.stop()
+    def close(self) -> None:
+        """Takes the bar away, however training ended."""
+        self._advance = None
+        self._shown.close()

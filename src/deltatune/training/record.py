@@ -15,7 +15,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import deltatune
 from deltatune.training.export import finite, write_json
+from deltatune.training.metrics import Meter
 
 __all__ = ["RUN_FILE", "RunRecord"]
 
@@ -25,27 +27,57 @@ RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 class RunRecord(TrainerCallback):  # type: ignore[misc]
     """Writes both files as the run goes; a run that goes on adds a leg.
 
-    A leg in ``run.json`` has ``status`` (running, finished, interrupted, failed), ``command``, the ``folder`` it ran
-    in, ``host``, ``git`` (the commit of that folder), ``started`` and ``ended`` (UTC), ``from_step``, ``to_step``, the
-    ``changes`` since the leg before, and what the run says of itself: versions, device, data. A line of ``run.jsonl``
-    is one log entry with its ``leg`` and ``time``.
-    A killed run leaves ``running``.
+    ``run.json`` has the ``status`` of the last leg, the base ``model`` and the ``legs``. Of a leg it has
+
+    - ``status``: running, finished, interrupted, failed (with a ``reason``), or killed, which the next leg finds out
+    - ``command``, the ``folder`` it ran in, ``host``, ``git`` (the commit of that folder) and ``deltatune`` (its
+      version, and its commit where it runs from a checkout)
+    - ``started`` and ``ended`` (UTC), ``from_step``, ``to_step``, and the ``changes`` since the leg before
+    - ``first_loss``, ``last_loss`` and ``eval_loss`` (the last one) of the leg's log lines
+    - ``seconds``, ``packs``, ``tokens`` and ``trained_tokens`` up to its last log line
+    - what the run says of itself: versions, device, data
+
+    A line of ``run.jsonl`` is one log entry with its ``leg`` and ``time``.
+
+    Args:
+        output_dir: the run's folder.
+        about: JSON that the leg holds besides.
+        model: what the run began with, as ``base_identity`` says it.
+        changes: in words.
+        from_step: the step of the checkpoint that the leg goes on from.
+        meter: counts what the leg trains on.
     """
 
-    def __init__(self, output_dir: Path, about: Mapping[str, Any], *, changes: list[str], from_step: int) -> None:
-        self._output_dir = output_dir
+    def __init__(
+        self,
+        output_dir: Path,
+        about: Mapping[str, Any],
+        *,
+        model: Mapping[str, Any],
+        changes: list[str],
+        from_step: int,
+        meter: Meter,
+    ) -> None:
+        self._output_dir, self._model, self._meter = output_dir, model, meter
         self._legs: list[dict[str, Any]] = _legs(output_dir / RUN_FILE)
+        for leg in self._legs:
+            if leg.get("status") == "running":  # nobody else is in this folder
+                leg["status"] = "killed"
         self._legs.append(
             {
                 "status": "running",
                 "command": shlex.join(sys.argv),
                 "folder": str(Path.cwd()),
                 "host": platform.node(),
-                "git": _git(),
+                "git": _commit(Path.cwd()),
+                "deltatune": {"version": deltatune.__version__, "git": _own_commit()},
                 "started": _now(),
                 "ended": None,
                 "from_step": from_step,
                 "to_step": from_step,
+                "first_loss": None,
+                "last_loss": None,
+                "eval_loss": None,
                 "changes": changes,
                 **about,
             }
@@ -64,10 +96,14 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         del args, control, kwargs
         if logs is None or not state.is_world_process_zero:
             return
-        entry = {"leg": len(self._legs), "time": _now(), "step": state.global_step, **logs}
+        self.add({"step": state.global_step, **logs})
+        self._note(state.global_step, logs)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Adds a line to ``run.jsonl``: what has happened at ``entry["step"]``."""
+        line = json.dumps(finite({"leg": len(self._legs), "time": _now(), **entry}))
         with (self._output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite(entry)) + "\n")
-        self._legs[-1]["to_step"] = state.global_step
+            stream.write(line + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes how far a leg came that may be killed later."""
@@ -80,8 +116,21 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._legs[-1].update(status=status, ended=_now(), to_step=step, **({"reason": reason} if reason else {}))
         self._write()
 
+    def _note(self, step: int, logs: Mapping[str, Any]) -> None:
+        leg = self._legs[-1]
+        leg["to_step"] = step
+        if "loss" in logs:
+            leg["first_loss"] = logs["loss"] if leg["first_loss"] is None else leg["first_loss"]
+            leg["last_loss"] = logs["loss"]
+            done = self._meter.logged
+            counts = {"packs": done.counts.packs, "tokens": done.counts.tokens, "trained_tokens": done.counts.trained}
+            leg.update(seconds=round(done.seconds, 3), **counts)
+        leg["eval_loss"] = logs.get("eval_loss", leg["eval_loss"])
+        self._write()
+
     def _write(self) -> None:
-        write_json(self._output_dir / RUN_FILE, {"status": self._legs[-1]["status"], "legs": self._legs})
+        status = self._legs[-1]["status"]
+        write_json(self._output_dir / RUN_FILE, {"status": status, "model": self._model, "legs": self._legs})
 
 
 def _legs(file: Path) -> list[dict[str, Any]]:
@@ -95,11 +144,21 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git() -> str | None:
-    """The commit of the folder that the command runs in, with a mark if it was changed."""
+def _own_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one, wherever that lies."""
+    own = Path(deltatune.__file__)
+    return _commit(own.parent) if _git(own.parent, "ls-files", "--error-unmatch", own.name) else None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a folder, with a mark if it was changed."""
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", str(folder), *arguments],
             capture_output=True,
             text=True,
             check=True,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
-from deltatune.compile.memory import MemoryEstimate, estimate_memory
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
@@ -25,25 +25,39 @@ from deltatune.data.stream import PackStream, Place
 from deltatune.errors import InterruptedRunError, UserError, first_line, one_line
 from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
-from deltatune.options import CompileOptions
-from deltatune.preparation import Prepared, prepare
+from deltatune.phases import phase, shown_by
+from deltatune.preparation import Prepared
+from deltatune.runs.card import model_card
+from deltatune.runs.folder import read_run
 from deltatune.training.adapters import adapt
-from deltatune.training.arguments import autocast_dtype, training_arguments
+from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import load_config, load_model, load_tokenizer
-from deltatune.training.export import check_kind, holds_model, save_trained, write_json, write_text
+from deltatune.training.checkpoint import (
+    base_identity,
+    commit_of,
+    empty_model,
+    load_checkpoint,
+    load_config,
+    load_tokenizer,
+)
+from deltatune.training.console import RunConsole
+from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData, load_data, padding_token
+from deltatune.training.planned import estimate_step, prepare_by_recipe
 from deltatune.training.preference_trainer import check_reference, trainer_for
+from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
+from deltatune.training.space import check_space
+from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
 from deltatune.verification import VerifyReport, verify
 
-__all__ = ["Run", "TrainResult", "build", "compile_options", "estimate_step", "prepare_by_recipe", "train"]
+__all__ = ["Run", "TrainResult", "build", "train"]
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.json"
@@ -54,7 +68,7 @@ class TrainResult:
     """What came out of a run."""
 
     output_dir: Path  # where the adapter or model, its tokenizer and the run's records are
-    metrics: dict[str, Any]  # as saved in metrics.json: losses, rates, counts, compile counts
+    metrics: dict[str, Any]  # as saved in metrics.json: losses, and the rates and counts of this leg
     log_history: list[dict[str, Any]]  # every log entry, in order
 
 
@@ -64,11 +78,12 @@ class Run:
 
     recipe: Recipe
     arguments: TrainingArguments
-    console: Console
+    console: RunConsole
     tokenizer: PreTrainedTokenizerBase
     data: RecipeData
     model: nn.Module
     prepared: Prepared
+    origin: Origin
 
     @property
     def output_dir(self) -> Path:
@@ -102,27 +117,41 @@ def train(
         DataError: data that cannot be trained on, with the place.
     """
     warnings = check_recipe(recipe)
+    preflight_training(recipe)
     arguments = training_arguments(recipe.training)
-    console = Console(quiet=True) if arguments.process_index else console or Console()
+    screen = Console(quiet=True) if arguments.process_index else console or Console()
+    log = RunConsole(screen, moving=not arguments.disable_tqdm)
+    with shown_by(log.phase):
+        return _train(recipe, arguments, log, warnings, resume, allow_change)
+
+
+def _train(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    log: RunConsole,
+    warnings: list[str],
+    resume: str | Path | bool | None,
+    allow_change: bool,
+) -> TrainResult:
     for warning in warnings:
-        console.out(f"warning: {warning}", highlight=False)
+        log.out(f"warning: {warning}", highlight=False)
     with arguments.main_process_first(desc="looking for checkpoints"):
         # what another run is writing there looks like what a killed one left
         if arguments.should_save:
             check_free(Path(recipe.training.output_dir).expanduser())
         checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
+    if checkpoint is None:
+        refuse_to_replace(Path(recipe.training.output_dir).expanduser())
     changes = _changes(recipe, checkpoint, allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
-        console.out(line, highlight=False)
-    run = build(recipe, arguments, console)
+        log.out(line, highlight=False)
+    run = build(recipe, arguments, log)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = _place(checkpoint, Mesh.of(arguments))
     changes += _other_data(run, checkpoint, allow_change)
     if checkpoint is not None:
-        console.out(f"going on from {checkpoint}", highlight=False)
-    elif holds_model(run.output_dir):
-        console.out(f"{run.output_dir} holds the model of an earlier run, which this one will replace", highlight=False)
+        log.out(f"going on from {checkpoint}", highlight=False)
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
@@ -136,12 +165,15 @@ def _fit(
     trainer, stop, record = _trainer(run), StopAfterStep(), None
     trainer.add_callback(stop)
     if run.arguments.should_save:
+        run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
         write_json(run.output_dir / REPORT_FILE, records)
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
-        record = RunRecord(run.output_dir, about, changes=changes, from_step=step)
+        base = base_identity(run.recipe.model, run.model)
+        record = RunRecord(run.output_dir, about, model=base, changes=changes, from_step=step, meter=trainer.meter)
         trainer.add_callback(record)
+        trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
     status = "failed"
     try:
         if run.recipe.compile is not None:
@@ -161,12 +193,15 @@ def _fit(
         failure = sys.exception()
         if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
             status = "interrupted"
+        if failure is not None:
+            told = isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt)
+            run.console.keep(f"{status}: {one_line(failure)}" if told else "".join(format_exception(failure)).rstrip())
         if record is not None:
             record.end(status, trainer.state.global_step, None if failure is None else one_line(failure))
     return result
 
 
-def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: Console) -> None:
+def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: RunConsole) -> None:
     """The steps that are left.
 
     Raises:
@@ -184,27 +219,30 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
         )
 
 
-def build(recipe: Recipe, arguments: TrainingArguments, console: Console) -> Run:
+def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
     check_reference(recipe, arguments)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
+    # every name and shape is known before the rows are read and the weights are there
+    check_space(adapt(empty_model(recipe.model), recipe.lora), recipe)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
         data = load_data(recipe, tokenizer, Mesh.of(arguments))
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    model = load_model(recipe.model, config)
-    data.check_tokens(model, tokenizer)
-    model = adapt(model, recipe.lora)
+    loaded = load_checkpoint(recipe.model, config)
+    data.check_tokens(loaded.model, tokenizer)
+    model = adapt(loaded.model, recipe.lora, revision=commit_of(recipe.model))
+    origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
-    console.out(str(prepared.report), highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, model, prepared)
+    console.out(prepared.report.text(console.table_width), highlight=False)
+    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
 
 
 def _place(checkpoint: Path, mesh: Mesh) -> Place:
@@ -220,56 +258,13 @@ def _place(checkpoint: Path, mesh: Mesh) -> Place:
     return Place.load(file)
 
 
-def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
-    """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
-
-    ``device`` is where a model that is not there yet, or will be sharded, will train; its shapes decide then.
-
-    Raises:
-        UserError: what ``prepare`` refuses.
-    """
-    try:
-        prepared = prepare(
-            model,
-            kernels=recipe.kernels if isinstance(recipe.kernels, str) else dict(recipe.kernels.items()),
-            compile=compile_options(recipe),
-            checkpointing=recipe.checkpointing,
-            lora="auto" if recipe.lora is None else recipe.lora.impl,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    prepared.decide_checkpointing(
-        recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        compute_dtype=autocast_dtype(recipe.training),
-        accumulates=recipe.training.gradient_accumulation_steps > 1,
-        device=device,
-    )
-    return prepared
-
-
-def compile_options(recipe: Recipe) -> CompileOptions | None:
-    """The recipe's ``compile`` section as ``prepare`` takes it."""
-    return None if recipe.compile is None else CompileOptions(**recipe.compile.model_dump())
-
-
-def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> MemoryEstimate:
-    """What a step of the recipe will hold on one device."""
-    return estimate_memory(
-        model,
-        tokens_per_batch=recipe.packing.tokens_per_batch,
-        optimizer=recipe.training.optim,
-        checkpointing=checkpointing,
-        compute_dtype=autocast_dtype(recipe.training),
-    )
-
-
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
     section = run.recipe.verify
     if not section.enabled:
         return None
-    report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
+    with phase("probing the model"):
+        report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
     run.console.out(str(report), highlight=False)
     if not report.ok:
         raise UserError(f"verify: {report.verdict}; nothing was trained")
@@ -291,8 +286,10 @@ def _trainer(run: Run) -> PackedTrainer:
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
         recompiles=recompiles,
+        first=run.origin.first,
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
+        on_nonfinite=run.recipe.training.on_nonfinite,
     )
 
 
@@ -341,14 +338,21 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     metrics = _metrics(run, trainer, evaluation)
     _check_finite(run.model)
     if run.arguments.should_save:
-        save_trained(run.model, run.tokenizer, run.output_dir)
+        with phase("saving the model"):
+            card = model_card(read_run(run.output_dir))
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card)
+        for line in said:
+            run.console.out(line, highlight=False)
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay
-        if metrics["steps"] or not (run.output_dir / METRICS_FILE).exists():
+        if metrics["leg"]["steps"] or not (run.output_dir / METRICS_FILE).exists():
             write_json(run.output_dir / METRICS_FILE, metrics)
-    if not metrics["steps"]:
+    if not metrics["leg"]["steps"]:
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
+    if trainer.skipped:
+        steps = ", ".join(str(found.step) for found in trainer.skipped)
+        run.console.out(f"updates that were left out, since a loss or gradient norm was no number: steps {steps}")
     run.console.out(f"saved to {run.output_dir}", highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
@@ -364,14 +368,18 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the model that is saved: its step and losses. ``leg``: of what this process trained of it."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     compiled = run.prepared.compile_report
     return {
         "global_step": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         **{f"eval_{name}": evaluation[f"eval_{name}"] for name in (*trainer.figures, trainer.counted) if evaluation},
-        **trainer.meter.summary(),
-        "compile": None if compiled is None else compiled.to_dict(),
+        "leg": {
+            **trainer.meter.summary(),
+            "skipped_steps": len(trainer.skipped),
+            "compile": None if compiled is None else compiled.to_dict(),
+        },
     }
 
 

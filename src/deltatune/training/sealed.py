@@ -30,6 +30,7 @@ CHECKPOINT = "checkpoint-"
 MANIFEST = "manifest.json"
 _STAGING = ".saving-"  # a checkpoint that is being written
 _REPLACED = ".replaced-"  # one whose place another is about to take
+_REMOVED = ".removed-"  # one that is being removed
 
 _BLOCK = 1 << 20
 
@@ -100,8 +101,9 @@ def clear_leftovers(output_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(place)
-    for path in output_dir.glob(f"{_STAGING}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for name in (_STAGING, _REMOVED):
+        for path in output_dir.glob(f"{name}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Path | None, list[str]]:
@@ -192,7 +194,10 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
     kept += [path for path in folders if path not in kept][: max(limit - len(kept), 1)]
     for path in folders:
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            # half a checkpoint would otherwise stay under its name where this is the last that a process does
+            removed = path.with_name(f"{_REMOVED}{path.name}")
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def _crc32(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -27,24 +26,30 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream, Place
 from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
+from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
     PACK_COUNTS,
+    PACK_ORIGINS,
     STREAMED,
     CountingCollator,
     PackCounts,
     PackOrder,
+    PackOrigins,
     count_steps,
     pack_loader,
     place_file,
 )
 from deltatune.training.checkpoint import reload_weights
-from deltatune.training.export import readable
+from deltatune.training.console import RunConsole
+from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
+from deltatune.training.nonfinite import MOST_SKIPPED, Finding, FiniteWatch, OnNonFinite, dump_step
 from deltatune.training.progress import ProgressBar
 from deltatune.training.resuming import restore_settings
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
+from deltatune.training.starts import load_plain, make_plain
 
 __all__ = ["PackedTrainer"]
 
@@ -58,7 +63,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ranks: the same documents in one pack, in four accumulated ones, or on four ranks give the same loss and gradients.
     The auxiliary loss of a router, where the model returns one, is the mean of the packs' weighted by their trained
     tokens. Evaluation is ``sum(nll) / trained tokens`` over the whole set, the router's share as in training. No step
-    waits for the device; log lines do.
+    waits for the device; log lines do (``on_nonfinite``: ``skip`` and ``dump`` at every step).
 
     Args:
         model: a prepared model, with or without PEFT adapters.
@@ -68,8 +73,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: fills the rest of a pack.
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
+        first: the factors that adapters began with inside the base weights; see ``starts``.
         console: where progress is drawn; the standard output by default.
         about: JSON that every checkpoint's manifest holds, such as the recipe.
+        on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
+
+    Attributes:
+        skipped: the steps whose update was left out.
+        on_skip: called with each of them.
     """
 
     counted: ClassVar[str] = "trained_tokens"
@@ -91,16 +102,27 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: int,
         processing_class: PreTrainedTokenizerBase | None = None,
         recompiles: Callable[[], int] | None = None,
-        console: Console | None = None,
+        first: dict[str, Tensor] | None = None,
+        console: RunConsole | None = None,
         about: Mapping[str, Any] | None = None,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         self._mesh = Mesh.of(args)
         self._evaluated = torch.zeros(len(self.figures))
-        self._num_evaluated = 0
+        self._num_evaluated = self._evaluated_packs = 0
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
+        self._first = first
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
-        self._console = console or Console()
+        self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
+        self._on_nonfinite = on_nonfinite
+        self._finite = FiniteWatch(self._mesh, train_dataset.where)
+        self._batches: list[Batch] = []  # of this step, where they may have to be written
+        self._packs: list[PackOrigins] = []  # of this step
+        self._loss_before: Tensor | None = None  # the sum since the last log line, before this step
+        self._logged_step = 0  # the last step before those of the next log line
+        self.skipped: list[Finding] = []
+        self.on_skip: Callable[[Finding], None] = lambda _: None
         super().__init__(
             model=model,
             args=args,
@@ -121,8 +143,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.meter)
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        if not args.disable_tqdm:
-            self.add_callback(ProgressBar(self._console))
+        self._bar = ProgressBar(self._console)
+        self.add_callback(self._bar)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer, with a bar that goes whatever happens."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._bar.close()
 
     # Batches
 
@@ -152,6 +181,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step and what losses are averaged over in them, on all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
+        self._packs = [batch.pop(PACK_ORIGINS) for batch in batches]
+        self._batches = batches if self._on_nonfinite == "dump" else []
+        self._finite.begin(self.state.global_step + 1, self._packs)
         counts = sum((batch.pop(PACK_COUNTS) for batch in batches), PackCounts())
         self.meter.add(counts)
         for news in (batch.pop(STREAMED) for batch in batches if STREAMED in batch):
@@ -185,6 +217,50 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Model FLOPs of the batch's matrices, for the Trainer's ``total_flos``; no walk over the model per step."""
         return self.meter.flops.per_token * float(inputs["input_ids"].numel())
 
+    # Losses and gradients that are no numbers
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of a micro-batch; its loss is watched."""
+        if self._on_nonfinite == "skip" and not self._finite.has_losses:
+            self._loss_before = self._tr_loss.clone()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, between backward and update: the place where a step can still be left out."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # a loss scaler looks for its scale by norms that are not finite, and leaves those steps out by itself
+        if self.accelerator.scaler is None:
+            self._finite.add_norm(norm)
+        if self._on_nonfinite == "stop" or (found := self._finite.read()) is None:
+            return norm
+        if self._on_nonfinite == "dump":
+            self._dump(found)
+        self._leave_out(found)
+        return None
+
+    def _leave_out(self, found: Finding) -> None:
+        """Makes the optimizer's next call do nothing; the Trainer then clears the gradients."""
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        assert self._loss_before is not None
+        self._tr_loss.copy_(self._loss_before)
+        self.skipped.append(found)
+        self._console.out(f"{found}; its update is left out", highlight=False)
+        self.on_skip(found)
+        latest = [skipped.step for skipped in self.skipped[-MOST_SKIPPED:]]
+        if latest == list(range(found.step + 1 - MOST_SKIPPED, found.step + 1)):
+            raise UserError(
+                f"{found}, the {MOST_SKIPPED}th step in a row whose update was left out; go on from a checkpoint "
+                "before with a lower training.learning_rate, or look at the rows"
+            )
+
+    def _dump(self, found: Finding) -> None:
+        rank = f"-rank-{self._mesh.data_rank}" if self._mesh.data_size > 1 else ""
+        folder = Path(self.args.output_dir) / f"nonfinite-step-{found.step}{rank}"
+        dump_step(folder, found, self._batches, [self._finite.rows_of([pack]) for pack in self._packs])
+        raise UserError(f"{found}; its update is not made, and its packs are in {folder}")
+
     # Evaluation
 
     def prediction_step(
@@ -193,10 +269,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Adds the batch's sums to the evaluation; returns its mean loss."""
         del prediction_loss_only, ignore_keys
         number = self._count(inputs.pop(PACK_COUNTS))
+        inputs.pop(PACK_ORIGINS, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self._summed_figures(model, inputs)
         self._evaluated = self._evaluated + sums.double()
         self._num_evaluated += number
+        self._evaluated_packs += 1
+        self._advance(self._evaluated_packs)
         return sums[0] / max(number, 1), None, None
 
     def _summed_figures(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -215,8 +294,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The Trainer's loop; its mean of batch means becomes ``sum(nll) / trained tokens`` over all ranks."""
         self._evaluated = torch.zeros(len(self.figures), dtype=torch.float64, device=self.args.device)
-        self._num_evaluated = 0
-        with self.meter.paused():
+        self._num_evaluated = self._evaluated_packs = 0
+        with self.meter.paused(), phase("evaluating", len(dataloader)) as self._advance:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -237,26 +316,49 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Adds the meter's window to training log lines, and drops rates that call a pack a sample."""
         if "loss" in logs:
             logs.update(self.meter.window())
+            self._leave_skipped_out(logs)
         for name in [name for name in logs if name.endswith("_samples_per_second")]:
             del logs[name]
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; nothing after the last checkpoint is "
-                "saved; lower training.learning_rate, or look at the rows (training.logging_steps: 1 finds the step)"
-            )
+
+    def _leave_skipped_out(self, logs: dict[str, float]) -> None:
+        """Makes the loss, a mean over all steps since the last line, one over those whose update was made."""
+        skipped = sum(found.step > self._logged_step for found in self.skipped)
+        taken = self.state.global_step - self._logged_step - skipped
+        if skipped:
+            logs["skipped_steps"] = skipped
+            mean = logs.pop("loss")
+            if taken:
+                logs["loss"] = mean * (taken + skipped) / taken
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._logged_step = self._globalstep_last_logged
         # the Trainer logs the last step only where logging_steps divides it: a short run would never say its loss
         if self.control.should_training_stop and self.args.logging_strategy != "no":
             self.control.should_log = True
+        found = self._finite.read() if self._waits() else None
+        if found is None:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
+        self.control.should_save = self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        raise UserError(
+            f"{found}; nothing after the last checkpoint is saved; lower training.learning_rate, look at the rows, or "
+            "set training.on_nonfinite to skip or dump"
+        )
+
+    def _waits(self) -> bool:
+        """Whether the Trainer is about to wait for the device, or what is kept unread grows too long."""
+        control = self.control
+        waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        return waits or self._finite.is_full
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
         output_dir = Path(self.args.output_dir)
         step = self.state.global_step
-        with self.meter.paused(), staged_checkpoint(output_dir, step) as staging:
+        saving = phase(f"saving {CHECKPOINT}{step}")
+        with self.meter.paused(), saving, staged_checkpoint(output_dir, step) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
@@ -272,6 +374,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(place)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is empty
         readable(folder)
         seal(folder, self._about)
         commit(folder, place)
@@ -280,6 +383,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._first is not None:
+            make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -297,6 +405,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if state.global_step < steps:
             return False
         self.state = state
+        if self.args.should_save:
+            # what the run would have removed, had it not been killed before
+            rotate(Path(self.args.output_dir), self.args.save_total_limit, state.best_model_checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -304,7 +415,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if self._loads_as_stock(target):
+        if self._first is not None:
+            load_plain(target, Path(resume_from_checkpoint), self._first)
+        elif self._loads_as_stock(target):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             # the stock way loads tensors by the names on disk, which for some families are not the module's names,
@@ -319,9 +432,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None or self.is_deepspeed_enabled:
             return
         restore_settings(self.optimizer, self.lr_scheduler, given)
+        # the state brings back when the run before logged, saved and evaluated
+        self.state.compute_steps(self.args, self.state.max_steps)
 
     def _load_best_model(self) -> None:
-        if self._loads_as_stock(self.model):
+        if self._first is not None:
+            load_plain(self.model, Path(self.state.best_model_checkpoint), self._first)
+        elif self._loads_as_stock(self.model):
             super()._load_best_model()
         else:
             reload_weights(self.model, Path(self.state.best_model_checkpoint))

@@ -1,0 +1,26 @@
+"""deltatune report: runs as a page of curves and tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from deltatune.errors import UserError
+from deltatune.runs.folder import read_run
+from deltatune.runs.page import page
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page, by default into the folder of the first run."""
+    runs = [read_run(Path(folder).expanduser()) for folder in args.runs]
+    output = runs[0].path / "report.html" if args.output is None else Path(args.output).expanduser()
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    output.write_text(page(runs), encoding="utf-8")
+    for found in runs:
+        sys.stdout.writelines(f"{found.path}: {problem}\n" for problem in found.problems)
+    sys.stdout.write(f"the report is in {output}\n")
+    return 0

@@ -1,0 +1,43 @@
+"""Work that may take long has a name where it happens; whoever shows progress around it shows the name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import TypeAlias
+
+__all__ = ["Advance", "Display", "phase", "shown_by"]
+
+#: Takes the number of parts that are done.
+Advance: TypeAlias = Callable[[int], None]
+
+#: Shows a phase of this name and number of parts, where that is known, while it lasts.
+Display: TypeAlias = Callable[[str, int | None], AbstractContextManager[Advance]]
+
+_display: ContextVar[Display | None] = ContextVar("deltatune_phases", default=None)
+
+
+@contextmanager
+def phase(name: str, total: int | None = None) -> Iterator[Advance]:
+    """Around work that may take longer than two seconds; shown only inside ``shown_by``, in the same thread or task."""
+    display = _display.get()
+    if display is None:
+        yield _nowhere
+        return
+    with display(name, total) as advance:
+        yield advance
+
+
+@contextmanager
+def shown_by(display: Display) -> Iterator[None]:
+    """Phases inside are shown by this."""
+    token = _display.set(display)
+    try:
+        yield
+    finally:
+        _display.reset(token)
+
+
+def _nowhere(_done: int) -> None:
+    """Where nobody watches."""

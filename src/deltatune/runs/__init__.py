@@ -1,0 +1,1 @@
+"""What runs left in their folders, read without torch: model cards and report pages."""

@@ -1,0 +1,61 @@
+"""What a recipe makes of a model, with or without its weights: layers, kernels, recomputation, memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deltatune.compile.memory import MemoryEstimate, estimate_memory
+from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
+from deltatune.options import CompileOptions
+from deltatune.phases import phase
+from deltatune.preparation import Prepared, prepare
+from deltatune.training.arguments import autocast_dtype
+
+__all__ = ["compile_options", "estimate_step", "prepare_by_recipe"]
+
+
+def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
+    """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
+
+    ``device`` is where a model that is not there yet, or will be sharded, will train; its shapes decide then.
+
+    Raises:
+        UserError: what ``prepare`` refuses.
+    """
+    try:
+        prepared = prepare(
+            model,
+            kernels=recipe.kernels if isinstance(recipe.kernels, str) else dict(recipe.kernels.items()),
+            compile=compile_options(recipe),
+            checkpointing=recipe.checkpointing,
+            lora="auto" if recipe.lora is None else recipe.lora.impl,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with phase("choosing the activations to keep"):
+        prepared.decide_checkpointing(
+            recipe.packing.tokens_per_batch,
+            optimizer=recipe.training.optim,
+            compute_dtype=autocast_dtype(recipe.training),
+            accumulates=recipe.training.gradient_accumulation_steps > 1,
+            device=device,
+        )
+    return prepared
+
+
+def compile_options(recipe: Recipe) -> CompileOptions | None:
+    """The recipe's ``compile`` section as ``prepare`` takes it."""
+    return None if recipe.compile is None else CompileOptions(**recipe.compile.model_dump())
+
+
+def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> MemoryEstimate:
+    """What a step of the recipe will hold on one device."""
+    return estimate_memory(
+        model,
+        tokens_per_batch=recipe.packing.tokens_per_batch,
+        optimizer=recipe.training.optim,
+        checkpointing=checkpointing,
+        compute_dtype=autocast_dtype(recipe.training),
+    )

@@ -1,0 +1,136 @@
+"""What a recipe needs of this machine, looked up before torch is imported: what is missing costs no seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from deltatune.config.schema import ModelSection, Recipe
+from deltatune.data.sources import check_source
+from deltatune.errors import DataError, UserError, near_files
+
+__all__ = ["check_model_path", "existing_parent", "missing_optimizer", "preflight", "preflight_training"]
+
+# What optimizers need besides torch, by a part of their name; the first part that fits counts.
+_OPTIMIZERS: Final[Mapping[str, str]] = {
+    "torch_8bit": "torchao",
+    "torch_4bit": "torchao",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "bnb": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "lion": "bitsandbytes",
+}
+# distributions that go by another name than their package
+_DISTRIBUTIONS: Final[Mapping[str, str]] = {"optimi": "torch-optimi"}
+
+# trackers -> packages, one of which is enough; of others transformers knows
+_TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{
+        name: (name,)
+        for name in ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
+    },
+}
+
+
+def preflight(recipe: Recipe) -> None:
+    """The paths of a recipe (model, data, and the folders that are written to), and its trackers.
+
+    Raises:
+        UserError: what is not there, is not what it should be, or cannot be written to.
+    """
+    check_model_path(recipe.model)
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, source in enumerate(sources):
+            try:
+                check_source(source.path, source.name)
+            except DataError as error:
+                raise DataError(f"data.{part}.{index}: {error}") from error
+    _check_writable("training.output_dir", recipe.training.output_dir)
+    if recipe.data.cache_dir is not None:
+        _check_writable("data.cache_dir", recipe.data.cache_dir)
+    if missing := _missing_tracker(recipe.training.report_to):
+        raise UserError(missing)
+
+
+def preflight_training(recipe: Recipe) -> None:
+    """``preflight``, and what a plan can do without: the package of the optimizer.
+
+    Raises:
+        UserError: as ``preflight``, or that package is missing.
+    """
+    preflight(recipe)
+    if missing := missing_optimizer(recipe.training.optim):
+        raise UserError(missing)
+
+
+def check_model_path(section: ModelSection) -> None:
+    """A checkpoint folder, or what may be a name on the Hub.
+
+    Raises:
+        UserError: neither.
+    """
+    path = Path(section.name_or_path).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        what = "is no checkpoint: it holds no config.json; expected config.json and weights"
+        if (path / "adapter_config.json").is_file():
+            merge = f"deltatune merge {path} --output OUTPUT"
+            what = f"is an adapter, not a model; merge it first ({merge}) or name its base model"
+        raise UserError(f"model {path} {what}")
+    # no model that can be prepared goes by the short names of the Hub's first years
+    local = section.name_or_path.startswith((".", "/", "~")) or section.name_or_path.count("/") != 1
+    if path.is_file() or (not path.exists() and local):
+        raise UserError(
+            f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
+            f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
+        )
+
+
+def missing_optimizer(optimizer: str) -> str | None:
+    """Which package an optimizer lacks here, with the remedy; None where it lacks none."""
+    package = next((package for part, package in _OPTIMIZERS.items() if part in optimizer), None)
+    if package is None or find_spec(package) is not None:
+        return None
+    distribution = _DISTRIBUTIONS.get(package, package.replace("_", "-"))
+    return f"training.optim: {optimizer} needs the package {distribution}; pip install {distribution}"
+
+
+def _missing_tracker(report_to: str | tuple[str, ...]) -> str | None:
+    """Which package a tracker lacks here, with the remedy; None where they lack none, or are unknown."""
+    for name in (report_to,) if isinstance(report_to, str) else report_to:
+        packages = _TRACKERS.get(name, ())
+        if packages and not any(find_spec(package) is not None for package in packages):
+            return (
+                f"training.report_to: the package of {name} is not installed; pip install "
+                f"{packages[0].replace('_', '-')}, or set report_to: none"
+            )
+    return None
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder on the way to a path that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _check_writable(key: str, folder: str) -> None:
+    try:
+        path = Path(folder).expanduser()
+    except RuntimeError as error:  # of a tilde before the name of no user
+        raise UserError(f"{key}: {folder} names no folder: {error}") from error
+    parent = existing_parent(path)
+    if not parent.is_dir():
+        what = "choose a folder" if parent == path else f"it cannot hold the folder {path}"
+        raise UserError(f"{key}: {parent} is a file; {what}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {parent} cannot be written to; choose another folder, or change its permissions")

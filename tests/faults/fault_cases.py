@@ -1,0 +1,186 @@
+"""Small runs in processes of their own, and what may happen to them at any of their writes."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_cases import byte_tokenizer, write_conversations
+
+from deltatune.cli import main as deltatune
+from deltatune.training.sealed import problem_of, steps_of
+from forked import FORKED
+from tiny import tiny_model
+
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "pause": signal.SIGSTOP}
+Action = Literal["kill", "full", "term", "int", "pause", "count"]
+STEPS = 6
+
+
+def make_case(folder: Path) -> Path:
+    """A checkpoint, rows and a recipe that saves at every second of its six steps; the data is in the cache."""
+    tokenizer = byte_tokenizer()
+    tiny_model("qwen3", layers=1, vocab_size=len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    rows = write_conversations(folder / "train.jsonl", 60)
+    recipe = {
+        "model": {"name_or_path": str(folder / "base")},
+        "data": {"train": [{"path": str(rows)}], "cache_dir": str(folder / "cache"), "num_proc": 1},
+        "packing": {"tokens_per_batch": 192},
+        "lora": {"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]},
+        "training": {
+            "output_dir": str(folder / "output"),
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+        "verify": {"enabled": False},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def run(recipe: Path, output_dir: Path, *words: str, at: int | None = None, action: Action = "count") -> int:
+    """``deltatune train`` in a process of its own; its exit status, negative for the signal that ended it.
+
+    ``at``: the write, counted from 1, at which ``action`` happens. What is written to the screen is in ``screen.txt``
+    beside the folder, and the writes in ``writes.txt``.
+    """
+    arguments = ["train", str(recipe), "--set", f"training.output_dir={output_dir}", *words]
+    process = start(arguments, output_dir, at, action)
+    process.join(300)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def start(arguments: list[str], output_dir: Path, at: int | None = None, action: Action = "count") -> Any:
+    """The process of a run, started."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    process = FORKED.Process(target=_child, args=(arguments, output_dir, at, action))
+    process.start()
+    return process
+
+
+def _child(arguments: list[str], output_dir: Path, at: int | None, action: Action) -> None:
+    torch.set_num_threads(1)
+    screen = os.open(output_dir.parent / "screen.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(screen, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    watch_writes(output_dir, at, action)
+    sys.exit(deltatune(arguments))
+
+
+def watch_writes(folder: Path, at: int | None, action: Action) -> None:
+    """Counts what this process does to the disk below a folder, and acts before one of these writes, or within it."""
+    log = os.open(folder.parent / "writes.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    count = 0
+
+    def note(what: str, path: Any) -> None:
+        nonlocal count
+        if not isinstance(path, str | bytes | os.PathLike):
+            return
+        place = Path(os.fsdecode(path)).absolute()
+        if not place.is_relative_to(folder):
+            return
+        count += 1
+        os.write(log, f"{count} {what} {place.relative_to(folder)}\n".encode())
+        if count != at:
+            return
+        if action == "full" and what not in ("os.remove", "os.rmdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path))
+        if action in _SIGNALS:
+            os.kill(os.getpid(), _SIGNALS[action])
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            handle = arguments[-1]  # of the folder that the name is in, as where a tree is removed
+            inside = isinstance(handle, int) and handle >= 0 and event in ("os.remove", "os.rmdir")
+            note(event, (Path(f"/proc/self/fd/{handle}").readlink() / arguments[0]) if inside else arguments[0])
+
+    def opening(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        writes = set(mode) & set("wax+")
+        if writes:
+            note("open", file)
+        opened = plain_open(file, mode, *rest, **named)
+        if writes:
+            note("opened", file)  # empty, where it was there before
+        return opened
+
+    def torn(write: Callable[..., Any], path_at: int) -> Callable[..., Any]:
+        """Libraries that write in other languages: nothing yet, then half of it, then all."""
+
+        def writing(*given: Any, **named: Any) -> Any:
+            note("before", given[path_at])
+            result = write(*given, **named)
+            path = given[path_at]
+            whole = Path(path).read_bytes()
+            with plain_open(path, "r+b") as stream:
+                stream.truncate(len(whole) // 2)
+            note("half of", path)
+            with plain_open(path, "wb") as stream:
+                stream.write(whole)
+            return result
+
+        return writing
+
+    def syncing(handle: int) -> None:
+        note("fsync", Path(f"/proc/self/fd/{handle}").readlink())
+        plain_sync(handle)
+
+    plain_open, plain_sync = io.open, os.fsync
+    sys.addaudithook(audit)
+    os.fsync = syncing
+    builtins.open = io.open = opening
+    torch.save = torn(torch.save, 1)
+    safetensors.torch.serialize_file = torn(safetensors.torch.serialize_file, 1)
+
+
+def writes(output_dir: Path) -> list[str]:
+    """What the latest run in a folder wrote, in order."""
+    return (output_dir.parent / "writes.txt").read_text().splitlines()
+
+
+def screen(output_dir: Path) -> str:
+    """What the latest run in a folder said."""
+    return (output_dir.parent / "screen.txt").read_text()
+
+
+def check_same(found: Path, expected: Path) -> None:
+    """A finished run's adapter, last checkpoint and losses are those of another, to the bit; nothing else is left."""
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    last = [folder / f"checkpoint-{STEPS}" for folder in (found, expected)]
+    assert problem_of(last[0]) is None
+    states = [torch.load(folder / "optimizer.pt")["state"] for folder in last]
+    assert all(
+        torch.equal(states[0][number][name], value)
+        for number, state in states[1].items()
+        for name, value in state.items()
+    )
+    assert losses(last[0]) == losses(last[1])
+    assert steps_of(found).keys() == steps_of(expected).keys()
+    assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in expected.iterdir())
+    assert json.loads((found / "run.json").read_text())["status"] == "finished"
+
+
+def losses(checkpoint: Path) -> list[float]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

@@ -1,0 +1,77 @@
+"""kill -9 at any write and at any time: the run goes on and ends in the same bits, with nothing left over."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_cases import check_same, run, start
+
+EVERY = 3
+MOST = 260  # more than a run writes; what is beyond its last write happens to a finished run
+
+
+def killed_and_resumed(case: Any, output: Path, number: int) -> None:
+    status = run(case.recipe, output, at=number, action="kill")
+    assert status == (-signal.SIGKILL if number <= len(case.writes) else 0)
+    assert run(case.recipe, output, "--resume", "auto") == 0
+    check_same(output, case.whole)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("half of", ".saving-2/checkpoint-2/optimizer.pt"),
+        ("os.rename", ".saving-2/checkpoint-2"),
+        ("os.rename", "adapter_config.json"),
+    ],
+    ids=["within the first save", "before it is in its place", "within the last save"],
+)
+def test_killed_within_a_save(case: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
+    killed_and_resumed(case, tmp_path / "output", case.first(*words))
+
+
+def test_the_writes_are_those_of_a_run(case: Any) -> None:
+    """What is counted covers every file that a run leaves."""
+    assert len(case.writes) < MOST - EVERY
+    written = {line.rpartition("/")[2].rpartition(" ")[2] for line in case.writes}
+    left = {path.name for path in case.whole.rglob("*") if path.is_file()} - {"tokenizer.json"}  # by another language
+    assert {name for name in left if name not in written and f".{name}.part" not in written} == set()
+
+
+@pytest.mark.faults
+def test_killed_while_it_takes_the_lock(case: Any, tmp_path: Path) -> None:
+    killed_and_resumed(case, tmp_path / "output", case.first("opened", ".lock"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(1, MOST, EVERY))
+def test_killed_at_every_third_write(case: Any, tmp_path: Path, number: int) -> None:
+    killed_and_resumed(case, tmp_path / "output", number)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_random(case: Any, tmp_path: Path, seed: int) -> None:
+    """Fourteen at any time, three within the first save and three within the last; each of them twice in a row."""
+    draw, output = random.Random(seed), tmp_path / "output"
+    arguments = ["train", str(case.recipe), "--set", f"training.output_dir={output}", "--resume", "auto"]
+    for _ in range(2):
+        if seed < 14:
+            process = start(arguments, output)
+            time.sleep(draw.uniform(0, case.seconds))
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        else:
+            first = seed < 17
+            begin = case.first("os.mkdir .saving-2") if first else case.first("checkpoint-2") + 1
+            begin = begin if first else case.first("fsync .saving-6/checkpoint-6/manifest.json") + 3
+            end = case.first("fsync .saving-2/checkpoint-2/manifest.json") + 5 if first else len(case.writes)
+            run(case.recipe, output, "--resume", "auto", at=draw.randint(begin, end), action="kill")
+    assert run(case.recipe, output, "--resume", "auto") == 0
+    check_same(output, case.whole)

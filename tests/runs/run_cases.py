@@ -1,0 +1,81 @@
+"""Folders as runs leave them, made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BASE = {"name_or_path": "/no/such/base", "revision": None, "commit": None, "class": "Qwen3ForCausalLM"}
+
+
+def leg(status: str = "finished", *, from_step: int = 0, to_step: int = 6, **more: Any) -> dict[str, Any]:
+    return {
+        "status": status,
+        "command": "deltatune train mine.yaml",
+        "folder": "/home/me",
+        "host": "box",
+        "git": None,
+        "deltatune": {"version": "0.1.0", "git": None},
+        "started": "2026-11-30T06:00:00+00:00",
+        "ended": None if status == "running" else "2026-11-30T07:01:02+00:00",
+        "from_step": from_step,
+        "to_step": to_step,
+        "first_loss": 4.0,
+        "last_loss": 2.0,
+        "eval_loss": 2.5,
+        "seconds": 100.0,
+        "packs": 6,
+        "tokens": 6000,
+        "trained_tokens": 1500,
+        "changes": [],
+        "device": "cpu x86_64",
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "data": {"rows.jsonl": "fbd44bd3"},
+        **more,
+    }
+
+
+def entry(step: int, loss: Any, *, leg: int = 1) -> dict[str, Any]:
+    return {
+        "leg": leg,
+        "step": step,
+        "loss": loss,
+        "grad_norm": 1.0 + step,
+        "learning_rate": 1e-3 / step,
+        "tokens_per_second": 1000.0 + step,
+        "peak_memory_gib": 0.5,
+    }
+
+
+def recipe(**training: Any) -> dict[str, Any]:
+    return {
+        "model": {"name_or_path": BASE["name_or_path"]},
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        "packing": {"tokens_per_batch": 256},
+        "lora": {"r": 4},
+        "training": {"output_dir": "outputs/mine", **training},
+    }
+
+
+def write_run(
+    folder: Path,
+    *legs: dict[str, Any],
+    entries: list[dict[str, Any]] | None = None,
+    tail: str = "",
+    model: dict[str, Any] | None = None,
+    **files: Any,
+) -> Path:
+    """``files``: ``recipe``, ``report`` and ``log``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given = list(legs) or [leg()]
+    record = {"status": given[-1]["status"], "model": {**BASE, **(model or {})}, "legs": given}
+    (folder / "run.json").write_text(json.dumps(record))
+    lines = [entry(step, 5.0 - step / 2) for step in range(1, 7)] if entries is None else entries
+    (folder / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    (folder / "config.yaml").write_text(yaml.safe_dump(files.get("recipe", recipe())))
+    (folder / "report.json").write_text(json.dumps(files.get("report", {})))
+    (folder / "train.log").write_text(files.get("log", "=== then deltatune train\n"))
+    return folder

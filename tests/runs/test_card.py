@@ -1,0 +1,63 @@
+"""The card says what is known, and what the Hub reads of it is what the Hub takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from run_cases import entry, leg, recipe, write_run
+
+from deltatune.runs.card import model_card
+from deltatune.runs.folder import read_run
+
+HUB = {"name_or_path": "Qwen/Qwen3.5-2B", "commit": "abc123"}
+
+
+def card(folder: Path, *legs: dict[str, Any], **files: Any) -> ModelCard:
+    return ModelCard(model_card(read_run(write_run(folder / "mine", *legs, **files))))
+
+
+def test_an_adapter_of_a_model_on_the_hub(tmp_path: Path) -> None:
+    found = card(tmp_path, leg(data={"org/chats": "streamed", "rows.jsonl": "fbd4"}), model=HUB)
+    data = found.data.to_dict()
+    assert data == {
+        "base_model": "Qwen/Qwen3.5-2B",
+        "datasets": ["org/chats"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["deltatune", "lora", "base_model:adapter:Qwen/Qwen3.5-2B"],
+    }
+    assert 'Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3.5-2B", revision="abc123")' in found.text
+    assert "| rows.jsonl | fbd4 |" in found.text
+
+
+def test_a_model_whose_base_is_a_folder_names_no_base_that_the_hub_cannot_find(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    found = card(tmp_path, model={"name_or_path": str(base)}, recipe={**recipe(), "lora": None})
+    data = found.data.to_dict()
+    assert "base_model" not in data
+    assert data["license"] == "apache-2.0"
+    assert data["library_name"] == "transformers"
+    assert data["tags"] == ["deltatune"]
+    assert f"| base model | {base}, Qwen3ForCausalLM |" in found.text
+
+
+def test_steps_tokens_and_losses_are_of_all_legs(tmp_path: Path) -> None:
+    entries = [entry(2, 4.0), entry(4, 9.0), {"leg": 1, "step": 2, "eval_loss": 3.5}, entry(4, 2.25, leg=2)]
+    legs = (leg("killed", to_step=4), leg("running", from_step=2, to_step=4))
+    text = card(tmp_path, *legs, entries=entries).text
+    assert "| steps | 4 in 2 legs |" in text
+    assert "| tokens | 12,000, 3,000 of them trained, in 200 s |" in text
+    assert "| loss | 4.0000 at first, 2.2500 at last |" in text
+    assert "| held-out loss | 3.5000 at step 2 |" in text
+
+
+@pytest.mark.parametrize(("given", "excerpt"), [({"learning_rate": 0.5}, "learning_rate: 0.5"), ({}, "output_dir")])
+def test_the_recipe_is_shown_without_its_defaults(tmp_path: Path, given: dict[str, Any], excerpt: str) -> None:
+    shown = card(tmp_path, recipe=recipe(seed=42, **given)).text
+    assert excerpt in shown
+    assert "seed" not in shown, "42 is the default"

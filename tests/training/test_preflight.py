@@ -1,0 +1,94 @@
+"""What is missing on this machine, before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from training_cases import make_recipe
+
+from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
+from deltatune.training import preflight as module
+from deltatune.training.preflight import preflight, preflight_training
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+
+    def build(**sections: Any) -> Recipe:
+        return make_recipe(tmp_path, tmp_path / "base", **sections)
+
+    return build
+
+
+def test_what_is_there_passes(recipe: Any, tmp_path: Path) -> None:
+    preflight_training(recipe(training={"output_dir": str(tmp_path / "not" / "there" / "yet")}))
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name_or_path": "~/no such checkpoint"}}, r"model ~/no such checkpoint is no folder"),
+        ({"model": {"name_or_path": "."}}, r"model \. is no checkpoint: it holds no config\.json"),
+        ({"data": {"train": [{"path": "{folder}/trian.jsonl"}]}}, r"data\.train\.0: .*; did you mean train\.jsonl"),
+        ({"data": {"eval": [{"path": "~/no/rows.jsonl"}]}}, r"data\.eval\.0: ~/no/rows\.jsonl does not exist"),
+        ({"data": {"train": [{"path": "~nobody-at-all/rows.jsonl"}]}}, r"train\.0: ~nobody-at-all.* does not exist"),
+        ({"data": {"cache_dir": "{folder}/train.jsonl/cache"}}, r"cache_dir: .*train\.jsonl is a file; it cannot"),
+        ({"training": {"output_dir": "{folder}/train.jsonl"}}, r"output_dir: .* is a file; choose a folder"),
+        ({"training": {"output_dir": "~nobody-at-all/x"}}, r"training\.output_dir: ~nobody-at-all/x names no folder"),
+        ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
+        ({"training": {"report_to": ["none", "comet_ml"]}}, r"comet_ml is not installed; pip install comet-ml, or set"),
+    ],
+)
+def test_what_is_not_there_is_one_line(recipe: Any, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    found = recipe(**filled(sections, str(tmp_path)))
+    for check in (preflight, preflight_training):
+        with pytest.raises(UserError, match=message) as caught:
+            check(found)
+        assert "\n" not in str(caught.value)
+
+
+def filled(value: Any, folder: str) -> Any:
+    """With the folder in the place of its name."""
+    if isinstance(value, dict):
+        return {name: filled(item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [filled(item, folder) for item in value]
+    return value.replace("{folder}", folder) if isinstance(value, str) else value
+
+
+def test_a_folder_without_permission_to_write(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "os", SimpleNamespace(access=lambda path, mode: path != tmp_path, W_OK=2, X_OK=1))
+    with pytest.raises(UserError, match=r"training\.output_dir: .* cannot be written to; choose another folder"):
+        preflight(recipe())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "distribution"),
+    [
+        ("adamw_8bit", "bitsandbytes"),
+        ("paged_lion_32bit", "bitsandbytes"),
+        ("adamw_torch_4bit", "torchao"),
+        ("galore_adamw", "galore-torch"),
+        ("stable_adamw", "torch-optimi"),
+    ],
+)
+def test_a_plan_can_do_without_the_optimizers_package(recipe: Any, optimizer: str, distribution: str) -> None:
+    found = recipe(training={"optim": optimizer})
+    preflight(found)
+    with pytest.raises(UserError, match=rf"optim: {optimizer} needs the package .*; pip install {distribution}"):
+        preflight_training(found)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, deltatune.training.preflight; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
