@@ -57,6 +57,11 @@ ERRORS = {
         "training.metric_for_best_model: accuracy is nothing that an evaluation logs; expected eval_loss",
         f"{{training: {{metric_for_best_model: eval_loss, eval_strategy: steps}}, {EVALUATED}}}",
     ),
+    "rewards_are_logged_of_preferences": (
+        f"{{training: {{metric_for_best_model: rewards/accuracies, eval_strategy: steps}}, {EVALUATED}}}",
+        "rewards/accuracies is nothing that an evaluation logs; expected eval_loss",
+        f"{{preference: {{}}, training: {{metric_for_best_model: logps/chosen, eval_strategy: steps}}, {EVALUATED}}}",
+    ),
     "something_is_to_be_better": (
         f"{{training: {{greater_is_better: true, eval_strategy: steps}}, {EVALUATED}}}",
         "training.greater_is_better: true cannot act without a best checkpoint",

@@ -264,22 +264,6 @@ def test_remarks_are_the_last_lines_of_the_report():
     assert str(report).endswith("\nrows.jsonl: 1 row dropped:")
 
 
-def test_every_sample_knows_its_row():
-    """Pieces of a document that was cut as well, in every epoch."""
-    sources = [make_documents([30, 70, 5]), make_documents([12, 40])]
-    dataset = pack_documents(sources, tokens_per_batch=32, overlong="split", seed=1)
-    starts = [source.offsets for source in sources]
-    for epoch in (0, 1):
-        samples = [sample for members in dataset.epochs(epoch) for sample in dataset[members]]
-        assert len(samples) == 8
-        # tokens are numbers in their source's stream
-        for sample in samples:
-            source = dataset.sources[sample.origin]
-            line = np.searchsorted(starts[source], sample.input_ids[0], side="right")
-            assert dataset.where(sample.origin) == f"rows.jsonl, line {line}"
-            assert dataset.lengths[sample.origin] == len(sample)
-
-
 def of_rows(dataset, documents, pack):
     """The row of each sample of a pack: its tokens are their places in the stream."""
     return [int(np.searchsorted(documents.offsets, sample.input_ids[0], side="right") - 1) // 2 for sample in pack]
@@ -336,3 +320,19 @@ def test_pairs_held_out_stay_whole():
     documents = make_pairs([(5, 5), (6, 6), (7, 7)])
     dataset = pack_documents([documents], tokens_per_batch=32, keep=[documents.contents == 1])
     assert [len(sample) for pack in dataset for sample in pack] == [6, 6]
+
+
+def test_every_sample_knows_its_row():
+    """Pieces of a document that was cut as well, in every epoch."""
+    sources = [make_documents([30, 70, 5]), make_documents([12, 40])]
+    dataset = pack_documents(sources, tokens_per_batch=32, overlong="split", seed=1)
+    starts = [source.offsets for source in sources]
+    for epoch in (0, 1):
+        samples = [sample for members in dataset.epochs(epoch) for sample in dataset[members]]
+        assert len(samples) == 8
+        # tokens are numbers in their source's stream
+        for sample in samples:
+            source = dataset.sources[sample.origin]
+            line = np.searchsorted(starts[source], sample.input_ids[0], side="right")
+            assert dataset.where(sample.origin) == f"rows.jsonl, line {line}"
+            assert dataset.lengths[sample.origin] == len(sample)

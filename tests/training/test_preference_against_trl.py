@@ -18,11 +18,12 @@ from rich.console import Console
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint, write_pairs
 from transformers import AutoModelForCausalLM
 
+from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import PreferenceSection
 from deltatune.training.arguments import training_arguments
 from deltatune.training.console import RunConsole
 from deltatune.training.preference import AnswerLogProbs, preference_losses
-from deltatune.training.preference_trainer import REWARDS, PreferenceTrainer
+from deltatune.training.preference_trainer import PreferenceTrainer
 from deltatune.training.run import build
 
 TARGETS = ["q_proj", "in_proj_qkv", "down_proj"]

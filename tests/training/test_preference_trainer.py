@@ -14,12 +14,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint, weights, write_conversations, write_pairs
 
+from deltatune.config.rewards import REWARDS
 from deltatune.errors import UserError
 from deltatune.training import planned
 from deltatune.training import run as run_module
 from deltatune.training.arguments import training_arguments
 from deltatune.training.console import RunConsole
-from deltatune.training.preference_trainer import REWARDS, PreferenceTrainer
+from deltatune.training.preference_trainer import PreferenceTrainer
 from deltatune.training.run import TrainResult, build, train
 from forked import free_port, run_ranks
 from tiny import tiny_model
@@ -69,27 +70,6 @@ def test_accumulated_packs_equal_one_pack_of_all_pairs(tmp_path: Path, checkpoin
         assert logged(results[0], name) == pytest.approx(logged(results[1], name), rel=1e-4, abs=1e-6), name
     for name, value in weights(results[0].model).items():
         torch.testing.assert_close(value, weights(results[1].model)[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_step_that_is_left_out_has_no_rewards(
-    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = {"max_steps": 3, "logging_steps": 3, "on_nonfinite": "skip", **CONSTANT, "learning_rate": 0.0}
-    recipe = recipe_of(tmp_path, checkpoint, packing={"tokens_per_batch": 1600}, training=training)
-    clean, trainer = (trainer_of(recipe) for _ in range(2))
-    clean.train()
-    compute, calls = trainer._sums, iter(range(3))
-
-    def poisoned(*args: Any) -> Any:
-        factor = float("nan") if next(calls) == 1 else 1.0
-        loss, rewards, outputs = compute(*args)
-        return loss * factor, rewards * factor, outputs
-
-    monkeypatch.setattr(trainer, "_sums", poisoned)
-    trainer.train()
-    assert [found.step for found in trainer.skipped] == [2]
-    for name in REWARDS:
-        assert logged(trainer, name) == pytest.approx(logged(clean, name), rel=1e-6), name
 
 
 def test_an_evaluation_averages_over_pairs_and_not_packs(tmp_path: Path, checkpoint: Path) -> None:
@@ -200,6 +180,26 @@ def test_compiled_layers_have_graphs_for_the_reference(tmp_path: Path, monkeypat
     assert (report["breaks"], report["recompiles"]) == ([], [])
     kinds = {name.partition(" ")[2] for name in report["graphs"]}
     assert kinds == {"", "(no grad)", "(no grad) (reference)"}
+
+
+def test_a_step_that_is_left_out_counts_in_no_reward(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 3, "on_nonfinite": "skip", "logging_steps": 3, **CONSTANT}
+    trainer = trainer_of(recipe_of(tmp_path, checkpoint, training=training))
+    compute, calls = trainer.compute_loss, list[int]()
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        loss = compute(*args, **kwargs)
+        if len(calls) == 2:
+            trainer._rewards += torch.nan
+            return loss * torch.nan
+        return loss
+
+    trainer.compute_loss = broken
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["skipped_steps"] == 1
+    assert np.isfinite([entry[name] for name in REWARDS]).all()
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path, checkpoint: Path) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import PreferenceSection, Recipe
 from deltatune.data.dataset import PackedDataset, ReferencedPack
 from deltatune.errors import UserError
@@ -20,6 +21,7 @@ from deltatune.hf.model import base_model, in_mode
 from deltatune.layers.router_loss import router_loss
 from deltatune.packing.bins import pack
 from deltatune.packing.sample import Sample
+from deltatune.phases import phase
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, pack_loader
 from deltatune.training.nonfinite import Finding
 from deltatune.training.preference import (
@@ -32,16 +34,6 @@ from deltatune.training.preference import (
 from deltatune.training.trainer import Batch, PackedTrainer
 
 __all__ = ["PairCollator", "PreferenceTrainer", "check_reference", "trainer_for"]
-
-REWARDS: Final = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
-"""What is logged beside the loss, by TRL's names; means over pairs."""
 
 _NUM_DOCUMENTS, _REFERENCE = "num_documents", "reference"
 
@@ -85,10 +77,10 @@ class PreferenceTrainer(PackedTrainer):
         super().__init__(*args, **others)
         self._settings = settings
         self._reference_is_known = False
-        # of the steps since the last log line
+        # of the steps since the last log line, and before this one
         self._rewards = torch.zeros(len(REWARDS), dtype=torch.float64, device=self.args.device)
         self._num_rewarded = 0
-        self._rewards_before: tuple[Tensor, int] | None = None  # before this step, where it may be left out
+        self._rewards_before = self._rewards, self._num_rewarded
 
     def compute_reference(self) -> None:
         """Takes the model as it is now for the reference: what it says of every pair is kept with the data."""
@@ -101,13 +93,29 @@ class PreferenceTrainer(PackedTrainer):
         packs = [np.array(members) for members in pack(data.member_lengths, data.report.tokens_per_batch)]
         order = PackOrder(len(packs), mesh=self._mesh, packs=lambda _: packs)
         loader = pack_loader(data, order, self.data_collator, self.args)
+        mine = packs[self._mesh.data_rank :: self._mesh.data_size]
         sums = torch.zeros(data.lengths.size, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad(), self.accelerator.autocast(), in_mode(self.model, training=False):
+        with (
+            phase("computing the reference", len(mine)) as advance,
+            torch.no_grad(),
+            self.accelerator.autocast(),
+            in_mode(self.model, training=False),
+        ):
             # in a ragged last round a rank may have a batch of padding alone
-            for batch, members in zip(loader, packs[self._mesh.data_rank :: self._mesh.data_size], strict=False):
+            for number, (batch, members) in enumerate(zip(loader, mine, strict=False), start=1):
                 pieces = torch.from_numpy(data.pieces(members)).to(sums.device)
                 sums[pieces] = self._answers(self.model, batch)[0].sums.double()
+                advance(number)
         return replace(data, reference=self._mesh.sum_over_data(sums).float().cpu().numpy())
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one optimizer step and the pairs in them, on all ranks."""
+        self._rewards_before = self._rewards.clone(), self._num_rewarded
+        return super().get_batch_samples(*args)
+
+    def _leave_out(self, found: Finding) -> None:
+        self._rewards, self._num_rewarded = self._rewards_before
+        super()._leave_out(found)
 
     def _count(self, counts: PackCounts) -> int:
         return counts.documents // 2
@@ -126,17 +134,6 @@ class PreferenceTrainer(PackedTrainer):
         self._num_rewarded += number
         loss = loss / (max(number, 1) if num_items_in_batch is None else num_items_in_batch) * self._mesh.data_size
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """As ``PackedTrainer``; rewards of a step that is left out do not count either."""
-        if self._on_nonfinite == "skip" and not self._finite.has_losses:
-            self._rewards_before = self._rewards.clone(), self._num_rewarded
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _leave_out(self, found: Finding) -> None:
-        assert self._rewards_before is not None
-        self._rewards, self._num_rewarded = self._rewards_before
-        super()._leave_out(found)
 
     def _summed_figures(self, model: nn.Module, inputs: Batch) -> Tensor:
         loss, rewards, _ = self._sums(model, inputs)
@@ -190,7 +187,6 @@ def trainer_for(recipe: Recipe, model: nn.Module, args: TrainingArguments, **oth
         return PackedTrainer(model, args, **others)
     trainer = PreferenceTrainer(model, args, settings=recipe.preference, **others)
     if _start_is_reference(recipe):
-        others["console"].out("computing the reference: what the model, as it is now, says of every pair")
         trainer.compute_reference()
     return trainer
 
