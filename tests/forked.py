@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,14 @@ FORKED.set_forkserver_preload(
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
     ]
 )
+
+
+def free_port() -> int:
+    """For ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def run_ranks(main: Callable[..., None], *args: Any, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,52 @@ def test_logits_that_are_scaled_after_the_head_count_in_the_loss() -> None:
         kept = model(tokens[None], labels=tokens[None], output_logits=True, logits_to_keep=keep)
         torch.testing.assert_close(kept.loss, theirs.loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(kept.logits, stock(tokens[None], logits_to_keep=keep).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "adapted"])
+def test_each_token_has_a_loss_of_its_own(kind: str) -> None:
+    """With a plain head, one whose logits are scaled afterwards, and one that is an adapter's layer."""
+    if kind == "scaled":
+        config = transformers.GraniteConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, logits_scaling=8.0, tie_word_embeddings=False,
+        )  # fmt: skip
+        model: Any = transformers.GraniteForCausalLM(config)
+    else:
+        model = tiny_model("qwen3", layers=1)
+    if kind == "adapted":
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        )
+    prepare(model)
+    call = packed_call()
+    labels = call["input_ids"].masked_fill(torch.arange(43) % 5 == 2, -100)
+    losses = model(**call, labels=labels, loss_reduction="none").loss
+    assert losses.shape == labels.shape
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    targets[:, torch.tensor(LENGTHS).cumsum(0) - 1] = -100
+    expected = F.cross_entropy(model(**call).logits[0], targets[0], reduction="none")
+    torch.testing.assert_close(losses[0], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(losses[0] == 0, targets[0] == -100)
+    mean = model(**call, labels=labels).loss
+    torch.testing.assert_close(losses.sum() / (targets != -100).sum(), mean, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_reduction": "sum"}, "must be 'none', or left out for the mean, got 'sum'"),
+        ({"num_items_in_batch": 3}, "divides by nothing; leave num_items_in_batch out"),
+        ({"labels": None}, "needs labels"),
+        ({"ignore_index": 5}, "has a loss of its own"),
+    ],
+)
+def test_token_losses_that_cannot_be_told_are_refused(change: dict[str, Any], message: str) -> None:
+    model = tiny_model("qwen3", layers=1)
+    prepare(model)
+    call = packed_call()
+    with pytest.raises(ValueError, match=message):
+        model(**{**call, "labels": call["input_ids"], "loss_reduction": "none", **change})
 
 
 def test_hidden_states_are_recorded() -> None:

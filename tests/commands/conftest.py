@@ -80,6 +80,17 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def pairs(write_rows: Callable[..., Path]) -> Path:
+    """Two answers to each of twelve questions."""
+    rows = []
+    for i in range(12):
+        asked = {"role": "user", "content": f"{i} > 5?"}
+        answers = ({"role": "assistant", "content": text + "!" * (i % 3)} for text in ("yes", "no way"))
+        rows.append({"prompt": [asked], **{role: [a] for role, a in zip(("chosen", "rejected"), answers, strict=True)}})
+    return write_rows(*rows, name="pairs.jsonl")
+
+
+@pytest.fixture
 def write_recipe(tmp_path: Path, checkpoint: Path, write_rows: Callable[..., Path]) -> Callable[..., Path]:
     """A recipe that trains two steps; sections given are laid over it."""
 

@@ -106,6 +106,12 @@ def test_evaluation_is_built_where_the_recipe_evaluates(write_recipe) -> None:
     assert [step for step, _ in found] == ["a step, 1 document", "evaluation"]
 
 
+@pytest.mark.parametrize(("loss", "built"), [("dpo", ["the reference"]), ("simpo", [])])
+def test_a_reference_is_built_where_the_loss_has_one(write_recipe, pairs, loss, built) -> None:
+    recipe = load_recipe(write_recipe(pairs, preference={"loss": loss})).recipe
+    assert [step for step, _ in prebuild.build(recipe, CPU)] == ["a step, 1 document", *built]
+
+
 @pytest.mark.parametrize(
     ("kinds", "depth"),
     [(["linear", "linear", "linear", "full"] * 6, 8), (["full"] * 12, 2), (["linear", "full"], 2), (None, 2)],

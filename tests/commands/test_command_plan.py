@@ -91,6 +91,11 @@ def test_plan_reads_evaluation_data_too(capsys, write_recipe, write_rows) -> Non
     assert "bad.jsonl" in capsys.readouterr().err
 
 
+def test_plan_counts_pairs(capsys, write_recipe, pairs) -> None:
+    assert main(["plan", str(write_recipe(pairs, preference={"loss": "simpo"}))]) == 0
+    assert "train: 12 rows -> 12 pairs" in capsys.readouterr().out
+
+
 def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, write_rows) -> None:
     """On a machine without an accelerator, for a run that wants one, a missing package is no error."""
     recipe = str(write_recipe(training={"max_steps": 2, "optim": "adamw_8bit"}, kernels={"gated_delta_rule": "fla"}))

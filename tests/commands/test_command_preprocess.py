@@ -15,6 +15,15 @@ def test_preprocess_reports_and_shows_trained_tokens(capsys, write_recipe, tmp_p
     assert not (tmp_path / "output").exists()
 
 
+def test_preprocess_shows_pairs(capsys, write_recipe, pairs) -> None:
+    assert main(["preprocess", str(write_recipe(pairs, preference={})), "--show", "4"]) == 0
+    page = capsys.readouterr().out
+    assert "train: 12 rows -> 12 pairs" in page
+    shown = re.findall(r"\npair (\d), (chosen|rejected): .*\n(.*)\n.*\n.*\n«(.*)<\|im_end\|>»", page)
+    assert [place for *place, _, _ in shown] == [["1", "chosen"], ["1", "rejected"], ["2", "chosen"], ["2", "rejected"]]
+    assert [answer[0] for *_, answer in shown] == ["y", "n", "y", "n"]
+
+
 @pytest.mark.parametrize(("choice", "colored"), [("always", True), ("never", False), ("auto", False)])
 def test_color_is_for_terminals_unless_asked_for(capsys, write_recipe, choice, colored) -> None:
     assert main(["preprocess", str(write_recipe()), "--show", "1", "--color", choice]) == 0

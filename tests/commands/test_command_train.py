@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -27,6 +29,18 @@ def test_train_then_merge(trained, checkpoint, tmp_path, capsys) -> None:
     # a second merge into the same folder would mix two models
     assert main(["merge", str(trained), "--output", str(merged)]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "orpo"}])
+def test_train_on_pairs(write_recipe, pairs, tmp_path, capsys, settings) -> None:
+    recipe = write_recipe(pairs, preference=settings)
+    assert main(["train", str(recipe), "--set", "data.val_size=3"]) == 0
+    metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert metrics["eval_pairs"] == 3
+    assert 0 <= metrics["eval_rewards/accuracies"] <= 1
+    assert load_recipe(tmp_path / "output" / "config.yaml").recipe.preference is not None
+    lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
+    assert any("rewards/margins" in line for line in lines)
 
 
 def test_the_resolved_recipe_runs_again(trained) -> None:

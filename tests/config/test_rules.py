@@ -57,6 +57,11 @@ ERRORS = {
         "training.metric_for_best_model: accuracy is nothing that an evaluation logs; expected eval_loss",
         f"{{training: {{metric_for_best_model: eval_loss, eval_strategy: steps}}, {EVALUATED}}}",
     ),
+    "rewards_are_logged_of_preferences": (
+        f"{{training: {{metric_for_best_model: rewards/accuracies, eval_strategy: steps}}, {EVALUATED}}}",
+        "rewards/accuracies is nothing that an evaluation logs; expected eval_loss",
+        f"{{preference: {{}}, training: {{metric_for_best_model: logps/chosen, eval_strategy: steps}}, {EVALUATED}}}",
+    ),
     "something_is_to_be_better": (
         f"{{training: {{greater_is_better: true, eval_strategy: steps}}, {EVALUATED}}}",
         "training.greater_is_better: true cannot act without a best checkpoint",
@@ -224,6 +229,41 @@ ERRORS = {
         "data: {train: [{path: a.jsonl, split: test}]}",
         "data.train.0.split",
         "data: {train: [{path: owner/a, split: test}]}",
+    ),
+    "pairs_need_a_preference_section": (
+        "data: {train: [{path: a, format: preference}]}",
+        "add preference: {}, which is DPO",
+        "{data: {train: [{path: a, format: preference}]}, preference: {}}",
+    ),
+    "preference_needs_pairs": (
+        "{data: {train: [{path: a, format: preference}, {path: b, format: chat}]}, preference: {}}",
+        "needs pairs in every source",
+        "{data: {train: [{path: a, format: preference}, {path: b}]}, preference: {}}",
+    ),
+    "gamma_is_the_margin_of_simpo": (
+        "preference: {gamma: 0.5}",
+        "preference.gamma cannot act with preference.loss: dpo",
+        "preference: {gamma: 0.5, loss: simpo}",
+    ),
+    "label_smoothing_is_for_dpo": (
+        "preference: {label_smoothing: 0.1, loss: orpo}",
+        "preference.label_smoothing cannot act with preference.loss: orpo",
+        "preference: {label_smoothing: 0.1}",
+    ),
+    "pairs_are_not_streamed": (
+        "{data: {train: [{path: a}], streaming: true}, training: {max_steps: 5}, preference: {}}",
+        "data.streaming cannot act with preference",
+        "{data: {train: [{path: a}], streaming: true}, training: {max_steps: 5}}",
+    ),
+    "pairs_are_not_split": (
+        "{data: {train: [{path: a}], overlong: split}, preference: {}}",
+        "data.overlong: split cannot act with preference",
+        "{data: {train: [{path: a}], overlong: truncate}, preference: {}}",
+    ),
+    "answers_alone_are_compared": (
+        "{data: {train: [{path: a}], train_on: all}, preference: {}}",
+        "data.train_on must be assistant or last",
+        "{data: {train: [{path: a}], train_on: last}, preference: {}}",
     ),
     "probe_settings_need_the_probe": (
         "verify: {enabled: false, lengths: [3, 4]}",

@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 from itertools import pairwise
 
@@ -36,7 +37,7 @@ class Numbered:
         return f"{self.name}, line {index + 1}"
 
 
-def make_documents(lengths, trained=None):
+def make_documents(lengths, trained=None, layout=TEXT):
     """Documents of consecutive numbers; ``trained`` is a mask over all tokens."""
     total = sum(lengths)
     mask = np.ones(total, dtype=bool) if trained is None else np.asarray(trained, dtype=bool)
@@ -49,7 +50,15 @@ def make_documents(lengths, trained=None):
         rows=np.arange(len(lengths)),
         contents=np.arange(len(lengths), dtype=np.uint64),
     )
-    return Documents([shard], Numbered(len(lengths)), TEXT)
+    return Documents([shard], Numbered(len(lengths)), layout)
+
+
+def make_pairs(lengths, trained=None):
+    """Pairs of documents, of which each row of ``lengths`` gives two."""
+    documents = make_documents([length for pair in lengths for length in pair], trained, Layout("preference"))
+    rows = np.repeat(np.arange(len(lengths)), 2)
+    shard = dataclasses.replace(documents.shards[0], rows=rows, contents=rows.astype(np.uint64))
+    return dataclasses.replace(documents, shards=[shard], source=Numbered(len(lengths)))
 
 
 def all_pieces(dataset):
@@ -253,6 +262,64 @@ def test_the_report_measures_how_documents_are_mixed():
 def test_remarks_are_the_last_lines_of_the_report():
     report = pack_documents([make_documents([3])], tokens_per_batch=8, remarks=["rows.jsonl: 1 row dropped:"]).report
     assert str(report).endswith("\nrows.jsonl: 1 row dropped:")
+
+
+def of_rows(dataset, documents, pack):
+    """The row of each sample of a pack: its tokens are their places in the stream."""
+    return [int(np.searchsorted(documents.offsets, sample.input_ids[0], side="right") - 1) // 2 for sample in pack]
+
+
+def test_a_pair_lies_in_one_pack_its_documents_side_by_side():
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 40, (300, 2)).tolist()
+    documents = make_pairs(lengths)
+    dataset = pack_documents([documents], tokens_per_batch=128)
+    for epoch in range(3):
+        packs = [of_rows(dataset, documents, dataset[members]) for members in dataset.epochs(epoch)]
+        assert all(rows[::2] == rows[1::2] for rows in packs)
+        assert sorted(row for rows in packs for row in rows[::2]) == list(range(300))
+        first, second = dataset[dataset.epochs(epoch)[0]][:2]
+        row = packs[0][0]
+        assert [len(first), len(second)] == lengths[row]
+    assert all(sum(map(len, pack)) <= 128 for pack in dataset)
+    assert (dataset.report.pairs, dataset.report.documents) == (300, 600)
+    assert str(dataset.report).startswith("300 rows -> 300 pairs")
+
+
+def test_pairs_that_are_too_long_are_named():
+    """Both together must fit a pack, and each may have its own limit."""
+    documents = make_pairs([(5, 5), (9, 8), (3, 12)])
+    with pytest.raises(DataError, match=r"line 2 is a pair of 9 and 8 tokens, and .*=16 \(1 such pair in rows.jsonl\)"):
+        pack_documents([documents], tokens_per_batch=16)
+    with pytest.raises(DataError, match=r"line 3 is a pair of 3 and 12 tokens, .*data.max_length=10 \(1 such pair"):
+        pack_documents([documents], tokens_per_batch=32, max_length=10)
+
+
+def test_pairs_that_are_too_long_are_dropped_whole():
+    dataset = pack_documents([make_pairs([(5, 5), (9, 8), (3, 12)])], tokens_per_batch=16, overlong="drop")
+    assert sorted(len(sample) for pack in dataset for sample in pack) == [3, 5, 5, 12]
+    assert dataset.report.dropped == 1
+    assert "over-long pairs: 1 dropped for length" in str(dataset.report)
+
+
+def test_both_documents_of_a_pair_are_truncated_and_one_without_a_target_takes_the_other_along():
+    """Half a pack of each: the first pair keeps 8 and 8 tokens, of the second one answer begins after that."""
+    trained = [True] * 17 + [False] * 9 + [True] + [True] * 9
+    dataset = pack_documents([make_pairs([(9, 8), (10, 9)], trained)], tokens_per_batch=16, overlong="truncate")
+    assert [sample.input_ids.tolist() for pack in dataset for sample in pack] == [[*range(8)], [*range(9, 17)]]
+    assert (dataset.report.truncated, dataset.report.unlabelled, dataset.report.pairs) == (2, 1, 1)
+    assert dataset.report.trained_tokens == 14
+
+
+def test_pairs_and_other_rows_do_not_mix():
+    with pytest.raises(DataError, match=r"holds preferences and rows\.jsonl other rows"):
+        pack_documents([make_documents([4]), make_pairs([(2, 2)])], tokens_per_batch=16)
+
+
+def test_pairs_held_out_stay_whole():
+    documents = make_pairs([(5, 5), (6, 6), (7, 7)])
+    dataset = pack_documents([documents], tokens_per_batch=32, keep=[documents.contents == 1])
+    assert [len(sample) for pack in dataset for sample in pack] == [6, 6]
 
 
 def test_every_sample_knows_its_row():

@@ -69,17 +69,18 @@ def test_missing_columns_are_named(requested, columns, renamed, message):
 
 
 @pytest.mark.parametrize(
-    "columns",
+    ("columns", "prompt"),
     [
-        ["prompt", "chosen", "rejected"],
-        ["chosen", "rejected"],
-        ["conversations", "chosen", "rejected"],
-        ["instruction", "input", "chosen", "rejected"],
+        (["prompt", "chosen", "rejected", "messages"], "prompt"),
+        (["chosen", "rejected"], "prompt"),
+        (["conversations", "chosen", "rejected"], "conversations"),
+        (["messages", "chosen", "rejected"], "messages"),
+        (["instruction", "input", "output", "chosen", "rejected"], "prompt"),
     ],
 )
-def test_pairs_of_answers_are_refused(columns):
-    with pytest.raises(DataError, match=r"x.jsonl holds preference data \(chosen and rejected\), which is not trained"):
-        resolve_format("auto", columns, {}, "x.jsonl")
+def test_two_answers_are_a_pair_whatever_asks_for_them(columns, prompt):
+    layout = resolve_format("auto", columns, {}, "x.jsonl")
+    assert (layout.format, layout.column("prompt")) == ("preference", prompt)
 
 
 @pytest.mark.parametrize("requested", ["auto", "prompt_completion"])
@@ -98,7 +99,7 @@ def test_the_better_answers_may_be_named(requested):
     ],
 )
 def test_answers_marked_good_or_bad_are_refused(row, layout):
-    with pytest.raises(DataError, match=r"line 3 marks its answer as good or bad .*preference data is not trained"):
+    with pytest.raises(DataError, match=r"line 3 marks its answer as good or bad .*in pairs alone"):
         check_row(row, layout, "x.jsonl, line 3")
 
 

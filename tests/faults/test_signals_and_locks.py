@@ -49,7 +49,9 @@ def is_stopped(pid: int) -> bool:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("words", [("opened", ".lock"), ("half of", ".saving-4"), ("os.rename", "adapter_config.json")])
+@pytest.mark.parametrize(
+    "words", [("open", ".config.yaml.part"), ("half of", ".saving-4"), ("os.rename", "adapter_config.json")]
+)
 def test_a_second_run_leaves_the_first_alone(case: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
     output = tmp_path / "first" / "output"
     arguments = ["train", str(case.recipe), "--set", f"training.output_dir={output}"]

@@ -20,7 +20,9 @@ from deltatune.importing.values import NotLiteral
         ("N=3\ntrl sft --a $N --b ${N}x", {"a": 3, "b": "3x"}),
         ("trl sft --a $HOME/x", {"a": NotLiteral("$HOME/x")}),
         ("N=1\nN=2\ntrl sft --a $N", {"a": NotLiteral("$N")}),
-        ("trl dpo --a 1\ntrl sft --a 2 && echo done", {"a": 2}),
+        ("trl kto --a 1\ntrl sft --a 2 && echo done", {"a": 2}),
+        ("python trl/scripts/dpo.py --beta 0.2", {"loss_type": "sigmoid", "beta": 0.2}),
+        ("trl dpo --loss_type ipo", {"loss_type": "ipo"}),
     ],
 )
 def test_flags(source, expected):
@@ -29,7 +31,7 @@ def test_flags(source, expected):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("trl sft 'x", "cannot be read"), ("trl sft x", "expected a flag"), ("trl dpo --a 1", "found none")],
+    [("trl sft 'x", "cannot be read"), ("trl sft x", "expected a flag"), ("trl kto --a 1", "found none")],
 )
 def test_what_is_no_command(source, message):
     with pytest.raises(UserError, match=message):

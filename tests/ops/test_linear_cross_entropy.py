@@ -50,6 +50,39 @@ def test_equals_cross_entropy(impl, reduction, tokens, dtype, tolerance):
         assert relative_error(got, want) < tolerance
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weight_grad", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_each_token_has_a_loss_and_a_gradient_of_its_own(impl, weight_grad, dtype, tolerance):
+    hidden, weight, labels = inputs(65, dtype=dtype)
+    wanted = [hidden, weight.requires_grad_(weight_grad)][: 1 + weight_grad]
+    found = linear_cross_entropy(hidden, weight, labels, reduction="none", impl=impl)
+    expected = oracle(hidden, weight, labels, reduction="none").view(labels.shape)
+    assert (found.dtype, found.shape) == (dtype, labels.shape)
+    assert not found[labels == -100].any()
+    assert relative_error(found, expected) < tolerance
+    # losses that count differently, some of them nothing, and one that is squared
+    counts = torch.linspace(-2, 3, labels.shape[1], dtype=dtype).round()
+    grads = torch.autograd.grad((found * counts).sum() + found[0, -1] ** 2, wanted, retain_graph=True)
+    exact = torch.autograd.grad((expected * counts).sum() + expected[0, -1] ** 2, wanted, retain_graph=True)
+    again = torch.autograd.grad(found.sum(), wanted)
+    for got, want in zip([*grads, *again], [*exact, *torch.autograd.grad(expected.sum(), wanted)], strict=True):
+        assert relative_error(got, want) < tolerance
+
+
+def test_token_losses_in_bf16_lose_no_more_than_their_inputs_did():
+    hidden, weight, labels = inputs(dtype=torch.bfloat16)
+    found = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    expected = oracle(hidden, weight, labels, reduction="none").view(labels.shape)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-6
+    counts = torch.linspace(-2, 3, labels.shape[1])
+    grads = torch.autograd.grad((found * counts).sum(), (hidden, weight))
+    for got, want in zip(grads, torch.autograd.grad((expected * counts).sum(), (hidden, weight)), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert relative_error(got, want) < 3e-3
+
+
 def test_bf16_loses_no_more_than_its_inputs_did():
     hidden, weight, labels = inputs(dtype=torch.bfloat16)
     found = linear_cross_entropy(hidden, weight, labels)
@@ -159,7 +192,7 @@ def test_frozen_inputs_cost_no_product(hidden_grad, weight_grad):
     tokens, width, vocabulary = 64, 16, 200
     hidden, weight, labels = (x.detach() for x in inputs(tokens // 2, width, vocabulary))
     with Shapes() as shapes:
-        reference.loss_and_gradients(hidden.flatten(0, 1), weight, labels.flatten(), -100, hidden_grad, weight_grad)
+        reference.losses_and_gradients(hidden.flatten(0, 1), weight, labels.flatten(), -100, hidden_grad, weight_grad)
     products = [shape for name, shape in shapes.seen if "mm" in name]
     assert products.count((16, vocabulary)) == 4
     assert products.count((16, width)) == 4 * hidden_grad
@@ -195,20 +228,22 @@ def test_chunks_of_a_large_vocabulary_are_whole_tiles():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("weight_grad", [True, False])
-def test_the_logits_of_the_pack_are_never_held(impl, weight_grad):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_logits_of_the_pack_are_never_held(impl, weight_grad, reduction):
     """The largest allocation, forward and backward, stays below half the logits."""
     tokens, width, vocabulary = 64, 8, 1000
     hidden, weight, labels = inputs(tokens // 2, width, vocabulary)
     weight.requires_grad_(weight_grad)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        linear_cross_entropy(hidden, weight, labels, impl=impl).backward()
+        linear_cross_entropy(hidden, weight, labels, reduction=reduction, impl=impl).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in trace.events())
     assert 0 < largest < tokens * vocabulary * 4 / 2
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("weight_grad", [True, False])
-def test_fullgraph(impl, weight_grad):
+def test_fullgraph(impl, weight_grad, reduction):
     hidden, weight, labels = inputs()
     weight.requires_grad_(weight_grad)
     wanted = [x for x in (hidden, weight) if x.requires_grad]
@@ -216,7 +251,8 @@ def test_fullgraph(impl, weight_grad):
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def head(hidden, weight, labels):
-        return linear_cross_entropy(2 * hidden, weight, labels, reduction="mean", impl=impl)
+        losses = linear_cross_entropy(2 * hidden, weight, labels, reduction=reduction, impl=impl)
+        return losses if reduction == "mean" else losses.sum() / (labels != -100).sum()
 
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (labels, labels.roll(5)):
@@ -234,6 +270,7 @@ def test_opcheck(weight_grad):
     weight.requires_grad_(weight_grad)
     args = (hidden.detach()[0].requires_grad_(), weight, labels[0], -100, True, weight_grad, "reference")
     torch.library.opcheck(torch.ops.deltatune.linear_cross_entropy.default, args)
+    torch.library.opcheck(torch.ops.deltatune.token_losses.default, args)
 
 
 def test_autocast_casts_the_inputs_and_nothing_inside():
@@ -252,7 +289,7 @@ def test_autocast_casts_the_inputs_and_nothing_inside():
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \[3\]"),
         ({"labels": torch.zeros(2, 3)}, "labels must be integers"),
         ({"hidden": torch.zeros(2, 3, 4).half()}, "share a dtype"),
-        ({"reduction": "none"}, "'sum' or 'mean', got 'none'"),
+        ({"reduction": "batchmean"}, "'sum', 'mean' or 'none', got 'batchmean'"),
         ({"impl": "liger"}, "'auto' or one of"),
         ({"labels": torch.full((2, 3), 9)}, r"in \[0, 9\), got some in \[9, 9\]"),
         ({"labels": torch.full((2, 3), -1)}, r"got some in \[-1, -1\]"),

@@ -61,10 +61,13 @@ def interpreted_inputs(
     return hidden.to(dtype), weight.to(dtype), labels
 
 
-def in_float64(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_float64(
+    hidden: Tensor, weight: Tensor, labels: Tensor, counts: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses, and the gradients of their sum, in which each counts what is given."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    loss = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+    losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    return losses.detach(), *torch.autograd.grad((losses * counts).sum(), (hidden, weight))
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -80,24 +83,27 @@ def error(found: Tensor, wanted: Tensor) -> float:
 )
 def test_interpreted_kernels(two_tiles_at_once, tokens, width, vocabulary, blocks, scale):
     """At scale 40 most references rise, in the first block and later."""
-    from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
+    from deltatune.ops._linear_cross_entropy.blocked import losses_and_gradients
 
     hidden, weight, labels = interpreted_inputs(tokens, width, vocabulary, scale, torch.float32)
-    wanted = in_float64(hidden, weight, labels)
+    counts = torch.linspace(-1, 2, tokens)
+    wanted, counted = in_float64(hidden, weight, labels), in_float64(hidden, weight, labels, counts)
     hidden[1] = float("nan")
-    found = loss_and_gradients(hidden, weight, labels, -100, True, True, blocks, blocks)
+    found = losses_and_gradients(hidden, weight, labels, -100, True, True, None, blocks, blocks)
     assert all(error(*pair) < 2e-6 for pair in zip(found, wanted, strict=True))
-    frozen = loss_and_gradients(hidden, weight, labels, -100, False, False, blocks, blocks)
+    frozen = losses_and_gradients(hidden, weight, labels, -100, False, False, None, blocks, blocks)
     assert torch.equal(frozen[0], found[0])
     assert [x.shape[0] for x in frozen[1:]] == [0, 0]
+    _, _, dweight = losses_and_gradients(hidden, weight, labels, -100, False, True, counts, blocks, blocks)
+    assert error(dweight, counted[2]) < 2e-6
 
 
 @interpreted
 def test_interpreted_kernels_without_tokens():
-    from deltatune.ops._linear_cross_entropy.blocked import loss_and_gradients
+    from deltatune.ops._linear_cross_entropy.blocked import losses_and_gradients
 
-    loss, _, dweight = loss_and_gradients(*interpreted_inputs(0, 8, 7, 1.0, torch.float32), -100, True, True)
-    assert loss == 0
+    losses, _, dweight = losses_and_gradients(*interpreted_inputs(0, 8, 7, 1.0, torch.float32), -100, True, True)
+    assert losses.shape == (0,)
     assert not dweight.any()
 
 
@@ -107,7 +113,7 @@ def test_interpreted_kernels_store_16_bits():
     from deltatune.ops._linear_cross_entropy import blocked
 
     hidden, weight, labels = interpreted_inputs(20, 16, 100, 4.0, torch.float16)
-    found, *_ = blocked.loss_and_gradients(hidden, weight, labels, -100, False, False, Blocks(16, 48))
+    found, *_ = blocked.losses_and_gradients(hidden, weight, labels, -100, False, False, None, Blocks(16, 48))
     assert error(found, in_float64(hidden, weight, labels)[0]) < 1e-6
     logits = hidden.double() @ weight.double().T
     reference = logits.max(1).values.float()
@@ -145,13 +151,14 @@ def gpu_inputs(tokens: int, vocabulary: int, dtype: torch.dtype, scale: float) -
     return hidden, weight, labels
 
 
-def errors(impl: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[float]:
-    """Relative to float64: loss, gradient of hidden, gradient of weight."""
+def errors(impl: str, hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> list[float]:
+    """Relative to float64: loss, gradient of hidden, gradient of weight, under losses that count differently."""
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    wanted = F.cross_entropy(wide[0] @ wide[1].T, labels, reduction="sum")
-    loss = linear_cross_entropy(hidden, weight, labels, impl=impl)
-    found = (loss, *torch.autograd.grad(loss, (hidden, weight)))
-    expected = (wanted, *torch.autograd.grad(wanted, wide))
+    wanted = F.cross_entropy(wide[0] @ wide[1].T, labels, reduction=reduction)
+    loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction, impl=impl)
+    counts = torch.linspace(1, 3, loss.numel(), device="cuda").view(loss.shape)
+    found = (loss, *torch.autograd.grad((loss * counts).sum(), (hidden, weight)))
+    expected = (wanted, *torch.autograd.grad((wanted * counts).sum(), wide))
     return [float((a.detach() - b.detach()).norm() / b.detach().norm()) for a, b in zip(found, expected, strict=True)]
 
 
@@ -160,11 +167,12 @@ def errors(impl: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[fl
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.1, 8.0])
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 7), (63, 1000), (2500, 20011)])
-def test_errors_are_at_most_twice_the_references(tokens, vocabulary, scale, dtype):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_errors_are_at_most_twice_the_references(tokens, vocabulary, scale, dtype, reduction):
     """At scale 8 logits exceed the label's by more than either dtype's headroom."""
     batch = gpu_inputs(tokens, vocabulary, dtype, scale)
     assert choose(LinearCrossEntropySpec(torch.device("cuda"), dtype, width=256)).impl == "triton"
-    for found, allowed in zip(errors("triton", *batch), errors("reference", *batch), strict=True):
+    for found, allowed in zip(errors("triton", *batch, reduction), errors("reference", *batch, reduction), strict=True):
         # one token's loss is a few fp32 operations, each a unit in the last place; less than two in all is an accident
         assert found <= 2 * max(allowed, 2 * torch.finfo(torch.float32).eps)
 
@@ -187,25 +195,32 @@ def test_opcheck_on_a_gpu(weight_grad):
     hidden, weight, labels = gpu_inputs(40, 300, torch.bfloat16, 0.1)
     args = (hidden, weight.requires_grad_(weight_grad), labels, -100, True, weight_grad, "triton")
     torch.library.opcheck(torch.ops.deltatune.linear_cross_entropy.default, args)
+    torch.library.opcheck(torch.ops.deltatune.token_losses.default, args)
 
 
 @CUDA
 @pytest.mark.cuda
-def test_nothing_waits_for_the_gpu():
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_nothing_waits_for_the_gpu(reduction):
     batch = gpu_inputs(300, 1000, torch.bfloat16, 0.1)
-    linear_cross_entropy(*batch, impl="triton").backward()
+    linear_cross_entropy(*batch, reduction=reduction, impl="triton").sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        linear_cross_entropy(*batch, impl="triton").backward()
+        linear_cross_entropy(*batch, reduction=reduction, impl="triton").sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("impl", "products"), [("reference", 3), ("triton", 4)])
-def test_products_are_counted(impl, products):
-    """Nothing runs but the formula; in blocks the weight's gradient takes the logits once more."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        hidden, weight, labels = torch.empty(64, 16), torch.empty(200, 16), torch.empty(64, dtype=torch.long)
-        torch.ops.deltatune.linear_cross_entropy(hidden, weight, labels, -100, True, True, impl)
-    assert counter.get_total_flops() == products * 2 * 64 * 16 * 200
+@pytest.mark.parametrize(("impl", "products", "by_token"), [("reference", 3, 4), ("triton", 4, 5)])
+def test_products_are_counted(impl, products, by_token):
+    """Nothing runs but the formula; the weight's gradient takes the logits once more in blocks, and once by token."""
+    found = []
+    for reduction in ("linear_cross_entropy", "token_losses"):
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            hidden, weight = (torch.empty(size, 16, requires_grad=True) for size in (64, 200))
+            labels = torch.empty(64, dtype=torch.long)
+            op = getattr(torch.ops.deltatune, reduction)
+            op(hidden, weight, labels, -100, True, True, impl)[0].sum().backward()
+        found.append(counter.get_total_flops() / (2 * 64 * 16 * 200))
+    assert found == [products, by_token]

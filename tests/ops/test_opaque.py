@@ -43,6 +43,7 @@ REFUSING = [
     pytest.param(attention, {"impl": "reference"}, id="varlen_attention"),
     pytest.param(loss, {"impl": "reference"}, id="linear_cross_entropy-reference"),
     pytest.param(loss, {"impl": "reference", "reduction": "mean"}, id="linear_cross_entropy-mean"),
+    pytest.param(loss, {"impl": "reference", "reduction": "none"}, id="linear_cross_entropy-none"),
     pytest.param(loss, {"impl": "torch"}, id="linear_cross_entropy-torch", marks=needs_chunked),
     pytest.param(
         loss, {"impl": "torch", "reduction": "mean"}, id="linear_cross_entropy-torch-mean", marks=needs_chunked

@@ -84,6 +84,14 @@ def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     assert "Recipes: what differs" not in page_of(one)
 
 
+def test_updates_that_were_left_out_are_named(tmp_path: Path) -> None:
+    skipped = {"leg": 1, "step": 2, "skipped": "the loss is nan at step 2", "rows": ["rows.jsonl:7"]}
+    html = page_of(write_run(tmp_path, entries=[entry(1, 2.0), skipped, entry(3, 1.0)]))
+    assert "<h3>Updates that were left out</h3>" in html
+    assert "<td>2</td><td>the loss is nan at step 2</td>" in html
+    assert "Updates that were left out" not in page_of(write_run(tmp_path / "other"))
+
+
 def test_the_log_is_shown_from_its_end(tmp_path: Path) -> None:
     log = "".join(f"line {number}\n" for number in range(1000))
     html = page_of(write_run(tmp_path, log=log))

@@ -55,6 +55,7 @@ def test_counts_are_those_of_the_batch() -> None:
         capacity=TOKENS,
         squares=sum(len(sample) ** 2 for sample in pack),
         packs=1,
+        documents=len(pack),
     )
     labels = batch["labels"]
     assert isinstance(labels, torch.Tensor)

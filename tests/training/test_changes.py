@@ -43,6 +43,7 @@ def changes(**sections: Any) -> Any:
         ({"training": {"early_stopping_patience": 3}}, [("training.early_stopping_patience", "acts")]),
         ({"training": {"seed": 1}}, [("training.seed", "asks")]),
         ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
+        ({"preference": {"beta": 0.2}}, [("preference", "asks")]),
         ({"lora": {"lora_dropout": 0.1}}, [("lora.lora_dropout", "acts")]),
         ({"model": {"dtype": "bfloat16"}}, [("model.dtype", "cannot")]),
         ({"data": {"train": [{"path": "b.jsonl"}]}}, [("data.train.0.path", "asks")]),

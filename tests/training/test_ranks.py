@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 
 from deltatune import prepare
 from deltatune.training.signals import StopAfterStep, caught_signals
-from forked import run_ranks
+from forked import free_port, run_ranks
 from tiny import tiny_model
 
 
@@ -102,10 +101,3 @@ def rank_main(rank: int, ranks: int, folder: str, port: int) -> None:
         "seen": seen,
     }
     torch.save(state, Path(folder) / f"rank{rank}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -344,6 +344,7 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
     for name in ("tokens", "trained_tokens", "packs"):
         assert second[name] == metrics["leg"][name]
     assert first["packs"] == second["packs"] == 2
+    assert not list((tmp_path / "output").glob("checkpoint-*/README.md")), "PEFT's empty card"
     text = (tmp_path / "output" / "train.log").read_text()
     assert [text.count(said) for said in ("\ntrain: 40 rows", "OK: every document", "\nsaved to ")] == [2, 2, 2]
     steps = [line.split(" ·")[0] for line in text.splitlines() if line.startswith("step ")]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 from training_cases import TOKENS, Packs, make_trainer, weights
 
 from deltatune import prepare
 from deltatune.packing.collate import PackedCollator
+from deltatune.training import trainer as trainer_module
 from deltatune.training.batches import PACK_COUNTS, PACK_ORIGINS, CountingCollator
+from deltatune.training.trainer import PackedTrainer
 from tiny import FAMILIES, VOCAB, tiny_model
 
 
@@ -283,3 +288,18 @@ def test_a_batch_equals_the_collators(tmp_path: Path) -> None:
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(batch[name], expected[name]), name
     assert batch["sequences"].lengths == expected["sequences"].lengths
+
+
+def test_the_bar_goes_with_training_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    screen = io.StringIO()
+    monkeypatch.setattr(trainer_module, "Console", lambda: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr(PackedTrainer, "compute_loss", failing)
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, disable_tqdm=False, max_steps=2).train()
+    assert "0/2" in screen.getvalue()
+    assert screen.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is back"
+    assert threading.active_count() == before

@@ -131,6 +131,16 @@ def write_conversations(path: Path, count: int, *, first: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int, *, first: int = 1) -> Path:
+    """Sums with a right and a wrong answer, of unequal length."""
+    rows = []
+    for number in range(first, first + count):
+        right, wrong = " so" * (number % 4) + f" {2 * number}", f" {number}" + "!" * (5 * number % 7)
+        rows.append({"prompt": f"{number} + {number}?", "chosen": right, "rejected": wrong})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def make_recipe(folder: Path, checkpoint: Path, **sections: Any) -> Recipe:
     """A small run on the CPU; sections given here are laid over it key by key."""
     values: dict[str, Any] = {

@@ -20,6 +20,7 @@ from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
 from deltatune.training.planned import prepare_by_recipe
+from deltatune.training.preference import as_reference, base_is_start
 
 __all__ = ["build", "document_counts", "shallow"]
 
@@ -41,6 +42,11 @@ def build(recipe: Recipe, device: torch.device) -> Iterator[tuple[str, float]]:
     for count in document_counts(config, device):
         documents = f"{count} document{'s' * (count > 1)}"
         yield f"a step, {documents}", _seconds(model, _batch(recipe, config, count, device), autocast)
+    in_step = base_is_start(recipe.lora, recipe.training.unfrozen_parameters)
+    if recipe.preference is not None and recipe.preference.has_reference and in_step:
+        with as_reference(model):
+            seconds = _seconds(model, _batch(recipe, config, 1, device), autocast)
+        yield "the reference", seconds
     if recipe.data.eval:
         model.eval()
         with torch.no_grad():

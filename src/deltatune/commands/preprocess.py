@@ -35,9 +35,15 @@ def run(args: argparse.Namespace) -> int:
     samples = (sample for index in range(len(data.train)) for sample in data.train[index])
     for number, sample in enumerate(islice(samples, args.show), start=1):
         trained = f"{sample.num_trained:,} of them trained"
-        sys.stdout.write(f"\nsample {number}: {counted(len(sample), 'token')}, {trained}\n")
+        name = f"sample {number}" if recipe.preference is None else _side(number)
+        sys.stdout.write(f"\n{name}: {counted(len(sample), 'token')}, {trained}\n")
         sys.stdout.write(f"{preview(sample, tokenizer, color=color)}\n")
     return 0
+
+
+def _side(number: int) -> str:
+    """What a sample is among pairs, of which each is two after one another."""
+    return f"pair {(number + 1) // 2}, {'chosen' if number % 2 else 'rejected'}"
 
 
 def _wants_color(choice: str) -> bool:

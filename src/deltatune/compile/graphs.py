@@ -24,7 +24,16 @@ from deltatune.options import CompileOptions
 from deltatune.phases import phase
 from deltatune.state import State, bound
 
-__all__ = ["CompileReport", "GraphBreakError", "Graphs", "compile_options", "eager", "fresh_code", "graphs_of"]
+__all__ = [
+    "CompileReport",
+    "GraphBreakError",
+    "Graphs",
+    "compile_options",
+    "eager",
+    "fresh_code",
+    "graphs_of",
+    "of_kind",
+]
 
 Forward = Callable[..., Any]
 
@@ -94,6 +103,7 @@ class Graphs:
             name += INFERENCE
         elif not torch.is_grad_enabled():
             name += EVALUATION
+        name += _kind.get()
         with self._lock:
             name, function = self._function(name, forward, module)
         broken = _num_breaks()
@@ -252,6 +262,15 @@ def graphs_of(state: State) -> Graphs:
     setting = state.checkpointing
     # two threads at their first calls get the graphs of one of them
     return state.graphs.get(setting) or state.graphs.setdefault(setting, Graphs(state.options.compile, setting))
+
+
+#: Ends the names of graphs for calls of another kind than the rest, in this thread (or task).
+_kind: ContextVar[str] = ContextVar("deltatune_kind_of_graph", default="")
+
+
+def of_kind(kind: str) -> AbstractContextManager[object]:
+    """Layers called inside have graphs of their own, so that no call of one kind recompiles another's."""
+    return bound(_kind, f" ({kind})")
 
 
 #: Prepared models whose layers run eagerly in this thread (or task), by what their layers share.

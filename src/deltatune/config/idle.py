@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import Recipe
 
 __all__ = ["idle_settings"]
 
-# what an evaluation logs of which one can be better than another
-_METRICS: Final = ("loss", "eval_loss")
 _BY_PLATEAU: Final = ("reduce_lr_on_plateau", "greedy")
 # parts of the names of optimizers that read optim_args, and optim_target_modules
 _READ_ARGUMENTS: Final = (
@@ -84,7 +83,9 @@ def idle_settings(recipe: Recipe) -> Iterator[str]:
             if name in extra and not need.met(recipe, extra):
                 yield f"training.{name}: {json.dumps(extra[name], default=str)} cannot act without {need.remedy}"
     metric = extra.get("metric_for_best_model")
-    if metric is not None and metric not in _METRICS:
-        yield f"training.metric_for_best_model: {metric} is nothing that an evaluation logs; expected eval_loss"
+    logged = REWARDS if recipe.preference is not None else ()
+    if metric is not None and str(metric).removeprefix("eval_") not in ("loss", *logged):
+        expected = ", ".join(f"eval_{name}" for name in ("loss", *logged))
+        yield f"training.metric_for_best_model: {metric} is nothing that an evaluation logs; expected {expected}"
     if extra.get("hub_strategy") == "end":
         yield "training.hub_strategy: end cannot act here: what is pushed is checkpoints; use every_save or checkpoint"

@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 __all__ = ["KNOWN_ROLES", "REQUIRED_COLUMNS", "ROLES", "ColumnRole", "Format", "MessageField", "Role", "columns_of"]
 
-Format = Literal["chat", "prompt_completion", "alpaca", "text", "tokens"]
+Format = Literal["preference", "chat", "prompt_completion", "alpaca", "text", "tokens"]
 ColumnRole = Literal[
-    "messages", "system", "tools", "functions", "prompt", "completion", "instruction", "input", "output", "history",
-    "text", "input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids",
-    "seq_lengths",
+    "messages", "system", "tools", "functions", "prompt", "completion", "chosen", "rejected", "instruction", "input",
+    "output", "history", "text", "input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks",
+    "position_ids", "seq_lengths",
 ]  # fmt: skip
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 MessageField = Literal[
@@ -27,6 +27,8 @@ KNOWN_ROLES: dict[str, Role] = {
 
 # in the order in which `auto` tries them
 REQUIRED_COLUMNS: dict[Format, tuple[ColumnRole, ...]] = {
+    # first: the other columns of such rows are its prompt, in the form of any of the others
+    "preference": ("chosen", "rejected"),
     "chat": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     # before text: the first Alpaca file also has a text column, its rows in a template of their own
@@ -35,6 +37,7 @@ REQUIRED_COLUMNS: dict[Format, tuple[ColumnRole, ...]] = {
     "tokens": ("input_ids",),
 }
 _OPTIONAL_COLUMNS: dict[Format, tuple[ColumnRole, ...]] = {
+    "preference": ("prompt", "instruction", "input", "history", "system", "tools", "functions"),
     "chat": ("system", "tools", "functions"),
     "prompt_completion": ("tools", "functions"),
     "alpaca": ("input", "history", "system", "tools", "functions"),

@@ -29,7 +29,7 @@ _STARTS_FROM_DATA = {
     "loftq": "begins from what quantisation loses, and no recipe quantises the base",
 }
 # formats whose rows hold messages, or may hold them
-_OF_MESSAGES = ("auto", "chat", "prompt_completion")
+_OF_MESSAGES = ("auto", "preference", "chat", "prompt_completion")
 # formats whose rows say themselves which tokens train
 _WITHOUT_TEMPLATE = ("text", "tokens")
 
@@ -212,6 +212,26 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
                     )
 
 
+def _preference_errors(recipe: Recipe) -> Iterator[str]:
+    section, data = recipe.preference, recipe.data
+    pairs = {source.format == "preference" for _, source in _sources(recipe) if source.format != "auto"}
+    if section is None:
+        if True in pairs:
+            yield "format: preference needs a preference section; add preference: {}, which is DPO"
+        return
+    if False in pairs:
+        yield "preference needs pairs in every source; set their format to preference, or leave the section out"
+    for name, loss in (("gamma", "simpo"), ("label_smoothing", "dpo")):
+        if _differs(section, name) and section.loss != loss:
+            yield f"preference.{name} cannot act with preference.loss: {section.loss}; it belongs to {loss}"
+    if data.streaming:
+        yield "data.streaming cannot act with preference: pairs are packed whole, beforehand; leave it out"
+    if data.overlong == "split":
+        yield "data.overlong: split cannot act with preference: a pair has no parts; choose truncate or drop"
+    if data.train_on not in ("assistant", "last"):
+        yield "data.train_on must be assistant or last with preference: losses compare answers alone"
+
+
 def _mixture_errors(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if data.eval and data.val_size is not None:
@@ -294,6 +314,7 @@ _ERRORS = (
     _optimizer_errors,
     _model_errors,
     _data_errors,
+    _preference_errors,
     _mixture_errors,
     _streaming_errors,
     _samples_errors,

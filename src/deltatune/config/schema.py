@@ -15,6 +15,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "PackingSection",
+    "PreferenceSection",
     "Recipe",
     "SamplesSection",
     "Source",
@@ -153,8 +154,9 @@ class Source(Section):
     such files, a folder that `save_to_disk` wrote, or the name of a data set on the Hub."""
 
     format: Literal["auto", Format] = "auto"
-    """What a row holds: `messages`; `prompt` and `completion`; `instruction` and `output` (Alpaca); `text`; or tokens,
-    as `input_ids`. `auto` takes the first of these whose columns are there."""
+    """What a row holds: `chosen` and `rejected`, with or without `prompt` (preference); `messages`; `prompt` and
+    `completion`; `instruction` and `output` (Alpaca); `text`; or tokens, as `input_ids`. `auto` takes the first of
+    these whose columns are there."""
 
     split: Text | None = None
     """A split of a folder or of a data set on the Hub, `train` by default; a sum of splits, or slices of them, such as
@@ -211,7 +213,9 @@ class DataSection(Section):
 
     overlong: Literal["error", "split", "truncate", "drop"] = "error"
     """What to do with a document that is too long. `error` by default, because each other choice loses context or
-    data: cut into independent documents, keep the beginning, or leave out. All are counted."""
+    data: cut into independent documents, keep the beginning, or leave out. All are counted. A pair of `preference` is
+    too long where one of its two documents is longer than `max_length`, or both together than a pack; it is not
+    `split`, and `truncate` keeps half a pack of each at most."""
 
     streaming: Flag = False
     """Read `train` as training goes, without tokenising it first: for data that does not fit the disk, or is not there
@@ -240,6 +244,38 @@ class PackingSection(Section):
 
     tokens_per_batch: Annotated[int, Strict(), Field(ge=2)] = 4096
     """Tokens of a pack, and so of a batch on one device. Multiples of 64 suit the kernels."""
+
+
+class PreferenceSection(Section):
+    """Training on pairs of answers to one prompt, for data of `format: preference`. `preference: {}` is DPO."""
+
+    loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo"] = "dpo"
+    """Which loss. `dpo`, `ipo` and `hinge` hold the model against a reference: the model without its adapter, or as it
+    was at the start. `simpo` and `orpo` need none."""
+
+    beta: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """The scale of rewards, or of ORPO's odds; 0.1 by default, 2 for `simpo`."""
+
+    gamma: Annotated[float, Strict(), Field(ge=0)] | None = None
+    """The margin of `simpo`; 1 by default."""
+
+    label_smoothing: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.0
+    """For `dpo`: the share of pairs whose preference is taken to be the wrong way round."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss holds the model against a reference."""
+        return self.loss in ("dpo", "ipo", "hinge")
+
+    @property
+    def scale(self) -> float:
+        """``beta``, or what stands for it."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+    @property
+    def margin(self) -> float:
+        """``gamma``, or what stands for it."""
+        return 1.0 if self.gamma is None else self.gamma
 
 
 class CompileSection(Section):
@@ -454,6 +490,9 @@ class Recipe(Section):
 
     packing: PackingSection = PackingSection()
     """How documents are packed."""
+
+    preference: PreferenceSection | None = None
+    """Preference training, such as DPO; without this section training is supervised."""
 
     lora: LoraSection | None = None
     """Low-rank adapters; without this section every weight trains."""

@@ -16,6 +16,7 @@ from deltatune.data.formats import Layout, Row, check_row
 from deltatune.data.message_forms import MessageForms
 from deltatune.data.messages import Conversation, read_conversation, read_text
 from deltatune.data.notes import Notes
+from deltatune.data.pairs import TextPair, read_pair
 from deltatune.data.probes import Probes
 from deltatune.data.template import ChatTemplate, Span, check_variables
 from deltatune.data.tokens import read_tokens
@@ -51,6 +52,9 @@ class Renderer:
 
     Text. Everything trains, the end-of-sequence token after it too.
 
+    Preference. A pair is two samples, the preferred answer's first, each with the prompt before it; what trains, and so
+    counts in a loss, is the answer, as in a completion.
+
     Tokens. Rows that are tokenised already say themselves what trains.
     """
 
@@ -78,15 +82,17 @@ class Renderer:
         """
         check_row(row, layout, where)
         pair = [row.get(layout.column(role)) for role in ("prompt", "completion")]
+        if layout.format == "preference":
+            return self._pair(row, layout, where, notes)
         if layout.format == "tokens":
             samples = [read_tokens(row, layout, len(self.tokenizer), where)]
         elif layout.format == "text":
             ids = self._with_eos(self._ids(read_text(row, layout.column("text"), where), special=True))
             samples = [Sample(ids, ids)]
         elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
-            if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
-                notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
-            samples = [self._completion(row, layout, where)]
+            _note_tools(row, layout, where, notes)
+            prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
+            samples = [self._completion(prompt, read_text(row, layout.column("completion"), where))]
         else:
             return self.render_conversation(read_conversation(row, layout, where, notes), where, notes)
         return _checked(samples, where)
@@ -112,9 +118,23 @@ class Renderer:
             texts = rendered.trained(self._wanted(conversation, where))
         return _checked([self._encode(text.text, text.all_spans) for text in texts], where)
 
-    def _completion(self, row: Row, layout: Layout, where: str) -> Sample:
-        prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
-        completion = read_text(row, layout.column("completion"), where)
+    def _pair(self, row: Row, layout: Layout, where: str, notes: Notes | None) -> list[Sample]:
+        pair = read_pair(row, layout, where, notes)
+        if isinstance(pair, TextPair):
+            _note_tools(row, layout, where, notes)
+            return [self._completion(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        samples = []
+        for role, conversation in zip(("chosen", "rejected"), pair, strict=True):
+            parts = self.render_conversation(conversation, f"{where}: {role}", notes)
+            if len(parts) > 1:
+                raise DataError(
+                    f"{where}: {role} has {len(parts)} assistant turns that the chat template shows otherwise once "
+                    "others follow, and an answer is one document; set data.train_on: last, or shorten it"
+                )
+            samples += parts
+        return samples
+
+    def _completion(self, prompt: str, completion: str) -> Sample:
         head = self._ids(prompt, special=True)
         if head.size > self._ids(prompt, special=False).size and head[-1] == self.tokenizer.eos_token_id:
             head = head[:-1]
@@ -219,6 +239,11 @@ class _Template:
         self.forms = MessageForms(probes)
         self.ends = TurnEnds(probes)
         self.unread = UnreadKeys(template, reasoning_is_read=self.ends.asks_for_reasoning)
+
+
+def _note_tools(row: Row, layout: Layout, where: str, notes: Notes | None) -> None:
+    if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
+        notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
 
 
 def _checked(samples: list[Sample], where: str) -> list[Sample]:

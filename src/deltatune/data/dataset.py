@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,21 @@ from numpy.typing import NDArray
 from deltatune.data.documents import Documents
 from deltatune.data.epochs import Epochs
 from deltatune.data.mixture import Mixture, Shares
-from deltatune.data.overlong import Limit, Overlong, cut_documents
+from deltatune.data.overlong import Limit, Overlong, cut_documents, cut_pairs
 from deltatune.data.report import PackingReport, counted, one_source, variance_between
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
 from deltatune.phases import phase
 
-__all__ = ["PackedDataset", "pack_documents"]
+__all__ = ["PackedDataset", "ReferencedPack", "pack_documents"]
+
+
+class ReferencedPack(list[Sample]):
+    """The samples of a pack, and what a reference model says of each, fp32 ``[D]``."""
+
+    def __init__(self, samples: Iterable[Sample], reference: NDArray[np.float32]) -> None:
+        super().__init__(samples)
+        self.reference = reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,27 +34,39 @@ class PackedDataset:
     """A map-style data set whose items are packs: lists of samples that fit in one batch together.
 
     An index takes a pack of the first epoch, in the order in which packs were made; a sampler shuffles. An array takes
-    the pieces of these numbers, as the packs of ``epochs(number)`` list them. Use it with a batch size of 1 and
-    ``PackedCollator(tokens_per_batch=...)``.
+    the members of these numbers, as the packs of ``epochs(number)`` list them: pieces, or pairs of them, which come
+    one after the other. Use it with a batch size of 1 and ``PackedCollator(tokens_per_batch=...)``.
     """
 
     documents: Sequence[Documents]  # of every source
     sources: NDArray[np.int32]  # [D], the number of the source that each piece is of
     starts: NDArray[np.int64]  # [D], where it begins in the source's stream of tokens
     lengths: NDArray[np.int32]  # [D], its tokens
-    epochs: Epochs  # the packs of an epoch, whose members are numbers of pieces
+    epochs: Epochs  # the packs of an epoch, whose members are numbers of pieces, or of pairs
     report: PackingReport  # what became of the rows
+    per_member: int = 1  # pieces of a member of a pack: 2 where the rows are preferences
+    reference: NDArray[np.float32] | None = None  # [D], the log-probability of its answer that a reference gives
 
     def __len__(self) -> int:
         return self.epochs.num_packs
 
     def __getitem__(self, pack: int | NDArray[np.int64]) -> list[Sample]:
-        members = pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack]
-        places = (array[members].tolist() for array in (self.sources, self.starts, self.lengths))
-        return [
+        pieces = self.pieces(pack if isinstance(pack, np.ndarray) else self.epochs(0)[pack])
+        places = (array[pieces].tolist() for array in (self.sources, self.starts, self.lengths))
+        samples = [
             self.documents[source].sample(start, start + length, piece)
-            for source, start, length, piece in zip(*places, members.tolist(), strict=True)
+            for source, start, length, piece in zip(*places, pieces.tolist(), strict=True)
         ]
+        return samples if self.reference is None else ReferencedPack(samples, self.reference[pieces])
+
+    @property
+    def member_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, or of each pair."""
+        return _of_members(self.lengths, self.per_member)
+
+    def pieces(self, members: NDArray[np.integer]) -> NDArray[np.integer]:
+        """The pieces of members of a pack, in their order."""
+        return (members[:, None] * self.per_member + np.arange(self.per_member)).ravel()
 
     def where(self, piece: int) -> str:
         """The row that a piece, by its number, comes from, in words."""
@@ -65,7 +85,7 @@ def pack_documents(
     keep: Sequence[NDArray[np.bool_]] | None = None,
     remarks: Sequence[str] = (),
 ) -> PackedDataset:
-    """Packs the documents of all sources together.
+    """Packs the documents of all sources together; those of preferences in pairs, of which none is taken apart.
 
     Args:
         documents: one entry per source, from ``tokenize``.
@@ -79,13 +99,15 @@ def pack_documents(
         remarks: what the report should say besides.
 
     Raises:
-        DataError: an over-long document under ``error``, named; or nothing left to train on, of all sources or of one
-            that has a weight.
+        DataError: an over-long document under ``error``, named; preferences beside other rows; or nothing left to train
+            on, of all sources or of one that has a weight.
     """
     limit = Limit(tokens_per_batch, max_length)
+    per_member = _pieces_per_member(documents)
+    cut = cut_documents if per_member == 1 else cut_pairs
     counts: Counter[str] = Counter()
     parts = [
-        cut_documents(source, None if keep is None else keep[number], limit, overlong, counts)
+        cut(source, None if keep is None else keep[number], limit, overlong, counts)
         for number, source in enumerate(documents)
     ]
     sizes = [len(part) for part in parts]
@@ -99,35 +121,59 @@ def pack_documents(
             f"{documents[sizes.index(0)].source.name} has a weight, and none of its documents is left to train on: all "
             f"are longer than {limit} or held out; change data.overlong or data.val_size, or leave it out"
         )
-    lengths = np.concatenate([part.lengths for part in parts])
+    lengths = [_of_members(part.lengths, per_member) for part in parts]
     sources = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
+    all_lengths = np.concatenate(lengths)
     with phase("packing"):
-        mixture = Mixture.of([part.lengths for part in parts], shares, seed=seed or 0)
-        epochs = Epochs(lengths, tokens_per_batch, mixture, seed=seed)
+        mixture = Mixture.of(lengths, shares, seed=seed or 0)
+        epochs = Epochs(all_lengths, tokens_per_batch, mixture, seed=seed)
         packs = epochs(0)
-    tokens = int(lengths[packs.members].sum())
+    tokens = int(all_lengths[packs.members].sum())
+    targets = _of_members(np.concatenate([part.targets for part in parts]), per_member)
     report = PackingReport(
         rows=sum(len(source.source) for source in documents),
-        documents=packs.members.size,
+        documents=packs.members.size * per_member,
         tokens=tokens,
-        trained_tokens=int(np.concatenate([part.targets for part in parts])[packs.members].sum()),
+        trained_tokens=int(targets[packs.members].sum()),
         packs=len(packs),
         tokens_per_batch=tokens_per_batch,
         fill=tokens / (len(packs) * tokens_per_batch),
         longest=max(int(source.lengths.max()) for source in documents),
-        variance_between_packs=variance_between(packs, lengths),
-        one_source_packs=one_source(packs, sources) if np.count_nonzero(sizes) > 1 else None,
-        sources=_taken(documents, mixture, lengths, packs.members),
+        variance_between_packs=variance_between(packs, all_lengths),
+        one_source_packs=one_source(packs, sources[::per_member]) if np.count_nonzero(sizes) > 1 else None,
+        sources=_taken(documents, mixture, all_lengths, packs.members, "pair" if per_member == 2 else "document"),
         remarks=tuple(remarks),
+        pairs=packs.members.size if per_member == 2 else None,
         **counts,
     )
-    return PackedDataset(documents, sources, np.concatenate([part.starts for part in parts]), lengths, epochs, report)
+    starts, pieces = (np.concatenate([getattr(part, name) for part in parts]) for name in ("starts", "lengths"))
+    return PackedDataset(documents, sources, starts, pieces, epochs, report, per_member)
+
+
+def _of_members(values: NDArray[np.int32], per_member: int) -> NDArray[np.int32]:
+    """Sums over the pieces of each member."""
+    return np.asarray(values.reshape(-1, per_member).sum(1, dtype=np.int32))
+
+
+def _pieces_per_member(documents: Sequence[Documents]) -> int:
+    """What a pack is made of: documents, or pairs of them."""
+    paired = {source.layout.format == "preference": source.source.name for source in documents}
+    if len(paired) > 1:
+        raise DataError(
+            f"{paired[True]} holds preferences and {paired[False]} other rows, and a run trains on one of these kinds; "
+            "leave the other out"
+        )
+    return 2 if True in paired else 1
 
 
 def _taken(
-    documents: Sequence[Documents], mixture: Mixture, lengths: NDArray[np.integer], drawn: NDArray[np.integer]
+    documents: Sequence[Documents],
+    mixture: Mixture,
+    lengths: NDArray[np.integer],
+    drawn: NDArray[np.integer],
+    unit: str,
 ) -> tuple[str, ...]:
-    """What an epoch takes of each source, in words, where that is not every document once."""
+    """What an epoch takes of each source, in words, where that is not every document (or pair) once."""
     if mixture.quotas == mixture.sizes:
         return ()
     ends = np.cumsum(mixture.sizes)
@@ -136,6 +182,6 @@ def _taken(
     tokens = np.bincount(of_source, weights=lengths[drawn], minlength=ends.size)
     shares = tokens / tokens.sum()
     return tuple(
-        f"{source.source.name}: {share:.1%} of the tokens, {count:,} of {counted(size, 'document')} an epoch"
+        f"{source.source.name}: {share:.1%} of the tokens, {count:,} of {counted(size, unit)} an epoch"
         for source, share, count, size in zip(documents, shares, counts.tolist(), mixture.sizes, strict=True)
     )

@@ -14,8 +14,7 @@ __all__ = ["Format", "Layout", "Row", "check_row", "resolve_format", "unused_col
 
 Row = Mapping[str, Any]
 
-# a better and a worse answer, or one answer and whether it is liked
-_PAIRED = ("chosen", "rejected")
+# one answer, and whether it is liked
 _UNPAIRED = ("label", "kto_tag")
 
 
@@ -23,7 +22,7 @@ _UNPAIRED = ("label", "kto_tag")
 class Layout:
     """How the rows of one source are read."""
 
-    format: Format  # chat (a list of messages), prompt_completion (strings or lists of messages), alpaca, text, tokens
+    format: Format  # preference (two answers), chat (messages), prompt_completion (strings or messages), alpaca, ...
     columns: Mapping[str, str] = field(default_factory=dict)  # other names for the columns that the formats read
     roles: Mapping[str, str] = field(default_factory=dict)  # names of speakers in the file -> roles of the template
     message_fields: Mapping[str, str] = field(default_factory=dict)  # keys of a message -> their names in the file
@@ -51,8 +50,8 @@ def resolve_format(
     ``message_fields`` and ``columnar`` go into the layout as they are.
 
     Raises:
-        DataError: no format fits, the requested one lacks a column, the rows are preference data, or a mask of
-            tokenised rows has a name that is not read.
+        DataError: no format fits, the requested one lacks a column, or a mask of tokenised rows has a name that is not
+            read.
     """
     names = set(columns)
     for role, name in renamed.items():
@@ -62,6 +61,9 @@ def resolve_format(
     if "messages" not in found and "messages" not in names and "conversations" in names:
         found["messages"] = "conversations"
     chosen = _format(requested, names, found, renamed, where)
+    if chosen == "preference" and "prompt" not in found and "prompt" not in names:
+        asked = found.get("messages", "messages")
+        found |= {"prompt": asked} if asked in names else {}
     layout = Layout(chosen, found, dict(roles or {}), dict(message_fields or {}), columnar, requested != "auto")
     others = set(unused_columns(layout, names)) - {"special_tokens_mask"}  # which says nothing of training
     masks = sorted(name for name in others if name.endswith(("mask", "masks")))
@@ -76,12 +78,6 @@ def resolve_format(
 def _format(
     requested: str, names: set[str], found: Mapping[str, str], renamed: Mapping[str, str], where: str
 ) -> Format:
-    if requested == "auto" and names.issuperset(_PAIRED) and not set(_PAIRED) & set(renamed.values()):
-        raise DataError(
-            f"{where} holds preference data (chosen and rejected), which is not trained here; use a trainer for DPO, "
-            "or name the format and the column of the answers, as in format: prompt_completion with "
-            "columns: {completion: chosen}"
-        )
     for candidate, required in REQUIRED_COLUMNS.items():
         missing = [name for role in required if (name := found.get(role, role)) not in names]
         if requested == candidate and missing:
@@ -94,7 +90,7 @@ def _format(
             return candidate
     raise DataError(
         f"{where} fits no format: expected the columns messages, or prompt and completion, or instruction and output, "
-        f"or text, or input_ids; got {', '.join(sorted(names)) or 'none'}; "
+        f"or chosen and rejected, or text, or input_ids; got {', '.join(sorted(names)) or 'none'}; "
         "name them under columns, as in {messages: dialogue}"
     )
 
@@ -119,7 +115,7 @@ def check_row(row: Row, layout: Layout, where: str) -> None:
     marked = next((name for name in _UNPAIRED if isinstance(row.get(name), bool)), None)
     if marked is not None and layout.format in ("chat", "prompt_completion", "alpaca") and not layout.explicit:
         raise DataError(
-            f"{where} marks its answer as good or bad ({marked}: {str(row[marked]).lower()}), and preference data is "
-            "not trained here; "
+            f"{where} marks its answer as good or bad ({marked}: {str(row[marked]).lower()}), and answers are "
+            "held against each other here in pairs alone (chosen and rejected); "
             f"use a trainer for KTO, or set format: {layout.format} to train on every answer, bad ones too"
         )

@@ -14,7 +14,21 @@ from deltatune.data.tools import read_tools
 from deltatune.data.turns import Message, read_turn
 from deltatune.errors import DataError, nearest
 
-__all__ = ["ROLES", "Conversation", "Format", "Layout", "Message", "Row", "read_conversation", "read_text"]
+__all__ = [
+    "ROLES",
+    "Conversation",
+    "Format",
+    "Layout",
+    "Message",
+    "Row",
+    "Turns",
+    "read_asked",
+    "read_conversation",
+    "read_text",
+    "read_turns",
+    "with_system",
+    "without_filled_keys",
+]
 
 Marks = tuple[bool | None, ...]
 
@@ -36,6 +50,20 @@ class Conversation:
     trains: Marks = ()  # what the row says of each message; None or nothing: as train_on says
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Messages, and what the row says of the training of each."""
+
+    messages: list[Message]
+    marks: Marks
+
+    def __add__(self, later: Turns) -> Turns:
+        return Turns(self.messages + later.messages, self.marks + later.marks)
+
+    def __getitem__(self, part: slice) -> Turns:
+        return Turns(self.messages[part], self.marks[part])
+
+
 def read_conversation(row: Row, layout: Layout, where: str, notes: Notes | None = None) -> Conversation:
     """The messages and tools of a row of format chat, alpaca, or prompt_completion where that holds messages.
 
@@ -49,23 +77,63 @@ def read_conversation(row: Row, layout: Layout, where: str, notes: Notes | None 
         DataError: no messages, an unknown role, a message without content, tools that are no list, two system prompts.
     """
     if layout.columnar:
-        row = _without_filled_keys(row, layout, where, notes)
+        row = without_filled_keys(row, layout, where, notes)
     tools = read_tools(row, layout, where)
     if layout.format == "prompt_completion":
-        return _read_prompt_and_completion(row, layout, tools, where)
+        prompt, completion = (
+            read_turns(_value(row, column, where), column, layout, where, speaker)
+            for column, speaker in zip(map(layout.column, ("prompt", "completion")), _SPEAKERS, strict=True)
+        )
+        turns = prompt + completion
+        return Conversation(turns.messages, tools, len(prompt.messages), turns.marks)
     if layout.format == "alpaca":
-        messages = _read_alpaca(row, layout, where)
-        trains: Marks = (None,) * len(messages)
+        answer = read_text(row, layout.column("output"), where)
+        turns = _asked(row, layout, where) + read_turns(answer, "output", layout, where, "assistant")
     else:
         column = layout.column("messages")
         value = _from_text(_value(row, column, where), f"{where}: {column}")
-        messages, trains = _read_messages(value, column, layout, where)
+        turns = _read_messages(value, column, layout, where)
+    turns = with_system(turns, row, layout, where)
+    return Conversation(turns.messages, tools, trains=turns.marks)
+
+
+def read_turns(value: Any, column: str, layout: Layout, where: str, speaker: str) -> Turns:
+    """The messages in a column; a string is one of ``speaker``.
+
+    Raises:
+        DataError: neither, no message, or one that cannot be read.
+    """
+    if isinstance(value, str):
+        return Turns([{"role": speaker, "content": value}], (None,))
+    return _read_messages(value, column, layout, where)
+
+
+def read_asked(row: Row, layout: Layout, where: str) -> Turns | None:
+    """What is asked in the columns of Alpaca, and the pairs before it; ``None`` where the row asks otherwise.
+
+    A column that was named as the instruction is one, also beside a ``prompt``.
+
+    Raises:
+        DataError: an empty question, or pairs that are none.
+    """
+    prompted = row.get(layout.column("prompt")) is not None and "instruction" not in layout.columns
+    if prompted or row.get(layout.column("instruction")) is None:
+        return None
+    return _asked(row, layout, where)
+
+
+def with_system(turns: Turns, row: Row, layout: Layout, where: str) -> Turns:
+    """The messages with the row's ``system`` before them.
+
+    Raises:
+        DataError: it is no string, or they begin with another.
+    """
     system = row.get(layout.column("system"))
     if system is not None and not isinstance(system, str):
         raise DataError(f"{where}: {layout.column('system')} must be a string, got {shown(system)}")
-    if system and _has_no_system(messages, system, layout.column("system"), where):
-        messages, trains = [{"role": "system", "content": system}, *messages], (None, *trains)
-    return Conversation(messages, tools, trains=trains)
+    if system and _has_no_system(turns.messages, system, layout.column("system"), where):
+        return Turns([{"role": "system", "content": system}], (None,)) + turns
+    return turns
 
 
 def read_text(row: Row, column: str, where: str, *, allow_empty: bool = False) -> str:
@@ -82,7 +150,8 @@ def read_text(row: Row, column: str, where: str, *, allow_empty: bool = False) -
     return value
 
 
-def _without_filled_keys(row: Row, layout: Layout, where: str, notes: Notes | None) -> Row:
+def without_filled_keys(row: Row, layout: Layout, where: str, notes: Notes | None) -> Row:
+    """A row of a table without the nulls that stand for keys it never had."""
     read = {layout.column(role) for role in columns_of(layout.format)}
     if notes is not None and any(_null_may_count(row[column]) for column in read & set(row)):
         notes.add(_NULLS_DROPPED, where)
@@ -113,44 +182,26 @@ def _from_text(value: Any, what: str) -> Any:
     return parse_json(text, what) if text.startswith("[") else text
 
 
-def _read_messages(value: Any, column: str, layout: Layout, where: str) -> tuple[list[Message], Marks]:
+def _read_messages(value: Any, column: str, layout: Layout, where: str) -> Turns:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"{where}: {column} must be a list of messages, got {shown(value)}")
     if not value:
         raise DataError(f"{where}: {column} is empty; expected a user and an assistant turn, or remove the row")
     turns = [read_turn(message, layout, f"{where}: {column}[{index}]") for index, message in enumerate(value)]
-    return [message for message, _ in turns], tuple(trains for _, trains in turns)
+    return Turns([message for message, _ in turns], tuple(trains for _, trains in turns))
 
 
-def _read_prompt_and_completion(row: Row, layout: Layout, tools: list[Any] | None, where: str) -> Conversation:
-    messages: list[Message] = []
-    trains: Marks = ()
-    num_prompt = 0
-    for role, speaker in zip(("prompt", "completion"), _SPEAKERS, strict=True):
-        num_prompt = len(messages)
-        column = layout.column(role)
-        value = _value(row, column, where)
-        if isinstance(value, str):
-            messages.append({"role": speaker, "content": value})
-            trains = (*trains, None)
-        else:
-            read, marks = _read_messages(value, column, layout, where)
-            messages += read
-            trains += marks
-    return Conversation(messages, tools, num_prompt, trains)
-
-
-def _read_alpaca(row: Row, layout: Layout, where: str) -> list[Message]:
-    instruction, output = (layout.column(role) for role in ("instruction", "output"))
+def _asked(row: Row, layout: Layout, where: str) -> Turns:
+    instruction, given = (layout.column(role) for role in ("instruction", "input"))
     question = read_text(row, instruction, where, allow_empty=True)
-    given = layout.column("input")
     if row.get(given) is not None:
         question = "\n".join(filter(None, (question, read_text(row, given, where, allow_empty=True))))
     if not question:
         raise DataError(f"{where}: {instruction} is empty, so nothing is asked; fill it, or remove the row")
     pairs = _read_history(row.get(layout.column("history")), f"{where}: {layout.column('history')}")
-    pairs.append((question, read_text(row, output, where)))
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(_SPEAKERS, pair, strict=True)]
+    said = [*(text for pair in pairs for text in pair), question]
+    messages = [{"role": _SPEAKERS[index % 2], "content": text} for index, text in enumerate(said)]
+    return Turns(messages, (None,) * len(messages))
 
 
 def _read_history(value: Any, what: str) -> list[Sequence[str]]:

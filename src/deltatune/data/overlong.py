@@ -15,7 +15,7 @@ from deltatune.data.report import counted
 from deltatune.errors import DataError
 from deltatune.packing.sample import Sample
 
-__all__ = ["Limit", "Overlong", "Pieces", "cut_documents", "cut_sample"]
+__all__ = ["Limit", "Overlong", "Pieces", "cut_documents", "cut_pairs", "cut_sample"]
 
 Overlong = Literal["error", "split", "truncate", "drop"]
 
@@ -92,6 +92,48 @@ def cut_documents(
     counts["unlabelled"] += int(np.count_nonzero(cut.targets == 0))
     both = _joined([whole[fits], cut[cut.targets > 0]])
     return both[np.argsort(both.starts)]
+
+
+def cut_pairs(
+    documents: Documents, keep: NDArray[np.bool_] | None, limit: Limit, overlong: Overlong, counts: Counter[str]
+) -> Pieces:
+    """As ``cut_documents``, of documents that are pairs: two after each other, which stay or go together.
+
+    A pair is too long where one of its documents is, or where both together do not fit a pack. Under ``truncate`` each
+    of its documents keeps half a pack at most; a pair of which one has no target left is left out.
+
+    Raises:
+        DataError: a pair that is too long under ``error``, named.
+    """
+    assert overlong != "split", "a pair has no parts"
+    whole = Pieces(documents.offsets[:-1], documents.lengths, documents.targets)
+    if keep is not None:
+        whole = whole[keep]
+    lengths = whole.lengths.reshape(-1, 2)
+    fits = (lengths.max(1) <= limit.tokens) & (lengths.sum(1) <= limit.capacity)
+    too_long = np.flatnonzero(~fits)
+    if not too_long.size:
+        return whole
+    if overlong == "error":
+        first = int(np.searchsorted(documents.offsets, whole.starts[2 * too_long[0]], side="right")) - 1
+        chosen, rejected = lengths[too_long[0]].tolist()
+        raise DataError(
+            f"{documents.where(first)} is a pair of {chosen} and {rejected} tokens, and takes at most {limit} "
+            f"({counted(too_long.size, 'such pair')} in {documents.source.name}); raise it, or set data.overlong to "
+            "truncate or drop"
+        )
+    counts[_COUNTED[overlong]] += too_long.size
+    if overlong == "drop":
+        return whole[np.repeat(fits, 2)]
+    most = np.where(np.repeat(fits, 2), whole.lengths, min(limit.tokens, limit.capacity // 2))
+    kept = np.minimum(whole.lengths, most).astype(np.int32)
+    targets = whole.targets.copy()
+    for piece in np.flatnonzero(kept < whole.lengths).tolist():
+        start = int(whole.starts[piece])
+        targets[piece] = documents.num_trained(start, start + int(kept[piece]))
+    trained = targets.reshape(-1, 2).min(1) > 0
+    counts["unlabelled"] += int(np.count_nonzero(~trained))
+    return Pieces(whole.starts, kept, targets)[np.repeat(trained, 2)]
 
 
 def _joined(pieces: Sequence[Pieces]) -> Pieces:

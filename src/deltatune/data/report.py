@@ -47,24 +47,27 @@ class PackingReport:
     remarks: tuple[
         str, ...
     ] = ()  # what is no error and should be known: rows dropped, columns and keys that nothing reads
+    pairs: int | None = None  # of two documents each, where the rows are preferences; cuts are then counted by pair
 
     def __str__(self) -> str:
+        unit = "document" if self.pairs is None else "pair"
         between = f"{self.variance_between_packs:.1%} of the variance of length lies between packs"
         if self.one_source_packs is not None:
             between += f", {self.one_source_packs:.1%} of packs hold one source"
         lines = [
-            f"{counted(self.rows, 'row')} -> {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
+            f"{counted(self.rows, 'row')} -> "
+            f"{counted(self.documents if self.pairs is None else self.pairs, unit)}, {counted(self.tokens, 'token')}, "
             f"{self.trained_tokens:,} of them trained; longest document {counted(self.longest, 'token')}",
             f"{counted(self.packs, 'pack')} of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full; {between}",
         ]
         counts = {name: getattr(self, name) for name in _CUT}
-        return "\n".join([*lines, *cut_lines(counts), *self.sources, *self.remarks])
+        return "\n".join([*lines, *cut_lines(counts, unit), *self.sources, *self.remarks])
 
 
-def cut_lines(counts: Mapping[str, int]) -> list[str]:
-    """What became of over-long documents, as one line; none where there were none."""
+def cut_lines(counts: Mapping[str, int], unit: str = "document") -> list[str]:
+    """What became of over-long documents or pairs, as one line; none where there were none."""
     cut = [f"{counts[name]:,} {what}" for name, what in _CUT.items() if counts.get(name)]
-    return ["over-long documents: " + ", ".join(cut)] if cut else []
+    return [f"over-long {unit}s: " + ", ".join(cut)] if cut else []
 
 
 def counted(number: int, noun: str) -> str:

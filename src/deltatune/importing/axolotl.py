@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.axolotl_data import data_sets
+from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_loss
 from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
@@ -27,7 +28,6 @@ __all__ = ["AXOLOTL"]
 _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _ATTENTION = "attention over packs is built in"
 _TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
-_RL = "supervised fine-tuning alone: no preference training, no reward models, no reinforcement learning"
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "set it in the environment: WANDB_ENTITY and so on"
@@ -163,6 +163,9 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         found["warmup_ratio"] = 0.03
     if all(key not in settings for key in ("saves_per_epoch", "save_steps", "save_strategy")):
         found["save_strategy"] = "epoch"
+    if preference_loss(settings) == "simpo":
+        # TRL's defaults, which Axolotl hands on
+        found |= {"rl_beta": 0.1, "simpo_gamma": 0.5}
     return found
 
 
@@ -211,7 +214,11 @@ _RULES: dict[str, Rule] = {
     "float16": _fp16,
     "sequence_len": length_of(_overlong),
     "excess_length_strategy": idle("in data.overlong, with sequence_len"),
-    "micro_batch_size": batch_of("sequence_len", packed=lambda settings: not is_off(settings.get("sample_packing"))),
+    "micro_batch_size": batch_of(
+        "sequence_len",
+        packed=lambda settings: not is_off(settings.get("sample_packing")),
+        paired=lambda settings: preference_loss(settings) is not None,
+    ),
     "num_epochs": epochs,
     "optimizer": optimizer,
     "lr_scheduler": learning_rate_schedule,
@@ -288,11 +295,12 @@ _RULES: dict[str, Rule] = {
     **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
     **_each("processor_type processor_kwargs skip_prepare_dataset image_size image_resize_algorithm", refused(_IMAGES)),
     "freeze_mm_modules": idle("towers of images and audio never train"),
+    **PREFERENCES,
     **_each(
-        "rl trl vllm ebft rl_beta orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight kto_undesirable_weight "
-        "reward_model process_reward_model center_rewards_coefficient num_labels diffusion dpo_beta "
+        "trl vllm ebft kto_desirable_weight kto_undesirable_weight "
+        "reward_model process_reward_model center_rewards_coefficient num_labels diffusion "
         "cls_model_config dpo_use_weighting",
-        refused(_RL),
+        refused(RL),
     ),
     **_each(
         "fsdp fsdp_config fsdp_version deepspeed dp_shard_size dp_replicate_size tensor_parallel_size "
@@ -367,7 +375,7 @@ AXOLOTL = Table(
     patterns={
         "liger_.*": idle(_BUILT_IN),
         "gradio_.*": idle("no part of what is trained"),
-        "dpo_.*": refused(_RL),
+        "dpo_.*": refused(RL),
         "(use_)?(swanlab|mlflow|comet|trackio|otel_metrics)(_.*)?|hf_mlflow_.*": refused(
             "set training.report_to, and the tracker's own environment variables"
         ),

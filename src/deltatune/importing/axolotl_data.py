@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.config.row_formats import KNOWN_ROLES, ROLES
+from deltatune.importing.axolotl_preferences import preference_loss
 from deltatune.importing.paths import is_data_file, is_folder_path
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
@@ -17,12 +18,16 @@ __all__ = ["data_sets"]
 _READERS = ("json", "csv", "parquet", "arrow", "text")
 _THINKING = "reasoning_content"
 
+# prompt strategies for pairs of strings: where they find the question
+_QUESTIONS = {"intel": "question", "prompt_pairs": "prompt", "icr": "input"}
+_OWN_TEMPLATES = ("chatml", "llama3", "zephyr")
+
 
 def data_sets(part: str, *, streamed: bool = False) -> Any:
     """The section ``datasets`` (``part`` train), ``test_datasets`` (eval) or ``pretraining_dataset`` (streamed)."""
 
     def rows(value: Any, settings: Settings, here: Path) -> list[Row]:
-        listed = value if isinstance(value, list) else [value]
+        listed, paired = value if isinstance(value, list) else [value], preference_loss(settings) is not None
         found: list[Row] = []
         for index, entry in enumerate(listed):
             where = f"data.{part}.{index}"
@@ -30,24 +35,29 @@ def data_sets(part: str, *, streamed: bool = False) -> Any:
                 found.append(Row(str(index), entry, Outcome("carried", {f"{where}.path": text(entry)})))
                 continue
             found += [
-                Row(f"{index}.{key}", inner, _key(where, key, inner, entry, streamed)) for key, inner in entry.items()
+                Row(f"{index}.{key}", inner, _key(where, key, inner, entry, streamed=streamed, paired=paired))
+                for key, inner in entry.items()
             ]
         if streamed:
             writes = {"data.streaming": True}
             found.append(
                 Row("", "", Outcome("changed", writes, "pretraining data is read as training goes"), given=False)
             )
-        del settings, here
+        del here
         return found
 
     return rows
 
 
-def _key(where: str, key: str, value: Any, entry: dict[str, Any], streamed: bool) -> Outcome:
+def _key(where: str, key: str, value: Any, entry: dict[str, Any], *, streamed: bool, paired: bool) -> Outcome:
     if value is None:
         return Outcome("no effect here", why="not set")
     if key in ("path", "data_files"):
         return _path(where, key, value, entry)
+    if key == "type" and paired:
+        return _paired_format(where, value, entry)
+    if key == "field_messages" and paired:
+        return Outcome("carried", {f"{where}.columns.prompt": text(value)})
     if key == "type":
         return Outcome("carried", {f"{where}.format": "text"}) if streamed else _format(where, value)
     if key == "message_property_mappings":
@@ -102,6 +112,24 @@ def _format(where: str, value: Any) -> Outcome:
         writes[f"{where}.columns.output"] = "answer"
         return Outcome("changed", writes, "rows go through the chat template, not Alpaca's prompt")
     return Outcome("not supported", why="a prompt strategy of its own: make it messages, or prompt and completion")
+
+
+def _paired_format(where: str, value: Any, entry: dict[str, Any]) -> Outcome:
+    """Of pairs of answers; strings that go through a template are what an instruction asks for and gets."""
+    if isinstance(value, dict):
+        return Outcome("not supported", why="prompts from a format: make prompt and answers messages")
+    family, _, strategy = text(value).partition(".")
+    pairs = {f"{where}.format": "preference"}
+    if family == "chat_template" and strategy in ("", "default"):
+        prompt = {} if entry.get("field_messages") else {f"{where}.columns.prompt": "messages"}
+        return Outcome("carried", {**pairs, **prompt})
+    own = family in _OWN_TEMPLATES
+    if family in ("chat_template", "passthrough") or (own and strategy in ("ultra", "argilla_chat")):
+        return Outcome("carried", pairs)
+    if own and strategy in _QUESTIONS:
+        why = "rows go through the checkpoint's chat template (model.chat_template)"
+        return Outcome("changed", {**pairs, f"{where}.columns.instruction": _QUESTIONS[strategy]}, why)
+    return Outcome("not supported", why="a prompt strategy of its own: make it prompt, chosen and rejected")
 
 
 @alone
@@ -176,8 +204,8 @@ def _rules(where: str) -> dict[str, Rule]:
         "preprocess_shards": idle("rows are tokenised in shards"),
         "skip": refused("use a slice of the split, such as train[1000:]"),
         "trust_remote_code": refused("data sets with code of their own are not run"),
-        "field_chosen": refused("preference data is not trained here"),
-        "field_rejected": refused("preference data is not trained here"),
+        "field_chosen": _column(where, "chosen"),
+        "field_rejected": _column(where, "rejected"),
         "step_separator": refused("process reward models are not trained here"),
         "max_completion_length": refused("process reward models are not trained here"),
         "train_on_last_step_only": refused("process reward models are not trained here"),

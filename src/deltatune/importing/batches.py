@@ -10,12 +10,13 @@ from deltatune.importing.values import count, is_off
 __all__ = ["batch_of", "length_of"]
 
 
-def batch_of(*length_keys: str, packed: Any) -> Rule:
-    """Rows in a batch times the most tokens in a row: the tokens of a pack.
+def batch_of(*length_keys: str, packed: Any, paired: Any) -> Rule:
+    """Rows in a batch times the most tokens in a row, twice where a row is a pair: the tokens of a pack.
 
     Args:
         length_keys: where the most tokens in a row stand; the first that is set.
         packed: of all settings, whether rows are packs there too.
+        paired: of all settings, whether a row is a pair of answers.
     """
 
     def rule(value: Any, settings: Settings) -> Outcome:
@@ -23,11 +24,11 @@ def batch_of(*length_keys: str, packed: Any) -> Rule:
         if is_off(value) or length_key is None:
             why = f"without {length_keys[0]} nothing bounds a batch: set packing.tokens_per_batch"
             return Outcome("not supported", why=why)
-        rows, tokens = count(value), count(settings[length_key])
-        why = f"{rows} x {tokens} tokens ({length_key}) a pack"
+        rows, tokens, answers = count(value), count(settings[length_key]), 2 if paired(settings) else 1
+        why = f"{rows} x {'2 x ' if answers == 2 else ''}{tokens} tokens ({length_key}) a pack"
         if not packed(settings):
             why += "; rows were padded there: a pack holds more documents, so an epoch has fewer, larger steps"
-        return Outcome("changed", {"packing.tokens_per_batch": rows * tokens}, why)
+        return Outcome("changed", {"packing.tokens_per_batch": rows * answers * tokens}, why)
 
     return rule
 

@@ -1,4 +1,4 @@
-"""A ``trl sft`` command line, by itself or in a shell script, read from its text: nothing is run."""
+"""A ``trl sft`` or ``trl dpo`` command line, by itself or in a shell script, read from its text: nothing is run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _MARKS = frozenset(";&|<>")
 
 
 def settings_of_command(path: Path, source: str) -> dict[str, Any]:
-    """The flags of the first ``trl sft`` in a text: a value in YAML, a list where there are several, true alone.
+    """The flags of the first ``trl sft`` or ``trl dpo`` in a text: a value in YAML, a list where there are several.
 
+    A flag alone is true. A loss tells the two commands apart, so ``trl dpo`` has its default where no flag says one.
     Variables that the text gives one literal stand for it.
 
     Raises:
@@ -33,8 +34,9 @@ def settings_of_command(path: Path, source: str) -> dict[str, Any]:
         words = _words(path, line)
         start = _start(words)
         if start is not None:
-            return _flags(path, words[start:])
-    raise UserError(f"{path}: expected a command line with trl sft --model_name_or_path ...; found none")
+            loss = {"loss_type": "sigmoid"} if words[start - 1].rsplit("/", 1)[-1] in ("dpo", "dpo.py") else {}
+            return {**loss, **_flags(path, words[start:])}
+    raise UserError(f"{path}: expected a command line with trl sft or trl dpo --model_name_or_path ...; found none")
 
 
 def _substituted(text: str) -> str:
@@ -56,16 +58,16 @@ def _words(path: Path, line: str) -> list[str]:
         return list(lexer)
     except ValueError as error:
         # prose around a command holds single quotes; the command itself must be whole
-        if "trl sft" in line:
+        if "trl sft" in line or "trl dpo" in line:
             raise UserError(f"{path}: a command line cannot be read: {error}") from error
         return []
 
 
 def _start(words: list[str]) -> int | None:
     for index, word in enumerate(words):
-        if word.rsplit("/", 1)[-1] == "trl" and words[index + 1 : index + 2] == ["sft"]:
+        if word.rsplit("/", 1)[-1] == "trl" and words[index + 1 : index + 2] in (["sft"], ["dpo"]):
             return index + 2
-        if word.rsplit("/", 1)[-1] in ("sft.py", "trl_sft.py"):
+        if word.rsplit("/", 1)[-1] in ("sft.py", "trl_sft.py", "dpo.py"):
             return index + 1
     return None
 
@@ -81,7 +83,7 @@ def _flags(path: Path, words: list[str]) -> dict[str, Any]:
             name = name.replace("-", "_")
             found[name] = [value] if equals else []
         elif name is None:
-            raise UserError(f"{path}: expected a flag after trl sft, got {word}")
+            raise UserError(f"{path}: expected a flag after the command, got {word}")
         else:
             found[name].append(word)
     return dict(_value(name, values) for name, values in found.items())

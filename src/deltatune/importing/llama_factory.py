@@ -1,4 +1,4 @@
-"""LLaMA-Factory's YAML, its stage sft."""
+"""LLaMA-Factory's YAML, its stages sft, pt and dpo."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import lora_plus, muon
 from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
+from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of, only_with
 from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
@@ -24,6 +25,19 @@ _NO_OPTIMIZER = "no optimizer of transformers that is known to work here"
 _TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
 
 
+_PREFERENCE_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+
+
+def _preference(settings: Settings) -> str | None:
+    """The loss over pairs of answers that the file asks for."""
+    loss = settings.get("pref_loss") or "sigmoid"
+    return _PREFERENCE_LOSSES.get(str(loss)) if settings.get("stage") == "dpo" else None
+
+
+def _preference_stage(settings: Settings) -> str | None:
+    return "dpo" if settings.get("stage") == "dpo" else None
+
+
 def _has_lora(settings: Settings) -> bool:
     return str(settings.get("finetuning_type", "lora")) == "lora"
 
@@ -34,7 +48,9 @@ def _stage(value: Any) -> Outcome:
         return Outcome("carried", why="what a recipe does")
     if value == "pt":
         return Outcome("changed", {"data.train.0.format": "text"}, "text that trains as a whole")
-    return Outcome("not supported", why="supervised fine-tuning alone: the recipe below is for stage sft")
+    if value == "dpo":
+        return Outcome("carried", why="preferences, by the loss of pref_loss")
+    return Outcome("not supported", why="stages sft, pt and dpo alone: the recipe below is for stage sft")
 
 
 @alone
@@ -161,6 +177,8 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "disable_gradient_checkpointing": False,
         "finetuning_type": "lora",
     }
+    if (loss := _preference(settings)) is not None:
+        found |= {"pref_loss": "sigmoid", "pref_beta": 0.1, **({"simpo_gamma": 0.5} if loss == "simpo" else {})}
     if _has_lora(settings):
         rank = settings.get("lora_rank", 8)
         found |= {"lora_rank": 8, "lora_alpha": 2 * rank if isinstance(rank, int) else None, "lora_target": "all"}
@@ -209,7 +227,15 @@ _RULES: dict[str, Rule] = {
     "per_device_train_batch_size": batch_of(
         "cutoff_len",
         packed=lambda settings: not (is_off(settings.get("packing")) and is_off(settings.get("neat_packing"))),
+        paired=lambda settings: _preference(settings) is not None,
     ),
+    "pref_loss": only_with(
+        _preference_stage, alone(loss_of(_PREFERENCE_LOSSES, f"expected {', '.join(_PREFERENCE_LOSSES)}"))
+    ),
+    "pref_beta": belongs_to("beta", _preference),
+    "simpo_gamma": belongs_to("gamma", _preference, "simpo"),
+    "dpo_label_smoothing": belongs_to("label_smoothing", _preference, "dpo"),
+    **_each("pref_ftx pref_bco_weight ld_alpha", refused("preferences have one loss, without further terms")),
     "neat_packing": idle(PACKED),
     "val_size": _val_size,
     "train_on_prompt": _on_prompt,
@@ -274,7 +300,8 @@ _RULES: dict[str, Rule] = {
     ),
     "disable_shuffling": refused("use training.train_sampling_strategy: sequential"),
     **_each("predict_with_generate eval_on_each_dataset", refused("evaluation is the loss per trained token")),
-    **_each("ref_model reward_model ppo_epochs", refused("supervised fine-tuning alone")),
+    **_each("ref_model ref_model_adapters", refused(REFERENCE)),
+    **_each("reward_model ppo_epochs", refused("no reinforcement learning")),
     **_each(
         "fsdp_transformer_layer_cls_to_wrap sequence_parallel tensor_model_parallel_size use_mca "
         "pipeline_model_parallel_size expert_model_parallel_size virtual_pipeline_model_parallel_size "
@@ -294,7 +321,7 @@ LLAMA_FACTORY = Table(
     patterns={
         "(use_)?(galore|apollo|badam)(_.*)?": refused(_NO_OPTIMIZER),
         "oft_.*": refused("lora is the one adapter of recipes"),
-        "(pref|dpo|kto|ppo|simpo|ld)_.*": refused("supervised fine-tuning alone"),
+        "(pref|dpo|kto|ppo|simpo|ld)_.*": refused("supervised fine-tuning and preferences in pairs alone"),
         "kt_.*": refused("nothing is moved to the host's memory here"),
         "ray_.*": refused(SHARDING),
         "(use_)?swanlab(_.*)?": refused("set training.report_to, and the tracker's own environment variables"),

@@ -17,6 +17,7 @@ __all__ = ["Registry", "find_registry", "named_sources"]
 _FILE = "dataset_info.json"
 _OF_ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 _OF_MESSAGES = {"messages": "messages"}
+_ANSWERS = {"chosen": "chosen", "rejected": "rejected"}
 _OF_BOTH = {"system": "system", "tools": "tools"}
 _DEFAULT_MESSAGES = "conversations"
 _ROLES = {
@@ -86,10 +87,13 @@ def named_sources(part: str, names: Any, registry: Registry | None, dataset_dir:
 
 def _format(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the entry means without saying it."""
+    paired = bool(entry.get("ranking"))
     if entry.get("formatting", "alpaca") == "alpaca":
-        return {f"{where}.format": "alpaca"}
+        return {f"{where}.format": "preference" if paired else "alpaca"}
     columns = mapping(entry.get("columns", {}))
-    found = {f"{where}.format": "chat", f"{where}.columns.messages": columns.get("messages", _DEFAULT_MESSAGES)}
+    role = "prompt" if paired else "messages"
+    found = {f"{where}.format": "preference" if paired else "chat"}
+    found[f"{where}.columns.{role}"] = columns.get("messages", _DEFAULT_MESSAGES)
     tags = mapping(entry.get("tags", {}))
     for field, default, ours in (("role_tag", "from", "role"), ("content_tag", "value", "content")):
         found[f"{where}.message_fields.{ours}"] = tags.get(field, default)
@@ -116,24 +120,26 @@ def _entry(where: str, entry: Mapping[str, Any], folder: Path) -> Iterator[tuple
         elif key == "formatting":
             yield key, value, Outcome("carried" if value in ("alpaca", "sharegpt", "openai") else "unknown")
         elif key == "columns":
-            yield from _columns(where, value, entry.get("formatting", "alpaca"))
+            yield from _columns(where, value, entry.get("formatting", "alpaca"), paired=bool(entry.get("ranking")))
         elif key == "tags":
             for tag, name in mapping(value).items():
                 known = tag in _ROLES or tag in ("role_tag", "content_tag", "function_tag")
                 yield f"tags.{tag}", name, Outcome("carried" if known else "unknown")
         elif key == "ranking":
-            yield key, value, Outcome("not supported" if value else "no effect here", why="no preference training")
+            yield key, value, Outcome("carried", why="pairs of answers" if value else "")
         else:
             yield key, value, Outcome("not supported", why="no such source here: a file, a folder or the Hub")
 
 
-def _columns(where: str, columns: Any, formatting: str) -> Iterator[tuple[str, Any, Outcome]]:
+def _columns(where: str, columns: Any, formatting: str, *, paired: bool) -> Iterator[tuple[str, Any, Outcome]]:
     known = {**(_OF_ALPACA if formatting == "alpaca" else _OF_MESSAGES), **_OF_BOTH}
+    if paired:
+        known |= {**_ANSWERS, **({"messages": "prompt"} if "messages" in known else {})}
     for role, name in mapping(columns).items():
         if role in _MEDIA:
             outcome = Outcome("not supported", why="text alone trains here")
         elif role not in known:
-            outcome = Outcome("not supported", why="no preference training")
+            outcome = Outcome("not supported", why="no column of such rows here")
         else:
             outcome = Outcome("carried", {f"{where}.columns.{known[role]}": name})
         yield f"columns.{role}", name, outcome

@@ -1,4 +1,4 @@
-"""TRL: the YAML of ``trl sft --config``, and its command lines."""
+"""TRL: the YAML of ``trl sft --config`` and ``trl dpo --config``, and their command lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets, with_lora
 from deltatune.importing.paths import is_data_file
+from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of
@@ -19,6 +20,20 @@ __all__ = ["SFT_CONFIG", "TRL", "overlong", "packed"]
 
 _LAUNCH = "the launcher's: torchrun --nproc-per-node N -m deltatune train RECIPE"
 _OLD = "today's name"
+
+
+_PREFERENCE_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
+#: Keys of trl.DPOConfig that trl.SFTConfig does not have.
+_OF_PREFERENCES = ("beta", "precompute_ref_log_probs", "f_divergence_type", "max_prompt_length", "rpo_alpha")
+
+
+def _preference(settings: Settings) -> str | None:
+    """The loss over pairs of answers that the settings ask for: nothing but its own keys says so."""
+    loss = settings.get("loss_type")
+    name = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+    if name is None and any(key in settings for key in _OF_PREFERENCES):
+        name = "sigmoid"
+    return _PREFERENCE_LOSSES.get(str(name))
 
 
 def _has_lora(settings: Settings) -> bool:
@@ -105,11 +120,11 @@ def _text_field(value: Any) -> Outcome:
     return Outcome("carried", {"data.train.0.format": "text", "data.train.0.columns.text": text(value)})
 
 
-@alone
-def _loss(value: Any) -> Outcome:
+def _loss(value: Any, settings: Settings) -> Outcome:
     if value in ("nll", "chunked_nll", None):
         return Outcome("no effect here", why="the loss is cross entropy, without whole logits")
-    return Outcome("not supported", why="the loss is cross entropy")
+    others = "the loss is cross entropy, or one of sigmoid, hinge and ipo on pairs"
+    return alone(loss_of(_PREFERENCE_LOSSES, others))(value, settings)
 
 
 def _fraction(where: str) -> Rule:
@@ -201,6 +216,8 @@ def _defaults(settings: Settings) -> dict[str, Any]:
             found["lora_target_modules"] = PEFT_TARGETS
     if _evaluates(settings) and "dataset_name" in settings:
         found["dataset_test_split"] = "test"
+    if _preference(settings) is not None:
+        found |= {"learning_rate": 1e-6, "loss_type": "sigmoid", "assistant_only_loss": None}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -255,8 +272,19 @@ _RULES: dict[str, Rule] = {
     "dtype": carried("model.dtype", text),
     "torch_dtype": changed("model.dtype", text, _OLD),
     "attn_implementation": idle("attention over packs is built in"),
-    "per_device_train_batch_size": batch_of("max_length", "max_seq_length", packed=packed),
-    "batch_size": batch_of("max_length", "max_seq_length", packed=packed),
+    **_each(
+        "per_device_train_batch_size batch_size",
+        batch_of("max_length", "max_seq_length", packed=packed, paired=_preference),
+    ),
+    "beta": belongs_to("beta", _preference),
+    "label_smoothing": idle("losses robust and exo_pair alone read it"),
+    **_each("precompute_ref_log_probs precompute_ref_batch_size ref_model_init_kwargs", idle(REFERENCE)),
+    "disable_dropout": idle("the reference runs without dropout; set lora.lora_dropout"),
+    **_each("max_prompt_length max_completion_length", refused("data.max_length bounds prompt and answer together")),
+    **_each(
+        "rpo_alpha ld_alpha loss_weights use_weighting sync_ref_model reference_free force_use_ref_model",
+        refused("preferences have one loss, without further terms"),
+    ),
     "dataset_name": carried("data.train.0.path", text),
     "dataset_config": carried("data.train.0.name", text),
     "dataset_train_split": _train_split,

@@ -286,7 +286,7 @@ _RULES: dict[str, Rule] = {
     "finetune_attention_modules": _part("attention_modules"),
     "finetune_mlp_modules": _part("mlp_modules"),
     "max_seq_length": length_of(overlong),
-    "per_device_train_batch_size": batch_of("max_seq_length", "max_length", packed=packed),
+    "per_device_train_batch_size": batch_of("max_seq_length", "max_length", packed=packed, paired=lambda _: False),
     "train_dataset": _dataset,
     "eval_dataset": refused("made by the script: set data.val_size, or data.eval"),
     "dataset_text_field": _text_field,

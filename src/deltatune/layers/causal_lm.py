@@ -48,11 +48,15 @@ class CausalLM(Swapped):
     ``output_logits=True`` or ``logits_to_keep`` asks for it; in evaluation it is the stock model's, for metrics, and
     takes memory for N times the vocabulary (8 GiB in bf16 for 16384 tokens and 248320 words), unless
     ``output_logits=False``, also out of a collator. Without ``labels`` the stock forward answers.
+
+    ``loss_reduction="none"`` gives each token's own loss, fp32 ``[B, T]``, in place of their sum over n: at i it is
+    ``-log p(label_{i+1} | tokens <= i)``, and 0 where nothing is predicted. The router's share is left to the caller,
+    who knows what the tokens count.
     """
 
     ops = ("linear_cross_entropy",)
     whole_model = True
-    extra_arguments = ("sequences", "output_logits")
+    extra_arguments = ("sequences", "output_logits", "loss_reduction")
 
     get_output_embeddings: Callable[[], nn.Module]
     loss_function: Callable[..., Tensor]
@@ -84,7 +88,10 @@ class CausalLM(Swapped):
 
     def _forward(self, call: dict[str, Any]) -> Any:
         wants_logits = call.pop("output_logits", None)
+        by_token = self._wants_token_losses(call)
         if is_cached_call(self, call, with_head=True):
+            if by_token:
+                raise ValueError("loss_reduction='none' is for calls without a cache; leave use_cache and its like out")
             with stock_path(self):
                 return super().forward(**call)
         resolved = resolved_call(call)
@@ -100,14 +107,32 @@ class CausalLM(Swapped):
         with deciding(self, resolved.sequences.total), packed_call(self._deltatune, resolved.sequences, expected):
             if call.get("labels") is None and call.get("shift_labels") is None:
                 return super().forward(**call)
-            return self._with_loss(call, wants_logits)
+            return self._with_loss(call, wants_logits, by_token)
 
-    def _with_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
+    def _wants_token_losses(self, call: dict[str, Any]) -> bool:
+        reduction = call.pop("loss_reduction", None)
+        if reduction is None:
+            return False
+        if reduction != "none":
+            raise ValueError(f"loss_reduction must be 'none', or left out for the mean, got {reduction!r}")
+        if call.get("num_items_in_batch") is not None:
+            raise ValueError("loss_reduction='none' divides by nothing; leave num_items_in_batch out")
+        if call.get("labels") is None and call.get("shift_labels") is None:
+            raise ValueError("loss_reduction='none' needs labels; pass them, or leave it out")
+        if not self._has_stock_loss(call):
+            raise ValueError(
+                f"loss_reduction='none' knows the cross-entropy of transformers alone, and {type(self).__name__} has a "
+                "loss of its own; compute it from the logits of a call without labels"
+            )
+        return True
+
+    def _with_loss(self, call: dict[str, Any], wants_logits: bool | None, by_token: bool) -> Any:
         as_tuple = call.pop("return_dict", None) is False
-        output = self._own_loss(call, wants_logits) if self._has_stock_loss(call) else self._custom_loss(call)
+        stock = self._has_stock_loss(call)
+        output = self._own_loss(call, wants_logits, by_token) if stock else self._custom_loss(call)
         return output.to_tuple() if as_tuple else output
 
-    def _own_loss(self, call: dict[str, Any], wants_logits: bool | None) -> Any:
+    def _own_loss(self, call: dict[str, Any], wants_logits: bool | None, by_token: bool) -> Any:
         call, counts = without_crossing_labels(call)
         labels, targets = call.pop("labels", None), call.pop("shift_labels", None)
         if targets is None:
@@ -120,12 +145,16 @@ class CausalLM(Swapped):
             call.pop("logits_to_keep", None)
         output, hidden = self._stock_output(call, whole=asked or called)
         linear = self._deltatune.facts.head == "linear" and not called
-        loss = self._loss(hidden, targets) if linear else _loss_of_logits(output.logits, targets)
-        num_items = counts.sum() if num_items is None else num_items
-        loss = _divided(loss, num_items)
-        of_router = router_loss(self, output, call.get("attention_mask"), _divided(counts, num_items))
-        if of_router is not None:
-            loss = loss + of_router.to(loss.device)
+        reduction = "none" if by_token else "sum"
+        loss = self._loss(hidden, targets, reduction) if linear else _loss_of_logits(output.logits, targets, reduction)
+        if by_token:
+            loss = loss.view(targets.shape)
+        else:
+            num_items = counts.sum() if num_items is None else num_items
+            loss = _divided(loss, num_items)
+            of_router = router_loss(self, output, call.get("attention_mask"), _divided(counts, num_items))
+            if of_router is not None:
+                loss = loss + of_router.to(loss.device)
         fields = {name: value for name, value in output.items() if name != "loss"}
         if not asked:
             del fields["logits"]
@@ -198,13 +227,17 @@ class CausalLM(Swapped):
         assert hidden, "the text model was not prepared"
         return output, hidden[-1]
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         head, state = self.get_output_embeddings(), hidden.flatten(0, -2)
         weight = head_weight(head)
         if weight is None:
-            return _chunked_loss(trained_copy(head), state, targets.flatten())
+            return _chunked_loss(trained_copy(head), state, targets.flatten(), reduction)
         return ops.linear_cross_entropy(
-            state, weight, targets.flatten(), impl=self._deltatune.options.kernels["linear_cross_entropy"]
+            state,
+            weight,
+            targets.flatten(),
+            reduction=reduction,
+            impl=self._deltatune.options.kernels["linear_cross_entropy"],
         )
 
 
@@ -230,17 +263,21 @@ def _divided(value: Tensor, count: Tensor | float) -> Tensor:
     return value / (count.to(value.device) if isinstance(count, Tensor) else count)
 
 
-def _loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+def _loss_of_logits(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
-def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy through a head that is not a plain linear layer, one chunk's logits at a time."""
+def _chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy through a head that is not a plain linear layer, one chunk's logits at a time."""
 
     def chunk_loss(state: Tensor, target: Tensor) -> Tensor:
-        return _loss_of_logits(head(state), target)
+        return _loss_of_logits(head(state), target, reduction)
 
+    chunks = zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True)
+    losses = [checkpoint(chunk_loss, state, target, use_reentrant=False) for state, target in chunks]
+    if reduction == "none":
+        return torch.cat(losses)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for state, target in zip(torch.split(hidden, _HEAD_CHUNK), torch.split(targets, _HEAD_CHUNK), strict=True):
-        total = total + checkpoint(chunk_loss, state, target, use_reentrant=False)
+    for loss in losses:
+        total = total + loss
     return total

@@ -15,7 +15,7 @@ __all__ = ["HEIGHT", "WIDTH", "Chart", "Curve", "draw"]
 Points = Sequence[tuple[int, float]]
 
 WIDTH, HEIGHT = 560, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 12, 28
 _MOST = 400  # points of a curve that are drawn; more would lie within a pixel of each other
 _MANY = 60  # points from which a running mean is easier to read than the points
 _MEAN_OF = 20  # parts of the curve that the mean is taken over
@@ -120,14 +120,15 @@ def _path(parts: Sequence[Points], x: _Scale, y: _Scale) -> str:
 
 
 def _mean(points: Points, width: int) -> Points:
-    """Of up to ``width`` values before each point and as many behind it."""
+    """Of up to ``width`` values on both sides of each point: of as many on both at first, where curves are steep."""
     values, sums = [value for _, value in points], [0.0]
     for value in values:
         sums.append(sums[-1] + value)
     smooth = []
     for place, (step, _) in enumerate(points):
-        reach = min(width, place, len(values) - 1 - place)
-        smooth.append((step, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
+        before = min(width, place)
+        after = min(before, len(values) - 1 - place)
+        smooth.append((step, (sums[place + after + 1] - sums[place - before]) / (before + after + 1)))
     return smooth
 
 

@@ -32,6 +32,7 @@ def sections(run: RunFolder) -> Iterator[Section]:
         _problems(run),
         _legs(run),
         _commands(run),
+        _skipped(run),
         _data(run),
         _sources(run),
         *_plan(run),
@@ -88,6 +89,12 @@ def _commands(run: RunFolder) -> Section:
         for place, leg in enumerate(run.legs, start=1)
     )
     return _table("Commands", ("leg", "command", "in", "commit there", "deltatune"), cells)
+
+
+def _skipped(run: RunFolder) -> Section:
+    left_out = [entry for entry in run.entries if "skipped" in entry]
+    cells = ((entry.get("step"), entry["skipped"]) for entry in left_out)
+    return _table("Updates that were left out", ("step", "why"), cells)
 
 
 def _data(run: RunFolder) -> Section:

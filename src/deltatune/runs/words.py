@@ -32,7 +32,7 @@ def figure(value: Any) -> str:
         return UNKNOWN if value is None else str(value)
     if abs(found) >= 1000:
         return f"{found:,.0f}"
-    return f"{found:.4g}" if abs(found) >= 1e-4 or found == 0 else f"{found:.2e}"
+    return f"{found:.4g}" if abs(found) >= 1e-4 or found == 0 else f"{found:.3g}"
 
 
 def count(value: Any) -> str:

@@ -54,6 +54,7 @@ class PackCounts:
     capacity: int = 0  # token slots of the batch, padding included
     squares: int = 0  # sum of squared document lengths; attention's work is proportional to it
     packs: int = 0
+    documents: int = 0
 
     def __add__(self, other: PackCounts) -> PackCounts:
         return PackCounts(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -143,6 +144,7 @@ class CountingCollator:
             capacity=labels.numel(),
             squares=sum(len(sample) ** 2 for sample in samples),
             packs=len(packs),
+            documents=len(samples),
         )
         told = [pack.news for pack in packs if isinstance(pack, StreamedPack)]
         origins = PackOrigins(tuple(sample.origin for sample in samples))

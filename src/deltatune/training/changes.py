@@ -26,6 +26,8 @@ _VERDICTS: dict[str, Verdict] = {
     "data.cache_dir": "acts",
     "data.num_proc": "acts",
     "packing": "asks",
+    "preference": "asks",
+    **dict.fromkeys((f"preference.{name}" for name in ("loss", "beta", "gamma", "label_smoothing")), "acts"),
     "kernels": "acts",
     "compile": "acts",
     "checkpointing": "acts",

@@ -100,6 +100,7 @@ def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
         with reading:
             rows = load_rows(source.path, **_reading(source, recipe))
         layout = _layout(source, rows, recipe)
+        _check_kind(source, layout, recipe)
         documents.append(
             tokenize(
                 rows,
@@ -139,6 +140,7 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
     for source, share in zip(recipe.data.train, shares, strict=True):
         rows = open_stream(source.path, **_reading(source, recipe))
         layout = _layout(source, rows, recipe)
+        _check_kind(source, layout, recipe)
         sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
         remarks += _unused(source.path, layout, rows.columns)
     return PackStream(
@@ -166,6 +168,20 @@ def _layout(source: Source, rows: Rows | RowStream, recipe: Recipe) -> Layout:
         message_fields=dict(source.message_fields.items()),
         columnar=rows.columnar,
     )
+
+
+def _check_kind(source: Source, layout: Layout, recipe: Recipe) -> None:
+    """Pairs of answers train by their own loss, other rows by the usual one."""
+    if layout.format == "preference" and recipe.preference is None:
+        raise UserError(
+            f"{source.path} holds pairs of answers (chosen and rejected): add preference: {{}} to train on them by "
+            "DPO, or train on the chosen ones alone with format: prompt_completion and columns: {completion: chosen}"
+        )
+    if layout.format != "preference" and recipe.preference is not None:
+        raise UserError(
+            f"preference needs pairs of answers, and {source.path} has no columns chosen and rejected (it was read as "
+            f"format: {layout.format}); name them under columns, or leave the section out"
+        )
 
 
 def _reading(source: Source, recipe: Recipe) -> dict[str, Any]:

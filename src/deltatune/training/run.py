@@ -51,6 +51,7 @@ from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import estimate_step, prepare_by_recipe
+from deltatune.training.preference_trainer import check_reference, trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
 from deltatune.training.samples import Samples, prompts_of
@@ -230,6 +231,7 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+    check_reference(recipe, arguments)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # every name and shape is known before the rows are read and the weights are there
@@ -287,7 +289,8 @@ def _trainer(run: Run) -> PackedTrainer:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
 
-    return PackedTrainer(
+    return trainer_for(
+        run.recipe,
         run.model,
         run.arguments,
         train_dataset=run.data.train,
@@ -389,7 +392,7 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
     return {
         "global_step": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
-        **{name: value for name, value in evaluation.items() if name in ("eval_loss", "eval_trained_tokens")},
+        **{f"eval_{name}": evaluation[f"eval_{name}"] for name in (*trainer.figures, trainer.counted) if evaluation},
         **ending(trainer),
         "leg": {
             **trainer.meter.summary(),

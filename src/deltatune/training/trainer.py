@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -88,6 +88,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         on_skip: called with each of them.
     """
 
+    counted: ClassVar[str] = "trained_tokens"
+    """What losses are averaged over, by the name that an evaluation gives their number."""
+
+    figures: ClassVar[tuple[str, ...]] = ("loss",)
+    """What an evaluation averages over them."""
+
+    collator: ClassVar[type[CountingCollator]] = CountingCollator
+
     def __init__(
         self,
         model: nn.Module,
@@ -107,8 +115,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
     ) -> None:
         self._mesh = Mesh.of(args)
-        self._evaluated_loss = torch.zeros(())
-        self._evaluated_tokens = self._evaluated_packs = 0
+        self._evaluated = torch.zeros(len(self.figures))
+        self._num_evaluated = self._evaluated_packs = 0
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
         self._first = first
@@ -127,7 +135,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=args,
-            data_collator=CountingCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id),
+            data_collator=self.collator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -181,7 +189,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The micro-batches of one optimizer step and the trained tokens in them, on all ranks."""
+        """The micro-batches of one optimizer step and what losses are averaged over in them, on all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
         self._packs = [batch.pop(PACK_ORIGINS) for batch in batches]
         self._batches = batches if self._on_nonfinite == "dump" else []
@@ -193,9 +201,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             for line in news.remarks:
                 self._console.out(line, highlight=False)
         # the counts are known on the CPU, so the device fills in a number and nobody waits
-        trained = self._mesh.sum_over_data(torch.full((), counts.trained, dtype=torch.int64, device=device))
+        number = self._mesh.sum_over_data(torch.full((), self._count(counts), dtype=torch.int64, device=device))
         # a step of padding alone has loss 0 and no gradient, rather than 0 / 0
-        return batches, trained.clamp(min=1)
+        return batches, number.clamp(min=1)
+
+    def _count(self, counts: PackCounts) -> int:
+        """What losses are averaged over, in these batches."""
+        return counts.trained
 
     # Loss
 
@@ -281,18 +293,23 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """Adds the batch's summed loss and trained tokens to the evaluation; returns its mean."""
+        """Adds the batch's sums to the evaluation; returns its mean loss."""
         del prediction_loss_only, ignore_keys
-        counts: PackCounts = inputs.pop(PACK_COUNTS)
+        number = self._count(inputs.pop(PACK_COUNTS))
         inputs.pop(PACK_ORIGINS, None)
-        one = torch.ones((), device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            summed = model(**inputs, num_items_in_batch=one, output_logits=False).loss.detach().float()
-        self._evaluated_loss = self._evaluated_loss + summed.double()
-        self._evaluated_tokens += counts.trained
+            sums = self._summed_figures(model, inputs)
+        self._evaluated = self._evaluated + sums.double()
+        self._num_evaluated += number
         self._evaluated_packs += 1
         self._advance(self._evaluated_packs)
-        return summed / max(counts.trained, 1), None, None
+        return sums[0] / max(number, 1), None, None
+
+    def _summed_figures(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """The sums of ``figures`` over a batch, fp32, the loss first."""
+        one = torch.ones((), device=self.args.device)
+        loss: Tensor = model(**inputs, num_items_in_batch=one, output_logits=False).loss
+        return loss.float().unsqueeze(0)
 
     def evaluation_loop(
         self,
@@ -303,17 +320,22 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The Trainer's loop; its mean of batch means becomes ``sum(nll) / trained tokens`` over all ranks."""
-        self._evaluated_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self._evaluated_tokens = self._evaluated_packs = 0
+        self._evaluated = torch.zeros(len(self.figures), dtype=torch.float64, device=self.args.device)
+        self._num_evaluated = self._evaluated_packs = 0
         with self.meter.paused(), phase("evaluating", len(dataloader)) as self._advance:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        sums = torch.stack([self._evaluated_loss, torch.full_like(self._evaluated_loss, self._evaluated_tokens)])
-        loss, tokens = self._mesh.sum_over_data(sums).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens if tokens else float("nan")
-        output.metrics[f"{metric_key_prefix}_trained_tokens"] = int(tokens)
+        *sums, number = self._summed_over_ranks(self._evaluated, self._num_evaluated)
+        for name, value in zip(self.figures, sums, strict=True):
+            output.metrics[f"{metric_key_prefix}_{name}"] = value / number if number else float("nan")
+        output.metrics[f"{metric_key_prefix}_{self.counted}"] = int(number)
         return output
+
+    def _summed_over_ranks(self, sums: Tensor, number: int) -> list[float]:
+        """Sums and their number, fp64, over all ranks; waits for the device."""
+        both: list[float] = self._mesh.sum_over_data(torch.cat([sums, sums.new_full((1,), number)])).tolist()
+        return both
 
     # Logs and checkpoints
 

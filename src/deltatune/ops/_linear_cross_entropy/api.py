@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltatune.ops._linear_cross_entropy import torch_chunked
 from deltatune.ops._linear_cross_entropy.op import linear_cross_entropy as loss_and_gradients
+from deltatune.ops._linear_cross_entropy.op import token_losses
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._linear_cross_entropy.reference import check_targets
 from deltatune.ops._numerics import autocast
@@ -38,8 +39,9 @@ def linear_cross_entropy(
         weight: ``[V, E]``, the head.
         labels: ``[...]`` integers, in ``[0, V)`` or ``ignore_index``.
         ignore_index: the label of a token that counts for nothing.
-        reduction: ``"sum"``, 0 where no label counts; or ``"mean"`` over the tokens that count, NaN where none does, as
-            in ``torch.nn.functional.cross_entropy``.
+        reduction: ``"sum"``, 0 where no label counts; ``"mean"`` over the tokens that count, NaN where none does, as
+            in ``torch.nn.functional.cross_entropy``; or ``"none"``: each token's own loss ``[...]``, 0 where the label
+            does not count.
         impl: ``"triton"``: bf16 and fp16 with E a multiple of 8 on NVIDIA GPUs of compute capability 9.0 or newer; an
             online softmax over blocks of the vocabulary, whose logits stay in registers. ``"torch"``:
             ``torch.nn.functional.linear_cross_entropy``, torch 2.13 or newer, whose loss is summed and rounded in the
@@ -47,12 +49,14 @@ def linear_cross_entropy(
             tokens at a time. ``"auto"``: Triton's where it can run, torch's for fp32 and fp64, otherwise the reference.
 
     Returns:
-        An fp32 scalar (fp64 for fp64). But for torch's own, logits, softmax and sums are fp32 (fp64 for fp64). Results
-        are as reproducible as torch's matrix products: nothing else adds up in an order that may change.
+        fp32 (fp64 for fp64), a scalar or ``[...]``. But for torch's own, logits, softmax and sums are fp32 (fp64 for
+        fp64). Results are as reproducible as torch's matrix products: nothing else adds up in an order that may change.
 
     Gradients are those of first order and are computed together with the loss: what is kept for backward is the
     gradient of ``hidden`` and that of ``weight``, where they are needed, and backward scales them in place unless the
     graph is retained. A frozen ``weight`` costs no matrix product for a gradient, and ``torch.no_grad()`` none at all.
+    Under ``"none"`` the gradient of ``weight`` is computed in backward, which knows what each loss counts, from logits
+    that are computed again.
     Under autocast ``hidden`` and ``weight`` are cast to its dtype first. What ignored tokens hold reaches nothing, NaN
     included.
 
@@ -68,11 +72,14 @@ def linear_cross_entropy(
     if choice.impl == "torch":
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             check_targets(targets[targets != ignore_index], weight.shape[0])
-        loss = torch_chunked.loss(rows, weight, targets, ignore_index)
+        loss = torch_chunked.loss(rows, weight, targets, ignore_index, "none" if reduction == "none" else "sum")
     else:
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in (rows, weight)]
-        loss, *_ = loss_and_gradients(rows, weight, targets, ignore_index, *wanted, choice.impl)
+        compute = token_losses if reduction == "none" else loss_and_gradients
+        loss = compute(rows, weight, targets, ignore_index, *wanted, choice.impl)[0]
     loss = first_order("linear_cross_entropy", loss, rows, weight)
+    if reduction == "none":
+        return loss.view(labels.shape)
     return loss if reduction == "sum" else loss / (targets != ignore_index).sum()
 
 
@@ -89,5 +96,5 @@ def _validate(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) ->
         raise ValueError(f"{op}: hidden and weight must share a dtype, got {hidden.dtype} and {weight.dtype}; cast one")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"{op}: labels must be integers, got {labels.dtype}")
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"{op}: reduction must be 'sum' or 'mean', got {reduction!r}")
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"{op}: reduction must be 'sum', 'mean' or 'none', got {reduction!r}")

@@ -26,7 +26,7 @@ from deltatune.ops._linear_cross_entropy import kernel
 from deltatune.ops._linear_cross_entropy.blocks import Blocks, slices, softmax_blocks, weight_blocks
 from deltatune.ops._linear_cross_entropy.reference import multiply
 
-__all__ = ["Rows", "chunk_of", "gradients", "loss_and_gradients"]
+__all__ = ["Rows", "chunk_of", "gradients", "losses_and_gradients"]
 
 
 class Tile(NamedTuple):
@@ -113,20 +113,22 @@ class _Softmax(NamedTuple):
     inverse: Tensor  # one over the sum over all entries
 
 
-def loss_and_gradients(
+def losses_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     ignore_index: int,
     hidden_grad: bool,
     weight_grad: bool,
+    scale: Tensor | None = None,
     softmax_sizes: Blocks | None = None,
     weight_sizes: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss in fp32, and its gradients to ``hidden`` and ``weight``; one not asked for is an empty tensor.
+    """The loss of each token in fp32, and the gradients of their sum to ``hidden`` and ``weight``.
 
-    ``hidden`` ``[S, E]``, ``weight`` ``[V, E]``, ``labels`` int64 ``[S]``. An unknown label fails an assertion on the
-    device, as it would in a gather: reading the labels would wait for them.
+    A gradient not asked for is an empty tensor. ``hidden`` ``[S, E]``, ``weight`` ``[V, E]``, ``labels`` int64 ``[S]``;
+    ``scale`` ``[S]`` is what each loss counts in the gradient of ``weight``, 1 by default. An unknown label fails an
+    assertion on the device, as it would in a gather: reading the labels would wait for them.
     """
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight, labels = _addressable(hidden), _addressable(weight), labels.contiguous()
@@ -143,8 +145,10 @@ def loss_and_gradients(
     if weight_grad:
         # as zeros, ignored tokens add nothing, not even 0 * NaN
         rows = rows._replace(hidden=hidden.masked_fill(~valid.unsqueeze(1), 0))
+        if scale is not None:
+            softmax = softmax._replace(inverse=softmax.inverse * scale)
         _weight_gradient(rows, softmax, dweight, weight_sizes or weight_blocks(tokens, vocabulary))
-    return _losses(softmax).masked_fill_(~valid, 0).sum(), dhidden, dweight
+    return _losses(softmax).masked_fill_(~valid, 0), dhidden, dweight
 
 
 def _losses(softmax: _Softmax) -> Tensor:

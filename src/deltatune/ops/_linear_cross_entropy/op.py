@@ -1,4 +1,4 @@
-"""``deltatune::linear_cross_entropy``: the loss and its gradients in one call.
+"""``deltatune::linear_cross_entropy``: the loss and its gradients in one call; and the losses token by token.
 
 Opaque, because the loop over chunks would otherwise be unrolled into the graph and fused across chunks.
 """
@@ -18,7 +18,7 @@ from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import opaque
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "token_losses"]
 
 
 def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     """
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * dloss
+        return (gradient * dloss).to(gradient.dtype)
     return gradient.mul_(dloss)
 
 
@@ -77,7 +77,80 @@ def linear_cross_entropy(
 
     A gradient that is not is an empty tensor.
     """
-    compute = LinearCrossEntropySpec.load(impl).loss_and_gradients
+    losses, *gradients = _computed(impl, hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
+    return losses.sum(), *gradients
+
+
+def _computed(impl: str, hidden: Tensor, *args: Any) -> Any:
+    compute = LinearCrossEntropySpec.load(impl).losses_and_gradients
     with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
-        results: tuple[Tensor, Tensor, Tensor] = compute(hidden, weight, labels, ignore_index, hidden_grad, weight_grad)
-    return results
+        return compute(hidden, *args)
+
+
+def _fake_token_losses(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, hidden_grad, _weight_grad, _impl = others
+    tokens, width = hidden.shape
+    losses = hidden.new_empty(tokens, dtype=accumulation_dtype(hidden))
+    return losses, hidden.new_empty(tokens if hidden_grad else 0, width)
+
+
+def _token_losses_flops(hidden_shape: Sequence[int], weight_shape: Sequence[int], *others: Any, **_: object) -> int:
+    *_labels, hidden_grad, _weight_grad, _impl = others
+    return int(2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * (1 + hidden_grad))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, labels, ctx.ignore_index, ctx.hidden_grad, ctx.weight_grad, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *((hidden, weight, labels) if ctx.weight_grad else ()))
+
+
+def _differentiate_token_losses(ctx: Any, dlosses: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dlosses is None:
+        return (None,) * 7
+    dhidden, *inputs = ctx.saved_tensors
+    return (
+        _scaled(dhidden, dlosses.unsqueeze(1)) if ctx.hidden_grad else None,
+        token_losses_backward(dlosses, *inputs, ctx.ignore_index, ctx.impl) if ctx.weight_grad else None,
+        *(None,) * 5,
+    )
+
+
+def _fake_backward(_dlosses: Tensor, _hidden: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _backward_flops(
+    _dlosses: Sequence[int], hidden_shape: Sequence[int], weight_shape: Sequence[int], *others: Any, **_: object
+) -> int:
+    """Logits again, twice in blocks, and the product."""
+    return int(2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * (3 if others[-1] == "triton" else 2))
+
+
+@opaque(fake=_fake_backward, flops=_backward_flops, gradient_of="linear_cross_entropy")
+def token_losses_backward(
+    dlosses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, impl: str
+) -> Tensor:
+    """The gradient of ``weight``, from that of each token's loss ``[S]``, which forward does not know."""
+    dweight: Tensor = _computed(impl, hidden, weight, labels, ignore_index, False, True, dlosses)[2]
+    return dweight
+
+
+@opaque(
+    fake=_fake_token_losses,
+    flops=_token_losses_flops,
+    setup_context=_keep_for_backward,
+    backward=_differentiate_token_losses,
+)
+def token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token of hidden ``[S, E]``, 0 where it is ignored, and the gradient of hidden of their sum.
+
+    A row of that depends on its own token's loss alone, so backward scales rows. ``weight_grad`` keeps what its
+    gradient is computed from.
+    """
+    del weight_grad  # which is autograd's to know
+    losses, dhidden, _ = _computed(impl, hidden, weight, labels, ignore_index, hidden_grad, False)
+    return losses, dhidden

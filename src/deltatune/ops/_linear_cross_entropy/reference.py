@@ -16,7 +16,7 @@ from torch import Tensor
 from deltatune.ops._linear_cross_entropy.blocks import slices
 from deltatune.ops._numerics import accumulation_dtype
 
-__all__ = ["check_targets", "chunk_tokens", "loss_and_gradients", "multiply"]
+__all__ = ["check_targets", "chunk_tokens", "losses_and_gradients", "multiply"]
 
 # Elements of the fp32 logits of a chunk, 256 MiB or 1 GiB. Forward and backward in ms for 256 / 512 / 1024 tokens on
 # one H200 with torch 2.11 (16384 tokens, vocabulary 248320, width 2048, bf16): 82 / 85 / 76 under a frozen weight,
@@ -33,13 +33,20 @@ def chunk_tokens(tokens: int, vocabulary: int, weight_grad: bool) -> int:
     return max(min(affordable, -(-tokens // 4)), 1)
 
 
-def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool
+def losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients to ``hidden`` and ``weight``; a gradient not asked for is an empty tensor.
+    """The loss of each token, and the gradients of their sum to ``hidden`` and ``weight``.
 
-    ``hidden`` ``[S, E]``, ``weight`` ``[V, E]``, ``labels`` ``[S]``. Logits, probabilities, loss and the sum over
-    chunks of the weight's gradient are fp32 (fp64 for fp64).
+    A gradient not asked for is an empty tensor. ``hidden`` ``[S, E]``, ``weight`` ``[V, E]``, ``labels`` ``[S]``;
+    ``scale`` ``[S]`` is what each loss counts in the gradient of ``weight``, 1 by default. Logits, probabilities,
+    losses and the sum over chunks of the weight's gradient are fp32 (fp64 for fp64).
     """
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
     accumulation = accumulation_dtype(hidden)
@@ -61,8 +68,10 @@ def loss_and_gradients(
         if hidden_grad:
             dhidden[chunk] = (dlogits @ factor).masked_fill_(ignored, 0)
         if weight_grad:
+            if scale is not None:
+                dlogits.mul_(scale[chunk].unsqueeze(1))
             multiply(dlogits.mT, rows, dweight, add=True)
-    return losses.masked_fill_(~valid, 0).sum(), dhidden, dweight.to(weight.dtype)
+    return losses.masked_fill_(~valid, 0), dhidden, dweight.to(weight.dtype)
 
 
 def _softmax_loss(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

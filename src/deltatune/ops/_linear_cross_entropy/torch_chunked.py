@@ -32,8 +32,8 @@ def rounds_loss(dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16)
 
 
-def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The summed loss of ``hidden`` ``[S, E]``, rounded to its dtype before it is widened.
+def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The loss of ``hidden`` ``[S, E]``, ``"sum"`` or ``"none"``, rounded to its dtype before it is widened.
 
     Raises:
         NotImplementedError: forward-mode differentiation, for which it would give no tangent.
@@ -41,5 +41,5 @@ def loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> T
     assert _function is not None
     if not torch.compiler.is_compiling() and any(_dual(x).tangent is not None for x in (hidden, weight)):
         raise NotImplementedError("linear_cross_entropy has no forward-mode derivative; differentiate backward")
-    loss: Tensor = _function(hidden, weight, labels, reduction="sum", ignore_index=ignore_index, options=_options)
+    loss: Tensor = _function(hidden, weight, labels, reduction=reduction, ignore_index=ignore_index, options=_options)
     return loss.to(accumulation_dtype(loss))
