@@ -101,10 +101,8 @@ def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, write_ro
     recipe = str(write_recipe(training={"max_steps": 2, "optim": "adamw_8bit"}, kernels={"gated_delta_rule": "fla"}))
     assert main(["plan", recipe]) == 0
     page = capsys.readouterr().out
-    assert (
-        "warning: training.optim: adamw_8bit needs the package bitsandbytes; pip install 'deltatune[optimizers]' where"
-        in page
-    )
+    remedy = "adamw_8bit needs the package bitsandbytes; pip install 'deltatune[optimizers]'"
+    assert f"warning: training.optim: {remedy} where" in page
     assert re.search(r"warning: .*fla.*; what follows is for kernels: auto\n", page)
     assert main(["plan", recipe, "--set", "training.use_cpu=true"]) == 2
     assert f"{remedy}\n" in capsys.readouterr().err
