@@ -201,8 +201,8 @@ def check_reference(recipe: Recipe, args: TrainingArguments) -> None:
         assert recipe.preference is not None
         raise UserError(
             f"preference.loss: {recipe.preference.loss} is held against the model at the start, which is computed "
-            "before it is sharded; use a new lora section without bias and of the usual init_lora_weights, a loss without "
-            "a reference (simpo, orpo), or no fsdp and deepspeed"
+            "before it is sharded; use a new lora section without bias and of the usual init_lora_weights, a loss "
+            "without a reference (simpo, orpo), or no fsdp and deepspeed"
         )
 
 
