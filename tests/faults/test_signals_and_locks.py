@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fault_cases import check_same, run, screen, start
 
-MOMENTS = range(1, 201, 10)
+MOMENTS = range(1, 281, 14)
 
 
 def signalled_and_resumed(case: Any, output: Path, number: int, action: Any) -> int:
@@ -49,7 +49,9 @@ def is_stopped(pid: int) -> bool:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("words", [("open", ".config.yaml.part"), ("half of", ".saving-4"), ("os.rename", "adapter_config.json")])
+@pytest.mark.parametrize(
+    "words", [("open", ".config.yaml.part"), ("half of", ".saving-4"), ("os.rename", "adapter_config.json")]
+)
 def test_a_second_run_leaves_the_first_alone(case: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
     output = tmp_path / "first" / "output"
     arguments = ["train", str(case.recipe), "--set", f"training.output_dir={output}"]
