@@ -80,6 +80,78 @@ def outcome(table, key, value, **others) -> Outcome:
             {"adapter": "lora"},
             {"lora.target_parameters": "all-experts"},
         ),
+        (
+            AXOLOTL,
+            "special_tokens",
+            {"pad_token": "<p>", "bos_token": None},
+            {},
+            {"model.special_tokens.pad_token": "<p>"},
+        ),
+        (AXOLOTL, "special_tokens", {"additional_special_tokens": ["<a>"]}, {}, {}),
+        (
+            AXOLOTL,
+            "generate_samples",
+            True,
+            {"val_set_size": 0.1, "num_generation_samples": 2},
+            {"samples.held_out": 2, "samples.max_new_tokens": 50},
+        ),
+        (AXOLOTL, "generate_samples", True, {}, {}),
+        (AXOLOTL, "tokens", ["<a>", "<b>"], {}, {"model.added_tokens": ["<a>", "<b>"]}),
+        (
+            LLAMA_FACTORY,
+            "add_tokens",
+            "<a>,<b>",
+            {"add_special_tokens": "<c>"},
+            {"model.added_tokens": ["<a>", "<b>", "<c>"]},
+        ),
+        (TRL, "eos_token", "<|im_end|>", {}, {"model.special_tokens.eos_token": "<|im_end|>"}),
+        (AXOLOTL, "early_stopping_patience", 3, {"val_set_size": 0.1}, {"training.early_stopping_patience": 3}),
+        (AXOLOTL, "early_stopping_patience", 3, {}, {}),
+        (AXOLOTL, "loraplus_lr_ratio", 16, {"adapter": "lora"}, {"training.loraplus_lr_ratio": 16}),
+        (AXOLOTL, "loraplus_lr_embedding", 1e-6, {"adapter": "lora"}, {}),
+        (AXOLOTL, "lora_model_dir", "./a", {"adapter": "qlora"}, {"lora.name_or_path": "./a"}),
+        (AXOLOTL, "lora_r", 8, {"adapter": "lora", "lora_model_dir": "./a"}, {}),
+        (AXOLOTL, "lora_dropout", 0.1, {"adapter": "lora", "lora_model_dir": "./a"}, {"lora.lora_dropout": 0.1}),
+        (AXOLOTL, "embedding_lr", 1e-5, {}, {"training.learning_rates.embed_tokens|lm_head": 1e-5}),
+        (AXOLOTL, "embedding_lr", 1e-5, {"adapter": "lora"}, {}),
+        (
+            AXOLOTL,
+            "embedding_lr_scale",
+            0.5,
+            {"adapter": "lora", "lora_modules_to_save": ["lm_head"], "learning_rate": 1e-4},
+            {"training.learning_rates.embed_tokens|lm_head": 5e-5},
+        ),
+        (
+            AXOLOTL,
+            "lr_groups",
+            [{"name": "o", "modules": ["o_proj.", "q_proj"], "lr": 1e-5}],
+            {},
+            {r"training.learning_rates.o_proj\.|q_proj": 1e-5},
+        ),
+        (
+            AXOLOTL,
+            "unfrozen_parameters",
+            ["^lm_head.weight$", "model.layers.4[4-7]+.mlp.[a-z]+$"],
+            {},
+            {"training.unfrozen_parameters": [r"^lm_head\.weight$", r"^model\.layers\.4[4-7]+\.mlp\.[a-z]+$"]},
+        ),
+        (AXOLOTL, "unfrozen_parameters", ["model.embed_tokens.weight$[:32000]"], {}, {}),
+        (LLAMA_FACTORY, "early_stopping_steps", 2, {"eval_strategy": "steps"}, {"training.early_stopping_patience": 2}),
+        (LLAMA_FACTORY, "use_muon", True, {}, {"training.optim": "muon"}),
+        (LLAMA_FACTORY, "loraplus_lr_ratio", 16.0, {}, {"training.loraplus_lr_ratio": 16.0}),
+        (LLAMA_FACTORY, "adapter_name_or_path", "a/b", {}, {"lora.name_or_path": "a/b"}),
+        (LLAMA_FACTORY, "adapter_name_or_path", "a,b", {}, {}),
+        (LLAMA_FACTORY, "adapter_name_or_path", "a", {"create_new_adapter": True}, {}),
+        (LLAMA_FACTORY, "lora_target", "all", {"adapter_name_or_path": "a"}, {}),
+        (
+            UNSLOTH,
+            "embedding_learning_rate",
+            1e-5,
+            {"target_modules": ["q_proj", "lm_head"]},
+            {r"training.learning_rates.modules_to_save\.default\.weight$": 1e-5},
+        ),
+        (UNSLOTH, "embedding_learning_rate", 1e-5, {"target_modules": ["q_proj"]}, {}),
+        (TRL, "metric_for_best_model", "eval_loss", {}, {}),
         (LLAMA_FACTORY, "cutoff_len", 512, {}, {"data.max_length": 512, "data.overlong": "truncate"}),
         (LLAMA_FACTORY, "lora_target", "all", {}, {"lora.target_modules": "all-linear"}),
         (LLAMA_FACTORY, "lora_rank", 8, {"finetuning_type": "full"}, {}),
@@ -129,9 +201,11 @@ def test_what_is_off_is_no_loss(key, value):
     assert outcome(AXOLOTL, key, value).verdict == "no effect here"
 
 
-@pytest.mark.parametrize(("value", "known"), [("adamw_bnb_8bit", True), ("muon", False)])
-def test_optimizers(value, known):
-    assert outcome(AXOLOTL, "optimizer", value).verdict == ("carried" if known else "not supported")
+@pytest.mark.parametrize(
+    ("value", "verdict"), [("adamw_bnb_8bit", "carried"), ("muon", "changed"), ("dion", "not supported")]
+)
+def test_optimizers(value, verdict):
+    assert outcome(AXOLOTL, "optimizer", value).verdict == verdict
 
 
 def test_wrong_values_are_errors():

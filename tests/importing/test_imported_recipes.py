@@ -47,7 +47,8 @@ special_tokens: {pad_token: <|end|>}
 deepspeed:
 """
 OF_AXOLOTL = """
-model: {name_or_path: Qwen/Qwen3-0.6B, chat_template: qwen3, dtype: bfloat16}
+model:
+  {name_or_path: Qwen/Qwen3-0.6B, chat_template: qwen3, special_tokens: {pad_token: <|end|>}, dtype: bfloat16}
 data:
   train:
     - path: data/talks.jsonl
@@ -236,11 +237,7 @@ def test_recipe_loads(imported, tmp_path, name, text):
 
 @pytest.mark.parametrize(
     ("name", "text", "keys"),
-    [
-        ("a.yml", AXOLOTL, {"special_tokens"}),
-        ("l.yaml", LLAMA_FACTORY, set()),
-        ("u.py", UNSLOTH, {"load_in_4bit", "output_dir"}),
-    ],
+    [("a.yml", AXOLOTL, set()), ("l.yaml", LLAMA_FACTORY, set()), ("u.py", UNSLOTH, {"load_in_4bit", "output_dir"})],
 )
 def test_what_is_not_supported(imported, name, text, keys):
     rows = imported(name, text).rows

@@ -36,6 +36,11 @@ def changes(**sections: Any) -> Any:
             [("training.max_steps", "acts"), ("training.save_steps", "acts")],
         ),
         ({"training": {"optim": "sgd"}}, [("training.optim", "cannot")]),
+        ({"training": {"unfrozen_parameters": ["a"]}}, [("training.unfrozen_parameters", "cannot")]),
+        ({"lora": {"name_or_path": "a"}}, [("lora.name_or_path", "cannot")]),
+        ({"training": {"loraplus_lr_ratio": 4.0}}, [("training.loraplus_lr_ratio", "cannot")]),
+        ({"training": {"learning_rates": {"a.b": 2e-4}}}, [("training.learning_rates.a.b", "cannot")]),
+        ({"training": {"early_stopping_patience": 3}}, [("training.early_stopping_patience", "acts")]),
         ({"training": {"seed": 1}}, [("training.seed", "asks")]),
         ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
         ({"preference": {"beta": 0.2}}, [("preference", "asks")]),
@@ -49,6 +54,15 @@ def changes(**sections: Any) -> Any:
 )
 def test_every_setting_has_a_verdict(sections: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     assert [(change.key, change.verdict) for change in changes(**sections)] == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "verdict"),
+    [(None, {}, "acts"), ({"a.b": 1.0}, {"a.b": 0.0}, "acts"), ({"a.b": 1.0}, {"b": 1.0}, "cannot")],
+)
+def test_rates_of_the_same_groups_act(before: Any, now: Any, verdict: str) -> None:
+    found = find_changes({"training": {"learning_rates": before}}, {"training": {"learning_rates": now}})
+    assert {change.verdict for change in found} == {verdict}
 
 
 @pytest.mark.parametrize("section", sorted(Recipe.model_fields))

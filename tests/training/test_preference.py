@@ -169,7 +169,9 @@ def test_the_reference_is_the_model_under_the_adapter_and_leaves_no_trace() -> N
         (LoraSection(init_lora_weights="gaussian"), True),
         (LoraSection(init_lora_weights="pissa"), False),
         (LoraSection(bias="lora_only"), False),
+        (LoraSection(name_or_path="adapter"), False),
     ],
 )
 def test_a_base_that_changes_is_no_reference(lora: LoraSection | None, expected: bool) -> None:
     assert base_is_start(lora) is expected
+    assert not base_is_start(lora, ["norm"])

@@ -400,14 +400,14 @@ def test_a_skipped_update_is_kept_in_the_record(
 def test_weights_that_are_no_numbers_are_not_saved(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = run_module._last_evaluation
+    evaluate = run_module.evaluation_of_weights
 
-    def poisoned(run: Any, trainer: Any) -> Any:
+    def poisoned(trainer: Any) -> Any:
         with torch.no_grad():
-            next(weight for weight in run.model.parameters() if weight.requires_grad).fill_(float("inf"))
-        return evaluate(run, trainer)
+            next(weight for weight in trainer.model.parameters() if weight.requires_grad).fill_(float("inf"))
+        return evaluate(trainer)
 
-    monkeypatch.setattr(run_module, "_last_evaluation", poisoned)
+    monkeypatch.setattr(run_module, "evaluation_of_weights", poisoned)
     with pytest.raises(UserError, match="some trained weights are not finite, so they are not saved"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
@@ -492,7 +492,7 @@ def stopping_after(step: int, build: Any) -> Any:
         ({"checkpointing": 0.5}, r"checkpointing: 0.5 .* compile: true"),
         ({"training": {"learning_rat": 0.1}}, r"training.learning_rat: unknown \(did you mean learning_rate\?\)"),
         ({"training": {"optim": "adam"}}, r"training: .*adam"),
-        ({"training": {"optim": "paged_adamw_8bit"}}, r"paged_adamw_8bit needs the package bitsandbytes"),
+        ({"training": {"optim": "paged_adamw_8bit"}}, r"needs the package bitsandbytes; pip install 'deltatune\[opt"),
         ({"training": {"optim": "schedule_free_adamw"}}, r"needs the package schedulefree; pip install schedulefree"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
         ({"training": {"report_to": "wand"}}, r"report_to: unknown wand \(did you mean wandb\?\)"),

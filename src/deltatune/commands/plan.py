@@ -20,15 +20,18 @@ from deltatune.data.report import counted
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
 from deltatune.preparation import Prepared
-from deltatune.training.adapters import adapt
+from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
+from deltatune.training.continuing import load_adapter, start_lines
 from deltatune.training.export import check_kind
 from deltatune.training.mesh import Mesh
+from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import load_data
 from deltatune.training.planned import estimate_step, prepare_by_recipe
 from deltatune.training.preflight import missing_optimizer
+from deltatune.training.samples import samples_lines
 from deltatune.training.sealed import steps_of
 from deltatune.training.space import check_space
 
@@ -45,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     recipe: Recipe = args.recipe
     arguments = training_arguments(recipe.training)
     warnings = [*args.warnings, *_missing_here(recipe, arguments.device), *_held(recipe)]
-    model = adapt(empty_model(recipe.model), recipe.lora)
+    model = adapt_by_recipe(empty_model(recipe.model), recipe)
+    load_adapter(model, recipe.lora)
     room = check_space(model, recipe)
     prepared, unavailable = _prepared(recipe, model, arguments.device)
     tokenizer = load_tokenizer(recipe.model)
@@ -54,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     report = prepared.report
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
-    lines += ["", *data.lines(), *_steps(data.train, arguments), *room.lines()]
+    lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
+    lines += ["", *data.lines(), *_steps(data.train, arguments), *samples_lines(recipe), *room.lines()]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]

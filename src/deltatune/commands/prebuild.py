@@ -16,7 +16,7 @@ from torch import nn
 
 from deltatune.config.schema import Recipe
 from deltatune.packing.collate import PackedCollator
-from deltatune.training.adapters import adapt
+from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
 from deltatune.training.planned import prepare_by_recipe
@@ -42,7 +42,8 @@ def build(recipe: Recipe, device: torch.device) -> Iterator[tuple[str, float]]:
     for count in document_counts(config, device):
         documents = f"{count} document{'s' * (count > 1)}"
         yield f"a step, {documents}", _seconds(model, _batch(recipe, config, count, device), autocast)
-    if recipe.preference is not None and recipe.preference.has_reference and base_is_start(recipe.lora):
+    in_step = base_is_start(recipe.lora, recipe.training.unfrozen_parameters)
+    if recipe.preference is not None and recipe.preference.has_reference and in_step:
         with as_reference(model):
             seconds = _seconds(model, _batch(recipe, config, 1, device), autocast)
         yield "the reference", seconds
@@ -82,10 +83,10 @@ def _model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | Non
     """As the run prepares it, and the dtype of its autocast."""
     training_arguments(recipe.training)  # refuses what the run would refuse
     if recipe.checkpointing == "auto":  # decided at the model's own depth
-        whole = prepare_by_recipe(recipe, adapt(empty_model(recipe.model), recipe.lora), device=device)
+        whole = prepare_by_recipe(recipe, adapt_by_recipe(empty_model(recipe.model), recipe), device=device)
         recipe = recipe.model_copy(update={"checkpointing": whole.report.checkpointing})
     with device:
-        model = adapt(new_model(recipe.model, shallow(load_config(recipe.model))), recipe.lora)
+        model = adapt_by_recipe(new_model(recipe.model, shallow(load_config(recipe.model))), recipe)
     model.to(device)
     prepare_by_recipe(recipe, model)
     return model.train(), autocast_dtype(recipe.training)

@@ -37,8 +37,11 @@ __all__ = [
 # also has a step count.
 _STATE_COPIES: Final = {"adagrad": 1, "rmsprop": 1, "sgd": 0, "lion_32bit": 1}
 _STEP_BYTES: Final = 4
-# bitsandbytes keeps a byte an element and a float32 scale a block of 256 (small tensors stay in float32)
-_EIGHT_BIT: Final = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+# bitsandbytes and torchao keep a byte an element and a float32 scale a block of 256 (small tensors stay in float32)
+_EIGHT_BIT: Final = {
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
+}
 _EIGHT_BIT_SMALLEST: Final = 4096
 
 # What allocator and kernels' workspaces take beyond the tensors counted here.

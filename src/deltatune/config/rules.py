@@ -91,13 +91,44 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         )
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"training.max_steps must be at least 1, or -1 to count epochs; got {training.max_steps}"
-    wants_best = training.load_best_model_at_end or training.save_strategy == "best"
-    if wants_best and training.eval_strategy == "no":
-        what = "load_best_model_at_end" if training.load_best_model_at_end else "save_strategy: best"
+    compares = {
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "save_strategy: best": training.save_strategy == "best",
+        "early_stopping_patience": training.early_stopping_patience is not None,
+    }
+    for what in (what for what, given in compares.items() if given and training.eval_strategy == "no"):
         yield f"training.{what} needs evaluations; set data.eval and training.eval_strategy"
+    if _differs(training, "early_stopping_threshold") and training.early_stopping_patience is None:
+        yield "training.early_stopping_threshold cannot act without early_stopping_patience; set it, or leave this out"
+
+
+#: Parts of the names of optimizers that make groups of their own, or step while backward runs.
+_OWN_GROUPS = ("galore", "apollo", "lomo")
+
+
+def _optimizer_errors(recipe: Recipe) -> Iterator[str]:
+    training, extra = recipe.training, recipe.training.model_extra or {}
+    if training.loraplus_lr_ratio is not None and recipe.lora is None:
+        yield "training.loraplus_lr_ratio cannot act without adapters; add a section lora, or leave it out"
+    if _differs(training, "loraplus_lr_embedding") and training.loraplus_lr_ratio is None:
+        yield "training.loraplus_lr_embedding cannot act without loraplus_lr_ratio; set it, or leave this out"
+    grouped = {"learning_rates": bool(training.learning_rates), "loraplus_lr_ratio": training.loraplus_lr_ratio}
+    if any(part in training.optim for part in _OWN_GROUPS):
+        for name in (name for name, given in grouped.items() if given):
+            yield f"training.{name} cannot act with optim: {training.optim}, which groups parameters itself"
+    if training.optim == "muon":
+        for name in ("optim_args", "optim_target_modules"):
+            if extra.get(name):
+                yield f"training.{name} cannot act with optim: muon; leave it out"
+        for name in ("fsdp", "deepspeed"):
+            if extra.get(name):
+                yield f"training.{name} cannot act with optim: muon, which needs whole matrices; take another optimizer"
 
 
 def _model_errors(recipe: Recipe) -> Iterator[str]:
+    continued = recipe.lora is not None and recipe.lora.name_or_path is not None
+    if recipe.training.unfrozen_parameters is not None and continued:
+        yield "training.unfrozen_parameters cannot act with lora.name_or_path: what trains whole is said by the adapter"
     if recipe.training.bf16 and recipe.training.fp16:
         yield "training.bf16 and training.fp16 exclude each other; keep one"
     if recipe.training.on_nonfinite == "skip":
@@ -111,6 +142,9 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
         yield "lora.use_dora cannot run in lora.impl: fused; set lora.impl to auto or stock"
     if recipe.lora is not None:
         yield from adapter_errors(recipe.lora)
+        start = recipe.lora.name_or_path
+        if start is not None and Path(start).expanduser() == Path(recipe.training.output_dir).expanduser():
+            yield f"lora.name_or_path: {start} is training.output_dir as well; save this run in another folder"
     given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
@@ -218,6 +252,18 @@ def _mixture_errors(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _samples_errors(recipe: Recipe) -> Iterator[str]:
+    section, extra = recipe.samples, recipe.training.model_extra or {}
+    if section is None:
+        return
+    if not section.prompts and not section.held_out:
+        yield "samples has nothing to complete: give prompts, or held_out, or leave the section out"
+    if not recipe.data.eval and recipe.data.val_size is None:
+        yield "samples are made at evaluations, and there are none: add data.eval or data.val_size"
+    for name in (name for name in ("fsdp", "deepspeed") if extra.get(name)):
+        yield f"samples cannot act with training.{name}: one process completes them, and it has no whole weights"
+
+
 def _streaming_errors(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if not data.streaming:
@@ -265,11 +311,13 @@ _ERRORS = (
     _compile_errors,
     _training_names,
     _schedule_errors,
+    _optimizer_errors,
     _model_errors,
     _data_errors,
     _preference_errors,
     _mixture_errors,
     _streaming_errors,
+    _samples_errors,
 )
 
 

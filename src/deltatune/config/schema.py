@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
 
 __all__ = [
+    "OWN_TRAINING_NAMES",
     "CompileSection",
     "DataSection",
     "LoraSection",
@@ -16,6 +17,7 @@ __all__ = [
     "PackingSection",
     "PreferenceSection",
     "Recipe",
+    "SamplesSection",
     "Source",
     "TrainingSection",
     "VerifySection",
@@ -72,9 +74,20 @@ class ModelSection(Section):
     """What replaces the tokenizer's chat template: a known format (`chatml`, `gemma`, `llama2`, `llama3`, `mistral`,
     `phi`, `phi4` or `qwen3`), a Jinja file, or Jinja text. A file of such a name is meant by `./chatml`."""
 
+    added_tokens: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Tokens that the tokenizer gets, each one token wherever it stands in text. Their rows of embedding and head
+    train, beside adapters too; embeddings that are too short for them grow."""
+
+    special_tokens: dict[Literal["bos_token", "eos_token", "pad_token", "unk_token"], Text] | None = None
+    """Tokens of the vocabulary, or of `added_tokens`, that take a role, such as `{pad_token: "<|endoftext|>"}`."""
+
 
 class LoraSection(Section):
     """Low-rank adapters, in PEFT's own names. Leave the section out to train every weight."""
+
+    name_or_path: Text | None = None
+    """An adapter to go on from: a folder, or a name on the Hub. Its ranks, targets and scales are its own; of this
+    section `lora_dropout`, `adapter_dtype` and `impl` act, and any other setting must agree with it."""
 
     r: Count = 16
     """Rank of the adapters."""
@@ -129,8 +142,8 @@ class LoraSection(Section):
     """`fused` makes the adapter part of the base product, `stock` is PEFT's layer; `auto` fuses where it can."""
 
     def peft_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``peft.LoraConfig``; ``adapter_dtype`` and ``impl`` are ours and left out."""
-        return self.model_dump(mode="json", exclude={"adapter_dtype", "impl"}, exclude_none=True)
+        """Keyword arguments of ``peft.LoraConfig``; the others are ours and left out."""
+        return self.model_dump(mode="json", exclude={"name_or_path", "adapter_dtype", "impl"}, exclude_none=True)
 
 
 class Source(Section):
@@ -278,11 +291,25 @@ class CompileSection(Section):
     """Inductor settings, for this model's graphs only."""
 
 
-class TrainingSection(Section):
-    """The training loop, in the names of `transformers.TrainingArguments`.
+#: Fields of ``training`` that transformers.TrainingArguments does not have.
+OWN_TRAINING_NAMES = frozenset(
+    (
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "learning_rates",
+        "loraplus_lr_embedding",
+        "loraplus_lr_ratio",
+        "on_nonfinite",
+        "unfrozen_parameters",
+    )
+)
 
-    The fields below are the usual ones, and one of our own, `on_nonfinite`; any other TrainingArguments name may be
-    given as well. Names that have no effect here, or another home in the recipe, are refused.
+
+class TrainingSection(Section):
+    """The training loop, in the names of `transformers.TrainingArguments` and a few of ours.
+
+    The fields below are the usual ones; any other TrainingArguments name may be given as well. Names that have no
+    effect here, or another home in the recipe, are refused.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -311,8 +338,23 @@ class TrainingSection(Section):
     warmup_steps: Steps | Literal[0] = 0
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
 
+    unfrozen_parameters: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Parameters that train, by regular expressions that are found in their names, such as `[norm, "layers\\.3[0-9]"]`:
+    these alone, or with a section `lora` these whole beside the adapters."""
+
+    learning_rates: dict[Text, Annotated[float, Strict(), Field(ge=0)]] = Field(default_factory=dict)
+    """Peak learning rates that differ from `learning_rate`, by a regular expression that is found in the names of
+    parameters, such as `{embed_tokens: 1e-5}`. The schedule scales all."""
+
+    loraplus_lr_ratio: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """LoRA+: the learning rate of adapters' B matrices (and of vectors) is `learning_rate` times this."""
+
+    loraplus_lr_embedding: Annotated[float, Strict(), Field(ge=0)] = 1e-6
+    """The learning rate of adapters of embeddings with LoRA+."""
+
     optim: Text = "adamw_torch_fused"
-    """The optimizer, by transformers' name."""
+    """The optimizer, by transformers' name; or `muon`, which steps weights of hidden linear layers by
+    `torch.optim.Muon` and all others by AdamW, both scaled to one learning rate."""
 
     weight_decay: Annotated[float, Strict(), Field(ge=0)] = 0.0
     """Decoupled weight decay."""
@@ -378,7 +420,14 @@ class TrainingSection(Section):
     """Leave optimizer and random state out of checkpoints; a run cannot resume from them."""
 
     load_best_model_at_end: Flag = False
-    """Return to the checkpoint with the best evaluation when training ends."""
+    """Save the weights of the best evaluation rather than the last ones. Each evaluation that is the best so far writes
+    a checkpoint."""
+
+    early_stopping_patience: Count | None = None
+    """End the run after so many evaluations in a row without a better loss."""
+
+    early_stopping_threshold: Annotated[float, Strict(), Field(ge=0)] = 0.0
+    """By how much a loss must be below the best one to count as better."""
 
     dataloader_num_workers: Annotated[int, Strict(), Field(ge=0)] = 0
     """Processes that collate batches."""
@@ -393,11 +442,8 @@ class TrainingSection(Section):
     device once a step."""
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included.
-
-        ``on_nonfinite`` is ours and left out.
-        """
-        return self.model_dump(mode="json", exclude={"on_nonfinite"}, exclude_none=True)
+        """Keyword arguments of ``transformers.TrainingArguments``, those given under other names included."""
+        return self.model_dump(mode="json", exclude=set(OWN_TRAINING_NAMES), exclude_none=True)
 
 
 class VerifySection(Section):
@@ -412,6 +458,19 @@ class VerifySection(Section):
     tolerance: Annotated[float, Strict(), Field(gt=0)] | None = None
     """Largest relative difference between packed and alone; by dtype by default. Gradients that cross documents
     must be zero exactly, whatever is set here."""
+
+
+class SamplesSection(Section):
+    """Completions at each evaluation, greedy, kept in `samples.jsonl` of the run's folder."""
+
+    prompts: tuple[Text, ...] = ()
+    """Questions, asked through the chat template; plain text where the tokenizer has none."""
+
+    held_out: Annotated[int, Strict(), Field(ge=0)] = 0
+    """How many of the held-out documents are begun, each up to its first answer."""
+
+    max_new_tokens: Count = 64
+    """The most tokens of a completion."""
 
 
 def _compile_switch(value: object) -> object:
@@ -454,3 +513,6 @@ class Recipe(Section):
 
     verify: VerifySection = VerifySection()
     """The independence probe at the start of the run."""
+
+    samples: SamplesSection | None = None
+    """Completions at each evaluation; none without this section."""

@@ -6,12 +6,13 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.hf.forwards import foreign_forward
-from deltatune.hf.hooks import OFFLOADED, ON_INSTANCE, hooks_of, is_hooked
+from deltatune.hf.hooks import OFFLOADED, ON_INSTANCE, hooks_of, is_hooked, plain_linear
 
 __all__ = [
+    "head_weight",
     "readable",
     "readable_conv",
     "refuse_prompt_learning",
@@ -34,6 +35,24 @@ def trained_copy(module: nn.Module) -> nn.Module:
     if getattr(module, "disable_adapters", False) or not active:
         return module.get_submodule("original_module")
     return copies[active[0]]
+
+
+def head_weight(head: nn.Module) -> Tensor | None:
+    """The weight ``[V, E]`` that a linear head multiplies with; None where something else comes in, and it is called.
+
+    Rows that PEFT trains apart (``trainable_token_indices``) are put in, once for a call, as their layer does.
+    """
+    inner: Any = trained_copy(head)
+    if plain_linear(inner):
+        weight: Tensor = inner.weight
+        return weight
+    rows: Any = getattr(inner, "token_adapter", None)
+    if not type(rows).__module__.startswith("peft.tuners.trainable_tokens.") or any(map(is_hooked, inner.modules())):
+        return None
+    if rows.disable_adapters or rows.merged or not rows.active_adapters or not plain_linear(rows.base_layer):
+        return None
+    merged: Tensor = rows.get_merged_weights(rows.active_adapters)
+    return merged
 
 
 def readable(module: nn.Module, owner: type[nn.Module]) -> nn.Module | None:

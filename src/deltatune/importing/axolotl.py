@@ -6,10 +6,13 @@ from typing import Any
 
 from deltatune.importing.axolotl_data import data_sets
 from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_loss
+from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
 from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
+from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
+from deltatune.importing.tokens import added_tokens, role_of, roles
 from deltatune.importing.training_arguments import (
     PACKED,
     SHARDING,
@@ -24,7 +27,7 @@ __all__ = ["AXOLOTL"]
 
 _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _ATTENTION = "attention over packs is built in"
-_TOKENS = "special tokens and new tokens cannot be set from a recipe yet: change the tokenizer's files"
+_TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
 _AUTO = "transformers' auto classes find the class"
 _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "set it in the environment: WANDB_ENTITY and so on"
@@ -81,56 +84,9 @@ def _targets(value: Any, settings: Settings) -> Outcome:
     return targets(value, settings)
 
 
-def _cannot_evaluate(kind: str, settings: Settings) -> Outcome | None:
-    held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
-    return None if kind == "save" or held_out else Outcome("no effect here", why="there is no held-out data")
-
-
-def _per_epoch(kind: str) -> Rule:
-    def rule(value: Any, settings: Settings) -> Outcome:
-        nothing = _cannot_evaluate(kind, settings)
-        if nothing is not None:
-            return nothing
-        if is_off(value):
-            return Outcome("carried", {f"training.{kind}_strategy": "no"} if value is not None else {})
-        times, limited = count(value), not is_off(settings.get("max_steps"))
-        strategy, share = f"training.{kind}_strategy", 1 / (times * number(settings.get("num_epochs") or 1))
-        if times == 1 and not limited:
-            return Outcome("carried", {strategy: "epoch"}, "once an epoch")
-        if share >= 1:
-            return Outcome("changed", {strategy: "epoch"}, "at the end of an epoch, which max_steps may not reach")
-        return Outcome(
-            "changed", {strategy: "steps", f"training.{kind}_steps": share}, "a share of all steps, as there"
-        )
-
-    return rule
-
-
-def _strategy(kind: str) -> Rule:
-    def rule(value: Any, settings: Settings) -> Outcome:
-        nothing = _cannot_evaluate(kind, settings)
-        if nothing is not None:
-            return nothing
-        for winner in (f"{kind}s_per_epoch", f"{kind}_steps"):
-            if not is_off(settings.get(winner)):
-                return Outcome("no effect here", why=f"{winner} is given, which wins")
-        return Outcome("carried", {f"training.{kind}_strategy": text(value)})
-
-    return rule
-
-
-def _every(kind: str) -> Rule:
-    def rule(value: Any, settings: Settings) -> Outcome:
-        nothing = _cannot_evaluate(kind, settings)
-        if is_off(value) or nothing is not None:
-            return nothing or Outcome("no effect here", why="not set")
-        if not is_off(settings.get(f"{kind}s_per_epoch")):
-            return Outcome("no effect here", why=f"{kind}s_per_epoch is given, which wins")
-        found = number(value)
-        every = found if found < 1 else whole(value)
-        return Outcome("carried", {f"training.{kind}_strategy": "steps", f"training.{kind}_steps": every})
-
-    return rule
+def _trains_embeddings(settings: Settings) -> bool:
+    named = [settings.get(key) or [] for key in ("lora_modules_to_save", "lora_target_modules")]
+    return not _has_lora(settings) or any(name in str(named) for name in EMBEDDINGS.split("|"))
 
 
 @alone
@@ -230,7 +186,12 @@ _LORA: dict[str, Rule] = {
     "peft_layers_to_transform": carried("lora.layers_to_transform"),
 }
 
-_LORA_RULES = {key: with_lora(rule, _has_lora) for key, rule in _LORA.items()}
+_LORA_RULES = {
+    **{key: with_lora(new_adapter("lora_model_dir", key, rule), _has_lora) for key, rule in _LORA.items()},
+    "lora_model_dir": with_lora(carried("lora.name_or_path", text, "its ranks and targets are its own"), _has_lora),
+    "loraplus_lr_ratio": with_lora(lora_plus("loraplus_lr_ratio"), _has_lora),
+    "loraplus_lr_embedding": with_lora(lora_plus("loraplus_lr_embedding"), _has_lora),
+}
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -264,13 +225,13 @@ _RULES: dict[str, Rule] = {
     "adapter": _adapter,
     **_LORA_RULES,
     "val_set_size": _val_size,
-    "evals_per_epoch": _per_epoch("eval"),
-    "saves_per_epoch": _per_epoch("save"),
-    "eval_strategy": _strategy("eval"),
-    "evaluation_strategy": _strategy("eval"),
-    "save_strategy": _strategy("save"),
-    "eval_steps": _every("eval"),
-    "save_steps": _every("save"),
+    "evals_per_epoch": per_epoch("eval"),
+    "saves_per_epoch": per_epoch("save"),
+    "eval_strategy": strategy("eval"),
+    "evaluation_strategy": strategy("eval"),
+    "save_strategy": strategy("save"),
+    "eval_steps": every("eval"),
+    "save_steps": every("save"),
     "train_on_inputs": _on_inputs,
     "hub_model_id": _hub,
     "dataset_prepared_path": changed("data.cache_dir", text, "tokenised data is kept there, in a form of its own"),
@@ -317,9 +278,12 @@ _RULES: dict[str, Rule] = {
         idle(_BUILT_IN),
     ),
     "plugins": _plugins,
+    "special_tokens": roles,
+    "tokens": added_tokens("tokens"),
+    **{role: role_of(role) for role in ("bos_token", "eos_token", "pad_token")},
+    "mean_resizing_embeddings": idle("new rows are drawn around the mean of the others"),
     **_each(
-        "special_tokens tokens added_tokens_overrides eot_tokens bos_token eos_token pad_token "
-        "additional_special_tokens resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings "
+        "added_tokens_overrides eot_tokens additional_special_tokens resize_token_embeddings_to_32x shrink_embeddings "
         "default_system_message",
         refused(_TOKENS),
     ),
@@ -350,18 +314,17 @@ _RULES: dict[str, Rule] = {
         "qlora_sharded_model_loading lora_on_cpu max_memory gpu_memory_limit low_cpu_mem_usage device_map",
         refused("nothing is moved to the host's memory here"),
     ),
-    **_each("early_stopping_patience", refused("runs are not stopped early yet")),
+    "early_stopping_patience": patience,
     **_each("loss_watchdog_threshold loss_watchdog_patience", refused("a run is not stopped by its loss")),
     **_each(
-        "unfrozen_parameters lisa_n_layers lisa_step_interval lisa_layers_attribute relora relora_prune_ratio "
+        "lisa_n_layers lisa_step_interval lisa_layers_attribute relora relora_prune_ratio "
         "relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps",
         refused("an adapter or every weight trains, from start to end"),
     ),
-    **_each("lora_model_dir", refused("training starts with a new adapter; merge the old one into its base first")),
-    **_each(
-        "loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale lr_groups",
-        refused("one learning rate for all that trains"),
-    ),
+    "unfrozen_parameters": unfrozen,
+    "embedding_lr": embedding_rate(EMBEDDINGS, _trains_embeddings),
+    "embedding_lr_scale": embedding_rate(EMBEDDINGS, _trains_embeddings, scale=True),
+    "lr_groups": learning_rate_groups,
     **_each(
         "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")
     ),
@@ -391,8 +354,14 @@ _RULES: dict[str, Rule] = {
         idle("no part of what is trained"),
     ),
     **_each(
-        "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset generate_samples num_generation_samples",
+        "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset",
         refused("evaluation is the loss per trained token"),
+    ),
+    "generate_samples": samples,
+    **_each("num_generation_samples generation_max_new_tokens", idle("in samples, with generate_samples")),
+    **_each(
+        "generation_temperature generation_top_p generation_top_k generation_do_sample generation_prompt_ratio",
+        idle("samples are greedy, and begin where the answer does"),
     ),
     "merge_lora": refused("use deltatune merge"),
     "save_first_step": refused("see training.save_steps"),

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.lora import QUANTISED, targets, with_lora
+from deltatune.importing.groups import lora_plus, muon
+from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of, only_with
 from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
+from deltatune.importing.tokens import added_tokens
 from deltatune.importing.training_arguments import PACKED, SHARDING, TRAINING_ARGUMENTS
 from deltatune.importing.values import count, flag, is_off, number, text, texts, whole
 
@@ -20,7 +22,7 @@ _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _LOSS = "the loss is cross entropy"
 _ONE_OF_TWO = "an adapter or every weight trains"
 _NO_OPTIMIZER = "no optimizer of transformers that is known to work here"
-_TOKENS = "new tokens cannot be set from a recipe yet: change the tokenizer's files"
+_TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
 
 
 _PREFERENCE_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -94,6 +96,28 @@ def _pure(value: Any) -> Outcome:
 def _no_checkpointing(value: Any) -> Outcome:
     off = flag(value)
     return Outcome("carried", {"checkpointing": "none" if off else "layer"}, "" if off else "the default there")
+
+
+def _patience(value: Any, settings: Settings) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    if is_off(settings.get("eval_strategy")):
+        return Outcome("no effect here", why="nothing is evaluated")
+    return Outcome("carried", {"training.early_stopping_patience": count(value)})
+
+
+def _adapter(value: Any, settings: Settings) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    names = texts(value)
+    if len(names) > 1 or not is_off(settings.get("create_new_adapter")):
+        return Outcome("not supported", why="an adapter over others: merge them into the base first (deltatune merge)")
+    return Outcome("carried", {"lora.name_or_path": names[0]}, "its ranks and targets are its own")
+
+
+@alone
+def _new(value: Any) -> Outcome:
+    return Outcome("no effect here", why="off there too" if is_off(value) else "said at adapter_name_or_path")
 
 
 @alone
@@ -172,9 +196,14 @@ _LORA: dict[str, Rule] = {
     "pissa_init": _pissa,
     "pissa_iter": idle("in lora.init_lora_weights, with pissa_init"),
     "pissa_convert": refused("deltatune merge makes a plain checkpoint of the adapter"),
-    "loraplus_lr_ratio": refused("one learning rate for all that trains"),
-    "loraplus_lr_embedding": refused("one learning rate for all that trains"),
-    "create_new_adapter": idle("training starts with a new adapter"),
+}
+
+_LORA_RULES = {
+    **{key: with_lora(new_adapter("adapter_name_or_path", key, rule), _has_lora) for key, rule in _LORA.items()},
+    "adapter_name_or_path": with_lora(_adapter, _has_lora),
+    "create_new_adapter": with_lora(_new, _has_lora),
+    "loraplus_lr_ratio": with_lora(lora_plus("loraplus_lr_ratio"), _has_lora),
+    "loraplus_lr_embedding": with_lora(lora_plus("loraplus_lr_embedding"), _has_lora),
 }
 
 
@@ -186,11 +215,10 @@ _RULES: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
     "stage": _stage,
     "finetuning_type": _finetuning_type,
-    **{key: with_lora(rule, _has_lora) for key, rule in _LORA.items()},
+    **_LORA_RULES,
     "model_name_or_path": carried("model.name_or_path", text),
     "model_revision": carried("model.revision", text),
     "trust_remote_code": carried("model.trust_remote_code", flag),
-    "adapter_name_or_path": refused("training starts with a new adapter; merge the old one into its base first"),
     "template": alone(named_template),
     "enable_thinking": _thinking,
     "dataset_dir": idle("where data sets are looked up"),
@@ -218,7 +246,10 @@ _RULES: dict[str, Rule] = {
     "pure_bf16": _pure,
     "disable_gradient_checkpointing": _no_checkpointing,
     "flash_attn": idle("attention over packs is built in"),
-    "early_stopping_steps": refused("runs are not stopped early yet"),
+    "early_stopping_steps": _patience,
+    **dict.fromkeys(("add_tokens", "add_special_tokens"), added_tokens("add_tokens", "add_special_tokens")),
+    "resize_vocab": idle("embeddings grow where tokens need it"),
+    "use_muon": muon,
     **_each(
         "quantization_bit quantization_method quantization_type double_quantization quantization_device_map",
         refused(QUANTISED),
@@ -242,8 +273,7 @@ _RULES: dict[str, Rule] = {
         idle("no part of what is trained"),
     ),
     **_each(
-        "resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens "
-        "split_special_tokens default_system tool_format",
+        "new_special_tokens_config init_special_tokens split_special_tokens default_system tool_format",
         refused(_TOKENS),
     ),
     **_each("freeze_vision_tower freeze_multi_modal_projector", idle("towers of images never train")),
@@ -259,7 +289,7 @@ _RULES: dict[str, Rule] = {
         refused(_ONE_OF_TWO),
     ),
     **_each("use_dft_loss use_eaft_loss eaft_alpha use_asft_loss asft_alpha", refused(_LOSS)),
-    **_each("use_adam_mini use_muon", refused(_NO_OPTIMIZER)),
+    "use_adam_mini": refused(_NO_OPTIMIZER),
     **_each(
         "rope_scaling shift_attn moe_aux_loss_coef",
         refused("values of the checkpoint's config.json: change them there"),

@@ -7,7 +7,7 @@ from typing import Any
 from deltatune.importing.rules import Outcome, Rule, Settings, alone
 from deltatune.importing.values import is_off, texts
 
-__all__ = ["PEFT_TARGETS", "QUANTISED", "targets", "with_lora"]
+__all__ = ["PEFT_TARGETS", "QUANTISED", "new_adapter", "targets", "with_lora"]
 
 QUANTISED = "quantised base weights are not supported: the base is loaded in 16 bits, which takes more memory"
 #: What PEFT adapts in most families where no target is given.
@@ -26,6 +26,23 @@ def with_lora(rule: Rule, has_lora: Any) -> Rule:
 
     def outcome(value: Any, settings: Settings) -> Outcome:
         return rule(value, settings) if has_lora(settings) else Outcome("no effect here", why="no adapter is trained")
+
+    return outcome
+
+
+def new_adapter(source: str, key: str, rule: Rule) -> Rule:
+    """A rule for a new adapter; one that training goes on from, which ``source`` names, says it itself.
+
+    Args:
+        source: the project's key for such an adapter.
+        key: the key of the rule; dropout is the recipe's in any case.
+        rule: what becomes of the key of a new adapter.
+    """
+
+    def outcome(value: Any, settings: Settings) -> Outcome:
+        if is_off(settings.get(source)) or key == "lora_dropout":
+            return rule(value, settings)
+        return Outcome("no effect here", why=f"the adapter of {source} says it")
 
     return outcome
 

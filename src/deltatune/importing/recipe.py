@@ -134,7 +134,7 @@ def _nested(writes: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(writes, key=lambda key: sections.index(key.split(".")[0])):
         parent, parts = nested, key.split(".")
         # a key of a mapping may hold dots itself
-        depth = 2 if parts[:2] == ["data", "roles"] else len(parts) - 1
+        depth = 2 if parts[:2] in (["data", "roles"], ["training", "learning_rates"]) else len(parts) - 1
         for part in parts[:depth]:
             parent = parent.setdefault(part, {})
         name = ".".join(parts[depth:])

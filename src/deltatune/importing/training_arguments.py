@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltatune.importing.groups import muon
 from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, changed, idle, refused
 from deltatune.importing.values import count, flag, is_off, mapping, number, steps, text, texts, whole
 
@@ -18,7 +19,7 @@ __all__ = [
     "warmup_ratio",
 ]
 
-BITS_8 = "needs bitsandbytes (pip install bitsandbytes)"
+BITS_8 = "needs bitsandbytes (pip install 'deltatune[optimizers]')"
 SHARDING = "sharded training is not set up from a recipe yet; several GPUs train with a copy of the model each"
 PACKED = "packs are always used; documents stay apart in them"
 
@@ -45,7 +46,7 @@ _OPTIMIZERS = {
         ],
         BITS_8,
     ),
-    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "needs torchao (pip install torchao)"),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "needs torchao (pip install 'deltatune[optimizers]')"),
     **dict.fromkeys(
         ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"),
         "needs schedulefree (pip install schedulefree)",
@@ -76,6 +77,8 @@ def optimizer(value: Any) -> Outcome:
     name = text(value)
     if name in _RENAMED:
         return Outcome("changed", {"training.optim": _RENAMED[name]}, "transformers' name for it today")
+    if name == "muon":
+        return muon(name, {})
     if name not in _OPTIMIZERS:
         return Outcome("not supported", why="no optimizer of transformers that is known to work here")
     return Outcome("carried", {"training.optim": name}, _OPTIMIZERS[name])
@@ -144,8 +147,22 @@ def _compiled(value: Any) -> Outcome:
     return Outcome("carried", {"compile": True}, "one graph for each kind of layer; a graph break is an error")
 
 
+@alone
+def _metric(value: Any) -> Outcome:
+    if value in ("loss", "eval_loss", None):
+        return Outcome("no effect here", why="the loss is the one that is measured")
+    return Outcome("not supported", why="evaluation is the loss per trained token")
+
+
+@alone
+def _greater(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome("no effect here", why="the smallest loss is the best")
+    return Outcome("not supported", why="evaluation is the loss per trained token, and the smallest is the best")
+
+
 _FLAGS = (
-    "logging_first_step disable_tqdm save_only_model load_best_model_at_end dataloader_pin_memory greater_is_better "
+    "logging_first_step disable_tqdm save_only_model load_best_model_at_end dataloader_pin_memory "
     "push_to_hub hub_private_repo hub_always_push full_determinism use_cpu ddp_find_unused_parameters "
     "ddp_broadcast_buffers log_on_each_node save_on_each_node eval_on_start dataloader_drop_last "
     "dataloader_persistent_workers skip_memory_metrics fp16"
@@ -154,7 +171,7 @@ _NUMBERS = "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm learni
 _COUNTS = "gradient_accumulation_steps save_total_limit ddp_timeout ddp_bucket_cap_mb dataloader_prefetch_factor"
 _STEPS = "logging_steps save_steps eval_steps"
 _TEXTS = (
-    "output_dir run_name metric_for_best_model hub_model_id hub_strategy hub_revision ddp_backend log_level "
+    "output_dir run_name hub_model_id hub_strategy hub_revision ddp_backend log_level "
     "log_level_replica logging_strategy eval_strategy save_strategy project trackio_space_id"
 )
 _WHOLE = "seed data_seed dataloader_num_workers torch_empty_cache_steps"
@@ -173,6 +190,8 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     **_to_training(_STEPS, steps),
     **_to_training(_TEXTS, text),
     **_to_training(_WHOLE, whole),
+    "metric_for_best_model": _metric,
+    "greater_is_better": _greater,
     "num_train_epochs": epochs,
     "max_steps": _max_steps,
     "optim": optimizer,

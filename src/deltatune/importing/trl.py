@@ -12,12 +12,12 @@ from deltatune.importing.paths import is_data_file
 from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
+from deltatune.importing.tokens import role_of
 from deltatune.importing.training_arguments import SHARDING, TRAINING_ARGUMENTS
 from deltatune.importing.values import count, flag, is_off, mapping, number, text, texts, whole
 
 __all__ = ["SFT_CONFIG", "TRL", "overlong", "packed"]
 
-_TOKENS = "special tokens cannot be set from a recipe yet: change the tokenizer's files"
 _LAUNCH = "the launcher's: torchrun --nproc-per-node N -m deltatune train RECIPE"
 _OLD = "today's name"
 
@@ -246,7 +246,7 @@ SFT_CONFIG: dict[str, Rule] = {
     "router_aux_loss_coef": refused("a value of the checkpoint's config.json: change it there"),
     "trust_remote_code": carried("model.trust_remote_code", flag),
     "model_init_kwargs": refused("see the section model"),
-    **_each("eos_token pad_token", refused(_TOKENS)),
+    **{role: role_of(role) for role in ("eos_token", "pad_token")},
 }
 """What trl.SFTConfig adds to TrainingArguments."""
 

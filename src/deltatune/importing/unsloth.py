@@ -7,6 +7,7 @@ from typing import Any
 
 from deltatune.errors import UserError
 from deltatune.importing.batches import batch_of, length_of
+from deltatune.importing.groups import EMBEDDINGS, embedding_rate
 from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets
 from deltatune.importing.paths import is_data_file
 from deltatune.importing.python_calls import Call, calls_in
@@ -217,6 +218,11 @@ def _responses(value: Any) -> Outcome:
     return Outcome("carried", {"data.train_on": "assistant"})
 
 
+def _trains_embeddings(settings: Settings) -> bool:
+    named = [settings.get(key) or [] for key in ("modules_to_save", "target_modules")]
+    return any(name in str(named) for name in EMBEDDINGS.split("|"))
+
+
 _RULES: dict[str, Rule] = {
     **SFT_CONFIG,
     "from_pretrained": idle("its arguments are rows of their own"),
@@ -292,7 +298,7 @@ _RULES: dict[str, Rule] = {
     "processing_class": idle("the checkpoint's"),
     "args": idle("its arguments are rows of their own"),
     "peft_config": idle("its arguments are rows of their own"),
-    "embedding_learning_rate": refused("one learning rate for all that trains"),
+    "embedding_learning_rate": embedding_rate(r"modules_to_save\.default\.weight$", _trains_embeddings),
     "path": _path,
     "name": carried("data.train.0.name", text),
     "split": _split,

@@ -19,8 +19,8 @@ from deltatune import ops
 from deltatune.compile.auto import deciding
 from deltatune.hf.cached import is_cached_call, packed_call, stock_path
 from deltatune.hf.forwards import named
-from deltatune.hf.hooks import is_hooked, plain_linear
-from deltatune.hf.peft import trained_copy
+from deltatune.hf.hooks import is_hooked
+from deltatune.hf.peft import head_weight, trained_copy
 from deltatune.layers.decoder import catch_hidden, resolved_call
 from deltatune.layers.router_loss import coefficient, router_loss
 from deltatune.ops import Spec
@@ -228,17 +228,17 @@ class CausalLM(Swapped):
         return output, hidden[-1]
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        head = trained_copy(self.get_output_embeddings())
-        state = hidden.flatten(0, -2)
-        if plain_linear(head):
-            return ops.linear_cross_entropy(
-                state,
-                cast("Tensor", head.weight),
-                targets.flatten(),
-                reduction=reduction,
-                impl=self._deltatune.options.kernels["linear_cross_entropy"],
-            )
-        return _chunked_loss(head, state, targets.flatten(), reduction)
+        head, state = self.get_output_embeddings(), hidden.flatten(0, -2)
+        weight = head_weight(head)
+        if weight is None:
+            return _chunked_loss(trained_copy(head), state, targets.flatten(), reduction)
+        return ops.linear_cross_entropy(
+            state,
+            weight,
+            targets.flatten(),
+            reduction=reduction,
+            impl=self._deltatune.options.kernels["linear_cross_entropy"],
+        )
 
 
 def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:

@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
 from deltatune.config.rules import adapter_errors, start_errors
-from deltatune.config.schema import LoraSection
+from deltatune.config.schema import LoraSection, Recipe
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
 from deltatune.subclass import stock_class
+from deltatune.training.checkpoint import load_tokenizer
+from deltatune.training.continuing import continued
 from deltatune.training.starts import begins_in_base, refuse_tied
+from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
+from deltatune.training.unfrozen import freeze_others, whole_modules
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "adapt_by_recipe"]
 
 
-def adapt(model: nn.Module, section: LoraSection | None, *, revision: str | None = None) -> nn.Module:
+def adapt_by_recipe(model: nn.Module, recipe: Recipe, *, revision: str | None = None) -> nn.Module:
+    """``adapt`` with all that a recipe says of what trains, after embeddings have grown for its tokens."""
+    added, lora = recipe.model.added_tokens, recipe.lora
+    new_tokens: Sequence[int] = ()
+    if added is not None or (lora is not None and lora.name_or_path is not None):
+        tokenizer = load_tokenizer(recipe.model)
+        resize_embeddings(model, tokenizer)
+        new_tokens = tokenizer.convert_tokens_to_ids(list(added or ()))
+    return adapt(model, lora, recipe.training.unfrozen_parameters, new_tokens, revision=revision)
+
+
+def adapt(
+    model: nn.Module,
+    section: LoraSection | None,
+    unfrozen: Sequence[str] | None = None,
+    new_tokens: Sequence[int] = (),
+    *,
+    revision: str | None = None,
+) -> nn.Module:
     """The model as a recipe trains it: with LoRA adapters and everything else frozen, or, without a section, whole.
+
+    ``unfrozen`` are regular expressions over names of parameters: these train beside adapters, or in place of all. The
+    rows of ``new_tokens`` train in any case.
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
     ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
-    with ``adapter_dtype: model``. ``revision`` of the base model is recorded with them.
+    with ``adapter_dtype: model``. With ``name_or_path`` they are built as that adapter's, for ``load_adapter``.
+    ``revision`` of the base model is recorded with them.
 
     Raises:
         UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
@@ -36,12 +62,23 @@ def adapt(model: nn.Module, section: LoraSection | None, *, revision: str | None
     for name in towers:
         model.get_submodule(name).requires_grad_(False)
     if section is None:
+        if unfrozen is not None:
+            freeze_others(model, unfrozen)
+        if new_tokens:
+            check_new_rows_train(model)
         return model
     if errors := list(adapter_errors(section)):
         raise UserError("; also: ".join(errors))
+    if section.name_or_path is not None:
+        return continued(model, section)
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
+    if unfrozen is not None:
+        arguments["modules_to_save"] = [*(section.modules_to_save or ()), *whole_modules(model, unfrozen)]
+    if new_tokens:
+        saved = section.model_copy(update={"modules_to_save": arguments.get("modules_to_save")})
+        arguments["trainable_token_indices"] = token_rows(model, new_tokens, saved) or None
     if errors := list(start_errors(section)):
         raise UserError(errors[0])
     if hf_model.text_model(model).get_input_embeddings().weight.is_meta:

@@ -15,6 +15,7 @@ from deltatune.config.rules import check_training_names
 from deltatune.config.schema import TrainingSection
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.training.hub import silence
+from deltatune.training.optimizers import MUON
 
 __all__ = ["autocast_dtype", "training_arguments"]
 
@@ -40,6 +41,10 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     check_training_names(section, known)
     # every trained parameter takes part in every step: looking for others costs a walk of the graph
     values = {"ddp_find_unused_parameters": False, **section.arguments(), **_FIXED}
+    if section.eval_strategy != "no":  # so that the best checkpoint is known
+        values.setdefault("metric_for_best_model", "eval_loss")
+    if section.optim == MUON:  # which the trainer makes
+        values["optim"] = "adamw_torch"
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:

@@ -32,16 +32,22 @@ _VERDICTS: dict[str, Verdict] = {
     "compile": "acts",
     "checkpointing": "acts",
     "verify": "acts",
+    "samples": "acts",
     "training": "acts",
     "training.optim": "cannot",
     "training.optim_args": "cannot",
     "training.optim_target_modules": "cannot",
+    "training.unfrozen_parameters": "cannot",
+    "training.learning_rates": "acts",
+    "training.loraplus_lr_ratio": "acts",
     "training.gradient_accumulation_steps": "asks",
     "training.seed": "asks",
     "training.data_seed": "asks",
     "training.train_sampling_strategy": "asks",
     "training.dataloader_drop_last": "asks",
 }
+# settings that make groups of parameters, whose number must stay, where they are given at all
+_GROUPING = ("training.learning_rates", "training.loraplus_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,16 @@ def find_other_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[C
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The settings that differ between two recipes, as ``Recipe.model_dump(mode="json")`` gives them."""
     return [
-        Change(key, old, new, _VERDICTS[_home(key)])
+        Change(key, old, new, _verdict(key, old, new))
         for key, old, new in _differences(before, now, ())
         if _home(key) in _VERDICTS
     ]
+
+
+def _verdict(key: str, old: Any, new: Any) -> Verdict:
+    if _home(key) in _GROUPING and (old in (None, {})) != (new in (None, {})):
+        return "cannot"
+    return _VERDICTS[_home(key)]
 
 
 def check_changes(changes: list[Change], *, allow: bool) -> None:

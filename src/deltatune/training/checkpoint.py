@@ -24,6 +24,7 @@ from deltatune.phases import phase
 from deltatune.subclass import stock_class
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path
+from deltatune.training.tokens import add_tokens
 
 __all__ = [
     "Loaded",
@@ -135,10 +136,11 @@ def new_model(section: ModelSection, config: PreTrainedConfig, *, loader: Any = 
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the recipe's chat template where one is given.
+    """The tokenizer, with the recipe's tokens and chat template where they are given.
 
     Raises:
-        UserError: no tokenizer there, a template that is unknown or cannot be read, or one for other control tokens.
+        UserError: no tokenizer there, a template that is unknown or cannot be read, or one for other control tokens;
+            tokens that cannot be added, or take a role.
     """
     name = section.tokenizer or section.name_or_path
     path = Path(name).expanduser()
@@ -151,6 +153,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot load a tokenizer from {name}: {_why(error, name)}; set model.tokenizer") from error
     if not tokenizer.get_vocab():
         raise UserError(f"{name} holds no tokenizer (no tokenizer.json); set model.tokenizer to one that does")
+    add_tokens(tokenizer, section)
     if section.chat_template is not None:
         tokenizer.chat_template = read_template(section.chat_template, tokenizer)
     return tokenizer

@@ -82,7 +82,7 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
     state = load_peft_weights(str(adapter.folder), device="cpu")
     loader = _loader(section, config, adapter, state)
     loaded = load_checkpoint(section, config, loader=loader)
-    _resize(loaded.model, state)
+    _resize(loaded.model, state, given)
     try:
         with warnings.catch_warnings():
             # what PEFT says of tied weights, this module sees to
@@ -107,7 +107,9 @@ def merge(adapted: Any) -> nn.Module:
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     weights: list[Any] = [getattr(_inside(module), "weight", None) for module in ends]
     tied = weights[0] is not None and weights[0] is weights[1]
-    if tied and any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in ends):
+    # rows that train are the same ones in both
+    by_rows = any(getattr(config, "trainable_token_indices", None) for config in adapted.peft_config.values())
+    if tied and not by_rows and any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in ends):
         # what is added to one must not reach the other
         _inside(ends[1]).weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
         for config in (base.config, base.config.get_text_config()):
@@ -143,9 +145,14 @@ def _names(section: ModelSection, config: PreTrainedConfig, loaders: Iterable[An
         yield {name for name, _ in (*model.named_modules(), *model.named_parameters())}
 
 
-def _resize(model: Any, state: dict[str, Tensor]) -> None:
+def _resize(model: Any, state: dict[str, Tensor], config: Any) -> None:
     """Makes room for tokens that were added with the adapter."""
     embedding = model.get_input_embeddings()
+    trained = getattr(config, "trainable_token_indices", None) or []
+    places = trained.values() if isinstance(trained, dict) else [trained]
+    last = max((index for ids in places for index in ids), default=0)
+    if last >= embedding.weight.shape[0]:
+        model.resize_token_embeddings(last + 1)
     name = next(name for name, module in model.named_modules() if module is embedding)
     rows = state.get(f"{_PREFIX}{name}.weight", state.get(f"{_PREFIX}{name}.base_layer.weight"))
     if rows is not None and rows.shape[0] != embedding.weight.shape[0]:

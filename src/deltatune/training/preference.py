@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -109,12 +109,15 @@ def as_reference(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def base_is_start(lora: LoraSection | None) -> bool:
+def base_is_start(lora: LoraSection | None, unfrozen: Sequence[str] | None = None) -> bool:
     """Whether the model without its adapter stays what training began with, in all that the adapter does not add.
 
-    Not where biases of the base train, or where an initialisation moves a part of the base weights into the adapter.
+    Not where biases or other parameters of the base train, where training goes on from an adapter, or where an
+    initialisation moves a part of the base weights into the adapter.
     """
-    return lora is not None and lora.bias == "none" and lora.init_lora_weights in (True, False, "gaussian", "eva")
+    if lora is None or lora.name_or_path is not None or unfrozen:
+        return False
+    return lora.bias == "none" and lora.init_lora_weights in (True, False, "gaussian", "eva")
 
 
 def _difference(values: Tensor) -> Tensor:

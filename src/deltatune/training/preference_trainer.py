@@ -201,10 +201,11 @@ def check_reference(recipe: Recipe, args: TrainingArguments) -> None:
         assert recipe.preference is not None
         raise UserError(
             f"preference.loss: {recipe.preference.loss} is held against the model at the start, which is computed "
-            "before it is sharded; use a lora section without bias and of the usual init_lora_weights, a loss without "
+            "before it is sharded; use a new lora section without bias and of the usual init_lora_weights, a loss without "
             "a reference (simpo, orpo), or no fsdp and deepspeed"
         )
 
 
 def _start_is_reference(recipe: Recipe) -> bool:
-    return recipe.preference is not None and recipe.preference.has_reference and not base_is_start(recipe.lora)
+    has_reference = recipe.preference is not None and recipe.preference.has_reference
+    return has_reference and not base_is_start(recipe.lora, recipe.training.unfrozen_parameters)

@@ -31,6 +31,8 @@ _OPTIMIZERS: Final[Mapping[str, str]] = {
     "ademamix": "bitsandbytes",
     "lion": "bitsandbytes",
 }
+# the packages of the extra ``optimizers``
+_EXTRA: Final = ("bitsandbytes", "torchao")
 # distributions that go by another name than their package
 _DISTRIBUTIONS: Final[Mapping[str, str]] = {"optimi": "torch-optimi"}
 
@@ -103,7 +105,8 @@ def missing_optimizer(optimizer: str) -> str | None:
     if package is None or find_spec(package) is not None:
         return None
     distribution = _DISTRIBUTIONS.get(package, package.replace("_", "-"))
-    return f"training.optim: {optimizer} needs the package {distribution}; pip install {distribution}"
+    wanted = "'deltatune[optimizers]'" if package in _EXTRA else distribution
+    return f"training.optim: {optimizer} needs the package {distribution}; pip install {wanted}"
 
 
 def _missing_tracker(report_to: str | tuple[str, ...]) -> str | None:

@@ -111,9 +111,10 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._legs[-1]["to_step"] = state.global_step
         self._write()
 
-    def end(self, status: str, step: int, reason: str | None = None) -> None:
-        """Closes the leg."""
-        self._legs[-1].update(status=status, ended=_now(), to_step=step, **({"reason": reason} if reason else {}))
+    def end(self, status: str, step: int, reason: str | None = None, ending: Mapping[str, Any] | None = None) -> None:
+        """Closes the leg, with what ``ending`` says of it."""
+        self._legs[-1].update(status=status, ended=_now(), to_step=step, **(ending or {}))
+        self._legs[-1].update({"reason": reason} if reason else {})
         self._write()
 
     def _note(self, step: int, logs: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from deltatune.phases import phase, shown_by
 from deltatune.preparation import Prepared
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
-from deltatune.training.adapters import adapt
+from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
@@ -42,14 +42,19 @@ from deltatune.training.checkpoint import (
     load_tokenizer,
 )
 from deltatune.training.console import RunConsole
+from deltatune.training.continuing import adapter_record, load_adapter, start_lines
+from deltatune.training.early_stopping import EarlyStopping
+from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
+from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import estimate_step, prepare_by_recipe
 from deltatune.training.preference_trainer import check_reference, trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
+from deltatune.training.samples import Samples, prompts_of
 from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.space import check_space
@@ -170,16 +175,20 @@ def _fit(
         write_json(run.output_dir / REPORT_FILE, records)
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
+        if started_from := adapter_record(run.recipe.lora):
+            about["adapter"] = started_from
         base = base_identity(run.recipe.model, run.model)
         record = RunRecord(run.output_dir, about, model=base, changes=changes, from_step=step, meter=trainer.meter)
         trainer.add_callback(record)
         trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
+        if run.recipe.samples is not None:
+            trainer.add_callback(_samples(run, trainer))
     status = "failed"
     try:
         if run.recipe.compile is not None:
             run.console.out("the first step compiles, which takes a while", highlight=False)
         _run_steps(trainer, checkpoint, stop, run.console)
-        evaluation = _last_evaluation(run, trainer)
+        evaluation = evaluation_of_weights(trainer)
         during_training.close()
         result = _finish(run, trainer, evaluation, records)
         status = "finished"
@@ -197,7 +206,8 @@ def _fit(
             told = isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt)
             run.console.keep(f"{status}: {one_line(failure)}" if told else "".join(format_exception(failure)).rstrip())
         if record is not None:
-            record.end(status, trainer.state.global_step, None if failure is None else one_line(failure))
+            reason = None if failure is None else one_line(failure)
+            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
     return result
 
 
@@ -225,7 +235,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # every name and shape is known before the rows are read and the weights are there
-    check_space(adapt(empty_model(recipe.model), recipe.lora), recipe)
+    check_space(adapt_by_recipe(empty_model(recipe.model), recipe), recipe)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
         data = load_data(recipe, tokenizer, Mesh.of(arguments))
@@ -233,15 +243,18 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
         console.out(line, highlight=False)
     set_seed(arguments.seed)
     loaded = load_checkpoint(recipe.model, config)
-    data.check_tokens(loaded.model, tokenizer)
-    model = adapt(loaded.model, recipe.lora, revision=commit_of(recipe.model))
+    model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(recipe.model))
+    data.check_tokens(model, tokenizer)
+    load_adapter(model, recipe.lora)
     origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
     sharded = bool(arguments.fsdp or arguments.deepspeed)
     if not sharded:
         model.to(arguments.device)
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
-    console.out(prepared.report.text(console.table_width), highlight=False)
+    said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
+    for line in [*said, *optimizer_lines(model, recipe.training)]:
+        console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
 
 
@@ -290,6 +303,20 @@ def _trainer(run: Run) -> PackedTrainer:
         console=run.console,
         about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
         on_nonfinite=run.recipe.training.on_nonfinite,
+        early_stopping=EarlyStopping.of(run.recipe.training),
+        optimizer=OptimizerSettings.of(run.recipe.training),
+    )
+
+
+def _samples(run: Run, trainer: PackedTrainer) -> Samples:
+    assert run.recipe.samples is not None
+    return Samples(
+        prompts_of(run.recipe, run.tokenizer, run.data.eval),
+        run.tokenizer,
+        max_new_tokens=run.recipe.samples.max_new_tokens,
+        output_dir=run.output_dir,
+        console=run.console,
+        around=(trainer.meter.paused, trainer.compute_loss_context_manager),
     )
 
 
@@ -323,16 +350,6 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
         config.update(kept)
 
 
-def _last_evaluation(run: Run, trainer: PackedTrainer) -> Any:
-    """The evaluation after the last step, made now if the schedule did not."""
-    if run.data.eval is None:
-        return {}
-    for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
-            return entry
-    return trainer.evaluate()
-
-
 def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = _metrics(run, trainer, evaluation)
@@ -353,7 +370,8 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     if trainer.skipped:
         steps = ", ".join(str(found.step) for found in trainer.skipped)
         run.console.out(f"updates that were left out, since a loss or gradient norm was no number: steps {steps}")
-    run.console.out(f"saved to {run.output_dir}", highlight=False)
+    for line in [*ending_lines(trainer), f"saved to {run.output_dir}"]:
+        run.console.out(line, highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
 
@@ -375,6 +393,7 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
         "global_step": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         **{f"eval_{name}": evaluation[f"eval_{name}"] for name in (*trainer.figures, trainer.counted) if evaluation},
+        **ending(trainer),
         "leg": {
             **trainer.meter.summary(),
             "skipped_steps": len(trainer.skipped),

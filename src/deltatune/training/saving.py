@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -42,7 +43,9 @@ def write_trained(
     What cannot be had of the base any more is named: it must not cost what was trained.
     """
     save: Any = model.save_pretrained
-    save(str(folder))
+    # of an embedding that trains, whole or in rows, that is saved; PEFT would add all of one that has grown
+    ends: Any = getattr(hf_model.base_model(model), "get_input_embeddings", lambda: None)()
+    save(str(folder), **({"save_embedding_layers": False} if isinstance(ends, AuxiliaryTrainingWrapper) else {}))
     if origin is None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))

@@ -42,10 +42,13 @@ from deltatune.training.batches import (
 )
 from deltatune.training.checkpoint import reload_weights
 from deltatune.training.console import RunConsole
+from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
+from deltatune.training.muon import MuonWithAdamW
 from deltatune.training.nonfinite import MOST_SKIPPED, Finding, FiniteWatch, OnNonFinite, dump_step
+from deltatune.training.optimizers import TRANSFORMERS_GROUPS, OptimizerSettings, parameter_groups
 from deltatune.training.progress import ProgressBar
 from deltatune.training.resuming import restore_settings
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
@@ -76,6 +79,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         first: the factors that adapters began with inside the base weights; see ``starts``.
         console: where progress is drawn; the standard output by default.
         about: JSON that every checkpoint's manifest holds, such as the recipe.
+        early_stopping: ends the run when evaluations get no better.
+        optimizer: learning rates by pattern, LoRA+ and Muon.
         on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
 
     Attributes:
@@ -106,6 +111,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         console: RunConsole | None = None,
         about: Mapping[str, Any] | None = None,
         on_nonfinite: OnNonFinite = "stop",
+        early_stopping: EarlyStopping | None = None,
+        optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
     ) -> None:
         self._mesh = Mesh.of(args)
         self._evaluated = torch.zeros(len(self.figures))
@@ -114,6 +121,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._about = about or {}
         self._first = first
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
+        self.early_stopping = early_stopping
+        self._optimizer_settings = optimizer
         self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
         self._on_nonfinite = on_nonfinite
         self._finite = FiniteWatch(self._mesh, train_dataset.where)
@@ -130,6 +139,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            callbacks=None if early_stopping is None else [early_stopping],
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -216,6 +226,23 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Batch) -> float:
         """Model FLOPs of the batch's matrices, for the Trainer's ``total_flos``; no walk over the model per step."""
         return self.meter.flops.per_token * float(inputs["input_ids"].numel())
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """The Trainer's optimizer, over groups of our own where the recipe asks for any."""
+        settings = self._optimizer_settings
+        found: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
+        if not settings.act:
+            return found
+        cls, options = found
+        if settings.muon:
+            cls, options = MuonWithAdamW, {name: options[name] for name in ("lr", "betas", "eps")}
+        groups = parameter_groups(
+            self.model if model is None else model,
+            settings,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+        )
+        return cls, {**options, "params": groups}
 
     # Losses and gradients that are no numbers
 
@@ -353,6 +380,32 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
         return waits or self._finite.is_full
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Sees to it that what a run may return to, and where it stops early, is on the disk."""
+        found = bool(super()._determine_best_metric(metrics, trial))
+        returned_to = found and self.args.load_best_model_at_end
+        if self.args.save_strategy != "no" and (returned_to or self.stopped_early):
+            self.control.should_save = True
+        return found
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its last step since evaluations got no better."""
+        stops = self.early_stopping is not None and self.early_stopping.stops
+        return stops and self.state.global_step < self.state.max_steps
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint had the best evaluation; None where none was compared and kept."""
+        place = self.state.best_model_checkpoint
+        return None if place is None else int(Path(place).name.removeprefix(CHECKPOINT))
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the model's weights are of, once training has ended."""
+        best = self.best_step if self.args.load_best_model_at_end else None
+        return int(self.state.global_step) if best is None else best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
         output_dir = Path(self.args.output_dir)
@@ -402,8 +455,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         _, steps = count_steps(len(self.get_train_dataloader()), self.args)
-        if state.global_step < steps:
+        stopping = self.early_stopping
+        if stopping is not None:
+            stopping.restore(state)
+        if state.global_step < steps and (stopping is None or not stopping.stops):
             return False
+        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
+            state.best_model_checkpoint = None  # as the Trainer has it
         self.state = state
         if self.args.should_save:
             # what the run would have removed, had it not been killed before

@@ -1,0 +1,160 @@
+"""An adapter that training goes on from: found, held against the recipe and the model, and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+from huggingface_hub import snapshot_download
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+
+from deltatune.config.schema import LoraSection
+from deltatune.errors import UserError, first_line, near_files, one_line
+from deltatune.training.hub import silence
+
+__all__ = ["adapter_record", "continued", "load_adapter", "start_lines"]
+
+_KEY = "lora.name_or_path"
+#: Of the recipe; everything else is the adapter's.
+_OF_THE_RECIPE = ("name_or_path", "lora_dropout", "adapter_dtype", "impl")
+
+
+def continued(model: nn.Module, section: LoraSection) -> nn.Module:
+    """The model with adapters as those of ``section.name_or_path`` are, not yet with their weights.
+
+    Raises:
+        UserError: no LoRA adapter there, one of another base model, or a setting of the recipe that it contradicts.
+    """
+    name = str(section.name_or_path)
+    config = _config(name)
+    _check_settings(name, config, section)
+    _check_base(name, config, model)
+    config.lora_dropout, config.inference_mode = section.lora_dropout, False
+    try:
+        adapted: nn.Module = peft.get_peft_model(
+            model, config, autocast_adapter_dtype=section.adapter_dtype == "float32"
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_KEY}: {name} does not fit the model: {one_line(error)}") from error
+    return adapted
+
+
+def load_adapter(model: nn.Module, section: LoraSection | None) -> None:
+    """Puts the weights of ``section.name_or_path`` into its adapters, every one of them; nothing without one.
+
+    On the meta device names and shapes are checked alone.
+
+    Raises:
+        UserError: weights that are missing, that have no place, or that have other shapes.
+    """
+    if section is None or section.name_or_path is None:
+        return
+    name = section.name_or_path
+    weights = load_peft_weights(str(_folder(name)), device="cpu")
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # PEFT saves embeddings as well that are adapted, or were resized
+    known = get_peft_model_state_dict(model, save_embedding_layers=True).keys() | model.state_dict().keys()
+    for words, names in (
+        ("lacks {} of the weights that its configuration says", sorted(expected.keys() - weights.keys())),
+        ("holds {} weights that have no place in the model", sorted(weights.keys() - known)),
+    ):
+        if names:
+            raise UserError(f"{_KEY}: {name} {words.format(len(names))}, such as {names[0]}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*meta parameter.*")
+            set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:
+        raise UserError(f"{_KEY}: {name} does not fit the model: {_mismatch(error)}") from error
+
+
+def start_lines(section: LoraSection | None) -> list[str]:
+    """What adapters begin as, where it is another's end."""
+    if section is None or section.name_or_path is None:
+        return []
+    return [f"adapters begin as those of {section.name_or_path}"]
+
+
+def adapter_record(section: LoraSection | None) -> dict[str, str]:
+    """What a run's record keeps of the adapter that it began with: its name and the digest of its weights."""
+    if section is None or section.name_or_path is None:
+        return {}
+    digest = hashlib.sha256()
+    for path in sorted(_folder(section.name_or_path).glob("adapter_model.*")):
+        digest.update(path.read_bytes())
+    return {"name_or_path": section.name_or_path, "sha256": digest.hexdigest()}
+
+
+def _folder(name: str) -> Path:
+    """The folder of an adapter; one on the Hub is downloaded, or found among what was."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise UserError(f"{_KEY}: {name} is no folder; expected an adapter's{near_files(path)}")
+    silent = silence()
+    try:
+        found = snapshot_download(name, allow_patterns="adapter_*", local_files_only=silent is not None)
+    except (OSError, ValueError) as error:
+        why = f"it is not on this machine, and {silent}" if silent else first_line(error)
+        raise UserError(f"{_KEY}: cannot read {name}: {why}; check the name, or give a folder") from error
+    return Path(found)
+
+
+def _config(name: str) -> peft.LoraConfig:
+    folder = _folder(name)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{_KEY}: {name} is no adapter: it holds no adapter_config.json")
+    if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise UserError(f"{_KEY}: {name} is no adapter: it holds no adapter_model.safetensors")
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        config = peft.PeftConfig.from_pretrained(str(folder)) if kind == "LORA" else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{_KEY}: {name}: its adapter_config.json cannot be read: {one_line(error)}") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise UserError(f"{_KEY}: {name} is an adapter of type {kind}; LoRA is the one that a recipe trains")
+    return config
+
+
+def _check_settings(name: str, config: peft.LoraConfig, section: LoraSection) -> None:
+    for key, field in type(section).model_fields.items():
+        given = getattr(section, key)
+        if key in _OF_THE_RECIPE or given == field.get_default(call_default_factory=True):
+            continue
+        saved = getattr(config, key)
+        if _plain(given) != _plain(saved):
+            raise UserError(
+                f"lora.{key}: {_plain(given)} cannot act on the adapter of {name}, which has {_plain(saved)}; leave it "
+                "out, or start a new adapter without lora.name_or_path"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, tuple | list | set) else value
+
+
+def _check_base(name: str, config: peft.LoraConfig, model: nn.Module) -> None:
+    """Two folders, or two names on the Hub, tell; of a folder and a name nobody knows, and the shapes must do."""
+    trained_on, here = config.base_model_name_or_path, getattr(model.config, "_name_or_path", "")
+    if not trained_on or not here:
+        return
+    first, second = Path(trained_on).expanduser(), Path(here).expanduser()
+    if first.exists() != second.exists() or first.is_absolute() != second.is_absolute():
+        return
+    same = first.resolve() == second.resolve() if first.exists() else trained_on == here
+    if not same:
+        raise UserError(
+            f"{_KEY}: {name} was trained on {trained_on}, and model.name_or_path is {here}; name that model, or, if "
+            "both are the same, change base_model_name_or_path in its adapter_config.json"
+        )
+
+
+def _mismatch(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+    return lines[0] if lines else first_line(error)

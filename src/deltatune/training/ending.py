@@ -1,0 +1,62 @@
+"""How a run ended: which of its weights are saved, which evaluation is theirs, and which checkpoint is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deltatune.training.trainer import PackedTrainer
+
+__all__ = ["ending", "ending_lines", "evaluation_of_weights"]
+
+
+def ending(trainer: PackedTrainer) -> dict[str, Any]:
+    """The figures of ``metrics.json`` and ``run.json``.
+
+    ``saved_step`` is the step of the weights that are saved; ``best_step``, ``best_eval_loss`` and ``best_checkpoint``
+    are those of the best evaluation, the last None where no checkpoint holds its weights; ``stopped_early`` where it
+    was asked for. What was not compared is left out.
+    """
+    state = trainer.state
+    found: dict[str, Any] = {"saved_step": trainer.weights_step}
+    if state.best_global_step is not None:
+        place = state.best_model_checkpoint if trainer.best_step == state.best_global_step else None
+        found |= {
+            "best_step": state.best_global_step,
+            "best_eval_loss": state.best_metric,
+            "best_checkpoint": None if place is None else Path(place).name,
+        }
+    if trainer.early_stopping is not None:
+        found["stopped_early"] = trainer.stopped_early
+    return found
+
+
+def ending_lines(trainer: PackedTrainer) -> list[str]:
+    """The same in words."""
+    state, found, lines = trainer.state, ending(trainer), []
+    if trainer.early_stopping is not None and trainer.stopped_early:
+        evaluations = trainer.early_stopping.early_stopping_patience_counter
+        lines.append(
+            f"stopped early, after step {state.global_step} of {state.max_steps}: the last {evaluations} evaluations "
+            "were no better"
+        )
+    if "best_step" in found:
+        where = found["best_checkpoint"] or "no checkpoint holds its weights"
+        lines.append(f"best evaluation: loss {found['best_eval_loss']:.4f} at step {found['best_step']}, {where}")
+    if trainer.args.load_best_model_at_end:
+        which = f"those of step {found['saved_step']}, the best"
+        if trainer.best_step is None:
+            which = f"the last (step {found['saved_step']}): no checkpoint of the best is there to return to"
+        lines.append(f"the weights that are saved are {which}")
+    return lines
+
+
+def evaluation_of_weights(trainer: PackedTrainer) -> Mapping[str, Any]:
+    """The evaluation of the weights that will be saved, made now if the schedule did not; empty without data for it."""
+    if trainer.eval_dataset is None:
+        return {}
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.weights_step:
+            return dict(entry)
+    return dict(trainer.evaluate())

@@ -1,0 +1,90 @@
+"""Tokens that a recipe adds: in the tokenizer, in the embeddings, and in what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from deltatune.config.schema import LoraSection, ModelSection
+from deltatune.errors import UserError, nearest
+from deltatune.hf.model import head_of
+
+__all__ = ["add_tokens", "check_new_rows_train", "resize_embeddings", "token_rows"]
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> None:
+    """Adds ``added_tokens``, then gives ``special_tokens`` their roles.
+
+    Raises:
+        UserError: an added token that is in the vocabulary, or a special one that is not.
+    """
+    known = tokenizer.get_vocab()
+    for token in section.added_tokens or ():
+        if token in known:
+            raise UserError(f"model.added_tokens: {token} is in the vocabulary already ({known[token]}); leave it out")
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.added_tokens or ()])
+    known = tokenizer.get_vocab()
+    for role, token in (section.special_tokens or {}).items():
+        if token not in known:
+            raise UserError(
+                f"model.special_tokens.{role}: {token} is not in the vocabulary{nearest(token, known)}; name one that "
+                "is, or add it to model.added_tokens"
+            )
+        tokenizer.add_special_tokens({role: token})
+
+
+def resize_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a model whose embeddings end before the tokenizer does a row for each of its tokens, and so its head.
+
+    New rows are drawn from a normal distribution with the mean and covariance of those that are there. PEFT's
+    ``AutoPeftModel`` resizes by the same rule, so the adapter loads there.
+    """
+    base: Any = model
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        on_meta = base.get_input_embeddings().weight.device.type == "meta"
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
+
+
+def token_rows(model: nn.Module, ids: Sequence[int], section: LoraSection) -> dict[str, list[int]]:
+    """PEFT's ``trainable_token_indices``: rows of the embedding, and of a head of its own, that train beside adapters.
+
+    A module that ``modules_to_save`` trains whole needs none.
+
+    Raises:
+        UserError: embedding or head is to have adapters, which PEFT does not combine with rows.
+    """
+    base: Any = model
+    embedding, head = base.get_input_embeddings(), head_of(model)
+    tied = head is None or head.weight is embedding.weight
+    rows = {}
+    for name, module in model.named_modules():
+        if module is not embedding and (tied or module is not head):
+            continue
+        ending = name.rpartition(".")[2]
+        if any(name == saved or name.endswith(f".{saved}") for saved in section.modules_to_save or ()):
+            continue
+        if isinstance(section.target_modules, tuple) and ending in section.target_modules:
+            raise UserError(
+                f"lora.target_modules: {ending} cannot have adapters beside model.added_tokens; put it into "
+                "lora.modules_to_save, which trains it whole"
+            )
+        rows[name] = list(ids)
+    return rows
+
+
+def check_new_rows_train(model: nn.Module) -> None:
+    """Refuses to freeze the embedding that new tokens have just come into.
+
+    Raises:
+        UserError: it does not train.
+    """
+    base: Any = model
+    if not base.get_input_embeddings().weight.requires_grad:
+        raise UserError(
+            "model.added_tokens would not train: training.unfrozen_parameters leaves the embedding out; add a pattern "
+            "for it"
+        )

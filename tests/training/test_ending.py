@@ -1,0 +1,152 @@
+"""Early stopping, and the best checkpoint: what ends a run, what it saves, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from training_cases import make_recipe, save_checkpoint, write_conversations
+
+from deltatune.errors import UserError
+from deltatune.training.run import train
+from deltatune.training.trainer import PackedTrainer
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives evaluations the losses of a list, one after the other."""
+
+    loop = PackedTrainer.evaluation_loop
+
+    def of(losses: list[float]) -> None:
+        left = iter(losses)
+
+        def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = loop(self, *args, **kwargs)
+            output.metrics["eval_loss"] = next(left)
+            return output
+
+        monkeypatch.setattr(PackedTrainer, "evaluation_loop", evaluation_loop)
+
+    return of
+
+
+def recipe(folder: Path, checkpoint: Path, **training: Any) -> Any:
+    data = {"eval": [{"path": str(write_conversations(folder / "eval.jsonl", 6, first=40))}]}
+    values = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 8}
+    few = {"r": 2, "target_modules": ["q_proj"]}
+    return make_recipe(
+        folder,
+        checkpoint,
+        data=data,
+        lora=few,
+        training={**values, **training},
+        verify={"enabled": False, "lengths": None},
+    )
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return weights
+
+
+def same(first: Path, second: Path) -> bool:
+    found = adapter(second)
+    return all(torch.equal(weight, found[name]) for name, weight in adapter(first).items())
+
+
+def test_a_run_that_gets_no_better_ends_with_its_best_weights(
+    tmp_path: Path, checkpoint: Path, evaluations: Any
+) -> None:
+    evaluations([3.0, 2.0, 1.95, 2.5])  # 1.95 is no better by 0.1
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 0.1, "load_best_model_at_end": True}
+    result = train(recipe(tmp_path, checkpoint, **stopping), console=console)
+    screen = console.export_text()
+    assert "stopped early, after step 4 of 8: the last 2 evaluations were no better" in screen
+    assert "best evaluation: loss 1.9500 at step 3, checkpoint-3" in screen
+    assert "the weights that are saved are those of step 3, the best" in screen
+    output = tmp_path / "output"
+    assert same(output, output / "checkpoint-3")
+    assert not same(output, output / "checkpoint-4")
+    ending = {
+        "saved_step": 3,
+        "best_step": 3,
+        "best_eval_loss": 1.95,
+        "best_checkpoint": "checkpoint-3",
+        "stopped_early": True,
+    }
+    (leg,) = json.loads((output / "run.json").read_text())["legs"]
+    assert {name: leg[name] for name in ending} == ending
+    assert {name: result.metrics[name] for name in ending} == ending
+    assert (result.metrics["global_step"], result.metrics["eval_loss"]) == (4, 1.95), "of the weights that are saved"
+
+    evaluations([])  # a run that stopped early is a finished one
+    again = train(recipe(tmp_path, checkpoint, **stopping), resume=True, console=QUIET)
+    assert again.metrics["leg"]["steps"] == 0
+    assert again.metrics["saved_step"] == 3
+    assert same(output, output / "checkpoint-3")
+    evaluations([1.0, 1.0, 1.0, 1.0])  # more patience acts, and the count goes on
+    more = train(recipe(tmp_path, checkpoint, **{**stopping, "early_stopping_patience": 3}), resume=True, console=QUIET)
+    assert more.metrics["global_step"] == 8
+
+
+def test_patience_is_counted_across_a_resume(tmp_path: Path, checkpoint: Path, evaluations: Any) -> None:
+    evaluations([1.0, 2.0, 2.0, 2.0])
+    train(recipe(tmp_path, checkpoint, max_steps=2, early_stopping_patience=3), console=QUIET)
+    result = train(recipe(tmp_path, checkpoint, early_stopping_patience=3), resume=True, console=QUIET)
+    assert result.metrics["global_step"] == 4
+    assert result.metrics["saved_step"] == 4, "the last weights, where the best are not asked for"
+
+
+def test_the_best_evaluation_is_kept_between_saves(tmp_path: Path, checkpoint: Path, evaluations: Any) -> None:
+    evaluations([3.0, 1.0, 2.0, 2.0])
+    steps = {"save_steps": 4, "max_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
+    result = train(recipe(tmp_path, checkpoint, **steps), console=QUIET)
+    assert result.metrics["saved_step"] == 2
+    assert same(tmp_path / "output", tmp_path / "output" / "checkpoint-2")
+
+
+def test_a_best_evaluation_without_a_checkpoint_is_named_so(tmp_path: Path, checkpoint: Path, evaluations: Any) -> None:
+    evaluations([1.0, 2.0])
+    result = train(recipe(tmp_path, checkpoint, save_steps=2, max_steps=2), console=QUIET)
+    found = {name: result.metrics[name] for name in ("saved_step", "best_step", "best_checkpoint")}
+    assert found == {"saved_step": 2, "best_step": 1, "best_checkpoint": None}
+
+
+def test_evaluations_and_saves_by_epoch(tmp_path: Path, checkpoint: Path) -> None:
+    by_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_steps": None, "save_steps": 500}
+    result = train(recipe(tmp_path, checkpoint, **by_epoch, num_train_epochs=2.0, max_steps=-1), console=QUIET)
+    evaluated = [entry["step"] for entry in result.log_history if "eval_loss" in entry]
+    saved = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "output").glob("checkpoint-*"))
+    last = result.metrics["global_step"]
+    assert evaluated == saved == [last // 2, last]
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"eval_strategy": "no", "eval_steps": None, "early_stopping_patience": 1}, "early_stopping_patience needs"),
+        ({"early_stopping_threshold": 0.1}, "early_stopping_threshold cannot act without early_stopping_patience"),
+        ({"load_best_model_at_end": True, "save_strategy": "epoch", "save_steps": 500}, "save and eval strategy"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_first(
+    tmp_path: Path, checkpoint: Path, training: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(recipe(tmp_path, checkpoint, **training), console=QUIET)
+    assert not (tmp_path / "output").exists()

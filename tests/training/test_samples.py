@@ -1,0 +1,101 @@
+"""Completions at evaluations: kept and shown, with the run around them as if they were not made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from training_cases import byte_tokenizer, make_recipe, make_trainer, save_checkpoint, write_conversations
+from transformers import AutoModelForCausalLM
+
+from deltatune.errors import UserError
+from deltatune.training.run import train
+from deltatune.training.samples import Prompt, Samples
+from tiny import tiny_model
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "base")
+
+
+def recipe(folder: Path, checkpoint: Path, **sections: Any) -> Any:
+    held_out = [{"path": str(write_conversations(folder / "eval.jsonl", 6, first=40))}]
+    training = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "output_dir": str(folder / "output")}
+    lora = {"r": 4, "target_modules": ["q_proj", "in_proj_qkv"], "lora_dropout": 0.2}
+    values = {"training": training, "lora": lora, "verify": {"enabled": False, "lengths": None}, **sections}
+    return make_recipe(folder, checkpoint, data={"eval": held_out}, **values)
+
+
+def test_samples_are_kept_and_shown_and_change_nothing(tmp_path: Path, checkpoint: Path) -> None:
+    """Dropout draws the same numbers, and the adapter ends in the same bits."""
+    for name in ("plain", "sampled"):
+        (tmp_path / name).mkdir()
+    train(recipe(tmp_path / "plain", checkpoint), console=QUIET)
+    console = Console(record=True, width=300, file=(tmp_path / "screen.txt").open("w"))
+    section = {"prompts": ["1 + 1?"], "held_out": 2, "max_new_tokens": 5}
+    train(recipe(tmp_path / "sampled", checkpoint, samples=section), console=console)
+    plain, sampled = (
+        load_file(tmp_path / name / "output" / "adapter_model.safetensors") for name in ("plain", "sampled")
+    )
+    assert [name for name in plain if not torch.equal(plain[name], sampled[name])] == []
+
+    lines = [json.loads(line) for line in (tmp_path / "sampled" / "output" / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 2, 4, 4, 4]
+    assert lines[0]["prompt"] == "1 + 1?"
+    assert lines[1]["prompt"].startswith("<|im_start|>user\n40 + 5?")
+    assert lines[1]["prompt"].endswith("<|im_start|>assistant\n")
+    assert lines[1]["reference"].endswith("45")
+    assert lines[2]["reference"].endswith("48"), "the last of six"
+    assert "sample: 1 + 1? -> " in console.export_text()
+
+    tokenizer = byte_tokenizer()
+    asked = "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(checkpoint), str(tmp_path / "sampled" / "output")
+    )
+    expected = stock.eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert lines[3]["completion"] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+class Failing(torch.nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"broken, training: {self.training}")
+
+
+def test_the_model_trains_again_whatever_happens(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_5").train()
+    model.lm_head.eval()
+    model.model.norm = Failing().train()
+    tokenizer = byte_tokenizer()
+    samples = Samples([Prompt("a", [5, 6])], tokenizer, max_new_tokens=2, output_dir=tmp_path, console=QUIET)
+    state = make_trainer(tmp_path).state
+    with pytest.raises(RuntimeError, match="broken, training: False"):
+        samples.on_evaluate(None, state, None, model=model)
+    assert model.training
+    assert model.model.norm.training
+    assert not model.lm_head.training
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"samples": {}}, "samples has nothing to complete"),
+        ({"samples": {"prompts": ["a"]}, "data": {"val_size": None}}, "samples are made at evaluations, and there"),
+    ],
+)
+def test_samples_need_prompts_and_evaluations(
+    tmp_path: Path, checkpoint: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
