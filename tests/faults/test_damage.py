@@ -12,7 +12,7 @@ import pytest
 from fault_cases import check_same, run, screen
 
 FILES = [
-    *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json"),
     *("optimizer.pt", "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
     "training_args.bin",
 ]
@@ -64,6 +64,6 @@ def test_a_damaged_file(case: Any, stopped: Path, tmp_path: Path, name: str, how
 
 @pytest.mark.faults
 @pytest.mark.parametrize("how", ["cut", "empty", "gone"])
-@pytest.mark.parametrize("name", ["config.yaml", "report.json", "run.json", "run.jsonl", ".lock"])
+@pytest.mark.parametrize("name", ["config.yaml", "report.json", "run.json", "run.jsonl", "train.log", ".lock"])
 def test_a_damaged_record(case: Any, stopped: Path, tmp_path: Path, name: str, how: str) -> None:
     assert "passed over" not in resumed(case, stopped, tmp_path / "output", name, how)

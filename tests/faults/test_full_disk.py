@@ -12,7 +12,7 @@ import pytest
 from fault_cases import check_same, run, screen
 
 EVERY = 7
-MOST = 260
+MOST = 330
 
 
 def filled_and_resumed(case: Any, output: Path, number: int) -> None:

@@ -90,6 +90,7 @@ def cannot(*words: str) -> Change:
 
 
 EVALUATES = ("data.eval.0.path={folder}/eval.jsonl", "training.eval_strategy=steps", "training.eval_steps=1")
+BEST = ("training.load_best_model_at_end=true",)
 
 CHANGES: dict[str, Change] = {
     "model.name_or_path": cannot("model.name_or_path={folder}/other"),
@@ -197,6 +198,21 @@ CHANGES: dict[str, Change] = {
     "training.dataloader_num_workers": acts("training.dataloader_num_workers=1", shows=same),
     "training.dataloader_pin_memory": acts("training.dataloader_pin_memory=false", shows=same),
     "training.on_nonfinite": acts("training.on_nonfinite=skip", shows=same),
+    # the tests of each feature show what they do
+    "model.added_tokens": cannot("model.added_tokens=[<x>]"),
+    "model.special_tokens": cannot("model.special_tokens={unk_token: <|endoftext|>}"),
+    "lora.name_or_path": cannot("lora.name_or_path={folder}/adapter"),
+    "training.unfrozen_parameters": cannot("training.unfrozen_parameters=[norm]", "lora=null"),
+    "training.learning_rates": cannot("training.learning_rates={q_proj: 0.5}"),
+    "training.loraplus_lr_ratio": cannot("training.loraplus_lr_ratio=2.0"),
+    "training.loraplus_lr_embedding": acts("training.loraplus_lr_ratio=2.0", "training.loraplus_lr_embedding=1e-3"),
+    "training.early_stopping_patience": acts(*EVALUATES, *BEST, "training.early_stopping_patience=1"),
+    "training.early_stopping_threshold": acts(
+        *EVALUATES, *BEST, "training.early_stopping_patience=1", "training.early_stopping_threshold=0.5"
+    ),
+    "samples.prompts": acts(*EVALUATES, "samples={prompts: [hello]}"),
+    "samples.held_out": acts(*EVALUATES, "samples={held_out: 2}"),
+    "samples.max_new_tokens": acts(*EVALUATES, "samples={held_out: 2, max_new_tokens: 7}"),
     "verify.enabled": acts("verify.enabled=true", shows=says("OK: every document")),
     "verify.lengths": acts("verify.enabled=true", "verify.lengths=[5, 1, 9]", shows=says("OK: every document")),
     "verify.tolerance": acts("verify.enabled=true", "verify.tolerance=0.5", shows=says("OK: every document")),
@@ -219,7 +235,8 @@ def all_keys() -> Iterator[str]:
 
 
 def test_every_key_is_tried() -> None:
-    assert set(CHANGES) | NO_SETTING == set(all_keys())
+    pairs = {f"preference.{name}" for name in known_keys(("preference",))}  # of other data; test_changes.py has them
+    assert set(CHANGES) | NO_SETTING | pairs == set(all_keys())
 
 
 def words_of(change: Change, case: Any) -> list[str]:

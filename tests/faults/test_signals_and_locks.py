@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fault_cases import check_same, run, screen, start
 
-MOMENTS = range(1, 201, 10)
+MOMENTS = range(1, 281, 14)
 
 
 def signalled_and_resumed(case: Any, output: Path, number: int, action: Any) -> int:
