@@ -51,6 +51,7 @@ from deltatune.training.nonfinite import MOST_SKIPPED, Finding, FiniteWatch, OnN
 from deltatune.training.optimizers import TRANSFORMERS_GROUPS, OptimizerSettings, parameter_groups
 from deltatune.training.progress import ProgressBar
 from deltatune.training.resuming import restore_settings
+from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
 from deltatune.training.starts import load_plain, make_plain
 
@@ -438,7 +439,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with trained_rows_alone(self.model):
+            super()._save(output_dir, state_dict)
         if self._first is not None:
             make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
 
