@@ -21,6 +21,7 @@ from deltatune.config.schema import (
     PackingSection,
     PreferenceSection,
     Recipe,
+    SamplesSection,
     Source,
     TrainingSection,
     VerifySection,
@@ -38,6 +39,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("compile", CompileSection),
     ("training", TrainingSection),
     ("verify", VerifySection),
+    ("samples", SamplesSection),
 )
 
 _INTRODUCTION = """\

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         debug = args.debug
+        _check(args)
         if "recipe" in args:
             # before the command, and with it torch, is imported: a typo costs no seconds
             loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
@@ -60,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {place}{missing if _is_missing(error) else one_line(error)}\n")
         return 2
     return status
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Options that act only beside another one."""
+    if args.command == "train" and args.allow_change and args.resume is None:
+        raise UserError("--allow-change cannot act without --resume: a new run trains as its recipe says")
 
 
 def _is_users(error: Exception) -> bool:

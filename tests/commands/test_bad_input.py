@@ -107,6 +107,10 @@ def test_nothing_to_resume(fails, write_recipe) -> None:
     assert "resume" in fails("train", write_recipe(), "--resume")
 
 
+def test_a_change_is_allowed_to_a_run_that_goes_on(fails, write_recipe) -> None:
+    assert "--allow-change cannot act without --resume" in fails("train", write_recipe(), "--allow-change")
+
+
 @pytest.mark.parametrize("command", ["verify", "train", "plan"])
 def test_a_folder_that_is_no_checkpoint(fails, write_recipe, tmp_path, command) -> None:
     folder = tmp_path / "folder"

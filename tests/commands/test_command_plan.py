@@ -121,6 +121,19 @@ def test_plan_says_what_is_saved_and_what_is_there(capsys, write_recipe, tmp_pat
     assert "the first save needs 12.8 KiB, and " in capsys.readouterr().err
 
 
+def test_plan_says_that_a_finished_run_is_not_replaced(capsys, write_recipe, tmp_path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "adapter_config.json").write_text("{}")
+    assert main(["plan", str(write_recipe())]) == 0
+    assert "output holds the model of an earlier run: train takes another" in capsys.readouterr().out
+
+
+def test_plan_refuses_a_reference_that_a_run_cannot_have(capsys, write_recipe, pairs) -> None:
+    recipe = str(write_recipe(pairs, preference={}, lora=None))
+    assert main(["plan", recipe, "--set", "training.fsdp=true"]) == 2
+    assert "preference.loss: dpo is held against the model at the start" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_tables_fit_the_terminal(capsys, write_recipe, monkeypatch, width) -> None:
     monkeypatch.setattr(plan, "_terminal_width", lambda: width)

@@ -5,13 +5,16 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from deltatune.config.explain import known_keys
 from deltatune.config.schema import (
     CompileSection,
     DataSection,
     LoraSection,
     ModelSection,
     PackingSection,
+    PreferenceSection,
     Recipe,
+    SamplesSection,
     Source,
     TrainingSection,
     VerifySection,
@@ -24,7 +27,9 @@ SECTIONS = [
     LoraSection,
     ModelSection,
     PackingSection,
+    PreferenceSection,
     Recipe,
+    SamplesSection,
     Source,
     TrainingSection,
     VerifySection,
@@ -74,7 +79,9 @@ def test_the_reference_page_is_up_to_date() -> None:
 
 def test_the_reference_page_names_every_key() -> None:
     page = reference_page()
-    for section in SECTIONS:
-        for name in section.model_fields:
-            assert f"`{name}`" in page
+    for name in known_keys(()):
+        keys = known_keys((name,))
+        part = page.partition(f"\n## `{name}`\n")[2].partition("\n## ")[0]
+        assert [key for key in keys if f"\n| `{key}` |" not in part] == [], name
+    assert [name for name in Source.model_fields if f"\n| `{name}` |" not in page] == []
     assert "PydanticUndefined" not in page

@@ -136,6 +136,7 @@ def outcome(table, key, value, **others) -> Outcome:
             {"training.unfrozen_parameters": [r"^lm_head\.weight$", r"^model\.layers\.4[4-7]+\.mlp\.[a-z]+$"]},
         ),
         (AXOLOTL, "unfrozen_parameters", ["model.embed_tokens.weight$[:32000]"], {}, {}),
+        (AXOLOTL, "unfrozen_parameters", [r"^lm_head\..*"], {}, {}),
         (LLAMA_FACTORY, "early_stopping_steps", 2, {"eval_strategy": "steps"}, {"training.early_stopping_patience": 2}),
         (LLAMA_FACTORY, "use_muon", True, {}, {"training.optim": "muon"}),
         (LLAMA_FACTORY, "loraplus_lr_ratio", 16.0, {}, {"training.loraplus_lr_ratio": 16.0}),
@@ -193,6 +194,11 @@ def test_key(table, key, value, others, writes):
 def test_what_cannot_be_had_says_why(table, key):
     found = outcome(table, key, "something")
     assert (found.verdict, bool(found.why)) == ("not supported", True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("eot_tokens", ["<|im_end|>"]), ("cls_model_config", "Gemma3TextConfig")])
+def test_what_is_built_in_is_no_loss(key, value):
+    assert outcome(AXOLOTL, key, value).verdict == "no effect here"
 
 
 @pytest.mark.parametrize("key", ["load_in_4bit", "deepspeed", "early_stopping_patience"])

@@ -63,8 +63,9 @@ def close(first: torch.Tensor, second: torch.Tensor) -> bool:
 def test_new_rows_train_beside_adapters_and_load_everywhere(tmp_path: Path, checkpoint: Path) -> None:
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": False}
     result = train(with_calls(tmp_path, checkpoint, training=training), console=QUIET)
-    saved = load_file(result.output_dir / "adapter_model.safetensors")
-    assert max(weight.shape[0] for name, weight in saved.items() if "lora" not in name) == 2, "rows alone"
+    for folder in (result.output_dir, result.output_dir / "checkpoint-1"):
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert max(weight.shape[0] for name, weight in saved.items() if "lora" not in name) == 2, "rows alone"
     tokenizer = AutoTokenizer.from_pretrained(result.output_dir)
     assert tokenizer.encode("1<call>2</call>", add_special_tokens=False)[1::2] == [VOCABULARY, VOCABULARY + 1]
     assert tokenizer.pad_token == "<|im_start|>"

@@ -25,11 +25,12 @@ from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.continuing import load_adapter, start_lines
-from deltatune.training.export import check_kind
+from deltatune.training.export import check_kind, holds_model
 from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import load_data
 from deltatune.training.planned import estimate_step, prepare_by_recipe
+from deltatune.training.preference_trainer import check_reference
 from deltatune.training.preflight import missing_optimizer
 from deltatune.training.samples import samples_lines
 from deltatune.training.sealed import steps_of
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
     recipe: Recipe = args.recipe
     arguments = training_arguments(recipe.training)
+    check_reference(recipe, arguments)
     warnings = [*args.warnings, *_missing_here(recipe, arguments.device), *_held(recipe)]
     model = adapt_by_recipe(empty_model(recipe.model), recipe)
     load_adapter(model, recipe.lora)
@@ -112,9 +114,13 @@ def _held(recipe: Recipe) -> list[str]:
     """
     output_dir = Path(recipe.training.output_dir).expanduser()
     check_kind(output_dir, adapter=recipe.lora is not None)
-    if not steps_of(output_dir):
-        return []
-    return [f"{output_dir} holds checkpoints of an earlier run: train takes --resume, or another training.output_dir"]
+    if steps_of(output_dir):
+        return [
+            f"{output_dir} holds checkpoints of an earlier run: train takes --resume, or another training.output_dir"
+        ]
+    if holds_model(output_dir):
+        return [f"{output_dir} holds the model of an earlier run: train takes another training.output_dir"]
+    return []
 
 
 def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -> list[str]:

@@ -402,7 +402,7 @@ class TrainingSection(Section):
     """Show no progress bars; log entries are printed anyway."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    """When `data.eval` is evaluated during training; it always is afterwards."""
+    """When held-out data (`data.eval`, `data.val_size`) is evaluated during training; it always is afterwards."""
 
     eval_steps: Steps | None = None
     """Steps between evaluations; `logging_steps` by default."""

@@ -282,14 +282,16 @@ _RULES: dict[str, Rule] = {
     "tokens": added_tokens("tokens"),
     **{role: role_of(role) for role in ("bos_token", "eos_token", "pad_token")},
     "mean_resizing_embeddings": idle("new rows are drawn around the mean of the others"),
+    "eot_tokens": idle("the token that ends a turn is found in what the template renders, and trains"),
     **_each(
-        "added_tokens_overrides eot_tokens additional_special_tokens resize_token_embeddings_to_32x shrink_embeddings "
+        "added_tokens_overrides additional_special_tokens resize_token_embeddings_to_32x shrink_embeddings "
         "default_system_message",
         refused(_TOKENS),
     ),
     **_each(
         "model_type tokenizer_type tokenizer_use_fast tokenizer_legacy is_llama_derived_model "
-        "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model base_model_config",
+        "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model base_model_config "
+        "cls_model_config",
         idle(_AUTO),
     ),
     **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
@@ -299,7 +301,7 @@ _RULES: dict[str, Rule] = {
     **_each(
         "trl vllm ebft kto_desirable_weight kto_undesirable_weight "
         "reward_model process_reward_model center_rewards_coefficient num_labels diffusion "
-        "cls_model_config dpo_use_weighting",
+        "dpo_use_weighting",
         refused(RL),
     ),
     **_each(

@@ -55,12 +55,18 @@ def learning_rate_groups(value: Any) -> Outcome:
 
 @alone
 def unfrozen(value: Any) -> Outcome:
-    """Axolotl's expressions: they begin where a name begins, and a point stands for itself."""
+    """Axolotl's expressions: they begin where a name begins, and a point stands for itself.
+
+    It escapes all points, those that are escaped already as well, and such an expression then fits no name.
+    """
     if is_off(value):
         return Outcome("no effect here", why="not set")
     patterns = [text(value)] if isinstance(value, str) else texts(value)
     if rows := [pattern for pattern in patterns if re.search(r"\[\d*:?\d*\]$", pattern)]:
         return Outcome("not supported", why=f"{rows[0]}: a parameter trains whole, not some of its rows")
+    if escaped := [pattern for pattern in patterns if r"\." in pattern]:
+        why = "points are escaped once more there, so this matches no name; write it without the backslashes"
+        return Outcome("not supported", why=f"{escaped[0]}: {why}")
     ours = ["^" + re.sub(r"\.(?!\+)", r"\\.", pattern.removeprefix("^")) for pattern in patterns]
     return Outcome("changed", {"training.unfrozen_parameters": ours}, "the same names, as ours reads expressions")
 

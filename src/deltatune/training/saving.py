@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
@@ -23,7 +25,7 @@ from deltatune.training.companions import BESIDE_WEIGHTS, copy_generation_config
 from deltatune.training.kept import add_tensors, not_loaded, other_dtypes, weight_files
 from deltatune.training.starts import make_plain
 
-__all__ = ["Origin", "write_merged", "write_trained"]
+__all__ = ["Origin", "trained_rows_alone", "write_merged", "write_trained"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,21 @@ class Origin:
     first: dict[str, Tensor] | None = None  # the factors of adapters that began inside the base weights
 
 
+@contextmanager
+def trained_rows_alone(model: nn.Module) -> Iterator[None]:
+    """Makes ``save_pretrained`` write what trains of embedding and head; PEFT would add all of one that has grown."""
+    embedding: Any = getattr(hf_model.base_model(model), "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, AuxiliaryTrainingWrapper):
+        yield
+        return
+    save = cast("Any", model).save_pretrained
+    vars(model)["save_pretrained"] = partial(save, save_embedding_layers=False)
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]
+
+
 def write_trained(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path, origin: Origin | None
 ) -> list[str]:
@@ -42,10 +59,8 @@ def write_trained(
 
     What cannot be had of the base any more is named: it must not cost what was trained.
     """
-    save: Any = model.save_pretrained
-    # of an embedding that trains, whole or in rows, that is saved; PEFT would add all of one that has grown
-    ends: Any = getattr(hf_model.base_model(model), "get_input_embeddings", lambda: None)()
-    save(str(folder), **({"save_embedding_layers": False} if isinstance(ends, AuxiliaryTrainingWrapper) else {}))
+    with trained_rows_alone(model):
+        cast("Any", model).save_pretrained(str(folder))
     if origin is None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))

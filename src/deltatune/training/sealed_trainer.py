@@ -20,6 +20,7 @@ from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.resuming import restore_settings
+from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
 from deltatune.training.starts import load_plain, make_plain
 
@@ -114,7 +115,8 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with trained_rows_alone(self.model):
+            super()._save(output_dir, state_dict)
         if self._first is not None:
             make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
 
