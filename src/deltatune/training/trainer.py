@@ -50,7 +50,7 @@ from deltatune.training.muon import MuonWithAdamW
 from deltatune.training.nonfinite import MOST_SKIPPED, Finding, FiniteWatch, OnNonFinite, dump_step
 from deltatune.training.optimizers import TRANSFORMERS_GROUPS, OptimizerSettings, parameter_groups
 from deltatune.training.progress import ProgressBar
-from deltatune.training.resuming import restore_settings
+from deltatune.training.resuming import best_beside, restore_settings
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
 from deltatune.training.starts import load_plain, make_plain
 
@@ -460,8 +460,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             stopping.restore(state)
         if state.global_step < steps and (stopping is None or not stopping.stops):
             return False
-        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
-            state.best_model_checkpoint = None  # as the Trainer has it
+        state.best_model_checkpoint = best_beside(checkpoint)
         self.state = state
         if self.args.should_save:
             # what the run would have removed, had it not been killed before
@@ -487,7 +486,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         groups = [] if checkpoint is None else self.optimizer.param_groups
         given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled:
+        if checkpoint is None:
+            return
+        self.state.best_model_checkpoint = best_beside(Path(checkpoint))
+        if self.is_deepspeed_enabled:
             return
         restore_settings(self.optimizer, self.lr_scheduler, given)
         # the state brings back when the run before logged, saved and evaluated
