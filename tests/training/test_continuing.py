@@ -105,6 +105,28 @@ def test_settings_must_agree(source: Path, lora: dict[str, Any], message: str) -
         begun(source, **lora)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
+def test_an_adapter_of_changed_base_weights_is_refused(source: Path, init: str) -> None:
+    change(source, init_lora_weights=init)
+    with pytest.raises(UserError, match=rf"path: \S+ is an adapter of other base weights than those on disk \({init}\); merge it"):
+        begun(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "trains"),
+    [({}, False), ({"trainable_token_indices": {"embed_tokens": [3]}}, False),
+     ({"trainable_token_indices": {"embed_tokens": [3, 4]}}, True), ({"modules_to_save": ["embed_tokens"]}, True)],
+)  # fmt: skip
+def test_added_tokens_need_rows_in_the_adapter(source: Path, config: dict[str, Any], trains: bool) -> None:
+    change(source, **config)
+    section = LoraSection(name_or_path=str(source))
+    if trains:
+        assert adapt(tiny_model("qwen3"), section, None, [3, 4]) is not None
+        return
+    with pytest.raises(UserError, match=r"model\.added_tokens would not train: the adapter of .*source has no rows"):
+        adapt(tiny_model("qwen3"), section, None, [3, 4])
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("broken", "message"),
