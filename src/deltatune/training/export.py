@@ -236,7 +236,8 @@ def export_adapter(
 
 
 def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Adapter, Path]:
-    folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
+    # a link, or ".", cannot be replaced by a folder; what it stands for can
+    folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser().resolve()
     adapter = _adapter(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another output folder")
