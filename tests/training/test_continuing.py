@@ -19,7 +19,7 @@ from deltatune.errors import UserError
 from deltatune.training.adapters import adapt
 from deltatune.training.continuing import load_adapter
 from deltatune.training.run import train
-from tiny import tiny_model
+from tiny import VOCAB, tiny_model
 
 QUIET = Console(quiet=True)
 
@@ -125,6 +125,12 @@ def test_added_tokens_need_rows_in_the_adapter(source: Path, config: dict[str, A
         return
     with pytest.raises(UserError, match=r"model\.added_tokens would not train: the adapter of .*source has no rows"):
         adapt(tiny_model("qwen3"), section, None, [3, 4])
+
+
+def test_rows_of_tokens_need_room_in_the_model(source: Path) -> None:
+    change(source, trainable_token_indices={"embed_tokens": [5, VOCAB]})
+    with pytest.raises(UserError, match=rf"up to {VOCAB}, and the model has {VOCAB}; give model\.added_tokens as"):
+        begun(source)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -39,6 +39,7 @@ def continued(model: nn.Module, section: LoraSection, new_tokens: Sequence[int] 
     config = _config(name)
     _check_settings(name, config, section)
     _check_base(name, config, model)
+    _check_room(name, config, model)
     config.lora_dropout, config.inference_mode = section.lora_dropout, False
     try:
         adapted: nn.Module = peft.get_peft_model(
@@ -54,11 +55,25 @@ def continued(model: nn.Module, section: LoraSection, new_tokens: Sequence[int] 
     return adapted
 
 
+def _check_room(name: str, config: peft.LoraConfig, model: Any) -> None:
+    last = max((index for group in _rows(config) for index in group), default=-1)
+    count = model.get_input_embeddings().weight.shape[0]
+    if last >= count:
+        raise UserError(
+            f"{_KEY}: {name} trains rows of tokens up to {last}, and the model has {count}; give model.added_tokens as "
+            f"the run before did, or model.tokenizer: {name}"
+        )
+
+
+def _rows(config: peft.LoraConfig) -> list[list[int]]:
+    """Rows that train, of each module that has such."""
+    rows = config.trainable_token_indices or []
+    return [group for group in (rows.values() if isinstance(rows, dict) else [rows]) if group]
+
+
 def _trains_rows(adapted: Any, config: peft.LoraConfig, tokens: Sequence[int]) -> bool:
     """Whether rows of the embedding train: as rows, or since all of it does."""
-    rows = config.trainable_token_indices or []
-    groups = list(rows.values()) if isinstance(rows, dict) else [rows]
-    if any(groups):
+    if groups := _rows(config):
         return all(set(tokens) <= set(group) for group in groups)
     return any(parameter.requires_grad for parameter in adapted.get_input_embeddings().parameters())
 
