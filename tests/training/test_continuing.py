@@ -175,6 +175,7 @@ def test_another_base_is_refused(source: Path, tmp_path: Path) -> None:
         ("no weights", r"is no adapter: it holds no adapter_model\.safetensors"),
         ("kind", r"is an adapter of type IA3; LoRA is the one"),
         ("json", r"its adapter_config\.json cannot be read"),
+        ("cut off", r"source: its weights cannot be read: .*; copy them again"),
     ],
 )
 def test_what_is_no_adapter(source: Path, broken: str, message: str) -> None:
@@ -186,6 +187,9 @@ def test_what_is_no_adapter(source: Path, broken: str, message: str) -> None:
         change(source, peft_type="IA3")
     elif broken == "json":
         (source / "adapter_config.json").write_text("{")
+    elif broken == "cut off":
+        weights = (source / "adapter_model.safetensors").read_bytes()
+        (source / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match=message):
         begun(source.with_name("source2") if broken == "no folder" else source)
 

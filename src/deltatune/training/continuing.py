@@ -12,11 +12,12 @@ from typing import Any
 
 import peft
 from huggingface_hub import snapshot_download
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
+from deltatune.training.adapter_files import adapter_weights
 from deltatune.training.hub import silence
 
 __all__ = ["adapter_record", "continued", "load_adapter", "start_lines"]
@@ -89,7 +90,7 @@ def load_adapter(model: nn.Module, section: LoraSection | None) -> None:
     if section is None or section.name_or_path is None:
         return
     name = section.name_or_path
-    weights = load_peft_weights(str(_folder(name)), device="cpu")
+    weights = adapter_weights(_folder(name))
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     # PEFT saves embeddings as well that are adapted, or were resized
     known = get_peft_model_state_dict(model, save_embedding_layers=True).keys() | model.state_dict().keys()
