@@ -161,7 +161,12 @@ def test_what_is_written_loads(tmp_path):
 
 @pytest.mark.parametrize(
     ("when", "strategy"),
-    [("", "epoch"), ("evals_per_epoch: null\n", "epoch"), ("eval_steps: 5\n", "steps"), ("eval_strategy: 'no'\n", "no")],
+    [
+        ("", "epoch"),
+        ("evals_per_epoch: null\n", "epoch"),
+        ("eval_steps: 5\n", "steps"),
+        ("eval_strategy: 'no'\n", "no"),
+    ],
 )
 def test_axolotl_evaluates_once_an_epoch_where_nothing_says_when(tmp_path, when, strategy):
     text = AXOLOTL.format(rl="dpo", type="chat_template.default") + f"val_set_size: 0.1\n{when}"

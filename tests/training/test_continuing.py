@@ -108,7 +108,9 @@ def test_settings_must_agree(source: Path, lora: dict[str, Any], message: str) -
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
 def test_an_adapter_of_changed_base_weights_is_refused(source: Path, init: str) -> None:
     change(source, init_lora_weights=init)
-    with pytest.raises(UserError, match=rf"path: \S+ is an adapter of other base weights than those on disk \({init}\); merge it"):
+    with pytest.raises(
+        UserError, match=rf"path: \S+ is an adapter of other base weights than those on disk \({init}\); merge it"
+    ):
         begun(source)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from training_cases import make_recipe, save_checkpoint, write_conversations, write_pairs
 
+from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
@@ -177,6 +178,18 @@ def test_the_best_is_named_by_the_figure_that_was_compared(tmp_path: Path, check
     best = max(entry["eval_rewards/margins"] for entry in result.log_history if "eval_loss" in entry)
     assert result.metrics["best_eval_rewards/margins"] == best
     assert f"best evaluation: rewards/margins {best:.4f} at step" in console.export_text()
+
+
+def test_a_finished_run_that_takes_preferences_now_is_evaluated_anew(tmp_path: Path, checkpoint: Path) -> None:
+    """Its log holds a loss of that step, and no rewards."""
+    train(recipe(tmp_path, checkpoint, max_steps=1), console=QUIET)
+    pairs = str(write_pairs(tmp_path / "pairs.jsonl", 6))
+    supervised = recipe(tmp_path, checkpoint, max_steps=1).model_dump(mode="json", exclude_unset=True)
+    supervised["data"] |= {"train": [{"path": pairs}], "eval": [{"path": pairs}]}
+    now = Recipe.model_validate({**supervised, "preference": {}})
+    result = train(now, resume=True, allow_change=True, console=QUIET)
+    assert result.metrics["leg"]["steps"] == 0
+    assert result.metrics["eval_pairs"] == 6
 
 
 def test_evaluations_and_saves_by_epoch(tmp_path: Path, checkpoint: Path) -> None:

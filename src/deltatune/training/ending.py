@@ -63,7 +63,9 @@ def evaluation_of_weights(trainer: PackedTrainer) -> Mapping[str, Any]:
     """The evaluation of the weights that will be saved, made now if the schedule did not; empty without data for it."""
     if trainer.eval_dataset is None:
         return {}
+    figures = (*trainer.figures, trainer.counted)
     for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry and entry["step"] == trainer.weights_step:
+        # of a run that was supervised before and takes preferences now, say, an entry lacks some
+        if entry["step"] == trainer.weights_step and all(f"eval_{name}" in entry for name in figures):
             return dict(entry)
     return dict(trainer.evaluate())
