@@ -157,3 +157,24 @@ def test_what_is_written_loads(tmp_path):
     file.write_text(yaml.safe_dump(recipe))
     assert load_recipe(file).recipe.preference is not None
     assert parse_recipe(yaml.safe_dump(recipe), "recipe").recipe.preference.loss == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("when", "strategy"),
+    [
+        ("", "epoch"),
+        ("evals_per_epoch: null\n", "epoch"),
+        ("eval_steps: 5\n", "steps"),
+        ("eval_strategy: 'no'\n", "no"),
+    ],
+)
+def test_axolotl_evaluates_once_an_epoch_where_nothing_says_when(tmp_path, when, strategy):
+    text = AXOLOTL.format(rl="dpo", type="chat_template.default") + f"val_set_size: 0.1\n{when}"
+    recipe, _ = imported(tmp_path, f"{text}early_stopping_patience: 2\n" if strategy != "no" else text)
+    assert recipe["training"].get("eval_strategy", "no") == strategy
+    assert recipe["training"].get("early_stopping_patience") == (None if strategy == "no" else 2)
+
+
+def test_axolotl_evaluates_nothing_without_held_out_data(tmp_path):
+    recipe, _ = imported(tmp_path, AXOLOTL.format(rl="dpo", type="chat_template.default"))
+    assert "eval_strategy" not in recipe["training"]

@@ -61,3 +61,28 @@ def test_the_recipe_is_shown_without_its_defaults(tmp_path: Path, given: dict[st
     shown = card(tmp_path, recipe=recipe(seed=42, **given)).text
     assert excerpt in shown
     assert "seed" not in shown, "42 is the default"
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"r": 4}, "A LoRA adapter of rank 4 for"),
+        ({"r": 4, "init_lora_weights": "pissa_niter_4"}, "A LoRA adapter of rank 8 for"),
+        ({"r": 16, "name_or_path": "first"}, "A LoRA adapter that went on from `first`, for"),
+    ],
+)
+def test_an_adapter_has_the_rank_that_its_file_has(tmp_path: Path, lora: dict[str, Any], words: str) -> None:
+    assert words in card(tmp_path, recipe={**recipe(), "lora": lora}).text
+
+
+def test_a_base_model_whose_card_is_broken_has_no_license(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [apache: {\n---\n# Base\n")
+    assert "license" not in card(tmp_path, model={"name_or_path": str(tmp_path)}).data.to_dict()
+
+
+def test_weights_that_are_not_the_last_have_their_own_figures(tmp_path: Path) -> None:
+    entries = [{"leg": 1, "step": 2, "eval_loss": 1.5}, {"leg": 1, "step": 6, "eval_loss": 3.5}]
+    run = read_run(write_run(tmp_path, leg(), entries=entries))
+    assert "| held-out loss | 1.5000 at step 2 |" in model_card(run, 2)
+    assert "| steps | 6; the weights are those of step 2 |" in model_card(run, 2)
+    assert "| held-out loss | 3.5000 at step 6 |" in model_card(run, 6)

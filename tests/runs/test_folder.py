@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_the_middle_of_a_last_line_is_passed_over_and_a_broken_line_before_it_na
     run = read_run(folder)
     assert run.problems == ("run.jsonl: line 7 is no JSON",)
     assert run.series("loss")[-1] == (9, 1.0)
+
+
+def test_a_completion_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    text = "one\u2028two\u0085three"
+    line = json.dumps({"step": 1, "prompt": "?", "completion": text}, ensure_ascii=False)
+    (folder / "samples.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    run = read_run(folder)
+    assert [sample["completion"] for sample in run.samples] == [text, text]
+    assert run.problems == ()
 
 
 def test_what_is_no_number_is_a_gap(tmp_path: Path) -> None:

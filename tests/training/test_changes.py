@@ -41,6 +41,8 @@ def changes(**sections: Any) -> Any:
         ({"training": {"loraplus_lr_ratio": 4.0}}, [("training.loraplus_lr_ratio", "cannot")]),
         ({"training": {"learning_rates": {"a.b": 2e-4}}}, [("training.learning_rates.a.b", "cannot")]),
         ({"training": {"early_stopping_patience": 3}}, [("training.early_stopping_patience", "acts")]),
+        ({"training": {"metric_for_best_model": "eval_loss"}}, [("training.metric_for_best_model", "cannot")]),
+        ({"training": {"greater_is_better": True}}, [("training.greater_is_better", "cannot")]),
         ({"training": {"seed": 1}}, [("training.seed", "asks")]),
         ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
         ({"preference": {"beta": 0.2}}, [("preference", "asks")]),

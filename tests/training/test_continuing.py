@@ -19,7 +19,7 @@ from deltatune.errors import UserError
 from deltatune.training.adapters import adapt
 from deltatune.training.continuing import load_adapter
 from deltatune.training.run import train
-from tiny import tiny_model
+from tiny import VOCAB, tiny_model
 
 QUIET = Console(quiet=True)
 
@@ -105,6 +105,36 @@ def test_settings_must_agree(source: Path, lora: dict[str, Any], message: str) -
         begun(source, **lora)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
+def test_an_adapter_of_changed_base_weights_is_refused(source: Path, init: str) -> None:
+    change(source, init_lora_weights=init)
+    with pytest.raises(
+        UserError, match=rf"path: \S+ is an adapter of other base weights than those on disk \({init}\); merge it"
+    ):
+        begun(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "trains"),
+    [({}, False), ({"trainable_token_indices": {"embed_tokens": [3]}}, False),
+     ({"trainable_token_indices": {"embed_tokens": [3, 4]}}, True), ({"modules_to_save": ["embed_tokens"]}, True)],
+)  # fmt: skip
+def test_added_tokens_need_rows_in_the_adapter(source: Path, config: dict[str, Any], trains: bool) -> None:
+    change(source, **config)
+    section = LoraSection(name_or_path=str(source))
+    if trains:
+        assert adapt(tiny_model("qwen3"), section, None, [3, 4]) is not None
+        return
+    with pytest.raises(UserError, match=r"model\.added_tokens would not train: the adapter of .*source has no rows"):
+        adapt(tiny_model("qwen3"), section, None, [3, 4])
+
+
+def test_rows_of_tokens_need_room_in_the_model(source: Path) -> None:
+    change(source, trainable_token_indices={"embed_tokens": [5, VOCAB]})
+    with pytest.raises(UserError, match=rf"up to {VOCAB}, and the model has {VOCAB}; give model\.added_tokens as"):
+        begun(source)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("broken", "message"),
@@ -147,6 +177,7 @@ def test_another_base_is_refused(source: Path, tmp_path: Path) -> None:
         ("no weights", r"is no adapter: it holds no adapter_model\.safetensors"),
         ("kind", r"is an adapter of type IA3; LoRA is the one"),
         ("json", r"its adapter_config\.json cannot be read"),
+        ("cut off", r"source: its weights cannot be read: .*; copy them again"),
     ],
 )
 def test_what_is_no_adapter(source: Path, broken: str, message: str) -> None:
@@ -158,6 +189,9 @@ def test_what_is_no_adapter(source: Path, broken: str, message: str) -> None:
         change(source, peft_type="IA3")
     elif broken == "json":
         (source / "adapter_config.json").write_text("{")
+    elif broken == "cut off":
+        weights = (source / "adapter_model.safetensors").read_bytes()
+        (source / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match=message):
         begun(source.with_name("source2") if broken == "no folder" else source)
 

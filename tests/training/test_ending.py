@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from training_cases import make_recipe, save_checkpoint, write_conversations
+from training_cases import make_recipe, save_checkpoint, write_conversations, write_pairs
 
+from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
@@ -125,6 +126,70 @@ def test_a_best_evaluation_without_a_checkpoint_is_named_so(tmp_path: Path, chec
     result = train(recipe(tmp_path, checkpoint, save_steps=2, max_steps=2), console=QUIET)
     found = {name: result.metrics[name] for name in ("saved_step", "best_step", "best_checkpoint")}
     assert found == {"saved_step": 2, "best_step": 1, "best_checkpoint": None}
+
+
+def test_the_best_checkpoint_is_found_by_another_path(
+    tmp_path: Path, checkpoint: Path, evaluations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was saved: relative; in its folder, absolute; and the folder moved."""
+    monkeypatch.chdir(tmp_path)
+    steps = {"load_best_model_at_end": True, "save_total_limit": 1}
+    evaluations([1.0, 2.0])
+    train(recipe(tmp_path, checkpoint, **steps, max_steps=2, output_dir="output"), console=QUIET)
+    evaluations([2.0, 2.0])
+    absolute = recipe(tmp_path, checkpoint, **steps, max_steps=3, output_dir=str(tmp_path / "output"))
+    assert train(absolute, resume=True, console=QUIET).metrics["saved_step"] == 1
+    (tmp_path / "output").rename(tmp_path / "moved")
+    evaluations([2.0, 2.0])
+    moved = recipe(tmp_path, checkpoint, **steps, max_steps=3, output_dir=str(tmp_path / "moved"))
+    assert train(moved, resume=True, console=QUIET).metrics["best_checkpoint"] == "checkpoint-1"
+    assert same(tmp_path / "moved", tmp_path / "moved" / "checkpoint-1")
+
+
+def test_a_checkpoint_may_go_by_a_link_or_another_name(tmp_path: Path, checkpoint: Path, evaluations: Any) -> None:
+    evaluations([3.0, 2.0])
+    train(recipe(tmp_path, checkpoint, max_steps=2), console=QUIET)
+    (tmp_path / "latest").symlink_to(tmp_path / "output" / "checkpoint-2")
+    (tmp_path / "output" / "checkpoint-1").rename(tmp_path / "kept")
+    for name, step in (("latest", 2), ("kept", 1)):
+        evaluations([1.0, 1.0])
+        train(recipe(tmp_path, checkpoint, max_steps=3), resume=str(tmp_path / name), console=QUIET)
+        legs = json.loads((tmp_path / "output" / "run.json").read_text())["legs"]
+        assert legs[-1]["from_step"] == step
+
+
+def test_the_best_is_named_by_the_figure_that_was_compared(tmp_path: Path, checkpoint: Path) -> None:
+    values = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    compared = {"metric_for_best_model": "rewards/margins", "greater_is_better": True}
+    data = {"train": [{"path": str(write_pairs(tmp_path / "pairs.jsonl", 6))}]}
+    data["eval"] = [{"path": str(write_pairs(tmp_path / "held.jsonl", 4, first=20))}]
+    pairs = make_recipe(
+        tmp_path,
+        checkpoint,
+        data=data,
+        preference={},
+        lora={"r": 2, "target_modules": ["q_proj"]},
+        training={**values, **compared},
+        verify={"enabled": False, "lengths": None},
+    )
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    result = train(pairs, console=console)
+    assert "best_eval_loss" not in result.metrics
+    best = max(entry["eval_rewards/margins"] for entry in result.log_history if "eval_loss" in entry)
+    assert result.metrics["best_eval_rewards/margins"] == best
+    assert f"best evaluation: rewards/margins {best:.4f} at step" in console.export_text()
+
+
+def test_a_finished_run_that_takes_preferences_now_is_evaluated_anew(tmp_path: Path, checkpoint: Path) -> None:
+    """Its log holds a loss of that step, and no rewards."""
+    train(recipe(tmp_path, checkpoint, max_steps=1), console=QUIET)
+    pairs = str(write_pairs(tmp_path / "pairs.jsonl", 6))
+    supervised = recipe(tmp_path, checkpoint, max_steps=1).model_dump(mode="json", exclude_unset=True)
+    supervised["data"] |= {"train": [{"path": pairs}], "eval": [{"path": pairs}]}
+    now = Recipe.model_validate({**supervised, "preference": {}})
+    result = train(now, resume=True, allow_change=True, console=QUIET)
+    assert result.metrics["leg"]["steps"] == 0
+    assert result.metrics["eval_pairs"] == 6
 
 
 def test_evaluations_and_saves_by_epoch(tmp_path: Path, checkpoint: Path) -> None:

@@ -80,6 +80,21 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, adapter: Path) -
         merge_adapter(adapter, tmp_path / "merged", base=str(other))
 
 
+def test_a_damaged_adapter_is_one_line(tmp_path: Path, adapter: Path) -> None:
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for part in (0, 4, len(whole) // 2):
+        weights.write_bytes(whole[:part])
+        with pytest.raises(UserError, match=r"its weights cannot be read: .*; copy them again"):
+            merge_adapter(adapter, tmp_path / "merged")
+        with pytest.raises(UserError, match=r"its weights cannot be read"):
+            export_adapter(adapter, tmp_path / "exported", layout="peft")
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "TOMORROW"}))
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read by peft [0-9.]+: .*TOMORROW"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
 def test_an_output_folder_in_use_is_refused(tmp_path: Path, adapter: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")

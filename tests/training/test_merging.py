@@ -251,3 +251,16 @@ def test_the_base_may_be_lost_while_it_trains(tmp_path: Path) -> None:
     assert "belong beside the model are missing" in said
     assert relative(logits(stock(tmp_path / "out")), logits(model)) < 1e-6
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_link_and_the_folder_itself_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved(tmp_path / "base", text("qwen3"))
+    adapter_on(base, tmp_path / "adapter")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    merge_adapter(tmp_path / "adapter", tmp_path / "link")
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge_adapter(tmp_path / "adapter", ".")
+    assert (tmp_path / "here" / "model.safetensors").is_file()

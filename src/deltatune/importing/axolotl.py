@@ -157,12 +157,18 @@ def _share_of_experts(value: Any) -> Outcome:
     return Outcome("carried", {"lora.target_parameters": "all-experts" if full else names})
 
 
+_WHEN_EVALUATED = ("evals_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
+
+
 def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"micro_batch_size": 1, "sequence_len": 512, "num_epochs": 1.0, "lr_scheduler": "cosine"}
     if is_off(settings.get("warmup_steps")) and "warmup_ratio" not in settings:
         found["warmup_ratio"] = 0.03
     if all(key not in settings for key in ("saves_per_epoch", "save_steps", "save_strategy")):
         found["save_strategy"] = "epoch"
+    held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
+    if held_out and all(settings.get(key) is None for key in _WHEN_EVALUATED):
+        found["eval_strategy"] = "epoch"
     if preference_loss(settings) == "simpo":
         # TRL's defaults, which Axolotl hands on
         found |= {"rl_beta": 0.1, "simpo_gamma": 0.5}

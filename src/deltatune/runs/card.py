@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import yaml
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
 from deltatune.config.schema import Recipe
@@ -35,8 +36,10 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 ```"""
 
 
-def model_card(run: RunFolder) -> str:
+def model_card(run: RunFolder, saved_step: int | None = None) -> str:
     """The card of the adapter or model in a run's folder, from its record and its recipe.
+
+    ``saved_step``: of the weights, where they are not the last.
 
     ``base_model`` and ``datasets`` are in the front matter where they are on the Hub, and ``license`` where the base
     model's own card says one.
@@ -44,7 +47,7 @@ def model_card(run: RunFolder) -> str:
     base = str(mapping(run.record.get("model")).get("name_or_path") or "an unknown model")
     adapter = bool(run.recipe.get("lora"))
     title = run.path.expanduser().resolve().name
-    what = f"A LoRA adapter of rank {mapping(run.recipe.get('lora')).get('r')} for" if adapter else "A fine-tune of"
+    what = f"{_adapter(mapping(run.recipe.get('lora')))} for" if adapter else "A fine-tune of"
     version = mapping(_last_leg(run).get("deltatune")).get("version")
     lines = [
         "---",
@@ -61,7 +64,7 @@ def model_card(run: RunFolder) -> str:
         "",
         "## How it was trained",
         "",
-        *_table(("", ""), _facts(run)),
+        *_table(("", ""), _facts(run, saved_step)),
         "",
         *_table(("data", "digest of the rows"), mapping(_last_leg(run).get("data")).items()),
         "",
@@ -72,6 +75,14 @@ def model_card(run: RunFolder) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _adapter(section: dict[str, Any]) -> str:
+    if start := section.get("name_or_path"):
+        return f"A LoRA adapter that went on from `{start}`,"  # its rank is that one's
+    # what begins inside the base weights is saved as a plain adapter of twice the rank
+    inside = str(section.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
+    return f"A LoRA adapter of rank {section.get('r', 0) * (2 if inside else 1)}"
 
 
 def _front_matter(run: RunFolder, base: str, adapter: bool) -> str:
@@ -106,7 +117,7 @@ def _license(base: str, commit: Any) -> str | None:
         return None
     try:
         found = (metadata_load(card) or {}).get("license")
-    except (ValueError, OSError):
+    except (ValueError, OSError, yaml.YAMLError):
         return None
     return found if isinstance(found, str) else None
 
@@ -122,17 +133,19 @@ def _loading(run: RunFolder, base: str, adapter: bool) -> str:
     return template.format(name=name, base=named + trusted, folder=json.dumps(str(run.path)))
 
 
-def _facts(run: RunFolder) -> Iterator[tuple[str, object]]:
+def _facts(run: RunFolder, saved_step: int | None) -> Iterator[tuple[str, object]]:
     model, last = mapping(run.record.get("model")), _last_leg(run)
     commit = model.get("commit") or model.get("revision")
     yield "base model", f"{model.get('name_or_path')}{f' at {commit}' if commit else ''}, {model.get('class')}"
-    yield "steps", f"{last.get('to_step')}{f' in {len(run.legs)} legs' if len(run.legs) > 1 else ''}"
+    earlier = saved_step is not None and saved_step != last.get("to_step")
+    legs = f" in {len(run.legs)} legs" if len(run.legs) > 1 else ""
+    yield "steps", f"{last.get('to_step')}{legs}{f'; the weights are those of step {saved_step}' if earlier else ''}"
     counts = [sum(number(leg.get(name)) or 0 for leg in run.legs) for name in ("tokens", "trained_tokens", "seconds")]
     yield "tokens", f"{counts[0]:,.0f}, {counts[1]:,.0f} of them trained, in {counts[2]:,.0f} s"
     losses = [value for _, value in run.series("loss")]
     if losses:
         yield "loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"
-    held_out = run.series("eval_loss")
+    held_out = [(step, value) for step, value in run.series("eval_loss") if not earlier or step == saved_step]
     if held_out:
         yield "held-out loss", f"{held_out[-1][1]:.4f} at step {held_out[-1][0]}"
     yield "device", last.get("device")

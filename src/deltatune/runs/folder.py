@@ -130,10 +130,12 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
 
 def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     def parsed() -> Iterator[Any]:
-        lines = (_text(file, problems) or "").splitlines()
+        # the text of a sample may hold what Python, but not JSON, takes for the end of a line
+        lines = (_text(file, problems) or "").rstrip("\n").split("\n")
         for place, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
+                if line.strip():
+                    yield json.loads(line)
             except ValueError:
                 # a run that goes on, or was killed, may be in the middle of its last line
                 if place < len(lines):

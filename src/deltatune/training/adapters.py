@@ -70,7 +70,7 @@ def adapt(
     if errors := list(adapter_errors(section)):
         raise UserError("; also: ".join(errors))
     if section.name_or_path is not None:
-        return continued(model, section)
+        return continued(model, section, new_tokens)
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)

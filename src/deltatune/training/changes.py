@@ -38,6 +38,9 @@ _VERDICTS: dict[str, Verdict] = {
     "training.optim_args": "cannot",
     "training.optim_target_modules": "cannot",
     "training.unfrozen_parameters": "cannot",
+    # the best figure so far is one of the other kind
+    "training.metric_for_best_model": "cannot",
+    "training.greater_is_better": "cannot",
     "training.learning_rates": "acts",
     "training.loraplus_lr_ratio": "acts",
     "training.gradient_accumulation_steps": "asks",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 from huggingface_hub import snapshot_download
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
+from deltatune.training.adapter_files import adapter_weights
 from deltatune.training.hub import silence
 
 __all__ = ["adapter_record", "continued", "load_adapter", "start_lines"]
@@ -22,18 +25,22 @@ __all__ = ["adapter_record", "continued", "load_adapter", "start_lines"]
 _KEY = "lora.name_or_path"
 #: Of the recipe; everything else is the adapter's.
 _OF_THE_RECIPE = ("name_or_path", "lora_dropout", "adapter_dtype", "impl")
+#: Initialisations that change the base weights, which a file of PEFT's own does not hold.
+_CHANGE_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|lora_ga")
 
 
-def continued(model: nn.Module, section: LoraSection) -> nn.Module:
+def continued(model: nn.Module, section: LoraSection, new_tokens: Sequence[int] = ()) -> nn.Module:
     """The model with adapters as those of ``section.name_or_path`` are, not yet with their weights.
 
     Raises:
-        UserError: no LoRA adapter there, one of another base model, or a setting of the recipe that it contradicts.
+        UserError: no LoRA adapter there, one of another base model or of changed base weights, a setting of the recipe
+            that it contradicts, or rows of ``new_tokens`` that it does not train.
     """
     name = str(section.name_or_path)
     config = _config(name)
     _check_settings(name, config, section)
     _check_base(name, config, model)
+    _check_room(name, config, model)
     config.lora_dropout, config.inference_mode = section.lora_dropout, False
     try:
         adapted: nn.Module = peft.get_peft_model(
@@ -41,7 +48,35 @@ def continued(model: nn.Module, section: LoraSection) -> nn.Module:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{_KEY}: {name} does not fit the model: {one_line(error)}") from error
+    if new_tokens and not _trains_rows(adapted, config, new_tokens):
+        raise UserError(
+            f"model.added_tokens would not train: the adapter of {name} has no rows for them; leave them out, or start "
+            "a new adapter without lora.name_or_path"
+        )
     return adapted
+
+
+def _check_room(name: str, config: peft.LoraConfig, model: Any) -> None:
+    last = max((index for group in _rows(config) for index in group), default=-1)
+    count = model.get_input_embeddings().weight.shape[0]
+    if last >= count:
+        raise UserError(
+            f"{_KEY}: {name} trains rows of tokens up to {last}, and the model has {count}; give model.added_tokens as "
+            f"the run before did, or model.tokenizer: {name}"
+        )
+
+
+def _rows(config: peft.LoraConfig) -> list[list[int]]:
+    """Rows that train, of each module that has such."""
+    rows = config.trainable_token_indices or []
+    return [group for group in (rows.values() if isinstance(rows, dict) else [rows]) if group]
+
+
+def _trains_rows(adapted: Any, config: peft.LoraConfig, tokens: Sequence[int]) -> bool:
+    """Whether rows of the embedding train: as rows, or since all of it does."""
+    if groups := _rows(config):
+        return all(set(tokens) <= set(group) for group in groups)
+    return any(parameter.requires_grad for parameter in adapted.get_input_embeddings().parameters())
 
 
 def load_adapter(model: nn.Module, section: LoraSection | None) -> None:
@@ -55,7 +90,7 @@ def load_adapter(model: nn.Module, section: LoraSection | None) -> None:
     if section is None or section.name_or_path is None:
         return
     name = section.name_or_path
-    weights = load_peft_weights(str(_folder(name)), device="cpu")
+    weights = adapter_weights(_folder(name))
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     # PEFT saves embeddings as well that are adapted, or were resized
     known = get_peft_model_state_dict(model, save_embedding_layers=True).keys() | model.state_dict().keys()
@@ -113,13 +148,26 @@ def _config(name: str) -> peft.LoraConfig:
     if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
         raise UserError(f"{_KEY}: {name} is no adapter: it holds no adapter_model.safetensors")
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, init = saved.get("peft_type"), str(saved.get("init_lora_weights"))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{_KEY}: {name}: its adapter_config.json cannot be read: {one_line(error)}") from error
+    _check_start(name, init)  # before PEFT asks for packages that some of them need
+    try:
         config = peft.PeftConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{_KEY}: {name}: its adapter_config.json cannot be read: {one_line(error)}") from error
     if not isinstance(config, peft.LoraConfig):
         raise UserError(f"{_KEY}: {name} is an adapter of type {kind}; LoRA is the one that a recipe trains")
     return config
+
+
+def _check_start(name: str, init: str) -> None:
+    if _CHANGE_BASE.match(init):
+        raise UserError(
+            f"{_KEY}: {name} is an adapter of other base weights than those on disk ({init}); merge it (deltatune "
+            "merge) and begin with the result, or save it again by PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def _check_settings(name: str, config: peft.LoraConfig, section: LoraSection) -> None:

@@ -14,9 +14,9 @@ __all__ = ["ending", "ending_lines", "evaluation_of_weights"]
 def ending(trainer: PackedTrainer) -> dict[str, Any]:
     """The figures of ``metrics.json`` and ``run.json``.
 
-    ``saved_step`` is the step of the weights that are saved; ``best_step``, ``best_eval_loss`` and ``best_checkpoint``
-    are those of the best evaluation, the last None where no checkpoint holds its weights; ``stopped_early`` where it
-    was asked for. What was not compared is left out.
+    ``saved_step`` is the step of the weights that are saved; ``best_step``, ``best_eval_loss`` (or the figure of
+    ``metric_for_best_model``) and ``best_checkpoint`` are those of the best evaluation, the last None where no
+    checkpoint holds its weights; ``stopped_early`` where it was asked for. What was not compared is left out.
     """
     state = trainer.state
     found: dict[str, Any] = {"saved_step": trainer.weights_step}
@@ -24,7 +24,7 @@ def ending(trainer: PackedTrainer) -> dict[str, Any]:
         place = state.best_model_checkpoint if trainer.best_step == state.best_global_step else None
         found |= {
             "best_step": state.best_global_step,
-            "best_eval_loss": state.best_metric,
+            f"best_{_compared(trainer)}": state.best_metric,
             "best_checkpoint": None if place is None else Path(place).name,
         }
     if trainer.early_stopping is not None:
@@ -43,7 +43,9 @@ def ending_lines(trainer: PackedTrainer) -> list[str]:
         )
     if "best_step" in found:
         where = found["best_checkpoint"] or "no checkpoint holds its weights"
-        lines.append(f"best evaluation: loss {found['best_eval_loss']:.4f} at step {found['best_step']}, {where}")
+        figure = _compared(trainer)
+        value = f"{figure.removeprefix('eval_')} {found[f'best_{figure}']:.4f}"
+        lines.append(f"best evaluation: {value} at step {found['best_step']}, {where}")
     if trainer.args.load_best_model_at_end:
         which = f"those of step {found['saved_step']}, the best"
         if trainer.best_step is None:
@@ -52,11 +54,18 @@ def ending_lines(trainer: PackedTrainer) -> list[str]:
     return lines
 
 
+def _compared(trainer: PackedTrainer) -> str:
+    """The figure by which evaluations are compared, as they log it."""
+    return f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
+
+
 def evaluation_of_weights(trainer: PackedTrainer) -> Mapping[str, Any]:
     """The evaluation of the weights that will be saved, made now if the schedule did not; empty without data for it."""
     if trainer.eval_dataset is None:
         return {}
+    figures = (*trainer.figures, trainer.counted)
     for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry and entry["step"] == trainer.weights_step:
+        # of a run that was supervised before and takes preferences now, say, an entry lacks some
+        if entry["step"] == trainer.weights_step and all(f"eval_{name}" in entry for name in figures):
             return dict(entry)
     return dict(trainer.evaluate())

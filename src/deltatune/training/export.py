@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
+from deltatune.training.adapter_files import adapter_weights
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
 from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
@@ -220,7 +220,7 @@ def export_adapter(
             f"{adapter.folder} is an adapter of other base weights ({init}), which no server makes; merge it "
             "(deltatune merge), or train it again, since it is now saved as a plain adapter"
         )
-    state: dict[str, Tensor] = load_peft_weights(str(adapter.folder), device="cpu")
+    state = adapter_weights(adapter.folder)
     config = adapter.config
     if layout == "per-expert":
         section, _ = _base_of(adapter, base, trust_remote_code=trust_remote_code)
@@ -236,7 +236,8 @@ def export_adapter(
 
 
 def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Adapter, Path]:
-    folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser()
+    # a link, or ".", cannot be replaced by a folder; what it stands for can
+    folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser().resolve()
     adapter = _adapter(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another output folder")

@@ -13,7 +13,6 @@ import peft
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -21,6 +20,7 @@ from transformers import PreTrainedConfig
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
+from deltatune.training.adapter_files import adapter_config, adapter_weights
 from deltatune.training.checkpoint import Loaded, empty_model, load_checkpoint, model_class
 
 __all__ = ["Adapter", "load_adapted", "merge", "refuse_lost_base"]
@@ -75,11 +75,11 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
         UserError: an adapter that is not added to weights; tensors of it that have no place in the base, or places for
             which it has none.
     """
-    given = peft.PeftConfig.from_pretrained(str(adapter.folder))
+    given = adapter_config(adapter.folder)
     given.inference_mode = True
     if given.is_prompt_learning:
         raise UserError(f"{adapter.folder} holds virtual tokens ({given.peft_type.value}), which no weight takes up")
-    state = load_peft_weights(str(adapter.folder), device="cpu")
+    state = adapter_weights(adapter.folder)
     loader = _loader(section, config, adapter, state)
     loaded = load_checkpoint(section, config, loader=loader)
     _resize(loaded.model, state, given)

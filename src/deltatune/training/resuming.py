@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-__all__ = ["restore_settings"]
+__all__ = ["best_beside", "restore_settings", "step_of"]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at, whatever its folder is called."""
+    return int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step)
+
+
+def best_beside(checkpoint: Path) -> str | None:
+    """The best checkpoint that a checkpoint's state names: beside it, or else where the state says; None if it is gone.
+
+    The state holds the path as it was written then: the folder may have moved, or go by another path now.
+    """
+    named = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+    if named is None:
+        return None
+    places = (checkpoint.parent / Path(named).name, Path(named))
+    return next((str(place) for place in places if place.is_dir()), None)
 
 
 def restore_settings(optimizer: Optimizer, scheduler: Any, given: Sequence[Mapping[str, Any]]) -> None:

@@ -54,8 +54,9 @@ from deltatune.training.planned import estimate_step, prepare_by_recipe
 from deltatune.training.preference_trainer import check_reference, trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
+from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
-from deltatune.training.sealed import CHECKPOINT, manifest, resume_point
+from deltatune.training.sealed import manifest, resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.space import check_space
 from deltatune.training.starts import first_factors
@@ -173,7 +174,7 @@ def _fit(
         run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
         write_json(run.output_dir / REPORT_FILE, records)
-        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
+        step = 0 if checkpoint is None else step_of(checkpoint)
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
         if started_from := adapter_record(run.recipe.lora):
             about["adapter"] = started_from
@@ -356,7 +357,7 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     _check_finite(run.model)
     if run.arguments.should_save:
         with phase("saving the model"):
-            card = model_card(read_run(run.output_dir))
+            card = model_card(read_run(run.output_dir), metrics["saved_step"])
             said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card)
         for line in said:
             run.console.out(line, highlight=False)

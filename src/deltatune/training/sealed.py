@@ -128,7 +128,7 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
             )
         return None, []
     if resume is not True and resume != "auto":
-        folder = Path(resume).expanduser()
+        folder = Path(resume).expanduser().resolve()  # a link's place says what lies beside it
         if problem := problem_of(folder):
             raise UserError(f"{folder} is no whole checkpoint: {problem}; take another one")
         return folder, []
@@ -190,7 +190,7 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     folders = list(steps_of(output_dir).values())
-    kept = [path for path in folders if best is not None and path == Path(best)]
+    kept = [path for path in folders if best is not None and path.resolve() == Path(best).resolve()]
     kept += [path for path in folders if path not in kept][: max(limit - len(kept), 1)]
     for path in folders:
         if path not in kept:

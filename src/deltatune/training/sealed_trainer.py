@@ -19,7 +19,7 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
-from deltatune.training.resuming import restore_settings
+from deltatune.training.resuming import best_beside, restore_settings
 from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
 from deltatune.training.starts import load_plain, make_plain
@@ -138,8 +138,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
             stopping.restore(state)
         if state.global_step < steps and (stopping is None or not stopping.stops):
             return False
-        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
-            state.best_model_checkpoint = None  # as the Trainer has it
+        state.best_model_checkpoint = best_beside(checkpoint)
         self.state = state
         if self.args.should_save:
             # what the run would have removed, had it not been killed before
@@ -165,7 +164,10 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         groups = [] if checkpoint is None else self.optimizer.param_groups
         given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled:
+        if checkpoint is None:
+            return
+        self.state.best_model_checkpoint = best_beside(Path(checkpoint))
+        if self.is_deepspeed_enabled:
             return
         restore_settings(self.optimizer, self.lr_scheduler, given)
         # the state brings back when the run before logged, saved and evaluated
