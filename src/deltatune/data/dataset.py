@@ -157,11 +157,11 @@ def _of_members(values: NDArray[np.int32], per_member: int) -> NDArray[np.int32]
 
 def _pieces_per_member(documents: Sequence[Documents]) -> int:
     """What a pack is made of: documents, or pairs of them."""
-    paired = {source.layout.format == "preference": source.source.name for source in documents}
+    paired = {source.layout.format == "preference": source.source for source in documents}
     if len(paired) > 1:
         raise DataError(
-            f"{paired[True]} holds preferences and {paired[False]} other rows, and a run trains on one of these kinds; "
-            "leave the other out"
+            f"{paired[True].name} holds preferences and {paired[False].name} other rows, and a run trains on one of "
+            "these kinds; leave the other out"
         )
     return 2 if True in paired else 1
 

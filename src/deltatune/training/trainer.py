@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,18 +11,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments
 
 from deltatune.data.dataset import PackedDataset
-from deltatune.data.stream import PackStream, Place
+from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
 from deltatune.phases import phase
@@ -36,32 +27,25 @@ from deltatune.training.batches import (
     PackCounts,
     PackOrder,
     PackOrigins,
-    count_steps,
     pack_loader,
-    place_file,
 )
-from deltatune.training.checkpoint import reload_weights
 from deltatune.training.console import RunConsole
 from deltatune.training.early_stopping import EarlyStopping
-from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.muon import MuonWithAdamW
 from deltatune.training.nonfinite import MOST_SKIPPED, Finding, FiniteWatch, OnNonFinite, dump_step
 from deltatune.training.optimizers import TRANSFORMERS_GROUPS, OptimizerSettings, parameter_groups
 from deltatune.training.progress import ProgressBar
-from deltatune.training.resuming import restore_settings
-from deltatune.training.saving import trained_rows_alone
-from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
-from deltatune.training.starts import load_plain, make_plain
+from deltatune.training.sealed_trainer import SealedTrainer
 
 __all__ = ["PackedTrainer"]
 
 Batch = dict[str, Any]
 
 
-class PackedTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose batches are packs, for a prepared model.
+class PackedTrainer(SealedTrainer):
+    """A ``SealedTrainer`` whose batches are packs, for a prepared model.
 
     The loss of an optimizer step is ``sum(nll) / n``, with ``n`` the trained tokens of all its micro-batches on all
     ranks: the same documents in one pack, in four accumulated ones, or on four ranks give the same loss and gradients.
@@ -77,10 +61,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: fills the rest of a pack.
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
-        first: the factors that adapters began with inside the base weights; see ``starts``.
         console: where progress is drawn; the standard output by default.
-        about: JSON that every checkpoint's manifest holds, such as the recipe.
-        early_stopping: ends the run when evaluations get no better.
+        about, first, early_stopping: as ``SealedTrainer`` takes them.
         optimizer: learning rates by pattern, LoRA+ and Muon.
         on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
 
@@ -115,18 +97,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         early_stopping: EarlyStopping | None = None,
         optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
     ) -> None:
-        self._mesh = Mesh.of(args)
         self._evaluated = torch.zeros(len(self.figures))
         self._num_evaluated = self._evaluated_packs = 0
-        self._staging: Path | None = None  # where a checkpoint is written, while one is
-        self._about = about or {}
-        self._first = first
-        self._place: Place | None = None  # of a stream, where the block of the latest batch begins
-        self.early_stopping = early_stopping
         self._optimizer_settings = optimizer
         self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
         self._on_nonfinite = on_nonfinite
-        self._finite = FiniteWatch(self._mesh, train_dataset.where)
+        self._finite = FiniteWatch(Mesh.of(args), train_dataset.where)
         self._batches: list[Batch] = []  # of this step, where they may have to be written
         self._packs: list[PackOrigins] = []  # of this step
         self._loss_before: Tensor | None = None  # the sum since the last log line, before this step
@@ -140,7 +116,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=None if early_stopping is None else [early_stopping],
+            about=about,
+            first=first,
+            early_stopping=early_stopping,
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -380,128 +358,3 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         control = self.control
         waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
         return waits or self._finite.is_full
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Sees to it that what a run may return to, and where it stops early, is on the disk."""
-        found = bool(super()._determine_best_metric(metrics, trial))
-        returned_to = found and self.args.load_best_model_at_end
-        if self.args.save_strategy != "no" and (returned_to or self.stopped_early):
-            self.control.should_save = True
-        return found
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether the run ended before its last step since evaluations got no better."""
-        stops = self.early_stopping is not None and self.early_stopping.stops
-        return stops and self.state.global_step < self.state.max_steps
-
-    @property
-    def best_step(self) -> int | None:
-        """The step whose checkpoint had the best evaluation; None where none was compared and kept."""
-        place = self.state.best_model_checkpoint
-        return None if place is None else int(Path(place).name.removeprefix(CHECKPOINT))
-
-    @property
-    def weights_step(self) -> int:
-        """The step that the model's weights are of, once training has ended."""
-        best = self.best_step if self.args.load_best_model_at_end else None
-        return int(self.state.global_step) if best is None else best
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
-        output_dir = Path(self.args.output_dir)
-        step = self.state.global_step
-        saving = phase(f"saving {CHECKPOINT}{step}")
-        with self.meter.paused(), saving, staged_checkpoint(output_dir, step) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._commit(staging / f"{CHECKPOINT}{step}", output_dir)
-            self.accelerator.wait_for_everyone()
-
-    def _commit(self, folder: Path, output_dir: Path) -> None:
-        place = output_dir / folder.name
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(place)
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is empty
-        readable(folder)
-        seal(folder, self._about)
-        commit(folder, place)
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with trained_rows_alone(self.model):
-            super()._save(output_dir, state_dict)
-        if self._first is not None:
-            make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # here, since every rank comes by and the file that makes a checkpoint whole is still to be written
-        if self._place is not None:
-            self._place.save(place_file(Path(output_dir), self._mesh))
-
-    def take_up_finished(self, checkpoint: Path) -> bool:
-        """Takes up the weights and the state of a checkpoint, if no step of the run is left after it.
-
-        The Trainer itself goes one step further where the last step lies within an epoch.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        _, steps = count_steps(len(self.get_train_dataloader()), self.args)
-        stopping = self.early_stopping
-        if stopping is not None:
-            stopping.restore(state)
-        if state.global_step < steps and (stopping is None or not stopping.stops):
-            return False
-        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
-            state.best_model_checkpoint = None  # as the Trainer has it
-        self.state = state
-        if self.args.should_save:
-            # what the run would have removed, had it not been killed before
-            rotate(Path(self.args.output_dir), self.args.save_total_limit, state.best_model_checkpoint)
-        self._load_from_checkpoint(str(checkpoint))
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        return True
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if self._first is not None:
-            load_plain(target, Path(resume_from_checkpoint), self._first)
-        elif self._loads_as_stock(target):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            # the stock way loads tensors by the names on disk, which for some families are not the module's names,
-            # and goes on without those it cannot place
-            reload_weights(target, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Their states, under the settings that hold now: what a recipe changes acts from here on."""
-        groups = [] if checkpoint is None else self.optimizer.param_groups
-        given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled:
-            return
-        restore_settings(self.optimizer, self.lr_scheduler, given)
-        # the state brings back when the run before logged, saved and evaluated
-        self.state.compute_steps(self.args, self.state.max_steps)
-
-    def _load_best_model(self) -> None:
-        if self._first is not None:
-            load_plain(self.model, Path(self.state.best_model_checkpoint), self._first)
-        elif self._loads_as_stock(self.model):
-            super()._load_best_model()
-        else:
-            reload_weights(self.model, Path(self.state.best_model_checkpoint))
-
-    def _loads_as_stock(self, model: nn.Module) -> bool:
-        return hasattr(model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled
