@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch._inductor.exc import InductorError
 from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -279,6 +280,24 @@ def test_the_best_checkpoint_is_named_by_its_place(
     assert state["best_model_checkpoint"] == str(place)
     assert phases[-5:] == ["evaluating", "saving checkpoint-2", "evaluating", "saving checkpoint-4", "saving the model"]
     assert not list((tmp_path / "output").glob(".*"))
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_signal_that_a_compiler_gets_too_is_no_fault(
+    tmp_path: Path, checkpoint: Path, signalled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> Any:
+        if signalled:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise InductorError(RuntimeError("C++ compile error"), None)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", step)
+    expected = InterruptedRunError if signalled else InductorError
+    with pytest.raises(expected, match="stopped within step 1 of 6, as it compiled" if signalled else "C") as caught:
+        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+    assert getattr(caught.value, "status", None) == (130 if signalled else None)
+    found = json.loads((tmp_path / "output" / "run.json").read_text())["status"]
+    assert found == ("interrupted" if signalled else "failed")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
@@ -216,12 +217,22 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
     """The steps that are left.
 
     Raises:
-        InterruptedRunError: a signal came before the last of them.
+        InterruptedRunError: a signal came before the last of them, or reached a compiler that a step waited for.
     """
     if checkpoint is not None and trainer.take_up_finished(checkpoint):
         return
     with caught_signals(stop, console.out):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except TorchDynamoException as error:
+            if stop.received is None:
+                raise
+            # a terminal and a launcher send signals to all of a group, and the C++ compiler does not wait
+            raise InterruptedRunError(
+                f"{signal.Signals(stop.received).name}: stopped within step {trainer.state.global_step + 1} of "
+                f"{trainer.state.max_steps}, as it compiled; go on with --resume auto",
+                128 + stop.received,
+            ) from error
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(
             f"{signal.Signals(stop.received).name}: stopped after step {trainer.state.global_step} of "
