@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -85,6 +85,10 @@ class Place:
             DataError: no such file, or one that is broken.
         """
         try:
+            # first, since numpy evaluates what stands in a member's header
+            with ZipFile(file) as archive:
+                if (broken := archive.testzip()) is not None:
+                    raise BadZipFile(f"the checksum of {broken} does not fit")
             with np.load(file) as arrays:
                 block, pack = arrays["place"].tolist()
                 lengths = arrays["lengths"]
