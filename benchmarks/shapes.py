@@ -173,6 +173,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         _qwen3_5("qwen3.5-9b", 4096, 32, 12288, (16, 4), 32, tied=False),
         _qwen3_5("qwen3.5-27b", 5120, 64, 17408, (24, 4), 48, tied=False),
         Shape("qwen3.5-35b-a3b", "qwen3_5_moe_text", _MOE),
+        Shape("qwen3.5-35b-a3b-layers", "qwen3_5_moe_text", _MOE | {"num_hidden_layers": 4, "vocab_size": 1024}),
         Shape("qwen3-next-80b-a3b", "qwen3_next", _NEXT),
         Shape("qwen3-8b", "qwen3", _QWEN3, hybrid=False),
         Shape("qwen3-14b", "qwen3", {**_QWEN3, **_14B}, hybrid=False),
@@ -181,7 +182,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
         Shape("tiny-moe", "qwen3_5_moe_text", {**_TINY, **_experts(8, 2), "moe_intermediate_size": 32}),
     )
 }
-"""Name -> shape; ``tiny`` and ``tiny-moe`` are for a CPU and stand for no checkpoint."""
+"""Name -> shape; ``tiny`` and ``tiny-moe`` are for a CPU and stand for no checkpoint, ``-layers`` are a period of a
+model's layers before a vocabulary so small that they are nearly all of a step."""
 
 
 def shape_named(name: str) -> Shape:
