@@ -64,6 +64,12 @@ class PackedDataset:
         """Tokens of each document, or of each pair."""
         return _of_members(self.lengths, self.per_member)
 
+    def squares(self, epoch: int) -> NDArray[np.int64]:
+        """Sums of the squared lengths of documents, to which the work of attention is proportional, by pack ``[P]``."""
+        packs = self.epochs(epoch)
+        lengths = self.lengths[self.pieces(packs.members)].astype(np.int64)
+        return np.add.reduceat(lengths**2, packs.starts[:-1] * self.per_member)
+
     def pieces(self, members: NDArray[np.integer]) -> NDArray[np.integer]:
         """The pieces of members of a pack, in their order."""
         return (members[:, None] * self.per_member + np.arange(self.per_member)).ravel()

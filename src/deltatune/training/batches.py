@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
@@ -21,6 +22,7 @@ from deltatune.data.stream import PackStream, StreamedPack
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.mesh import ALONE, Mesh
+from deltatune.training.rounds import steps_of_like_cost
 
 __all__ = [
     "PACK_COUNTS",
@@ -83,6 +85,9 @@ class PackOrder(Sampler[list[Any]]):
         mesh: the data-parallel ranks, and which of them this one is.
         drop_last: leave a ragged last round out.
         packs: the packs of an epoch, as the data set takes them; their indices by default.
+        per_step: packs of an optimizer step on all ranks.
+        costs: what the packs of an epoch cost, ``[num_packs]``: those of a step then cost about the same. A step holds
+            the same packs however many ranks share them.
     """
 
     def __init__(
@@ -93,8 +98,11 @@ class PackOrder(Sampler[list[Any]]):
         mesh: Mesh = ALONE,
         drop_last: bool = False,
         packs: Callable[[int], Sequence[Any]] | None = None,
+        per_step: int = 1,
+        costs: Callable[[int], NDArray[np.integer]] | None = None,
     ) -> None:
         self.num_packs, self.seed, self.mesh = num_packs, seed, mesh
+        self.per_step, self.costs = per_step, costs
         self.packs = packs or (lambda _: range(num_packs))
         self.num_rounds = num_packs // mesh.data_size if drop_last else -(-num_packs // mesh.data_size)
         self.epoch = 0
@@ -110,14 +118,20 @@ class PackOrder(Sampler[list[Any]]):
         return self.num_rounds
 
     def __iter__(self) -> Iterator[list[Any]]:
-        packs = self.packs(self.epoch)
-        order = list(range(self.num_packs))
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_packs, generator=generator).tolist()
+        packs, order = self.packs(self.epoch), self._order()
         for number in range(self.num_rounds):
             place = number * self.mesh.data_size + self.mesh.data_rank
             yield [packs[index] for index in order[place : place + 1]]
+
+    def _order(self) -> list[int]:
+        if self.seed is None:
+            return list(range(self.num_packs))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_packs, generator=generator).numpy()
+        if self.costs is not None and self.per_step > 1:
+            order = steps_of_like_cost(order, self.costs(self.epoch), self.per_step, generator)
+        numbers: list[int] = order.tolist()
+        return numbers
 
 
 class CountingCollator:

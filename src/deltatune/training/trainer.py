@@ -155,6 +155,8 @@ class PackedTrainer(SealedTrainer):
             mesh=self._mesh,
             drop_last=self.args.dataloader_drop_last,
             packs=self.train_dataset.epochs,
+            per_step=self._mesh.data_size * self.args.gradient_accumulation_steps,
+            costs=None if isinstance(self.train_dataset, PackStream) else self.train_dataset.squares,
         )
         return pack_loader(self.train_dataset, order, self.data_collator, self.args)
 
