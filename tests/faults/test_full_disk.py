@@ -52,7 +52,7 @@ def small_disk(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kilobytes", [48, 80, 120, 160, 200, 240])
+@pytest.mark.parametrize("kilobytes", [48, 80, 120, 160, 180, 196, 200, 240])
 def test_a_disk_that_is_really_full(case: Any, tmp_path: Path, small_disk: Any, kilobytes: int) -> None:
     small_disk(f"{kilobytes}k")
     output = tmp_path / "disk" / "output"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def test_an_output_folder_in_use_is_refused(tmp_path: Path, adapter: Path) -> No
         merge_adapter(adapter, tmp_path / "merged")
 
 
-def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError("disk full"), Exception("No space left on device (os error 28)")])
+def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path, error: Exception) -> None:
     model = tiny_model("qwen3", layers=1)
     save_trained(model, None, tmp_path / "out")
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -110,9 +112,9 @@ def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path) -> Non
     class Failing:
         def save_pretrained(self, folder: str) -> None:
             (Path(folder) / "config.json").write_text(json.dumps({}))
-            raise OSError("disk full")
+            raise error
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"out cannot be written to: {re.escape(str(error))}; make room"):
         save_trained(Failing(), None, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3"

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError, one_line
+from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
 from deltatune.training.adapter_files import adapter_weights
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
+from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
 from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
 from deltatune.training.saving import Origin, write_merged, write_trained
@@ -67,7 +67,8 @@ def save_trained(
         What should be said of these, in words.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder:
+    writes = writing(output_dir, "written to", "make room, then go on with --resume")
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder, writes:
         said = write_trained(model, tokenizer, Path(folder), origin)
         # PEFT's card asks 39 questions and answers none
         (Path(folder) / CARD_FILE).unlink(missing_ok=True)
@@ -289,10 +290,8 @@ def staged(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        try:
+        with writing(path, "written", "nothing is left of it"):
             yield Path(folder)
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be written: {one_line(error)}; nothing is left of it") from error
         # temporary folders are private; a model is not
         Path(folder).chmod(0o755)
         _sync(Path(folder))

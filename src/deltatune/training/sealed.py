@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import UserError, one_line
+from deltatune.errors import UserError
+from deltatune.training.disk import writing
 
 __all__ = [
     "CHECKPOINT",
@@ -44,25 +45,13 @@ def staged_checkpoint(output_dir: Path, step: int) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or does not take the files.
     """
-    folder = output_dir / f"{_STAGING}{step}"
+    folder, place = output_dir / f"{_STAGING}{step}", output_dir / f"{CHECKPOINT}{step}"
     try:
-        yield folder
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors raise errors of their own for what the operating system said
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) or _is_full(output_dir, error):
-            raise UserError(
-                f"{output_dir / f'{CHECKPOINT}{step}'} cannot be saved: {one_line(error)}; make room, then go on from "
-                "the checkpoint before with --resume"
-            ) from error
-        raise
+        with writing(place, "saved", "make room, then go on from the checkpoint before with --resume"):
+            yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _is_full(folder: Path, error: RuntimeError) -> bool:
-    return shutil.disk_usage(folder).free < 1 << 20 or "inline_container" in str(error) or "No space" in str(error)
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
