@@ -7,12 +7,12 @@ from typing import Any
 from deltatune.importing.axolotl_data import data_sets
 from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_loss
 from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
-from deltatune.importing.batches import batch_of, length_of
+from deltatune.importing.batches import accumulated, batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
 from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
-from deltatune.importing.tokens import added_tokens, role_of, roles
+from deltatune.importing.tokens import role_of, roles, tokens
 from deltatune.importing.training_arguments import (
     PACKED,
     SHARDING,
@@ -121,10 +121,11 @@ def _wandb(value: Any) -> Outcome:
 
 
 def _tensorboard(value: Any, settings: Settings) -> Outcome:
-    both = not is_off(settings.get("wandb_project"))
     if is_off(value):
         return Outcome("no effect here", why="off there too")
-    return Outcome("not supported" if both else "carried", {} if both else {"training.report_to": "tensorboard"})
+    if not is_off(settings.get("wandb_project")):
+        return Outcome("not supported", why="wandb_project is given: a list in training.report_to names both")
+    return Outcome("carried", {"training.report_to": "tensorboard"})
 
 
 @alone
@@ -164,7 +165,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"micro_batch_size": 1, "sequence_len": 512, "num_epochs": 1.0, "lr_scheduler": "cosine"}
     if is_off(settings.get("warmup_steps")) and "warmup_ratio" not in settings:
         found["warmup_ratio"] = 0.03
-    if all(key not in settings for key in ("saves_per_epoch", "save_steps", "save_strategy")):
+    if all(settings.get(key) is None for key in ("saves_per_epoch", "save_steps", "save_strategy")):
         found["save_strategy"] = "epoch"
     held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
     if held_out and all(settings.get(key) is None for key in _WHEN_EVALUATED):
@@ -276,16 +277,16 @@ _RULES: dict[str, Rule] = {
     "sample_packing_sequentially": refused("use training.train_sampling_strategy: sequential"),
     "curriculum_sampling": refused("use training.train_sampling_strategy: sequential"),
     **_each("eval_batch_size eval_sequence_len", idle("evaluation packs as training does")),
-    "batch_size": refused("set training.gradient_accumulation_steps"),
+    "batch_size": accumulated,
     **_each(
         "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel fused_attn_kernel use_kernels "
         "cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp use_scattermoe "
-        "use_sonicmoe experts_implementation use_glm_dsa_kernels use_dsv4_kernels",
+        "use_sonicmoe moe_kernels experts_implementation use_glm_dsa_kernels use_dsv4_kernels",
         idle(_BUILT_IN),
     ),
     "plugins": _plugins,
     "special_tokens": roles,
-    "tokens": added_tokens("tokens"),
+    "tokens": tokens,
     **{role: role_of(role) for role in ("bos_token", "eos_token", "pad_token")},
     "mean_resizing_embeddings": idle("new rows are drawn around the mean of the others"),
     "eot_tokens": idle("the token that ends a turn is found in what the template renders, and trains"),
@@ -297,7 +298,7 @@ _RULES: dict[str, Rule] = {
     **_each(
         "model_type tokenizer_type tokenizer_use_fast tokenizer_legacy is_llama_derived_model "
         "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model base_model_config "
-        "cls_model_config",
+        "model_config_type cls_model_config",
         idle(_AUTO),
     ),
     **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
