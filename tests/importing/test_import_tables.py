@@ -9,7 +9,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from deltatune.config.refused import REFUSED_TRAINING_NAMES
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
 from deltatune.importing import training_arguments
 from deltatune.importing.axolotl import AXOLOTL

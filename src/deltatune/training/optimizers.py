@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.data.report import counted
 from deltatune.errors import UserError
 from deltatune.hf.model import text_model
