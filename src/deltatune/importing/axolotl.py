@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltatune.importing.axolotl_adapters import ADAPTERS, has_lora, trains_embeddings
 from deltatune.importing.axolotl_data import data_sets
 from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_loss
 from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
 from deltatune.importing.batches import accumulated, batch_of, length_of
-from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
-from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
+from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, unfrozen
+from deltatune.importing.lora import QUANTISED
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of, roles, tokens
@@ -33,21 +34,6 @@ _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "set it in the environment: WANDB_ENTITY and so on"
 
 
-def _has_lora(settings: Settings) -> bool:
-    return settings.get("adapter") in ("lora", "qlora")
-
-
-@alone
-def _adapter(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome("no effect here", why="every weight trains")
-    if value == "qlora":
-        return Outcome("changed", {"lora": {}}, f"lora; {QUANTISED}")
-    if value != "lora":
-        return Outcome("not supported", why="lora is the one adapter of recipes")
-    return Outcome("carried", {"lora": {}})
-
-
 @alone
 def _bf16(value: Any) -> Outcome:
     if is_off(value):
@@ -62,31 +48,8 @@ def _fp16(value: Any, settings: Settings) -> Outcome:
     if not is_off(settings.get("bf16")):
         return Outcome("no effect here", why="bf16 is given, which wins")
     # a scaler does not take the gradients of 16-bit weights; those of adapters are float32
-    dtype = "float16" if _has_lora(settings) else "float32"
+    dtype = "float16" if has_lora(settings) else "float32"
     return Outcome("changed", {"model.dtype": dtype, "training.fp16": True}, f"{dtype} weights under autocast")
-
-
-@alone
-def _linear(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome("no effect here", why="off there too")
-    return Outcome("carried", {"lora.target_modules": "all-linear"})
-
-
-def _targets(value: Any, settings: Settings) -> Outcome:
-    if not is_off(settings.get("lora_target_linear")):
-        beyond = [name for name in ("embed_tokens", "lm_head") if value and name in texts(value)]
-        if beyond:
-            return Outcome(
-                "not supported", why=f"all-linear leaves out {' and '.join(beyond)}: use lora.modules_to_save"
-            )
-        return Outcome("no effect here", why="lora_target_linear takes all linear layers")
-    return targets(value, settings)
-
-
-def _trains_embeddings(settings: Settings) -> bool:
-    named = [settings.get(key) or [] for key in ("lora_modules_to_save", "lora_target_modules")]
-    return not _has_lora(settings) or any(name in str(named) for name in EMBEDDINGS.split("|"))
 
 
 @alone
@@ -149,15 +112,6 @@ def _overlong(settings: Settings) -> str:
     return fate.get(str(settings.get("excess_length_strategy")), "drop")
 
 
-@alone
-def _share_of_experts(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome("no effect here", why="not set")
-    names = texts(value)
-    full = all(any(name.endswith(end) for name in names) for end in ("gate_up_proj", "down_proj"))
-    return Outcome("carried", {"lora.target_parameters": "all-experts" if full else names})
-
-
 _WHEN_EVALUATED = ("evals_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
 
 
@@ -174,31 +128,6 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         # TRL's defaults, which Axolotl hands on
         found |= {"rl_beta": 0.1, "simpo_gamma": 0.5}
     return found
-
-
-_LORA: dict[str, Rule] = {
-    "lora_r": carried("lora.r", count),
-    "lora_alpha": carried("lora.lora_alpha", whole),
-    "lora_dropout": carried("lora.lora_dropout", number),
-    "lora_target_modules": _targets,
-    "lora_target_linear": _linear,
-    "lora_target_parameters": _share_of_experts,
-    "lora_modules_to_save": carried("lora.modules_to_save", texts),
-    "lora_rank_pattern": carried("lora.rank_pattern", mapping),
-    "lora_alpha_pattern": carried("lora.alpha_pattern", mapping),
-    "lora_fan_in_fan_out": idle("linear layers alone get adapters"),
-    "peft_use_rslora": carried("lora.use_rslora", flag),
-    "peft_use_dora": carried("lora.use_dora", flag, "needs compile.strict: false with compile"),
-    "peft_init_lora_weights": carried("lora.init_lora_weights"),
-    "peft_layers_to_transform": carried("lora.layers_to_transform"),
-}
-
-_LORA_RULES = {
-    **{key: with_lora(new_adapter("lora_model_dir", key, rule), _has_lora) for key, rule in _LORA.items()},
-    "lora_model_dir": with_lora(carried("lora.name_or_path", text, "its ranks and targets are its own"), _has_lora),
-    "loraplus_lr_ratio": with_lora(lora_plus("loraplus_lr_ratio"), _has_lora),
-    "loraplus_lr_embedding": with_lora(lora_plus("loraplus_lr_embedding"), _has_lora),
-}
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -229,8 +158,7 @@ _RULES: dict[str, Rule] = {
     "num_epochs": epochs,
     "optimizer": optimizer,
     "lr_scheduler": learning_rate_schedule,
-    "adapter": _adapter,
-    **_LORA_RULES,
+    **ADAPTERS,
     "val_set_size": _val_size,
     "evals_per_epoch": per_epoch("eval"),
     "saves_per_epoch": per_epoch("save"),
@@ -331,8 +259,8 @@ _RULES: dict[str, Rule] = {
         refused("an adapter or every weight trains, from start to end"),
     ),
     "unfrozen_parameters": unfrozen,
-    "embedding_lr": embedding_rate(EMBEDDINGS, _trains_embeddings),
-    "embedding_lr_scale": embedding_rate(EMBEDDINGS, _trains_embeddings, scale=True),
+    "embedding_lr": embedding_rate(EMBEDDINGS, trains_embeddings),
+    "embedding_lr_scale": embedding_rate(EMBEDDINGS, trains_embeddings, scale=True),
     "lr_groups": learning_rate_groups,
     **_each(
         "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")
