@@ -23,9 +23,9 @@ from deltatune.config.schema import (
     Recipe,
     SamplesSection,
     Source,
-    TrainingSection,
     VerifySection,
 )
+from deltatune.config.training_section import TrainingSection
 
 __all__ = ["reference_page"]
 

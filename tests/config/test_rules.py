@@ -11,8 +11,8 @@ from deltatune.config.explain import known_keys
 from deltatune.config.load import load_recipe
 from deltatune.config.refused import MOVED_TRAINING_NAMES, PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.rules import check_training_names
-from deltatune.config.schema import OWN_TRAINING_NAMES as OURS
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import OWN_TRAINING_NAMES as OURS
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}

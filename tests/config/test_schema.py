@@ -16,9 +16,9 @@ from deltatune.config.schema import (
     Recipe,
     SamplesSection,
     Source,
-    TrainingSection,
     VerifySection,
 )
+from deltatune.config.training_section import TrainingSection
 from tools.config_reference import reference_page
 
 SECTIONS = [

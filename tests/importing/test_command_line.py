@@ -23,6 +23,12 @@ from deltatune.importing.values import NotLiteral
         ("trl kto --a 1\ntrl sft --a 2 && echo done", {"a": 2}),
         ("python trl/scripts/dpo.py --beta 0.2", {"loss_type": "sigmoid", "beta": 0.2}),
         ("trl dpo --loss_type ipo", {"loss_type": "ipo"}),
+        ("A=x\nB=${A}/y\ntrl sft --a $B/z", {"a": "x/y/z"}),
+        ("A=x\nA+=y\ntrl sft --a $A", {"a": NotLiteral("$A")}),
+        ('N="""--b \\\n --c\n"""\nN="--d"\ntrl sft --a 1 $N', {"a": 1, "$N": NotLiteral("$N")}),
+        ("trl sft $ARGUMENTS --a", {"$ARGUMENTS": NotLiteral("$ARGUMENTS"), "a": True}),
+        ("accelerate launch -m trl.scripts.sft --a 1", {"a": 1}),
+        ("python examples/dpo_vlm.py --a 1", {"loss_type": "sigmoid", "a": 1}),
     ],
 )
 def test_flags(source, expected):
@@ -31,7 +37,12 @@ def test_flags(source, expected):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("trl sft 'x", "cannot be read"), ("trl sft x", "expected a flag"), ("trl kto --a 1", "found none")],
+    [
+        ("trl sft 'x", "cannot be read"),
+        ("trl sft x", "expected a flag"),
+        ("trl kto --a 1", "found none"),
+        ("dpo_online.py --a", "found none"),
+    ],
 )
 def test_what_is_no_command(source, message):
     with pytest.raises(UserError, match=message):

@@ -21,6 +21,7 @@ def of_axolotl(entry):
         ({"type": "alpaca"}, {"format": "alpaca"}),
         ({"type": "completion", "field": "body"}, {"format": "text", "columns.text": "body"}),
         ({"path": "json", "data_files": "x.jsonl"}, {"path": "x.jsonl"}),
+        ({"ds_type": "json", "data_files": ["x.jsonl"]}, {"path": "x.jsonl"}),
         ({"path": "./d", "data_files": ["x.jsonl"]}, {"path": "./d/x.jsonl"}),
         ({"path": "owner/d", "data_files": ["x.jsonl"]}, {"path": "owner/d"}),
         ({"path": "x.jsonl", "split": "train"}, {"path": "x.jsonl"}),
@@ -83,6 +84,22 @@ def of_trl(section, value):
 )
 def test_trl_sources(section, value, writes):
     assert of_trl(section, value)[0] == {f"data.train.0.{key}": value for key, value in writes.items()}
+
+
+def test_a_mixer_takes_each_name_in_all_splits():
+    settings = {"dataset_splits": ["train_a", "train_b", "test_a"], "evaluation_strategy": "epoch"}
+    rows = TRL.sections["dataset_mixer"]({"o/d": 1, "o/e": 1}, settings, Path("t.yaml"))
+    writes = {key.removeprefix("data."): value for row in rows for key, value in row.outcome.writes.items()}
+    train = [("o/d", "train_a"), ("o/d", "train_b"), ("o/e", "train_a"), ("o/e", "train_b")]
+    held_out = [("o/d", "test_a"), ("o/e", "test_a")]
+    assert writes == {
+        f"{part}.{place}.{key}": value
+        for part, sources in (("train", train), ("eval", held_out))
+        for place, source in enumerate(sources)
+        for key, value in zip(("path", "split"), source, strict=True)
+    }
+    rows = TRL.sections["dataset_mixer"]({"o/d": 1}, {**settings, "evaluation_strategy": "no"}, Path("t.yaml"))
+    assert not any(key.startswith("data.eval") for row in rows for key in row.outcome.writes)
 
 
 def test_fractions_are_shares_of_documents():

@@ -9,7 +9,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from deltatune.config.refused import REFUSED_TRAINING_NAMES
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
 from deltatune.importing import training_arguments
 from deltatune.importing.axolotl import AXOLOTL
@@ -181,6 +181,15 @@ def outcome(table, key, value, **others) -> Outcome:
         (UNSLOTH, "use_gradient_checkpointing", False, {}, {"checkpointing": "none"}),
         (UNSLOTH, "bf16", True, {"from_pretrained": "FastModel, line 1"}, {}),
         (UNSLOTH, "bf16", True, {"from_pretrained": "AutoModelForCausalLM, line 1"}, {"training.bf16": True}),
+        (AXOLOTL, "batch_size", 8, {"micro_batch_size": 2}, {"training.gradient_accumulation_steps": 4}),
+        (AXOLOTL, "batch_size", 8, {"gradient_accumulation_steps": 2}, {}),
+        (AXOLOTL, "tokens", {"pad_token": "<p>"}, {}, {"model.special_tokens.pad_token": "<p>"}),
+        (TRL, "seq_length", 512, {}, {"data.max_length": 512, "data.overlong": "truncate"}),
+        (TRL, "loss_type", "apo_zero", {}, {"preference.loss": "dpo"}),
+        (TRL, "loss_type", "dft", {}, {}),
+        (TRL, "beta", 0.1, {"loss_type": ["apo_zero"]}, {"preference.beta": 0.1}),
+        (TRL, "beta", 0.1, {"loss_type": "dft"}, {}),
+        (UNSLOTH, "ORPOTrainer", "line 1", {}, {"preference.loss": "orpo"}),
         (UNSLOTH, "path", "json", {"data_files": "x.jsonl"}, {}),
         (UNSLOTH, "data_files", {"train": "x.jsonl"}, {}, {"data.train.0.path": "x.jsonl"}),
     ],
@@ -194,6 +203,16 @@ def test_key(table, key, value, others, writes):
 def test_what_cannot_be_had_says_why(table, key):
     found = outcome(table, key, "something")
     assert (found.verdict, bool(found.why)) == ("not supported", True)
+
+
+@pytest.mark.parametrize("table", [AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH], ids=lambda table: table.name)
+def test_no_refusal_is_without_a_reason(table):
+    others = {"wandb_project": "mine", "adapter": "lora"}
+    for key, rule in table.rules.items():
+        for value in (True, 1, "x"):
+            with contextlib.suppress(UserError):
+                found = rule(value, {**others, key: value})
+                assert found.why or found.verdict != "not supported", key
 
 
 @pytest.mark.parametrize(("key", "value"), [("eot_tokens", ["<|im_end|>"]), ("cls_model_config", "Gemma3TextConfig")])

@@ -149,6 +149,28 @@ def test_trls_dpo(tmp_path, name, text):
     assert recipe["packing"]["tokens_per_batch"] == 8 * 2 * 512
 
 
+@pytest.mark.parametrize(
+    ("trainer", "config", "expected"),
+    [
+        ("ORPO", "beta=0.2", {"loss": "orpo", "beta": 0.2}),
+        ("DPO", "beta=0.2", {"loss": "dpo", "beta": 0.2}),
+        ("DPO", "loss_type='ipo'", {"loss": "ipo"}),
+    ],
+)
+@pytest.mark.parametrize("model", ["FastModel", "AutoModelForCausalLM"])
+def test_trainers_of_pairs_in_scripts(tmp_path, trainer, config, expected, model):
+    text = (
+        f"model = {model}.from_pretrained('m', max_seq_length=2048)\nPatch{trainer}Trainer()\n"
+        f"{trainer}Trainer(model, train_dataset=d, args={trainer}Config({config}, max_length=512))"
+    )
+    recipe, rows = imported(tmp_path, text, "theirs.py")
+    assert recipe["preference"] == expected
+    assert recipe["data"]["max_length"] == 512
+    assert recipe["packing"]["tokens_per_batch"] == (4 if model == "FastModel" else 8) * 2 * 512
+    assert recipe["training"].get("learning_rate") == (None if model == "FastModel" else 1e-6)
+    assert not any(key.startswith("Patch") for key in rows)
+
+
 def test_what_is_written_loads(tmp_path):
     text = AXOLOTL.format(rl="dpo", type="chat_template.default") + "train_on_inputs: true\n"
     recipe, rows = imported(tmp_path, text)

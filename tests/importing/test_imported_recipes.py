@@ -268,6 +268,26 @@ def test_what_does_not_load_is_taken_out_with_its_reason(imported):
     assert "expected a number of at least 0.0, got -1" in row.outcome.why
 
 
+def test_what_a_finding_begins_with_is_taken_out(imported):
+    found = imported("t.sh", "trl sft --save_strategy epoch --save_steps 9")
+    assert yaml.safe_load(found.text)["training"]["save_strategy"] == "epoch"
+    row = next(row for row in found.rows if row.key == "save_steps")
+    assert row.outcome.verdict == "not supported"
+
+
+def test_a_url_is_no_data(imported):
+    found = imported("t.sh", "trl sft --dataset_name https://some.where/rows.csv")
+    row = next(row for row in found.rows if row.key == "dataset_name")
+    assert (row.outcome.verdict, "download it" in row.outcome.why) == ("not supported", True)
+    assert yaml.safe_load(found.text)["data"]["train"] == [{"path": "YOUR-DATA.jsonl"}]
+
+
+@pytest.mark.parametrize("key", ["save_steps", "saves_per_epoch", "other"])
+def test_axolotl_saves_once_an_epoch_where_nothing_says_when(imported, key):
+    found = imported("a.yml", f"base_model: m\n{key}:\n")
+    assert yaml.safe_load(found.text)["training"]["save_strategy"] == "epoch"
+
+
 def test_two_keys_for_one_of_ours(imported):
     text = "trl sft --model_name_or_path a --model_name b"
     found = imported("t.sh", text)

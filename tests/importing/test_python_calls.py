@@ -20,6 +20,10 @@ def arguments(source):
         ("c = {'r': 8}\nf(a=c['r'])", {"a": 8}),
         ("c = {'r': 8}\nf(**c)", {"r": 8}),
         ("f(a=g())", {"a": NotLiteral("g()")}),
+        ("n = 4096\nf(a=128 * 2, b=n // 2)", {"a": 256, "b": 2048}),
+        ("f(a=1 // 0, b='x' * 2)", {"a": NotLiteral("1 // 0"), "b": NotLiteral("'x' * 2")}),
+        ("n = 'x'\nf(a={'train': n}, b=[n, (n,)])", {"a": {"train": "x"}, "b": ["x", ("x",)]}),
+        ("f(a={**g()}, b=[n])", {"a": NotLiteral("{**g()}"), "b": NotLiteral("[n]")}),
         ("n = 3\nn = 4\nf(a=n)", {"a": NotLiteral("n")}),
         ("for n in (1, 2):\n    f(a=n)", {"a": NotLiteral("n")}),
         ("n = 1\nn += 1\nf(a=n)", {"a": NotLiteral("n")}),
@@ -48,6 +52,20 @@ def test_a_later_call_wins_and_the_earlier_is_kept():
     source = "FastModel.from_pretrained('m', max_seq_length=1)\nSFTTrainer(max_seq_length=2)"
     found = settings_of_script(Path("s.py"), source)
     assert (found["max_seq_length"], found["from_pretrained.max_seq_length"]) == (2, 1)
+
+
+def test_a_call_in_a_helper_gives_way_to_one_outside():
+    source = "def reload():\n    FastModel.from_pretrained('merged')\nFastModel.from_pretrained('m')"
+    found = settings_of_script(Path("s.py"), source)
+    assert (found["model_name"], "from_pretrained (line 2)" in found) == ("m", True)
+    alone = "def main():\n    FastModel.from_pretrained('m')\nSFTConfig(seed=1)"
+    assert settings_of_script(Path("s.py"), alone)["model_name"] == "m"
+
+
+def test_arguments_by_place_are_read_or_named():
+    found = settings_of_script(Path("s.py"), "SFTTrainer(m, a, None, rows, None, 'more')")
+    assert found["train_dataset"] == NotLiteral("rows")
+    assert found["SFTTrainer, argument 6"] == "more"
 
 
 @pytest.mark.parametrize("name", ["SFTTrainer", "GRPOTrainer"])

@@ -12,6 +12,7 @@ from deltatune.importing.read import read_foreign
         ("a.yml", "base_model: m\nlearning_rate: 1", "axolotl"),
         ("l.yaml", "model_name_or_path: m\nstage: sft", "llamafactory"),
         ("t.yaml", "model_name_or_path: m\ndataset_name: d", "trl"),
+        ("h.yaml", "model_name_or_path: m\ndataset_mixer: {d: 1}", "trl"),
         ("t.sh", "trl sft --model_name_or_path m", "trl"),
         ("u.py", "FastLanguageModel.from_pretrained('m')", "unsloth"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from run_cases import entry, leg, recipe, write_run
 
+from deltatune.config.rewards import REWARDS
 from deltatune.runs.compare import differences
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
@@ -82,6 +83,15 @@ def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     assert html.count('<g class="curve') == 10
     assert html.index("learning_rate") < html.index('<details class="run">'), "what differs stands before the details"
     assert "Recipes: what differs" not in page_of(one)
+
+
+def test_a_run_on_pairs_has_curves_of_its_rewards(tmp_path: Path) -> None:
+    figures = {"rewards/accuracies": 0.75, "rewards/margins": 0.5, "logps/chosen": -12.0, "logps/rejected": -14.0}
+    html = page_of(write_run(tmp_path, entries=[{**entry(step, 2.0), **figures} for step in (1, 2)]))
+    assert html.count("<figure>") == 5 + len(figures)
+    for title in ("pairs in the right order", "chosen answer over", "ability of the chosen", "ability of the rejected"):
+        assert title in html
+    assert figures.keys() < set(REWARDS), "by the names that are logged"
 
 
 def test_updates_that_were_left_out_are_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from deltatune.training.adapters import adapt, adapt_by_recipe
 from deltatune.training.checkpoint import empty_model, load_tokenizer
 from deltatune.training.export import merge_adapter
 from deltatune.training.run import train
+from deltatune.training.tokens import token_rows
 from tiny import tiny_model
 
 QUIET = Console(quiet=True)
@@ -78,6 +79,9 @@ def test_new_rows_train_beside_adapters_and_load_everywhere(tmp_path: Path, chec
     merged = AutoModelForCausalLM.from_pretrained(merge_adapter(result.output_dir, tmp_path / "merged"))
     assert merged.config.vocab_size == VOCABULARY + 2
     assert close(logits(merged), logits(stock))
+    tied = stock.get_base_model().config.tie_word_embeddings
+    assert merged.config.tie_word_embeddings == tied, "rows that train are the same in both"
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert torch.equal(merged.get_input_embeddings().weight[:VOCABULARY], base.get_input_embeddings().weight)
 
@@ -147,6 +151,20 @@ def test_modules_that_train_whole_need_no_rows() -> None:
     rows = [name for name, p in model.named_parameters() if p.requires_grad and "trainable_tokens" in name]
     assert len(rows) == 1
     assert "embed_tokens" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("tied", "whole", "rows"),
+    [
+        (False, None, ["model.embed_tokens", "lm_head"]),
+        (False, "embed_tokens", ["lm_head"]),
+        (True, None, ["model.embed_tokens"]),
+        (True, "embed_tokens", []),
+    ],
+)
+def test_a_tied_head_has_no_rows_of_its_own(tied: bool, whole: str | None, rows: list[str]) -> None:
+    section = LoraSection(r=2, target_modules=("q_proj",), modules_to_save=(whole,) if whole else None)
+    assert list(token_rows(tiny_model("qwen3_5", tie_word_embeddings=tied), [94], section)) == rows
 
 
 @pytest.mark.parametrize("tied", [False, True])

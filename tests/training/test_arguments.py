@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from deltatune import prepare
 from deltatune.config.refused import PASSED_TRAINING_NAMES
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
 from deltatune.training import arguments as module
 from deltatune.training.arguments import training_arguments

@@ -17,7 +17,7 @@ from test_run import stopping_after
 from torch import nn
 from training_cases import make_recipe, save_checkpoint
 
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
 from deltatune.training import run as run_module
 from deltatune.training.arguments import training_arguments

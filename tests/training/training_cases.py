@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deltatune import prepare
-from deltatune.config.schema import Recipe, TrainingSection
+from deltatune.config.schema import Recipe
+from deltatune.config.training_section import TrainingSection
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.arguments import training_arguments
 from deltatune.training.trainer import PackedTrainer

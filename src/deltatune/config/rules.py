@@ -13,7 +13,8 @@ from deltatune.config.idle import idle_settings
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.row_formats import columns_of
-from deltatune.config.schema import LoraSection, Recipe, Source, TrainingSection
+from deltatune.config.schema import LoraSection, Recipe, Source
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
 __all__ = ["adapter_errors", "check_recipe", "check_training_names", "start_errors"]

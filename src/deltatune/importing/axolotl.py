@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltatune.importing.axolotl_adapters import ADAPTERS, has_lora, trains_embeddings
 from deltatune.importing.axolotl_data import data_sets
 from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_loss
 from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
-from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, lora_plus, unfrozen
-from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
+from deltatune.importing.batches import accumulated, batch_of, length_of
+from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, unfrozen
+from deltatune.importing.lora import QUANTISED
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
-from deltatune.importing.tokens import added_tokens, role_of, roles
+from deltatune.importing.tokens import role_of, roles, tokens
 from deltatune.importing.training_arguments import (
     PACKED,
     SHARDING,
@@ -33,21 +34,6 @@ _IMAGES = "text alone trains here; images and audio in data are not read"
 _WANDB = "set it in the environment: WANDB_ENTITY and so on"
 
 
-def _has_lora(settings: Settings) -> bool:
-    return settings.get("adapter") in ("lora", "qlora")
-
-
-@alone
-def _adapter(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome("no effect here", why="every weight trains")
-    if value == "qlora":
-        return Outcome("changed", {"lora": {}}, f"lora; {QUANTISED}")
-    if value != "lora":
-        return Outcome("not supported", why="lora is the one adapter of recipes")
-    return Outcome("carried", {"lora": {}})
-
-
 @alone
 def _bf16(value: Any) -> Outcome:
     if is_off(value):
@@ -62,31 +48,8 @@ def _fp16(value: Any, settings: Settings) -> Outcome:
     if not is_off(settings.get("bf16")):
         return Outcome("no effect here", why="bf16 is given, which wins")
     # a scaler does not take the gradients of 16-bit weights; those of adapters are float32
-    dtype = "float16" if _has_lora(settings) else "float32"
+    dtype = "float16" if has_lora(settings) else "float32"
     return Outcome("changed", {"model.dtype": dtype, "training.fp16": True}, f"{dtype} weights under autocast")
-
-
-@alone
-def _linear(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome("no effect here", why="off there too")
-    return Outcome("carried", {"lora.target_modules": "all-linear"})
-
-
-def _targets(value: Any, settings: Settings) -> Outcome:
-    if not is_off(settings.get("lora_target_linear")):
-        beyond = [name for name in ("embed_tokens", "lm_head") if value and name in texts(value)]
-        if beyond:
-            return Outcome(
-                "not supported", why=f"all-linear leaves out {' and '.join(beyond)}: use lora.modules_to_save"
-            )
-        return Outcome("no effect here", why="lora_target_linear takes all linear layers")
-    return targets(value, settings)
-
-
-def _trains_embeddings(settings: Settings) -> bool:
-    named = [settings.get(key) or [] for key in ("lora_modules_to_save", "lora_target_modules")]
-    return not _has_lora(settings) or any(name in str(named) for name in EMBEDDINGS.split("|"))
 
 
 @alone
@@ -121,10 +84,11 @@ def _wandb(value: Any) -> Outcome:
 
 
 def _tensorboard(value: Any, settings: Settings) -> Outcome:
-    both = not is_off(settings.get("wandb_project"))
     if is_off(value):
         return Outcome("no effect here", why="off there too")
-    return Outcome("not supported" if both else "carried", {} if both else {"training.report_to": "tensorboard"})
+    if not is_off(settings.get("wandb_project")):
+        return Outcome("not supported", why="wandb_project is given: a list in training.report_to names both")
+    return Outcome("carried", {"training.report_to": "tensorboard"})
 
 
 @alone
@@ -148,15 +112,6 @@ def _overlong(settings: Settings) -> str:
     return fate.get(str(settings.get("excess_length_strategy")), "drop")
 
 
-@alone
-def _share_of_experts(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome("no effect here", why="not set")
-    names = texts(value)
-    full = all(any(name.endswith(end) for name in names) for end in ("gate_up_proj", "down_proj"))
-    return Outcome("carried", {"lora.target_parameters": "all-experts" if full else names})
-
-
 _WHEN_EVALUATED = ("evals_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
 
 
@@ -164,7 +119,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"micro_batch_size": 1, "sequence_len": 512, "num_epochs": 1.0, "lr_scheduler": "cosine"}
     if is_off(settings.get("warmup_steps")) and "warmup_ratio" not in settings:
         found["warmup_ratio"] = 0.03
-    if all(key not in settings for key in ("saves_per_epoch", "save_steps", "save_strategy")):
+    if all(settings.get(key) is None for key in ("saves_per_epoch", "save_steps", "save_strategy")):
         found["save_strategy"] = "epoch"
     held_out = any(not is_off(settings.get(key)) for key in ("val_set_size", "test_datasets"))
     if held_out and all(settings.get(key) is None for key in _WHEN_EVALUATED):
@@ -173,31 +128,6 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         # TRL's defaults, which Axolotl hands on
         found |= {"rl_beta": 0.1, "simpo_gamma": 0.5}
     return found
-
-
-_LORA: dict[str, Rule] = {
-    "lora_r": carried("lora.r", count),
-    "lora_alpha": carried("lora.lora_alpha", whole),
-    "lora_dropout": carried("lora.lora_dropout", number),
-    "lora_target_modules": _targets,
-    "lora_target_linear": _linear,
-    "lora_target_parameters": _share_of_experts,
-    "lora_modules_to_save": carried("lora.modules_to_save", texts),
-    "lora_rank_pattern": carried("lora.rank_pattern", mapping),
-    "lora_alpha_pattern": carried("lora.alpha_pattern", mapping),
-    "lora_fan_in_fan_out": idle("linear layers alone get adapters"),
-    "peft_use_rslora": carried("lora.use_rslora", flag),
-    "peft_use_dora": carried("lora.use_dora", flag, "needs compile.strict: false with compile"),
-    "peft_init_lora_weights": carried("lora.init_lora_weights"),
-    "peft_layers_to_transform": carried("lora.layers_to_transform"),
-}
-
-_LORA_RULES = {
-    **{key: with_lora(new_adapter("lora_model_dir", key, rule), _has_lora) for key, rule in _LORA.items()},
-    "lora_model_dir": with_lora(carried("lora.name_or_path", text, "its ranks and targets are its own"), _has_lora),
-    "loraplus_lr_ratio": with_lora(lora_plus("loraplus_lr_ratio"), _has_lora),
-    "loraplus_lr_embedding": with_lora(lora_plus("loraplus_lr_embedding"), _has_lora),
-}
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -228,8 +158,7 @@ _RULES: dict[str, Rule] = {
     "num_epochs": epochs,
     "optimizer": optimizer,
     "lr_scheduler": learning_rate_schedule,
-    "adapter": _adapter,
-    **_LORA_RULES,
+    **ADAPTERS,
     "val_set_size": _val_size,
     "evals_per_epoch": per_epoch("eval"),
     "saves_per_epoch": per_epoch("save"),
@@ -276,16 +205,16 @@ _RULES: dict[str, Rule] = {
     "sample_packing_sequentially": refused("use training.train_sampling_strategy: sequential"),
     "curriculum_sampling": refused("use training.train_sampling_strategy: sequential"),
     **_each("eval_batch_size eval_sequence_len", idle("evaluation packs as training does")),
-    "batch_size": refused("set training.gradient_accumulation_steps"),
+    "batch_size": accumulated,
     **_each(
         "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel fused_attn_kernel use_kernels "
         "cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp use_scattermoe "
-        "use_sonicmoe experts_implementation use_glm_dsa_kernels use_dsv4_kernels",
+        "use_sonicmoe moe_kernels experts_implementation use_glm_dsa_kernels use_dsv4_kernels",
         idle(_BUILT_IN),
     ),
     "plugins": _plugins,
     "special_tokens": roles,
-    "tokens": added_tokens("tokens"),
+    "tokens": tokens,
     **{role: role_of(role) for role in ("bos_token", "eos_token", "pad_token")},
     "mean_resizing_embeddings": idle("new rows are drawn around the mean of the others"),
     "eot_tokens": idle("the token that ends a turn is found in what the template renders, and trains"),
@@ -297,7 +226,7 @@ _RULES: dict[str, Rule] = {
     **_each(
         "model_type tokenizer_type tokenizer_use_fast tokenizer_legacy is_llama_derived_model "
         "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model base_model_config "
-        "cls_model_config",
+        "model_config_type cls_model_config",
         idle(_AUTO),
     ),
     **_each("tokenizer_use_mistral_common", refused("the tokenizer is transformers'")),
@@ -330,8 +259,8 @@ _RULES: dict[str, Rule] = {
         refused("an adapter or every weight trains, from start to end"),
     ),
     "unfrozen_parameters": unfrozen,
-    "embedding_lr": embedding_rate(EMBEDDINGS, _trains_embeddings),
-    "embedding_lr_scale": embedding_rate(EMBEDDINGS, _trains_embeddings, scale=True),
+    "embedding_lr": embedding_rate(EMBEDDINGS, trains_embeddings),
+    "embedding_lr_scale": embedding_rate(EMBEDDINGS, trains_embeddings, scale=True),
     "lr_groups": learning_rate_groups,
     **_each(
         "cosine_min_lr_ratio", refused("use lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: min_lr_rate")

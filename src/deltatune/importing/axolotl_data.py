@@ -79,7 +79,7 @@ def _path(where: str, key: str, value: Any, entry: dict[str, Any]) -> Outcome:
     if is_off(files):
         return Outcome("carried", {f"{where}.path": text(value)})
     names = texts(files)
-    if path in _READERS:
+    if path in _READERS or (is_off(path) and entry.get("ds_type") in _READERS):
         ours = names[0]
     elif is_folder_path(path):
         ours = f"{text(path).rstrip('/')}/{names[0]}"

@@ -7,7 +7,7 @@ from typing import Any
 from deltatune.importing.rules import Outcome, Rule, Settings
 from deltatune.importing.values import count, is_off
 
-__all__ = ["batch_of", "length_of"]
+__all__ = ["accumulated", "batch_of", "length_of"]
 
 
 def batch_of(*length_keys: str, packed: Any, paired: Any) -> Rule:
@@ -31,6 +31,17 @@ def batch_of(*length_keys: str, packed: Any, paired: Any) -> Rule:
         return Outcome("changed", {"packing.tokens_per_batch": rows * answers * tokens}, why)
 
     return rule
+
+
+def accumulated(value: Any, settings: Settings) -> Outcome:
+    """Axolotl's rows in a step, which are batches of ``micro_batch_size``, unless their number is given."""
+    if is_off(value):
+        return Outcome("no effect here", why="not set")
+    if not is_off(settings.get("gradient_accumulation_steps")):
+        return Outcome("no effect here", why="gradient_accumulation_steps is given, which wins")
+    rows = count(settings.get("micro_batch_size", 1))
+    writes = {"training.gradient_accumulation_steps": max(1, count(value) // rows)}
+    return Outcome("changed", writes, f"{value} rows in a step, {rows} in a batch")
 
 
 def length_of(overlong: Any) -> Rule:

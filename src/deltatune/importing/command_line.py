@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from deltatune.importing.values import NotLiteral
 
 __all__ = ["settings_of_command"]
 
-_ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=(\"[^\"$`]*\"|'[^']*'|[^\s$`\"';&|]*)\s*$", re.MULTILINE)
+_ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=(\"[^\"$`]*\"|'[^'$`]*'|[^\s$`\"';&|]*)\s*$", re.MULTILINE)
+_ASSIGNS = re.compile(r"^\s*(?:export\s+)?(\w+)\+?=", re.MULTILINE)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+# TRL's own scripts and those made of them: sft.py, trl_sft.py, sft_gpt_oss.py, but not dpo_online.py
+_SCRIPT = re.compile(r"(?:trl_)?(sft|dpo)(?:_(?!online)\w+)?\.py")
+_MODULE = re.compile(r"trl\.scripts\.(sft|dpo)")
 _NUMBERED = re.compile(r"(?<=\s)\d(?=>)")  # the 2 of 2>&1
 _MARKS = frozenset(";&|<>")
 
@@ -23,7 +28,8 @@ def settings_of_command(path: Path, source: str) -> dict[str, Any]:
     """The flags of the first ``trl sft`` or ``trl dpo`` in a text: a value in YAML, a list where there are several.
 
     A flag alone is true. A loss tells the two commands apart, so ``trl dpo`` has its default where no flag says one.
-    Variables that the text gives one literal stand for it.
+    Variables that the text gives one literal stand for it. Another that follows a flag and its value may hold flags of
+    its own: it is kept under its name.
 
     Raises:
         UserError: no such command, quotes that do not end, or a word that belongs to no flag.
@@ -32,23 +38,18 @@ def settings_of_command(path: Path, source: str) -> dict[str, Any]:
     text = _substituted(re.sub(r"(?m)^\s*#.*$", "", text))
     for line in text.splitlines():
         words = _words(path, line)
-        start = _start(words)
-        if start is not None:
-            loss = {"loss_type": "sigmoid"} if words[start - 1].rsplit("/", 1)[-1] in ("dpo", "dpo.py") else {}
-            return {**loss, **_flags(path, words[start:])}
+        for place, word in enumerate(words):
+            if (kind := _kind(word, words[:place])) is not None:
+                return {**({"loss_type": "sigmoid"} if kind == "dpo" else {}), **_flags(path, words[place + 1 :])}
     raise UserError(f"{path}: expected a command line with trl sft or trl dpo --model_name_or_path ...; found none")
 
 
 def _substituted(text: str) -> str:
-    given: dict[str, set[str]] = {}
-    for name, value in _ASSIGNED.findall(text):
-        given.setdefault(name, set()).add(value.strip("\"'"))
-
-    def literal(match: re.Match[str]) -> str:
-        values = given.get(match[1] or match[2], set())
-        return next(iter(values)) if len(values) == 1 else match[0]
-
-    return _VARIABLE.sub(literal, text)
+    """The text with what one assignment alone gives a literal, or made of such, in place of the variable."""
+    times = Counter(_ASSIGNS.findall(text))
+    given = {name: value.strip("\"'") for name, value in _ASSIGNED.findall(text) if times[name] == 1}
+    found = _VARIABLE.sub(lambda match: given.get(match[1] or match[2], match[0]), text)
+    return text if found == text else _substituted(found)
 
 
 def _words(path: Path, line: str) -> list[str]:
@@ -63,13 +64,12 @@ def _words(path: Path, line: str) -> list[str]:
         return []
 
 
-def _start(words: list[str]) -> int | None:
-    for index, word in enumerate(words):
-        if word.rsplit("/", 1)[-1] == "trl" and words[index + 1 : index + 2] in (["sft"], ["dpo"]):
-            return index + 2
-        if word.rsplit("/", 1)[-1] in ("sft.py", "trl_sft.py", "dpo.py"):
-            return index + 1
-    return None
+def _kind(word: str, before: list[str]) -> str | None:
+    """sft or dpo, where the word is what is run."""
+    if word in ("sft", "dpo") and before and before[-1].rsplit("/", 1)[-1] == "trl":
+        return word
+    script = _SCRIPT.fullmatch(word.rsplit("/", 1)[-1]) or (_MODULE.fullmatch(word) if before[-1:] == ["-m"] else None)
+    return None if script is None else script[1]
 
 
 def _flags(path: Path, words: list[str]) -> dict[str, Any]:
@@ -82,6 +82,8 @@ def _flags(path: Path, words: list[str]) -> dict[str, Any]:
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             found[name] = [value] if equals else []
+        elif word.startswith("$") and (name is None or found[name]):
+            found[word] = [word]
         elif name is None:
             raise UserError(f"{path}: expected a flag after the command, got {word}")
         else:

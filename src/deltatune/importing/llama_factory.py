@@ -245,7 +245,7 @@ _RULES: dict[str, Rule] = {
     "bf16": _bf16,
     "pure_bf16": _pure,
     "disable_gradient_checkpointing": _no_checkpointing,
-    "flash_attn": idle("attention over packs is built in"),
+    **_each("flash_attn attn", idle("attention over packs is built in")),
     "early_stopping_steps": _patience,
     **dict.fromkeys(("add_tokens", "add_special_tokens"), added_tokens("add_tokens", "add_special_tokens")),
     "resize_vocab": idle("embeddings grow where tokens need it"),
@@ -259,7 +259,7 @@ _RULES: dict[str, Rule] = {
     ),
     **_each("enable_liger_kernel use_v1_kernels use_unsloth use_unsloth_gc", idle(_BUILT_IN)),
     **_each(
-        "plot_loss include_effective_tokens_per_second print_param_status compute_accuracy",
+        "plot_loss include_effective_tokens_per_second include_mfu print_param_status compute_accuracy",
         idle("the loss and tokens per second are always logged"),
     ),
     **_each(
@@ -327,6 +327,8 @@ LLAMA_FACTORY = Table(
         "(use_)?swanlab(_.*)?": refused("set training.report_to, and the tracker's own environment variables"),
         "export_.*": refused("use deltatune merge"),
         "(vllm|sglang)_.*": idle("no part of what is trained"),
+        "use_habana|use_lazy_mode|gaudi_.*": idle("the device is found, and nothing is said of it"),
+        "raft_.*": refused("prepare the data with it: documents beside the question, as messages"),
     },
     sections={"dataset": _data("train"), "eval_dataset": _data("eval")},
 )

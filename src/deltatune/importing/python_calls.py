@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ from deltatune.importing.values import NotLiteral
 
 __all__ = ["Call", "calls_in", "script_text"]
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+
 
 @dataclass(frozen=True)
 class Call:
@@ -22,6 +32,7 @@ class Call:
     name: str  # the last part: from_pretrained of FastLanguageModel.from_pretrained
     owner: str  # the part before it, or ""
     line: int
+    in_function: bool  # which may run later, more than once, or never
     positional: tuple[Any, ...]
     named: dict[str, Any]  # what is no literal is a NotLiteral
 
@@ -62,7 +73,8 @@ def calls_in(path: Path, text: str) -> list[Call]:
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: broken Python: {error.msg}") from error
     constants = _constants(tree)
-    found = [_call(node, constants) for node in _walk(tree) if isinstance(node, ast.Call)]
+    inside = {node for function in _walk(tree) if isinstance(function, _FUNCTIONS) for node in _walk(function)}
+    found = [_call(node, constants, node in inside) for node in _walk(tree) if isinstance(node, ast.Call)]
     return sorted((call for call in found if call is not None), key=lambda call: call.line)
 
 
@@ -99,7 +111,7 @@ def _constants(tree: ast.AST) -> dict[str, Any]:
     return found
 
 
-def _call(node: ast.Call, constants: dict[str, Any]) -> Call | None:
+def _call(node: ast.Call, constants: dict[str, Any], in_function: bool) -> Call | None:
     if isinstance(node.func, ast.Attribute):
         name, owner = node.func.attr, ast.unparse(node.func.value).rsplit(".", 1)[-1]
     elif isinstance(node.func, ast.Name):
@@ -115,20 +127,36 @@ def _call(node: ast.Call, constants: dict[str, Any]) -> Call | None:
             named |= value
         else:
             named[f"**{value}"] = value
-    return Call(name, owner, node.lineno, tuple(_literal(argument, constants) for argument in node.args), named)
+    positional = tuple(_literal(argument, constants) for argument in node.args)
+    return Call(name, owner, node.lineno, in_function, positional, named)
 
 
 def _literal(node: ast.expr, constants: dict[str, Any]) -> Any:
-    if isinstance(node, ast.Name) and node.id in constants:
-        return constants[node.id]
-    if isinstance(node, ast.Subscript):
-        whole, place = _literal(node.value, constants), _literal(node.slice, constants)
-        if isinstance(whole, dict) and not isinstance(place, NotLiteral | dict | list) and place in whole:
-            return whole[place]
-    # a dtype is a name of torch's
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-        return node.attr
     try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
+        return _value(node, constants)
+    except (ValueError, TypeError, LookupError, ArithmeticError):
         return NotLiteral(" ".join(ast.unparse(node).split()))
+
+
+def _value(node: ast.expr, constants: dict[str, Any]) -> Any:
+    """A literal, with names that stand for one in it, and what two numbers come to; an error for all else."""
+    match node:
+        case ast.Name(id=name):
+            return constants[name]
+        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+            return name  # a dtype is a name of torch's
+        case ast.List(elts=elements):
+            return [_value(element, constants) for element in elements]
+        case ast.Tuple(elts=elements):
+            return tuple(_value(element, constants) for element in elements)
+        case ast.Dict(keys=keys, values=values):
+            # literal_eval has the words for **
+            names = [ast.literal_eval(node) if key is None else _value(key, constants) for key in keys]
+            return dict(zip(names, (_value(value, constants) for value in values), strict=True))
+        case ast.Subscript(value=whole, slice=place):
+            return dict(_value(whole, constants))[_value(place, constants)]
+        case ast.BinOp(left=left, op=operation, right=right):
+            sides = [_value(side, constants) for side in (left, right)]
+            if all(type(side) in (int, float) for side in sides):
+                return _OPERATIONS[type(operation)](*sides)
+    return ast.literal_eval(node)

@@ -39,7 +39,7 @@ def convert(foreign: Foreign) -> Imported:
     Raises:
         UserError: what is left does not load either.
     """
-    rows = _without_conflicts(list(_rows(foreign)))
+    rows = _without_conflicts([_without_urls(row) for row in _rows(foreign)])
     rows += _still_missing(rows)
     while True:
         text = dump_yaml(_nested(_writes(rows)))
@@ -81,6 +81,16 @@ def _outcome(foreign: Foreign, key: str, value: Any, settings: Mapping[str, Any]
     if any(isinstance(written, NotLiteral) for written in outcome.writes.values()):
         return Outcome("not supported", why=f"no literal: the script computes {value}")
     return outcome
+
+
+def _without_urls(row: Row) -> Row:
+    """Data is read from here or the Hub."""
+    writes = row.outcome.writes
+    urls = [key for key, value in writes.items() if key.endswith(".path") and "://" in str(value)]
+    if not urls:
+        return row
+    kept = {key: value for key, value in writes.items() if key not in urls}
+    return replace(row, outcome=Outcome("not supported", kept, "a URL: download it, and name the file"))
 
 
 def _without_conflicts(rows: list[Row]) -> list[Row]:
@@ -147,11 +157,16 @@ def _nested(writes: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def _name(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(^|(?<=\s)){re.escape(key)}\b")
+
+
 def _without(rows: list[Row], message: str) -> list[Row]:
     """Takes out what the first finding of our loader is about, and says so in its row."""
     finding = message.split("; also: ")[0]
-    written = sorted(_writes(rows), key=len, reverse=True)
-    at_fault = next((key for key in written if re.search(rf"(^|\s){re.escape(key)}\b", finding)), None)
+    named = [(match.start(), -len(key), key) for key in _writes(rows) if (match := _name(key).search(finding))]
+    # a finding begins with what it is about; of names that begin alike the longest is meant
+    at_fault = min(named)[2] if named else None
     if at_fault is None or at_fault in _MISSING:
         raise UserError(f"what the file says makes no recipe: {message}")
     reason = finding[finding.index(at_fault) :]

@@ -7,7 +7,7 @@ from typing import Any
 from deltatune.importing.rules import Outcome, Rule, Settings, alone
 from deltatune.importing.values import is_off, mapping, text, texts
 
-__all__ = ["added_tokens", "role_of", "roles"]
+__all__ = ["added_tokens", "role_of", "roles", "tokens"]
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _KNOWN = "it has to be in the vocabulary, or in model.added_tokens"
@@ -35,6 +35,11 @@ def roles(value: Any) -> Outcome:
     if others := [role for role in given if role not in _ROLES]:
         return Outcome("not supported", writes, f"{others[0]}: add such tokens to model.added_tokens")
     return Outcome("carried", writes, _KNOWN)
+
+
+def tokens(value: Any, settings: Settings) -> Outcome:
+    """Axolotl's ``tokens``: a list of new ones, or of old files roles and the tokens that take them."""
+    return (roles if isinstance(value, dict) else added_tokens("tokens"))(value, settings)
 
 
 def added_tokens(*keys: str) -> Rule:

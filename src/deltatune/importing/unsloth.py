@@ -10,35 +10,42 @@ from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate
 from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets
 from deltatune.importing.paths import is_data_file
+from deltatune.importing.preferences import REFERENCE
 from deltatune.importing.python_calls import Call, calls_in
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import checkpointing
 from deltatune.importing.trl import SFT_CONFIG, overlong, packed
+from deltatune.importing.trl_preferences import of_pairs, preference_loss
 from deltatune.importing.values import NotLiteral, count, flag, is_off, number, text, texts, whole
 
 __all__ = ["UNSLOTH", "settings_of_script"]
 
 _MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "AutoModelForCausalLM")
-# what a call is known as -> the names of its positional arguments, None for objects
+# what a call is known as -> the names of its positional arguments, None for objects whose calls are rows of their own
 _POSITIONS: dict[str, tuple[str | None, ...]] = {
     "from_pretrained": ("model_name",),
-    "get_peft_model": (None,),
+    "get_peft_model": (None, None),
     "LoraConfig": ("r",),
-    "SFTTrainer": ("model",),
+    "SFTTrainer": ("model", "args", "data_collator", "train_dataset", "eval_dataset"),
+    "DPOTrainer": ("model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset"),
     "SFTConfig": ("output_dir",),
-    "load_dataset": ("path", "name"),
+    "load_dataset": ("path", "name", "data_dir", "data_files"),
     "get_chat_template": (None, "chat_template"),
-    "train_on_responses_only": (None,),
+    "train_on_responses_only": (None, "instruction_part", "response_part"),
 }
 _ALIASES = {
     "UnslothTrainer": "SFTTrainer",
     "Trainer": "SFTTrainer",
+    "DPOTrainer": "SFTTrainer",
+    "ORPOTrainer": "SFTTrainer",
+    "DPOConfig": "SFTConfig",
+    "ORPOConfig": "SFTConfig",
     "TrainingArguments": "SFTConfig",
     "UnslothTrainingArguments": "SFTConfig",
 }
 # a call that is a row by itself
-_SPEAKS = ("from_pretrained", "get_peft_model", "LoraConfig", "train_on_responses_only")
+_SPEAKS = ("from_pretrained", "get_peft_model", "LoraConfig", "train_on_responses_only", "DPOTrainer", "ORPOTrainer")
 _FIRST = "a recipe is one run: the first such call is taken"
 # what it puts in place of transformers' defaults
 _OWN_TRAINING = {
@@ -56,7 +63,8 @@ def settings_of_script(path: Path, source: str) -> dict[str, Any]:
     """The arguments of the calls that say how a model is trained, by their names.
 
     Where two calls have an argument of one name, the later one's is taken and the earlier one is kept under
-    ``call.argument``, and so is every further call of one kind.
+    ``call.argument``. Of calls of one kind the first outside of functions is taken, or the first of all, and the others
+    are kept by their lines.
 
     Raises:
         UserError: broken Python, or no such call.
@@ -64,19 +72,17 @@ def settings_of_script(path: Path, source: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     owners: dict[str, str] = {}
     seen: set[str] = set()
-    for call in calls_in(path, source):
-        name = _known(call)
-        if name is None:
-            continue
-        if name in seen or (name.endswith("Trainer") and name not in _POSITIONS):
+    calls = [(name, call) for call in calls_in(path, source) if (name := _known(call)) is not None]
+    outside = {name for name, call in calls if not call.in_function}
+    for name, call in calls:
+        helper = call.in_function and name in outside
+        if name in seen or helper or (name.endswith("Trainer") and name not in _POSITIONS):
             found[f"{call.name} (line {call.line})"] = NotLiteral(f"{call.name}(...)")
             continue
         seen.add(name)
-        if name in _SPEAKS:
-            found[name] = f"{call.owner or name}, line {call.line}"
-        positional = dict(zip(_POSITIONS[name], call.positional, strict=False))
-        arguments = {word: given for word, given in positional.items() if word} | call.named
-        for key, value in arguments.items():
+        for speaks in {name, call.name}.intersection(_SPEAKS):
+            found[speaks] = f"{call.owner or speaks}, line {call.line}"
+        for key, value in _arguments(call, _POSITIONS.get(call.name, _POSITIONS[name])).items():
             if key == "model":
                 if not isinstance(value, str):
                     continue  # the object that from_pretrained gave
@@ -89,9 +95,16 @@ def settings_of_script(path: Path, source: str) -> dict[str, Any]:
     return found
 
 
+def _arguments(call: Call, names: tuple[str | None, ...]) -> dict[str, Any]:
+    """Its arguments by name; those beyond the names that are known by their number."""
+    beyond = range(len(names) + 1, len(call.positional) + 1)
+    every = zip((*names, *(f"{call.name}, argument {number}" for number in beyond)), call.positional, strict=False)
+    return {name: given for name, given in every if name} | call.named
+
+
 def _known(call: Call) -> str | None:
     name = _ALIASES.get(call.name, call.name)
-    if name == "from_pretrained" and call.owner not in _MODELS:
+    if (name == "from_pretrained" and call.owner not in _MODELS) or name.startswith("Patch"):
         return None
     return name if name in _POSITIONS or name.endswith("Trainer") else None
 
@@ -100,8 +113,26 @@ def _is_own(settings: Settings) -> bool:
     return str(settings.get("from_pretrained", "")).startswith("Fast")
 
 
+def _preference(settings: Settings) -> str | None:
+    """The loss over pairs of answers, which the trainer tells."""
+    if "ORPOTrainer" in settings:
+        return "orpo"
+    return preference_loss(settings) if "DPOTrainer" in settings else None
+
+
 def _has_lora(settings: Settings) -> bool:
     return "get_peft_model" in settings or "LoraConfig" in settings
+
+
+def _batch(value: Any, settings: Settings) -> Outcome:
+    keys = ("max_length", "max_seq_length") if _preference(settings) else ("max_seq_length", "max_length")
+    return batch_of(*keys, packed=packed, paired=_preference)(value, settings)
+
+
+def _length(value: Any, settings: Settings) -> Outcome:
+    if _preference(settings) and not is_off(settings.get("max_length")):
+        return Outcome("no effect here", why="max_length of the trainer bounds its pairs")
+    return length_of(overlong)(value, settings)
 
 
 @alone
@@ -191,8 +222,10 @@ def _part(name: str) -> Rule:
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"loss_type": "sigmoid"} if "DPOTrainer" in settings else {}
     own = _is_own(settings)
+    if not own and _preference({**found, **settings}):
+        found["learning_rate"] = 1e-6
     if own:
         found["dtype"] = None
     if "train_dataset" in settings:
@@ -258,6 +291,7 @@ _RULES: dict[str, Rule] = {
             "disable_log_stats",
             "text_only",
             "load_in_16bit",
+            "unsloth_force_compile",
         ),
         idle("no part of what is trained here"),
     ),
@@ -285,8 +319,12 @@ _RULES: dict[str, Rule] = {
     "finetune_language_layers": _part("language_layers"),
     "finetune_attention_modules": _part("attention_modules"),
     "finetune_mlp_modules": _part("mlp_modules"),
-    "max_seq_length": length_of(overlong),
-    "per_device_train_batch_size": batch_of("max_seq_length", "max_length", packed=packed, paired=lambda _: False),
+    "max_seq_length": _length,
+    "per_device_train_batch_size": _batch,
+    **of_pairs(_preference),
+    "DPOTrainer": idle("preferences, by loss_type"),
+    "ORPOTrainer": alone(lambda _: Outcome("carried", {"preference.loss": "orpo"})),
+    "ref_model": idle(REFERENCE),
     "train_dataset": _dataset,
     "eval_dataset": refused("made by the script: set data.val_size, or data.eval"),
     "dataset_text_field": _text_field,
@@ -322,7 +360,8 @@ UNSLOTH = Table(
     _RULES,
     _defaults,
     patterns={
-        r".*Trainer \(line .*": refused(f"supervised fine-tuning alone, and {_FIRST}"),
+        r".*Trainer \(line .*": refused(f"supervised fine-tuning, DPO and ORPO alone, and {_FIRST}"),
+        r".*, argument \d+": refused("name the argument"),
         r"load_dataset \(line .*": refused("a further source is an entry of data.train"),
         r"(from_pretrained|get_chat_template|train_on_responses_only|get_peft_model) \(line .*": idle(_FIRST),
         r".* \(line .*": refused(_FIRST),

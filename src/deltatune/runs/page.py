@@ -19,6 +19,10 @@ __all__ = ["page"]
 _CHARTS = {
     "loss": "Loss",
     "eval_loss": "Held-out loss",
+    "rewards/accuracies": "Share of pairs in the right order",
+    "rewards/margins": "Reward of the chosen answer over the rejected one",
+    "logps/chosen": "Log-probability of the chosen answer",
+    "logps/rejected": "Log-probability of the rejected answer",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",

@@ -12,7 +12,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from deltatune.config.rules import check_training_names
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.training.hub import silence
 from deltatune.training.optimizers import MUON

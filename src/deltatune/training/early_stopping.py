@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerState
 
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 
 __all__ = ["EarlyStopping"]
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from deltatune.config.schema import TrainingSection
+from deltatune.config.training_section import TrainingSection
 from deltatune.data.report import counted
 from deltatune.errors import UserError
-from deltatune.hf.model import head_of, text_model
+from deltatune.hf.model import text_model
 from deltatune.lora.parameters import is_parameter_lora
 from deltatune.training.muon import MATRICES
 
@@ -127,16 +127,12 @@ def _rate(
 
 
 def _hidden_matrices(model: nn.Module) -> set[int]:
-    """Weights of linear layers inside the text model; of an adapter that stacks its experts none is a matrix."""
-    head = head_of(model)
+    """Weights of linear layers inside the decoder, so not the head; of an adapter that stacks its experts none."""
     stacked = {id(part) for module in model.modules() if is_parameter_lora(module) for part in _factors(module)}
     return {
         id(module.weight)
         for module in text_model(model).modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and id(module) not in stacked
-        and module.weight.ndim == 2
+        if isinstance(module, nn.Linear) and id(module) not in stacked and module.weight.ndim == 2
     }
 
 

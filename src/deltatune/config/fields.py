@@ -1,0 +1,27 @@
+"""What the recipe's sections are made of: their base, and the types of their values."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+__all__ = ["Count", "Flag", "Integer", "Section", "Seed", "Share", "Steps", "Text"]
+
+# YAML already gives types, so nothing is guessed: "true" in quotes is no flag, 1.0 no count, true no number
+Flag = Annotated[bool, Strict()]
+Integer = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]  # what numpy's generators take
+Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
+# transformers' own convention: a whole number of steps, or below 1 a share of them
+Steps = Count | Annotated[float, Strict(), Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
