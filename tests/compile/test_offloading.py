@@ -11,7 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from deltatune import CompileOptions, Sequences, offload_activations, prepare
@@ -320,9 +322,53 @@ def test_checkpointed_functions_of_others_keep_their_inputs_outside() -> None:
     assert_equal(found, gradients(model, x, nullcontext()))
 
 
+def test_a_sharded_model_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(Products())
+        with pytest.raises(ValueError, match="activations of a sharded model"):
+            offloaded(model).__enter__()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_on_the_cpu_a_device_has_to_be_named() -> None:
     with (
         pytest.raises(ValueError, match="moves tensors from a GPU, and the model is on cpu"),
         offload_activations(Products()),
     ):
         pass
+
+
+def test_storages_that_follow_one_another_at_an_address_are_not_taken_for_one() -> None:
+    x = leaf()
+    with offloaded(Products()) as moved:
+        products = [x * factor for factor in range(40)]
+        outs = [product.square().sum() for product in products]
+    assert moved.moved == 40
+    del products  # all of their memory at once
+    known = {address for address, _ in moved._known}
+    assert known.isdisjoint([other.untyped_storage()._cdata for other in [torch.empty(1) for _ in range(1000)]])
+    for factor, out in enumerate(outs):
+        assert torch.equal(torch.autograd.grad(out, x)[0], 2 * (x * factor) * factor)
+
+
+def test_a_view_with_its_sign_in_a_bit_keeps_it() -> None:
+    def gradient(context: AbstractContextManager[Any]) -> Tensor:
+        x = leaf()
+        with context:
+            out = torch.view_as_complex(x.view(8, 4, 2)).conj().imag.square().sum()
+        return torch.autograd.grad(out, x)[0]
+
+    assert torch.equal(gradient(offloaded(Products())), gradient(nullcontext()))
+
+
+def test_a_large_storage_goes_in_pieces_of_powers_of_two() -> None:
+    x = torch.arange(11 * 2**20 + 3, dtype=torch.float32).requires_grad_()
+    with offloaded(Products()) as moved:
+        out = (x * 1).square().sum()
+        leaf().square()
+    storage = moved._order[0]()
+    assert storage is not None
+    assert [piece.numel() for piece in storage._host] == [2**25, 12 * 2**20 + 12]
+    assert torch.equal(torch.autograd.grad(out, x)[0], 2 * x)
