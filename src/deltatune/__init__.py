@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deltatune import ops
     from deltatune.compile.graphs import CompileReport
+    from deltatune.compile.offloading import offload_activations
     from deltatune.options import CompileOptions
     from deltatune.packing.bins import pack
     from deltatune.packing.collate import PackedCollator
@@ -29,6 +30,7 @@ __all__ = [
     "Sequences",
     "VerifyReport",
     "__version__",
+    "offload_activations",
     "ops",
     "pack",
     "pack_shuffled",
@@ -43,6 +45,7 @@ _HOMES = {
     "Prepared": "deltatune.preparation",
     "Sequences": "deltatune.packing.sequences",
     "VerifyReport": "deltatune.verification",
+    "offload_activations": "deltatune.compile.offloading",
     "pack": "deltatune.packing.bins",
     "pack_shuffled": "deltatune.packing.shuffled",
     "prepare": "deltatune.preparation",

@@ -108,6 +108,18 @@ def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, write_ro
     assert f"{remedy}\n" in capsys.readouterr().err
 
 
+def test_plan_says_what_of_a_step_lies_in_the_hosts_memory(capsys, write_recipe) -> None:
+    recipe = str(write_recipe(training={"max_steps": 2}, activation_offloading=True, checkpointing="layer"))
+    assert main(["plan", recipe]) == 0
+    page = capsys.readouterr().out
+    assert "warning: activation_offloading: true needs a GPU where the run will train; here it would be cpu" in page
+    assert "activation offloading: about 0.0 GiB of a step lie in pinned host memory" in page
+    assert main(["plan", recipe, "--set", "activation_offloading=false"]) == 0
+    assert "offloading" not in capsys.readouterr().out
+    assert main(["plan", recipe, "--set", "training.use_cpu=true"]) == 2
+    assert "activation_offloading: true cannot act with training.use_cpu" in capsys.readouterr().err
+
+
 def test_plan_says_what_is_saved_and_what_is_there(capsys, write_recipe, tmp_path, monkeypatch) -> None:
     (tmp_path / "output" / "checkpoint-1").mkdir(parents=True)
     training = {"output_dir": str(tmp_path / "output"), "save_total_limit": 2, "use_cpu": True}

@@ -9,7 +9,7 @@ import torch
 
 from deltatune import CompileOptions, prepare
 from deltatune.compile import memory
-from deltatune.compile.memory import estimate_memory, estimate_traced_memory, optimizer_bytes
+from deltatune.compile.memory import estimate_memory, estimate_traced_memory, offloaded_bytes, optimizer_bytes
 from deltatune.compile.trace import LayerMemory
 from deltatune.config.schema import LoraSection
 from deltatune.ops import Choice
@@ -102,6 +102,21 @@ def test_checkpointing_orders_as_it_recomputes() -> None:
     sizes = [estimate_memory(model, tokens_per_batch=512, checkpointing=s).activations for s in settings]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0] / 2
+
+
+def test_offloaded_activations_leave_one_layer_and_what_is_on_its_way() -> None:
+    model = tiny_model("qwen3", layers=8)
+    prepare(model)
+    tokens, boundary = 512, 32 * 4
+    for setting in ("none", "layer"):
+        whole = estimate_memory(model, tokens_per_batch=tokens, checkpointing=setting)
+        host = offloaded_bytes(model, tokens_per_batch=tokens, checkpointing=setting)
+        layer = (host - tokens * boundary) // 8
+        left = estimate_memory(model, tokens_per_batch=tokens, checkpointing=setting, in_flight_bytes=1000)
+        assert whole.activations - left.activations == 7 * layer - 1000
+        assert (left.logits, left.weights) == (whole.logits, whole.weights)
+        assert estimate_memory(model, tokens_per_batch=tokens, checkpointing=setting, in_flight_bytes=2**30) == whole
+    assert layer == tokens * boundary
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,31 @@ EVALUATED = "data: {train: [{path: a}], eval: [{path: b}]}"
 
 # rule -> (broken, what the message must name, mended)
 ERRORS = {
+    "a_prediction_is_made_without_offloading": (
+        "{activation_offloading: true, checkpointing: auto}",
+        "activation_offloading: true cannot act with checkpointing: auto",
+        "{activation_offloading: true, checkpointing: 0.5, compile: true}",
+    ),
+    "offloading_goes_layer_by_layer": (
+        "{activation_offloading: true, compile: {scope: model}}",
+        "activation_offloading: true cannot act with compile.scope: model",
+        "{activation_offloading: true, compile: true}",
+    ),
+    "offloading_needs_a_gpu": (
+        "{activation_offloading: true, training: {use_cpu: true}}",
+        "activation_offloading: true cannot act with training.use_cpu",
+        "{activation_offloading: false, training: {use_cpu: true}}",
+    ),
+    "gathered_weights_are_not_offloaded": (
+        "{activation_offloading: true, training: {fsdp: true}}",
+        "activation_offloading: true cannot act with training.fsdp",
+        "{activation_offloading: true, checkpointing: layer}",
+    ),
+    "weights_of_deepspeed_are_not_offloaded": (
+        "{activation_offloading: true, training: {deepspeed: ds.json}}",
+        "activation_offloading: true cannot act with training.deepspeed",
+        "{activation_offloading: true, checkpointing: none}",
+    ),
     "checkpointing_share_needs_compile": (
         "checkpointing: 0.5",
         "set compile: true",

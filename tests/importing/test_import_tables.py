@@ -177,7 +177,27 @@ def outcome(table, key, value, **others) -> Outcome:
         (TRL, "dataset_train_split", "train", {"dataset_name": "x.jsonl"}, {}),
         (TRL, "dataset_text_field", "body", {}, {"data.train.0.format": "text", "data.train.0.columns.text": "body"}),
         (UNSLOTH, "model_name", "unsloth/M-bnb-4bit", {}, {"model.name_or_path": "unsloth/M"}),
-        (UNSLOTH, "use_gradient_checkpointing", "unsloth", {}, {"checkpointing": "layer"}),
+        (
+            UNSLOTH,
+            "use_gradient_checkpointing",
+            "unsloth",
+            {},
+            {"checkpointing": "layer", "activation_offloading": True},
+        ),
+        (
+            AXOLOTL,
+            "gradient_checkpointing",
+            "offload_disk",
+            {},
+            {"checkpointing": "layer", "activation_offloading": True},
+        ),
+        (AXOLOTL, "gradient_checkpointing", "selective", {}, {"checkpointing": "layer"}),
+        (AXOLOTL, "activation_offloading", True, {}, {"activation_offloading": True}),
+        (AXOLOTL, "activation_offloading", "legacy", {}, {"activation_offloading": True}),
+        (AXOLOTL, "activation_offloading", False, {}, {}),
+        (TRL, "activation_offloading", "true", {}, {"activation_offloading": True}),
+        (LLAMA_FACTORY, "use_unsloth_gc", True, {}, {"activation_offloading": True}),
+        (LLAMA_FACTORY, "use_unsloth_gc", True, {"disable_gradient_checkpointing": True}, {}),
         (UNSLOTH, "use_gradient_checkpointing", False, {}, {"checkpointing": "none"}),
         (UNSLOTH, "bf16", True, {"from_pretrained": "FastModel, line 1"}, {}),
         (UNSLOTH, "bf16", True, {"from_pretrained": "AutoModelForCausalLM, line 1"}, {"training.bf16": True}),
@@ -196,6 +216,12 @@ def outcome(table, key, value, **others) -> Outcome:
 )
 def test_key(table, key, value, others, writes):
     assert dict(outcome(table, key, value, **others).writes) == writes
+
+
+def test_offloading_to_disk_goes_to_the_host_instead():
+    found = outcome(AXOLOTL, "activation_offloading", "disk")
+    assert (found.verdict, dict(found.writes)) == ("changed", {"activation_offloading": True})
+    assert outcome(AXOLOTL, "activation_offloading", True).verdict == "carried"
 
 
 @pytest.mark.parametrize("table", [AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH], ids=lambda table: table.name)

@@ -189,6 +189,7 @@ data:
 packing: {tokens_per_batch: 4096}
 lora: {r: 32, lora_alpha: 64, target_modules: [q_proj], modules_to_save: [lm_head]}
 checkpointing: layer
+activation_offloading: true
 training:
   max_steps: 60
   learning_rate: 0.0002

@@ -22,7 +22,10 @@ def changes(**sections: Any) -> Any:
     def dumped(values: dict[str, Any]) -> dict[str, Any]:
         return Recipe.model_validate(values).model_dump(mode="json")
 
-    merged = {name: {**BASE.get(name, {}), **values} for name, values in sections.items()}
+    merged = {
+        name: {**BASE.get(name, {}), **values} if isinstance(values, dict) else values
+        for name, values in sections.items()
+    }
     return find_changes(dumped(BASE), dumped({**BASE, **merged}))
 
 
@@ -45,6 +48,7 @@ def changes(**sections: Any) -> Any:
         ({"training": {"greater_is_better": True}}, [("training.greater_is_better", "cannot")]),
         ({"training": {"seed": 1}}, [("training.seed", "asks")]),
         ({"lora": {"r": 16}}, [("lora.r", "cannot")]),
+        ({"activation_offloading": True}, [("activation_offloading", "acts")]),
         ({"preference": {"beta": 0.2}}, [("preference", "asks")]),
         ({"lora": {"lora_dropout": 0.1}}, [("lora.lora_dropout", "acts")]),
         ({"model": {"dtype": "bfloat16"}}, [("model.dtype", "cannot")]),

@@ -71,6 +71,7 @@ def make_trainer(
     packs: Packs | None = None,
     eval_packs: Any = None,
     tokens: int = TOKENS,
+    offloading: torch.device | None = None,
     **training: Any,
 ) -> PackedTrainer:
     values = {"output_dir": str(output_dir), "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, **training}
@@ -85,6 +86,7 @@ def make_trainer(
         eval_dataset=eval_packs,
         tokens_per_batch=tokens,
         pad_token_id=0,
+        offloading=offloading,
     )
 
 

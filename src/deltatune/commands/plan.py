@@ -29,7 +29,7 @@ from deltatune.training.export import check_kind, holds_model
 from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import load_data
-from deltatune.training.planned import estimate_step, prepare_by_recipe
+from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
 from deltatune.training.preference_trainer import check_reference
 from deltatune.training.preflight import missing_optimizer
 from deltatune.training.samples import samples_lines
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
     lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}", *_smaller_state(recipe, model, estimate)]
+    lines += offloading_lines(recipe, model, report.checkpointing)
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -80,15 +81,21 @@ def _is_elsewhere(recipe: Recipe, device: torch.device) -> bool:
 
 
 def _missing_here(recipe: Recipe, device: torch.device) -> list[str]:
-    """The optimizer's package, which a run on another machine may find there.
+    """The optimizer's package and the GPU whose activations move, which a run on another machine may find there.
 
     Raises:
-        UserError: it is missing where the run will train.
+        UserError: one is missing where the run will train.
     """
     missing = missing_optimizer(recipe.training.optim)
-    if missing is not None and not _is_elsewhere(recipe, device):
-        raise UserError(missing)
-    return [] if missing is None else [f"{missing} where the run will train"]
+    if not _is_elsewhere(recipe, device):
+        if missing is not None:
+            raise UserError(missing)
+        check_offloading(recipe, device)
+        return []
+    lacking = [] if missing is None else [f"{missing} where the run will train"]
+    if recipe.activation_offloading:
+        lacking.append(f"activation_offloading: true needs a GPU where the run will train; here it would be {device}")
+    return lacking
 
 
 def _prepared(recipe: Recipe, model: nn.Module, device: torch.device) -> tuple[Prepared, list[str]]:

@@ -29,6 +29,7 @@ __all__ = [
     "estimate_traced_memory",
     "layer_cost",
     "least_recomputation",
+    "offloaded_bytes",
     "optimizer_bytes",
     "usable_memory",
 ]
@@ -88,6 +89,7 @@ def estimate_memory(
     optimizer: str = "adamw_torch_fused",
     checkpointing: str | float = "none",
     compute_dtype: torch.dtype | None = None,
+    in_flight_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Memory of a training step, from a model with its adapters, on any device, ``meta`` included.
 
@@ -102,7 +104,8 @@ def estimate_memory(
     - an adapter: its ``r`` columns, and its input once more where it is kept in a wider dtype than activations
 
     ``checkpointing="layer"`` keeps ``E b`` a layer and token, and one layer in full while it is recomputed; a share
-    ``s`` keeps that share of the difference in every layer.
+    ``s`` keeps that share of the difference in every layer. Where activations are offloaded, what the largest layer
+    keeps is on the device, and what is on its way.
 
     Args:
         model: the prepared model that will train.
@@ -110,6 +113,7 @@ def estimate_memory(
         optimizer: transformers' name for it; one that is not known is counted as AdamW.
         checkpointing: ``"none"``, ``"layer"`` or a share from 0 to 1.
         compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
+        in_flight_bytes: the most that offloading has on its way; None without offloading.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -117,7 +121,7 @@ def estimate_memory(
         weights=sum(map(_bytes, (*model.parameters(), *model.buffers()))),
         gradients=sum(map(_bytes, trained)),
         optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained),
-        activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing),
+        activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
 
@@ -205,16 +209,40 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _activation_bytes(model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float) -> int:
+def offloaded_bytes(
+    model: nn.Module, *, tokens_per_batch: int, checkpointing: str | float, compute_dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of a step that lie in the host's memory where activations are offloaded; arguments of ``estimate_memory``.
+
+    What all layers keep, and the input of the final norm.
+    """
+    width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
+    kept, _ = _kept_and_recomputed(model, width_bytes, checkpointing)
+    return int(tokens_per_batch * (sum(kept) + hf_model.text_config(model).hidden_size * width_bytes))
+
+
+def _activation_bytes(
+    model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float, in_flight: int | None
+) -> int:
+    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing)
+    held = tokens * sum(kept)
+    if in_flight is not None:
+        held = min(held, tokens * max(kept, default=0) + in_flight)
+    # embedding output, and the final norm's input and output
+    ends = 3 * hf_model.text_config(model).hidden_size * width_bytes
+    return int(held + tokens * (max(recomputed, default=0) + ends))
+
+
+def _kept_and_recomputed(
+    model: nn.Module, width_bytes: int, checkpointing: str | float
+) -> tuple[list[float], list[float]]:
+    """For each layer the bytes of a token that it keeps, and that it computes again."""
     text = hf_model.text_config(model)
     boundary = text.hidden_size * width_bytes
-    layers = [_layer_bytes(layer, text, width_bytes) for layer in hf_model.text_model(model).layers]
     share = {"none": 1.0, "layer": 0.0}.get(checkpointing) if isinstance(checkpointing, str) else float(checkpointing)
     assert share is not None, f"resolve checkpointing={checkpointing!r} first"
-    kept = sum(boundary + share * (size - boundary) for size in layers)
-    recomputed = (1 - share) * max((size - boundary for size in layers), default=0)
-    # embedding output, and the final norm's input and output
-    return int(tokens * (kept + recomputed + 3 * boundary))
+    beyond = [_layer_bytes(layer, text, width_bytes) - boundary for layer in hf_model.text_model(model).layers]
+    return [boundary + share * size for size in beyond], [(1 - share) * size for size in beyond]
 
 
 def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:

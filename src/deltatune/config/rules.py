@@ -50,6 +50,23 @@ def _compile_errors(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _offloading_errors(recipe: Recipe) -> Iterator[str]:
+    extra = recipe.training.model_extra or {}
+    against = {
+        "checkpointing: auto, which predicts a peak without it; set checkpointing to layer or none": (
+            recipe.checkpointing == "auto"
+        ),
+        "compile.scope: model, a graph that hands over all activations at its end; set it to layer": (
+            recipe.compile is not None and recipe.compile.scope == "model"
+        ),
+        "training.use_cpu, since nothing is on a GPU; set it to false": recipe.training.use_cpu,
+        "training.fsdp, whose gathered weights look like activations; set it to false": extra.get("fsdp"),
+        "training.deepspeed, whose gathered weights look like activations; set it to false": extra.get("deepspeed"),
+    }
+    for reason in (reason for reason, given in against.items() if given and recipe.activation_offloading):
+        yield f"activation_offloading: true cannot act with {reason}"
+
+
 def _training_names(recipe: Recipe) -> Iterator[str]:
     """Names with another home in the recipe, or none at all, and values that packs leave no room for."""
     extra = recipe.training.model_extra or {}
@@ -310,6 +327,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
 
 _ERRORS = (
     _compile_errors,
+    _offloading_errors,
     _training_names,
     _schedule_errors,
     _optimizer_errors,

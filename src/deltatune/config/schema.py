@@ -331,6 +331,10 @@ class Recipe(Section):
     """What backward recomputes: nothing; every layer; or, as a number (with `compile` only), the share of a layer's
     activations that may stay in memory. `auto` picks the least recomputation that fits the device."""
 
+    activation_offloading: Flag = False
+    """Keep what layers save for backward in pinned host memory: with `checkpointing: layer` their inputs, otherwise all
+    that is saved. It changes no number; not with `checkpointing: auto`, whose prediction is made without it."""
+
     kernels: Literal["auto"] | dict[OpName, Text] = "auto"
     """The implementation of each op: `auto`, or a mapping such as `{gated_delta_rule: fla}` for some of them.
     Naming one that cannot run here is an error."""

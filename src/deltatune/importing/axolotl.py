@@ -20,6 +20,7 @@ from deltatune.importing.training_arguments import (
     TRAINING_ARGUMENTS,
     epochs,
     learning_rate_schedule,
+    offloading,
     optimizer,
 )
 from deltatune.importing.values import count, flag, is_off, mapping, number, text, texts, whole
@@ -246,10 +247,11 @@ _RULES: dict[str, Rule] = {
         "use_ray ray_num_workers resources_per_worker context_parapllel_size",
         refused(SHARDING),
     ),
+    "activation_offloading": offloading,
     **_each(
-        "activation_offloading layer_offloading ple_cpu_offload experimental_skip_move_to_device "
+        "layer_offloading ple_cpu_offload experimental_skip_move_to_device "
         "qlora_sharded_model_loading lora_on_cpu max_memory gpu_memory_limit low_cpu_mem_usage device_map",
-        refused("nothing is moved to the host's memory here"),
+        refused("weights and optimizer stay on the device; activation_offloading moves activations"),
     ),
     "early_stopping_patience": patience,
     **_each("loss_watchdog_threshold loss_watchdog_patience", refused("a run is not stopped by its loss")),

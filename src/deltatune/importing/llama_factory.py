@@ -13,7 +13,7 @@ from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import added_tokens
-from deltatune.importing.training_arguments import PACKED, SHARDING, TRAINING_ARGUMENTS
+from deltatune.importing.training_arguments import PACKED, SHARDING, TRAINING_ARGUMENTS, offloading
 from deltatune.importing.values import count, flag, is_off, number, text, texts, whole
 
 __all__ = ["LLAMA_FACTORY"]
@@ -96,6 +96,12 @@ def _pure(value: Any) -> Outcome:
 def _no_checkpointing(value: Any) -> Outcome:
     off = flag(value)
     return Outcome("carried", {"checkpointing": "none" if off else "layer"}, "" if off else "the default there")
+
+
+def _unsloth_checkpointing(value: Any, settings: Settings) -> Outcome:
+    if not is_off(settings.get("disable_gradient_checkpointing")):
+        return Outcome("no effect here", why="disable_gradient_checkpointing is given, which wins")
+    return offloading(value, settings)
 
 
 def _patience(value: Any, settings: Settings) -> Outcome:
@@ -257,7 +263,8 @@ _RULES: dict[str, Rule] = {
     **_each(
         "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", refused("training in fewer than 16 bits is not supported")
     ),
-    **_each("enable_liger_kernel use_v1_kernels use_unsloth use_unsloth_gc", idle(_BUILT_IN)),
+    **_each("enable_liger_kernel use_v1_kernels use_unsloth", idle(_BUILT_IN)),
+    "use_unsloth_gc": _unsloth_checkpointing,
     **_each(
         "plot_loss include_effective_tokens_per_second include_mfu print_param_status compute_accuracy",
         idle("the loss and tokens per second are always logged"),

@@ -15,6 +15,7 @@ __all__ = [
     "checkpointing",
     "epochs",
     "learning_rate_schedule",
+    "offloading",
     "optimizer",
     "warmup_ratio",
 ]
@@ -114,14 +115,33 @@ def epochs(value: Any, settings: Settings) -> Outcome:
 
 @alone
 def checkpointing(value: Any) -> Outcome:
-    """Recomputation of whole layers, which all four projects mean."""
+    """Recomputation of whole layers, which all four projects mean; by some names with offloading of their inputs."""
     if is_off(value):
         return Outcome("carried", {"checkpointing": "none"})
+    if value in ("unsloth", "offload", "offload_disk"):
+        moved = _moved(value)
+        return Outcome(moved.verdict, {"checkpointing": "layer", **moved.writes}, moved.why)
     if isinstance(value, str) and value.lower() not in ("true", "yes", "1"):
-        why = "every layer is recomputed; nothing is moved to the host's memory"
-        return Outcome("changed", {"checkpointing": "layer"}, why)
+        return Outcome("changed", {"checkpointing": "layer"}, "every layer is recomputed")
     flag(value)
     return Outcome("carried", {"checkpointing": "layer"}, "auto recomputes only what the memory asks for")
+
+
+@alone
+def offloading(value: Any) -> Outcome:
+    """Activations in the host's memory; a project's own name for a way to do so, or a flag."""
+    if is_off(value):
+        return Outcome("no effect here", why="off there too")
+    if value not in ("legacy", "hidden_states", "disk"):
+        flag(value)
+    return _moved(value)
+
+
+def _moved(how: Any) -> Outcome:
+    writes = {"activation_offloading": True}
+    if how in ("disk", "offload_disk"):
+        return Outcome("changed", writes, "in the host's memory, not on disk")
+    return Outcome("carried", writes, "what layers save for backward is in the host's memory meanwhile")
 
 
 @alone

@@ -9,7 +9,7 @@ from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of
-from deltatune.importing.training_arguments import SHARDING, TRAINING_ARGUMENTS
+from deltatune.importing.training_arguments import SHARDING, TRAINING_ARGUMENTS, offloading
 from deltatune.importing.trl_data import DATA, SECTIONS, evaluates
 from deltatune.importing.trl_preferences import loss_type, of_pairs, preference_loss
 from deltatune.importing.values import count, flag, is_off, number, text, texts, whole
@@ -125,7 +125,7 @@ SFT_CONFIG: dict[str, Rule] = {
     "assistant_only_loss": _assistant,
     "loss_type": loss_type,
     "bf16": _bf16,
-    "activation_offloading": refused("nothing is moved to the host's memory here"),
+    "activation_offloading": offloading,
     "chat_template_path": carried("model.chat_template", text, "a Jinja file; of a tokenizer, its chat_template.jinja"),
     "router_aux_loss_coef": refused("a value of the checkpoint's config.json: change it there"),
     "trust_remote_code": carried("model.trust_remote_code", flag),

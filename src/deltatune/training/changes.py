@@ -31,6 +31,7 @@ _VERDICTS: dict[str, Verdict] = {
     "kernels": "acts",
     "compile": "acts",
     "checkpointing": "acts",
+    "activation_offloading": "acts",
     "verify": "acts",
     "samples": "acts",
     "training": "acts",

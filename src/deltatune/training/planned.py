@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from deltatune.compile.memory import MemoryEstimate, estimate_memory
+from deltatune.compile.memory import MemoryEstimate, estimate_memory, offloaded_bytes
+from deltatune.compile.offloading import IN_FLIGHT_BYTES
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.options import CompileOptions
@@ -13,7 +14,7 @@ from deltatune.phases import phase
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.arguments import autocast_dtype
 
-__all__ = ["compile_options", "estimate_step", "prepare_by_recipe"]
+__all__ = ["check_offloading", "compile_options", "estimate_step", "offloading_lines", "prepare_by_recipe"]
 
 
 def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
@@ -58,4 +59,31 @@ def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float) 
         optimizer=recipe.training.optim,
         checkpointing=checkpointing,
         compute_dtype=autocast_dtype(recipe.training),
+        in_flight_bytes=IN_FLIGHT_BYTES if recipe.activation_offloading else None,
     )
+
+
+def check_offloading(recipe: Recipe, device: torch.device) -> None:
+    """Refuses to move activations where there is no memory to move them to.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if recipe.activation_offloading and device.type != "cuda":
+        raise UserError(
+            f"activation_offloading: true moves activations from a GPU to the host, and the run would train on "
+            f"{device}; set it to false"
+        )
+
+
+def offloading_lines(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> list[str]:
+    """How much of a step lies in the host's memory, where activations are moved there."""
+    if not recipe.activation_offloading:
+        return []
+    size = offloaded_bytes(
+        model,
+        tokens_per_batch=recipe.packing.tokens_per_batch,
+        checkpointing=checkpointing,
+        compute_dtype=autocast_dtype(recipe.training),
+    )
+    return [f"activation offloading: about {size / 2**30:.1f} GiB of a step lie in pinned host memory, for each GPU"]

@@ -51,7 +51,7 @@ from deltatune.training.lock import check_free, locked
 from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
-from deltatune.training.planned import estimate_step, prepare_by_recipe
+from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
 from deltatune.training.preference_trainer import check_reference, trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
@@ -197,7 +197,8 @@ def _fit(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}; lower "
-            "packing.tokens_per_batch, or set checkpointing: layer (deltatune plan estimates both); a run with "
+            "packing.tokens_per_batch, or set checkpointing: layer, then activation_offloading: true (deltatune plan "
+            "estimates them); a run with "
             "checkpoints goes on from the last with --resume"
         ) from error
     finally:
@@ -244,6 +245,7 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
     check_reference(recipe, arguments)
+    check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # every name and shape is known before the rows are read and the weights are there
@@ -265,6 +267,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     # what a device will hold of a sharded model is settled later, so its shapes decide
     prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
+    said += offloading_lines(recipe, model, prepared.report.checkpointing)
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
@@ -317,6 +320,7 @@ def _trainer(run: Run) -> PackedTrainer:
         on_nonfinite=run.recipe.training.on_nonfinite,
         early_stopping=EarlyStopping.of(run.recipe.training),
         optimizer=OptimizerSettings.of(run.recipe.training),
+        offloading=run.arguments.device if run.recipe.activation_offloading else None,
     )
 
 

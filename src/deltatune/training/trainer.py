@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments
 
+from deltatune.compile.offloading import offload_activations
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
@@ -65,6 +67,7 @@ class PackedTrainer(SealedTrainer):
         about, first, early_stopping: as ``SealedTrainer`` takes them.
         optimizer: learning rates by pattern, LoRA+ and Muon.
         on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
+        offloading: the device whose activations training steps keep in the host's memory; see ``offload_activations``.
 
     Attributes:
         skipped: the steps whose update was left out.
@@ -96,10 +99,12 @@ class PackedTrainer(SealedTrainer):
         on_nonfinite: OnNonFinite = "stop",
         early_stopping: EarlyStopping | None = None,
         optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
+        offloading: torch.device | None = None,
     ) -> None:
         self._evaluated = torch.zeros(len(self.figures))
         self._num_evaluated = self._evaluated_packs = 0
         self._optimizer_settings = optimizer
+        self._offloading = offloading
         self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
         self._on_nonfinite = on_nonfinite
         self._finite = FiniteWatch(Mesh.of(args), train_dataset.where)
@@ -191,6 +196,13 @@ class PackedTrainer(SealedTrainer):
         return counts.trained
 
     # Loss
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """The Trainer's, and around a training step's forward the offloading of activations."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self._offloading is not None and self.model.training and torch.is_grad_enabled():
+            stack.enter_context(offload_activations(self.model, device=self._offloading))
+        return stack
 
     def compute_loss(
         self,
