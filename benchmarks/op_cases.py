@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import moe_cases
+from benchmarks import gated_cases, moe_cases
 from benchmarks.shapes import Shape
 from benchmarks.systems import draw_lengths
 from deltatune import Sequences, ops
@@ -573,6 +573,42 @@ def moe_experts(shape: Shape, tokens: int, run: Run, *, rank: int = 0, busiest: 
     )
 
 
+def gated_activation_lora(shape: Shape, tokens: int, run: Run, *, rank: int = gated_cases.RANKS[0]) -> Case:
+    """x ``[T, E]`` to the gate ``[T, N]`` of its MLP, the weights frozen, adapters on both projections trained."""
+    E, N = shape.values["hidden_size"], shape.values["intermediate_size"]
+    weights = gated_cases.draw_weights(run.draw(0), E, N)
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        normal = run.draw(seed)
+        return {"x": normal(tokens, E), **weights, **gated_cases.draw_factors(normal, E, N, rank)}
+
+    def make(impl: str) -> Function:
+        ops.choose(ops.LoraGatedSpec(run.device, run.dtype, width=rank), impl)  # or why it cannot run
+        function = gated_cases.ours(impl)
+        return function if impl == "reference" else _compiled(function)
+
+    def budget(inputs: Tensors, exact: Tensors, errors: Callable[..., dict[str, float]]) -> dict[str, float]:
+        return errors(gated_cases.separate, inputs, exact)
+
+    read, written, frozen = tokens * E, tokens * N, 2 * N * E
+    return Case(
+        op="lora_gated",
+        config={"E": E, "N": N, "rank": rank, "activation": "silu"},
+        draw=draw,
+        outputs=("h",),
+        trained=("x", *gated_cases.FACTORS),
+        variants={
+            **_ours(make, "triton"),
+            **{name: Variant(by, build) for name, by, build in gated_cases.baselines(weights, rank, run.device)},
+        },
+        forward_bytes=(read + written + frozen) * run.dtype.itemsize,
+        backward_bytes=(2 * read + written + frozen) * run.dtype.itemsize,
+        gemm=(tokens, E, N),
+        budget=budget,
+        choice={"width": rank},
+    )
+
+
 _MOE: Final = functools.partial(Entry, shapes=("qwen3.5-35b-a3b", "gpt-oss-20b"), tokens=(8192, 16384))
 CASES: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry(gated_delta_rule, hybrid=True),
@@ -582,6 +618,8 @@ CASES: Final[Mapping[str, Entry]] = {
     "gated_rms_norm": Entry(gated_rms_norm, hybrid=True),
     "linear_cross_entropy": Entry(linear_cross_entropy),
     "varlen_attention": Entry(varlen_attention),
+    "gated_activation_lora": Entry(gated_activation_lora),
+    "gated_activation_lora_rank64": Entry(functools.partial(gated_activation_lora, rank=gated_cases.RANKS[1])),
     "moe_experts": _MOE(moe_experts),
     "moe_experts_skewed": _MOE(functools.partial(moe_experts, busiest=moe_cases.SKEWED)),
     "moe_experts_lora": _MOE(functools.partial(moe_experts, rank=moe_cases.RANK)),

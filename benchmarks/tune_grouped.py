@@ -29,7 +29,7 @@ from benchmarks.timing import measure
 from benchmarks.worker import failures
 from deltatune.ops._grouped_mm.routing import route
 
-__all__ = ["main", "problems", "tiles"]
+__all__ = ["main", "problems", "tiles", "timed"]
 
 _ALLOWED: Final = 1e-2
 _TILES: Final = (
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tokens in args.tokens:
         found = problems(sizes_of(shape_named(args.model)), tokens, run, busiest=SKEWED if args.skewed else BALANCED)
         for name, flops, calls, expected in found:
-            rows = list(_timed(calls, expected, run.device, args.rounds))
+            rows = list(timed(calls, expected, run.device, args.rounds))
             ok = ok and all(error <= _ALLOWED for *_, error in rows)
             sys.stdout.write(f"{name}, T={tokens}\n")
             for what, ms, error in sorted(rows, key=lambda row: row[1])[: args.best]:
@@ -136,7 +136,7 @@ def tiles(outer: int) -> Iterator[tuple[int, int, int, int, int]]:
             yield tile
 
 
-def _timed(
+def timed(
     calls: dict[str, Callable[[int], Tensor]], expected: Tensor, device: torch.device, rounds: int
 ) -> Iterator[tuple[str, float, float]]:
     """Name, median ms and relative error of all that run; one that does not is left out."""

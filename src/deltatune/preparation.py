@@ -18,11 +18,13 @@ from deltatune.hf.forwards import foreign_forward
 from deltatune.hf.patches import rotates_otherwise
 from deltatune.layers.decoder import DOUBLE_CHECKPOINTING
 from deltatune.layers.lora import check_all_fused, install_lora
+from deltatune.layers.mlp import GatedMLP
 from deltatune.layers.rotary import length_dependent_rotary
 from deltatune.models.family import Family
 from deltatune.models.plan import Planned, check_reached, plan_swaps, refuse_offload
 from deltatune.models.refusals import attention_dropout
 from deltatune.models.registry import family_of
+from deltatune.ops import LoraGatedSpec, choose
 from deltatune.options import CompileOptions, Options, validate_checkpointing
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
 from deltatune.state import AutoCheckpointing, CheckpointingChoice, Facts, State
@@ -139,6 +141,8 @@ def prepare(
     check_reached(base, plan)
     # raises for a kernel that cannot run
     kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
+    # adapters say at each call whether their layers are part of the products; what cannot run at all is known now
+    choose(LoraGatedSpec(hf_model.device_of(model), hf_model.compute_dtype(model)), requests["lora_gated"])
     if lora == "fused":
         check_all_fused(base, text_model)
     if compile is not None and compile.strict:
@@ -236,7 +240,7 @@ def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
 
 def _kernel_requests(family: Family, plan: list[Planned], kernels: str | Mapping[str, str]) -> dict[str, str]:
     layers = [op for planned in plan for op in planned.layer.ops]
-    requests = dict.fromkeys([*family.ops, *layers], "auto")
+    requests = dict.fromkeys([*family.ops, *layers, *GatedMLP.ops], "auto")
     if isinstance(kernels, str):
         if kernels != "auto":
             raise ValueError(f"kernels must be 'auto' or a mapping of op names, got {kernels!r}")

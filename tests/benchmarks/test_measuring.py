@@ -334,3 +334,13 @@ def test_experts_of_a_mixture_are_measured_beside_the_stock_ones(model_type) -> 
     assert set(status.values()) == {"ok"}, found["results"]
     assert {"reference", "stock + PEFT target_parameters", "separate grouped products, compiled"} == set(status)
     assert "stock grouped_mm, compiled" in op_cases.moe_experts(shape, 50, RUN).variants
+
+
+def test_the_gate_of_an_mlp_with_adapters_is_measured_beside_pefts() -> None:
+    case = op_cases.gated_activation_lora(SHAPES["tiny"], 50, RUN, rank=8)
+    found = ops.measure_case(case, RUN, seconds=0.01)
+    status = {r["impl"]: r["status"] for r in found["results"]}
+    assert status.pop("triton") == "unavailable"
+    assert set(status.values()) == {"ok"}, found["results"]
+    assert {"PEFT's layers, compiled", "separate products, compiled", "torch.compile(reference)"} < set(status)
+    assert found["auto"] == "reference"

@@ -23,6 +23,7 @@ TESTS = {
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels_without_tokens",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels_store_16_bits",
+        "test_lora_gated_kernel.py",
         "test_lora_up_backward.py::test_interpreted_kernels",
         "test_rms_norm_rope_kernel.py",
     ),

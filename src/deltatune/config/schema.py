@@ -29,6 +29,7 @@ OpName = Literal[
     "gated_rms_norm",
     "grouped_mm",
     "linear_cross_entropy",
+    "lora_gated",
     "rms_norm_rope",
     "varlen_attention",
 ]

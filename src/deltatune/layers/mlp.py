@@ -5,10 +5,15 @@ from __future__ import annotations
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from deltatune import ops
+from deltatune.hf.activations import activation_of
 from deltatune.hf.hooks import is_hooked
-from deltatune.lora.linear import project
+from deltatune.lora.linear import LoRALinear, gated, project, without_bias
+from deltatune.lora.mode import FUSED, mode_of
+from deltatune.ops import Spec
 from deltatune.subclass import Swapped
 
 __all__ = ["GatedMLP", "is_gated_mlp"]
@@ -19,6 +24,8 @@ _PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 class GatedMLP(Swapped):
     """``down(act(gate(x)) * up(x))``."""
 
+    ops = ("lora_gated",)
+
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
@@ -26,9 +33,30 @@ class GatedMLP(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., E] -> [..., E]``."""
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        y: Tensor = self.down_proj(self.act_fn(gate) * up)
+        activation, h = activation_of(self.act_fn), None
+        if activation is not None:
+            impl = self._deltatune.options.kernels["lora_gated"]
+            h = gated(x, self.gate_proj, self.up_proj, activation, impl=impl)
+        if h is None:
+            gate, up = project(x, self.gate_proj, self.up_proj)
+            h = self.act_fn(gate) * up
+        y: Tensor = self.down_proj(h)
         return y
+
+    @classmethod
+    def op_specs(cls, module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Of the gate, where both projections in front of it have adapters that are part of their products."""
+        layers = module.gate_proj, module.up_proj
+        if activation_of(module.act_fn) is None or not all(_runs_fused(layer, device, dtype) for layer in layers):
+            return ()
+        ranks = [sum(adapter.down.shape[0] for adapter in layer.adapters()) for layer in layers]
+        return (ops.LoraGatedSpec(device, dtype, width=max(ranks)),)
+
+
+def _runs_fused(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    if not isinstance(layer, LoRALinear) or is_hooked(layer) or not without_bias(layer):
+        return False
+    return mode_of(layer, layer._deltatune.options.lora, dtype=dtype, device=device).name == FUSED
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

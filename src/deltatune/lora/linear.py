@@ -12,9 +12,10 @@ from deltatune.hf.cached import in_stock_path
 from deltatune.hf.hooks import is_hooked
 from deltatune.lora.merging import Merging
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, active_adapters, mode_of
-from deltatune.ops._lora_linear.api import Adapter, linear_with_lora, low_rank
+from deltatune.ops import Adapter, lora_gated
+from deltatune.ops._lora_linear.api import linear_with_lora, low_rank
 
-__all__ = ["LoRALinear", "project"]
+__all__ = ["LoRALinear", "gated", "project", "without_bias"]
 
 
 class LoRALinear(Merging):
@@ -76,6 +77,28 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         for place, product in zip(joined, products, strict=True):
             outputs[place] = product
     return tuple(layer(x) if y is None else y for layer, y in zip(layers, outputs, strict=True))
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module, activation: str, *, impl: str) -> Tensor | None:
+    """``act(gate(x)) * up(x)`` as one op; None where they are not both fused, or one has a bias.
+
+    Args:
+        x: ``[..., K]``.
+        gate: to ``[..., N]``.
+        up: to ``[..., N]``.
+        activation: of ``ops.lora_gated``.
+        impl: of the same.
+    """
+    layers: tuple[Any, Any] = gate, up
+    if not (_is_fused(gate, x) and _is_fused(up, x) and without_bias(*layers)):
+        return None
+    weights, adapters = [layer.base_layer.weight for layer in layers], [layer.adapters() for layer in layers]
+    return lora_gated(_cast(x), weights, adapters, activation=activation, impl=impl)
+
+
+def without_bias(*layers: Any) -> bool:
+    """Whether the base layers are products alone."""
+    return all(layer.base_layer.bias is None for layer in layers)
 
 
 def _is_fused(layer: nn.Module, x: Tensor) -> bool:

@@ -19,6 +19,8 @@ from deltatune.ops._grouped_mm.experts import ExpertLinear, moe_experts
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
 from deltatune.ops._linear_cross_entropy.api import linear_cross_entropy
 from deltatune.ops._linear_cross_entropy.providers import LinearCrossEntropySpec
+from deltatune.ops._lora_gated.api import lora_gated
+from deltatune.ops._lora_gated.providers import LoraGatedSpec
 from deltatune.ops._lora_linear.api import Adapter
 from deltatune.ops._registry import Choice, Provider, Spec, Support, choose
 from deltatune.ops._rms_norm_rope.api import rms_norm_rope, rms_norm_rope_pair
@@ -35,6 +37,7 @@ __all__ = [
     "GatedRmsNormSpec",
     "GroupedMmSpec",
     "LinearCrossEntropySpec",
+    "LoraGatedSpec",
     "Provider",
     "RmsNormRopeSpec",
     "Spec",
@@ -46,6 +49,7 @@ __all__ = [
     "gated_rms_norm",
     "grouped_linear",
     "linear_cross_entropy",
+    "lora_gated",
     "moe_experts",
     "rms_norm_rope",
     "rms_norm_rope_pair",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deltatune.ops._grouped_mm.op import grouped_gram, grouped_mm
-from deltatune.ops._lora_linear.api import Adapter, check_scales, noted_scales, scaled
+from deltatune.ops._lora_linear.api import Adapter, check_scales, noted_scales
+from deltatune.ops._lora_linear.operands import scaled
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import first_order_backward
 

@@ -1,0 +1,1 @@
+"""Two linear layers with adapters and the gate between them."""
