@@ -11,6 +11,8 @@ from typing import Final
 from deltatune.config.schema import ModelSection, Recipe
 from deltatune.data.sources import check_source
 from deltatune.errors import DataError, UserError, near_files
+from deltatune.training.layer_names import check_layer_names
+from deltatune.training.names import check_names
 
 __all__ = ["check_model_path", "existing_parent", "missing_optimizer", "preflight", "preflight_training"]
 
@@ -47,12 +49,15 @@ _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def preflight(recipe: Recipe) -> None:
-    """The paths of a recipe (model, data, and the folders that are written to), and its trackers.
+    """The names in ``training``, the paths (model, data, and the folders that are written to), and the trackers.
 
     Raises:
-        UserError: what is not there, is not what it should be, or cannot be written to.
+        UserError: what is unknown, is not there, is not what it should be, or cannot be written to.
     """
+    check_names(recipe.training)
     check_model_path(recipe.model)
+    if recipe.lora is not None:
+        check_layer_names(recipe.model, recipe.lora)
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources):
             try:
@@ -62,6 +67,8 @@ def preflight(recipe: Recipe) -> None:
     _check_writable("training.output_dir", recipe.training.output_dir)
     if recipe.data.cache_dir is not None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
+    for name in ("fsdp_config", "deepspeed"):
+        _check_settings_file(f"training.{name}", (recipe.training.model_extra or {}).get(name))
     if missing := _missing_tracker(recipe.training.report_to):
         raise UserError(missing)
 
@@ -119,6 +126,12 @@ def _missing_tracker(report_to: str | tuple[str, ...]) -> str | None:
                 f"{packages[0].replace('_', '-')}, or set report_to: none"
             )
     return None
+
+
+def _check_settings_file(key: str, value: object) -> None:
+    """A file of settings, which a mapping, or its JSON, may stand for."""
+    if isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
+        raise UserError(f"{key}: {value} does not exist{near_files(Path(value))}")
 
 
 def existing_parent(path: Path) -> Path:

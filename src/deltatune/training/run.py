@@ -32,16 +32,10 @@ from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
+from deltatune.training.base_identity import base_identity
 from deltatune.training.batches import place_file
 from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import (
-    base_identity,
-    commit_of,
-    empty_model,
-    load_checkpoint,
-    load_config,
-    load_tokenizer,
-)
+from deltatune.training.checkpoint import commit_of, empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.console import RunConsole
 from deltatune.training.continuing import adapter_record, load_adapter, start_lines
 from deltatune.training.early_stopping import EarlyStopping
@@ -52,7 +46,7 @@ from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import estimate_step, prepare_by_recipe
-from deltatune.training.preference_trainer import check_reference, trainer_for
+from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import step_of
@@ -243,7 +237,6 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
-    check_reference(recipe, arguments)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # every name and shape is known before the rows are read and the weights are there
