@@ -8,11 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from deltatune.config.schema import ModelSection, Recipe
+from deltatune.config.schema import LoraSection, ModelSection, Recipe
 from deltatune.data.sources import check_source
 from deltatune.errors import DataError, UserError, near_files
 from deltatune.training.layer_names import check_layer_names
 from deltatune.training.names import check_names
+from deltatune.training.sealed import steps_of
 
 __all__ = ["check_model_path", "existing_parent", "missing_optimizer", "preflight", "preflight_training"]
 
@@ -55,7 +56,11 @@ def preflight(recipe: Recipe) -> None:
         UserError: what is unknown, is not there, is not what it should be, or cannot be written to.
     """
     check_names(recipe.training)
-    check_model_path(recipe.model)
+    try:
+        check_model_path(recipe.model)
+        _check_adapter_path(recipe.lora)
+    except UserError as error:
+        raise UserError(f"{error}{_goes_on(recipe)}") from error
     if recipe.lora is not None:
         check_layer_names(recipe.model, recipe.lora)
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
@@ -104,6 +109,26 @@ def check_model_path(section: ModelSection) -> None:
             f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
             f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
         )
+
+
+def _check_adapter_path(section: LoraSection | None) -> None:
+    """The folder of an adapter that a run begins with, where its name can be nothing else."""
+    name = None if section is None else section.name_or_path
+    if name is None or Path(name).expanduser().is_dir() or not name.startswith((".", "/", "~")):
+        return
+    raise UserError(
+        f"lora.name_or_path: {name} is no folder; expected an adapter's{near_files(Path(name).expanduser())}"
+    )
+
+
+def _goes_on(recipe: Recipe) -> str:
+    """How a run goes on whose start is no longer where it was, to follow the words that it is missing."""
+    if not steps_of(Path(recipe.training.output_dir).expanduser()):
+        return ""
+    return (
+        f"; the run in {recipe.training.output_dir} goes on with --resume where the key names the new place of a "
+        "folder that has moved"
+    )
 
 
 def missing_optimizer(optimizer: str) -> str | None:

@@ -57,6 +57,7 @@ from deltatune.training.since import changed_data, changed_settings, evaluates_o
 from deltatune.training.space import check_space
 from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.weights_digest import digests_of
 from deltatune.verification import VerifyReport, verify
 
 __all__ = ["Run", "TrainResult", "build", "train"]
@@ -296,7 +297,12 @@ def _trainer(run: Run, *, forgets_best: bool) -> PackedTrainer:
         recompiles=recompiles,
         first=run.origin.first,
         console=run.console,
-        about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
+        about={
+            "recipe": run.recipe.model_dump(mode="json"),
+            "data": run.data.identities(),
+            "digests": digests_of(run.recipe),
+            "deltatune": __version__,
+        },
         on_nonfinite=run.recipe.training.on_nonfinite,
         early_stopping=EarlyStopping.of(run.recipe.training),
         forgets_best=forgets_best,

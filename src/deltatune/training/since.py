@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from deltatune.config.schema import Recipe
@@ -13,11 +14,12 @@ from deltatune.training.changes import Change, check_changes, find_changes, find
 from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData
 from deltatune.training.sealed import manifest
+from deltatune.training.weights_digest import STARTS, digest_of
 
 __all__ = ["changed_data", "changed_settings", "evaluates_otherwise", "place_of"]
 
 _EVALUATED = ("data", "model", "packing", "preference")
-_READ_ALIKE = ("data.cache_dir", "data.num_proc")
+_READ_ALIKE = ("data.cache_dir", "data.num_proc", *STARTS)
 
 
 def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) -> list[Change]:
@@ -28,9 +30,29 @@ def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) ->
     """
     if checkpoint is None:
         return []
-    changes = find_changes(manifest(checkpoint).get("recipe", {}), recipe.model_dump(mode="json"))
+    kept = manifest(checkpoint)
+    changes = [
+        _settled(change, kept.get("digests", {}).get(change.key))
+        for change in find_changes(kept.get("recipe", {}), recipe.model_dump(mode="json"))
+    ]
     check_changes(changes, allow=allow)
     return changes
+
+
+def _settled(change: Change, digest: str | None) -> Change:
+    """A folder under another name is the same start where the weights in it are.
+
+    Raises:
+        UserError: they are others.
+    """
+    if change.key not in STARTS or digest is None or (now := digest_of(change.now)) is None:
+        return change
+    if now == digest:
+        return replace(change, verdict="acts")
+    raise UserError(
+        f"{change} cannot act on a run that goes on: the weights there are others than those it was trained on; name "
+        "the folder that holds these, or start another run in another training.output_dir"
+    )
 
 
 def changed_data(data: RecipeData, checkpoint: Path | None, *, allow: bool) -> list[Change]:
