@@ -166,7 +166,7 @@ def _fit(
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it."""
     otherwise = evaluates_otherwise(changes)
-    trainer, stop, record = _trainer(run, forgets_best=otherwise), StopAfterStep(), None
+    trainer, stop, record = _trainer(run, otherwise), StopAfterStep(), None
     trainer.add_callback(stop)
     step = 0 if checkpoint is None else step_of(checkpoint)
     if run.arguments.should_save:
@@ -280,7 +280,7 @@ def _verify(run: Run) -> VerifyReport | None:
     return report
 
 
-def _trainer(run: Run, *, forgets_best: bool) -> PackedTrainer:
+def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
     def recompiles() -> int:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
