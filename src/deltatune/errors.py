@@ -60,6 +60,8 @@ def first_line(error: BaseException) -> str:
 
 # what people write -> what is meant, where that is known and not spelled alike
 _MEANT = {
+    "adam": "adamw_torch",
+    "adamw": "adamw_torch",
     "alpha": "lora_alpha",
     "batch_size": "tokens_per_batch",
     "bf16": "bfloat16",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltatune.cli import main
-from deltatune.commands import plan
+from deltatune.commands import planning
 from deltatune.training import space
 
 
@@ -29,7 +29,7 @@ def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
 
 def test_plan_offers_a_smaller_optimizer_where_its_state_weighs(capsys, write_recipe, monkeypatch) -> None:
     recipe = str(write_recipe())
-    monkeypatch.setattr(plan, "_WEIGHS", 2048)
+    monkeypatch.setattr(planning, "_WEIGHS", 2048)
     assert main(["plan", recipe]) == 0
     assert "training.optim: adamw_8bit keeps" not in capsys.readouterr().out, "small tensors stay in float32"
     recipe = str(write_recipe(lora=None))
@@ -46,7 +46,7 @@ def test_plan_of_a_mixture_counts_experts_and_their_optimizer(capsys, write_reci
     assert "4 a layer in 2 layers, 2 a token; 18,432 parameters (" in (page := capsys.readouterr().out)
     assert ", 0 trained for them; no adapter on them" in page
     assert "lora.target_parameters: all-experts" in page
-    monkeypatch.setattr(plan, "_WEIGHS", 2**17)
+    monkeypatch.setattr(planning, "_WEIGHS", 2**17)
     lora = {"r": 64, "target_modules": None, "target_parameters": "all-experts"}
     assert main(["plan", str(write_recipe(model=model, lora=lora))]) == 0
     page = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_plan_refuses_a_reference_that_a_run_cannot_have(capsys, write_recipe, p
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_tables_fit_the_terminal(capsys, write_recipe, monkeypatch, width) -> None:
-    monkeypatch.setattr(plan, "_terminal_width", lambda: width)
+    monkeypatch.setattr(planning, "_terminal_width", lambda: width)
     assert main(["plan", str(write_recipe(lora={"r": 4}))]) == 0
     lines = capsys.readouterr().out.splitlines()
     rules = [number for number, line in enumerate(lines) if line and set(line) <= {"-", " "}]

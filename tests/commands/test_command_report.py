@@ -39,3 +39,15 @@ def test_what_cannot_be_read_is_said(tmp_path, capsys) -> None:
     (tmp_path / "run.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 0
     assert "run.json is not whole" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert f"is a folder; name a file, such as {tmp_path / 'report.html'}\n" in capsys.readouterr().err
+    (tmp_path / "report.html").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / ("n" * 300))]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.split(":")[0] for error in errors] == ["error", "error"]
+    assert errors[1].endswith("cannot be written: File name too long; choose another file with --output")

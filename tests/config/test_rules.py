@@ -220,6 +220,49 @@ ERRORS = {
         "{training: {load_best_model_at_end: true, eval_strategy: steps}, "
         "data: {train: [{path: a}], eval: [{path: b}]}}",
     ),
+    "the_best_model_is_of_a_checkpoint": (
+        "{training: {load_best_model_at_end: true, eval_strategy: steps, save_strategy: epoch}, " + EVALUATED + "}",
+        "set both to the same, or save_strategy to best",
+        "{training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: best}, " + EVALUATED + "}",
+    ),
+    "every_checkpoint_is_evaluated": (
+        "{training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 2, save_steps: 5}, "
+        + EVALUATED
+        + "}",
+        "save_steps: 5 and eval_steps: 2: set save_steps to a multiple of eval_steps",
+        "{training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 0.1, save_steps: 0.3}, "
+        + EVALUATED
+        + "}",
+    ),
+    "shares_of_steps_are_compared_with_shares": (
+        "{training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 0.5, save_steps: 5}, "
+        + EVALUATED
+        + "}",
+        "set save_steps to a multiple of eval_steps",
+        "{training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 5, save_steps: 5}, "
+        + EVALUATED
+        + "}",
+    ),
+    "a_schedule_by_evaluations_has_some": (
+        "training: {lr_scheduler_type: reduce_lr_on_plateau}",
+        "reduce_lr_on_plateau follows evaluations",
+        "{training: {lr_scheduler_type: reduce_lr_on_plateau, eval_strategy: steps}, " + EVALUATED + "}",
+    ),
+    "the_cache_is_emptied_at_whole_steps": (
+        "training: {torch_empty_cache_steps: 0}",
+        "torch_empty_cache_steps must be a whole number above 0; got 0",
+        "training: {torch_empty_cache_steps: 2}",
+    ),
+    "a_loss_scaler_needs_a_gpu": (
+        "training: {fp16: true, use_cpu: true}",
+        "training.fp16 needs a GPU",
+        "training: {fp16: true}",
+    ),
+    "a_reference_is_computed_before_a_model_is_sharded": (
+        "{preference: {}, training: {fsdp: true}}",
+        "preference.loss: dpo is held against the model at the start",
+        "{preference: {}, lora: {}, training: {fsdp: true}}",
+    ),
     "dora_runs_on_stock_layers": (
         "lora: {use_dora: true, impl: fused}",
         "lora.impl",

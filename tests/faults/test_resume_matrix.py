@@ -175,7 +175,7 @@ CHANGES: dict[str, Change] = {
     "training.seed": asks("training.seed=7"),
     "training.data_seed": asks("training.data_seed=7"),
     "training.bf16": acts("training.bf16=true", shows=other_losses),
-    "training.fp16": acts("training.fp16=true"),  # needs a GPU
+    "training.fp16": acts("training.fp16=true", "training.use_cpu=false"),  # needs a GPU
     "training.use_cpu": acts("training.use_cpu=false", shows=same),  # where there is nothing else
     "training.logging_steps": acts("training.logging_steps=3", shows=lambda output, _: steps(output, "loss") == [6]),
     "training.logging_first_step": acts("training.logging_first_step=true", shows=same),  # that step is done

@@ -11,6 +11,7 @@ from run_cases import entry, leg, write_run
 
 from deltatune.errors import UserError
 from deltatune.runs.folder import labels, read_run
+from deltatune.runs.page import page
 
 
 def test_what_a_later_leg_did_over_is_left_out(tmp_path: Path) -> None:
@@ -82,3 +83,36 @@ def test_a_folder_that_is_no_runs_is_one_line(tmp_path: Path) -> None:
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "output", tmp_path / "b" / "output", tmp_path / "c"]
     assert labels([read_run(write_run(path)) for path in paths]) == ["a/output", "b/output", "c"]
+
+
+@pytest.mark.parametrize("levels", [100, 900, 100_000])
+@pytest.mark.parametrize(
+    "name", ["run.json", "run.jsonl", "report.json", "metrics.json", "samples.jsonl", "config.yaml"]
+)
+def test_what_is_nested_too_deeply_is_said(tmp_path: Path, name: str, levels: int) -> None:
+    folder = write_run(tmp_path)
+    levels = min(levels, 5000) if name == "config.yaml" else levels  # YAML is slow to fail
+    nested = f'{{"legs": {"[" * levels}{"]" * levels}}}\n'
+    (folder / name).write_text(nested * 2)
+    run = read_run(folder)
+    assert len(run.problems) == 1
+    assert run.problems[0].startswith(name)
+    assert page([run])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1e308, -1e308, 1e308],
+        [1.7e308] * 3,
+        [5e-324, 0.0, -5e-324],
+        [1e149, -1e149, 1e149],
+        [10**400, 2.0, 1.0],
+        [1e-160, 2e-160, 3e-160],
+    ],
+    ids=["both ends", "one end", "smallest", "large", "integer", "small"],
+)
+def test_figures_of_any_size_are_drawn(tmp_path: Path, values: list[float]) -> None:
+    entries = [entry(step, value) for step, value in enumerate(values * 40, start=1)]
+    folder = write_run(tmp_path, leg(seconds=values[0], tokens=values[0], packs=values[0]), entries=entries)
+    assert page([read_run(folder)])

@@ -62,6 +62,37 @@ def test_every_setting_has_a_verdict(sections: dict[str, Any], expected: list[tu
     assert [(change.key, change.verdict) for change in changes(**sections)] == expected
 
 
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type"])
+def test_a_schedule_by_evaluations_goes_on_as_it_was(name: str) -> None:
+    others = {"learning_rate": 2e-4, "lr_scheduler_kwargs": {"factor": 0.5}, "lr_scheduler_type": "linear"}
+    found = find_changes({"training": PLATEAU}, {"training": {**PLATEAU, name: others[name]}})
+    assert [change.verdict for change in found] == ["cannot"]
+    back = find_changes({"training": {**PLATEAU, name: others[name]}}, {"training": PLATEAU})
+    assert [change.verdict for change in back] == ["cannot"]
+
+
+@pytest.mark.parametrize(
+    "compares",
+    [{"load_best_model_at_end": True}, {"early_stopping_patience": 1}, {"save_strategy": "best"}, PLATEAU],
+    ids=["best at the end", "early stopping", "best saved", "schedule"],
+)
+def test_held_out_data_stays_where_evaluations_are_compared(compares: dict[str, Any]) -> None:
+    def recipe(path: str, **training: Any) -> dict[str, Any]:
+        return {"data": {"eval": [{"path": path}]}, "training": training}
+
+    evaluates = {"eval_strategy": "steps"}
+    for more, verdict in ((compares, "cannot"), ({}, "acts")):
+        found = find_changes(recipe("a", **{**evaluates, **more}), recipe("b", **{**evaluates, **more}))
+        assert [(change.key, change.verdict) for change in found] == [("data.eval.0.path", verdict)]
+    first = find_changes(recipe("a", eval_strategy="no"), recipe("b", **{**evaluates, "load_best_model_at_end": True}))
+    assert ("data.eval.0.path", "acts") in [(change.key, change.verdict) for change in first], (
+        "nothing was compared yet"
+    )
+
+
 @pytest.mark.parametrize(
     ("before", "now", "verdict"),
     [(None, {}, "acts"), ({"a.b": 1.0}, {"a.b": 0.0}, "acts"), ({"a.b": 1.0}, {"b": 1.0}, "cannot")],

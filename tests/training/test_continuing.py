@@ -176,7 +176,7 @@ def test_another_base_is_refused(source: Path, tmp_path: Path) -> None:
         ("no config", r"is no adapter: it holds no adapter_config\.json"),
         ("no weights", r"is no adapter: it holds no adapter_model\.safetensors"),
         ("kind", r"is an adapter of type IA3; LoRA is the one"),
-        ("json", r"its adapter_config\.json cannot be read"),
+        ("json", r"adapter_config\.json is no JSON object"),
         ("cut off", r"source: its weights cannot be read: .*; copy them again"),
     ],
 )

@@ -206,7 +206,7 @@ def test_evaluations_and_saves_by_epoch(tmp_path: Path, checkpoint: Path) -> Non
     [
         ({"eval_strategy": "no", "eval_steps": None, "early_stopping_patience": 1}, "early_stopping_patience needs"),
         ({"early_stopping_threshold": 0.1}, "early_stopping_threshold cannot act without early_stopping_patience"),
-        ({"load_best_model_at_end": True, "save_strategy": "epoch", "save_steps": 500}, "save and eval strategy"),
+        ({"load_best_model_at_end": True, "save_strategy": "epoch", "save_steps": 500}, "set both to the same"),
     ],
 )
 def test_what_cannot_be_compared_is_said_first(
@@ -215,3 +215,29 @@ def test_what_cannot_be_compared_is_said_first(
     with pytest.raises(UserError, match=message):
         train(recipe(tmp_path, checkpoint, **training), console=QUIET)
     assert not (tmp_path / "output").exists()
+
+
+def test_a_finished_run_is_evaluated_anew_on_other_held_out_data(tmp_path: Path, checkpoint: Path) -> None:
+    once = {"eval_steps": 2, "save_steps": 4, "max_steps": 4}
+    first = train(recipe(tmp_path, checkpoint, **once), console=QUIET).metrics
+    other = recipe(tmp_path, checkpoint, **once).model_dump(exclude_none=True)
+    other["data"]["eval"] = [{"path": str(write_conversations(tmp_path / "other.jsonl", 3, first=70))}]
+    screen = Console(record=True, width=300, file=(tmp_path / "screen.txt").open("w"))
+    again = train(Recipe.model_validate(other), resume=True, console=screen).metrics
+    assert again["leg"]["steps"] == 0
+    assert again["eval_loss"] != first["eval_loss"]
+    assert again["eval_trained_tokens"] != first["eval_trained_tokens"]
+    assert again.get("best_eval_loss") in (None, again["eval_loss"]), "none of the data before"
+    assert "data.eval.0.path" in screen.export_text()
+    kept = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert {**kept, "leg": None} == {**again, "leg": None}
+    assert kept["leg"] == first["leg"], "of the training, which was not done again"
+    assert json.loads((tmp_path / "output" / "run.json").read_text())["legs"][-1]["eval_loss"] == again["eval_loss"]
+
+
+def test_a_finished_run_that_is_resumed_as_it_was_keeps_its_figures(tmp_path: Path, checkpoint: Path) -> None:
+    once = {"eval_steps": 2, "save_steps": 4, "max_steps": 4}
+    train(recipe(tmp_path, checkpoint, **once), console=QUIET)
+    figures = (tmp_path / "output" / "metrics.json").read_text()
+    train(recipe(tmp_path, checkpoint, **once), resume=True, console=QUIET)
+    assert (tmp_path / "output" / "metrics.json").read_text() == figures

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune import prepare
 from deltatune.errors import UserError
-from deltatune.training.export import export_adapter, merge_adapter, save_trained, staged
+from deltatune.training.export import export_adapter, merge_adapter, save_trained
+from deltatune.training.sealed import seal
 from deltatune.training.servers import per_expert
+from deltatune.training.staging import staged
 from tiny import tiny_model
 
 
@@ -96,6 +102,63 @@ def test_a_damaged_adapter_is_one_line(tmp_path: Path, adapter: Path) -> None:
         merge_adapter(adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"auto_mapping": "Qwen3ForCausalLM"}, r"auto_mapping: expected a mapping, got \"Qwen3ForCausalLM\""),
+        ({"base_model_name_or_path": ["base"]}, "base_model_name_or_path: expected text"),
+        ({"revision": 3}, "revision: expected text, got 3"),
+        ({"peft_type": 1}, "peft_type: expected text, got 1"),
+        ({"trainable_token_indices": [1e9]}, r"indices: expected token numbers, .*got \[1000000000.0\]"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices: expected token numbers"),
+        ({"trainable_token_indices": 7}, "trainable_token_indices: expected token numbers"),
+        ({"trainable_token_indices": [10**9]}, r"trains the row of token 1000000000, its base has 259 rows, and"),
+        ({"trainable_token_indices": {"embed_tokens": [259, 261]}}, r"nobody says what row 260 holds; pass .* --base"),
+    ],
+)
+def test_settings_of_another_type_are_one_line(
+    tmp_path: Path, adapter: Path, values: dict[str, Any], message: str
+) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+    with pytest.raises(UserError, match=message):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: b"\xef\xbb\xbf" + text, "begins with a byte order mark, which PEFT cannot read"),
+        (lambda text: text.decode().encode("utf-16"), "is no JSON object"),
+        (lambda _: b"\xff{}", "is no JSON object"),
+        (lambda _: b"[" * 100_000 + b"]" * 100_000, "is no JSON object"),
+        (lambda _: b"[]", "is no JSON object, but a JSON list"),
+    ],
+    ids=["byte order mark", "UTF-16", "no text", "nested", "list"],
+)
+def test_settings_that_are_no_object_are_one_line(tmp_path: Path, adapter: Path, spoil: Any, message: str) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_bytes(spoil(config.read_bytes()))
+    for merges in (merge_adapter, partial(export_adapter, layout="peft")):
+        with pytest.raises(UserError, match=message):
+            merges(adapter, tmp_path / "merged")
+
+
+def test_a_run_that_did_not_end_is_told_its_last_whole_checkpoint(tmp_path: Path, adapter: Path) -> None:
+    run = tmp_path / "run"
+    for step in (2, 10, 12):
+        shutil.copytree(adapter, run / f"checkpoint-{step}")
+        seal(run / f"checkpoint-{step}", {})
+    (run / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"no adapter_config\.json; the run in it .* is .*checkpoint-10$"):
+        merge_adapter(run, tmp_path / "merged")
+    for step in (2, 10):
+        (run / f"checkpoint-{step}" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"no adapter_config\.json$"):
+        merge_adapter(run, tmp_path / "merged")
+
+
 def test_an_output_folder_in_use_is_refused(tmp_path: Path, adapter: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")
@@ -134,6 +197,32 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "whole").write_text("")
         assert not (tmp_path / "x").exists()
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["whole"]
+
+
+_KILLED = """\
+import os, sys
+from pathlib import Path
+from deltatune.training.staging import staged
+with staged(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("")
+    print(flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", _KILLED, str(tmp_path / "x")], stdin=-1, stdout=-1)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    with pytest.raises(UserError, match=f"in use by process {writer.pid} .* choose another output folder"):
+        write_half(tmp_path / "x")
+    writer.kill()
+    writer.wait()
+    assert len(list(tmp_path.iterdir())) == 1, "what it left"
+    with staged(tmp_path / "x") as folder:
+        assert not list(folder.iterdir())
+        (folder / "whole").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "whole"]
 
 
 @pytest.mark.parametrize(

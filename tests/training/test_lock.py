@@ -87,3 +87,71 @@ def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:
         locked(tmp_path),
     ):
         pass
+
+
+_CONTENDER = """\
+import sys, time
+from pathlib import Path
+from deltatune.errors import UserError
+from deltatune.training.lock import locked
+print(flush=True)
+sys.stdin.readline()
+try:
+    with locked(Path(sys.argv[1])):
+        print("holds", flush=True)
+        sys.stdin.readline()
+except UserError:
+    print("refused", flush=True)
+"""
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["stale", "none"])
+def test_of_several_at_once_one_holds(tmp_path: Path, stale: bool) -> None:
+    for round_number in range(5):
+        folder = tmp_path / str(round_number)
+        folder.mkdir()
+        if stale:
+            gone = {"pid": os.getppid(), "host": socket.gethostname(), "started": "1"}
+            (folder / ".lock").write_text(json.dumps(gone))
+        command = [sys.executable, "-c", _CONTENDER, str(folder)]
+        contenders = [subprocess.Popen(command, stdin=-1, stdout=-1, text=True) for _ in range(4)]
+        for contender in contenders:
+            contender.stdout.readline()  # type: ignore[union-attr]
+        for contender in contenders:
+            print(file=contender.stdin, flush=True)
+        said = [contender.stdout.readline().strip() for contender in contenders]  # type: ignore[union-attr]
+        for contender in contenders:
+            contender.communicate("\n")
+        assert sorted(said) == ["holds", "refused", "refused", "refused"]
+        assert not list(folder.iterdir())
+
+
+def test_a_lock_that_was_taken_over_while_one_looked_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking at a stale lock and writing, another process takes it over and the system has no locks."""
+    other = json.dumps({"pid": 1, "host": "elsewhere", "started": None})
+    (tmp_path / ".lock").write_text(json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": "1"}))
+    looked = lock.check_free
+
+    def replaced(*given: object) -> None:
+        looked(*given)  # type: ignore[arg-type]
+        monkeypatch.setattr(lock, "check_free", looked)
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").write_text(other)
+
+    monkeypatch.setattr(lock, "check_free", replaced)
+    with pytest.raises(UserError, match="process 1 on elsewhere"), locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == other
+
+
+def test_a_lock_that_was_slow_to_be_written_is_not_written_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process took the file for one that nobody goes on writing, and its holder ran."""
+    other = json.dumps({"pid": 1, "host": "elsewhere", "started": None})
+    monkeypatch.setattr(lock, "_wait_for", lambda _: (tmp_path / ".lock").write_text(other))
+    with pytest.raises(UserError, match="process 1 on elsewhere"), locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == other

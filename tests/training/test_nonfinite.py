@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,27 @@ def test_the_loss_of_a_line_is_the_mean_of_the_steps_that_were_made(
     made = [loss for loss in losses(each) if loss is not None]
     assert losses(together) == [pytest.approx(sum(made) / 3, rel=1e-5)]
     assert together.state.log_history[0]["skipped_steps"] == 1
+
+
+def test_the_loss_of_a_leg_is_the_mean_of_the_steps_that_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, {1: float("nan"), 3: float("nan")}, "skip", logging_steps=3)
+    result = trainer.train()
+    each = trainer_with(tmp_path / "each", monkeypatch, {1: float("nan"), 3: float("nan")}, "skip")
+    each.train()
+    made = [loss for loss in losses(each) if loss is not None]
+    assert len(made) == 2
+    mean = pytest.approx(sum(made) / 2, rel=1e-5)
+    assert trainer.state.log_history[-1]["train_loss"] == mean
+    assert (result.training_loss, result.metrics["train_loss"]) == (mean, mean)
+
+
+def test_a_leg_without_a_step_that_was_made_has_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, dict.fromkeys(range(4), float("nan")), "skip")
+    result = trainer.train()
+    assert "train_loss" not in trainer.state.log_history[-1]
+    assert math.isnan(result.training_loss)
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

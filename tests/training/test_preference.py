@@ -13,15 +13,10 @@ import transformers
 from torch import Tensor
 
 from deltatune import Sequences, prepare
+from deltatune.config.reference import base_is_start
 from deltatune.config.schema import LoraSection, PreferenceSection
 from deltatune.hf.model import in_mode
-from deltatune.training.preference import (
-    AnswerLogProbs,
-    answer_log_probs,
-    as_reference,
-    base_is_start,
-    preference_losses,
-)
+from deltatune.training.preference import AnswerLogProbs, answer_log_probs, as_reference, preference_losses
 from tiny import VOCAB, documents, tiny_model
 
 #: Documents of three pairs, and the tokens of each that are its prompt.

@@ -45,7 +45,7 @@ def test_what_is_there_passes(recipe: Any, tmp_path: Path) -> None:
         ({"training": {"output_dir": "{folder}/train.jsonl"}}, r"output_dir: .* is a file; choose a folder"),
         ({"training": {"output_dir": "~nobody-at-all/x"}}, r"training\.output_dir: ~nobody-at-all/x names no folder"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
-        ({"training": {"report_to": ["none", "comet_ml"]}}, r"comet_ml is not installed; pip install comet-ml, or set"),
+        ({"training": {"report_to": ["comet_ml"]}}, r"comet_ml is not installed; pip install comet-ml, or set"),
     ],
 )
 def test_what_is_not_there_is_one_line(recipe: Any, tmp_path: Path, sections: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,3 +100,25 @@ def test_samples_need_prompts_and_evaluations(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
+
+
+def test_steps_that_are_done_again_have_their_samples_once(tmp_path: Path, checkpoint: Path) -> None:
+    saves = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    section = {"prompts": ["1 + 1?"], "max_new_tokens": 3}
+    folder = tmp_path / "output"
+    given = recipe(tmp_path, checkpoint, samples=section, training={**saves, "output_dir": str(folder)})
+    train(given, console=QUIET)
+    with (folder / "samples.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "prom')  # killed there
+    train(given, resume=folder / "checkpoint-1", console=QUIET)
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_an_evaluation_that_is_made_again_replaces_its_samples(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    samples = Samples([], byte_tokenizer(), max_new_tokens=1, output_dir=tmp_path, from_step=2, console=None)  # type: ignore[arg-type]
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    state, model = SimpleNamespace(global_step=2), torch.nn.Linear(1, 1)
+    samples.on_evaluate(None, state, None, model=model)
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n'

@@ -1,156 +1,28 @@
-"""deltatune plan: what a run would do, from the configuration and the data alone."""
+"""deltatune plan: what a run would do, from the configuration and the data alone.
+
+The modules of models, PEFT and the Trainer take seconds to import, so they come after everything that can be found
+wrong without them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
-from pathlib import Path
-from typing import Final
-
-import torch
-from torch import nn
-from transformers import TrainingArguments
+import importlib
 
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.compile.memory import MemoryEstimate, device_memory, optimizer_bytes
 from deltatune.config.schema import Recipe
-from deltatune.data.dataset import PackedDataset
-from deltatune.data.report import counted
-from deltatune.data.stream import PackStream
-from deltatune.errors import UserError
-from deltatune.preparation import Prepared
-from deltatune.training.adapters import adapt_by_recipe
-from deltatune.training.arguments import training_arguments
-from deltatune.training.batches import PackOrder, count_steps
-from deltatune.training.checkpoint import empty_model, load_tokenizer
-from deltatune.training.continuing import load_adapter, start_lines
-from deltatune.training.export import check_kind, holds_model
-from deltatune.training.mesh import Mesh
-from deltatune.training.optimizers import optimizer_lines
+from deltatune.training.checkpoint import load_config, load_tokenizer
 from deltatune.training.packs import load_data
-from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
-from deltatune.training.preference_trainer import check_reference
-from deltatune.training.preflight import missing_optimizer
-from deltatune.training.samples import samples_lines
-from deltatune.training.sealed import steps_of
-from deltatune.training.space import check_space
 
 __all__ = ["run"]
-
-_EIGHT_BIT: Final = "adamw_8bit"
-#: Bytes worth a line.
-_WEIGHS: Final = 2**28
 
 
 @quiet_libraries()
 def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
     recipe: Recipe = args.recipe
-    arguments = training_arguments(recipe.training)
-    check_reference(recipe, arguments)
-    warnings = [*args.warnings, *_missing_here(recipe, arguments.device), *_held(recipe)]
-    model = adapt_by_recipe(empty_model(recipe.model), recipe)
-    load_adapter(model, recipe.lora)
-    room = check_space(model, recipe)
-    prepared, unavailable = _prepared(recipe, model, arguments.device)
-    tokenizer = load_tokenizer(recipe.model)
+    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
-    data.check_tokens(model, tokenizer)
-    report = prepared.report
-    sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
-    lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
-    lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
-    lines += ["", *data.lines(), *_steps(data.train, arguments), *samples_lines(recipe), *room.lines()]
-    estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
-    verdict = "" if estimate.total <= available else ": more than there is"
-    lines += ["", "memory estimate of a step on one device", str(estimate)]
-    lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}", *_smaller_state(recipe, model, estimate)]
-    lines += offloading_lines(recipe, model, report.checkpointing)
-    sys.stdout.write("\n".join(lines) + "\n")
+    planning = importlib.import_module("deltatune.commands.planning")
+    planning.show(recipe, args.warnings, config, tokenizer, data)
     return 0
-
-
-def _terminal_width() -> int | None:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _is_elsewhere(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the run is meant for another machine: there is no accelerator here, and the recipe wants one."""
-    return device.type == "cpu" and not recipe.training.use_cpu
-
-
-def _missing_here(recipe: Recipe, device: torch.device) -> list[str]:
-    """The optimizer's package and the GPU whose activations move, which a run on another machine may find there.
-
-    Raises:
-        UserError: one is missing where the run will train.
-    """
-    missing = missing_optimizer(recipe.training.optim)
-    if not _is_elsewhere(recipe, device):
-        if missing is not None:
-            raise UserError(missing)
-        check_offloading(recipe, device)
-        return []
-    lacking = [] if missing is None else [f"{missing} where the run will train"]
-    if recipe.activation_offloading:
-        lacking.append(f"activation_offloading: true needs a GPU where the run will train; here it would be {device}")
-    return lacking
-
-
-def _prepared(recipe: Recipe, model: nn.Module, device: torch.device) -> tuple[Prepared, list[str]]:
-    """The model as it will train, and what of it is known to be otherwise where the run will train.
-
-    Raises:
-        UserError: what ``prepare`` refuses.
-    """
-    try:
-        return prepare_by_recipe(recipe, model, device=device), []
-    except UserError as error:
-        if recipe.kernels == "auto" or not _is_elsewhere(recipe, device):
-            raise
-        chosen = recipe.model_copy(update={"kernels": "auto"})
-        return prepare_by_recipe(chosen, model, device=device), [f"{error}; what follows is for kernels: auto"]
-
-
-def _held(recipe: Recipe) -> list[str]:
-    """What an earlier run left in the folder, which a run has to be told about.
-
-    Raises:
-        UserError: a model of the other kind.
-    """
-    output_dir = Path(recipe.training.output_dir).expanduser()
-    check_kind(output_dir, adapter=recipe.lora is not None)
-    if steps_of(output_dir):
-        return [
-            f"{output_dir} holds checkpoints of an earlier run: train takes --resume, or another training.output_dir"
-        ]
-    if holds_model(output_dir):
-        return [f"{output_dir} holds the model of an earlier run: train takes another training.output_dir"]
-    return []
-
-
-def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -> list[str]:
-    """The same optimizer in 8 bits, where its state weighs: of adapters on experts it often dominates."""
-    if not recipe.training.optim.startswith("adamw") or "8bit" in recipe.training.optim:
-        return []
-    eight = sum(optimizer_bytes(p, _EIGHT_BIT) for p in model.parameters() if p.requires_grad)
-    if estimate.optimizer - eight < _WEIGHS:
-        return []
-    return [
-        f"the optimizer's state is {estimate.optimizer / 2**30:.1f} GiB of it; training.optim: {_EIGHT_BIT} keeps "
-        f"{eight / 2**30:.1f} GiB (pip install 'deltatune[optimizers]')"
-    ]
-
-
-def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments) -> list[str]:
-    """What a run takes of the packs: a short last accumulation is a step as well."""
-    mesh = Mesh.of(arguments)
-    order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
-    per_epoch, total = count_steps(len(order), arguments)
-    per_step = mesh.data_size * arguments.gradient_accumulation_steps
-    epochs = f", {counted(per_epoch, 'step')} an epoch, {total / per_epoch:.2f} epochs"
-    return [
-        f"{counted(total, 'step')} of {counted(per_step, 'pack')} ({per_step * packs.report.tokens_per_batch:,} tokens)"
-        f"{'' if isinstance(packs, PackStream) else epochs}"
-    ]

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from deltatune.config.reference import base_is_start
 from deltatune.config.schema import Recipe
 from deltatune.packing.collate import PackedCollator
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model, load_config, new_model
 from deltatune.training.planned import prepare_by_recipe
-from deltatune.training.preference import as_reference, base_is_start
+from deltatune.training.preference import as_reference
 
 __all__ = ["build", "document_counts", "shallow"]
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from itertools import islice
 
-from transformers import TrainingArguments
-
 from deltatune.commands.quiet import quiet_libraries
-from deltatune.config.rules import check_training_names
 from deltatune.config.schema import Recipe
 from deltatune.data.preview import preview
 from deltatune.data.report import counted
 from deltatune.training.checkpoint import load_tokenizer
+from deltatune.training.names import check_names
 from deltatune.training.packs import cache_folder, load_data
 
 __all__ = ["run"]
@@ -25,7 +22,7 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Tokenises (which fills the cache that training reads), packs, reports, and shows samples."""
     recipe: Recipe = args.recipe
-    check_training_names(recipe.training, [field.name for field in dataclasses.fields(TrainingArguments)])
+    check_names(recipe.training)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     sys.stdout.writelines(f"warning: {warning}\n" for warning in args.warnings)

@@ -12,14 +12,22 @@ from deltatune.runs.page import page
 
 __all__ = ["run"]
 
+_PAGE = "report.html"
+
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page, by default into the folder of the first run."""
     runs = [read_run(Path(folder).expanduser()) for folder in args.runs]
-    output = runs[0].path / "report.html" if args.output is None else Path(args.output).expanduser()
+    output = runs[0].path / _PAGE if args.output is None else Path(args.output).expanduser()
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    output.write_text(page(runs), encoding="utf-8")
+    html = page(runs)
+    try:
+        output.write_text(html, encoding="utf-8")
+    except IsADirectoryError as error:
+        raise UserError(f"--output {output} is a folder; name a file, such as {output / _PAGE}") from error
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}; choose another file with --output") from error
     for found in runs:
         sys.stdout.writelines(f"{found.path}: {problem}\n" for problem in found.problems)
     sys.stdout.write(f"the report is in {output}\n")

@@ -10,9 +10,11 @@ from typing import Any, Final
 from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import Recipe
 
-__all__ = ["idle_settings"]
+__all__ = ["BY_PLATEAU", "idle_settings"]
 
-_BY_PLATEAU: Final = ("reduce_lr_on_plateau", "greedy")
+BY_PLATEAU: Final = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow evaluations rather than steps."""
+
 # parts of the names of optimizers that read optim_args, and optim_target_modules
 _READ_ARGUMENTS: Final = (
     *("ademamix", "adagrad", "anyprecision", "apollo", "galore", "grokadamw", "rmsprop", "schedule_free", "sgd"),
@@ -34,7 +36,7 @@ def _evaluates(recipe: Recipe, _: dict[str, Any]) -> bool:
 
 def _chooses(recipe: Recipe, extra: dict[str, Any]) -> bool:
     best = recipe.training.load_best_model_at_end or recipe.training.save_strategy == "best"
-    return best or recipe.training.lr_scheduler_type in _BY_PLATEAU or "metric_for_best_model" in extra
+    return best or recipe.training.lr_scheduler_type in BY_PLATEAU or "metric_for_best_model" in extra
 
 
 def _has(name: str) -> Callable[[Recipe, dict[str, Any]], bool]:

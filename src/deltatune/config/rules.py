@@ -11,6 +11,8 @@ from pydantic import BaseModel
 
 from deltatune.config.idle import idle_settings
 from deltatune.config.inductor import INDUCTOR_OPTIONS
+from deltatune.config.moments import moment_errors
+from deltatune.config.reference import reference_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source
@@ -147,6 +149,8 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     continued = recipe.lora is not None and recipe.lora.name_or_path is not None
     if recipe.training.unfrozen_parameters is not None and continued:
         yield "training.unfrozen_parameters cannot act with lora.name_or_path: what trains whole is said by the adapter"
+    if recipe.training.fp16 and recipe.training.use_cpu:
+        yield "training.fp16 needs a GPU, and training.use_cpu stays on the CPU; set training.bf16, or neither"
     if recipe.training.bf16 and recipe.training.fp16:
         yield "training.bf16 and training.fp16 exclude each other; keep one"
     if recipe.training.on_nonfinite == "skip":
@@ -330,10 +334,12 @@ _ERRORS = (
     _offloading_errors,
     _training_names,
     _schedule_errors,
+    moment_errors,
     _optimizer_errors,
     _model_errors,
     _data_errors,
     _preference_errors,
+    reference_errors,
     _mixture_errors,
     _streaming_errors,
     _samples_errors,

@@ -15,6 +15,8 @@ from deltatune.errors import UserError, near_files
 
 __all__ = ["RunFolder", "items", "labels", "mapping", "number", "read_run", "rows"]
 
+_LARGEST = 1e150
+_DEEPEST = 64  # levels of lists and mappings in a file; no run writes half as many
 _FILES = ("run.json", "run.jsonl", "config.yaml", "report.json", "metrics.json")
 
 
@@ -96,10 +98,14 @@ def labels(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def number(value: Any, unreadable: float | None = None) -> float | None:
-    """A finite number, or ``unreadable``: JSON holds what is none as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A finite number, or ``unreadable``: JSON holds what is none as text.
+
+    Magnitudes beyond 1e150 are none, and those below 1e-150 are 0: a record of real things has neither, and sums and
+    differences of the others stay finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         return unreadable
-    return float(value)
+    return float(value) if abs(value) >= 1 / _LARGEST else 0.0
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -122,10 +128,25 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        return mapping(json.loads(text))
-    except ValueError as error:
+        return mapping(_shallow(json.loads(text)))
+    except (ValueError, RecursionError) as error:
         problems.append(f"{file.name} is not whole: {error}")
         return {}
+
+
+def _shallow(value: Any) -> Any:
+    """The value, if nothing in it is nested too deeply to walk through.
+
+    Raises:
+        ValueError: it is.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [item for part in parts for item in part]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
 
 
 def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -135,8 +156,8 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
         for place, line in enumerate(lines, start=1):
             try:
                 if line.strip():
-                    yield json.loads(line)
-            except ValueError:
+                    yield _shallow(json.loads(line))
+            except (ValueError, RecursionError):
                 # a run that goes on, or was killed, may be in the middle of its last line
                 if place < len(lines):
                     problems.append(f"{file.name}: line {place} is no JSON")
@@ -147,8 +168,8 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
 def _yaml(file: Path, problems: list[str]) -> dict[str, Any]:
     text = _text(file, problems)
     try:
-        return mapping(yaml.safe_load(text or ""))
-    except yaml.YAMLError as error:
+        return mapping(_shallow(yaml.safe_load(text or "")))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problems.append(f"{file.name} is not whole: {' '.join(str(error).split())}")
         return {}
 

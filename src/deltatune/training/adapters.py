@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -18,6 +17,7 @@ from deltatune.hf.peft import taken_for_experts
 from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
+from deltatune.training.layer_names import NAMED_EXPERTS, nearest_layers
 from deltatune.training.starts import begins_in_base, refuse_tied
 from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
 from deltatune.training.unfrozen import freeze_others, whole_modules
@@ -268,18 +268,16 @@ def _each_matches(
 
 
 def _are_experts(entry: str, model: nn.Module) -> bool:
-    named = re.search(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b", entry)
-    return named is not None and any(experts_layout(module) is not None for module in model.modules())
+    return NAMED_EXPERTS.search(entry) is not None and any(
+        experts_layout(module) is not None for module in model.modules()
+    )
 
 
 def _nearest(entry: str, model: nn.Module) -> str:
     if _are_experts(entry, model):
         return "; routed experts are Parameters: target_parameters: all-experts"
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linear = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    wanted = re.sub(r"\W+", " ", entry).split()
-    close = difflib.get_close_matches(wanted[-1] if wanted else entry, linear, n=3, cutoff=0.4)
-    return f"; nearest: {', '.join(close)}" if close else f"; linear layers here: {', '.join(linear)}"
+    return nearest_layers(entry, names)
 
 
 def _towers(model: nn.Module) -> list[str]:

@@ -9,13 +9,13 @@ from typing import Final
 import huggingface_hub
 import torch
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from deltatune.config.rules import check_training_names
 from deltatune.config.training_section import TrainingSection
-from deltatune.errors import UserError, nearest, one_line
+from deltatune.errors import UserError, one_line
 from deltatune.training.hub import silence
-from deltatune.training.optimizers import MUON
+from deltatune.training.names import MUON, check_values
 
 __all__ = ["autocast_dtype", "training_arguments"]
 
@@ -39,6 +39,7 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     check_training_names(section, known)
+    check_values(section)
     # every trained parameter takes part in every step: looking for others costs a walk of the graph
     values = {"ddp_find_unused_parameters": False, **section.arguments(), **_FIXED}
     if section.eval_strategy != "no":  # so that the best checkpoint is known
@@ -69,11 +70,6 @@ def _check_trackers(arguments: TrainingArguments) -> None:
     """Trackers that are not there are found by the Trainer only when model and data are."""
     available = get_available_reporting_integrations()
     for name in arguments.report_to or []:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise UserError(
-                f"training.report_to: unknown {name}{nearest(name, INTEGRATION_TO_CALLBACK)}; known: {known}"
-            )
         if name not in available and name != "flyte":
             raise UserError(
                 f"training.report_to: the package of {name} is not installed; pip install {name.replace('_', '-')}, or "

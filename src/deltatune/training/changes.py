@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deltatune.config.idle import BY_PLATEAU
 from deltatune.errors import UserError
 
 __all__ = ["Change", "check_changes", "find_changes", "find_other_data"]
@@ -50,6 +51,10 @@ _VERDICTS: dict[str, Verdict] = {
     "training.train_sampling_strategy": "asks",
     "training.dataloader_drop_last": "asks",
 }
+# what a schedule that follows evaluations carries in its own state
+_BY_STATE = ("learning_rate", "learning_rates", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_kwargs")
+# what an evaluation is of
+_EVALUATION = ("data.eval", "data.val_size")
 # settings that make groups of parameters, whose number must stay, where they are given at all
 _GROUPING = ("training.learning_rates", "training.loraplus_lr_ratio")
 
@@ -79,11 +84,35 @@ def find_other_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[C
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The settings that differ between two recipes, as ``Recipe.model_dump(mode="json")`` gives them."""
+    fixed = _fixed(_training(before), _training(now))
     return [
-        Change(key, old, new, _verdict(key, old, new))
+        Change(key, old, new, "cannot" if key.startswith(fixed) else _verdict(key, old, new))
         for key, old, new in _differences(before, now, ())
         if _home(key) in _VERDICTS
     ]
+
+
+def _training(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = recipe.get("training")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _fixed(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """What cannot act beside other settings of ``training``: keys, or what they begin with.
+
+    A schedule by evaluations goes on with the learning rates and arguments in its state, which no other kind has; and
+    the best figure so far is one of the held-out data before.
+    """
+    schedules = [training.get("lr_scheduler_type") in BY_PLATEAU for training in (before, now)]
+    names = (*_BY_STATE, "lr_scheduler_type") if any(schedules) else ()
+    compared = before.get("eval_strategy", "no") != "no" and (any(schedules) or _compares(now))
+    return (*(f"training.{name}" for name in names), *(_EVALUATION if compared else ()))
+
+
+def _compares(training: Mapping[str, Any]) -> bool:
+    """Whether a run holds an evaluation against those before it."""
+    stops = training.get("early_stopping_patience") is not None
+    return stops or bool(training.get("load_best_model_at_end")) or training.get("save_strategy") == "best"
 
 
 def _verdict(key: str, old: Any, new: Any) -> Verdict:

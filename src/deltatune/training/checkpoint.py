@@ -19,16 +19,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
-from deltatune.hf.model import base_model
 from deltatune.phases import phase
-from deltatune.subclass import stock_class
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path
 from deltatune.training.tokens import add_tokens
 
 __all__ = [
     "Loaded",
-    "base_identity",
     "commit_of",
     "empty_model",
     "folder_of",
@@ -38,6 +35,7 @@ __all__ = [
     "load_tokenizer",
     "model_class",
     "new_model",
+    "origin_of",
     "reload_weights",
 ]
 
@@ -56,7 +54,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     check_model_path(section)
     path = Path(section.name_or_path).expanduser()
     try:
-        return AutoConfig.from_pretrained(**_origin(section, section.name_or_path))
+        return AutoConfig.from_pretrained(**origin_of(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         why = _why(error, section.name_or_path)
         raise UserError(f"cannot read model {section.name_or_path}: {why}{_no_folder(path)}") from error
@@ -101,7 +99,7 @@ def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = Non
     config = load_config(section) if config is None else config
     loader = model_class(config) if loader is None else loader
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
-    origin = _origin(section, section.name_or_path)
+    origin = origin_of(section, section.name_or_path)
     # a download has bars of its own
     loading = phase("loading the model") if _is_here(section) else nullcontext()
     try:
@@ -148,7 +146,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         key = "name_or_path" if section.tokenizer is None else "tokenizer"
         raise UserError(f"model.{key}: {name} is no folder; expected a checkpoint folder{near_files(path)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_origin(section, name))
+        tokenizer = AutoTokenizer.from_pretrained(**origin_of(section, name))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {name}: {_why(error, name)}; set model.tokenizer") from error
     if not tokenizer.get_vocab():
@@ -157,20 +155,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if section.chat_template is not None:
         tokenizer.chat_template = read_template(section.chat_template, tokenizer)
     return tokenizer
-
-
-def base_identity(section: ModelSection, model: nn.Module) -> dict[str, str | None]:
-    """Which model a run began with: ``name_or_path``, ``revision`` as asked, the Hub's ``commit``, and its ``class``.
-
-    The path of a folder is absolute. ``commit`` is None where no Hub says it.
-    """
-    base = base_model(model)
-    return {
-        "name_or_path": str(_origin(section, section.name_or_path)["pretrained_model_name_or_path"]),
-        "revision": section.revision,
-        "commit": commit_of(section),
-        "class": stock_class(base).__name__,
-    }
 
 
 def reload_weights(model: nn.Module, folder: Path) -> None:
@@ -216,7 +200,7 @@ def commit_of(section: ModelSection) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else section.revision
 
 
-def _origin(section: ModelSection, name: str) -> dict[str, Any]:
+def origin_of(section: ModelSection, name: str) -> dict[str, Any]:
     """Where ``from_pretrained`` finds what goes by this name."""
     path = Path(name).expanduser()
     # absolute, because an adapter records where its base model is

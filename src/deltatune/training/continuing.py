@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import nn
 
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
-from deltatune.training.adapter_files import adapter_weights
+from deltatune.training.adapter_files import adapter_settings, adapter_weights
 from deltatune.training.hub import silence
 
 __all__ = ["adapter_record", "continued", "load_adapter", "start_lines"]
@@ -143,15 +142,11 @@ def _folder(name: str) -> Path:
 
 def _config(name: str) -> peft.LoraConfig:
     folder = _folder(name)
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{_KEY}: {name} is no adapter: it holds no adapter_config.json")
-    if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
-        raise UserError(f"{_KEY}: {name} is no adapter: it holds no adapter_model.safetensors")
     try:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind, init = saved.get("peft_type"), str(saved.get("init_lora_weights"))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{_KEY}: {name}: its adapter_config.json cannot be read: {one_line(error)}") from error
+        saved = adapter_settings(folder)
+    except UserError as error:
+        raise UserError(f"{_KEY}: {error}") from error
+    kind, init = saved.get("peft_type"), str(saved.get("init_lora_weights"))
     _check_start(name, init)  # before PEFT asks for packages that some of them need
     try:
         config = peft.PeftConfig.from_pretrained(str(folder)) if kind == "LORA" else None

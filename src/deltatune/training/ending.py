@@ -59,13 +59,16 @@ def _compared(trainer: PackedTrainer) -> str:
     return f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
 
 
-def evaluation_of_weights(trainer: PackedTrainer) -> Mapping[str, Any]:
-    """The evaluation of the weights that will be saved, made now if the schedule did not; empty without data for it."""
+def evaluation_of_weights(trainer: PackedTrainer, *, after: int = -1) -> Mapping[str, Any]:
+    """The evaluation of the weights that will be saved, made now if the schedule did not; empty without data for it.
+
+    ``after``: evaluations up to this step count for nothing, as they were of other data.
+    """
     if trainer.eval_dataset is None:
         return {}
     figures = (*trainer.figures, trainer.counted)
     for entry in reversed(trainer.state.log_history):
         # of a run that was supervised before and takes preferences now, say, an entry lacks some
-        if entry["step"] == trainer.weights_step and all(f"eval_{name}" in entry for name in figures):
+        if entry["step"] == trainer.weights_step > after and all(f"eval_{name}" in entry for name in figures):
             return dict(entry)
     return dict(trainer.evaluate())

@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
-from deltatune.training.adapter_files import adapter_weights
+from deltatune.training.adapter_files import adapter_settings, adapter_weights
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
 from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
 from deltatune.training.saving import Origin, write_merged, write_trained
 from deltatune.training.servers import per_expert
+from deltatune.training.staging import staged
 from deltatune.training.starts import begins_in_base
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "readable",
     "refuse_to_replace",
     "save_trained",
-    "staged",
     "write_json",
 ]
 
@@ -239,22 +238,10 @@ def export_adapter(
 def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Adapter, Path]:
     # a link, or ".", cannot be replaced by a folder; what it stands for can
     folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser().resolve()
-    adapter = _adapter(folder)
+    adapter = Adapter(folder, adapter_settings(folder))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another output folder")
     return adapter, output
-
-
-def _adapter(folder: Path) -> Adapter:
-    marker = folder / "adapter_config.json"
-    if not marker.is_file():
-        raise UserError(f"{folder} is no adapter: it holds no adapter_config.json")
-    if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
-        raise UserError(f"{folder} is no adapter: it holds no adapter_model.safetensors")
-    try:
-        return Adapter(folder, dict(json.loads(marker.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{marker} is no JSON object: {error}") from error
 
 
 def _base_of(
@@ -279,33 +266,6 @@ def _tokenizer_of(adapter: Adapter, section: ModelSection) -> PreTrainedTokenize
     """The adapter's own, which has its chat template, where it has one."""
     own = {"tokenizer": str(adapter.folder)} if (adapter.folder / "tokenizer_config.json").is_file() else {}
     return load_tokenizer(section.model_copy(update=own))
-
-
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not.
-
-    Raises:
-        UserError: the disk does not take the files.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        with writing(path, "written", "nothing is left of it"):
-            yield Path(folder)
-        # temporary folders are private; a model is not
-        Path(folder).chmod(0o755)
-        _sync(Path(folder))
-        if path.is_dir():
-            path.rmdir()
-        Path(folder).replace(path)
-
-
-def _sync(folder: Path) -> None:
-    """Sees to it that the files are on the disk before their folder has its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deltatune.errors import UserError
 
@@ -21,18 +22,16 @@ _PAUSE = 0.05
 
 
 @contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Holds a folder for this process; the lock of one that is gone is taken over.
+def locked(output_dir: Path, remedy: str = "choose another training.output_dir") -> Iterator[None]:
+    """Holds a folder for this process; the lock of one that is gone is taken over, by one process.
 
     Raises:
-        UserError: a run that goes on holds the folder.
+        UserError: a process that goes on holds the folder; ``remedy`` is what else the user may do.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     file = output_dir / LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-    while not _create(file, mine):
-        check_free(output_dir)
-        file.unlink(missing_ok=True)
+    while not (_create(file, mine) or _take_over(file, mine, remedy)):
+        pass
     try:
         yield
     finally:
@@ -40,7 +39,7 @@ def locked(output_dir: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def check_free(output_dir: Path) -> None:
+def check_free(output_dir: Path, remedy: str = "choose another training.output_dir") -> None:
     """Refuses a folder that a run holds, before anything in it is touched.
 
     A lock that holds nothing yet is waited for; one that a run left so when it was killed holds nothing later either.
@@ -55,8 +54,8 @@ def check_free(output_dir: Path) -> None:
         holder = _read(file)
     if holder is not None and _runs(holder):
         raise UserError(
-            f"{output_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, choose "
-            f"another training.output_dir, or remove {file} if that run is gone"
+            f"{output_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, "
+            f"{remedy}, or remove {file} if that run is gone"
         )
 
 
@@ -68,12 +67,52 @@ def _age(file: Path) -> float:
 
 
 def _create(file: Path, content: dict[str, Any]) -> bool:
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            json.dump(content, stream)
-    except FileExistsError:
+        stream = file.open("x", encoding="utf-8")
+    except (FileExistsError, FileNotFoundError):  # the folder may go as its holder does
         return False
-    return True
+    with stream:
+        _wait_for(stream)
+        # another may have taken it for one that nobody goes on writing
+        free = _is_at(file, stream.fileno()) and os.fstat(stream.fileno()).st_size == 0
+        if free:
+            json.dump(content, stream)
+        return free
+
+
+def _take_over(file: Path, content: dict[str, Any], remedy: str) -> bool:
+    """Writes over the lock of a process that is gone; of several that would, the first.
+
+    The file stays, held by the system's own lock while it is looked at and written: removed, it might be one that
+    another process has made since.
+    """
+    try:
+        stream = file.open("r+", encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    with stream:
+        _wait_for(stream)
+        check_free(file.parent, remedy)
+        if not _is_at(file, stream.fileno()):
+            return False
+        stream.truncate()
+        json.dump(content, stream)
+        return True
+
+
+def _wait_for(stream: TextIO) -> None:
+    """Holds a file until it is closed; where a file system has no such locks, looking has to be enough."""
+    with suppress(OSError):
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def _is_at(file: Path, handle: int) -> bool:
+    """Whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _read(file: Path) -> dict[str, Any] | None:

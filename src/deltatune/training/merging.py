@@ -150,9 +150,16 @@ def _resize(model: Any, state: dict[str, Tensor], config: Any) -> None:
     embedding = model.get_input_embeddings()
     trained = getattr(config, "trainable_token_indices", None) or []
     places = trained.values() if isinstance(trained, dict) else [trained]
-    last = max((index for ids in places for index in ids), default=0)
-    if last >= embedding.weight.shape[0]:
-        model.resize_token_embeddings(last + 1)
+    ids, rows_here = {index for ids in places for index in ids}, embedding.weight.shape[0]
+    added = {index for index in ids if index >= rows_here}
+    if added and max(added) >= rows_here + len(added):
+        gap = min(set(range(rows_here, rows_here + len(added) + 1)) - added)
+        raise UserError(
+            f"the adapter trains the row of token {max(added)}, its base has {rows_here} rows, and nobody says what "
+            f"row {gap} holds; pass the model that it was trained on with --base"
+        )
+    if added:
+        model.resize_token_embeddings(max(added) + 1)
     name = next(name for name, module in model.named_modules() if module is embedding)
     rows = state.get(f"{_PREFIX}{name}.weight", state.get(f"{_PREFIX}{name}.base_layer.weight"))
     if rows is not None and rows.shape[0] != embedding.weight.shape[0]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from accelerate.utils import reduce
 from torch import Tensor
-from transformers import TrainingArguments
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 __all__ = ["ALONE", "Mesh"]
 
@@ -31,6 +32,8 @@ class Mesh:
         """The sum of a tensor over the data axis, on every rank of it."""
         if self.data_size == 1:
             return value
+        from accelerate.utils import reduce
+
         summed: Tensor = reduce(value, reduction="sum")
         return summed
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
 from deltatune.config.training_section import TrainingSection
 from deltatune.data.report import counted
@@ -16,11 +15,9 @@ from deltatune.errors import UserError
 from deltatune.hf.model import text_model
 from deltatune.lora.parameters import is_parameter_lora
 from deltatune.training.muon import MATRICES
+from deltatune.training.names import MUON
 
-__all__ = ["MUON", "TRANSFORMERS_GROUPS", "OptimizerSettings", "optimizer_lines", "parameter_groups"]
-
-MUON = "muon"
-"""The name in ``training.optim``, which transformers does not have."""
+__all__ = ["TRANSFORMERS_GROUPS", "OptimizerSettings", "optimizer_lines", "parameter_groups"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,8 @@ def parameter_groups(
     Raises:
         UserError: a pattern that is no regular expression, or matches no trained parameter or another's.
     """
+    from transformers import Trainer  # which imports datasets, and pandas with it
+
     decays: Container[str] = Trainer.get_decay_parameter_names(None, model)
     matrices = _hidden_matrices(model) if settings.muon else set()
     patterns = {pattern: _compiled(pattern) for pattern in settings.learning_rates}

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.compile.graphs import of_kind
-from deltatune.config.schema import LoraSection, PreferenceSection
+from deltatune.config.schema import PreferenceSection
 from deltatune.hf.model import in_mode
 from deltatune.packing.sequences import Sequences
 
-__all__ = ["AnswerLogProbs", "PairLosses", "answer_log_probs", "as_reference", "base_is_start", "preference_losses"]
+__all__ = ["AnswerLogProbs", "PairLosses", "answer_log_probs", "as_reference", "preference_losses"]
 
 
 class AnswerLogProbs(NamedTuple):
@@ -107,17 +107,6 @@ def as_reference(model: nn.Module) -> Iterator[None]:
     peft_model: Any = model
     with torch.no_grad(), in_mode(model, training=False), peft_model.disable_adapter(), of_kind("reference"):
         yield
-
-
-def base_is_start(lora: LoraSection | None, unfrozen: Sequence[str] | None = None) -> bool:
-    """Whether the model without its adapter stays what training began with, in all that the adapter does not add.
-
-    Not where biases or other parameters of the base train, where training goes on from an adapter, or where an
-    initialisation moves a part of the base weights into the adapter.
-    """
-    if lora is None or lora.name_or_path is not None or unfrozen:
-        return False
-    return lora.bias == "none" and lora.init_lora_weights in (True, False, "gaussian", "eva")
 
 
 def _difference(values: Tensor) -> Tensor:

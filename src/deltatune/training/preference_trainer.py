@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from deltatune.config.reference import start_is_reference
 from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import PreferenceSection, Recipe
 from deltatune.data.dataset import PackedDataset, ReferencedPack
-from deltatune.errors import UserError
 from deltatune.hf.model import base_model, in_mode
 from deltatune.layers.router_loss import router_loss
 from deltatune.packing.bins import pack
@@ -24,16 +24,10 @@ from deltatune.packing.sample import Sample
 from deltatune.phases import phase
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, pack_loader
 from deltatune.training.nonfinite import Finding
-from deltatune.training.preference import (
-    AnswerLogProbs,
-    answer_log_probs,
-    as_reference,
-    base_is_start,
-    preference_losses,
-)
+from deltatune.training.preference import AnswerLogProbs, answer_log_probs, as_reference, preference_losses
 from deltatune.training.trainer import Batch, PackedTrainer
 
-__all__ = ["PairCollator", "PreferenceTrainer", "check_reference", "trainer_for"]
+__all__ = ["PairCollator", "PreferenceTrainer", "trainer_for"]
 
 _NUM_DOCUMENTS, _REFERENCE = "num_documents", "reference"
 
@@ -186,26 +180,6 @@ def trainer_for(recipe: Recipe, model: nn.Module, args: TrainingArguments, **oth
     if recipe.preference is None:
         return PackedTrainer(model, args, **others)
     trainer = PreferenceTrainer(model, args, settings=recipe.preference, **others)
-    if _start_is_reference(recipe):
+    if start_is_reference(recipe):
         trainer.compute_reference()
     return trainer
-
-
-def check_reference(recipe: Recipe, args: TrainingArguments) -> None:
-    """Refuses a reference that cannot be had: one is computed before a model is sharded.
-
-    Raises:
-        UserError: with the remedy.
-    """
-    if (args.fsdp or args.deepspeed) and _start_is_reference(recipe):
-        assert recipe.preference is not None
-        raise UserError(
-            f"preference.loss: {recipe.preference.loss} is held against the model at the start, which is computed "
-            "before it is sharded; use a new lora section without bias and of the usual init_lora_weights, a loss "
-            "without a reference (simpo, orpo), or no fsdp and deepspeed"
-        )
-
-
-def _start_is_reference(recipe: Recipe) -> bool:
-    has_reference = recipe.preference is not None and recipe.preference.has_reference
-    return has_reference and not base_is_start(recipe.lora, recipe.training.unfrozen_parameters)

@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from deltatune.config.schema import ModelSection, Recipe
+from deltatune.config.schema import LoraSection, ModelSection, Recipe
 from deltatune.data.sources import check_source
 from deltatune.errors import DataError, UserError, near_files
+from deltatune.training.layer_names import check_layer_names
+from deltatune.training.names import check_names
+from deltatune.training.sealed import steps_of
 
 __all__ = ["check_model_path", "existing_parent", "missing_optimizer", "preflight", "preflight_training"]
 
@@ -47,12 +50,19 @@ _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def preflight(recipe: Recipe) -> None:
-    """The paths of a recipe (model, data, and the folders that are written to), and its trackers.
+    """The names in ``training``, the paths (model, data, and the folders that are written to), and the trackers.
 
     Raises:
-        UserError: what is not there, is not what it should be, or cannot be written to.
+        UserError: what is unknown, is not there, is not what it should be, or cannot be written to.
     """
-    check_model_path(recipe.model)
+    check_names(recipe.training)
+    try:
+        check_model_path(recipe.model)
+        _check_adapter_path(recipe.lora)
+    except UserError as error:
+        raise UserError(f"{error}{_goes_on(recipe)}") from error
+    if recipe.lora is not None:
+        check_layer_names(recipe.model, recipe.lora)
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources):
             try:
@@ -62,6 +72,8 @@ def preflight(recipe: Recipe) -> None:
     _check_writable("training.output_dir", recipe.training.output_dir)
     if recipe.data.cache_dir is not None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
+    for name in ("fsdp_config", "deepspeed"):
+        _check_settings_file(f"training.{name}", (recipe.training.model_extra or {}).get(name))
     if missing := _missing_tracker(recipe.training.report_to):
         raise UserError(missing)
 
@@ -99,6 +111,26 @@ def check_model_path(section: ModelSection) -> None:
         )
 
 
+def _check_adapter_path(section: LoraSection | None) -> None:
+    """The folder of an adapter that a run begins with, where its name can be nothing else."""
+    name = None if section is None else section.name_or_path
+    if name is None or Path(name).expanduser().is_dir() or not name.startswith((".", "/", "~")):
+        return
+    raise UserError(
+        f"lora.name_or_path: {name} is no folder; expected an adapter's{near_files(Path(name).expanduser())}"
+    )
+
+
+def _goes_on(recipe: Recipe) -> str:
+    """How a run goes on whose start is no longer where it was, to follow the words that it is missing."""
+    if not steps_of(Path(recipe.training.output_dir).expanduser()):
+        return ""
+    return (
+        f"; the run in {recipe.training.output_dir} goes on with --resume where the key names the new place of a "
+        "folder that has moved"
+    )
+
+
 def missing_optimizer(optimizer: str) -> str | None:
     """Which package an optimizer lacks here, with the remedy; None where it lacks none."""
     package = next((package for part, package in _OPTIMIZERS.items() if part in optimizer), None)
@@ -119,6 +151,12 @@ def _missing_tracker(report_to: str | tuple[str, ...]) -> str | None:
                 f"{packages[0].replace('_', '-')}, or set report_to: none"
             )
     return None
+
+
+def _check_settings_file(key: str, value: object) -> None:
+    """A file of settings, which a mapping, or its JSON, may stand for."""
+    if isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
+        raise UserError(f"{key}: {value} does not exist{near_files(Path(value))}")
 
 
 def existing_parent(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import signal
 import sys
@@ -22,7 +23,7 @@ from deltatune import __version__
 from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
-from deltatune.data.stream import PackStream, Place
+from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, UserError, first_line, one_line
 from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
@@ -32,16 +33,9 @@ from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
-from deltatune.training.batches import place_file
-from deltatune.training.changes import check_changes, find_changes, find_other_data
-from deltatune.training.checkpoint import (
-    base_identity,
-    commit_of,
-    empty_model,
-    load_checkpoint,
-    load_config,
-    load_tokenizer,
-)
+from deltatune.training.base_identity import base_identity
+from deltatune.training.changes import Change
+from deltatune.training.checkpoint import commit_of, empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.console import RunConsole
 from deltatune.training.continuing import adapter_record, load_adapter, start_lines
 from deltatune.training.early_stopping import EarlyStopping
@@ -52,16 +46,18 @@ from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
-from deltatune.training.preference_trainer import check_reference, trainer_for
+from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
-from deltatune.training.sealed import manifest, resume_point
+from deltatune.training.sealed import resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
+from deltatune.training.since import changed_data, changed_settings, evaluates_otherwise, place_of
 from deltatune.training.space import check_space
 from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.weights_digest import digests_of
 from deltatune.verification import VerifyReport, verify
 
 __all__ = ["Run", "TrainResult", "build", "train"]
@@ -150,13 +146,13 @@ def _train(
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     if checkpoint is None:
         refuse_to_replace(Path(recipe.training.output_dir).expanduser())
-    changes = _changes(recipe, checkpoint, allow_change)
+    changes = changed_settings(recipe, checkpoint, allow=allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
         log.out(line, highlight=False)
     run = build(recipe, arguments, log)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
-        run.data.train.start = _place(checkpoint, Mesh.of(arguments))
-    changes += _other_data(run, checkpoint, allow_change)
+        run.data.train.start = place_of(checkpoint, Mesh.of(arguments))
+    changes += changed_data(run.data, checkpoint, allow=allow_change)
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
     records = _records(run, _verify(run))
@@ -166,31 +162,33 @@ def _train(
 
 
 def _fit(
-    run: Run, records: dict[str, Any], checkpoint: Path | None, changes: list[str], during_training: ExitStack
+    run: Run, records: dict[str, Any], checkpoint: Path | None, changes: list[Change], during_training: ExitStack
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it."""
-    trainer, stop, record = _trainer(run), StopAfterStep(), None
+    otherwise = evaluates_otherwise(changes)
+    trainer, stop, record = _trainer(run, otherwise), StopAfterStep(), None
     trainer.add_callback(stop)
+    step = 0 if checkpoint is None else step_of(checkpoint)
     if run.arguments.should_save:
         run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
         write_json(run.output_dir / REPORT_FILE, records)
-        step = 0 if checkpoint is None else step_of(checkpoint)
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
         if started_from := adapter_record(run.recipe.lora):
             about["adapter"] = started_from
         base = base_identity(run.recipe.model, run.model)
-        record = RunRecord(run.output_dir, about, model=base, changes=changes, from_step=step, meter=trainer.meter)
+        said = [str(change) for change in changes]
+        record = RunRecord(run.output_dir, about, model=base, changes=said, from_step=step, meter=trainer.meter)
         trainer.add_callback(record)
         trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
         if run.recipe.samples is not None:
-            trainer.add_callback(_samples(run, trainer))
+            trainer.add_callback(_samples(run, trainer, from_step=step))
     status = "failed"
     try:
         if run.recipe.compile is not None:
             run.console.out("the first step compiles, which takes a while", highlight=False)
         _run_steps(trainer, checkpoint, stop, run.console)
-        evaluation = evaluation_of_weights(trainer)
+        evaluation = evaluation_of_weights(trainer, after=step if otherwise else -1)
         during_training.close()
         result = _finish(run, trainer, evaluation, records)
         status = "finished"
@@ -244,7 +242,6 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
-    check_reference(recipe, arguments)
     check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -273,19 +270,6 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
 
 
-def _place(checkpoint: Path, mesh: Mesh) -> Place:
-    """Where a stream goes on."""
-    file = place_file(checkpoint, mesh)
-    others = [] if file.exists() else sorted(checkpoint.glob("stream-*-of-*.npz"))
-    if others:
-        num_ranks = int(others[0].stem.rsplit("-", 1)[1])
-        raise UserError(
-            f"{checkpoint} keeps the places of {num_ranks} ranks in the stream of data, and this run has "
-            f"{mesh.data_size}; resume with as many as began"
-        )
-    return Place.load(file)
-
-
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
     section = run.recipe.verify
@@ -299,7 +283,7 @@ def _verify(run: Run) -> VerifyReport | None:
     return report
 
 
-def _trainer(run: Run) -> PackedTrainer:
+def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
     def recompiles() -> int:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
@@ -316,42 +300,31 @@ def _trainer(run: Run) -> PackedTrainer:
         recompiles=recompiles,
         first=run.origin.first,
         console=run.console,
-        about={"recipe": run.recipe.model_dump(mode="json"), "data": run.data.identities(), "deltatune": __version__},
+        about={
+            "recipe": run.recipe.model_dump(mode="json"),
+            "data": run.data.identities(),
+            "digests": digests_of(run.recipe),
+            "deltatune": __version__,
+        },
         on_nonfinite=run.recipe.training.on_nonfinite,
         early_stopping=EarlyStopping.of(run.recipe.training),
+        forgets_best=forgets_best,
         optimizer=OptimizerSettings.of(run.recipe.training),
         offloading=run.arguments.device if run.recipe.activation_offloading else None,
     )
 
 
-def _samples(run: Run, trainer: PackedTrainer) -> Samples:
+def _samples(run: Run, trainer: PackedTrainer, *, from_step: int) -> Samples:
     assert run.recipe.samples is not None
     return Samples(
         prompts_of(run.recipe, run.tokenizer, run.data.eval),
         run.tokenizer,
         max_new_tokens=run.recipe.samples.max_new_tokens,
         output_dir=run.output_dir,
+        from_step=from_step,
         console=run.console,
         around=(trainer.meter.paused, trainer.compute_loss_context_manager),
     )
-
-
-def _changes(recipe: Recipe, checkpoint: Path | None, allow: bool) -> list[str]:
-    """What was changed since the checkpoint and acts from there on, in words."""
-    if checkpoint is None:
-        return []
-    changes = find_changes(manifest(checkpoint).get("recipe", {}), recipe.model_dump(mode="json"))
-    check_changes(changes, allow=allow)
-    return [str(change) for change in changes]
-
-
-def _other_data(run: Run, checkpoint: Path | None, allow: bool) -> list[str]:
-    """Sources that hold other rows than at the checkpoint, in words."""
-    if checkpoint is None:
-        return []
-    changes = find_other_data(manifest(checkpoint).get("data", {}), run.data.identities())
-    check_changes(changes, allow=allow)
-    return [str(change) for change in changes]
 
 
 @contextmanager
@@ -379,8 +352,8 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay
-        if metrics["leg"]["steps"] or not (run.output_dir / METRICS_FILE).exists():
-            write_json(run.output_dir / METRICS_FILE, metrics)
+        before = {} if metrics["leg"]["steps"] else _read(run.output_dir / METRICS_FILE)
+        write_json(run.output_dir / METRICS_FILE, {**metrics, "leg": before.get("leg", metrics["leg"])})
     if not metrics["leg"]["steps"]:
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
     if trainer.skipped:
@@ -416,6 +389,14 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
             "compile": None if compiled is None else compiled.to_dict(),
         },
     }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:

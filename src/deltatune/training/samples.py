@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.hf.model import in_mode
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.console import RunConsole
+from deltatune.training.export import write_text
 from deltatune.training.packs import padding_token
 
 __all__ = ["SAMPLES_FILE", "Prompt", "Samples", "prompts_of", "samples_lines"]
@@ -73,6 +75,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         tokenizer: decodes.
         max_new_tokens: of a completion, unless the model ends it before.
         output_dir: where the file is.
+        from_step: where the run begins or goes on; what the file holds of later steps is dropped.
         console: where a short line of each goes.
         around: contexts of a forward: autocast, and what keeps the time out of the rates of training.
     """
@@ -84,19 +87,29 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         *,
         max_new_tokens: int,
         output_dir: Path,
+        from_step: int = 0,
         console: RunConsole,
         around: Sequence[Callable[[], AbstractContextManager[Any]]] = (),
     ) -> None:
         self._prompts, self._tokenizer, self._max_new_tokens = prompts, tokenizer, max_new_tokens
         self._file, self._console, self._around = output_dir / SAMPLES_FILE, console, around
+        self._drop_from(from_step + 1)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Completes, keeps and shows."""
         del args, control, kwargs
+        self._drop_from(state.global_step)  # of an evaluation before, of the same step
         with torch.no_grad(), in_mode(model, training=False):
             for prompt in self._prompts:
                 completion = self._complete(model, prompt.ids)
                 self._keep({"step": state.global_step, **_entry(prompt, completion)})
+
+    def _drop_from(self, step: int) -> None:
+        """Removes lines of this step and later ones, and those that are no JSON, since a run was killed in them."""
+        lines = self._file.read_text(encoding="utf-8").split("\n") if self._file.exists() else []
+        kept = [line for line in lines if line and _step_of(line) < step]
+        if kept != lines[:-1]:
+            write_text(self._file, "".join(f"{line}\n" for line in kept))
 
     def _complete(self, model: Any, ids: Sequence[int]) -> str:
         with ExitStack() as stack:
@@ -119,6 +132,13 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         self._console.out(
             f"sample: {_short(entry['prompt'][-_SHOWN:])} -> {_short(entry['completion'])}", highlight=False
         )
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> Prompt:

@@ -18,6 +18,7 @@ __all__ = [
     "CHECKPOINT",
     "clear_leftovers",
     "commit",
+    "damage_of",
     "manifest",
     "problem_of",
     "resume_point",
@@ -136,14 +137,18 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
 
 def problem_of(folder: Path) -> str | None:
     """Why a run cannot go on from a folder; None for a whole checkpoint."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    try:
-        files = manifest(folder)["files"]
-    except (OSError, ValueError, KeyError):
-        return f"it holds no {MANIFEST} that can be read"
-    if not any(name.startswith("optimizer") for name in files):
+    if problem := _unreadable(folder):
+        return problem
+    if not any(name.startswith("optimizer") for name in manifest(folder)["files"]):
         return "it holds no optimizer's state (training.save_only_model), so nothing can go on from it"
+    return damage_of(folder)
+
+
+def damage_of(folder: Path) -> str | None:
+    """What of a checkpoint's files is not as it was written; None where all are."""
+    if problem := _unreadable(folder):
+        return problem
+    files = manifest(folder)["files"]
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -153,6 +158,16 @@ def problem_of(folder: Path) -> str | None:
     for name, expected in files.items():
         if _crc32(folder / name) != expected["crc32"]:
             return f"{name} is not what was written"
+    return None
+
+
+def _unreadable(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        manifest(folder)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"it holds no {MANIFEST} that can be read"
     return None
 
 

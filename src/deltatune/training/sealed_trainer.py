@@ -35,6 +35,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         about: JSON that every checkpoint's manifest holds, such as the recipe.
         first: the factors that adapters began with inside the base weights; see ``starts``.
         early_stopping: ends the run when evaluations get no better.
+        forgets_best: whether what a checkpoint says of the best evaluation is of other data, and counts for nothing.
         others: as the Trainer takes them.
     """
 
@@ -47,12 +48,14 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         about: Mapping[str, Any] | None = None,
         first: dict[str, Tensor] | None = None,
         early_stopping: EarlyStopping | None = None,
+        forgets_best: bool = False,
         **others: Any,
     ) -> None:
         self._mesh = Mesh.of(args)
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
         self._first = first
+        self._forgets_best = forgets_best
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
         self.early_stopping = early_stopping
         super().__init__(args=args, callbacks=None if early_stopping is None else [early_stopping], **others)
@@ -138,8 +141,8 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
             stopping.restore(state)
         if state.global_step < steps and (stopping is None or not stopping.stops):
             return False
-        state.best_model_checkpoint = best_beside(checkpoint)
         self.state = state
+        self._find_best(checkpoint)
         if self.args.should_save:
             # what the run would have removed, had it not been killed before
             rotate(Path(self.args.output_dir), self.args.save_total_limit, state.best_model_checkpoint)
@@ -147,6 +150,12 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return True
+
+    def _find_best(self, checkpoint: Path) -> None:
+        """Puts right what the state of a checkpoint says of the best one."""
+        self.state.best_model_checkpoint = None if self._forgets_best else best_beside(checkpoint)
+        if self._forgets_best:
+            self.state.best_metric = self.state.best_global_step = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -166,7 +175,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self.state.best_model_checkpoint = best_beside(Path(checkpoint))
+        self._find_best(Path(checkpoint))
         if self.is_deepspeed_enabled:
             return
         restore_settings(self.optimizer, self.lr_scheduler, given)

@@ -64,7 +64,7 @@ class PackedTrainer(SealedTrainer):
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
         console: where progress is drawn; the standard output by default.
-        about, first, early_stopping: as ``SealedTrainer`` takes them.
+        about, first, early_stopping, forgets_best: as ``SealedTrainer`` takes them.
         optimizer: learning rates by pattern, LoRA+ and Muon.
         on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
         offloading: the device whose activations training steps keep in the host's memory; see ``offload_activations``.
@@ -98,6 +98,7 @@ class PackedTrainer(SealedTrainer):
         about: Mapping[str, Any] | None = None,
         on_nonfinite: OnNonFinite = "stop",
         early_stopping: EarlyStopping | None = None,
+        forgets_best: bool = False,
         optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
         offloading: torch.device | None = None,
     ) -> None:
@@ -124,6 +125,7 @@ class PackedTrainer(SealedTrainer):
             about=about,
             first=first,
             early_stopping=early_stopping,
+            forgets_best=forgets_best,
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -143,7 +145,8 @@ class PackedTrainer(SealedTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer, with a bar that goes whatever happens."""
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            return result._replace(training_loss=result.metrics.get("train_loss", float("nan")))
         finally:
             self._bar.close()
 
@@ -337,6 +340,9 @@ class PackedTrainer(SealedTrainer):
         if "loss" in logs:
             logs.update(self.meter.window())
             self._leave_skipped_out(logs)
+        if "train_loss" in logs:
+            steps = self.state.global_step - self._initial_global_step
+            logs |= _over_taken(logs.pop("train_loss"), steps, len(self.skipped), "train_loss")
         for name in [name for name in logs if name.endswith("_samples_per_second")]:
             del logs[name]
         super().log(logs, start_time)
@@ -344,12 +350,10 @@ class PackedTrainer(SealedTrainer):
     def _leave_skipped_out(self, logs: dict[str, float]) -> None:
         """Makes the loss, a mean over all steps since the last line, one over those whose update was made."""
         skipped = sum(found.step > self._logged_step for found in self.skipped)
-        taken = self.state.global_step - self._logged_step - skipped
         if skipped:
             logs["skipped_steps"] = skipped
-            mean = logs.pop("loss")
-            if taken:
-                logs["loss"] = mean * (taken + skipped) / taken
+            steps = self.state.global_step - self._logged_step
+            logs |= _over_taken(logs.pop("loss"), steps, skipped, "loss")
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._logged_step = self._globalstep_last_logged
@@ -372,3 +376,9 @@ class PackedTrainer(SealedTrainer):
         control = self.control
         waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
         return waits or self._finite.is_full
+
+
+def _over_taken(mean: float, steps: int, skipped: int, name: str) -> dict[str, float]:
+    """A mean over all steps, to which skipped ones added nothing, as one over those taken; nothing where none was."""
+    taken = steps - skipped
+    return {name: mean * steps / taken if skipped else mean} if taken > 0 or not skipped else {}

@@ -1,0 +1,105 @@
+"""Names of layers that adapters go on, held against a checkpoint's files before any model is built."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from deltatune.config.schema import LoraSection, ModelSection
+from deltatune.errors import UserError
+from deltatune.hf.source import conversion_text, modeling_text
+
+__all__ = ["NAMED_EXPERTS", "check_layer_names", "nearest_layers"]
+
+#: Names of the projections of routed experts, which are no modules.
+NAMED_EXPERTS: Final = re.compile(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b")
+_HEADER_BYTES: Final = 100 * 2**20  # the most that the format allows
+
+
+def check_layer_names(model: ModelSection, lora: LoraSection) -> None:
+    """Refuses a name in ``target_modules`` or ``modules_to_save`` that neither weights nor source of a model mention.
+
+    What is mentioned may still match no module, as what a pattern matches is not known here: the model itself says so
+    once it is built. A model that is not on this disk, or brings its own code, is not looked at.
+
+    Raises:
+        UserError: such a name, with the nearest layers of the checkpoint.
+    """
+    folder = Path(model.name_or_path).expanduser()
+    given = [(f"lora.{field}", getattr(lora, field)) for field in ("target_modules", "modules_to_save")]
+    entries = [(field, entry) for field, names in given if isinstance(names, tuple) for entry in names]
+    source = None if model.trust_remote_code or not entries else _source(folder)
+    tensors = None if source is None else _tensors(folder)
+    if source is None or tensors is None:
+        return
+    known = set(re.findall(r"\w+", " ".join((source, *tensors))))
+    for field, entry in entries:
+        leaf = entry.rpartition(".")[2]
+        if leaf not in known and entry != "all-linear" and not NAMED_EXPERTS.search(entry):
+            layers = [name.removesuffix(".weight") for name, rank in tensors.items() if rank == 2]
+            raise UserError(f"{field}: {entry!r} matches no module{nearest_layers(entry, layers)}")
+
+
+def nearest_layers(entry: str, layers: Sequence[str]) -> str:
+    """The names of layers nearest to one that is none of them, or all, to follow the words that it matches nothing."""
+    names = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+    wanted = re.sub(r"\W+", " ", entry).split()
+    close = difflib.get_close_matches(wanted[-1] if wanted else entry, names, n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(close)}" if close else f"; linear layers here: {', '.join(names)}"
+
+
+def _source(folder: Path) -> str | None:
+    """The source of a checkpoint's model and of the renaming of its weights; None where it is not known for certain."""
+    config = _json(folder / "config.json")
+    if not isinstance(config, dict) or "auto_map" in config:
+        return None
+    texts = [modeling_text(name.removesuffix("_text")) for name in _model_types(config)]
+    renaming = conversion_text()
+    return None if not texts or None in texts or renaming is None else "\n".join((*filter(None, texts), renaming))
+
+
+def _model_types(config: dict[str, Any]) -> Iterator[str]:
+    """Of a model and the parts that it is made of."""
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, dict):
+            yield from (kind.removesuffix("_vision").removesuffix("_audio") for kind in _model_types(part))
+
+
+def _tensors(folder: Path) -> dict[str, int] | None:
+    """The number of dimensions of each tensor in a checkpoint, by name; None where they cannot be read."""
+    index = _json(folder / "model.safetensors.index.json")
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    files = set(places.values()) if isinstance(places, dict) else {"model.safetensors"}
+    headers = [_header(folder / str(file)) for file in files]
+    if None in headers:
+        return None
+    return {
+        name: len(entry["shape"])
+        for header in headers
+        for name, entry in (header or {}).items()
+        if isinstance(entry, dict) and isinstance(entry.get("shape"), list)
+    }
+
+
+def _header(file: Path) -> dict[str, Any] | None:
+    """What a safetensors file says of its tensors: JSON after eight bytes that count it."""
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            found = json.loads(stream.read(size)) if size <= _HEADER_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _json(file: Path) -> object:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,76 @@
+"""Names of optimizers, schedules and trackers that transformers knows, checked before it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from deltatune.config.rules import check_training_names
+from deltatune.config.training_section import TrainingSection
+from deltatune.errors import RecipeKeyError, nearest
+from deltatune.hf.source import annotated_fields, enum_values, mapping_keys, schedule_arguments
+
+__all__ = ["MUON", "check_names", "check_values"]
+
+MUON: Final = "muon"
+"""The name in ``training.optim`` that transformers does not have."""
+
+
+def check_names(section: TrainingSection) -> None:
+    """The names of ``training``, and those of its values that are names themselves.
+
+    Raises:
+        RecipeKeyError: one that the installed transformers does not know, with the nearest that it does.
+    """
+    fields = annotated_fields("training_args.py", "TrainingArguments")
+    if fields is not None:
+        check_training_names(section, fields)
+    check_values(section)
+
+
+def check_values(section: TrainingSection) -> None:
+    """Values of ``training`` that are names of transformers': of an optimizer, a schedule, a tracker, a strategy.
+
+    Raises:
+        RecipeKeyError: an unknown one, with the nearest; an argument that a schedule does not take, or lacks.
+    """
+    for key, value, known in _named(section):
+        if known is not None and value not in known:
+            raise RecipeKeyError(
+                ("training", key),
+                f"training.{key}: {value} is unknown{nearest(str(value), known)}; known: {', '.join(known)}",
+            )
+    _check_schedule_arguments(section)
+
+
+def _named(section: TrainingSection) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
+    """Keys, the names that were given to them, and the names that there are."""
+    extra = section.model_extra or {}
+    optimizers = enum_values("training_args.py", "OptimizerNames")
+    yield "optim", section.optim, None if optimizers is None else (*optimizers, MUON)
+    yield "lr_scheduler_type", section.lr_scheduler_type, enum_values("trainer_utils.py", "SchedulerType")
+    for key, name in (("logging_strategy", "IntervalStrategy"), ("hub_strategy", "HubStrategy")):
+        if extra.get(key) is not None:
+            yield key, extra[key], enum_values("trainer_utils.py", name)
+    trackers = mapping_keys("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
+    given = (section.report_to,) if isinstance(section.report_to, str) else section.report_to
+    if given not in (("none",), ("all",)):
+        yield from (("report_to", name, trackers) for name in given)
+
+
+def _check_schedule_arguments(section: TrainingSection) -> None:
+    arguments = schedule_arguments(section.lr_scheduler_type)
+    if arguments is None:
+        return
+    taken, required = arguments
+    given = section.lr_scheduler_kwargs or {}
+    key, schedule = ("training", "lr_scheduler_kwargs"), f"lr_scheduler_type: {section.lr_scheduler_type}"
+    for name in given:
+        if name not in taken:
+            raise RecipeKeyError(
+                key,
+                f"training.lr_scheduler_kwargs: {schedule} takes no {name}{nearest(name, taken)}; it takes "
+                f"{', '.join(taken)}",
+            )
+    if lacking := [name for name in required if name not in given]:
+        raise RecipeKeyError(key, f"training.lr_scheduler_kwargs: {schedule} needs {', '.join(lacking)}")

@@ -1,0 +1,93 @@
+"""What is another than at the checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from deltatune.config.schema import Recipe
+from deltatune.data.stream import Place
+from deltatune.errors import UserError
+from deltatune.training.batches import place_file
+from deltatune.training.changes import Change, check_changes, find_changes, find_other_data
+from deltatune.training.mesh import Mesh
+from deltatune.training.packs import RecipeData
+from deltatune.training.sealed import manifest
+from deltatune.training.weights_digest import STARTS, digest_of
+
+__all__ = ["changed_data", "changed_settings", "evaluates_otherwise", "place_of"]
+
+_EVALUATED = ("data", "model", "packing", "preference")
+_READ_ALIKE = ("data.cache_dir", "data.num_proc", *STARTS)
+
+
+def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) -> list[Change]:
+    """The settings that act from here on.
+
+    Raises:
+        UserError: one that cannot act, or that has to be allowed.
+    """
+    if checkpoint is None:
+        return []
+    kept = manifest(checkpoint)
+    changes = [
+        _settled(change, kept.get("digests", {}).get(change.key))
+        for change in find_changes(kept.get("recipe", {}), recipe.model_dump(mode="json"))
+    ]
+    check_changes(changes, allow=allow)
+    return changes
+
+
+def _settled(change: Change, digest: str | None) -> Change:
+    """A folder under another name is the same start where the weights in it are.
+
+    Raises:
+        UserError: they are others.
+    """
+    if change.key not in STARTS or digest is None or (now := digest_of(change.now)) is None:
+        return change
+    if now == digest:
+        return replace(change, verdict="acts")
+    raise UserError(
+        f"{change} cannot act on a run that goes on: the weights there are others than those it was trained on; name "
+        "the folder that holds these, or start another run in another training.output_dir"
+    )
+
+
+def changed_data(data: RecipeData, checkpoint: Path | None, *, allow: bool) -> list[Change]:
+    """The sources that hold other rows.
+
+    Raises:
+        UserError: there are some, and that has to be allowed.
+    """
+    if checkpoint is None:
+        return []
+    changes = find_other_data(manifest(checkpoint).get("data", {}), data.identities())
+    check_changes(changes, allow=allow)
+    return changes
+
+
+def evaluates_otherwise(changes: Iterable[Change]) -> bool:
+    """Whether evaluations that were made before are of other held-out data than those from here on."""
+    keys = [change.key for change in changes]
+    return any(
+        key.startswith("rows of ") or (key.split(".")[0] in _EVALUATED and key not in _READ_ALIKE) for key in keys
+    )
+
+
+def place_of(checkpoint: Path, mesh: Mesh) -> Place:
+    """Where a stream goes on.
+
+    Raises:
+        UserError: the checkpoint is of another number of ranks.
+    """
+    file = place_file(checkpoint, mesh)
+    others = [] if file.exists() else sorted(checkpoint.glob("stream-*-of-*.npz"))
+    if others:
+        num_ranks = int(others[0].stem.rsplit("-", 1)[1])
+        raise UserError(
+            f"{checkpoint} keeps the places of {num_ranks} ranks in the stream of data, and this run has "
+            f"{mesh.data_size}; resume with as many as began"
+        )
+    return Place.load(file)

@@ -1,0 +1,99 @@
+"""A recipe that is wrong says so before anything is imported that the fault can be seen without."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = """\
+import json, resource, sys
+from deltatune.cli import main
+status = main(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([status, list(sys.modules), used.ru_utime + used.ru_stime]))
+"""
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
+#: What a model takes, and rows and tokenizers do not.
+OF_MODELS = ("peft", "accelerate", "datasets", "trl", "torch._dynamo", "torch._inductor", "transformers.modeling_utils")
+#: Seconds of CPU without those of HEAVY; a third of one, on a machine that does nothing else.
+BOUND = 4.0
+
+
+def run_plan(recipe: Path, *settings: str) -> tuple[int, set[str], float, str]:
+    """The status, the modules that were imported, the seconds of CPU and what went to stderr."""
+    given = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-c", PROGRAM, "plan", str(recipe), *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    status, modules, seconds = json.loads(done.stdout.splitlines()[-1])
+    return status, set(modules), seconds, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.optim=adamw_torhc", r"adamw_torhc is unknown (did you mean adamw_torch?); known: "),
+        ("training.lr_scheduler_type=cosin", "cosin is unknown (did you mean cosine?); known: "),
+        ("training.lr_scheduler_kwargs={num_cycle: 1}", "linear takes no num_cycle; it takes last_epoch"),
+        ("training.lr_scheduler_type=warmup_stable_decay", "warmup_stable_decay needs num_decay_steps"),
+        ("training.lr_scheduler_type=greedy", "greedy follows evaluations"),
+        ("training.report_to=wandbb", "wandbb is unknown (did you mean wandb?); known: "),
+        ("training.logging_strategy=step", "step is unknown (did you mean steps?); known: "),
+        ("training.loging_strategy=steps", "unknown (did you mean logging_strategy?)"),
+        ("training.metric_for_best_model=f1", "metric_for_best_model: f1 is nothing that an evaluation logs"),
+        ("training.fp16=true", "fp16 needs a GPU"),
+        ("lora.target_modules=[q_porj]", "'q_porj' matches no module; nearest: q_proj"),
+        ("lora.rank=4", "lora.rank"),
+        ("model.dtype=bf17", "model.dtype"),
+        ("data.train.0.path=no/rows.jsonl", "no/rows.jsonl does not exist"),
+    ],
+)
+def test_names_and_paths_are_checked_without_torch(write_recipe: Any, setting: str, message: str) -> None:
+    status, modules, seconds, said = run_plan(write_recipe(), setting)
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert message in said
+    assert modules.isdisjoint(HEAVY)
+    assert seconds < BOUND
+
+
+def _no_tokenizer(_: Path, folder: Path) -> list[str]:
+    folder.mkdir()
+    return [f"model.tokenizer={folder}"]
+
+
+def _unknown_type(checkpoint: Path, folder: Path) -> list[str]:
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "of_no_kind"}))
+    return [f"model.name_or_path={folder}"]
+
+
+def _broken_row(_: Path, folder: Path) -> list[str]:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"messages": 3}\n')
+    return [f"data.train.0.path={folder / 'rows.jsonl'}"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(_no_tokenizer, "cannot load a tokenizer"), (_unknown_type, "of_no_kind"), (_broken_row, "rows.jsonl, line 1")],
+)
+def test_configurations_and_rows_are_checked_before_models_are_imported(
+    write_recipe: Any, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path, Path], list[str]], message: str
+) -> None:
+    status, modules, _, said = run_plan(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert message in said
+    assert modules.isdisjoint(OF_MODELS)
+
+
+def test_a_plan_imports_neither_trainer_nor_tables(write_recipe: Any) -> None:
+    status, modules, _, _ = run_plan(write_recipe())
+    assert status == 0
+    assert modules.isdisjoint({"datasets", "pandas", "trl", "transformers.trainer", "torch._inductor.compile_fx"})

@@ -1,0 +1,93 @@
+"""A run goes on from a start that has moved, and from no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from training_cases import make_recipe, save_checkpoint
+
+from deltatune.config.schema import LoraSection
+from deltatune.errors import UserError
+from deltatune.training import weights_digest
+from deltatune.training.run import train
+from deltatune.training.weights_digest import digest_of
+
+QUIET = Console(quiet=True)
+
+
+def recipe(folder: Path, base: Path, steps: int, adapter: Path | None = None) -> Any:
+    training = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "output_dir": str(folder / "output")}
+    verify = {"enabled": False, "lengths": None}
+    found = make_recipe(folder, base, lora={"target_modules": ["q_proj"]}, training=training, verify=verify)
+    return found if adapter is None else found.model_copy(update={"lora": LoraSection(name_or_path=str(adapter))})
+
+
+def change_a_weight(folder: Path, file: str) -> None:
+    tensors = load_file(folder / file)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name] + 1}, folder / file, {"format": "pt"})
+
+
+def test_a_moved_base_is_the_same_start_and_another_is_not(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    base = save_checkpoint(tmp_path / "base")
+    train(recipe(tmp_path, base, 2), console=QUIET)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"base is no folder; .*goes on with --resume where the key"):
+        train(recipe(tmp_path, base, 4), resume=True, console=QUIET)
+
+    other = shutil.copytree(tmp_path / "elsewhere", tmp_path / "other")
+    change_a_weight(other, "model.safetensors")
+    message = r"model\.name_or_path: .* cannot act on a run that goes on: the weights there are others"
+    with pytest.raises(UserError, match=message):
+        train(recipe(tmp_path, other, 4), resume=True, console=QUIET)
+
+    result = train(recipe(tmp_path, tmp_path / "elsewhere", 4), resume=True, console=QUIET)
+    assert result.metrics["leg"]["steps"] == 2
+    legs = json.loads((tmp_path / "output" / "run.json").read_text())["legs"]
+    assert legs[-1]["changes"][0].startswith("model.name_or_path: ")
+
+
+def test_a_moved_adapter_is_the_same_start_and_another_is_not(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    base = save_checkpoint(tmp_path / "base")
+    (tmp_path / "first").mkdir()
+    train(recipe(tmp_path / "first", base, 2), console=QUIET)
+    adapter = tmp_path / "adapter"
+    (tmp_path / "first" / "output").rename(adapter)
+    train(recipe(tmp_path, base, 2, adapter=adapter), console=QUIET)
+    adapter.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"lora\.name_or_path: .* is no folder; .*goes on with --resume where the key"):
+        train(recipe(tmp_path, base, 4, adapter=adapter), resume=True, console=QUIET)
+    other = shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    change_a_weight(other, "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lora\.name_or_path: .*: the weights there are others"):
+        train(recipe(tmp_path, base, 4, adapter=other), resume=True, console=QUIET)
+    result = train(recipe(tmp_path, base, 4, adapter=tmp_path / "moved"), resume=True, console=QUIET)
+    assert result.metrics["leg"]["steps"] == 2
+
+
+def test_a_digest_is_of_names_sizes_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_digest, "_WHOLE", 64)
+    monkeypatch.setattr(weights_digest, "_BLOCK", 8)
+    file = tmp_path / "model.safetensors"
+    found = set()
+    contents = [bytes(64), bytes(63), bytes(1000), bytes(1001), b"x" + bytes(999), bytes(999) + b"x"]
+    contents += [bytes(500) + b"x" * 40 + bytes(460)]
+    for content in contents:
+        file.write_bytes(content)
+        found.add(digest_of(str(tmp_path)))
+    assert len(found) == len(contents)
+    (tmp_path / "notes.txt").write_text("of no weight")
+    assert digest_of(str(tmp_path)) in found
+    file.rename(tmp_path / "renamed.safetensors")
+    assert digest_of(str(tmp_path)) not in found
+    assert digest_of("owner/name") is None
+    assert digest_of(None) is None
