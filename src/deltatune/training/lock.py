@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.errors import UserError
+from deltatune.training.processes import started
 
 __all__ = ["check_free", "locked"]
 
@@ -29,7 +30,7 @@ def locked(output_dir: Path) -> Iterator[None]:
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     file = output_dir / LOCK
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid())}
     while not _create(file, mine):
         check_free(output_dir)
         file.unlink(missing_ok=True)
@@ -90,7 +91,7 @@ def _runs(holder: dict[str, Any]) -> bool:
         return True
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():
-        return pid == os.getpid() and holder.get("started") == _started(pid)
+        return pid == os.getpid() and holder.get("started") == started(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -98,12 +99,4 @@ def _runs(holder: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     # the number may be another process's by now
-    return holder.get("started") == _started(pid)
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks since boot; None where the system does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    return holder.get("started") == started(pid)

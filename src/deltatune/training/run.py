@@ -23,7 +23,7 @@ from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream, Place
-from deltatune.errors import InterruptedRunError, UserError, first_line, one_line
+from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
 from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
 from deltatune.phases import phase, shown_by
@@ -54,6 +54,8 @@ from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import estimate_step, prepare_by_recipe
 from deltatune.training.preference_trainer import check_reference, trainer_for
 from deltatune.training.preflight import preflight_training
+from deltatune.training.process_group import own_process_group
+from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
@@ -125,11 +127,12 @@ def train(
     """
     warnings = check_recipe(recipe)
     preflight_training(recipe)
-    arguments = training_arguments(recipe.training)
-    screen = Console(quiet=True) if arguments.process_index else console or Console()
-    log = RunConsole(screen, moving=not arguments.disable_tqdm)
-    with shown_by(log.phase):
-        return _train(recipe, arguments, log, warnings, resume, allow_change)
+    with own_process_group():
+        arguments = training_arguments(recipe.training)
+        screen = Console(quiet=True) if arguments.process_index else console or Console()
+        log = RunConsole(screen, moving=not arguments.disable_tqdm)
+        with shown_by(log.phase), watched(recipe, arguments.process_index, arguments.world_size) as watch:
+            return _train(recipe, arguments, log, warnings, resume, allow_change, watch)
 
 
 def _train(
@@ -139,6 +142,7 @@ def _train(
     warnings: list[str],
     resume: str | Path | bool | None,
     allow_change: bool,
+    watch: RankWatch | None,
 ) -> TrainResult:
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
@@ -162,11 +166,16 @@ def _train(
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
-        return _fit(run, records, checkpoint, changes, during_training)
+        return _fit(run, records, checkpoint, changes, during_training, watch)
 
 
 def _fit(
-    run: Run, records: dict[str, Any], checkpoint: Path | None, changes: list[str], during_training: ExitStack
+    run: Run,
+    records: dict[str, Any],
+    checkpoint: Path | None,
+    changes: list[str],
+    during_training: ExitStack,
+    watch: RankWatch | None,
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it."""
     trainer, stop, record = _trainer(run), StopAfterStep(), None
@@ -177,6 +186,7 @@ def _fit(
         write_json(run.output_dir / REPORT_FILE, records)
         step = 0 if checkpoint is None else step_of(checkpoint)
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
+        about["processes"] = run.arguments.world_size
         if started_from := adapter_record(run.recipe.lora):
             about["adapter"] = started_from
         base = base_identity(run.recipe.model, run.model)
@@ -187,30 +197,49 @@ def _fit(
             trainer.add_callback(_samples(run, trainer))
     status = "failed"
     try:
-        if run.recipe.compile is not None:
-            run.console.out("the first step compiles, which takes a while", highlight=False)
-        _run_steps(trainer, checkpoint, stop, run.console)
-        evaluation = evaluation_of_weights(trainer)
-        during_training.close()
-        result = _finish(run, trainer, evaluation, records)
+        with explained(watch), _told_of_memory(trainer):
+            if run.recipe.compile is not None:
+                run.console.out("the first step compiles, which takes a while", highlight=False)
+            _run_steps(trainer, checkpoint, stop, run.console)
+            evaluation = evaluation_of_weights(trainer)
+            during_training.close()
+            result = _finish(run, trainer, evaluation, records)
         status = "finished"
+    finally:
+        failure = sys.exception()
+        if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
+            status = "interrupted"
+        if failure is not None:
+            run.console.keep(_said_of(failure, status))
+        if record is not None:
+            reason = None if failure is None else _reason(failure)
+            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
+    return result
+
+
+@contextmanager
+def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}; lower "
             "packing.tokens_per_batch, or set checkpointing: layer (deltatune plan estimates both); a run with "
             "checkpoints goes on from the last with --resume"
         ) from error
-    finally:
-        failure = sys.exception()
-        if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
-            status = "interrupted"
-        if failure is not None:
-            told = isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt)
-            run.console.keep(f"{status}: {one_line(failure)}" if told else "".join(format_exception(failure)).rstrip())
-        if record is not None:
-            reason = None if failure is None else one_line(failure)
-            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
-    return result
+
+
+def _reason(failure: BaseException) -> str:
+    """In one line, without the traceback that another rank's failure carries."""
+    return first_line(failure) if isinstance(failure, RankFailedError) else one_line(failure)
+
+
+def _said_of(failure: BaseException, status: str) -> str:
+    if isinstance(failure, RankFailedError):
+        return f"{status}: {failure}"
+    if isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt):
+        return f"{status}: {one_line(failure)}"
+    return "".join(format_exception(failure)).rstrip()
 
 
 def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: RunConsole) -> None:
