@@ -25,7 +25,7 @@ from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training.heartbeat import TOLD
 
-__all__ = ["run"]
+__all__ = ["launch", "run"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _POLL = 0.1
@@ -37,15 +37,20 @@ _TAIL = 4000  # characters of a rank's error output that are shown
 def run(args: argparse.Namespace) -> int:
     """Trains in N processes; the status is that of one."""
     _check_devices(args.recipe, args.nproc)
+    return launch(_command(args), args.nproc)
+
+
+def launch(command: list[str], nproc: int) -> int:
+    """Runs a command in N processes that find each other as torch.distributed's do; none is left when it returns."""
     with tempfile.TemporaryDirectory(prefix="deltatune-") as folder:
-        launch = _Launch(_command(args), args.nproc, Path(folder))
-        with launch.signals_passed_on():
+        ranks = _Ranks(command, nproc, Path(folder))
+        with ranks.signals_passed_on():
             try:
-                launch.start()
-                launch.wait()
+                ranks.start()
+                ranks.wait()
             finally:
-                launch.kill()
-        return launch.status()
+                ranks.kill()
+        return ranks.status()
 
 
 def _check_devices(recipe: Recipe, nproc: int) -> None:
@@ -74,7 +79,7 @@ def _command(args: argparse.Namespace) -> list[str]:
     ]
 
 
-class _Launch:
+class _Ranks:
     """The processes of a run: started, waited for, ended."""
 
     def __init__(self, command: list[str], nproc: int, folder: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,22 +96,16 @@ class RankWatch:
         rank, size: this process, and how many there are.
         timeout_s: seconds without a sign of life after which a rank is lost.
         output_dir: where the run's records are.
-        end: ends this process at once, with a status.
     """
 
-    def __init__(
-        self,
-        heart: Heartbeat,
-        rank: int,
-        size: int,
-        timeout_s: float,
-        output_dir: Path,
-        end: Callable[[int], None] = os._exit,
-    ) -> None:
+    def __init__(self, heart: Heartbeat, rank: int, size: int, timeout_s: float, output_dir: Path) -> None:
         self._heart, self._rank, self._size, self._timeout_s = heart, rank, size, timeout_s
-        self._output_dir, self._end, self._began = output_dir, end, now()
+        self._output_dir, self._began = output_dir, now()
         self._failure: Failure | None = None
+        self._explained: Exception | None = None  # this rank's own error, once it was told
         self._sigterm: Any = None  # what SIGTERM did before
+        # one of the two threads ends the run
+        self._deciding, self._watch_ends = threading.Lock(), False
         self._found, self._leaving, self._left = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
 
@@ -132,21 +126,30 @@ class RankWatch:
 
     def explain(self, error: Exception) -> Exception:
         """The error to go on with: the failure of another rank where that came first, else this one, told to all."""
-        if isinstance(error, InterruptedRunError | RankFailedError):
+        if error is self._explained or isinstance(error, InterruptedRunError | RankFailedError):
             return error
         self._ignore_sigterm()
         if _is_of_a_connection(error):
             # who has closed it is found out within the time in which any lost rank is
             self._found.wait(self._timeout_s + 2 * _GRACE)
-        self._leaving.set()
+        self._take_over()
         if self._failure is None:
             self._heart.report(self._own(error))
             self._heart.wait_for_turn(_TELLING)
         self._failure = failure = self._failure or self._heart.failure
         # rank 0 speaks for itself, also where another met with the same before
         if failure is None or (self._rank == 0 and (failure.rank == 0 or failure.summary == self._own(error).summary)):
+            self._explained = error
             return error
         return self._failed(failure)
+
+    def _take_over(self) -> None:
+        """The main thread ends the run; it does not return if the watch already does."""
+        with self._deciding:
+            if not self._watch_ends:
+                self._leaving.set()
+        if self._watch_ends:
+            threading.Event().wait()
 
     def _ignore_sigterm(self) -> None:
         """This process ends anyway: a launcher's word that it should must not come before its own."""
@@ -163,7 +166,7 @@ class RankWatch:
         while not self._heart.all_ended.wait(BEAT / 10) and not self._heart.broken:
             # a store that breaks now has gone with rank 0, which has then ended
             if self._failure is not None:
-                self._leaving.set()
+                self._take_over()
                 raise self._failed(self._failure)
 
     def show(self, text: str) -> None:
@@ -180,7 +183,7 @@ class RankWatch:
     def _say(self, text: str) -> None:
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
-        if self._rank != 0:
+        if self._rank != 0 or self._watch_ends:
             self._write_down(text)
         self._heart.tell(text)
         self._heart.wait_for_turn(_TELLING)
@@ -248,15 +251,15 @@ class RankWatch:
         """Lets the main thread end the run by the failure, or does it instead."""
         self._failure = failure
         self._found.set()
-        if self._leaving.wait(_GRACE) and self._left.wait(_LEAVING):
+        self._leaving.wait(_GRACE)
+        with self._deciding:
+            self._watch_ends = not self._leaving.is_set()
+        if not self._watch_ends and self._left.wait(_LEAVING):
             return
-        text = str(self._failed(failure))
-        if self._shows() and not self._heart.is_told.is_set():
-            self._write_down(text)
-        self.show(text)
+        self.show(str(self._failed(failure)))
         for child in multiprocessing.active_children():
             child.kill()
-        self._end(failure.status)
+        os._exit(failure.status)
 
     # What is said
 
@@ -277,7 +280,7 @@ class RankWatch:
         steps = steps_of(self._output_dir)
         if not steps:
             return "no checkpoint was written"
-        return f"go on from {CHECKPOINT}{max(steps)} with --resume, in {self._size} processes as before"
+        return f"go on from {CHECKPOINT}{max(steps)} with --resume, in {self._size} processes"
 
     def _shows(self) -> bool:
         """Whether it is for this rank to show a failure: rank 0 does, unless it is the one that was lost."""
@@ -287,7 +290,7 @@ class RankWatch:
         return self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
     def _write_down(self, text: str) -> None:
-        """In the run's folder, where rank 0's main thread does not."""
+        """In the run's folder, which is else for rank 0's main thread to do."""
         mark_failed(self._output_dir, text.partition("\n")[0], self._began)
         if (self._output_dir / LOG_FILE).is_file():
             with (self._output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
