@@ -20,6 +20,8 @@ from training_cases import make_recipe, save_checkpoint
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.schema import Recipe
 from deltatune.errors import RankFailedError
+from deltatune.training.heartbeat import Heartbeat
+from deltatune.training.ranks import RankWatch
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
 from forked import FORKED, free_port
@@ -180,3 +182,24 @@ def twice_main(rank: int, folder: str, port: int) -> None:
         training = told.training.model_copy(update={"max_steps": steps})
         train(told.model_copy(update={"training": training}), resume="auto")
         assert not dist.is_initialized()
+
+
+def test_a_process_that_was_itself_suspended_blames_nobody(tmp_path: Path) -> None:
+    heart: Any = Heartbeat(None, 0, 2)  # type: ignore[arg-type]
+    watch = RankWatch(heart, 0, 2, TIMEOUT_S, tmp_path)
+    heart.excuse(-3 * TIMEOUT_S)
+    assert watch._missed() is not None
+    heart.excuse(3 * TIMEOUT_S)
+    assert watch._missed() is None
+
+
+def test_a_late_store_blames_no_rank_but_its_host(tmp_path: Path) -> None:
+    heart: Any = Heartbeat(None, 1, 3)  # type: ignore[arg-type]
+    watch = RankWatch(heart, 1, 3, TIMEOUT_S, tmp_path)
+    heart.excuse(-0.8 * TIMEOUT_S)
+    heart.heard[0] -= TIMEOUT_S
+    assert watch._missed() is None
+    heart.excuse(-TIMEOUT_S)
+    lost = watch._missed()
+    assert lost is not None
+    assert lost.rank == 0
