@@ -9,20 +9,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import keyword
+import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, one_line
+from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, is_missing, is_users, one_line
 
 __all__ = ["main"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_PACKAGE = Path(__file__).parent
-# what the extra `train` installs, by import name
-_TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich", "yaml")
 
 # what is looked up for a command before torch is imported
 _PREFLIGHT = {"plan": "preflight", "train": "preflight_training"}
@@ -37,28 +34,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(args)
         if "recipe" in args:
             # before the command, and with it torch, is imported: a typo costs no seconds
-            loaded = importlib.import_module("deltatune.config.load").load_recipe(args.recipe, args.overrides)
+            args.file = args.recipe
+            loaded = importlib.import_module("deltatune.config.load").load_recipe(args.file, args.overrides)
             args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
             if args.command in _PREFLIGHT:
                 # nor does a missing file or package
                 getattr(importlib.import_module("deltatune.training.preflight"), _PREFLIGHT[args.command])(args.recipe)
-        module = f"{args.command}_" if keyword.iskeyword(args.command) else args.command
-        command = importlib.import_module(f"deltatune.commands.{module}")
+        command = importlib.import_module(f"deltatune.commands.{_module(args)}")
         status: int = command.run(args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
     except InterruptedRunError as error:
-        sys.stderr.write(f"{error}\n")
+        if os.environ.get("RANK", "0") == "0":  # all ranks end so
+            sys.stderr.write(f"{error}\n")
         return error.status
     except (ValueError, OSError, ImportError) as error:
-        if not _is_users(error):
+        if not is_users(error):
             raise
         if debug:
             traceback.print_exception(error)
         missing = f"the package {getattr(error, 'name', '')} is missing: pip install 'deltatune[train]'"
         place = f"{places[error.key]}: " if isinstance(error, RecipeKeyError) and error.key in places else ""
-        sys.stderr.write(f"error: {place}{missing if _is_missing(error) else one_line(error)}\n")
+        sys.stderr.write(f"error: {place}{missing if is_missing(error) else one_line(error)}\n")
         return 2
     return status
 
@@ -67,22 +65,20 @@ def _check(args: argparse.Namespace) -> None:
     """Options that act only beside another one."""
     if args.command == "train" and args.allow_change and args.resume is None:
         raise UserError("--allow-change cannot act without --resume: a new run trains as its recipe says")
+    if args.command == "train" and args.nproc is not None:
+        launched = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+        if launched:
+            raise UserError(
+                f"--nproc starts the processes itself, and {launched[0]} is set: another launcher, such as torchrun, "
+                "has started this one; leave one of them out"
+            )
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether an error is about the input rather than a fault of this program.
-
-    Ours say so. A bare ValueError or ImportError counts when our own code raised it, where it is a check; from the
-    inside of a library it is a surprise, and its traceback is needed. An OSError is the machine's or the path's.
-    """
-    if isinstance(error, UserError | OSError) or _is_missing(error):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
-
-
-def _is_missing(error: Exception) -> bool:
-    return isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES
+def _module(args: argparse.Namespace) -> str:
+    """The module of a command."""
+    if args.command == "train" and args.nproc is not None:
+        return "launch"
+    return f"{args.command}_" if keyword.iskeyword(args.command) else str(args.command)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +127,10 @@ def _add_commands_of_recipes(commands: _Commands) -> None:
     train.add_argument("--resume", nargs="?", const=True, metavar="DIR|auto", help=what)
     what = "with --resume: go on with other data, packs or seeds than the checkpoint was trained with"
     train.add_argument("--allow-change", action="store_true", help=what)
+    what = "train in N processes of this machine, one for each GPU"
+    train.add_argument("--nproc", type=_processes, metavar="N", help=what)
+    what = "say what a run in N processes would do"
+    plan.add_argument("--nproc", type=_processes, metavar="N", help=what)
     what = "print N samples, trained tokens coloured"
     preprocess.add_argument("--show", type=_count, default=0, metavar="N", help=what)
     preprocess.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
@@ -201,6 +201,12 @@ def _setting(text: str) -> str:
 def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _processes(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of processes, got {text!r}")
     return int(text)
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = [
     "DataError",
     "InterruptedRunError",
+    "RankFailedError",
     "RecipeKeyError",
     "UserError",
     "first_line",
+    "is_missing",
+    "is_users",
     "near_files",
     "nearest",
     "one_line",
 ]
+
+_PACKAGE = Path(__file__).parent
+# what the extra `train` installs, by import name
+_TRAIN_PACKAGES = ("accelerate", "datasets", "jinja2", "peft", "pydantic", "rich", "yaml")
 
 
 class UserError(ValueError):
@@ -46,6 +54,37 @@ class InterruptedRunError(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class RankFailedError(Exception):
+    """A run of several processes that another rank's failure, or its end, has ended.
+
+    The message is a line, with the traceback of that rank below where it had one. It was shown once for all ranks, so
+    the command line exits with ``status`` and says nothing.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error is about the input rather than a fault of this program.
+
+    Ours say so. A bare ValueError or ImportError counts when our own code raised it, where it is a check; from the
+    inside of a library it is a surprise, and its traceback is needed. An OSError is the machine's or the path's.
+    """
+    if not isinstance(error, ValueError | OSError | ImportError):
+        return False
+    if isinstance(error, UserError | OSError) or is_missing(error):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether a package that training needs is not installed."""
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES
 
 
 def one_line(error: BaseException) -> str:

@@ -71,6 +71,13 @@ def test_plan_counts_steps_by_epochs_and_accumulation(capsys, write_recipe) -> N
     assert "4 steps of 4 packs (512 tokens), 2 steps an epoch, 2.00 epochs" in capsys.readouterr().out
 
 
+def test_plan_counts_steps_of_several_processes(capsys, write_recipe) -> None:
+    recipe = write_recipe(training={"num_train_epochs": 2, "gradient_accumulation_steps": 2, "use_cpu": True})
+    assert main(["plan", str(recipe), "--nproc", "2"]) == 0
+    # 6 packs: 3 on each, so 2 steps an epoch, the second of 2 packs
+    assert "4 steps of 4 packs (512 tokens), 2 steps an epoch, 2.00 epochs" in capsys.readouterr().out
+
+
 def test_plan_of_full_training_with_automatic_checkpointing(capsys, write_recipe) -> None:
     assert main(["plan", str(write_recipe(lora=None, checkpointing="auto", compile=True))]) == 0
     page = capsys.readouterr().out

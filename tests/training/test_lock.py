@@ -14,7 +14,8 @@ import pytest
 
 from deltatune.errors import UserError
 from deltatune.training import lock
-from deltatune.training.lock import _started, locked
+from deltatune.training.lock import locked
+from deltatune.training.processes import started
 
 
 def test_a_folder_is_held_and_let_go(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_the_lock_of_another_process_holds_while_it_runs(tmp_path: Path) -> None
     try:
         assert other.stdout is not None
         other.stdout.readline()
-        holder = {"pid": other.pid, "host": socket.gethostname(), "started": _started(other.pid)}
+        holder = {"pid": other.pid, "host": socket.gethostname(), "started": started(other.pid)}
         (tmp_path / ".lock").write_text(json.dumps(holder))
         with pytest.raises(UserError, match=f"process {other.pid}"), locked(tmp_path):
             pass

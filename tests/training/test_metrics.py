@@ -16,6 +16,7 @@ from deltatune.training.batches import PackCounts
 from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter, StepFlops, peak_flops
 from deltatune.training.progress import format_metrics
+from deltatune.training.waiting import waiting_share
 from tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -72,6 +73,42 @@ def test_counts_of_ranks_are_summed() -> None:
     running.add(PackCounts(trained=3, tokens=5, capacity=8, packs=1))
     running.on_step_end()
     assert running.summary()["tokens"] == 10
+
+
+def test_memory_and_waiting_are_of_all_ranks() -> None:
+    class BesideASlowerOne(Mesh):
+        """Rank 1 holds 2 GiB more than all this one does, and is 0.1 s slower."""
+
+        def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+            if value.ndim == 2:
+                value[1] = value[0] + torch.tensor([2.0**31, *([0.1] * (value.shape[1] - 1))])
+            return value
+
+    running = meter(mesh=BesideASlowerOne(2, 0))
+    running.on_train_begin()
+    for _ in range(2):
+        running.add(PackCounts(trained=3, tokens=5, capacity=8, packs=1))
+        with running.forward():
+            time.sleep(0.1)
+        running.on_step_end()
+    window = running.window()
+    assert window["peak_memory_sum_gib"] == pytest.approx(2 * window["peak_memory_gib"] - 2, abs=0.002)
+    assert window["waiting_share"] == pytest.approx(0.25, abs=0.1), "one of two waits for half of a step"
+    assert "waiting_share" not in running.window(), "no step since"
+
+
+def test_one_process_waits_for_nobody() -> None:
+    running = meter()
+    running.add(PackCounts(trained=3, tokens=5, capacity=8, packs=1))
+    with running.forward():
+        pass
+    running.on_step_end()
+    assert not {"waiting_share", "peak_memory_sum_gib"} & set(running.window())
+
+
+def test_the_share_of_waiting_is_over_steps() -> None:
+    assert waiting_share([[1.0, 3.0], [3.0, 1.0]]) == pytest.approx(1 / 3), "each step waits for its own slowest"
+    assert waiting_share([[], []]) is None
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -50,6 +50,18 @@ def test_the_second_ctrl_c_ends_it_at_once() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_signal_while_ranks_agree_ends_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopAfterStep()
+    stop._ranks = object()  # type: ignore[assignment]
+
+    def meanwhile(*_: object, **__: object) -> None:
+        stop.received = signal.SIGTERM
+
+    monkeypatch.setattr("deltatune.training.signals.dist.all_reduce", meanwhile)
+    assert not step_ends(stop).should_training_stop, "the other ranks go on"
+    assert step_ends(stop).should_training_stop
+
+
 def test_a_thread_catches_nothing_and_says_nothing() -> None:
     found: list[Any] = []
 

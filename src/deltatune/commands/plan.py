@@ -24,5 +24,5 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     planning = importlib.import_module("deltatune.commands.planning")
-    planning.show(recipe, args.warnings, config, tokenizer, data)
+    planning.show(recipe, args.warnings, config, tokenizer, data, nproc=args.nproc)
     return 0

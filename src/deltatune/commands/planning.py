@@ -47,13 +47,15 @@ def show(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     data: RecipeData,
+    *,
+    nproc: int | None = None,
 ) -> None:
-    """Prints what a run of the recipe would do.
+    """Prints what a run of the recipe would do, by as many processes as ``nproc`` says.
 
     Raises:
         UserError: what the run would stop at.
     """
-    arguments = training_arguments(recipe.training)
+    arguments = training_arguments(recipe.training, nproc=nproc)
     warnings = [*warnings, *_missing_here(recipe, arguments.device), *_held(recipe)]
     model = adapt_by_recipe(empty_model(recipe.model, config), recipe)
     load_adapter(model, recipe.lora)
@@ -64,7 +66,7 @@ def show(
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
-    lines += ["", *data.lines(), *_steps(data.train, arguments), *samples_lines(recipe), *room.lines()]
+    lines += ["", *data.lines(), *_steps(data.train, arguments, nproc), *samples_lines(recipe), *room.lines()]
     estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
@@ -145,9 +147,9 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
     ]
 
 
-def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments) -> list[str]:
+def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments, nproc: int | None) -> list[str]:
     """What a run takes of the packs: a short last accumulation is a step as well."""
-    mesh = Mesh.of(arguments)
+    mesh = Mesh.of(arguments) if nproc is None else Mesh(data_size=nproc)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
     per_epoch, total = count_steps(len(order), arguments)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.graphs import GraphBreakError
-from deltatune.errors import one_line
+from deltatune.errors import RankFailedError, one_line
 from deltatune.training.run import train
 
 __all__ = ["run"]
@@ -24,4 +25,9 @@ def run(args: argparse.Namespace) -> int:
             raise
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 1
+    except RankFailedError as error:
+        # all is said and written down; as Python ends, libraries would wait for ranks that never answer
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.status)
     return 0

@@ -16,6 +16,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "PackingSection",
+    "ParallelSection",
     "PreferenceSection",
     "Recipe",
     "SamplesSection",
@@ -288,6 +289,14 @@ class VerifySection(Section):
     must be zero exactly, whatever is set here."""
 
 
+class ParallelSection(Section):
+    """A run of several processes."""
+
+    timeout_s: Annotated[int, Strict(), Field(ge=10)] = 60
+    """Seconds without a sign of life after which a process is lost and all others end. A process that trains, compiles,
+    tokenises or saves gives one every second; one that is stopped, or whose machine is gone, gives none."""
+
+
 class SamplesSection(Section):
     """Completions at each evaluation, greedy, kept in `samples.jsonl` of the run's folder."""
 
@@ -345,6 +354,9 @@ class Recipe(Section):
 
     verify: VerifySection = VerifySection()
     """The independence probe at the start of the run."""
+
+    parallel: ParallelSection = ParallelSection()
+    """Several processes."""
 
     samples: SamplesSection | None = None
     """Completions at each evaluation; none without this section."""

@@ -16,7 +16,7 @@ from deltatune.importing.values import count, flag, is_off, number, text, texts,
 
 __all__ = ["SFT_CONFIG", "TRL", "overlong", "packed"]
 
-_LAUNCH = "the launcher's: torchrun --nproc-per-node N -m deltatune train RECIPE"
+_LAUNCH = "the launcher's: deltatune train RECIPE --nproc N"
 _OLD = "today's name"
 
 

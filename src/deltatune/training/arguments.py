@@ -31,8 +31,8 @@ _FIXED: Final[Mapping[str, object]] = {
 }
 
 
-def training_arguments(section: TrainingSection) -> TrainingArguments:
-    """TrainingArguments from the recipe's names and values.
+def training_arguments(section: TrainingSection, *, nproc: int | None = None) -> TrainingArguments:
+    """TrainingArguments from the recipe's names and values; ``nproc`` plans for a process on each of so many GPUs.
 
     Raises:
         UserError: an unknown name, a value that TrainingArguments refuses, or several visible GPUs in one process.
@@ -58,10 +58,10 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
         raise UserError("training.fp16 needs a GPU, and this run would train on the CPU; set training.bf16, or neither")
     if arguments.push_to_hub:
         _check_push()
-    if arguments.n_gpu > 1:
+    if arguments.n_gpu > 1 and nproc is None:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process; start a process for each with "
-            f"torchrun --nproc-per-node {arguments.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
+            f"--nproc {arguments.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
     return arguments
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deltatune.errors import UserError
+from deltatune.training.processes import started
 
 __all__ = ["check_free", "locked"]
 
@@ -29,7 +30,7 @@ def locked(output_dir: Path, remedy: str = "choose another training.output_dir")
         UserError: a process that goes on holds the folder; ``remedy`` is what else the user may do.
     """
     file = output_dir / LOCK
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid())}
     while not (_create(file, mine) or _take_over(file, mine, remedy)):
         pass
     try:
@@ -129,7 +130,7 @@ def _runs(holder: dict[str, Any]) -> bool:
         return True
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():
-        return pid == os.getpid() and holder.get("started") == _started(pid)
+        return pid == os.getpid() and holder.get("started") == started(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -137,12 +138,4 @@ def _runs(holder: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     # the number may be another process's by now
-    return holder.get("started") == _started(pid)
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks since boot; None where the system does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    return holder.get("started") == started(pid)

@@ -11,8 +11,8 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from deltatune.compile.memory import layer_cost
 from deltatune.hf.model import head_of, text_model
 from deltatune.training.batches import PackCounts
 from deltatune.training.mesh import ALONE, Mesh
+from deltatune.training.waiting import ForwardTimes, waiting_share
 
 __all__ = ["PEAK_FLOPS", "Meter", "MeterReading", "StepFlops", "peak_flops"]
 
@@ -132,7 +133,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
     """Adds up what training steps hold and how long they take.
 
     Adding costs a few integer additions and never waits for the device. Reading is for logging steps, where the
-    Trainer has just waited for the loss: there it makes one small reduction over ranks, if there are several.
+    Trainer has just waited for the loss: there it makes two small reductions over ranks, if there are several.
 
     The model's matrices give the FLOPs, which the peak of ``device`` for products in ``dtype`` makes a share.
     ``recompiles`` counts graphs compiled after the first ones, so far; None where nothing is compiled.
@@ -155,6 +156,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self._peak = peak_flops(device, dtype)
         self._recompiles = recompiles
         self._mesh = mesh
+        self._times = ForwardTimes(device)
         self.on_train_begin()
 
     def on_train_begin(self, *_: Any, **_kwargs: Any) -> None:
@@ -162,15 +164,21 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self._counts, self._steps, self._paused = PackCounts(), 0, 0.0
         self._began = self._window_began = self._now()
         self._warm: MeterReading | None = None
+        self._times.take()
         self.logged = MeterReading(PackCounts(), 0.0, 0)
 
     def add(self, counts: PackCounts) -> None:
         """The batches of one optimizer step on this rank."""
         self._counts += counts
 
+    def forward(self) -> AbstractContextManager[None]:
+        """Within, the forward pass of a micro-batch; several ranks are compared by what theirs take."""
+        return nullcontext() if self._mesh.data_size == 1 else self._times.forward()
+
     def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
         """An optimizer step is done (launched, on an asynchronous device)."""
         self._steps += 1
+        self._times.end_step()
         if self._steps == WARM_UP_STEPS:
             # the only wait outside logging: without it the steady rate would begin inside the warm-up
             self._synchronize()
@@ -190,7 +198,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         reading = self._since(self._window_began)
         self._window_began = self._now()
         self.logged += reading
-        return {**reading.rates(), **self._utilization(reading), **self._state()}
+        return {**reading.rates(), **self._utilization(reading), **self._state(self._times.take())}
 
     def summary(self) -> dict[str, float]:
         """Metrics since this process began to train; ``steady_`` ones leave out the first steps, which compile."""
@@ -228,18 +236,37 @@ class Meter(TrainerCallback):  # type: ignore[misc]
             return {}
         return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._mesh.data_size), 4)}
 
-    def _state(self) -> dict[str, float]:
-        """The most memory held so far (of the allocator on a GPU, of the process on a CPU), and recompiles."""
+    def _state(self, forward: Sequence[float] = ()) -> dict[str, float]:
+        """The most memory held so far (of the allocator on a GPU, of the process on a CPU), and recompiles.
+
+        Of several ranks the largest and the sum, and which share of the time they wait for the slowest, by the seconds
+        that the steps' forward passes took on this one.
+        """
         if self._device.type == "cuda":
             peak_bytes = torch.cuda.max_memory_allocated(self._device)
         else:
             # kilobytes on Linux, bytes on macOS
             unit = 1 if sys.platform == "darwin" else 1024
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        state: dict[str, float] = {"peak_memory_gib": round(peak_bytes / 2**30, 3)}
+        rows = self._of_ranks([peak_bytes, *forward])
+        peaks, share = [row[0] for row in rows], waiting_share([row[1:] for row in rows])
+        state: dict[str, float] = {"peak_memory_gib": round(max(peaks) / 2**30, 3)}
+        if len(rows) > 1:
+            state["peak_memory_sum_gib"] = round(sum(peaks) / 2**30, 3)
+        if len(rows) > 1 and share is not None:
+            state["waiting_share"] = round(share, 4)
         if self._recompiles is not None:
             state["recompiles"] = self._recompiles()
         return state
+
+    def _of_ranks(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of each rank."""
+        if self._mesh.data_size == 1:
+            return [list(values)]
+        rows = torch.zeros(self._mesh.data_size, len(values), dtype=torch.float64, device=self._device)
+        rows[self._mesh.data_rank] = torch.tensor(values, dtype=torch.float64)
+        found: list[list[float]] = self._mesh.sum_over_data(rows).tolist()
+        return found
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":

@@ -123,7 +123,8 @@ class PreferenceTrainer(PackedTrainer):
     ) -> Any:
         """This micro-batch's share of the step's loss, times the ranks that DDP and FSDP average over."""
         number = inputs[_NUM_DOCUMENTS] // 2
-        loss, rewards, outputs = self._sums(model, inputs)
+        with self.meter.forward():
+            loss, rewards, outputs = self._sums(model, inputs)
         self._rewards += rewards
         self._num_rewarded += number
         loss = loss / (max(number, 1) if num_items_in_batch is None else num_items_in_batch) * self._mesh.data_size

@@ -20,6 +20,7 @@ _SHOWN = {
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "fill": ("fill", "{:.1%}"),
     "mfu": ("mfu", "{:.1%}"),
+    "waiting_share": ("waiting", "{:.1%}"),
     "peak_memory_gib": ("peak GiB", "{:.2f}"),
 }
 

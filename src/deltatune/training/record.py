@@ -19,7 +19,7 @@ import deltatune
 from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
 
-__all__ = ["RUN_FILE", "RunRecord"]
+__all__ = ["RUN_FILE", "RunRecord", "mark_failed", "now"]
 
 RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 
@@ -71,7 +71,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
                 "host": platform.node(),
                 "git": _commit(Path.cwd()),
                 "deltatune": {"version": deltatune.__version__, "git": _own_commit()},
-                "started": _now(),
+                "started": now(),
                 "ended": None,
                 "from_step": from_step,
                 "to_step": from_step,
@@ -101,7 +101,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Adds a line to ``run.jsonl``: what has happened at ``entry["step"]``."""
-        line = json.dumps(finite({"leg": len(self._legs), "time": _now(), **entry}))
+        line = json.dumps(finite({"leg": len(self._legs), "time": now(), **entry}))
         with (self._output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
@@ -113,7 +113,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
 
     def end(self, status: str, step: int, reason: str | None = None, ending: Mapping[str, Any] | None = None) -> None:
         """Closes the leg, with what ``ending`` says of it."""
-        self._legs[-1].update(status=status, ended=_now(), to_step=step, **(ending or {}))
+        self._legs[-1].update(status=status, ended=now(), to_step=step, **(ending or {}))
         self._legs[-1].update({"reason": reason} if reason else {})
         self._write()
 
@@ -134,6 +134,16 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         write_json(self._output_dir / RUN_FILE, {"status": status, "model": self._model, "legs": self._legs})
 
 
+def mark_failed(output_dir: Path, reason: str, since: str) -> None:
+    """Closes the leg of a run whose own process cannot: one that began after ``since`` (UTC, ISO 8601) and runs."""
+    file = output_dir / RUN_FILE
+    legs = _legs(file)
+    if not legs or legs[-1].get("status") != "running" or str(legs[-1].get("started")) < since:
+        return
+    legs[-1].update(status="failed", ended=now(), reason=reason)
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "status": "failed", "legs": legs})
+
+
 def _legs(file: Path) -> list[dict[str, Any]]:
     try:
         return list(json.loads(file.read_text(encoding="utf-8"))["legs"])
@@ -141,7 +151,8 @@ def _legs(file: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -24,7 +24,7 @@ from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
-from deltatune.errors import InterruptedRunError, UserError, first_line, one_line
+from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
 from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
 from deltatune.phases import phase, shown_by
@@ -48,6 +48,8 @@ from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
 from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
+from deltatune.training.process_group import own_process_group
+from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
@@ -121,11 +123,12 @@ def train(
     """
     warnings = check_recipe(recipe)
     preflight_training(recipe)
-    arguments = training_arguments(recipe.training)
-    screen = Console(quiet=True) if arguments.process_index else console or Console()
-    log = RunConsole(screen, moving=not arguments.disable_tqdm)
-    with shown_by(log.phase):
-        return _train(recipe, arguments, log, warnings, resume, allow_change)
+    with own_process_group():
+        arguments = training_arguments(recipe.training)
+        screen = Console(quiet=True) if arguments.process_index else console or Console()
+        log = RunConsole(screen, moving=not arguments.disable_tqdm)
+        with shown_by(log.phase), watched(recipe, arguments.process_index, arguments.world_size) as watch:
+            return _train(recipe, arguments, log, warnings, resume, allow_change, watch)
 
 
 def _train(
@@ -135,6 +138,7 @@ def _train(
     warnings: list[str],
     resume: str | Path | bool | None,
     allow_change: bool,
+    watch: RankWatch | None,
 ) -> TrainResult:
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
@@ -158,11 +162,16 @@ def _train(
     records = _records(run, _verify(run))
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
-        return _fit(run, records, checkpoint, changes, during_training)
+        return _fit(run, records, checkpoint, changes, during_training, watch)
 
 
 def _fit(
-    run: Run, records: dict[str, Any], checkpoint: Path | None, changes: list[Change], during_training: ExitStack
+    run: Run,
+    records: dict[str, Any],
+    checkpoint: Path | None,
+    changes: list[Change],
+    during_training: ExitStack,
+    watch: RankWatch | None,
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it."""
     otherwise = evaluates_otherwise(changes)
@@ -174,6 +183,7 @@ def _fit(
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
         write_json(run.output_dir / REPORT_FILE, records)
         about = {name: records[name] for name in ("versions", "device")} | {"data": run.data.identities()}
+        about["processes"] = run.arguments.world_size
         if started_from := adapter_record(run.recipe.lora):
             about["adapter"] = started_from
         base = base_identity(run.recipe.model, run.model)
@@ -185,13 +195,30 @@ def _fit(
             trainer.add_callback(_samples(run, trainer, from_step=step))
     status = "failed"
     try:
-        if run.recipe.compile is not None:
-            run.console.out("the first step compiles, which takes a while", highlight=False)
-        _run_steps(trainer, checkpoint, stop, run.console)
-        evaluation = evaluation_of_weights(trainer, after=step if otherwise else -1)
-        during_training.close()
-        result = _finish(run, trainer, evaluation, records)
+        with explained(watch), _told_of_memory(trainer):
+            if run.recipe.compile is not None:
+                run.console.out("the first step compiles, which takes a while", highlight=False)
+            _run_steps(trainer, checkpoint, stop, run.console)
+            evaluation = evaluation_of_weights(trainer, after=step if otherwise else -1)
+            during_training.close()
+            result = _finish(run, trainer, evaluation, records)
         status = "finished"
+    finally:
+        failure = sys.exception()
+        if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
+            status = "interrupted"
+        if failure is not None:
+            run.console.keep(_said_of(failure, status))
+        if record is not None:
+            reason = None if failure is None else _reason(failure)
+            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
+    return result
+
+
+@contextmanager
+def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}; lower "
@@ -199,17 +226,19 @@ def _fit(
             "estimates them); a run with "
             "checkpoints goes on from the last with --resume"
         ) from error
-    finally:
-        failure = sys.exception()
-        if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
-            status = "interrupted"
-        if failure is not None:
-            told = isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt)
-            run.console.keep(f"{status}: {one_line(failure)}" if told else "".join(format_exception(failure)).rstrip())
-        if record is not None:
-            reason = None if failure is None else one_line(failure)
-            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
-    return result
+
+
+def _reason(failure: BaseException) -> str:
+    """In one line, without the traceback that another rank's failure carries."""
+    return first_line(failure) if isinstance(failure, RankFailedError) else one_line(failure)
+
+
+def _said_of(failure: BaseException, status: str) -> str:
+    if isinstance(failure, RankFailedError):
+        return f"{status}: {failure}"
+    if isinstance(failure, UserError | InterruptedRunError | KeyboardInterrupt):
+        return f"{status}: {one_line(failure)}"
+    return "".join(format_exception(failure)).rstrip()
 
 
 def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: RunConsole) -> None:

@@ -43,11 +43,13 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end, if a signal came."""
         del args, state, kwargs
+        agreed = self.received
         if self._ranks is not None:
-            largest = torch.tensor(self.received or 0)
+            largest = torch.tensor(agreed or 0)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._ranks)
-            self.received = int(largest) or None
-        if self.received is not None:
+            agreed = int(largest) or None
+        if agreed is not None:  # one that came meanwhile ends the next step
+            self.received = agreed
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

@@ -215,7 +215,8 @@ class PackedTrainer(SealedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss, times the ranks that DDP and FSDP average over."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        with self.meter.forward():
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss * self._mesh.data_size
         return (loss, outputs) if return_outputs else loss
 

@@ -1,0 +1,205 @@
+"""Ranks that fail, are killed or are stopped, and those that are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_ranks import join
+from training_cases import make_recipe, save_checkpoint
+
+from deltatune.commands.quiet import quiet_libraries
+from deltatune.config.schema import Recipe
+from deltatune.errors import RankFailedError
+from deltatune.training.heartbeat import Heartbeat
+from deltatune.training.ranks import RankWatch
+from deltatune.training.run import train
+from deltatune.training.trainer import PackedTrainer
+from forked import FORKED, free_port
+
+TIMEOUT_S = 10
+
+
+def recipe(folder: Path, **training: Any) -> Recipe:
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        save_checkpoint(checkpoint)
+    return make_recipe(
+        folder,
+        checkpoint,
+        training={"save_strategy": "steps", "save_steps": 1, **training},
+        verify={"enabled": False, "lengths": None},
+        parallel={"timeout_s": TIMEOUT_S},
+    )
+
+
+def ranks_of(folder: Path, at_step_2: Callable[[int], None]) -> list[tuple[int, str]]:
+    """Exit codes and error outputs of two ranks of three steps; either may do something before its second."""
+    (folder / "recipe.json").write_text(recipe(folder, max_steps=3).model_dump_json(exclude_unset=True))
+    port = free_port()
+    ranks = [FORKED.Process(target=rank_main, args=(rank, str(folder), port, at_step_2)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + 60
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+    assert all(process.exitcode is not None for process in ranks)
+    return [(process.exitcode, (folder / f"stderr{rank}").read_text()) for rank, process in enumerate(ranks)]
+
+
+def rank_main(rank: int, folder: str, port: int, at_step_2: Callable[[int], None]) -> None:
+    torch.set_num_threads(1)
+    join(rank, 2, port)
+    begin = PackedTrainer.get_batch_samples
+
+    def get_batch_samples(self: PackedTrainer, *args: Any) -> Any:
+        if self.state.global_step == 1:
+            at_step_2(rank)
+        return begin(self, *args)
+
+    PackedTrainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+    told = Recipe.model_validate_json(Path(folder, "recipe.json").read_text())
+    status = 0
+    with Path(folder, f"stderr{rank}").open("w") as stderr, redirect_stderr(stderr), quiet_libraries():
+        try:
+            train(told)
+        except RankFailedError as error:
+            status = error.status
+    os._exit(status)  # as the command does
+
+
+def leg_of(folder: Path) -> dict[str, Any]:
+    leg: dict[str, Any] = json.loads((folder / "output" / "run.json").read_text())["legs"][-1]
+    return leg
+
+
+def break_rank_1(rank: int) -> None:
+    if rank == 1:
+        raise RuntimeError("the heart of it")
+
+
+def miss_a_file_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        Path("/there/is/none").read_text()
+
+
+def kill_rank_1(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_rank_0(rank: int) -> None:
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_rank_1(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def be_slow_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        time.sleep(TIMEOUT_S + 3)
+
+
+def test_the_traceback_of_the_rank_that_failed_is_told_once(tmp_path: Path) -> None:
+    (status, said), (_, said_there) = ranks_of(tmp_path, break_rank_1)
+    assert status == 1
+    first, _, trace = said.partition("\n")
+    assert first.startswith("error: rank 1 on ")
+    assert first.endswith(": RuntimeError: the heart of it; go on from checkpoint-1 with --resume, in 2 processes")
+    assert trace.startswith("Traceback")
+    assert trace.endswith("\nRuntimeError: the heart of it\n")
+    assert "Connection closed" not in trace
+    assert said_there == ""
+    assert (tmp_path / "output" / "train.log").read_text().endswith(f"failed: {said.removeprefix('error: ')}")
+    leg = leg_of(tmp_path)
+    assert (leg["status"], f"error: {leg['reason']}") == ("failed", first)
+
+
+def test_a_users_error_on_one_rank_is_one_line(tmp_path: Path) -> None:
+    (status, said), _ = ranks_of(tmp_path, miss_a_file_on_rank_1)
+    assert status == 2
+    assert said.count("\n") == 1, said
+    line = said.rstrip("\n")
+    assert line.startswith("error: rank 1 on ")
+    assert line.endswith("No such file or directory: '/there/is/none'")
+
+
+@pytest.mark.parametrize(("act", "lost"), [(kill_rank_1, 1), (kill_rank_0, 0)])
+def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, act: Callable[[int], None], lost: int) -> None:
+    found = ranks_of(tmp_path, act)
+    assert found[lost][0] == -signal.SIGKILL
+    status, said = found[1 - lost]
+    assert status == 1
+    assert said.count("\n") == 1, said
+    line = said.rstrip("\n")
+    assert line.startswith(f"error: rank {lost} on ")
+    assert line.endswith("its process is gone; go on from checkpoint-1 with --resume, in 2 processes")
+    leg = leg_of(tmp_path)
+    assert (leg["status"], f"error: {leg['reason']}") == ("failed", line)
+    assert line.removeprefix("error: ") in (tmp_path / "output" / "train.log").read_text()
+
+
+def test_a_stopped_rank_is_missed_and_ended(tmp_path: Path) -> None:
+    (status, said), (stopped, _) = ranks_of(tmp_path, stop_rank_1)
+    assert (status, stopped) == (1, -signal.SIGKILL)
+    assert f"was lost: nothing was heard of it for {TIMEOUT_S} s" in said
+    assert leg_of(tmp_path)["status"] == "failed"
+
+
+def test_a_rank_that_works_for_long_is_waited_for(tmp_path: Path) -> None:
+    assert ranks_of(tmp_path, be_slow_on_rank_1) == [(0, ""), (0, "")]
+    assert leg_of(tmp_path)["status"] == "finished"
+
+
+def test_a_run_of_several_ranks_leaves_no_process_group_and_another_may_follow(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(recipe(tmp_path, max_steps=2).model_dump_json(exclude_unset=True))
+    port = free_port()
+    ranks = [FORKED.Process(target=twice_main, args=(rank, str(tmp_path), port)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def twice_main(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    join(rank, 2, port)
+    told = Recipe.model_validate_json(Path(folder, "recipe.json").read_text())
+    for steps in (2, 3):
+        training = told.training.model_copy(update={"max_steps": steps})
+        train(told.model_copy(update={"training": training}), resume="auto")
+        assert not dist.is_initialized()
+
+
+def test_a_process_that_was_itself_suspended_blames_nobody(tmp_path: Path) -> None:
+    heart: Any = Heartbeat(None, 0, 2)  # type: ignore[arg-type]
+    watch = RankWatch(heart, 0, 2, TIMEOUT_S, tmp_path)
+    heart.excuse(-3 * TIMEOUT_S)
+    assert watch._missed() is not None
+    heart.excuse(3 * TIMEOUT_S)
+    assert watch._missed() is None
+
+
+def test_a_late_store_blames_no_rank_but_its_host(tmp_path: Path) -> None:
+    heart: Any = Heartbeat(None, 1, 3)  # type: ignore[arg-type]
+    watch = RankWatch(heart, 1, 3, TIMEOUT_S, tmp_path)
+    heart.excuse(-0.8 * TIMEOUT_S)
+    heart.heard[0] -= TIMEOUT_S
+    assert watch._missed() is None
+    heart.excuse(-TIMEOUT_S)
+    lost = watch._missed()
+    assert lost is not None
+    assert lost.rank == 0
