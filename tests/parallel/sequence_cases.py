@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from deltatune import CompileOptions, Sequences, prepare
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
-from tiny import documents, tiny_model
+from tiny import documents, tiny_conditional, tiny_model
 
 TRACED = CompileOptions(backend="aot_eager")
 #: of Qwen3.5's layers, wide enough to be cut at 513
@@ -32,8 +34,10 @@ class Case:
     prepared: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
+    images: bool = False  # the model has a vision tower, and the packs are text
     labels: bool = False  # of the rank alone, in place of targets
     counted: bool = True  # the call says how many targets there are
+    wrapped: bool = False  # another tool put a forward on the instance that calls ours, as accelerate does
 
 
 def pack(lengths: list[int], total: int | None = None, seed: int = 0) -> dict[str, Any]:
@@ -54,7 +58,8 @@ def targets_of(batch: dict[str, Any]) -> int:
 
 
 def build(case: Case) -> Any:
-    model = tiny_model(case.family, layers=case.layers, **case.model)
+    made = tiny_conditional if case.images else tiny_model
+    model = made(case.family, layers=case.layers, **case.model)
     if not case.lora:
         return model.train()
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
@@ -99,9 +104,19 @@ def together(case: Case, rank: int, size: int) -> tuple[list[dict[str, torch.Ten
     model = build(case)
     prepared = prepare(model, **case.prepared)
     shard_sequence(prepared, dist.group.WORLD)
+    if case.wrapped:
+        model.forward = passing_on(model.forward)
     found = [step(model, case, index, (rank, size)) for index in range(len(case.packs))]
     report = prepared.compile_report
     return found, {} if report is None else report.to_dict()
+
+
+def passing_on(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    return forward
 
 
 def join(port: int, rank: int, size: int) -> None:

@@ -29,7 +29,9 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     ),
     "ranks of padding alone": ((2, 4), Case(([30, 2],), total=128)),
     "labels": ((2, 4), Case((THREE, ODD), labels=True, counted=False)),
+    "labels of a wrapped model": ((2,), Case((THREE,), family="qwen3", labels=True, wrapped=True)),
     "fewer heads": ((2,), Case((THREE,), model=FEW, labels=True)),
+    "text of a model with images": ((2,), Case((THREE,), images=True)),
     "tied": ((2,), Case((THREE,), model={"tie_word_embeddings": True})),
     "adapters": ((4,), Case((THREE,), lora=True)),
     "checkpointed": ((2,), Case((THREE,), prepared={"checkpointing": "layer"})),
@@ -202,14 +204,20 @@ def undone_main(rank: int) -> list[dict[str, torch.Tensor]]:
     member, left, again = (build(case) for _ in range(3))
     prepare(member)
     shard_sequence(member, dist.group.WORLD)
-    shard_sequence(prepare(left, compile=TRACED), dist.group.WORLD)
+    prepared = prepare(left, compile=TRACED)
+    shard_sequence(prepared, dist.group.WORLD)
     step(left, case, 0, (rank, 2))
     shard_sequence(left, None)
     shard_sequence(prepare(again), dist.group.WORLD)
     prepare(again)
     second = build(case)
     prepare(second)
-    return [step(model, case, 0) for model in (left, again, second)]
+    steps = [step(model, case, 0) for model in (left, again, second)]
+    report = prepared.compile_report
+    assert report is not None
+    assert list(report.graphs.values()) == [1]
+    assert report.recompiles == [], "graphs of a group are not those of one process"
+    return steps
 
 
 def test_a_group_is_of_one_model_until_it_is_undone(found: Any) -> None:
