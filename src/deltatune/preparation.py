@@ -73,7 +73,7 @@ class Prepared:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
         Args:
-            tokens: of a batch.
+            tokens: of a batch; of one rank's part of it in a sequence group.
             optimizer: transformers' name of the one that will train.
             compute_dtype: of activations where autocast makes it another than the weights'.
             accumulates: gradients of several batches are summed before a step of the optimizer.

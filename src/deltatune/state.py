@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from deltatune.options import Options
+from deltatune.packing.group import SequenceGroup
 
 if TYPE_CHECKING:
     from deltatune.compile.graphs import Graphs
@@ -69,18 +70,19 @@ class State:
 
     options: Options
     facts: Facts = field(default_factory=Facts)
+    sequence: SequenceGroup | None = None  # whose ranks hold a pack together; None where each holds packs of its own
     graphs: dict[str | float, Graphs] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy compiles anew."""
-        return self.__dict__ | {"graphs": {}}
+        """A copy compiles anew, and in another process has no group: the process is a part of one, not the model."""
+        return self.__dict__ | {"graphs": {}, "sequence": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """The copy of a whole model gets a state of its own; that of a part, as PEFT makes, shares the model's."""
         if not any(getattr(type(copied), "whole_model", False) for copied in memo.values()):
             return self
         memo[id(self)] = fresh = State.__new__(State)
-        fresh.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        fresh.__dict__.update(copy.deepcopy(self.__getstate__(), memo), sequence=self.sequence)
         return fresh
 
     @property

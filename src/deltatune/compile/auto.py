@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltatune.compile.memory import candidate_settings, estimate_memory, estimate_traced_memory, least_recomputation
 from deltatune.compile.trace import LayerMemory, Setting, trace_layer
 from deltatune.hf import model as hf_model
+from deltatune.packing.sequences import Sequences
 from deltatune.state import AutoCheckpointing, State, bound
 from deltatune.subclass import stock_class
 
@@ -52,7 +53,7 @@ def deciding(model: Any, tokens: int) -> Iterator[None]:
 
 
 def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> None:
-    """Decides for one row of so many tokens; the forward is left before its first layer.
+    """Decides for one row of so many tokens, of a rank in a sequence group; the forward ends before its first layer.
 
     With ``device`` nothing runs: the shapes decide for a model that will train there.
     """
@@ -65,6 +66,9 @@ def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> N
 
     first = model.get_decoder().layers[0]
     here = next(model.parameters()).device
+    call = {"input_ids": torch.zeros(1, tokens, dtype=torch.long, device=here)}
+    group = model._deltatune.sequence
+    described = {} if group is None else {"sequences": Sequences.from_lengths([group.size * tokens], device=here)}
     # the hook that leaves is behind the one that decides
     with (
         hf_model.in_mode(model, training=True),
@@ -73,7 +77,7 @@ def decide_for(model: Any, tokens: int, device: torch.device | None = None) -> N
         first.register_forward_pre_hook(leave),
         suppress(_LeftError),
     ):
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=here))
+        model(**call, **described)
 
 
 class _LeftError(Exception):

@@ -14,9 +14,9 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from deltatune.ops._opaque import kernel_of, rebuilt_places
+from deltatune.ops._opaque import is_kept, kernel_of, rebuilt_places
 
-__all__ = ["Partitioner", "recompute_functions"]
+__all__ = ["Partitioner", "kept_results", "recompute_functions"]
 
 #: In place of a budget of 0, at which the partitioner keeps the graph's inputs alone, whatever must be saved.
 _SMALLEST: Final = 1e-6
@@ -29,7 +29,9 @@ _MOVES: Final = (
 
 
 class Partitioner(CustomPartitionerFn):
-    """Torch's own partitioner under a budget (the share of activations that may stay), told to save random results.
+    """Torch's own partitioner under a budget (the share of activations that may stay), told what to save.
+
+    Random results are saved, and those of ops that ask for it (``is_kept``) under every checkpointing.
 
     Rows that an op asks to have rebuilt are computed again in backward, which it would not do by itself: what an opaque
     op reads has to be written to memory a second time.
@@ -47,10 +49,11 @@ class Partitioner(CustomPartitionerFn):
 
         seeded = torch.Tag.nondeterministic_seeded
         drawn = [node for node in gm.graph.nodes if self._budget < 1 and seeded in getattr(node.target, "tags", ())]
-        for node in drawn:
+        saved = drawn + kept_results(gm.graph)
+        for node in saved:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         _rebuild(gm)
-        budget = max(self._budget, _SMALLEST) if drawn else self._budget
+        budget = max(self._budget, _SMALLEST) if saved else self._budget
         with functorch_config.patch(activation_memory_budget=budget):
             divided: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
                 gm, joint_inputs, **kwargs
@@ -64,7 +67,20 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """What cached graphs depend on."""
-        return f"deltatune: random results saved, rows rebuilt, budget {self._budget}"
+        return f"deltatune: random and kept results saved, rows rebuilt, budget {self._budget}"
+
+
+def kept_results(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a forward, or of a joint graph's forward half, whose results are never computed again."""
+    of_backward: set[fx.Node] = set()
+    found = []
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or any(read in of_backward for read in node.all_input_nodes):
+            of_backward.add(node)
+        elif is_kept(node.target):
+            found.append(node)
+    return found
 
 
 def _rebuild(gm: fx.GraphModule) -> None:

@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from deltatune.compile.graphs import Graphs
-from deltatune.compile.partition import Partitioner
+from deltatune.compile.partition import Partitioner, kept_results
 from deltatune.ops._opaque import workspace_bytes
 from deltatune.options import CompileOptions
 
@@ -54,7 +54,8 @@ def trace_layer(
 
     ``kept`` is exact: the tensors that the compiled forward hands to its backward. ``backward_peak`` walks the backward
     graph in order, with the workspaces that ops declare, and leaves out what Inductor fuses. With ``"layer"``
-    the whole forward is done again before the first gradient needs it, so its peak is that of ``"none"``.
+    the whole forward is done again before the first gradient needs it, so its peak is that of ``"none"``; results that
+    are never computed again are kept beside the input.
 
     Args:
         forward: the function that the decoder layer compiles.
@@ -74,7 +75,7 @@ def trace_layer(
         if not isinstance(error.inner_exception, _TraceEndError):
             raise
     whole = recorder.found[1.0]
-    again = LayerMemory(recorder.input_bytes, whole.shared, whole.backward_peak)
+    again = LayerMemory(recorder.input_bytes + recorder.result_bytes, whole.shared, whole.backward_peak)
     found = recorder.found | {"none": whole, "layer": again}
     return {setting: found[setting if isinstance(setting, str) else float(setting)] for setting in wanted}
 
@@ -108,7 +109,7 @@ class _Recorder(CustomPartitionerFn):
 
     def __init__(self, shares: Iterable[float]) -> None:
         self.found: dict[Setting, LayerMemory] = {}
-        self.input_bytes = 0
+        self.input_bytes = self.result_bytes = 0
         self.kinds: list[str] = []
         self._shares = tuple(shares)
 
@@ -129,6 +130,7 @@ class _Recorder(CustomPartitionerFn):
         assert isinstance(outputs, list | tuple)
         saved = {_storage(n): _storage_bytes(n) for n in outputs[num_outputs:] if _is_tensor(n)}
         self.input_bytes = sum(_storage_bytes(n) for n in inputs if _is_tensor(n) and kinds.get(_storage(n)) == "input")
+        self.result_bytes = sum(map(_storage_bytes, kept_results(forward.graph)))
         static = {storage for storage, kind in kinds.items() if kind in ("parameter", "shared")}
         return LayerMemory(
             kept=sum(size for storage, size in saved.items() if storage not in static),

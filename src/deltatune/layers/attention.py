@@ -13,10 +13,12 @@ from deltatune import ops
 from deltatune.cost import Cost
 from deltatune.hf.cached import check_boundaries
 from deltatune.hf.peft import readable
+from deltatune.layers.exchange import all_tokens, heads_of_rank, own_heads, own_tokens
 from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
 from deltatune.ops._rms_norm_rope.reference import rotate
+from deltatune.packing.group import SequenceGroup
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
@@ -64,6 +66,10 @@ class Attention(Swapped):
         q, gate = self.split_q(projected)
         k, v = (torch.unflatten(x, -1, (-1, self.head_dim)) for x in (k, v))
         q, k = self.norm_and_rotate(q, k, *position_embeddings)
+        group, sinks = self._deltatune.sequence, getattr(self, "sinks", None)
+        if group is not None:
+            q, k, v = self.exchange_tokens(q, k, v, group)
+            sinks = None if sinks is None else own_heads(sinks, group)
         out = ops.varlen_attention(
             q,
             k,
@@ -71,9 +77,11 @@ class Attention(Swapped):
             sequences=sequences,
             scale=self.scaling,
             window=getattr(self, "sliding_window", None),
-            sinks=getattr(self, "sinks", None),
+            sinks=sinks,
             impl=self._deltatune.options.kernels["varlen_attention"],
         )
+        if group is not None:
+            out = own_tokens(out, group)
         if gate is not None:
             # Not flattened: joining the gradients of q and gate took 353 us flattened, 179 us so (H200, 16384 tokens,
             # 16 heads of 256, compiled).
@@ -88,6 +96,13 @@ class Attention(Swapped):
     def cost(self, tokens: int, squares: int) -> Cost:
         """Causal attention; see ``attention_cost``."""
         return attention_cost(self.config, tokens, squares)
+
+    def exchange_tokens(self, q: Tensor, k: Tensor, v: Tensor, group: SequenceGroup) -> tuple[Tensor, ...]:
+        """q, k and v ``[1, t, ..., D]`` of this rank's tokens to ``[1, P t, ..., D]`` of its heads."""
+        heads = [heads_of_rank(x.shape[2], group.size) for x in (q, k, v)]
+        received = torch.unflatten(all_tokens([q, k, v], group), -1, (-1, self.head_dim))
+        parts = torch.split(received, heads, dim=2)
+        return tuple(part.to(given.dtype) for part, given in zip(parts, (q, k, v), strict=True))
 
     def split_q(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(q [B, T, N, D], output gate [B, T, N, D] or None)``."""

@@ -22,8 +22,10 @@ from deltatune.hf.forwards import named
 from deltatune.hf.hooks import is_hooked
 from deltatune.hf.peft import head_weight, trained_copy
 from deltatune.layers.decoder import catch_hidden, resolved_call
+from deltatune.layers.exchange import from_every_rank, sum_over_ranks
 from deltatune.layers.router_loss import coefficient, router_loss
 from deltatune.ops import Spec
+from deltatune.packing.group import SequenceGroup
 from deltatune.packing.metadata import METADATA
 from deltatune.subclass import Swapped
 
@@ -43,6 +45,9 @@ class CausalLM(Swapped):
     targets or ``num_items_in_batch``, except that the first token of a document is never a target of the document
     before it. The auxiliary loss of a router is that of each row, with the row's share of the targets, ``targets / n``:
     over rows, micro-batches and ranks that share ``num_items_in_batch``, it adds up to its mean weighted by targets.
+
+    In a sequence group a call holds one rank's part of a pack, and the losses of the ranks add up to the pack's: n
+    counts the targets of all ranks, and the router's is the pack's auxiliary loss with the share of the rank's targets.
 
     The loss is computed from chunks of logits. In training, ``.logits`` with ``labels`` is None unless
     ``output_logits=True`` or ``logits_to_keep`` asks for it; in evaluation it is the stock model's, for metrics, and
@@ -83,7 +88,11 @@ class CausalLM(Swapped):
         call = dict((there if named_there else ours).bind_partial(*args).arguments) | kwargs
         if call.get("labels") is None and call.get("shift_labels") is None:
             return call
-        masked, _ = without_crossing_labels({**call, "sequences": resolved_call(call).sequences})
+        group = self._deltatune.sequence
+        described = {**call, "sequences": resolved_call(call, group).sequences}
+        if group is not None:
+            return own_targets(described, group)[0]
+        masked, _ = without_crossing_labels(described)
         return {name: masked[name] for name in call}
 
     def _forward(self, call: dict[str, Any]) -> Any:
@@ -94,7 +103,9 @@ class CausalLM(Swapped):
                 raise ValueError("loss_reduction='none' is for calls without a cache; leave use_cache and its like out")
             with stock_path(self):
                 return super().forward(**call)
-        resolved = resolved_call(call)
+        resolved = resolved_call(call, self._deltatune.sequence)
+        if self._deltatune.sequence is not None and (media := [name for name in _MEDIA if call.get(name) is not None]):
+            raise ValueError(f"a sequence group of ranks holds text alone; leave {', '.join(media)} out")
         for name in METADATA:
             call.pop(name, None)
         call["sequences"], call["use_cache"] = resolved.sequences, False
@@ -104,7 +115,7 @@ class CausalLM(Swapped):
             call["position_ids"] = resolved.position_ids
         decoder = cast("Any", self).get_decoder()
         expected = {self._deltatune: f"the text model: it was replaced after prepare, by {named(decoder.forward)}"}
-        with deciding(self, resolved.sequences.total), packed_call(self._deltatune, resolved.sequences, expected):
+        with deciding(self, resolved.tokens), packed_call(self._deltatune, resolved.sequences, expected):
             if call.get("labels") is None and call.get("shift_labels") is None:
                 return super().forward(**call)
             return self._with_loss(call, wants_logits, by_token)
@@ -133,7 +144,8 @@ class CausalLM(Swapped):
         return output.to_tuple() if as_tuple else output
 
     def _own_loss(self, call: dict[str, Any], wants_logits: bool | None, by_token: bool) -> Any:
-        call, counts = without_crossing_labels(call)
+        group = self._deltatune.sequence
+        call, counts = without_crossing_labels(call) if group is None else own_targets(call, group)
         labels, targets = call.pop("labels", None), call.pop("shift_labels", None)
         if targets is None:
             targets = F.pad(labels.reshape(-1), (0, 1), value=-100)[1:].view(labels.shape)
@@ -150,9 +162,11 @@ class CausalLM(Swapped):
         if by_token:
             loss = loss.view(targets.shape)
         else:
-            num_items = counts.sum() if num_items is None else num_items
+            if num_items is None:
+                num_items = counts.sum() if group is None else sum_over_ranks(counts.sum(), group)
             loss = _divided(loss, num_items)
-            of_router = router_loss(self, output, call.get("attention_mask"), _divided(counts, num_items))
+            shares = _divided(counts, num_items)
+            of_router = router_loss(self, output, call.get("attention_mask"), shares, group)
             if of_router is not None:
                 loss = loss + of_router.to(loss.device)
         fields = {name: value for name, value in output.items() if name != "loss"}
@@ -174,6 +188,11 @@ class CausalLM(Swapped):
 
     def _custom_loss(self, call: dict[str, Any]) -> Any:
         """The stock forward with its own loss and logits; the router's share of that loss as in ours."""
+        if self._deltatune.sequence is not None:
+            raise ValueError(
+                f"{type(self).__name__} has a loss of its own, and a rank's part of a pack lacks the target of its "
+                "last token; call it without labels, and compute the loss from its logits"
+            )
         call, counts = without_crossing_labels(call)
         output = super().forward(**call)
         whole, num_items = getattr(output, "aux_loss", None), call.get("num_items_in_batch")
@@ -257,6 +276,22 @@ def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tenso
             masked[name] = given.masked_fill(outside, ignored)
             counts = (masked[name] != ignored).sum(-1)
     return masked, counts
+
+
+def own_targets(call: dict[str, Any], group: SequenceGroup) -> tuple[dict[str, Any], Tensor]:
+    """The same of a rank's part of a pack, with ``shift_labels`` in place of ``labels``.
+
+    The target of the part's last token is the next rank's first label.
+    """
+    call, sequences = dict(call), call["sequences"]
+    labels, targets = call.pop("labels", None), call.get("shift_labels")
+    if targets is None:
+        labels = labels.to(sequences.cu_seqlens.device)
+        behind = F.pad(from_every_rank(labels[:, 0], group), (0, 0, 0, 1), value=-100)[group.rank + 1]
+        targets = torch.cat([labels[:, 1:], behind[:, None]], dim=1)
+    last = group.cut(F.pad(sequences.positions[1:] == 0, (0, 1)))
+    call["shift_labels"] = targets.masked_fill(last.view(targets.shape).to(targets.device), -100)
+    return call, (call["shift_labels"] != -100).sum(-1)
 
 
 def _divided(value: Tensor, count: Tensor | float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from deltatune.compile.auto import deciding, layer_label
 from deltatune.compile.graphs import FROZEN, compile_options, graphs_of
@@ -22,8 +22,10 @@ from deltatune.hf.capture import keep_capture_hooks_outside
 from deltatune.hf.forwards import replaced_since
 from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
+from deltatune.layers.exchange import exchange
 from deltatune.layers.router import Router, has_router, recorded_routers, recording, run_recorded
 from deltatune.ops import Spec
+from deltatune.packing.group import SequenceGroup
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.state import bound
@@ -69,7 +71,8 @@ class DecoderLayer(Swapped):
             label = layer_label(self)
             return run_recorded(graphs_of(state).run, label, forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
-            return checkpoint(functools.partial(forward, self, **kwargs), hidden_states, *args, use_reentrant=False)
+            called = functools.partial(forward, self, **kwargs)
+            return checkpoint(called, hidden_states, *args, use_reentrant=False, **_contexts(state.sequence))
         return forward(self, hidden_states, *args, **kwargs)
 
     @classmethod
@@ -84,6 +87,13 @@ class DecoderLayer(Swapped):
         if attention is None or isinstance(attention, Swapped):
             return Cost()
         return attention_cost(attention.config, tokens, squares)
+
+
+def _contexts(group: SequenceGroup | None) -> dict[str, Any]:
+    """What a layer checkpointed by itself keeps besides its input; in a graph the partitioner knows."""
+    if group is None or torch.compiler.is_compiling():
+        return {}
+    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, [exchange])}
 
 
 def _brings_gradients(layer: nn.Module, given: object) -> bool:
@@ -114,7 +124,7 @@ class TextModel(Swapped):
         if given.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
         replaced = self._replaced()
-        resolved = resolved_call(given)
+        resolved = resolved_call(given, self._deltatune.sequence)
         sequences = resolved.sequences
         call = {name: value for name, value in given.items() if name not in _NOT_FOR_LAYERS}
         call["attention_mask"] = self._no_mask(sequences.cu_seqlens.device)
@@ -125,7 +135,7 @@ class TextModel(Swapped):
         if call.get("inputs_embeds") is None:
             call["inputs_embeds"] = self.get_input_embeddings()(call["input_ids"])
         call["input_ids"] = None
-        with deciding(self, sequences.total), packed_call(self._deltatune, sequences, replaced):
+        with deciding(self, resolved.tokens), packed_call(self._deltatune, sequences, replaced):
             return self._run(call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,8 +234,8 @@ def _below(layer: nn.Module) -> Iterator[nn.Module]:
             yield from (module for module in child._modules.values() if module is not None)
 
 
-def resolved_call(call: Mapping[str, Any]) -> Resolved:
-    """What the arguments of a model say of documents.
+def resolved_call(call: Mapping[str, Any], group: SequenceGroup | None) -> Resolved:
+    """What the arguments of a model say of documents; with ``group`` the call holds this rank's part of a pack.
 
     Raises:
         ValueError: no tokens or two kinds of them, PEFT's virtual tokens, or what ``resolve_metadata`` refuses.
@@ -235,7 +245,8 @@ def resolved_call(call: Mapping[str, Any]) -> Resolved:
     given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
     if len(given) != 1:
         raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, E]")
-    return resolve_metadata(call, rows=given[0].shape[0], tokens=given[0].shape[1], device=given[0].device)
+    rows, tokens = given[0].shape[:2]
+    return resolve_metadata(call, rows=rows, tokens=tokens, device=given[0].device, group=group)
 
 
 _hidden: ContextVar[list[Tensor]] = ContextVar("deltatune_hidden")

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from deltatune.cost import Cost
 from deltatune.hf.cached import check_boundaries
 from deltatune.hf.hooks import OFFLOADED
 from deltatune.hf.peft import readable, readable_conv
+from deltatune.layers.exchange import all_tokens, heads_of_rank, own_heads, own_tokens
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
+from deltatune.packing.group import SequenceGroup
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
@@ -64,10 +66,14 @@ class GatedDeltaNet(Swapped):
         if sequences is None:
             stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
             return stock
-        kernels = self._deltatune.options.kernels
+        kernels, group = self._deltatune.options.kernels, self._deltatune.sequence
         mixed, z, b, a = self.project(hidden_states)
+        A_log, dt_bias = self.A_log, self.dt_bias
+        if group is not None:
+            mixed, b, a = self.exchange_tokens(mixed, b, a, group)
+            A_log, dt_bias = own_heads(A_log, group), own_heads(dt_bias, group)
         q, k, v = self.convolve(mixed, sequences)
-        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
+        g = -A_log.float().exp() * F.softplus(a.float() + dt_bias)
         out = ops.gated_delta_rule(
             torch.unflatten(q, -1, (-1, self.head_k_dim)),
             torch.unflatten(k, -1, (-1, self.head_k_dim)),
@@ -78,6 +84,8 @@ class GatedDeltaNet(Swapped):
             qk_l2norm=False,
             impl=kernels["gated_delta_rule"],
         )
+        if group is not None:
+            out = own_tokens(out, group)
         projected: Tensor = self.out_proj(self.norm_and_gate(out, z).flatten(-2))
         return projected
 
@@ -106,23 +114,50 @@ class GatedDeltaNet(Swapped):
 
     def convolve(self, mixed: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
         """q, k and v ``[B, T, ...]``, q and k normalised: the delta rule would read and write them once more for it."""
-        conv = readable_conv(self.conv1d)
+        conv, group = readable_conv(self.conv1d), self._deltatune.sequence
         hook = conv.__dict__.get(OFFLOADED)
         if hook is not None:
             hook.pre_forward(conv)
+        weight, bias = cast("Tensor", conv.weight).squeeze(1), cast("Tensor | None", conv.bias)
+        if group is not None:
+            weight = self.own_channels(weight, group)
+            bias = None if bias is None else self.own_channels(bias, group)
         convolved = ops.causal_conv(
             mixed,
-            conv.weight.squeeze(1),  # type: ignore[operator]
-            conv.bias,  # type: ignore[arg-type]
+            weight,
+            bias,
             activation="silu",
             sequences=sequences,
-            split=(self.key_dim, self.key_dim, self.value_dim),
+            split=self.widths(group),
             l2norm=(self.head_k_dim, self.head_k_dim, 0),
             impl=self._deltatune.options.kernels["causal_conv"],
         )
         if hook is not None:
             hook.post_forward(conv, ())
         return convolved
+
+    def widths(self, group: SequenceGroup | None) -> list[int]:
+        """Channels of q, k and v that this process convolves: all of them, or those of its heads."""
+        if group is None:
+            return [self.key_dim, self.key_dim, self.value_dim]
+        keys = heads_of_rank(self.num_k_heads, group.size) * self.head_k_dim
+        return [keys, keys, heads_of_rank(self.num_v_heads, group.size) * self.head_v_dim]
+
+    def exchange_tokens(self, mixed: Tensor, b: Tensor, a: Tensor, group: SequenceGroup) -> tuple[Tensor, ...]:
+        """``mixed``, ``b`` and ``a`` ``[1, t, ...]`` of this rank's tokens to ``[1, P t, ...]`` of its heads."""
+        q, k, v = torch.split(mixed, self.widths(None), dim=-1)
+        q, k = (torch.unflatten(x, -1, (self.num_k_heads, -1)) for x in (q, k))
+        v = torch.unflatten(v, -1, (self.num_v_heads, -1))
+        received = all_tokens([q, k, v, b[..., None], a[..., None]], group)
+        heads = heads_of_rank(self.num_v_heads, group.size)
+        parts = torch.split(received, [sum(self.widths(group)), heads, heads], dim=-1)
+        return tuple(part.to(given.dtype) for part, given in zip(parts, (mixed, b, a), strict=True))
+
+    def own_channels(self, weight: Tensor, group: SequenceGroup) -> Tensor:
+        """The rows of q, k and v ``[2HK + GV, ...]`` that belong to this rank's heads."""
+        heads = (self.num_k_heads, self.num_k_heads, self.num_v_heads)
+        rows = zip(torch.split(weight, self.widths(None)), heads, strict=True)
+        return torch.cat([own_heads(torch.unflatten(x, 0, (n, -1)), group).flatten(0, 1) for x, n in rows])
 
     def norm_and_gate(self, out: Tensor, z: Tensor) -> Tensor:
         """``rmsnorm(out) * weight * silu(z)`` over each head of ``out [B, T, G, V]``, ``z [B, T, GV]``."""

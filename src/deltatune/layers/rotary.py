@@ -15,7 +15,7 @@ from deltatune.hf.cached import boundaries
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary"]
+__all__ = ["DocumentRotary", "depends_on_length", "forget_lengths", "length_dependent_rotary"]
 
 
 class DocumentRotary(Swapped):
@@ -42,7 +42,7 @@ def length_dependent_rotary(text_model: Any) -> tuple[nn.Module, ...]:
     Raises:
         ValueError: one inside a decoder layer, where it would run in the layer's graph and be recomputed in backward.
     """
-    found = tuple(module for module in text_model.modules() if any(map(_depends_on_length, _rope_types(module))))
+    found = tuple(module for module in text_model.modules() if any(map(depends_on_length, _rope_types(module))))
     inside = {module for layer in text_model.layers for module in layer.modules()}
     for module in found:
         if module in inside:
@@ -60,14 +60,15 @@ def _rope_types(module: nn.Module) -> list[str]:
     return [kind for kind in kinds if isinstance(kind, str)]
 
 
-def _depends_on_length(rope_type: str) -> bool:
+def depends_on_length(rope_type: str) -> bool:
+    """Whether frequencies of this type are those of a document's length."""
     return "dynamic" in rope_type or rope_type == "longrope"
 
 
 def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Tensor, named: dict[str, str]) -> Any:
     layer_type = named.get("layer_type")
     rope_type = rotary.rope_type if layer_type is None else rotary.rope_type[layer_type]
-    if not _depends_on_length(rope_type):
+    if not depends_on_length(rope_type):
         return stock_class(rotary).forward(rotary, x, position_ids, **named)
     tokens = position_ids.shape[-1]
     position_ids = position_ids.expand(*position_ids.shape[:-2], sequences.total // tokens, tokens)

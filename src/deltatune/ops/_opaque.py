@@ -27,7 +27,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["first_order", "first_order_backward", "kernel_of", "opaque", "rebuilt_places", "workspace_bytes"]
+__all__ = ["first_order", "first_order_backward", "is_kept", "kernel_of", "opaque", "rebuilt_places", "workspace_bytes"]
 
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
@@ -36,6 +36,7 @@ _Backward = Callable[..., tuple[Tensor | None, ...]]
 _workspaces: dict[object, Callable[..., int]] = {}
 _rebuilt: dict[object, tuple[int, ...]] = {}
 _kernels: dict[Any, Any] = {}
+_kept: set[object] = set()
 _KERNEL: Final = "_kernel"
 
 
@@ -46,6 +47,7 @@ def opaque(
     raw_flops: bool = False,
     workspace: Callable[..., int] | None = None,
     rebuilt: tuple[int, ...] = (),
+    kept: bool = False,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     gradient_of: str | None = None,
@@ -59,6 +61,7 @@ def opaque(
         raw_flops: hand ``flops`` the tensors themselves.
         workspace: bytes the kernel holds for a while besides its arguments and results, from the arguments.
         rebuilt: places of arguments that a compiled backward builds again where that is cheap, and does not keep.
+        kept: no activation checkpointing computes the result again, such as one that other processes take part in.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)`` to a gradient for every input, of which none is a list; grads are one tuple for an
             op that gives a list.
@@ -90,6 +93,8 @@ def opaque(
         _record(op, schema, setup_context, backward or refusal)
         if rebuilt:
             _rebuilt[op] = rebuilt
+        if kept:
+            _kept.update(made)
         call: Callable[..., _R] = op
         return call
 
@@ -104,6 +109,11 @@ def workspace_bytes(op: object, args: Iterable[object]) -> int:
 def kernel_of(op: object) -> Any:
     """The op without what autograd needs, for graphs that are divided already: one trip through Python less."""
     return _kernels.get(op, op)
+
+
+def is_kept(op: object) -> bool:
+    """Whether the result of an op of a graph stays for backward under every activation checkpointing."""
+    return op in _kept
 
 
 def rebuilt_places(op: object) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.packing.group import SequenceGroup
 from deltatune.packing.sequences import Sequences, as_tensor, row_starts, text_positions
 
 __all__ = ["METADATA", "Resolved", "resolve_metadata"]
@@ -31,28 +32,37 @@ class Resolved:
     """What packing metadata says of one call: the boundaries, and the metadata a stock model still wants.
 
     Attributes:
-        sequences: the boundaries, on the device of the tokens.
+        sequences: the boundaries, on the device of the tokens; in a sequence group those of the whole pack.
         position_ids: positions as they came, or ``[B, T]`` restarting in every document where none came.
         padding_mask: bool ``[B, T]``, True for real tokens, where the call carried a two-dimensional mask.
         source: the metadata that decided, for messages and reports.
+        tokens: that the call holds.
     """
 
     sequences: Sequences
     position_ids: Tensor
     padding_mask: Tensor | None
     source: str
+    tokens: int
 
 
-def resolve_metadata(call: Mapping[str, Any], *, rows: int, tokens: int, device: torch.device) -> Resolved:
+def resolve_metadata(
+    call: Mapping[str, Any], *, rows: int, tokens: int, device: torch.device, group: SequenceGroup | None = None
+) -> Resolved:
     """Reads the boundaries of a call from its keyword arguments.
 
     Order of precedence: ``sequences``, ``cu_seq_lens_q``, an indexed ``attention_mask`` (0 = padding, 1..N documents),
     ``seq_idx`` (0-based), ``position_ids`` that restart, a 0/1 ``attention_mask``, and else one document a row.
 
+    With ``group`` the call holds this rank's part of a pack, and ``sequences`` alone says where documents of the whole
+    pack begin; ``position_ids`` are those of the rank's tokens in their documents, or left out.
+
     Raises:
         ValueError: metadata of the wrong shape, boundaries that do not end at the number of tokens, metadata that
             contradicts itself on real tokens, or three-row mRoPE positions without other boundaries.
     """
+    if group is not None:
+        return _resolve_part(call, rows, tokens, device, group)
     batch = _Batch(call, rows, tokens)
     source, sequences = batch.primary()
     if sequences.total != batch.size:
@@ -71,7 +81,47 @@ def resolve_metadata(call: Mapping[str, Any], *, rows: int, tokens: int, device:
         position_ids = sequences.positions.view(rows, tokens).long()
     elif position_ids.ndim == 1:
         position_ids = position_ids.unsqueeze(0)
-    return Resolved(sequences, position_ids, batch.padding_mask, source)
+    return Resolved(sequences, position_ids, batch.padding_mask, source, batch.size)
+
+
+def _resolve_part(
+    call: Mapping[str, Any], rows: int, tokens: int, device: torch.device, group: SequenceGroup
+) -> Resolved:
+    """Of a call that holds one rank's part of a pack."""
+    ranks, sequences = f"a sequence group of {group.size} ranks", call.get("sequences")
+    if not isinstance(sequences, Sequences):
+        raise ValueError(
+            f"a model in {ranks} takes one rank's part of a pack and needs sequences=, the deltatune.Sequences of the "
+            f"whole pack; got {type(sequences).__name__}"
+        )
+    others = [name for name in (*METADATA[1:], "attention_mask") if call.get(name) is not None]
+    if others:
+        raise ValueError(f"in {ranks} sequences= alone says where documents begin; leave {', '.join(others)} out")
+    if rows != 1:
+        raise ValueError(f"a call in {ranks} holds a part of one pack, a row [1, T / {group.size}]; got {rows} rows")
+    if sequences.total != group.size * tokens:
+        raise ValueError(
+            f"sequences describes {sequences.total} tokens, but {tokens} tokens on each rank of {ranks} are "
+            f"{group.size * tokens}; pass the boundaries of the whole pack and an equal part of it on every rank"
+        )
+    sequences = sequences.to(device)
+    expected = group.cut(sequences.positions)[None].long()
+    given = call.get("position_ids")
+    if given is None:
+        return Resolved(sequences, expected, None, "sequences", tokens)
+    given = as_tensor(given)
+    if given.shape[-1] != tokens or given.numel() != tokens:
+        raise ValueError(f"position_ids in {ranks} must be [1, {tokens}] like the tokens, got {tuple(given.shape)}")
+    given = given.view(1, tokens)
+    # learning of it on another device would wait for that
+    if device.type == "cpu" and bool((wrong := given != expected).any()):
+        column = int(wrong[0].nonzero()[0])
+        raise ValueError(
+            f"sequences and position_ids contradict each other: token {column} of rank {group.rank} has position "
+            f"{int(expected[0, column])} in its document by sequences, {int(given[0, column])} by position_ids; cut "
+            "position_ids from those of the whole pack, or leave them out"
+        )
+    return Resolved(sequences, given, None, "sequences", tokens)
 
 
 class _Batch:

@@ -1,0 +1,49 @@
+"""Sequence parallel: the ranks of a group hold one pack together, each an equal part of its tokens."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from deltatune.hf import model as hf_model
+from deltatune.packing.group import SequenceGroup
+from deltatune.parallel.sizes import check_sequence_size
+from deltatune.preparation import Prepared
+from deltatune.state import State
+
+__all__ = ["shard_sequence"]
+
+
+def shard_sequence(prepared: Prepared | nn.Module, group: ProcessGroup | None) -> None:
+    """Makes every packed call of a prepared model one of all ranks of ``group``, each with its part of one pack.
+
+    Around the layers nothing changes: a rank computes its tokens. Attention and the delta rule get the heads of one
+    rank for all tokens, by one all-to-all in and one out (DeepSpeed-Ulysses, arXiv 2309.14509). The losses of the ranks
+    add up to the pack's, and so do their gradients, which are left to sum (or, as data-parallel ranks do, to average
+    after the loss was multiplied by the number of ranks). ``deltatune.parallel.slice.cut_batch`` cuts a batch.
+
+    Only this model changes, in this process. ``None``, or a group of one rank, undoes it; so do ``prepare`` on the
+    model again and ``revert``. A deepcopy is in the same group, what comes out of a pickle in none. Calls with a
+    key-value cache stay each rank's own.
+
+    Args:
+        prepared: what ``prepare`` gave, or the model that it was given; sharded or replicated afterwards or before.
+        group: a process group that this process is in. All its ranks call the model together.
+
+    Raises:
+        ValueError: a model that is not prepared.
+        UserError: a number of ranks that the model's heads cannot be divided among, or a model that cannot be in a
+            group at all; see ``check_sequence_size``.
+    """
+    model = prepared.model if isinstance(prepared, Prepared) else prepared
+    text_model = hf_model.text_model(model)
+    state: State | None = text_model.__dict__.get("_deltatune")
+    if state is None:
+        raise ValueError("shard_sequence comes after prepare: the model is not prepared; call prepare(model) first")
+    found = None
+    if group is not None and group.size() > 1:
+        check_sequence_size(text_model.config, group.size())
+        found = SequenceGroup(group.group_name, group.size(), group.rank())
+    state.sequence = found
+    # graphs hold what they were compiled with
+    state.graphs.clear()
