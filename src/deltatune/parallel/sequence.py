@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 
 from deltatune.hf import model as hf_model
 from deltatune.packing.group import SequenceGroup
-from deltatune.parallel.sizes import check_sequence_size
+from deltatune.parallel.heads import check_sequence_size
 from deltatune.preparation import Prepared
 from deltatune.state import State
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from deltatune.errors import UserError
-from deltatune.parallel.sizes import check_sequence_size, sequence_sizes
+from deltatune.parallel.heads import check_sequence_size, sequence_sizes
 from tiny import TEXT_CONFIGS, tiny_conditional
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
