@@ -19,6 +19,7 @@ from deltatune.config.schema import (
     LoraSection,
     ModelSection,
     PackingSection,
+    ParallelSection,
     PreferenceSection,
     Recipe,
     SamplesSection,
@@ -39,6 +40,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("compile", CompileSection),
     ("training", TrainingSection),
     ("verify", VerifySection),
+    ("parallel", ParallelSection),
     ("samples", SamplesSection),
 )
 

@@ -26,6 +26,7 @@ import deltatune
 from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
+from deltatune.parallel.mesh import Mesh
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
@@ -35,7 +36,6 @@ from deltatune.training.batches import place_file
 from deltatune.training.console import RunConsole
 from deltatune.training.export import merge_adapter
 from deltatune.training.lock import locked
-from deltatune.training.mesh import Mesh
 from deltatune.training.run import train, verify
 from deltatune.training.trainer import PackedTrainer
 

@@ -15,6 +15,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "PackingSection",
+    "ParallelSection",
     "PreferenceSection",
     "Recipe",
     "SamplesSection",
@@ -460,6 +461,17 @@ class VerifySection(Section):
     must be zero exactly, whatever is set here."""
 
 
+class ParallelSection(Section):
+    """How the processes that a launcher such as `torchrun` started divide the work; all read packs of their own."""
+
+    replicate: Literal["auto"] | Count = "auto"
+    """Copies of the weights; `replicate * shard` is the number of processes."""
+
+    shard: Literal["auto"] | Count = "auto"
+    """Processes that hold one copy of the weights among them (FSDP2). `auto` takes the fewest with which a step is
+    estimated to fit the device: 1, which is plain replicas, wherever the whole model fits."""
+
+
 class SamplesSection(Section):
     """Completions at each evaluation, greedy, kept in `samples.jsonl` of the run's folder."""
 
@@ -513,6 +525,9 @@ class Recipe(Section):
 
     verify: VerifySection = VerifySection()
     """The independence probe at the start of the run."""
+
+    parallel: ParallelSection = ParallelSection()
+    """How several processes divide the work."""
 
     samples: SamplesSection | None = None
     """Completions at each evaluation; none without this section."""

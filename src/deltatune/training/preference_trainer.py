@@ -16,7 +16,6 @@ from transformers import TrainingArguments
 from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import PreferenceSection, Recipe
 from deltatune.data.dataset import PackedDataset, ReferencedPack
-from deltatune.errors import UserError
 from deltatune.hf.model import base_model, in_mode
 from deltatune.layers.router_loss import router_loss
 from deltatune.packing.bins import pack
@@ -33,7 +32,7 @@ from deltatune.training.preference import (
 )
 from deltatune.training.trainer import Batch, PackedTrainer
 
-__all__ = ["PairCollator", "PreferenceTrainer", "check_reference", "trainer_for"]
+__all__ = ["PairCollator", "PreferenceTrainer", "trainer_for"]
 
 _NUM_DOCUMENTS, _REFERENCE = "num_documents", "reference"
 
@@ -94,15 +93,17 @@ class PreferenceTrainer(PackedTrainer):
         order = PackOrder(len(packs), mesh=self._mesh, packs=lambda _: packs)
         loader = pack_loader(data, order, self.data_collator, self.args)
         mine = packs[self._mesh.data_rank :: self._mesh.data_size]
+        nothing = np.array([], dtype=np.int64)
         sums = torch.zeros(data.lengths.size, dtype=torch.float64, device=self.args.device)
         with (
             phase("computing the reference", len(mine)) as advance,
             torch.no_grad(),
-            self.accelerator.autocast(),
+            self.compute_loss_context_manager(),
             in_mode(self.model, training=False),
         ):
-            # in a ragged last round a rank may have a batch of padding alone
-            for number, (batch, members) in enumerate(zip(loader, mine, strict=False), start=1):
+            # in a ragged last round a rank may have a batch of padding alone, and runs it with the others
+            for number, batch in enumerate(loader, start=1):
+                members = mine[number - 1] if number <= len(mine) else nothing
                 pieces = torch.from_numpy(data.pieces(members)).to(sums.device)
                 sums[pieces] = self._answers(self.model, batch)[0].sums.double()
                 advance(number)
@@ -189,21 +190,6 @@ def trainer_for(recipe: Recipe, model: nn.Module, args: TrainingArguments, **oth
     if _start_is_reference(recipe):
         trainer.compute_reference()
     return trainer
-
-
-def check_reference(recipe: Recipe, args: TrainingArguments) -> None:
-    """Refuses a reference that cannot be had: one is computed before a model is sharded.
-
-    Raises:
-        UserError: with the remedy.
-    """
-    if (args.fsdp or args.deepspeed) and _start_is_reference(recipe):
-        assert recipe.preference is not None
-        raise UserError(
-            f"preference.loss: {recipe.preference.loss} is held against the model at the start, which is computed "
-            "before it is sharded; use a new lora section without bias and of the usual init_lora_weights, a loss "
-            "without a reference (simpo, orpo), or no fsdp and deepspeed"
-        )
 
 
 def _start_is_reference(recipe: Recipe) -> bool:

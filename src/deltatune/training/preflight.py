@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from os import environ
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,9 @@ _EXTRA: Final = ("bitsandbytes", "torchao")
 # distributions that go by another name than their package
 _DISTRIBUTIONS: Final[Mapping[str, str]] = {"optimi": "torch-optimi"}
 
+# what accelerate's launcher says to the processes that it starts
+_LAUNCHED_WITH: Final = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
 # trackers -> packages, one of which is enough; of others transformers knows
 _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -47,11 +51,17 @@ _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def preflight(recipe: Recipe) -> None:
-    """The paths of a recipe (model, data, and the folders that are written to), and its trackers.
+    """The paths of a recipe (model, data, and the folders that are written to), its trackers, and the launcher.
 
     Raises:
-        UserError: what is not there, is not what it should be, or cannot be written to.
+        UserError: what is not there, is not what it should be, or cannot be written to; or a launcher's sharding.
     """
+    for name in _LAUNCHED_WITH:
+        if environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(
+                f"{name}={environ[name]} asks accelerate to divide the model; start the processes with torchrun, or "
+                "accelerate launch --multi_gpu, and use parallel.shard"
+            )
     check_model_path(recipe.model)
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources):

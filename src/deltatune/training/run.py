@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
@@ -24,8 +25,9 @@ from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream, Place
 from deltatune.errors import InterruptedRunError, UserError, first_line, one_line
-from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.state import reshard
 from deltatune.phases import phase, shown_by
 from deltatune.preparation import Prepared
 from deltatune.runs.card import model_card
@@ -47,12 +49,12 @@ from deltatune.training.continuing import adapter_record, load_adapter, start_li
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
+from deltatune.training.layout import mesh_of, shard_by_recipe, sizes_lines, sizes_of
 from deltatune.training.lock import check_free, locked
-from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import estimate_step, prepare_by_recipe
-from deltatune.training.preference_trainer import check_reference, trainer_for
+from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import step_of
@@ -91,6 +93,7 @@ class Run:
     model: nn.Module
     prepared: Prepared
     origin: Origin
+    mesh: Mesh
 
     @property
     def output_dir(self) -> Path:
@@ -155,11 +158,12 @@ def _train(
         log.out(line, highlight=False)
     run = build(recipe, arguments, log)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
-        run.data.train.start = _place(checkpoint, Mesh.of(arguments))
+        run.data.train.start = _place(checkpoint, run.mesh)
     changes += _other_data(run, checkpoint, allow_change)
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
     records = _records(run, _verify(run))
+    shard_by_recipe(recipe, run.model, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, records, checkpoint, changes, during_training)
@@ -243,14 +247,16 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
     """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
-    check_reference(recipe, arguments)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # every name and shape is known before the rows are read and the weights are there
-    check_space(adapt_by_recipe(empty_model(recipe.model), recipe), recipe)
+    empty = adapt_by_recipe(empty_model(recipe.model), recipe)
+    check_space(empty, recipe)
+    sizes = sizes_of(recipe, empty, arguments)
+    mesh = mesh_of(sizes, arguments)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
-        data = load_data(recipe, tokenizer, Mesh.of(arguments))
+        data = load_data(recipe, tokenizer, mesh)
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
@@ -259,15 +265,17 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     data.check_tokens(model, tokenizer)
     load_adapter(model, recipe.lora)
     origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
-    sharded = bool(arguments.fsdp or arguments.deepspeed)
+    sharded = mesh.shard_size > 1
     if not sharded:
         model.to(arguments.device)
-    # what a device will hold of a sharded model is settled later, so its shapes decide
-    prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
+    # no device will hold a sharded model, so its shapes decide
+    device = arguments.device if sharded else None
+    prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
+    said += sizes_lines(sizes)
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
+    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin, mesh)
 
 
 def _place(checkpoint: Path, mesh: Mesh) -> Place:
@@ -317,6 +325,7 @@ def _trainer(run: Run) -> PackedTrainer:
         on_nonfinite=run.recipe.training.on_nonfinite,
         early_stopping=EarlyStopping.of(run.recipe.training),
         optimizer=OptimizerSettings.of(run.recipe.training),
+        mesh=run.mesh,
     )
 
 
@@ -365,11 +374,12 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
 def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = _metrics(run, trainer, evaluation)
-    _check_finite(run.model)
+    _check_finite(run.model, run.mesh)
+    state = trainer.whole_state() if run.mesh.shard_size > 1 else None
     if run.arguments.should_save:
         with phase("saving the model"):
             card = model_card(read_run(run.output_dir), metrics["saved_step"])
-            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card)
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card, state)
         for line in said:
             run.console.out(line, highlight=False)
         # the compiler's account is complete only now
@@ -387,10 +397,15 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
 
-def _check_finite(model: nn.Module) -> None:
-    """Refuses to save weights over whatever was there before that no model should have."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad and not is_sharded(weight)]
-    if trained and not bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):
+def _check_finite(model: nn.Module, mesh: Mesh) -> None:
+    """Refuses, on every rank, to save weights over whatever was there before that no model should have."""
+    reshard(model)
+    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained]
+    if not parts:
+        return
+    broken = (~torch.stack([part.isfinite().all() for part in parts]).all()).long()
+    if bool(mesh.sum_over_data(broken)):
         raise UserError(
             "some trained weights are not finite, so they are not saved; go on from a checkpoint before with another "
             "training.learning_rate"
@@ -417,7 +432,7 @@ def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) ->
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     report, device = run.prepared.report, run.arguments.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    estimate = estimate_step(run.recipe, run.model, report.checkpointing)
+    estimate = estimate_step(run.recipe, run.model, report.checkpointing, shard=run.mesh.shard_size)
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),

@@ -1,0 +1,1 @@
+"""Several processes: their axes, sharded weights, what is gathered of them again."""
