@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -46,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "preference": {"preference": {}, "data": {"overlong": "drop"}},
     "preference_of_start": {"preference": {}, "lora": None, "data": {"overlong": "drop"}},
 }
+PROBED = "full_untied"
 #: resumed in the middle, on other numbers of processes
 RESUMED = ("adapter", "full_tied", "pissa")
 
@@ -66,7 +68,8 @@ def recipe_of(case: str, folder: Path, shared: Path, *, ranks: int) -> Any:
     scratch.mkdir(parents=True, exist_ok=True)
     return make_recipe(
         scratch, shared / "untied", model=model, data={**data, **sections.pop("data", {})}, training=training,
-        verify={"enabled": False, "lengths": None}, parallel={"shard": ranks}, **sections,
+        verify={"enabled": True} if case == PROBED else {"enabled": False, "lengths": None},
+        parallel={"shard": ranks}, **sections,
     )  # fmt: skip
 
 
@@ -193,3 +196,9 @@ def test_a_sharded_run_goes_on_in_one_process(case: str, shared: Path) -> None:
     copy_checkpoint(shared / "two" / case, into / case)
     run_case(recipe_of(case, into, shared, ranks=1), resume=True)
     assert_equal(saved(into / case), saved(shared / "one" / case))
+
+
+def test_the_first_layers_are_probed(shared: Path) -> None:
+    one, two = (json.loads((shared / name / PROBED / "report.json").read_text())["verify"] for name in ("one", "two"))
+    assert two["ok"]
+    assert [row["name"] for row in two["rows"]] == [row["name"] for row in one["rows"]]

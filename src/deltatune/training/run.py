@@ -56,6 +56,7 @@ from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import estimate_step, prepare_by_recipe
 from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
+from deltatune.training.probing import first_layers, probe
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
@@ -64,7 +65,7 @@ from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.space import check_space
 from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
-from deltatune.verification import VerifyReport, verify
+from deltatune.verification import VerifyReport
 
 __all__ = ["Run", "TrainResult", "build", "train"]
 
@@ -293,15 +294,12 @@ def _place(checkpoint: Path, mesh: Mesh) -> Place:
 
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
-    section = run.recipe.verify
-    if not section.enabled:
+    if run.mesh.shard_size == 1:
+        return probe(run.recipe, run.model, run.console)
+    if not run.recipe.verify.enabled:
         return None
-    with phase("probing the model"):
-        report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
-    run.console.out(str(report), highlight=False)
-    if not report.ok:
-        raise UserError(f"verify: {report.verdict}; nothing was trained")
-    return report
+    run.console.out("probing the first layers with random weights: no process will hold the model", highlight=False)
+    return probe(run.recipe, first_layers(run.recipe, run.arguments.device), run.console)
 
 
 def _trainer(run: Run) -> PackedTrainer:
