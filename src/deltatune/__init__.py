@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deltatune.packing.collate import PackedCollator
     from deltatune.packing.sequences import Sequences
     from deltatune.packing.shuffled import pack_shuffled
+    from deltatune.parallel.parallelize import Parallel, parallelize
     from deltatune.preparation import Prepared, prepare
     from deltatune.verification import VerifyReport, verify
 
@@ -26,6 +27,7 @@ __all__ = [
     "CompileOptions",
     "CompileReport",
     "PackedCollator",
+    "Parallel",
     "Prepared",
     "Sequences",
     "VerifyReport",
@@ -34,6 +36,7 @@ __all__ = [
     "ops",
     "pack",
     "pack_shuffled",
+    "parallelize",
     "prepare",
     "verify",
 ]
@@ -42,12 +45,14 @@ _HOMES = {
     "CompileOptions": "deltatune.options",
     "CompileReport": "deltatune.compile.graphs",
     "PackedCollator": "deltatune.packing.collate",
+    "Parallel": "deltatune.parallel.parallelize",
     "Prepared": "deltatune.preparation",
     "Sequences": "deltatune.packing.sequences",
     "VerifyReport": "deltatune.verification",
     "offload_activations": "deltatune.compile.offloading",
     "pack": "deltatune.packing.bins",
     "pack_shuffled": "deltatune.packing.shuffled",
+    "parallelize": "deltatune.parallel.parallelize",
     "prepare": "deltatune.preparation",
     "verify": "deltatune.verification",
 }

@@ -69,6 +69,7 @@ class Prepared:
         compute_dtype: torch.dtype | None = None,
         accumulates: bool = False,
         device: torch.device | None = None,
+        shard: int = 1,
     ) -> CheckpointingChoice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
@@ -79,10 +80,11 @@ class Prepared:
             accumulates: gradients of several batches are summed before a step of the optimizer.
             device: where the model will train, for one that is not there yet or will be sharded: the shapes decide, and
                 nothing runs. None decides from the graphs of the layers, where the model is.
+            shard: ranks among which the weights will be divided.
         """
         if self._state.facts.auto is None:
             return None
-        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype)
+        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype, shard)
         decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
 

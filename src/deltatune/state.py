@@ -47,6 +47,7 @@ class AutoCheckpointing:
     optimizer: str = "adamw_torch_fused"  # transformers' name of the optimizer that will train
     accumulates: bool = False  # whether gradients of earlier batches are there while a batch runs
     compute_dtype: torch.dtype | None = None  # of activations under autocast; None for the weights' own
+    shard: int = 1  # ranks among which the weights are divided
     tokens: int = 0  # of the batch it was decided for; a larger one is decided for again
     choice: CheckpointingChoice | None = None  # None before the first training forward
 

@@ -32,6 +32,8 @@ class Swapped(nn.Module):
     replaces_forward: ClassVar[bool] = False
     #: the ops that the layer calls
     ops: ClassVar[tuple[str, ...]] = ()
+    #: parameters that keep their dtype where the layer's others are computed with in a narrower one
+    full_precision: ClassVar[tuple[str, ...]] = ()
     #: keyword arguments in addition to the stock signature, for a layer that takes any of its call by name
     extra_arguments: ClassVar[tuple[str, ...]] = ()
 

@@ -147,10 +147,17 @@ def test_plan_says_that_a_finished_run_is_not_replaced(capsys, write_recipe, tmp
     assert "output holds the model of an earlier run: train takes another" in capsys.readouterr().out
 
 
-def test_plan_refuses_a_reference_that_a_run_cannot_have(capsys, write_recipe, pairs) -> None:
-    recipe = str(write_recipe(pairs, preference={}, lora=None))
-    assert main(["plan", recipe, "--set", "training.fsdp=true"]) == 2
-    assert "preference.loss: dpo is held against the model at the start" in capsys.readouterr().err
+def test_plan_is_for_the_processes_that_the_recipe_asks_for(capsys, write_recipe) -> None:
+    assert main(["plan", str(write_recipe()), "--set", "parallel.shard=2", "--set", "parallel.replicate=3"]) == 0
+    out = capsys.readouterr().out
+    assert "parallel: replicate 3, shard 2 (as the recipe says)" in out
+    assert "of 6 packs" in out
+
+
+def test_plan_refuses_what_a_launcher_says(capsys, write_recipe, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["plan", str(write_recipe())]) == 2
+    assert "ACCELERATE_USE_FSDP=true asks accelerate to divide the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [80, 100])

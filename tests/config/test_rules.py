@@ -37,14 +37,9 @@ ERRORS = {
         "{activation_offloading: false, training: {use_cpu: true}}",
     ),
     "gathered_weights_are_not_offloaded": (
-        "{activation_offloading: true, training: {fsdp: true}}",
-        "activation_offloading: true cannot act with training.fsdp",
-        "{activation_offloading: true, checkpointing: layer}",
-    ),
-    "weights_of_deepspeed_are_not_offloaded": (
-        "{activation_offloading: true, training: {deepspeed: ds.json}}",
-        "activation_offloading: true cannot act with training.deepspeed",
-        "{activation_offloading: true, checkpointing: none}",
+        "{activation_offloading: true, parallel: {shard: 2}}",
+        "parallel.shard: 2: activation_offloading would take gathered weights for activations",
+        "{activation_offloading: true, parallel: {replicate: 2}}",
     ),
     "checkpointing_share_needs_compile": (
         "checkpointing: 0.5",
@@ -117,10 +112,40 @@ ERRORS = {
         "cannot act without an optimizer that reads it: apollo, galore",
         "training: {optim_target_modules: all-linear, optim: galore_adamw}",
     ),
-    "shards_are_configured_where_there_are_some": (
-        "training: {fsdp_config: {cpu_offload: true}}",
-        "cannot act without training.fsdp",
-        "training: {fsdp_config: {cpu_offload: true}, fsdp: true}",
+    "the_recipe_says_how_weights_are_sharded": (
+        "training: {fsdp: true}",
+        "training.fsdp: true cannot act here; use parallel.shard",
+        "parallel: {shard: 2}",
+    ),
+    "zero_is_sharding": (
+        "training: {deepspeed: zero3.json}",
+        'training.deepspeed: "zero3.json" cannot act here; use parallel.shard',
+        "parallel: {replicate: 2, shard: 2}",
+    ),
+    "other_axes_are_refused_by_name": (
+        "training: {parallelism_config: {cp_size: 2}}",
+        "cannot act here; use parallel.shard",
+        "parallel: {shard: auto}",
+    ),
+    "shards_are_stepped_element_by_element": (
+        "{parallel: {shard: 2}, training: {optim: muon}}",
+        "parallel.shard: 2: training.optim: muon needs whole matrices",
+        "{parallel: {shard: 2}, training: {optim: adamw_torch}}",
+    ),
+    "a_scaler_finds_what_one_process_finds": (
+        "{parallel: {shard: 2}, training: {fp16: true}}",
+        "parallel.shard: 2: training.fp16 scales losses by what one process finds",
+        "{parallel: {shard: 2}, training: {bf16: true}}",
+    ),
+    "samples_need_whole_weights": (
+        "{parallel: {shard: 2}, samples: {held_out: 1}, data: {train: [{path: x}], val_size: 1}}",
+        "parallel.shard: 2: samples are completed by one process",
+        "{parallel: {shard: 1}, samples: {held_out: 1}, data: {train: [{path: x}], val_size: 1}}",
+    ),
+    "weights_are_gathered_between_layers": (
+        "{parallel: {shard: 2}, compile: {scope: model}}",
+        "parallel.shard: 2: compile.scope: model puts all layers into one graph",
+        "{parallel: {shard: 2}, compile: {scope: layer}}",
     ),
     "the_tracker_reads_its_settings": (
         "training: {trackio_space_id: me/space, report_to: wandb}",
@@ -257,11 +282,6 @@ ERRORS = {
         "training: {fp16: true, use_cpu: true}",
         "training.fp16 needs a GPU",
         "training: {fp16: true}",
-    ),
-    "a_reference_is_computed_before_a_model_is_sharded": (
-        "{preference: {}, training: {fsdp: true}}",
-        "preference.loss: dpo is held against the model at the start",
-        "{preference: {}, lora: {}, training: {fsdp: true}}",
     ),
     "dora_runs_on_stock_layers": (
         "lora: {use_dora: true, impl: fused}",

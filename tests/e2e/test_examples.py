@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from deltatune.demo.checkpoint import save_checkpoint
 from deltatune.demo.conversations import make_conversations
+from forked import free_port, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # what each leaves in its output folder
@@ -18,6 +22,8 @@ SCRIPTS = {
     "trl_sft.py": "adapter_model.safetensors",
     "native_loop.py": "model.safetensors",
 }
+# on several processes
+SHARDED = "sharded_loop.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,22 @@ def test_it_runs(
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == SCRIPTS.keys()
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, SHARDED}
+
+
+def test_the_sharded_loop_runs_on_two_processes(checkpoint: Path, tmp_path: Path) -> None:
+    run_ranks(sharded_main, str(checkpoint), str(tmp_path / "output"), free_port(), count=2)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "output"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def sharded_main(rank: int, checkpoint: str, output: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    sys.argv = [SHARDED, checkpoint, "--output", output, "--steps", "2"]
+    runpy.run_path(str(EXAMPLES / SHARDED), run_name="__main__")
 
 
 def test_the_native_loop_stays_short() -> None:

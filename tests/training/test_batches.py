@@ -7,8 +7,8 @@ import torch
 from training_cases import TOKENS, Packs
 
 from deltatune.packing.sample import IGNORE_INDEX
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder
-from deltatune.training.mesh import Mesh
 
 
 @pytest.mark.parametrize("num_packs", [1, 4, 5, 11])

@@ -173,7 +173,7 @@ def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path, error:
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
 
     class Failing:
-        def save_pretrained(self, folder: str) -> None:
+        def save_pretrained(self, folder: str, **_: Any) -> None:
             (Path(folder) / "config.json").write_text(json.dumps({}))
             raise error
 

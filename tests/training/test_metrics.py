@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune import prepare
 from deltatune.config.schema import LoraSection
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.adapters import adapt
 from deltatune.training.batches import PackCounts
-from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter, StepFlops, peak_flops
 from deltatune.training.progress import format_metrics
 from deltatune.training.waiting import waiting_share

@@ -14,8 +14,8 @@ from training_cases import Packs, make_trainer, weights
 
 from deltatune import prepare
 from deltatune.errors import UserError
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import PackOrigins
-from deltatune.training.mesh import Mesh
 from deltatune.training.nonfinite import MOST_SKIPPED, FiniteWatch
 from deltatune.training.trainer import PackedTrainer
 from tiny import tiny_model

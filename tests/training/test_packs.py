@@ -11,8 +11,8 @@ from training_cases import byte_tokenizer, make_recipe
 from deltatune.data.preview import preview
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
+from deltatune.parallel.mesh import Mesh
 from deltatune.training import packs
-from deltatune.training.mesh import Mesh
 from deltatune.training.packs import load_data
 
 CALLING = """{%- for m in messages %}{{- m.role + ':' + (m.content or '') }}

@@ -249,9 +249,3 @@ def test_rows_and_section_must_agree(
     recipe = recipe_of(tmp_path, checkpoint, data=data, preference=preference)
     with pytest.raises(UserError, match=message):
         train(recipe, console=QUIET)
-
-
-def test_a_sharded_model_has_no_start_to_compare_with(tmp_path: Path, checkpoint: Path) -> None:
-    recipe = recipe_of(tmp_path, checkpoint, lora=None, training={"deepspeed": "zero.json"})
-    with pytest.raises(UserError, match=r"dpo is held against the model at the start.*before it is sharded"):
-        train(recipe, console=QUIET)

@@ -8,8 +8,8 @@ import torch
 
 from deltatune.data.epochs import Epochs
 from deltatune.data.mixture import Mixture
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import PackOrder
-from deltatune.training.mesh import Mesh
 from deltatune.training.rounds import WINDOW, steps_of_like_cost
 
 COSTS = np.random.default_rng(0).lognormal(0, 1, 203)

@@ -26,17 +26,18 @@ import deltatune
 from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
+from deltatune.parallel.mesh import Mesh
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
-from deltatune.training import planned
+from deltatune.training import planned, probing
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
 from deltatune.training.console import RunConsole
 from deltatune.training.export import merge_adapter
 from deltatune.training.lock import locked
-from deltatune.training.mesh import Mesh
-from deltatune.training.run import train, verify
+from deltatune.training.probing import verify
+from deltatune.training.run import train
 from deltatune.training.since import place_of
 from deltatune.training.trainer import PackedTrainer
 
@@ -557,7 +558,7 @@ def test_a_leak_stops_the_run(tmp_path: Path, checkpoint: Path, monkeypatch: pyt
     def unprepared(_model: Any, **options: Any) -> Any:
         return verify(AutoModelForCausalLM.from_pretrained(checkpoint), **options)
 
-    monkeypatch.setattr(run_module, "verify", unprepared)
+    monkeypatch.setattr(probing, "verify", unprepared)
     with pytest.raises(UserError, match=r"verify: .*linear_attention.*; nothing was trained"):
         train(make_recipe(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.report import counted
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sizes import Sizes
 from deltatune.preparation import Prepared
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
@@ -25,7 +28,7 @@ from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.continuing import load_adapter, start_lines
 from deltatune.training.export import check_kind, holds_model
-from deltatune.training.mesh import Mesh
+from deltatune.training.layout import sizes_lines, sizes_of
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
@@ -60,14 +63,17 @@ def show(
     model = adapt_by_recipe(empty_model(recipe.model, config), recipe)
     load_adapter(model, recipe.lora)
     room = check_space(model, recipe)
-    prepared, unavailable = _prepared(recipe, model, arguments.device)
+    sizes = sizes_of(recipe, model, arguments, nproc or _processes(recipe, arguments))
+    prepared, unavailable = _prepared(recipe, model, arguments.device, sizes.shard)
     data.check_tokens(model, tokenizer)
     report = prepared.report
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
-    lines += ["", *data.lines(), *_steps(data.train, arguments, nproc), *samples_lines(recipe), *room.lines()]
-    estimate, available = estimate_step(recipe, model, report.checkpointing), device_memory(arguments.device)
+    lines += sizes_lines(sizes)
+    lines += ["", *data.lines(), *_steps(data.train, arguments, sizes), *samples_lines(recipe), *room.lines()]
+    estimate = estimate_step(recipe, model, report.checkpointing, shard=sizes.shard)
+    available = device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
     lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}", *_smaller_state(recipe, model, estimate)]
@@ -102,19 +108,27 @@ def _missing_here(recipe: Recipe, device: torch.device) -> list[str]:
     return lacking
 
 
-def _prepared(recipe: Recipe, model: nn.Module, device: torch.device) -> tuple[Prepared, list[str]]:
+def _processes(recipe: Recipe, arguments: TrainingArguments) -> int:
+    """Those that were started, or for one that plans, those that the recipe asks for."""
+    if arguments.world_size > 1:
+        return int(arguments.world_size)
+    return math.prod(size for size in (recipe.parallel.replicate, recipe.parallel.shard) if size != "auto")
+
+
+def _prepared(recipe: Recipe, model: nn.Module, device: torch.device, shard: int) -> tuple[Prepared, list[str]]:
     """The model as it will train, and what of it is known to be otherwise where the run will train.
 
     Raises:
         UserError: what ``prepare`` refuses.
     """
     try:
-        return prepare_by_recipe(recipe, model, device=device), []
+        return prepare_by_recipe(recipe, model, device=device, shard=shard), []
     except UserError as error:
         if recipe.kernels == "auto" or not _is_elsewhere(recipe, device):
             raise
         chosen = recipe.model_copy(update={"kernels": "auto"})
-        return prepare_by_recipe(chosen, model, device=device), [f"{error}; what follows is for kernels: auto"]
+        prepared = prepare_by_recipe(chosen, model, device=device, shard=shard)
+        return prepared, [f"{error}; what follows is for kernels: auto"]
 
 
 def _held(recipe: Recipe) -> list[str]:
@@ -147,9 +161,9 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
     ]
 
 
-def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments, nproc: int | None) -> list[str]:
+def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments, sizes: Sizes) -> list[str]:
     """What a run takes of the packs: a short last accumulation is a step as well."""
-    mesh = Mesh.of(arguments) if nproc is None else Mesh(data_size=nproc)
+    mesh = Mesh(sizes.replicate * sizes.shard, arguments.process_index, sizes.shard)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
     per_epoch, total = count_steps(len(order), arguments)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps

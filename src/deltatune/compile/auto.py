@@ -98,6 +98,7 @@ def _from_shapes(model: Any, auto: AutoCheckpointing, tokens: int) -> dict[Setti
             optimizer=auto.optimizer,
             checkpointing=setting,
             compute_dtype=auto.compute_dtype,
+            shard=auto.shard,
         ).total
         for setting in candidate_settings(compiled=model._deltatune.options.compile is not None)
     }

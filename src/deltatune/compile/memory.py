@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from torch import nn
 from deltatune.compile.trace import LayerMemory
 from deltatune.cost import Cost
 from deltatune.hf import model as hf_model
+from deltatune.hf.units import gathered_units
 from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
@@ -90,6 +91,7 @@ def estimate_memory(
     checkpointing: str | float = "none",
     compute_dtype: torch.dtype | None = None,
     in_flight_bytes: int | None = None,
+    shard: int = 1,
 ) -> MemoryEstimate:
     """Memory of a training step, from a model with its adapters, on any device, ``meta`` included.
 
@@ -107,6 +109,9 @@ def estimate_memory(
     ``s`` keeps that share of the difference in every layer. Where activations are offloaded, what the largest layer
     keeps is on the device, and what is on its way.
 
+    With ``shard`` a rank keeps its part of weights, gradients and optimizer state, and besides, whole, what is gathered
+    at once: two layers (one computes while the next comes in), what belongs to the model itself, and their gradients.
+
     Args:
         model: the prepared model that will train.
         tokens_per_batch: T.
@@ -114,13 +119,15 @@ def estimate_memory(
         checkpointing: ``"none"``, ``"layer"`` or a share from 0 to 1.
         compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
         in_flight_bytes: the most that offloading has on its way; None without offloading.
+        shard: ranks among which the weights will be divided, or are.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights, gradients = (0, 0) if shard == 1 else _gathered_bytes(model, width_bytes)
     return MemoryEstimate(
-        weights=sum(map(_bytes, (*model.parameters(), *model.buffers()))),
-        gradients=sum(map(_bytes, trained)),
-        optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained),
+        weights=weights + sum(_share(tensor, shard) for tensor in (*model.parameters(), *model.buffers())),
+        gradients=gradients + sum(_share(parameter, shard) for parameter in trained),
+        optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained) // shard,
         activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
@@ -287,6 +294,23 @@ def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
     entry = 4 + (width_bytes if width_bytes < 4 else 0)
     rows = chunk_tokens(tokens, vocabulary, trains) + trains * width
     return int(entry * rows * vocabulary + gradient)
+
+
+def _gathered_bytes(model: nn.Module, width_bytes: int) -> tuple[int, int]:
+    """Whole weights and whole gradients that are there at once, in the dtype that sharded layers compute in."""
+
+    def size(weights: Iterable[nn.Parameter], *, trained: bool) -> int:
+        return sum(w.numel() * min(w.dtype.itemsize, width_bytes) for w in weights if w.requires_grad or not trained)
+
+    units = [set(unit.parameters()) for unit in gathered_units(model)]
+    rest = set(model.parameters()).difference(*units)
+    weights = size(rest, trained=False) + 2 * max((size(unit, trained=False) for unit in units), default=0)
+    return weights, size(rest, trained=True) + max((size(unit, trained=True) for unit in units), default=0)
+
+
+def _share(tensor: torch.Tensor, shard: int) -> int:
+    """Bytes of one rank's part of a tensor that is sharded, or will be."""
+    return _bytes(tensor) if shard == 1 else -(-tensor.numel() // shard) * tensor.dtype.itemsize
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -70,7 +70,6 @@ _NEEDS: Final = (
         _has("push_to_hub"),
         "training.push_to_hub",
     ),
-    _Need("fsdp_config", _has("fsdp"), "training.fsdp"),
     _Need("optim_args", _optimizer(_READ_ARGUMENTS), f"an optimizer that reads it: {', '.join(_READ_ARGUMENTS)}"),
     _Need("optim_target_modules", _optimizer(_READ_TARGETS), f"an optimizer that reads it: {', '.join(_READ_TARGETS)}"),
     _Need("project trackio_bucket_id trackio_space_id trackio_static_space_id", _tracks, "training.report_to: trackio"),

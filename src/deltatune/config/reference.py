@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from deltatune.config.schema import LoraSection, Recipe
 
-__all__ = ["base_is_start", "reference_errors", "start_is_reference"]
+__all__ = ["base_is_start", "start_is_reference"]
 
 
 def base_is_start(lora: LoraSection | None, unfrozen: Sequence[str] | None = None) -> bool:
@@ -24,15 +24,3 @@ def start_is_reference(recipe: Recipe) -> bool:
     """Whether the reference is the model as it is before the first step, which is computed then."""
     has_reference = recipe.preference is not None and recipe.preference.has_reference
     return has_reference and not base_is_start(recipe.lora, recipe.training.unfrozen_parameters)
-
-
-def reference_errors(recipe: Recipe) -> Iterator[str]:
-    """A reference that cannot be had: one is computed before a model is sharded."""
-    extra = recipe.training.model_extra or {}
-    if (extra.get("fsdp") or extra.get("deepspeed")) and start_is_reference(recipe):
-        assert recipe.preference is not None
-        yield (
-            f"preference.loss: {recipe.preference.loss} is held against the model at the start, which is computed "
-            "before it is sharded; use a new lora section without bias and of the usual init_lora_weights, a loss "
-            "without a reference (simpo, orpo), or no fsdp and deepspeed"
-        )

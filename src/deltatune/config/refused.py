@@ -13,8 +13,8 @@ __all__ = ["MOVED_TRAINING_NAMES", "PASSED_TRAINING_NAMES", "REFUSED_TRAINING_NA
 
 _PASSED: Final = """
 accelerator_config dataloader_drop_last dataloader_persistent_workers dataloader_prefetch_factor ddp_backend
-ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout deepspeed eval_delay
-eval_on_start fsdp fsdp_config full_determinism greater_is_better hub_always_push hub_model_id hub_private_repo
+ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout eval_delay
+eval_on_start full_determinism greater_is_better hub_always_push hub_model_id hub_private_repo
 hub_revision hub_strategy include_num_input_tokens_seen log_level log_level_replica log_on_each_node logging_strategy
 metric_for_best_model optim_args optim_target_modules project push_to_hub save_on_each_node skip_memory_metrics tf32
 torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy
@@ -42,6 +42,9 @@ _MOVED: Final = {
     "use training.eval_strategy": "evaluation_strategy",
     "use training.use_cpu": "no_cuda",
     "use training.bf16 or training.fp16": "mixed_precision",
+    "use parallel.shard: the processes that hold one copy of the weights among them, or auto": (
+        "deepspeed fsdp fsdp_config parallelism_config"
+    ),
     "use training.on_nonfinite: dump, which writes the packs of such a step": "debug",
 }
 
@@ -68,9 +71,6 @@ _WITHOUT_HOME: Final = {
     "SIGTERM always saves a checkpoint and ends the run; leave it out": "enable_jit_checkpoint",
     "a run that goes on does so in its place in the data; leave it out": "ignore_data_skip",
     "nothing that watches a run has a state of its own; leave it out": "restore_callback_states_from_checkpoint",
-    "ranks read packs of their own and hold all of the sequence (training.fsdp shards weights); leave it out": (
-        "parallelism_config"
-    ),
 }
 
 # the one value that is accepted, because it states what is done anyway

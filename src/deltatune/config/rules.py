@@ -12,14 +12,20 @@ from pydantic import BaseModel
 from deltatune.config.idle import idle_settings
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.moments import moment_errors
-from deltatune.config.reference import reference_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
-__all__ = ["adapter_errors", "check_recipe", "check_training_names", "start_errors"]
+__all__ = [
+    "SHARDED_OPTIMIZERS",
+    "adapter_errors",
+    "check_recipe",
+    "check_training_names",
+    "sharding_errors",
+    "start_errors",
+]
 
 _DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
 _NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
@@ -53,7 +59,6 @@ def _compile_errors(recipe: Recipe) -> Iterator[str]:
 
 
 def _offloading_errors(recipe: Recipe) -> Iterator[str]:
-    extra = recipe.training.model_extra or {}
     against = {
         "checkpointing: auto, which predicts a peak without it; set checkpointing to layer or none": (
             recipe.checkpointing == "auto"
@@ -62,8 +67,6 @@ def _offloading_errors(recipe: Recipe) -> Iterator[str]:
             recipe.compile is not None and recipe.compile.scope == "model"
         ),
         "training.use_cpu, since nothing is on a GPU; set it to false": recipe.training.use_cpu,
-        "training.fsdp, whose gathered weights look like activations; set it to false": extra.get("fsdp"),
-        "training.deepspeed, whose gathered weights look like activations; set it to false": extra.get("deepspeed"),
     }
     for reason in (reason for reason, given in against.items() if given and recipe.activation_offloading):
         yield f"activation_offloading: true cannot act with {reason}"
@@ -122,6 +125,9 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         yield "training.early_stopping_threshold cannot act without early_stopping_patience; set it, or leave this out"
 
 
+#: Optimizers that step each element by itself, and so each rank its own part of a weight.
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
 #: Parts of the names of optimizers that make groups of their own, or step while backward runs.
 _OWN_GROUPS = ("galore", "apollo", "lomo")
 
@@ -140,9 +146,6 @@ def _optimizer_errors(recipe: Recipe) -> Iterator[str]:
         for name in ("optim_args", "optim_target_modules"):
             if extra.get(name):
                 yield f"training.{name} cannot act with optim: muon; leave it out"
-        for name in ("fsdp", "deepspeed"):
-            if extra.get(name):
-                yield f"training.{name} cannot act with optim: muon, which needs whole matrices; take another optimizer"
 
 
 def _model_errors(recipe: Recipe) -> Iterator[str]:
@@ -176,8 +179,6 @@ def _takes_steps_itself(training: TrainingSection) -> Iterator[tuple[str, str]]:
     """What makes updates, or leaves them out, where the trainer has no say."""
     if training.fp16:
         yield "fp16", "whose loss scaler leaves updates out by itself"
-    if (training.model_extra or {}).get("deepspeed") is not None:
-        yield "deepspeed", "which makes the update within the backward"
     if "lomo" in training.optim:
         yield "optim", f"since {training.optim} makes the update within the backward"
 
@@ -275,15 +276,37 @@ def _mixture_errors(recipe: Recipe) -> Iterator[str]:
 
 
 def _samples_errors(recipe: Recipe) -> Iterator[str]:
-    section, extra = recipe.samples, recipe.training.model_extra or {}
+    section = recipe.samples
     if section is None:
         return
     if not section.prompts and not section.held_out:
         yield "samples has nothing to complete: give prompts, or held_out, or leave the section out"
     if not recipe.data.eval and recipe.data.val_size is None:
         yield "samples are made at evaluations, and there are none: add data.eval or data.val_size"
-    for name in (name for name in ("fsdp", "deepspeed") if extra.get(name)):
-        yield f"samples cannot act with training.{name}: one process completes them, and it has no whole weights"
+
+
+def sharding_errors(recipe: Recipe) -> Iterator[str]:
+    """What a recipe asks for that cannot act on sharded weights, one line each."""
+    training = recipe.training
+    if training.optim not in SHARDED_OPTIMIZERS:
+        yield (
+            f"training.optim: {training.optim} needs whole matrices, or kernels that know no shards; choose one of "
+            f"{', '.join(SHARDED_OPTIMIZERS)}"
+        )
+    if training.fp16:
+        yield "training.fp16 scales losses by what one process finds; set training.bf16"
+    if recipe.activation_offloading:
+        yield "activation_offloading would take gathered weights for activations; set it to false"
+    if recipe.samples is not None:
+        yield "samples are completed by one process, which has no whole weights; leave the section out"
+    if recipe.compile is not None and recipe.compile.scope == "model":
+        yield "compile.scope: model puts all layers into one graph, and weights are gathered between layers; use layer"
+
+
+def _shard_errors(recipe: Recipe) -> Iterator[str]:
+    # what auto takes is known only where the processes and the device are
+    if isinstance(recipe.parallel.shard, int) and recipe.parallel.shard > 1:
+        yield from (f"parallel.shard: {recipe.parallel.shard}: {error}" for error in sharding_errors(recipe))
 
 
 def _streaming_errors(recipe: Recipe) -> Iterator[str]:
@@ -339,10 +362,10 @@ _ERRORS = (
     _model_errors,
     _data_errors,
     _preference_errors,
-    reference_errors,
     _mixture_errors,
     _streaming_errors,
     _samples_errors,
+    _shard_errors,
 )
 
 

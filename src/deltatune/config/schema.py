@@ -290,7 +290,14 @@ class VerifySection(Section):
 
 
 class ParallelSection(Section):
-    """A run of several processes."""
+    """How the processes of a run (`--nproc`, `torchrun`) divide the work; all read packs of their own."""
+
+    replicate: Literal["auto"] | Count = "auto"
+    """Copies of the weights; `replicate * shard` is the number of processes."""
+
+    shard: Literal["auto"] | Count = "auto"
+    """Processes that hold one copy of the weights among them (FSDP2). `auto` takes the fewest with which a step is
+    estimated to fit the device: 1, which is plain replicas, wherever the whole model fits."""
 
     timeout_s: Annotated[int, Strict(), Field(ge=10)] = 60
     """Seconds without a sign of life after which a process is lost and all others end. A process that trains, compiles,
@@ -356,7 +363,7 @@ class Recipe(Section):
     """The independence probe at the start of the run."""
 
     parallel: ParallelSection = ParallelSection()
-    """Several processes."""
+    """How several processes divide the work."""
 
     samples: SamplesSection | None = None
     """Completions at each evaluation; none without this section."""

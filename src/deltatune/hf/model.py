@@ -76,7 +76,8 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     Where that is quantised, the dtype that most of the other weights have.
     """
     embedding = getattr(base_model(model), "get_input_embeddings", lambda: None)()
-    weight = getattr(embedding, "weight", None)
+    # PEFT's wrapper would put trained rows in first, and where weights are sharded wait for the other ranks
+    weight = getattr(getattr(embedding, "original_module", embedding), "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in _COMPUTED_IN:
         return weight.dtype
     sizes: Counter[torch.dtype] = Counter()

@@ -15,6 +15,7 @@ from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, car
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of, roles, tokens
 from deltatune.importing.training_arguments import (
+    AXES,
     PACKED,
     SHARDING,
     TRAINING_ARGUMENTS,
@@ -241,13 +242,18 @@ _RULES: dict[str, Rule] = {
         refused(RL),
     ),
     **_each(
-        "fsdp fsdp_config fsdp_version deepspeed dp_shard_size dp_replicate_size tensor_parallel_size "
-        "expert_parallel_size context_parallel_size sequence_parallel_degree heads_k_stride ring_attn_func "
-        "fsdp_final_state_dict_type deepcompile expert_parallel_num_nvl_bytes expert_parallel_token_capacity "
-        "use_ray ray_num_workers resources_per_worker context_parapllel_size",
+        "fsdp fsdp_config fsdp_version deepspeed dp_shard_size dp_replicate_size fsdp_final_state_dict_type "
+        "deepcompile",
         refused(SHARDING),
     ),
     "activation_offloading": offloading,
+    **_each(
+        "tensor_parallel_size expert_parallel_size context_parallel_size sequence_parallel_degree heads_k_stride "
+        "ring_attn_func "
+        "expert_parallel_num_nvl_bytes expert_parallel_token_capacity "
+        "use_ray ray_num_workers resources_per_worker context_parapllel_size",
+        refused(AXES),
+    ),
     **_each(
         "layer_offloading ple_cpu_offload experimental_skip_move_to_device "
         "qlora_sharded_model_loading lora_on_cpu max_memory gpu_memory_limit low_cpu_mem_usage device_map",

@@ -13,7 +13,7 @@ from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import added_tokens
-from deltatune.importing.training_arguments import PACKED, SHARDING, TRAINING_ARGUMENTS, offloading
+from deltatune.importing.training_arguments import AXES, PACKED, SHARDING, TRAINING_ARGUMENTS, offloading
 from deltatune.importing.values import count, flag, is_off, number, text, texts, whole
 
 __all__ = ["LLAMA_FACTORY"]
@@ -308,14 +308,15 @@ _RULES: dict[str, Rule] = {
     "disable_shuffling": refused("use training.train_sampling_strategy: sequential"),
     **_each("predict_with_generate eval_on_each_dataset", refused("evaluation is the loss per trained token")),
     **_each("ref_model ref_model_adapters", refused(REFERENCE)),
+    "fsdp_transformer_layer_cls_to_wrap": refused(SHARDING),
     **_each("reward_model ppo_epochs", refused("no reinforcement learning")),
     **_each(
-        "fsdp_transformer_layer_cls_to_wrap sequence_parallel tensor_model_parallel_size use_mca "
+        "sequence_parallel tensor_model_parallel_size use_mca "
         "pipeline_model_parallel_size expert_model_parallel_size virtual_pipeline_model_parallel_size "
         "bias_activation_fusion apply_rope_fusion use_distributed_optimizer overlap_param_gather "
         "overlap_grad_reduce moe_grouped_gemm moe_token_dispatcher_type recompute_granularity "
         "placement_strategy resources_per_worker",
-        refused(SHARDING),
+        refused(AXES),
     ),
     **_each("use_kt cpu_infer chunk_size", refused("nothing is moved to the host's memory here")),
 }
@@ -330,7 +331,7 @@ LLAMA_FACTORY = Table(
         "oft_.*": refused("lora is the one adapter of recipes"),
         "(pref|dpo|kto|ppo|simpo|ld)_.*": refused("supervised fine-tuning and preferences in pairs alone"),
         "kt_.*": refused("nothing is moved to the host's memory here"),
-        "ray_.*": refused(SHARDING),
+        "ray_.*": refused(AXES),
         "(use_)?swanlab(_.*)?": refused("set training.report_to, and the tracker's own environment variables"),
         "export_.*": refused("use deltatune merge"),
         "(vllm|sglang)_.*": idle("no part of what is trained"),

@@ -9,6 +9,7 @@ from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, c
 from deltatune.importing.values import count, flag, is_off, mapping, number, steps, text, texts, whole
 
 __all__ = [
+    "AXES",
     "BITS_8",
     "SHARDING",
     "TRAINING_ARGUMENTS",
@@ -21,7 +22,8 @@ __all__ = [
 ]
 
 BITS_8 = "needs bitsandbytes (pip install 'deltatune[optimizers]')"
-SHARDING = "sharded training is not set up from a recipe yet; several GPUs train with a copy of the model each"
+SHARDING = "weights are sharded by parallel.shard, which is auto unless it is set; start the processes with torchrun"
+AXES = "several processes divide packs and weights alone; see the section parallel"
 PACKED = "packs are always used; documents stay apart in them"
 
 # transformers' names; what is beside them is needed beyond the train extra
@@ -244,7 +246,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "fsdp_config": refused(SHARDING),
     "deepspeed": refused(SHARDING),
     "accelerator_config": idle("every rank reads its own packs"),
-    "parallelism_config": refused(SHARDING),
+    "parallelism_config": refused(AXES),
     "hub_token": refused("set the HF_TOKEN environment variable"),
     "overwrite_output_dir": idle("a folder with another run's checkpoints or model is never overwritten"),
     "resume_from_checkpoint": refused("use deltatune train --resume"),

@@ -23,6 +23,7 @@ from deltatune.hf.hooks import is_hooked
 from deltatune.hf.peft import head_weight, trained_copy
 from deltatune.layers.decoder import catch_hidden, resolved_call
 from deltatune.layers.exchange import from_every_rank, sum_over_ranks
+from deltatune.layers.head_loss import own_loss
 from deltatune.layers.router_loss import coefficient, router_loss
 from deltatune.ops import Spec
 from deltatune.packing.group import SequenceGroup
@@ -247,17 +248,15 @@ class CausalLM(Swapped):
         return output, hidden[-1]
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        head, state = self.get_output_embeddings(), hidden.flatten(0, -2)
+        head, state, flat = self.get_output_embeddings(), hidden.flatten(0, -2), targets.flatten()
+        impl = self._deltatune.options.kernels["linear_cross_entropy"]
+        sharded = own_loss(head, state, flat, reduction=reduction, impl=impl)
+        if sharded is not None:
+            return sharded
         weight = head_weight(head)
         if weight is None:
-            return _chunked_loss(trained_copy(head), state, targets.flatten(), reduction)
-        return ops.linear_cross_entropy(
-            state,
-            weight,
-            targets.flatten(),
-            reduction=reduction,
-            impl=self._deltatune.options.kernels["linear_cross_entropy"],
-        )
+            return _chunked_loss(trained_copy(head), state, flat, reduction)
+        return ops.linear_cross_entropy(state, weight, flat, reduction=reduction, impl=impl)
 
 
 def without_crossing_labels(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:

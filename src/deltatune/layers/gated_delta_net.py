@@ -34,6 +34,7 @@ class GatedDeltaNet(Swapped):
     """
 
     ops = ("causal_conv", "gated_delta_rule", "gated_rms_norm")
+    full_precision = ("A_log", "dt_bias")
     replaces_forward = True
 
     num_v_heads: int

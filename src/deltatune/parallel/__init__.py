@@ -1,1 +1,1 @@
-"""One model on several ranks."""
+"""Several processes: their axes, sharded weights, and packs that several ranks hold together."""

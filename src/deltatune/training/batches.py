@@ -21,7 +21,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream, StreamedPack
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
-from deltatune.training.mesh import ALONE, Mesh
+from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.training.rounds import steps_of_like_cost
 
 __all__ = [

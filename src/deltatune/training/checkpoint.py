@@ -19,6 +19,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
+from deltatune.hf.model import is_sharded
+from deltatune.parallel.state import copy_parts
 from deltatune.phases import phase
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path
@@ -161,15 +163,18 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
     """Puts a saved checkpoint's weights into ``model``, every one of them.
 
     Goes through ``from_pretrained``, because some families are saved under other names and shapes than their modules
-    have (experts one by one, say).
+    have (experts one by one, say); where the model is sharded, on every rank.
 
     Raises:
         UserError: weights that are missing or of another shape.
     """
     saved = load_model(ModelSection(name_or_path=str(folder)))
     try:
-        model.load_state_dict(saved.state_dict(), strict=True)
-    except RuntimeError as error:
+        if is_sharded(model):
+            copy_parts(model, saved.state_dict())
+        else:
+            model.load_state_dict(saved.state_dict(), strict=True)
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
 
 

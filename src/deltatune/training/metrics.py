@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from deltatune.compile.memory import layer_cost
 from deltatune.hf.model import head_of, text_model
+from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.training.batches import PackCounts
-from deltatune.training.mesh import ALONE, Mesh
 from deltatune.training.waiting import ForwardTimes, waiting_share
 
 __all__ = ["PEAK_FLOPS", "Meter", "MeterReading", "StepFlops", "peak_flops"]

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltatune.packing.sequences import Sequences
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import PackOrigins
 from deltatune.training.export import write_json
-from deltatune.training.mesh import Mesh
 
 __all__ = ["MOST_SKIPPED", "Finding", "FiniteWatch", "OnNonFinite", "dump_step"]
 

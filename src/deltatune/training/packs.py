@@ -26,8 +26,8 @@ from deltatune.data.sources import load_rows
 from deltatune.data.stream import BLOCK_ROWS, PackStream, RowStream, StreamSource
 from deltatune.data.unpacked import default_cache
 from deltatune.errors import UserError
+from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.phases import phase
-from deltatune.training.mesh import ALONE, Mesh
 
 __all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
 

@@ -17,10 +17,13 @@ from deltatune.training.arguments import autocast_dtype
 __all__ = ["check_offloading", "compile_options", "estimate_step", "offloading_lines", "prepare_by_recipe"]
 
 
-def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device | None = None) -> Prepared:
+def prepare_by_recipe(
+    recipe: Recipe, model: nn.Module, *, device: torch.device | None = None, shard: int = 1
+) -> Prepared:
     """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
 
-    ``device`` is where a model that is not there yet, or will be sharded, will train; its shapes decide then.
+    ``device`` is where a model that is not there yet, or will be sharded among ``shard`` ranks, will train; its shapes
+    decide then.
 
     Raises:
         UserError: what ``prepare`` refuses.
@@ -42,6 +45,7 @@ def prepare_by_recipe(recipe: Recipe, model: nn.Module, *, device: torch.device 
             compute_dtype=autocast_dtype(recipe.training),
             accumulates=recipe.training.gradient_accumulation_steps > 1,
             device=device,
+            shard=shard,
         )
     return prepared
 
@@ -51,7 +55,7 @@ def compile_options(recipe: Recipe) -> CompileOptions | None:
     return None if recipe.compile is None else CompileOptions(**recipe.compile.model_dump())
 
 
-def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> MemoryEstimate:
+def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float, *, shard: int = 1) -> MemoryEstimate:
     """What a step of the recipe will hold on one device."""
     return estimate_memory(
         model,
@@ -60,6 +64,7 @@ def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float) 
         checkpointing=checkpointing,
         compute_dtype=autocast_dtype(recipe.training),
         in_flight_bytes=IN_FLIGHT_BYTES if recipe.activation_offloading else None,
+        shard=shard,
     )
 
 

@@ -88,15 +88,17 @@ class PreferenceTrainer(PackedTrainer):
         order = PackOrder(len(packs), mesh=self._mesh, packs=lambda _: packs)
         loader = pack_loader(data, order, self.data_collator, self.args)
         mine = packs[self._mesh.data_rank :: self._mesh.data_size]
+        nothing = np.array([], dtype=np.int64)
         sums = torch.zeros(data.lengths.size, dtype=torch.float64, device=self.args.device)
         with (
             phase("computing the reference", len(mine)) as advance,
             torch.no_grad(),
-            self.accelerator.autocast(),
+            self.compute_loss_context_manager(),
             in_mode(self.model, training=False),
         ):
-            # in a ragged last round a rank may have a batch of padding alone
-            for number, (batch, members) in enumerate(zip(loader, mine, strict=False), start=1):
+            # in a ragged last round a rank may have a batch of padding alone, and runs it with the others
+            for number, batch in enumerate(loader, start=1):
+                members = mine[number - 1] if number <= len(mine) else nothing
                 pieces = torch.from_numpy(data.pieces(members)).to(sums.device)
                 sums[pieces] = self._answers(self.model, batch)[0].sums.double()
                 advance(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from os import environ
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,9 @@ _EXTRA: Final = ("bitsandbytes", "torchao")
 # distributions that go by another name than their package
 _DISTRIBUTIONS: Final[Mapping[str, str]] = {"optimi": "torch-optimi"}
 
+# what accelerate's launcher says to the processes that it starts
+_LAUNCHED_WITH: Final = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
 # trackers -> packages, one of which is enough; of others transformers knows
 _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -50,12 +54,19 @@ _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def preflight(recipe: Recipe) -> None:
-    """The names in ``training``, the paths (model, data, and the folders that are written to), and the trackers.
+    """The names in ``training``, the paths (model, data, and the folders that are written to), trackers and launcher.
 
     Raises:
-        UserError: what is unknown, is not there, is not what it should be, or cannot be written to.
+        UserError: what is unknown, is not there, is not what it should be, or cannot be written to; or a launcher's
+            sharding.
     """
     check_names(recipe.training)
+    for name in _LAUNCHED_WITH:
+        if environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(
+                f"{name}={environ[name]} asks accelerate to divide the model; start the processes with torchrun, or "
+                "accelerate launch --multi_gpu, and use parallel.shard"
+            )
     try:
         check_model_path(recipe.model)
         _check_adapter_path(recipe.lora)
@@ -72,8 +83,6 @@ def preflight(recipe: Recipe) -> None:
     _check_writable("training.output_dir", recipe.training.output_dir)
     if recipe.data.cache_dir is not None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
-    for name in ("fsdp_config", "deepspeed"):
-        _check_settings_file(f"training.{name}", (recipe.training.model_extra or {}).get(name))
     if missing := _missing_tracker(recipe.training.report_to):
         raise UserError(missing)
 
@@ -151,12 +160,6 @@ def _missing_tracker(report_to: str | tuple[str, ...]) -> str | None:
                 f"{packages[0].replace('_', '-')}, or set report_to: none"
             )
     return None
-
-
-def _check_settings_file(key: str, value: object) -> None:
-    """A file of settings, which a mapping, or its JSON, may stand for."""
-    if isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
-        raise UserError(f"{key}: {value} does not exist{near_files(Path(value))}")
 
 
 def existing_parent(path: Path) -> Path:

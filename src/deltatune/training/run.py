@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune import __version__
@@ -25,8 +26,9 @@ from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
-from deltatune.hf.model import is_sharded
 from deltatune.ops._nvidia import version_of
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.state import reshard
 from deltatune.phases import phase, shown_by
 from deltatune.preparation import Prepared
 from deltatune.runs.card import model_card
@@ -41,13 +43,14 @@ from deltatune.training.continuing import adapter_record, load_adapter, start_li
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
+from deltatune.training.layout import mesh_of, shard_by_recipe, sizes_lines, sizes_of
 from deltatune.training.lock import check_free, locked
-from deltatune.training.mesh import Mesh
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
 from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
+from deltatune.training.probing import first_layers, probe
 from deltatune.training.process_group import own_process_group
 from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord
@@ -60,7 +63,7 @@ from deltatune.training.space import check_space
 from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
 from deltatune.training.weights_digest import digests_of
-from deltatune.verification import VerifyReport, verify
+from deltatune.verification import VerifyReport
 
 __all__ = ["Run", "TrainResult", "build", "train"]
 
@@ -89,6 +92,7 @@ class Run:
     model: nn.Module
     prepared: Prepared
     origin: Origin
+    mesh: Mesh
 
     @property
     def output_dir(self) -> Path:
@@ -155,11 +159,12 @@ def _train(
         log.out(line, highlight=False)
     run = build(recipe, arguments, log)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
-        run.data.train.start = place_of(checkpoint, Mesh.of(arguments))
+        run.data.train.start = place_of(checkpoint, run.mesh)
     changes += changed_data(run.data, checkpoint, allow=allow_change)
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
     records = _records(run, _verify(run))
+    shard_by_recipe(recipe, run.model, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, records, checkpoint, changes, during_training, watch)
@@ -275,10 +280,13 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # every name and shape is known before the rows are read and the weights are there
-    check_space(adapt_by_recipe(empty_model(recipe.model), recipe), recipe)
+    empty = adapt_by_recipe(empty_model(recipe.model), recipe)
+    check_space(empty, recipe)
+    sizes = sizes_of(recipe, empty, arguments)
+    mesh = mesh_of(sizes, arguments)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
-        data = load_data(recipe, tokenizer, Mesh.of(arguments))
+        data = load_data(recipe, tokenizer, mesh)
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
@@ -287,29 +295,28 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     data.check_tokens(model, tokenizer)
     load_adapter(model, recipe.lora)
     origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
-    sharded = bool(arguments.fsdp or arguments.deepspeed)
+    sharded = mesh.shard_size > 1
     if not sharded:
         model.to(arguments.device)
-    # what a device will hold of a sharded model is settled later, so its shapes decide
-    prepared = prepare_by_recipe(recipe, model, device=arguments.device if sharded else None)
+    # no device will hold a sharded model, so its shapes decide
+    device = arguments.device if sharded else None
+    prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing)
+    said += sizes_lines(sizes)
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin)
+    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin, mesh)
 
 
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
-    section = run.recipe.verify
-    if not section.enabled:
+    if run.mesh.shard_size == 1:
+        return probe(run.recipe, run.model, run.console)
+    if not run.recipe.verify.enabled:
         return None
-    with phase("probing the model"):
-        report = verify(run.model, **section.model_dump(include={"lengths", "tolerance"}, exclude_none=True))
-    run.console.out(str(report), highlight=False)
-    if not report.ok:
-        raise UserError(f"verify: {report.verdict}; nothing was trained")
-    return report
+    run.console.out("probing the first layers with random weights: no process will hold the model", highlight=False)
+    return probe(run.recipe, first_layers(run.recipe, run.arguments.device), run.console)
 
 
 def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
@@ -340,6 +347,7 @@ def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
         forgets_best=forgets_best,
         optimizer=OptimizerSettings.of(run.recipe.training),
         offloading=run.arguments.device if run.recipe.activation_offloading else None,
+        mesh=run.mesh,
     )
 
 
@@ -371,11 +379,12 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
 def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = _metrics(run, trainer, evaluation)
-    _check_finite(run.model)
+    _check_finite(run.model, run.mesh)
+    state = trainer.whole_state() if run.mesh.shard_size > 1 else None
     if run.arguments.should_save:
         with phase("saving the model"):
             card = model_card(read_run(run.output_dir), metrics["saved_step"])
-            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card)
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card, state)
         for line in said:
             run.console.out(line, highlight=False)
         # the compiler's account is complete only now
@@ -393,10 +402,15 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
 
-def _check_finite(model: nn.Module) -> None:
-    """Refuses to save weights over whatever was there before that no model should have."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad and not is_sharded(weight)]
-    if trained and not bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):
+def _check_finite(model: nn.Module, mesh: Mesh) -> None:
+    """Refuses, on every rank, to save weights over whatever was there before that no model should have."""
+    reshard(model)
+    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained]
+    if not parts:
+        return
+    broken = (~torch.stack([part.isfinite().all() for part in parts]).all()).long()
+    if bool(mesh.sum_over_data(broken)):
         raise UserError(
             "some trained weights are not finite, so they are not saved; go on from a checkpoint before with another "
             "training.learning_rate"
@@ -431,7 +445,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     report, device = run.prepared.report, run.arguments.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    estimate = estimate_step(run.recipe, run.model, report.checkpointing)
+    estimate = estimate_step(run.recipe, run.model, report.checkpointing, shard=run.mesh.shard_size)
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),

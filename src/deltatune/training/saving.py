@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from deltatune.config.schema import ModelSection
 from deltatune.errors import one_line
 from deltatune.hf import model as hf_model
 from deltatune.subclass import stock_class
+from deltatune.training.adapter_parts import saves_rows_alone
 from deltatune.training.checkpoint import folder_of
 from deltatune.training.companions import BESIDE_WEIGHTS, copy_generation_config, copy_processors, write_tokenizer
 from deltatune.training.kept import add_tensors, not_loaded, other_dtypes, weight_files
@@ -40,8 +40,7 @@ class Origin:
 @contextmanager
 def trained_rows_alone(model: nn.Module) -> Iterator[None]:
     """Makes ``save_pretrained`` write what trains of embedding and head; PEFT would add all of one that has grown."""
-    embedding: Any = getattr(hf_model.base_model(model), "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, AuxiliaryTrainingWrapper):
+    if not saves_rows_alone(model):
         yield
         return
     save = cast("Any", model).save_pretrained
@@ -53,14 +52,19 @@ def trained_rows_alone(model: nn.Module) -> Iterator[None]:
 
 
 def write_trained(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path, origin: Origin | None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    origin: Origin | None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Writes the adapter of a PEFT model, or the whole model; returns what should be said of what is beside it.
 
-    What cannot be had of the base any more is named: it must not cost what was trained.
+    ``state``: its tensors, where the model holds parts of them alone. What cannot be had of the base any more is named:
+    it must not cost what was trained.
     """
     with trained_rows_alone(model):
-        cast("Any", model).save_pretrained(str(folder))
+        cast("Any", model).save_pretrained(str(folder), state_dict=None if state is None else dict(state))
     if origin is None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))

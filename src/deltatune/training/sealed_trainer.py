@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from deltatune.data.stream import Place
+from deltatune.hf.model import is_sharded
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.state import clip_grad_norm_, gathered_state, reshard
 from deltatune.phases import phase
+from deltatune.training.adapter_parts import load_adapter_parts, saved_names
 from deltatune.training.batches import count_steps, place_file
 from deltatune.training.checkpoint import reload_weights
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
-from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
+from deltatune.training.optimizer_state import load_optimizer, save_parts
 from deltatune.training.resuming import best_beside, restore_settings
 from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
@@ -36,6 +42,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         first: the factors that adapters began with inside the base weights; see ``starts``.
         early_stopping: ends the run when evaluations get no better.
         forgets_best: whether what a checkpoint says of the best evaluation is of other data, and counts for nothing.
+        mesh: the processes; replicas of the model by default. A model that is sharded is so already.
         others: as the Trainer takes them.
     """
 
@@ -49,16 +56,44 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         first: dict[str, Tensor] | None = None,
         early_stopping: EarlyStopping | None = None,
         forgets_best: bool = False,
+        mesh: Mesh | None = None,
+        model: nn.Module,
         **others: Any,
     ) -> None:
-        self._mesh = Mesh.of(args)
+        self._mesh = Mesh.of(args) if mesh is None else mesh
+        self._sharded = is_sharded(model)
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
         self._first = first
         self._forgets_best = forgets_best
         self._place: Place | None = None  # of a stream, where the block of the latest batch begins
         self.early_stopping = early_stopping
-        super().__init__(args=args, callbacks=None if early_stopping is None else [early_stopping], **others)
+        callbacks = None if early_stopping is None else [early_stopping]
+        super().__init__(model=model, args=args, callbacks=callbacks, **others)
+        if self._sharded:
+            # accelerate is to wrap it in nothing, neither DDP nor autocast
+            vars(model)["_is_accelerate_prepared"] = True
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self._sharded:  # shards lie where they train
+            super()._move_model_to_device(model, device)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """The Trainer's autocast; none around shards, which are gathered in the dtype that layers compute in."""
+        return ExitStack() if self._sharded else super().compute_loss_context_manager()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, over the parameters as they are between steps."""
+        reshard(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return clip_grad_norm_(model, self.args.max_grad_norm) if self._sharded else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._sharded and grad_norm is None:
+            grad_norm = clip_grad_norm_(model, float("inf"))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Sees to it that what a run may return to, and where it stops early, is on the disk."""
@@ -97,6 +132,9 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
+            if self.state.best_global_step == step:
+                # every rank returns to it, and by then it is in its place
+                self.state.best_model_checkpoint = str(output_dir / f"{CHECKPOINT}{step}")
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._commit(staging / f"{CHECKPOINT}{step}", output_dir)
@@ -105,7 +143,6 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
     def _commit(self, folder: Path, output_dir: Path) -> None:
         place = output_dir / folder.name
         if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(place)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is empty
         readable(folder)
@@ -118,10 +155,25 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        state_dict = self.whole_state() if self._sharded else state_dict
+        if not self.args.should_save:
+            return
         with trained_rows_alone(self.model):
             super()._save(output_dir, state_dict)
         if self._first is not None:
             make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """What of a sharded model is saved, by the names of its ``state_dict()``: on rank 0; every rank calls it."""
+        return gathered_state(self.model, saved_names(self.model).__contains__)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_parts(self.model, self.optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -159,36 +211,35 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if self._first is not None:
-            load_plain(target, Path(resume_from_checkpoint), self._first)
-        elif self._loads_as_stock(target):
+        if not self._reload(target, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _reload(self, model: nn.Module, folder: Path) -> bool:
+        """Puts a checkpoint's weights into the model; False where the Trainer's own way does."""
+        if self._first is not None:
+            load_plain(model, folder, self._first)
+        elif hasattr(model, "peft_config"):
+            if not self._sharded:
+                return False
+            load_adapter_parts(model, folder)
         else:
             # the stock way loads tensors by the names on disk, which for some families are not the module's names,
             # and goes on without those it cannot place
-            reload_weights(target, Path(resume_from_checkpoint))
+            reload_weights(model, folder)
+        return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Their states, under the settings that hold now: what a recipe changes acts from here on."""
-        groups = [] if checkpoint is None else self.optimizer.param_groups
-        given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        given = [{n: value for n, value in group.items() if n != "params"} for group in self.optimizer.param_groups]
+        load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         self._find_best(Path(checkpoint))
-        if self.is_deepspeed_enabled:
-            return
         restore_settings(self.optimizer, self.lr_scheduler, given)
         # the state brings back when the run before logged, saved and evaluated
         self.state.compute_steps(self.args, self.state.max_steps)
 
     def _load_best_model(self) -> None:
-        if self._first is not None:
-            load_plain(self.model, Path(self.state.best_model_checkpoint), self._first)
-        elif self._loads_as_stock(self.model):
+        if not self._reload(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
-        else:
-            reload_weights(self.model, Path(self.state.best_model_checkpoint))
-
-    def _loads_as_stock(self, model: nn.Module) -> bool:
-        return hasattr(model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled

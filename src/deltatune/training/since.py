@@ -9,9 +9,9 @@ from pathlib import Path
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import Place
 from deltatune.errors import UserError
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import place_file
 from deltatune.training.changes import Change, check_changes, find_changes, find_other_data
-from deltatune.training.mesh import Mesh
 from deltatune.training.packs import RecipeData
 from deltatune.training.sealed import manifest
 from deltatune.training.weights_digest import STARTS, digest_of

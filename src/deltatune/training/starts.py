@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
+from deltatune.parallel.state import part_of, reshard
+from deltatune.training.adapter_parts import set_adapter
 
 __all__ = ["begins_in_base", "first_factors", "load_plain", "make_plain", "refuse_tied"]
 
@@ -99,6 +101,7 @@ def load_plain(model: nn.Module, folder: Path, first: dict[str, Tensor]) -> None
 
     W0 is another one where this model began with another decomposition, by another seed or on another machine.
     """
+    reshard(model)
     state = load_peft_weights(str(folder), device="cpu")
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     trained, saved = dict(state), {}
@@ -115,9 +118,10 @@ def load_plain(model: nn.Module, folder: Path, first: dict[str, Tensor]) -> None
             layer: Any = layers[name]
             weight = layer.get_base_layer().weight
             change = first[up].float() @ first[down].float() - saved[up].float() @ saved[down].float()
-            moved = layer.scaling[_ADAPTER] * change.to(weight.device)
-            weight.data = (weight.data.float() + moved).to(weight.dtype)
-    set_peft_model_state_dict(model, trained)
+            wide = weight.detach().float()
+            with torch.no_grad():
+                weight.copy_(wide + part_of(layer.scaling[_ADAPTER] * change, wide))
+    set_adapter(model, trained)
     first.update(saved)
 
 

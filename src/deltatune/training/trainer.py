@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments
 
@@ -19,6 +20,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
+from deltatune.parallel.mesh import Mesh
 from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
@@ -33,7 +35,6 @@ from deltatune.training.batches import (
 )
 from deltatune.training.console import RunConsole
 from deltatune.training.early_stopping import EarlyStopping
-from deltatune.training.mesh import Mesh
 from deltatune.training.metrics import Meter
 from deltatune.training.muon import MuonWithAdamW
 from deltatune.training.nonfinite import MOST_SKIPPED, Finding, FiniteWatch, OnNonFinite, dump_step
@@ -64,7 +65,7 @@ class PackedTrainer(SealedTrainer):
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
         console: where progress is drawn; the standard output by default.
-        about, first, early_stopping, forgets_best: as ``SealedTrainer`` takes them.
+        about, first, early_stopping, forgets_best, mesh: as ``SealedTrainer`` takes them.
         optimizer: learning rates by pattern, LoRA+ and Muon.
         on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
         offloading: the device whose activations training steps keep in the host's memory; see ``offload_activations``.
@@ -101,14 +102,16 @@ class PackedTrainer(SealedTrainer):
         forgets_best: bool = False,
         optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
         offloading: torch.device | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
+        mesh = Mesh.of(args) if mesh is None else mesh
         self._evaluated = torch.zeros(len(self.figures))
         self._num_evaluated = self._evaluated_packs = 0
         self._optimizer_settings = optimizer
         self._offloading = offloading
         self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
         self._on_nonfinite = on_nonfinite
-        self._finite = FiniteWatch(Mesh.of(args), train_dataset.where)
+        self._finite = FiniteWatch(mesh, train_dataset.where)
         self._batches: list[Batch] = []  # of this step, where they may have to be written
         self._packs: list[PackOrigins] = []  # of this step
         self._loss_before: Tensor | None = None  # the sum since the last log line, before this step
@@ -126,6 +129,7 @@ class PackedTrainer(SealedTrainer):
             first=first,
             early_stopping=early_stopping,
             forgets_best=forgets_best,
+            mesh=mesh,
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -247,6 +251,9 @@ class PackedTrainer(SealedTrainer):
         """Forward and backward of a micro-batch; its loss is watched."""
         if self._on_nonfinite == "skip" and not self._finite.has_losses:
             self._loss_before = self._tr_loss.clone()
+        if self._sharded and isinstance(model, FSDPModule):
+            # parts are summed at once, which keeps them small; between replicas, with the last micro-batch
+            model.set_requires_all_reduce(self.accelerator.sync_gradients)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._finite.add_loss(loss)
         return loss

@@ -1,0 +1,82 @@
+"""A recipe's processes: how many replicas and shards they make, settled before any of them has met another."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import TrainingArguments
+
+from deltatune.compile.memory import device_memory
+from deltatune.config.rules import sharding_errors
+from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sharding import shard_model
+from deltatune.parallel.sizes import Sizes, choose_sizes
+from deltatune.training.arguments import autocast_dtype
+from deltatune.training.planned import estimate_step, prepare_by_recipe
+
+__all__ = ["mesh_of", "shard_by_recipe", "sizes_lines", "sizes_of"]
+
+#: What a step may take of a device, beside what is not estimated.
+_ROOM = 0.9
+
+
+def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, processes: int | None = None) -> Sizes:
+    """Replicas and shards of a recipe on the processes that were started, or on so many.
+
+    Args:
+        recipe: whose section ``parallel`` says what is given.
+        model: with its adapters, on the meta device; it is prepared where the memory of a step decides.
+        arguments: the recipe's.
+        processes: the launcher's by default.
+
+    Raises:
+        UserError: sizes that are not these processes', or settings that cannot act on sharded weights.
+    """
+    given = recipe.parallel
+    numbers = [None if size == "auto" else int(size) for size in (given.replicate, given.shard)]
+    available = device_memory(arguments.device) * _ROOM
+    checkpointing = "layer" if recipe.checkpointing == "auto" else recipe.checkpointing
+    prepared: list[object] = []
+
+    def fits(shard: int) -> bool:
+        if not prepared:
+            prepared.append(prepare_by_recipe(recipe, model, device=arguments.device))
+        return estimate_step(recipe, model, checkpointing, shard=shard).total <= available
+
+    count = arguments.world_size if processes is None else processes
+    try:
+        sizes = choose_sizes(count, replicate=numbers[0], shard=numbers[1], fits=fits)
+    except ValueError as error:
+        start = "" if count > 1 else "; start several with torchrun --nproc-per-node N -m deltatune train RECIPE"
+        raise UserError(f"parallel.{error}{start}") from error
+    errors = list(sharding_errors(recipe)) if sizes.shard > 1 else []
+    if errors:
+        raise UserError(f"parallel.shard: {sizes.shard} ({sizes.reason}): {'; also: '.join(errors)}")
+    return sizes
+
+
+def mesh_of(sizes: Sizes, arguments: TrainingArguments) -> Mesh:
+    """This process among them."""
+    return Mesh.of(arguments, shard=sizes.shard)
+
+
+def sizes_lines(sizes: Sizes) -> list[str]:
+    """What is said of several processes; nothing of one."""
+    if sizes.replicate * sizes.shard == 1:
+        return []
+    return [f"parallel: replicate {sizes.replicate}, shard {sizes.shard} ({sizes.reason})"]
+
+
+def shard_by_recipe(recipe: Recipe, model: nn.Module, mesh: Mesh, arguments: TrainingArguments) -> None:
+    """Shards a prepared model as ``training.bf16`` says; nothing where every process keeps whole weights.
+
+    Raises:
+        UserError: weights of several dtypes that train together.
+    """
+    if mesh.shard_size == 1:
+        return
+    try:
+        shard_model(model, mesh.weights_mesh(arguments.device.type), param_dtype=autocast_dtype(recipe.training))
+    except ValueError as error:
+        raise UserError(f"parallel.shard: {error}") from error

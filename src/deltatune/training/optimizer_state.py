@@ -1,0 +1,88 @@
+"""The optimizer's state on the disk: by position where weights are whole, by name and in parts where they are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+from transformers.trainer import OPTIMIZER_NAME
+
+from deltatune.parallel.state import part_of, reshard
+
+__all__ = ["load_optimizer", "save_parts"]
+
+_PARTS: Final = "optimizer"  # the folder of a sharded run's
+
+
+def save_parts(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Writes what every rank holds into ``folder/optimizer``, in the format of torch's distributed checkpoints.
+
+    Every rank calls it. Any number of processes can read it, one that holds whole weights too.
+    """
+    reshard(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = {
+        _key(names[id(parameter)], what): value
+        for parameter, values in optimizer.state.items()
+        for what, value in values.items()
+    }
+    save(state, checkpoint_id=folder / _PARTS)
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Takes up what a checkpoint holds, from one process or many, into whole weights or shards; every rank calls it."""
+    reshard(model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if (folder / _PARTS).is_dir():
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = _read_parts(folder / _PARTS, {names[id(parameter)]: parameter for parameter in parameters})
+        state = {index: found[names[id(p)]] for index, p in enumerate(parameters) if names[id(p)] in found}
+    else:
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)["state"]
+        state = {index: _parts(values, parameters[index]) for index, values in saved.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read_parts(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """This rank's parts of what is kept for each of these parameters."""
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    wanted: dict[str, Tensor] = {}
+    for key, about in described.items():
+        name, _ = _unpacked(key)
+        if name in parameters and isinstance(about, TensorStorageMetadata):
+            like = parameters[name].detach()
+            whole = about.size == like.shape
+            dtype = about.properties.dtype
+            wanted[key] = torch.empty_like(like, dtype=dtype) if whole else torch.empty(about.size, dtype=dtype)
+    load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in wanted.items():
+        name, what = _unpacked(key)
+        found.setdefault(name, {})[what] = value
+    return found
+
+
+def _parts(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    return {
+        what: part_of(value, parameter.detach().to(value.dtype))
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+        else value
+        for what, value in values.items()
+    }
+
+
+def _key(name: str, what: str) -> str:
+    return f"{name}/{what}"
+
+
+def _unpacked(key: str) -> tuple[str, str]:
+    name, _, what = key.rpartition("/")
+    return name, what

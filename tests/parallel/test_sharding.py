@@ -1,0 +1,225 @@
+"""Models in two shards: gradients are those of whole weights, in the dtypes that layers are to compute in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from deltatune import CompileOptions, Sequences, parallelize, prepare
+from deltatune.layers.gated_delta_net import GatedDeltaNet
+from deltatune.parallel.state import clip_grad_norm_, gathered_state
+from forked import free_port, run_ranks
+from tiny import documents, tiny_model
+
+RANKS, STEPS, RATE = 2, 3, 0.02
+TRACED = CompileOptions(backend="aot_eager")
+EVERY = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+EXPERTS = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+
+#: family, whether the head is tied, adapters, dtype, the dtype of the policy, compile
+CASES: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "adapters": {"lora": EVERY, "tied": True},
+    "adapters_and_head": {"lora": {**EVERY, "modules_to_save": ["lm_head"]}},
+    "adapters_and_tied_embedding": {"lora": {**EVERY, "modules_to_save": ["embed_tokens"]}, "tied": True},
+    "wide_adapters": {"lora": EVERY, "dtype": torch.bfloat16},
+    "experts": {"family": "qwen3_moe", "lora": EXPERTS},
+    "compiled": {"tied": True, "compile": TRACED},
+    "replicas": {"tied": True, "shard": 1},
+}
+
+
+def build(family: str = "qwen3_5", tied: bool = False, lora: Any = None, dtype: Any = torch.float32, **_: Any) -> Any:
+    model = tiny_model(family, layers=2, vocab_size=97, tie_word_embeddings=tied, dtype=dtype)
+    if tied:
+        model.tie_weights()
+    if lora is not None:
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+    return model.train()
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    lengths = [20, 12, 32]
+    tokens = torch.cat(documents(lengths, seed=seed))[None]
+    sequences = Sequences.from_lengths(lengths)
+    loss: torch.Tensor = model(input_ids=tokens, labels=tokens, sequences=sequences, num_items_in_batch=100).loss
+    return loss
+
+
+def train(model: nn.Module, step_loss: Callable[[int], torch.Tensor]) -> list[dict[str, Any]]:
+    """Loss and gradients of every step of plain descent."""
+    steps = []
+    for step in range(STEPS):
+        model.zero_grad(set_to_none=True)
+        found: dict[str, Any] = {"loss": step_loss(step)}
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+                found[name.removeprefix("module.")] = grad.detach().clone()
+        found["norm"] = clip_grad_norm_(model, 0.5)
+        steps.append(found)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.grad is not None:
+                    weight.sub_(RATE * weight.grad)
+    return steps
+
+
+def on_ranks(case: str) -> dict[str, Any]:
+    settings = CASES[case]
+    prepared = prepare(build(**settings), compile=settings.get("compile"))
+    model = parallelize(prepared, shard=settings.get("shard", RANKS)).model
+
+    def step_loss(step: int) -> torch.Tensor:
+        loss = loss_of(model, 10 * step + dist.get_rank()) * RANKS
+        loss.backward()
+        dist.all_reduce(loss := loss.detach())
+        return loss / RANKS
+
+    steps = train(model, step_loss)
+    report = prepared.compile_report
+    return {
+        "steps": steps,
+        "report": None if report is None else report.to_dict(),
+        "sharded": all(isinstance(weight, DTensor) for weight in model.parameters() if weight.requires_grad),
+        "saved": gathered_state(model) if settings.get("shard") != 1 else {},
+    }
+
+
+def narrowed(tied: bool) -> dict[str, Any]:
+    """What a float32 model that computes in bfloat16 sees inside a layer, and what comes out."""
+    model = build(tied=tied)
+    seen: dict[str, torch.dtype] = {}
+    prepared = prepare(model)
+
+    def look(layer: Any, _: Any, kwargs: dict[str, Any]) -> None:
+        seen.update({name: getattr(layer, name).dtype for name in ("A_log", "dt_bias")})
+        seen["projection"], seen["hidden"] = layer.out_proj.weight.dtype, kwargs["hidden_states"].dtype
+
+    layer = next(module for module in model.modules() if isinstance(module, GatedDeltaNet))
+    layer.register_forward_pre_hook(look, with_kwargs=True)
+    parallel = parallelize(prepared, shard=RANKS, param_dtype=torch.bfloat16)
+    loss = loss_of(parallel.model, 0)
+    loss.backward()
+    grads = {weight.grad.dtype for weight in model.parameters() if weight.grad is not None}
+    return {"seen": seen, "loss": loss.dtype, "value": float(loss), "grads": grads}
+
+
+def refusals() -> dict[str, str]:
+    mixed = build(dtype=torch.bfloat16)
+    mixed.model.layers[0].input_layernorm.float()
+    whole = CompileOptions(scope="model")
+    twice = prepare(build())
+    parallelize(twice, shard=RANKS)
+    attempts: dict[str, Callable[[], object]] = {
+        "mixed": lambda: parallelize(prepare(mixed), shard=RANKS),
+        "whole": lambda: parallelize(prepare(build(), compile=whole), shard=RANKS),
+        "twice": lambda: parallelize(twice, shard=RANKS),
+        "sizes": lambda: parallelize(prepare(build()), replicate=2, shard=2),
+        "sequence": lambda: parallelize(prepare(build()), sequence=2),
+        "expert": lambda: parallelize(prepare(build()), expert=2),
+    }
+    return {name: refusal(attempt) for name, attempt in attempts.items()}
+
+
+def refusal(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return "done"
+
+
+def rank_main(rank: int, folder: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    found = {case: on_ranks(case) for case in CASES}
+    found["narrowed"] = {tied: narrowed(tied) for tied in (True, False)}
+    found["refusals"] = refusals()
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(rank_main, str(folder), free_port(), count=RANKS)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]) -> None:
+    model = build(**CASES[case])
+    prepare(model)
+
+    def step_loss(step: int) -> torch.Tensor:
+        loss = sum((loss_of(model, 10 * step + rank) for rank in range(RANKS)), torch.zeros(()))
+        loss.backward()
+        return loss.detach()
+
+    for found in ranks:
+        assert found[case]["sharded"] == (CASES[case].get("shard") != 1)
+    expected = train(model, step_loss)
+    for ours, theirs in zip(ranks[0][case]["steps"], expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert (ours[name] - value).norm() <= 1e-5 * value.norm(), name
+    assert [step["norm"] for step in ranks[0][case]["steps"]] == [step["norm"] for step in ranks[1][case]["steps"]]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "replicas"])
+def test_rank_0_gathers_every_name_and_tied_ones_once(case: str, ranks: list[dict[str, Any]]) -> None:
+    model = build(**CASES[case])
+    first, second = (found[case]["saved"] for found in ranks)
+    assert second == {}
+    assert {name: value.shape for name, value in first.items()} == {n: v.shape for n, v in model.state_dict().items()}
+    if case == "tied":
+        assert first["lm_head.weight"] is first["model.embed_tokens.weight"]
+
+
+def test_one_graph_a_layer_type(ranks: list[dict[str, Any]]) -> None:
+    report = ranks[0]["compiled"]["report"]
+    assert set(report["graphs"].values()) == {1}
+    assert report["breaks"] == report["recompiles"] == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks: list[dict[str, Any]]) -> None:
+    found = ranks[0]["narrowed"][tied]
+    assert found["seen"] == {
+        "A_log": torch.float32, "dt_bias": torch.float32, "projection": torch.bfloat16, "hidden": torch.bfloat16,
+    }  # fmt: skip
+    assert found["loss"] == torch.float32
+    assert found["grads"] == {torch.float32}
+    assert found["value"] == pytest.approx(float(loss_of(prepare(build(tied=tied)).model, 0)), rel=1e-2)
+    assert torch.tensor(found["value"]).bfloat16().item() != found["value"], "the loss is no bfloat16 number"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("mixed", "weights that train together have one dtype when they are sharded, got "),
+        ("whole", "compile scope 'model' puts all layers into one graph"),
+        ("twice", "the model is sharded already"),
+        ("sizes", "replicate: 2 times shard: 2 is 4, and 2 processes run"),
+        ("sequence", "sequence=2 is not there yet: packs are not divided"),
+        ("expert", "expert=2 is not there yet: experts are not divided"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(what: str, message: str, ranks: list[dict[str, Any]]) -> None:
+    assert message in ranks[0]["refusals"][what]
+
+
+def test_several_processes_must_have_met() -> None:
+    with pytest.raises(ValueError, match=r"init_process_group"):
+        parallelize(prepare(build()), shard=2)
