@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
@@ -20,7 +21,7 @@ from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.hf.model import is_sharded
-from deltatune.parallel.state import copy_parts
+from deltatune.parallel.filling import spread
 from deltatune.phases import phase
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path
@@ -163,18 +164,20 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
     """Puts a saved checkpoint's weights into ``model``, every one of them.
 
     Goes through ``from_pretrained``, because some families are saved under other names and shapes than their modules
-    have (experts one by one, say); where the model is sharded, on every rank.
+    have (experts one by one, say); where the model is sharded, on rank 0, which sends every rank its part.
 
     Raises:
         UserError: weights that are missing or of another shape.
     """
-    saved = load_model(ModelSection(name_or_path=str(folder)))
+    sharded = is_sharded(model)
+    here = not sharded or dist.get_rank() == 0
+    saved = load_model(ModelSection(name_or_path=str(folder))).state_dict() if here else {}
     try:
-        if is_sharded(model):
-            copy_parts(model, saved.state_dict())
+        if sharded:
+            spread(model.state_dict(keep_vars=True), saved)
         else:
-            model.load_state_dict(saved.state_dict(), strict=True)
-    except (RuntimeError, ValueError, KeyError) as error:
+            model.load_state_dict(saved, strict=True)
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from deltatune.compile.memory import device_memory
 from deltatune.config.rules import sharding_errors
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
+from deltatune.parallel.filling import fill
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import Sizes, choose_sizes
+from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
+from deltatune.training.loading import LoadedModel
 from deltatune.training.planned import estimate_step, prepare_by_recipe
 
 __all__ = ["mesh_of", "shard_by_recipe", "sizes_lines", "sizes_of"]
@@ -68,8 +71,8 @@ def sizes_lines(sizes: Sizes) -> list[str]:
     return [f"parallel: replicate {sizes.replicate}, shard {sizes.shard} ({sizes.reason})"]
 
 
-def shard_by_recipe(recipe: Recipe, model: nn.Module, mesh: Mesh, arguments: TrainingArguments) -> None:
-    """Shards a prepared model as ``training.bf16`` says; nothing where every process keeps whole weights.
+def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: TrainingArguments) -> None:
+    """Shards a prepared model as ``training.bf16`` says and fills it; nothing where every process keeps whole weights.
 
     Raises:
         UserError: weights of several dtypes that train together.
@@ -77,6 +80,10 @@ def shard_by_recipe(recipe: Recipe, model: nn.Module, mesh: Mesh, arguments: Tra
     if mesh.shard_size == 1:
         return
     try:
-        shard_model(model, mesh.weights_mesh(arguments.device.type), param_dtype=autocast_dtype(recipe.training))
+        dtype = autocast_dtype(recipe.training)
+        shard_model(loaded.model, mesh.weights_mesh(arguments.device.type), param_dtype=dtype)
     except ValueError as error:
         raise UserError(f"parallel.shard: {error}") from error
+    with phase("sharding the model"):
+        fill(loaded.model, loaded.whole, arguments.device)
+    set_seed(arguments.seed)  # rank 0 drew the adapters, and dropout begins alike on all ranks

@@ -37,13 +37,14 @@ from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
 from deltatune.training.changes import Change
-from deltatune.training.checkpoint import commit_of, empty_model, load_checkpoint, load_config, load_tokenizer
+from deltatune.training.checkpoint import empty_model, load_config, load_tokenizer
 from deltatune.training.console import RunConsole
-from deltatune.training.continuing import adapter_record, load_adapter, start_lines
+from deltatune.training.continuing import adapter_record, start_lines
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
-from deltatune.training.export import Origin, check_kind, refuse_to_replace, save_trained, write_json, write_text
+from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.layout import mesh_of, shard_by_recipe, sizes_lines, sizes_of
+from deltatune.training.loading import LoadedModel, load_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
 from deltatune.training.packs import RecipeData, load_data, padding_token
@@ -60,7 +61,6 @@ from deltatune.training.sealed import resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import changed_data, changed_settings, evaluates_otherwise, place_of
 from deltatune.training.space import check_space
-from deltatune.training.starts import first_factors
 from deltatune.training.trainer import PackedTrainer
 from deltatune.training.weights_digest import digests_of
 from deltatune.verification import VerifyReport
@@ -89,10 +89,14 @@ class Run:
     console: RunConsole
     tokenizer: PreTrainedTokenizerBase
     data: RecipeData
-    model: nn.Module
+    loaded: LoadedModel
     prepared: Prepared
-    origin: Origin
     mesh: Mesh
+
+    @property
+    def model(self) -> nn.Module:
+        """What trains."""
+        return self.loaded.model
 
     @property
     def output_dir(self) -> Path:
@@ -164,7 +168,7 @@ def _train(
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
     records = _records(run, _verify(run))
-    shard_by_recipe(recipe, run.model, run.mesh, arguments)
+    shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, records, checkpoint, changes, during_training, watch)
@@ -290,11 +294,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    loaded = load_checkpoint(recipe.model, config)
-    model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(recipe.model))
+    loaded = load_by_recipe(recipe, config, mesh)
+    model = loaded.model
     data.check_tokens(model, tokenizer)
-    load_adapter(model, recipe.lora)
-    origin = Origin(recipe.model, loaded.unexpected, first_factors(model))
     sharded = mesh.shard_size > 1
     if not sharded:
         model.to(arguments.device)
@@ -306,7 +308,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     said += sizes_lines(sizes)
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, model, prepared, origin, mesh)
+    return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)
 
 
 def _verify(run: Run) -> VerifyReport | None:
@@ -334,7 +336,7 @@ def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
         pad_token_id=padding_token(run.tokenizer),
         processing_class=run.tokenizer,
         recompiles=recompiles,
-        first=run.origin.first,
+        first=run.loaded.origin.first,
         console=run.console,
         about={
             "recipe": run.recipe.model_dump(mode="json"),
@@ -384,7 +386,7 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     if run.arguments.should_save:
         with phase("saving the model"):
             card = model_card(read_run(run.output_dir), metrics["saved_step"])
-            said = save_trained(run.model, run.tokenizer, run.output_dir, run.origin, card, state)
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.loaded.origin, card, state)
         for line in said:
             run.console.out(line, highlight=False)
         # the compiler's account is complete only now
