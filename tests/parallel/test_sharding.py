@@ -15,8 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from deltatune import CompileOptions, Sequences, parallelize, prepare
+from deltatune.errors import UserError
 from deltatune.layers.gated_delta_net import GatedDeltaNet
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
+from deltatune.training.run import _check_finite
 from forked import free_port, run_ranks
 from tiny import documents, tiny_model
 
@@ -140,12 +142,26 @@ def refusal(attempt: Callable[[], object]) -> str:
     return "done"
 
 
+def nan_of_one_rank(rank: int) -> str:
+    """What a run says that finds it before it saves."""
+    parallel = parallelize(prepare(build()), shard=RANKS)
+    if rank == 1:
+        with torch.no_grad():
+            parallel.prepared.model.get_parameter("model.norm.weight").to_local().fill_(torch.nan)
+    try:
+        _check_finite(parallel.prepared.model, parallel.mesh)
+    except UserError as error:
+        return str(error)
+    return "done"
+
+
 def rank_main(rank: int, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     found = {case: on_ranks(case) for case in CASES}
     found["narrowed"] = {tied: narrowed(tied) for tied in (True, False)}
     found["refusals"] = refusals()
+    found["nan"] = nan_of_one_rank(rank)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
 
 
@@ -218,6 +234,10 @@ def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks:
 )
 def test_what_cannot_be_sharded_is_refused(what: str, message: str, ranks: list[dict[str, Any]]) -> None:
     assert message in ranks[0]["refusals"][what]
+
+
+def test_every_rank_refuses_to_save_what_one_finds(ranks: list[dict[str, Any]]) -> None:
+    assert all("some trained weights are not finite" in found["nan"] for found in ranks)
 
 
 def test_several_processes_must_have_met() -> None:

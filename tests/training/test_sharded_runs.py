@@ -213,3 +213,32 @@ def test_the_first_layers_are_probed(shared: Path) -> None:
     one, two = (json.loads((shared / name / PROBED / "report.json").read_text())["verify"] for name in ("one", "two"))
     assert two["ok"]
     assert [row["name"] for row in two["rows"]] == [row["name"] for row in one["rows"]]
+
+
+def test_replicas_of_shards_accumulate_as_one_process_does(shared: Path) -> None:
+    """Two copies of two parts each, two packs a rank and step."""
+    eight = replicas_recipe(shared, "one_of_eight", ranks=1)
+    alone = run_case(eight)
+    run_ranks(replicas_main, str(shared), free_port(), count=4)
+    found = torch.load(shared / "replicas.pt", weights_only=False)
+    assert found["kinds"] >= {"DTensor"}
+    for ours, theirs in zip(found["history"], alone["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    assert_equal(saved(shared / "replicas" / "full_tied"), saved(shared / "one_of_eight" / "full_tied"))
+
+
+def replicas_recipe(shared: Path, name: str, *, ranks: int) -> Any:
+    recipe = recipe_of("full_tied", shared / name, shared, ranks=min(ranks, RANKS))
+    training = recipe.training.model_copy(
+        update={"gradient_accumulation_steps": 8 // ranks, "max_steps": 2, "save_strategy": "no", "save_steps": 500}
+    )
+    return recipe.model_copy(update={"training": training})
+
+
+def replicas_main(rank: int, folder: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    found = run_case(replicas_recipe(Path(folder), "replicas", ranks=4))
+    if rank == 0:
+        torch.save(found, Path(folder) / "replicas.pt")

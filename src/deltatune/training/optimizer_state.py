@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.trainer import OPTIMIZER_NAME
 
@@ -20,6 +21,7 @@ from deltatune.parallel.state import part_of, reshard
 __all__ = ["load_optimizer", "save_parts"]
 
 _PARTS: Final = "optimizer"  # the folder of a sharded run's
+_GROUPS: Final = "groups.pt"  # in it, the settings of the groups, by position
 
 
 def save_parts(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
@@ -35,6 +37,8 @@ def save_parts(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
         for what, value in values.items()
     }
     save(state, checkpoint_id=folder / _PARTS)
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict()["param_groups"], folder / _PARTS / _GROUPS)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
@@ -45,10 +49,12 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found = _read_parts(folder / _PARTS, {names[id(parameter)]: parameter for parameter in parameters})
         state = {index: found[names[id(p)]] for index, p in enumerate(parameters) if names[id(p)] in found}
+        groups = torch.load(folder / _PARTS / _GROUPS, weights_only=True)
     else:
-        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)["state"]
-        state = {index: _parts(values, parameters[index]) for index, values in saved.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        state = {index: _parts(values, parameters[index]) for index, values in saved["state"].items()}
+        groups = saved["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _read_parts(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
@@ -71,6 +77,8 @@ def _read_parts(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, 
 
 
 def _parts(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    if not isinstance(parameter, DTensor):
+        return values
     return {
         what: part_of(value, parameter.detach().to(value.dtype))
         if isinstance(value, Tensor) and value.shape == parameter.shape
