@@ -110,6 +110,7 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    torch.distributed.init_process_group("gloo")  # one for all runs
     if rank > 0:
         loading.load_checkpoint = None  # rank 0 alone loads the model
     shared, found = Path(folder), {}
