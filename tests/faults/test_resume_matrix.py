@@ -143,6 +143,7 @@ CHANGES: dict[str, Change] = {
     "compile.strict": acts("compile={strict: false}"),
     "compile.options": acts("compile={options: {shape_padding: true}}"),
     "checkpointing": acts("checkpointing=layer", shows=says("checkpointing layer")),
+    "activation_offloading": acts("activation_offloading=true", "training.use_cpu=false"),  # needs a GPU
     "kernels": acts(
         "kernels={linear_cross_entropy: reference}",
         shows=lambda output, _: re.search(r"\nlinear_cross_entropy +reference ", screen(output)) is not None,
@@ -213,6 +214,10 @@ CHANGES: dict[str, Change] = {
     "samples.prompts": acts(*EVALUATES, "samples={prompts: [hello]}"),
     "samples.held_out": acts(*EVALUATES, "samples={held_out: 2}"),
     "samples.max_new_tokens": acts(*EVALUATES, "samples={held_out: 2, max_new_tokens: 7}"),
+    # of one process; test_sharded_runs.py has other numbers of them
+    "parallel.replicate": acts("parallel.replicate=1", shows=same),
+    "parallel.shard": acts("parallel.shard=1", shows=same),
+    "parallel.timeout_s": acts("parallel.timeout_s=90", shows=same),
     "verify.enabled": acts("verify.enabled=true", shows=says("OK: every document")),
     "verify.lengths": acts("verify.enabled=true", "verify.lengths=[5, 1, 9]", shows=says("OK: every document")),
     "verify.tolerance": acts("verify.enabled=true", "verify.tolerance=0.5", shows=says("OK: every document")),

@@ -33,6 +33,7 @@ _VERDICTS: dict[str, Verdict] = {
     "compile": "acts",
     "checkpointing": "acts",
     "activation_offloading": "acts",
+    "parallel": "acts",
     "verify": "acts",
     "samples": "acts",
     "training": "acts",
