@@ -77,6 +77,10 @@ def step(model: Any, case: Case, index: int, part: tuple[int, int] | None = None
     batch = whole
     if part is not None:
         batch = cut_batch(whole, rank=part[0], size=part[1])
+        tokens = batch["input_ids"].shape[1]
+        added = tokens * part[1] - whole["labels"].shape[1]
+        if case.labels:  # with those of documents' first tokens, which are nobody's targets
+            batch["labels"] = F.pad(whole["labels"], (0, added), value=-100)[:, part[0] * tokens :][:, :tokens]
         batch.pop("shift_labels" if case.labels else "labels")
     counted = {"num_items_in_batch": targets_of(whole)} if case.counted else {}
     model.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from deltatune import CompileOptions, prepare
+from deltatune.layers.exchange import exchange
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
 from forked import free_port, run_ranks
@@ -77,6 +78,7 @@ def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
             "exchanges": exchanges_main(rank),
             "sharded": sharded_main(rank),
             "undone": undone_main(rank),
+            "exchange": exchange_main(rank),
         }
     if rank == 0:
         torch.save(made, Path(path) / "found.pt")
@@ -172,6 +174,24 @@ def exchanges_main(rank: int) -> dict[str, list[int]]:
 def test_no_setting_exchanges_again_in_backward(setting: str, found: Any) -> None:
     twice = 2 * EXCHANGES[setting].layers
     assert found(2)["exchanges"][setting] == [twice, twice]
+
+
+def exchange_main(rank: int) -> dict[str, torch.Tensor]:
+    """What a rank gets of blocks that say whose they are and who they are for, and what comes back of it."""
+    group = dist.group.WORLD
+    assert group is not None
+    blocks = torch.tensor([10.0 * rank, 10.0 * rank + 1]).view(2, 1).expand(2, 3).contiguous().requires_grad_()
+    torch.library.opcheck(exchange, (blocks, 2, group.group_name))
+    received = exchange(blocks, 2, group.group_name)
+    (received * torch.tensor([[1.0], [2.0]]) * (rank + 1)).sum().backward()
+    assert blocks.grad is not None
+    return {"received": gathered(received.detach()), "gradient": gathered(blocks.grad)}
+
+
+def test_blocks_go_to_their_rank_and_gradients_back(found: Any) -> None:
+    made = found(2)["exchange"]
+    assert made["received"][:, 0].tolist() == [0, 10, 1, 11]
+    assert made["gradient"][:, 0].tolist() == [1, 2, 2, 4]
 
 
 def sharded_main(rank: int) -> list[dict[str, torch.Tensor]]:
