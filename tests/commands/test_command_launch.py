@@ -142,6 +142,15 @@ def after(seconds: float, act: Callable[[], None]) -> threading.Timer:
     return timer
 
 
+def test_where_ranks_meet_is_not_what_the_shell_says(capfd, monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "203.0.113.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    code = "import os; print(*(os.environ[name] for name in ('MASTER_ADDR', 'OMP_NUM_THREADS')), flush=True)"
+    assert launch([sys.executable, "-c", code], 2) == 0
+    assert capfd.readouterr().out == "localhost 3\n"
+
+
 def test_a_signal_is_passed_on_and_waited_for(capfd, monkeypatch) -> None:
     monkeypatch.setattr("deltatune.commands.launch._LEAVING", 0.2)
     monkeypatch.setattr("deltatune.commands.launch._ENDING", 0.2)

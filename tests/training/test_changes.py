@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training.changes import check_changes, find_changes, find_other_data
+from deltatune.training.sealed import seal
+from deltatune.training.since import PACKS_PER_STEP, changed_settings
 
 BASE: dict[str, Any] = {
     "model": {"name_or_path": "m"},
@@ -125,3 +128,28 @@ def test_other_data_needs_a_word() -> None:
         check_changes(found, allow=False)
     check_changes(found, allow=True)
     check_changes(changes(training={"learning_rate": 2e-4}), allow=False)
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "verdicts"),
+    [
+        (2, 2, {}),
+        (1, 4, {"training.gradient_accumulation_steps": "acts"}),
+        (4, 1, {"training.gradient_accumulation_steps": "acts"}),
+        (4, 2, {"packs of an optimizer step": "asks"}),
+        (1, 2, {"packs of an optimizer step": "asks"}),
+        (2, 1, {"training.gradient_accumulation_steps": "acts", "packs of an optimizer step": "asks"}),
+    ],
+)
+def test_other_processes_go_on_where_a_step_has_as_many_packs(
+    tmp_path: Path, processes: int, accumulation: int, verdicts: dict[str, str]
+) -> None:
+    def recipe(accumulation: int) -> Recipe:
+        return Recipe.model_validate({**BASE, "training": {"gradient_accumulation_steps": accumulation}})
+
+    seal(tmp_path, {"recipe": recipe(2).model_dump(mode="json"), PACKS_PER_STEP: 4})
+    found = changed_settings(recipe(accumulation), tmp_path, processes=processes, allow=True)
+    assert {change.key: change.verdict for change in found} == verdicts
+    if "asks" in verdicts.values():
+        with pytest.raises(UserError, match=r"packs of an optimizer step: 4 -> .* --allow-change"):
+            changed_settings(recipe(accumulation), tmp_path, processes=processes, allow=False)

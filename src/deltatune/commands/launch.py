@@ -60,8 +60,7 @@ def _check_devices(recipe: Recipe, nproc: int) -> None:
     if nproc > there:
         found = "1 GPU is" if there == 1 else f"{there or 'no'} GPUs are"
         raise UserError(
-            f"--nproc {nproc}: {found} here; ask for no more than that, or "
-            " train on the CPU with training.use_cpu: true"
+            f"--nproc {nproc}: {found} here; ask for no more than that, or train on the CPU with training.use_cpu: true"
         )
 
 
@@ -115,13 +114,13 @@ class _Ranks:
     def start(self) -> None:
         """Starts the ranks, each in a session of its own; what others than rank 0 print is kept."""
         shared = {
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._nproc)),
+            **os.environ,
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(self._nproc),
             "LOCAL_WORLD_SIZE": str(self._nproc),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._nproc)),
-            **os.environ,
         }
         for rank in range(self._nproc):
             with self._errors(rank).open("wb") as errors:
@@ -136,6 +135,8 @@ class _Ranks:
                     )
                 )
             if self._signals:  # which came before this one was there
+                self._ranks[-1].send_signal(self._signals[-1])
+                self._until = time.monotonic() + _LEAVING
                 break
 
     def wait(self) -> None:

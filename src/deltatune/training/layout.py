@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -86,4 +88,5 @@ def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: 
         raise UserError(f"parallel.shard: {error}") from error
     with phase("sharding the model"):
         fill(loaded.model, loaded.whole, arguments.device)
+        gc.collect()  # what the weights came from, on rank 0
     set_seed(arguments.seed)  # rank 0 drew the adapters, and dropout begins alike on all ranks

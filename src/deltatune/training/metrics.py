@@ -164,7 +164,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self._counts, self._steps, self._paused = PackCounts(), 0, 0.0
         self._began = self._window_began = self._now()
         self._warm: MeterReading | None = None
-        self._times.take()
+        self._times.clear()
         self.logged = MeterReading(PackCounts(), 0.0, 0)
 
     def add(self, counts: PackCounts) -> None:

@@ -51,10 +51,15 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
         state = {index: found[names[id(p)]] for index, p in enumerate(parameters) if names[id(p)] in found}
         groups = torch.load(folder / _PARTS / _GROUPS, weights_only=True)
     else:
-        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=_is_copied(parameters))
         state = {index: _parts(values, parameters[index]) for index, values in saved["state"].items()}
         groups = saved["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _is_copied(parameters: list[Tensor]) -> bool:
+    """Whether what is read goes into memory of its own; else it would stay a part of the file."""
+    return all(isinstance(parameter, DTensor) or parameter.device.type != "cpu" for parameter in parameters)
 
 
 def _read_parts(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:

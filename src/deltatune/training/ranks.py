@@ -229,7 +229,7 @@ class RankWatch:
         silent = f"nothing was heard of it for {self._timeout_s:g} s"
         # a dead launcher is known by its store alone
         host = None if launcher_hosts() else 0
-        for rank, process in heart.processes.items():
+        for rank, process in list(heart.processes.items()):  # another thread adds to them
             if process.is_gone:
                 return self._lost_rank(rank, "its process is gone")
         if heart.broken:

@@ -27,6 +27,7 @@ from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
 from deltatune.ops._nvidia import version_of
+from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.state import reshard
 from deltatune.phases import phase, shown_by
@@ -59,7 +60,7 @@ from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
 from deltatune.training.sealed import resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
-from deltatune.training.since import changed_data, changed_settings, evaluates_otherwise, place_of
+from deltatune.training.since import PACKS_PER_STEP, changed_data, changed_settings, evaluates_otherwise, place_of
 from deltatune.training.space import check_space
 from deltatune.training.trainer import PackedTrainer
 from deltatune.training.weights_digest import digests_of
@@ -158,7 +159,7 @@ def _train(
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     if checkpoint is None:
         refuse_to_replace(Path(recipe.training.output_dir).expanduser())
-    changes = changed_settings(recipe, checkpoint, allow=allow_change)
+    changes = changed_settings(recipe, checkpoint, processes=arguments.world_size, allow=allow_change)
     for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
         log.out(line, highlight=False)
     run = build(recipe, arguments, log)
@@ -265,6 +266,10 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
             if stop.received is None:
                 raise
             # a terminal and a launcher send signals to all of a group, and the C++ compiler does not wait
+            if trainer.args.world_size > 1:  # the others do not know that this rank ends
+                raise UserError(
+                    f"{signal.Signals(stop.received).name}: a rank was stopped as it compiled; go on with --resume auto"
+                ) from error
             raise InterruptedRunError(
                 f"{signal.Signals(stop.received).name}: stopped within step {trainer.state.global_step + 1} of "
                 f"{trainer.state.max_steps}, as it compiled; go on with --resume auto",
@@ -287,6 +292,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     empty = adapt_by_recipe(empty_model(recipe.model), recipe)
     check_space(empty, recipe)
     sizes = sizes_of(recipe, empty, arguments)
+    if arguments.world_size > 1:  # whose devices may differ
+        sizes = from_rank_0(sizes)
     mesh = mesh_of(sizes, arguments)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
@@ -342,6 +349,7 @@ def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
             "recipe": run.recipe.model_dump(mode="json"),
             "data": run.data.identities(),
             "digests": digests_of(run.recipe),
+            PACKS_PER_STEP: run.mesh.data_size * run.arguments.gradient_accumulation_steps,
             "deltatune": __version__,
         },
         on_nonfinite=run.recipe.training.on_nonfinite,

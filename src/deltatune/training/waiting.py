@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 
 __all__ = ["ForwardTimes", "waiting_share"]
+
+_MOST: Final = 1000  # steps that are kept where no log line asks
 
 _Mark: TypeAlias = "float | torch.Event"
 
@@ -40,6 +42,11 @@ class ForwardTimes:
         """The passes since the last call were those of one step."""
         self._steps.append(self._step)
         self._step = []
+        del self._steps[:-_MOST]
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._step, self._steps = [], []
 
     def take(self) -> list[float]:
         """The seconds of each step since the last call, [S]; the device has been waited for."""
