@@ -265,14 +265,15 @@ def test_the_adapters_products_count():
     assert counter.get_total_flops() == 2 * 5 * 12 * 48
 
 
-def test_auto_takes_the_reference_until_a_width_pays(monkeypatch):
+def test_auto_takes_the_kernels_at_widths_that_pay(monkeypatch):
+    wide = LoraGatedSpec(CUDA, torch.bfloat16, width=17)
+    assert choose(LoraGatedSpec(torch.device("cpu"), torch.bfloat16, width=16)).impl == "reference"
     monkeypatch.setattr(providers, "triton_refusal", lambda *_: None)
-    spec = LoraGatedSpec(CUDA, torch.bfloat16, width=16)
-    assert choose(spec).impl == "reference"
-    assert choose(spec, "triton").reason == "named by the caller"
-    monkeypatch.setattr(providers, "_PAYS", (16,))
-    assert choose(spec).impl == "triton"
-    assert choose(LoraGatedSpec(CUDA, torch.bfloat16, width=32)).impl == "reference"
+    for width in (1, 16):
+        assert choose(LoraGatedSpec(CUDA, torch.bfloat16, width=width)).impl == "triton"
+    assert choose(wide).impl == "reference"
+    assert choose(wide, "triton").reason == "named by the caller"
+    assert choose(LoraGatedSpec(CUDA, torch.bfloat16)).impl == "reference"
 
 
 def test_what_the_kernels_cannot_take_is_refused(monkeypatch):
