@@ -1,0 +1,177 @@
+"""Starts the ranks of a launch, reads their lines as they come, and ends them when one failed or time is up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch._C._distributed_c10d import TCPStore
+
+from benchmarks.parallel.meeting import environment_of
+from benchmarks.parallel.spec import CHECK, Item, Spec
+
+__all__ = ["Launcher"]
+
+_ROOT: Final = Path(__file__).parents[2]
+_POLL_S: Final = 0.1
+#: What ranks have after one of them failed, to say what they know themselves.
+_LEAVING_S: Final = 3.0
+#: What a rank that is ended has to print its stacks.
+_STACKS_S: Final = 1.0
+
+
+class Launcher:
+    """Launches, one after the other."""
+
+    def __init__(self, folder: Path, *, deadline: float, timeout_s: float, say: Callable[[str], None]) -> None:
+        """``folder``: where logs of failed ranks go; ``deadline``: by ``time.monotonic``; ``timeout_s``: of an item."""
+        self._folder, self._deadline, self._timeout_s, self._say = folder, deadline, timeout_s, say
+
+    def run(self, spec: Spec, world: int, environment: Mapping[str, str]) -> list[dict[str, Any]]:
+        """A line for each item of ``spec``; ranks that failed are started again for the items behind."""
+        left, lines = list(spec.items), []
+        while left:
+            found, ended = self._launched(replace(spec, items=tuple(left)), world, environment)
+            lines += found
+            left = left[len(found) :]
+            if left and ended is not None:
+                # nothing is timed that could not be checked, or when time is up
+                if ended["status"] == "not run":
+                    over = left
+                else:
+                    over = left[:1]
+                    if left[0].gpus == CHECK:
+                        over = [item for item in left if item.system == left[0].system]
+                lines += [item.to_dict() | ended for item in over]
+                left = [item for item in left if item not in over]
+        return lines
+
+    def _launched(
+        self, spec: Spec, world: int, environment: Mapping[str, str]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The lines of one start, and with what the item behind them ended; None where all were done."""
+        if time.monotonic() > self._deadline:
+            return [], {"status": "not run", "reason": "time was up"}
+        self._say(f"{world} ranks: {', '.join(item.name for item in spec.items)}")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            (folder / "spec.json").write_text(replace(spec, started=time.time()).to_json(), encoding="utf-8")
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            ranks = [self._rank(rank, world, store.port, folder, environment) for rank in range(world)]
+            try:
+                ended = self._watch(ranks, folder, len(spec.items))
+            finally:
+                _kill(ranks)
+            lines = _lines(folder)
+            if ended is None and len(lines) < len(spec.items):
+                ended = {"status": "failed", "reason": "the ranks ended without a word"}
+            if ended is not None:
+                self._keep_logs(folder, spec.items[min(len(lines), len(spec.items) - 1)])
+            del store
+        for line in lines:
+            self._say(f"  {line['name']}: {line['status']} {_short(line)}")
+        if ended is not None:
+            self._say(f"  ended: {ended['status']}: {ended['reason']}")
+        return lines, ended
+
+    def _rank(
+        self, rank: int, world: int, port: int, folder: Path, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        cores = max(1, len(os.sched_getaffinity(0)) // world)
+        shared = {"OMP_NUM_THREADS": str(cores), "TORCHINDUCTOR_COMPILE_THREADS": str(min(cores, 32)), **os.environ}
+        paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
+        env = {**shared, **environment, **environment_of(rank, world, port), "PYTHONPATH": paths}
+        command = [sys.executable, "-X", "faulthandler", "-m", "benchmarks.parallel.worker", str(folder)]
+        with (folder / f"rank-{rank}.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+
+    def _watch(self, ranks: Sequence[subprocess.Popen[bytes]], folder: Path, items: int) -> dict[str, Any] | None:
+        """Until every line is there, a rank failed, or time is up; says what rank 0 says."""
+        said, lines, since = 0, 0, time.monotonic()
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            said = self._pass_on(folder, said)
+            now = time.monotonic()
+            if (count := len(_lines(folder))) > lines:
+                lines, since = count, now
+            if count == items or all(code == 0 for code in codes):
+                return None  # what ranks do to end is not waited for
+            if any(codes):
+                return self._failed(ranks, folder)
+            if now > self._deadline:
+                return {"status": "not run", "reason": "time was up"}
+            if now - since > self._timeout_s:
+                _abort(ranks)
+                return {"status": "failed", "reason": f"no line for {self._timeout_s:.0f} s"}
+            time.sleep(_POLL_S)
+
+    def _pass_on(self, folder: Path, said: int) -> int:
+        path = folder / "progress"
+        words = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in words[said:]:
+            self._say(f"  {line}")
+        return len(words)
+
+    def _failed(self, ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> dict[str, Any]:
+        """What the rank that failed first said."""
+        until = time.monotonic() + _LEAVING_S
+        while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
+            time.sleep(_POLL_S)
+        told = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("failed-*.json")]
+        if told:
+            first = min(told, key=lambda one: float(one["time"]))
+            return {"status": first["status"], "reason": first["reason"]}
+        codes = ", ".join(f"rank {n}: {rank.poll()}" for n, rank in enumerate(ranks) if rank.poll())
+        number = next(n for n, rank in enumerate(ranks) if rank.poll())
+        last = (folder / f"rank-{number}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return {"status": "failed", "reason": f"exit status {codes}; {last[-1] if last else ''}"[:500]}
+
+    def _keep_logs(self, folder: Path, item: Item) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("rank-*.log"):
+            shutil.copy(path, self._folder / f"failed-{item.name.replace(' ', '-')}-{path.name}")
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "lines.jsonl"
+    # a line that is being written has no end yet
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _abort(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ranks that hang print where, by Python's fault handler."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGABRT)
+    time.sleep(_STACKS_S)
+
+
+def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """The ranks and what they started, compilers among them."""
+    for rank in ranks:
+        try:
+            os.killpg(rank.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for rank in ranks:
+        rank.wait()
+
+
+def _short(line: Mapping[str, Any]) -> str:
+    if line["status"] != "ok":
+        return str(line["reason"])
+    if "median_ms" not in line:
+        return f"first step {line['since_start_seconds']:.1f} s" if "since_start_seconds" in line else ""
+    peak = f", {line['peak_bytes'] / 2**30:.1f} GiB" if line.get("peak_bytes") else ""
+    return f"{line['median_ms']:.1f} ms, {line['tokens_per_second_per_gpu']:.0f} tokens/s a GPU{peak}"
