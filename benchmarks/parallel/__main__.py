@@ -12,6 +12,7 @@ anywhere. Exit status 1 where a check is red or a setting was not timed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,14 @@ __all__ = ["main", "table"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures every model, writes a record for each and prints its table."""
     args = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        return _measured(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measured(args: argparse.Namespace) -> int:
     ends, ok = time.monotonic() + args.limit_s, True
     gpus = sorted(set(args.gpus))
     tokens = {name: args.documents if one.shares_pack else args.tokens for name, one in SYSTEMS.items()}
@@ -52,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write("\n".join([*table(record), str(path), ""]) + "\n")
         ok = ok and session.ok
     return 0 if ok else 1
+
+
+def _end(*_: object) -> None:
+    """What ends the command leaves the record of what was measured, as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,7 +148,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
             if result["status"] != "ok":
                 lines.append(f"{name:32}{result['status']}: {result['reason']}")
                 continue
-            first = f"{result['since_start_seconds']:9.1f}"
+            first = f"{result['since_start_seconds' if 'label' in result else 'first_step_seconds']:9.1f}"
             if "median_ms" not in result:
                 lines.append(f"{name:32}{'':58}{first}")
                 continue

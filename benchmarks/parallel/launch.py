@@ -24,6 +24,8 @@ __all__ = ["Launcher"]
 
 _ROOT: Final = Path(__file__).parents[2]
 _POLL_S: Final = 0.1
+Line = dict[str, Any]
+"""A line of a record, or what it ended with."""
 #: What ranks have after one of them failed, to say what they know themselves.
 _LEAVING_S: Final = 3.0
 #: What a rank that is ended has to print its stacks.
@@ -37,52 +39,43 @@ class Launcher:
         """``folder``: where logs of failed ranks go; ``deadline``: by ``time.monotonic``; ``timeout_s``: of an item."""
         self._folder, self._deadline, self._timeout_s, self._say = folder, deadline, timeout_s, say
 
-    def run(self, spec: Spec, world: int, environment: Mapping[str, str]) -> list[dict[str, Any]]:
-        """A line for each item of ``spec``; ranks that failed are started again for the items behind."""
-        left, lines = list(spec.items), []
+    def run(self, spec: Spec, world: int, environment: Mapping[str, str], keep: Callable[[Line], None]) -> None:
+        """Gives ``keep`` a line for each item as it comes; ranks that failed are started again for those behind."""
+        left = list(spec.items)
         while left:
-            found, ended = self._launched(replace(spec, items=tuple(left)), world, environment)
-            lines += found
-            left = left[len(found) :]
-            if left and ended is not None:
-                # nothing is timed that could not be checked, or when time is up
-                if ended["status"] == "not run":
-                    over = left
-                else:
-                    over = left[:1]
-                    if left[0].gpus == CHECK:
-                        over = [item for item in left if item.system == left[0].system]
-                lines += [item.to_dict() | ended for item in over]
+            done, ended = self._launched(replace(spec, items=tuple(left)), world, environment, keep)
+            left = left[done:]
+            if ended is not None:
+                over = [item for item in left if _is_over(item, left[0], str(ended["status"]))]
+                for item in over:
+                    self._say(f"  {item.name}: {ended['status']}: {ended['reason']}")
+                    keep(item.to_dict() | ended)
                 left = [item for item in left if item not in over]
-        return lines
 
     def _launched(
-        self, spec: Spec, world: int, environment: Mapping[str, str]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The lines of one start, and with what the item behind them ended; None where all were done."""
+        self, spec: Spec, world: int, environment: Mapping[str, str], keep: Callable[[Line], None]
+    ) -> tuple[int, Line | None]:
+        """How many items one start did, and with what the one behind them ended; None where all were done."""
         if time.monotonic() > self._deadline:
-            return [], {"status": "not run", "reason": "time was up"}
+            return 0, {"status": "not run", "reason": "time was up"}
         self._say(f"{world} ranks: {', '.join(item.name for item in spec.items)}")
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            (folder / "spec.json").write_text(replace(spec, started=time.time()).to_json(), encoding="utf-8")
+            watched = _Watched(Path(temporary), keep, self._say)
+            started = replace(spec, started=time.time())
+            (watched.folder / "spec.json").write_text(started.to_json(), encoding="utf-8")
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            ranks = [self._rank(rank, world, store.port, folder, environment) for rank in range(world)]
+            ranks: list[subprocess.Popen[bytes]] = []
             try:
-                ended = self._watch(ranks, folder, len(spec.items))
+                for rank in range(world):
+                    ranks.append(self._rank(rank, world, store.port, watched.folder, environment))
+                ended = self._watch(ranks, watched, len(spec.items))
+                watched.look()
             finally:
                 _kill(ranks)
-            lines = _lines(folder)
-            if ended is None and len(lines) < len(spec.items):
-                ended = {"status": "failed", "reason": "the ranks ended without a word"}
-            if ended is not None:
-                self._keep_logs(folder, spec.items[min(len(lines), len(spec.items) - 1)])
+            if ended is not None and watched.lines < len(spec.items):
+                self._keep_logs(watched.folder, spec.items[watched.lines])
             del store
-        for line in lines:
-            self._say(f"  {line['name']}: {line['status']} {_short(line)}")
-        if ended is not None:
-            self._say(f"  ended: {ended['status']}: {ended['reason']}")
-        return lines, ended
+        return watched.lines, ended if watched.lines < len(spec.items) else None
 
     def _rank(
         self, rank: int, world: int, port: int, folder: Path, environment: Mapping[str, str]
@@ -95,19 +88,21 @@ class Launcher:
         with (folder / f"rank-{rank}.log").open("wb") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
-    def _watch(self, ranks: Sequence[subprocess.Popen[bytes]], folder: Path, items: int) -> dict[str, Any] | None:
-        """Until every line is there, a rank failed, or time is up; says what rank 0 says."""
-        said, lines, since = 0, 0, time.monotonic()
+    def _watch(self, ranks: Sequence[subprocess.Popen[bytes]], watched: _Watched, items: int) -> Line | None:
+        """Until every line is there, a rank failed, or time is up."""
+        lines, since = 0, time.monotonic()
         while True:
             codes = [rank.poll() for rank in ranks]
-            said = self._pass_on(folder, said)
+            watched.look()
             now = time.monotonic()
-            if (count := len(_lines(folder))) > lines:
-                lines, since = count, now
-            if count == items or all(code == 0 for code in codes):
+            if watched.lines > lines:
+                lines, since = watched.lines, now
+            if lines == items:
                 return None  # what ranks do to end is not waited for
             if any(codes):
-                return self._failed(ranks, folder)
+                return self._failed(ranks, watched.folder)
+            if all(code == 0 for code in codes):
+                return {"status": "failed", "reason": "the ranks ended without a word"}
             if now > self._deadline:
                 return {"status": "not run", "reason": "time was up"}
             if now - since > self._timeout_s:
@@ -115,14 +110,7 @@ class Launcher:
                 return {"status": "failed", "reason": f"no line for {self._timeout_s:.0f} s"}
             time.sleep(_POLL_S)
 
-    def _pass_on(self, folder: Path, said: int) -> int:
-        path = folder / "progress"
-        words = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for line in words[said:]:
-            self._say(f"  {line}")
-        return len(words)
-
-    def _failed(self, ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> dict[str, Any]:
+    def _failed(self, ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> Line:
         """What the rank that failed first said."""
         until = time.monotonic() + _LEAVING_S
         while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
@@ -142,11 +130,37 @@ class Launcher:
             shutil.copy(path, self._folder / f"failed-{item.name.replace(' ', '-')}-{path.name}")
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "lines.jsonl"
-    # a line that is being written has no end yet
+class _Watched:
+    """What ranks leave in their folder, each line and each word of rank 0 passed on once."""
+
+    def __init__(self, folder: Path, keep: Callable[[Line], None], say: Callable[[str], None]) -> None:
+        self.folder, self.lines = folder, 0
+        self._keep, self._say, self._said = keep, say, 0
+
+    def look(self) -> None:
+        """Passes on what is new."""
+        said = _whole_lines(self.folder / "progress")
+        for words in said[self._said :]:
+            self._say(f"  {words}")
+        self._said = len(said)
+        lines = _whole_lines(self.folder / "lines.jsonl")
+        for text in lines[self.lines :]:
+            self.lines += 1
+            line = json.loads(text)
+            self._say(f"  {line['name']}: {line['status']} {_short(line)}")
+            self._keep(line)
+
+
+def _is_over(item: Item, first: Item, status: str) -> bool:
+    """What ends with ``first``: all when time is up, and a system that could not be checked."""
+    same = item.system == first.system
+    return item == first or status == "not run" or (first.gpus == CHECK and same)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Without one that is being written."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _abort(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -85,44 +85,53 @@ def _timed(spec: Spec, trained: Trained, packs: Packs, gathered: Any, tokens: in
     """A sample is the time between the ends of two steps, of the rank that took longest.
 
     The first step has warmed up what a long one needs; ``spec.seconds`` bounds the samples of long ones, of which
-    there are two at least.
+    there are two at least, the first from an empty queue: what a launch adds to so long a step is nothing.
     """
-    device, targets = trained.device, trained.targets(packs)
-    cuda = device.type == "cuda"
-    began = time.perf_counter()
-    trained.step(trained.batch(packs, 0), targets)
-    synchronize(device)
-    one = max(gathered(time.perf_counter() - began))
-    steps = max(2, min(spec.steps, round(spec.seconds / one)))
-    for number in range(1, spec.warmup if one * spec.warmup < spec.seconds else 1):
-        trained.step(trained.batch(packs, number), targets)
-    taken = [trained.batch(packs, spec.warmup + number) for number in range(steps + 1)]
-    taken = [pinned(batch) if cuda else batch for batch in taken]
-    synchronize(device)
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    device = trained.device
+    _forget_peak(device)
     gathered(None)
-    marks = []
-    if one > spec.seconds / 2:
-        # what a launch adds to so long a step is nothing
-        marks.append(mark(device))
-        taken = taken[1:]
-    for batch in taken:
-        trained.step(batch, targets)
-        marks.append(mark(device))
-    synchronize(device)
-    by_rank = gathered([between_ms(*pair) for pair in pairwise(marks)])
-    peaks = gathered(torch.cuda.max_memory_allocated() if cuda else None)
+    taken = _laps(trained, packs, range(1), first=True)
+    one = max(gathered(taken[0])) / 1e3
+    steps = max(2, min(spec.steps, round(spec.seconds / one)))
+    gathered(None)
+    if one > spec.seconds / 3:
+        taken += _laps(trained, packs, range(1, steps), first=True)
+    else:
+        _laps(trained, packs, range(1, spec.warmup), first=True)
+        _forget_peak(device)
+        gathered(None)
+        taken = _laps(trained, packs, range(spec.warmup, spec.warmup + steps + 1), first=False)
+    by_rank = gathered(taken)
+    peaks = gathered(torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
     times = summary(max(samples) for samples in zip(*by_rank, strict=True))
     seconds = times["median_ms"] / 1e3
     return {
         **times,
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_per_gpu": tokens / seconds / trained.size,
-        "peak_bytes": max(peaks) if cuda else None,
+        "peak_bytes": max(peaks) if device.type == "cuda" else None,
         "peak_bytes_by_rank": peaks,
     }
+
+
+def _laps(trained: Trained, packs: Packs, numbers: range, *, first: bool) -> list[float]:
+    """Ms from the end of one step to that of the next; ``first``: also of the first, from an empty queue."""
+    device, targets = trained.device, trained.targets(packs)
+    batches = [trained.batch(packs, number) for number in numbers]
+    batches = [pinned(batch) if device.type == "cuda" else batch for batch in batches]
+    synchronize(device)
+    marks = [mark(device)] if first else []
+    for batch in batches:
+        trained.step(batch, targets)
+        marks.append(mark(device))
+    synchronize(device)
+    return [between_ms(*pair) for pair in pairwise(marks)]
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def kinds_of(rows: Mapping[str, float]) -> dict[str, float]:

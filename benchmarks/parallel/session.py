@@ -125,8 +125,7 @@ class Session:
 
     def _cold(self, item: Item, caches: Path) -> None:
         spec = replace(self.spec, items=(item,), steps=0)
-        for line in self._launcher.run(spec, item.gpus, _environment(caches)):
-            self._keep(line | {"label": COLD})
+        self._launcher.run(spec, item.gpus, _environment(caches), lambda line: self._keep(line | {"label": COLD}))
 
     def _items(self, system: str, count: int, tokens: Sequence[int], *, ones: bool) -> list[Item]:
         """The check, then each size on one GPU and on all."""
@@ -135,8 +134,7 @@ class Session:
         return checks + [Item(system, size, number) for size in tokens for number in numbers]
 
     def _launch(self, count: int, items: tuple[Item, ...], caches: Path) -> None:
-        for line in self._launcher.run(replace(self.spec, items=items), count, _environment(caches)):
-            self._keep(line)
+        self._launcher.run(replace(self.spec, items=items), count, _environment(caches), self._keep)
 
     def _keep(self, line: dict[str, Any]) -> None:
         """A result, or the checks of the results behind it."""
