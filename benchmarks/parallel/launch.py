@@ -115,14 +115,15 @@ class Launcher:
         until = time.monotonic() + _LEAVING_S
         while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
             time.sleep(_POLL_S)
-        told = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("failed-*.json")]
-        if told:
-            first = min(told, key=lambda one: float(one["time"]))
-            return {"status": first["status"], "reason": first["reason"]}
-        codes = ", ".join(f"rank {n}: {rank.poll()}" for n, rank in enumerate(ranks) if rank.poll())
-        number = next(n for n, rank in enumerate(ranks) if rank.poll())
-        last = (folder / f"rank-{number}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return {"status": "failed", "reason": f"exit status {codes}; {last[-1] if last else ''}"[:500]}
+        told = {int(path.stem.split("-")[1]): path for path in folder.glob("failed-*.json")}
+        dead = [n for n, rank in enumerate(ranks) if rank.poll() and n not in told]
+        if dead:  # without a word: what the others say comes of it
+            log = (folder / f"rank-{dead[0]}.log").read_text(encoding="utf-8", errors="replace")
+            last = (log.strip().splitlines() or [""])[-1]
+            return {"status": "failed", "reason": f"rank {dead[0]}: exit status {ranks[dead[0]].poll()}; {last}"[:500]}
+        words = [json.loads(path.read_text(encoding="utf-8")) for path in told.values()]
+        first = min(words, key=lambda one: float(one["time"]))
+        return {"status": first["status"], "reason": first["reason"]}
 
     def _keep_logs(self, folder: Path, item: Item) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,7 @@ class Session:
                 "check_tokens": spec.check_tokens,
                 "warmup": spec.warmup,
                 "steps": spec.steps,
+                "seconds": spec.seconds,
             },
             "systems": {name: SYSTEMS[name].how for name in dict.fromkeys(r["system"] for r in self.results)},
             "checks": self.checks,

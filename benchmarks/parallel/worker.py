@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> int:
         status, reason = outcome_of(error)
         traceback.print_exc()
         told = {"status": status, "reason": f"rank {meeting.rank}: {reason}", "time": time.time()}
-        (folder / f"failed-{meeting.rank}.json").write_text(json.dumps(told), encoding="utf-8")
+        whole = folder / f"failing-{meeting.rank}"
+        whole.write_text(json.dumps(told), encoding="utf-8")
+        whole.rename(folder / f"failed-{meeting.rank}.json")
         sys.stderr.flush()
         os._exit(1)  # what other ranks wait in is not waited for
     if meeting.rank == 0:
