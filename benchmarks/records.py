@@ -2,7 +2,8 @@
 
 A record is ``{schema, kind, subject, device, versions, commit, date, argv, method, ok, configs}``. ``kind`` is
 ``train``, ``frontier``, ``compare``, ``parallel`` or ``ops/<op>``; a config has ``config`` (what was asked),
-``checks``, ``results`` and, but for several GPUs, ``ceilings``. Records of schema 1 call checks gates, and one of the first lacks a few keys.
+``checks``, ``results`` and, but for several GPUs, ``ceilings``.
+Records of schema 1 call checks gates, and one of the first lacks a few keys.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import deltatune
@@ -126,7 +127,7 @@ class Session:
 
     def _cold(self, item: Item, caches: Path) -> None:
         spec = replace(self.spec, items=(item,), steps=0)
-        self._launcher.run(spec, item.gpus, _environment(caches), lambda line: self._keep(line | {"label": COLD}))
+        self._launcher.run(spec, item.gpus, _caches(caches), lambda line: self._keep(line | {"label": COLD}))
 
     def _items(self, system: str, count: int, tokens: Sequence[int], *, ones: bool) -> list[Item]:
         """The check, then each size on one GPU and on all."""
@@ -135,7 +136,7 @@ class Session:
         return checks + [Item(system, size, number) for size in tokens for number in numbers]
 
     def _launch(self, count: int, items: tuple[Item, ...], caches: Path) -> None:
-        self._launcher.run(replace(self.spec, items=items), count, _environment(caches), self._keep)
+        self._launcher.run(replace(self.spec, items=items), count, _caches(caches, os.environ), self._keep)
 
     def _keep(self, line: dict[str, Any]) -> None:
         """A result, or the checks of the results behind it."""
@@ -167,7 +168,6 @@ def _pair(result: Mapping[str, Any]) -> tuple[Any, ...]:
     return result["system"], result["tokens"], result.get("label")
 
 
-def _environment(caches: Path) -> dict[str, str]:
-    """Every rank of a launch finds what another compiled; a folder of one's own is taken as it is."""
-    fixed = {name: os.environ[name] for name in _CACHES if name in os.environ} if caches.name == "shared" else {}
-    return {name: str(caches / folder) for name, folder in _CACHES.items()} | fixed
+def _caches(folder: Path, given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Where every rank finds what another compiled; folders of the user's own are taken as they are."""
+    return {name: given.get(name, str(folder / inside)) for name, inside in _CACHES.items()}

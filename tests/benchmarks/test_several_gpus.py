@@ -140,7 +140,7 @@ def test_a_rank_that_fails_costs_its_setting_alone(
     assert status.pop("ddp-lora 128 on 2") == "failed"
     assert set(status.values()) == {"ok"}
     assert len(status) == 3
-    assert reason in results["ddp-lora 128 on 2"]["reason"]
+    assert results["ddp-lora 128 on 2"]["reason"].startswith(reason)
     assert len(list(tmp_path.glob("failed-ddp-lora-128-on-2-rank-*.log"))) == 2
 
 
