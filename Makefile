@@ -8,7 +8,7 @@ RUN ?= $(BIN)/python
 # processes that share the tests; each grows to about 2 GB
 WORKERS ?= 2
 
-.PHONY: demo test test-faults lint format docs bench-ops bench-train targets clean setup
+.PHONY: demo test test-faults lint format docs bench-ops bench-train bench-parallel targets clean setup
 
 setup: $(STAMP)
 
@@ -49,6 +49,9 @@ bench-ops:
 
 bench-train:
 	$(RUN) -m benchmarks.train $(ARGS)
+
+bench-parallel:
+	$(RUN) -m benchmarks.parallel $(ARGS)
 
 targets:
 	$(RUN) -m benchmarks.targets

@@ -1,8 +1,9 @@
 """Records: immutable JSON files of what was measured, on what, of which source. Written once, read for ever.
 
 A record is ``{schema, kind, subject, device, versions, commit, date, argv, method, ok, configs}``. ``kind`` is
-``train``, ``frontier``, ``compare`` or ``ops/<op>``; a config has ``config`` (what was asked), ``ceilings``,
-``checks`` and ``results``. Records of schema 1 call checks gates, and one of the first lacks a few keys.
+``train``, ``frontier``, ``compare``, ``parallel`` or ``ops/<op>``; a config has ``config`` (what was asked),
+``checks``, ``results`` and, but for several GPUs, ``ceilings``.
+Records of schema 1 call checks gates, and one of the first lacks a few keys.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """``"train"``, ``"frontier"``, ``"compare"`` or ``"ops/<op>"``."""
+        """``"train"``, ``"frontier"``, ``"compare"``, ``"parallel"`` or ``"ops/<op>"``."""
         return str(self.data["kind"])
 
     @property

@@ -21,7 +21,7 @@ from benchmarks.shapes import adapters, with_lora
 from benchmarks.timing import synchronize
 from deltatune import CompileOptions, PackedCollator, Prepared, Sequences, prepare
 
-__all__ = ["BASELINES", "Batch", "Packs", "Setting", "System", "draw_lengths", "pinned"]
+__all__ = ["BASELINES", "Batch", "Packs", "Setting", "System", "draw_lengths", "moved", "pinned"]
 
 _STOCK: Final[Mapping[str, Callable[[Any], None]]] = {
     "stock": leak_free,
@@ -213,13 +213,8 @@ class System:
             self.first_step_seconds = time.perf_counter() - self._started
 
     def moved(self, batch: Batch) -> Batch:
-        """The batch on the device, which is not waited for; the CPU copies of boundaries stay."""
-        if self.device.type != "cuda":
-            return batch
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor | Sequences) else value
-            for name, value in batch.items()
-        }
+        """The batch on the device, as ``moved`` takes it there."""
+        return moved(batch, self.device)
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """The training loss of a batch, and the adapters' gradients by name."""
@@ -236,6 +231,16 @@ class System:
 def _prepared(model: Any, setting: Setting, backend: str) -> Prepared:
     options = {"none": None, "aot_eager": CompileOptions(backend="aot_eager")}.get(backend, CompileOptions())
     return prepare(model, compile=options, checkpointing=setting.checkpointing, lora=setting.lora)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, which is not waited for; the CPU copies of boundaries stay."""
+    if device.type != "cuda":
+        return batch
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor | Sequences) else value
+        for name, value in batch.items()
+    }
 
 
 def pinned(batch: Batch) -> Batch:

@@ -1,6 +1,6 @@
 """The tables of the documentation, made of the records.
 
-    python -m benchmarks.tables              # rewrites them in README.md and docs/performance.md
+    python -m benchmarks.tables              # rewrites them in README.md, docs/performance.md and parallelism.md
     python -m benchmarks.tables RECORD ...   # prints all that these records hold instead
 
 A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page.
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from benchmarks.figures import GIB, Steps, newest_full, newest_ops, of_bound, roofline_of, steps_of
 from benchmarks.op_cases import CASES
+from benchmarks.parallel.figures import scalings
 from benchmarks.records import OURS, RECORDS, Record, load_records
 from benchmarks.targets import DEVICE, evaluate
 
@@ -176,6 +177,33 @@ def changes(records: Sequence[Record]) -> list[str]:
     return [*_markdown(header, rows), "", _sources(files)] if rows else ["No record has whole turns of both trees yet."]
 
 
+def several(records: Sequence[Record]) -> list[str]:
+    """Steps on several GPUs, the newest of each size, and the rate of a GPU against that of one by itself."""
+    rows, files = dict[tuple[Any, ...], list[str]](), list[Record]()
+    for one in scalings([record for record in records if record.device != "cpu"]):
+        about, r = one.config, one.result
+        size = (about["model"], about["layers"], r["system"], r["tokens"], r["gpus"], one.record.device)
+        if size in rows:
+            continue
+        files += [one.record] if one.record not in files else []
+        alone = "-" if one.one is None else f"{one.one['median_ms']:,.0f}"
+        ratio = "-" if one.ratio is None else f"{one.ratio:.1%}" + (f" ({one.note})" if one.note else "")
+        exchange = f"{r['exchange_ms'] / r['profiled_step_ms']:.1%}" if r["exchange_ms"] else "-"
+        figures = (alone, f"{r['median_ms']:,.0f}", f"{r['tokens_per_second_per_gpu']:,.0f}", ratio, _gib(r), exchange)
+        rows[size] = [about["model"], f"`{r['system']}`", f"{r['tokens']:,}", str(r["gpus"]), *figures]
+    if not rows:
+        return ["No record of several GPUs yet."]
+    header = ("model", "system", "tokens", "GPUs", "ms on one", "ms", "tokens a second of each", "against one",
+              "peak GiB", "all-to-all")  # fmt: skip
+    names = ", ".join(f"`{record.path.name}`" for record in files)
+    devices = ", ".join(dict.fromkeys(record.device for record in files))
+    return [
+        *_markdown(header, [rows[size] for size in sorted(rows)]),
+        "",
+        f"{devices}; {names} in `benchmarks/records`.",
+    ]
+
+
 PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]] = {
     "README.md": {"summary": summary},
     "docs/performance.md": {
@@ -188,6 +216,7 @@ PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]
         "missed": missed,
         "changes": changes,
     },
+    "docs/parallelism.md": {"several": several},
 }
 """Page -> the name of a table in it -> what makes it."""
 

@@ -1,0 +1,1 @@
+"""Training steps on several GPUs, against one process before they are timed."""

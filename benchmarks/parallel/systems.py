@@ -1,0 +1,111 @@
+"""What is timed on several GPUs: how a prepared model is divided among ranks, and what one GPU does beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from benchmarks.systems import Batch
+from deltatune import Prepared, parallelize
+from deltatune.parallel.sequence import shard_sequence
+from deltatune.parallel.sharding import shard_model
+from deltatune.parallel.slice import cut_batch
+
+__all__ = ["SYSTEMS", "System", "part_of_pack"]
+
+Divide = Callable[[Prepared, torch.dtype | None], nn.Module]
+"""A prepared model, and the dtype that float32 weights are computed with in -> what to call."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to train on several GPUs. A further one is a further entry of ``SYSTEMS``.
+
+    Attributes:
+        name: as on the command line.
+        divide: the model among all ranks, whose backward averages gradients over them.
+        alone: the model on one GPU.
+        full: all weights train, float32 ones that are computed with in the activations' dtype; else adapters alone.
+        checkpointing: of both.
+        shares_pack: ranks hold one document together; else each has a pack of its own.
+        how: what the ranks do, and what the one GPU does, in words.
+    """
+
+    name: str
+    divide: Divide
+    alone: Divide
+    full: bool
+    checkpointing: str
+    shares_pack: bool
+    how: str
+
+    def part(self, batch: Batch, rank: int, size: int) -> Batch:
+        """What a rank takes of a batch that it has whole."""
+        return part_of_pack(batch, rank, size) if self.shares_pack and size > 1 else batch
+
+
+def part_of_pack(batch: Batch, rank: int, size: int) -> dict[str, Any]:
+    """A rank's tokens of a pack that all have."""
+    return cut_batch(batch, rank=rank, size=size)
+
+
+def _whole(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
+    return prepared.model
+
+
+def _replicated(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
+    return parallelize(prepared).model
+
+
+def _sharded(prepared: Prepared, param_dtype: torch.dtype | None) -> nn.Module:
+    return parallelize(prepared, shard=dist.get_world_size(), param_dtype=param_dtype).model
+
+
+def _one_shard(prepared: Prepared, param_dtype: torch.dtype | None) -> nn.Module:
+    """FSDP2 over this process alone; no other is asked."""
+    group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    device = next(prepared.model.parameters()).device
+    shard_model(prepared.model, DeviceMesh.from_group(group, device.type), param_dtype=param_dtype)
+    return prepared.model
+
+
+def _in_sequence(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
+    shard_sequence(prepared, dist.group.WORLD)
+    return parallelize(prepared).model
+
+
+_ONE_SHARD: Final = "one GPU: FSDP2 on a mesh of one, the same units, casts and optimizer without communication"
+
+SYSTEMS: Final[Mapping[str, System]] = {
+    system.name: system
+    for system in (
+        System(
+            "ddp-lora", _replicated, _whole, full=False, checkpointing="none", shares_pack=False,
+            how="DistributedDataParallel, LoRA on q, k, v and o, a pack for each rank; one GPU: the model as prepared",
+        ),
+        System(
+            "fsdp-full", _sharded, _one_shard, full=True, checkpointing="layer", shares_pack=False,
+            how=f"FSDP2, all weights train, float32, gathered in the activations' dtype, a pack for each; {_ONE_SHARD}",
+        ),
+        System(
+            "fsdp-lora", _sharded, _one_shard, full=False, checkpointing="layer", shares_pack=False,
+            how=f"FSDP2, LoRA on q, k, v and o, base in the activations' dtype, a pack for each rank; {_ONE_SHARD}",
+        ),
+        System(
+            "sequence", _in_sequence, _whole, full=False, checkpointing="layer", shares_pack=True,
+            how=(
+                "Ulysses, one document over all ranks, LoRA on q, k, v and o, gradients by DistributedDataParallel; "
+                "one GPU: the same document, whose attention costs a token as much; where it does not fit, half of it, "
+                "a quarter and so on (one_gpu_tokens), whose attention costs less: the ratio is then below what it "
+                "would be"
+            ),
+        ),
+    )
+}  # fmt: skip
+"""Name -> system."""
