@@ -269,3 +269,26 @@ def test_every_make_target_exists() -> None:
 def code_of(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     return [*re.findall(r"`(make [^`\n]+)`", text), *blocks(page, "bash")]
+
+
+#: Words that nobody outside would know, and what is said in their place.
+OWN_WORDS = {
+    r"doors?|admit(s|ted)?": "resolve packing metadata",
+    r"border(s|ed)?": "a weight is a plain contiguous Parameter",
+    r"reclass(es|ed)?|g[ai]ves? back|give[sn]? (it|them|\w+s) back": "swap a class, restore",
+    r"judges?|laps|races?": "check, samples, timing",
+    r"dials?": "memory budget, activation checkpointing",
+    r"way (in|out)|honest(ly)?": "what it does",
+}
+
+
+@pytest.mark.parametrize("words", OWN_WORDS)
+def test_words_are_those_of_the_field(words: str) -> None:
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(rf"\b({words})\b", line, re.IGNORECASE)
+    ]
+    assert found == [], f"say: {OWN_WORDS[words]}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltatune import CompileOptions, prepare, verify
+from deltatune import CompileOptions, Sequences, prepare, verify
 from deltatune.compile.graphs import compile_options
 from packed_cases import alone, packed_call
 from tiny import documents, tiny_model
@@ -177,3 +177,19 @@ def test_two_threads_call_compiled_layers(switches: None) -> None:
     assert prepared.compile_report is not None
     assert set(prepared.compile_report.graphs.values()) == {1}
     assert prepared.compile_report.breaks == []
+
+
+def test_another_model_called_in_the_middle_of_a_cached_call_keeps_its_documents_apart() -> None:
+    cached, other = (tiny_model("qwen3", seed=seed).eval() for seed in (0, 1))
+    prepare(cached)
+    prepare(other)
+    call = {"input_ids": torch.cat(documents([9, 14]))[None], "sequences": Sequences.from_lengths([9, 14])}
+    found = []
+    with torch.no_grad():
+        expected = other.model(**call).last_hidden_state
+        cached.model.layers[0].mlp.register_forward_hook(
+            lambda *_: found.append(other.model(**call).last_hidden_state) and None
+        )
+        cached(documents([8])[0][None], use_cache=True)
+    assert len(found) == 1
+    assert torch.equal(found[0], expected)

@@ -217,7 +217,7 @@ def _refuse(base: nn.Module, text_model: Any, family: Family, compile: CompileOp
 
 
 def _revert(base: nn.Module) -> None:
-    """Gives every swapped module its stock class back; nothing on a model that is not prepared."""
+    """Restores the stock class of every swapped module; nothing on a model that is not prepared."""
     text_model = hf_model.text_model(base)
     state = text_model.__dict__.get("_deltatune")
     if state is None:

@@ -9,55 +9,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 
 from deltatune import CompileOptions, Sequences, prepare, verify
 from deltatune.lora.parameters import LoRAParameters, parameters_mode
 from lora_cases import logits, packed_call, relative
+from mixtures import OTHERS, mixture
 from packed_cases import alone, packed
-from tiny import documents, randomised, tiny_conditional, tiny_model
+from tiny import documents, tiny_model
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 #: Experts of every layout, families of their own and others.
 SEVERAL = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "gemma4_text", "aria_text"]
 FAMILIES = ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"]
-OTHERS = ["mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "gemma4_text", "aria_text"]
-_OTHERS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
-    "deepseek_v3": {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 24,
-        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
-    },
-    "glm4_moe": {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 24,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-    },
-    # experts beside a dense MLP in the layer, and a router that norms the residual itself
-    "gemma4_text": {
-        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24,
-        "intermediate_size": 48, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7,
-        "global_head_dim": 16, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
-    },
-    # stored transposed, in halves, without biases
-    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "intermediate_size": 24},
-}  # fmt: skip
-_OTHERS |= {"deepseek_v2": _OTHERS["deepseek_v3"], "glm4_moe_lite": _OTHERS["deepseek_v3"] | {"n_group": 1}}
-
-
-def base(family: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
-    if family == "qwen3_vl_moe":
-        return tiny_conditional(family).to(dtype)
-    if family not in _OTHERS:
-        return tiny_model(family, dtype=dtype, layers=layers)
-    values = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0, "head_dim": 16}
-    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, **_OTHERS[family]}
-    values["num_hidden_layers"] = layers + values.get("first_k_dense_replace", 0) * (layers == 1)
-    if "layer_types" in values:
-        values["layer_types"] = values["layer_types"][:layers]
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **values)
-    return randomised(transformers.AutoModelForCausalLM.from_config(config), 0).to(dtype)
 
 
 def adapted(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -66,7 +29,7 @@ def adapted(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **cha
     wide, layers = values.pop("autocast_adapter_dtype", True), values.pop("layers", 2)
     torch.manual_seed(1)
     config = peft.LoraConfig(init_lora_weights=False, **values)
-    return peft.get_peft_model(base(family, dtype, layers), config, autocast_adapter_dtype=wide).train()
+    return peft.get_peft_model(mixture(family, dtype, layers), config, autocast_adapter_dtype=wide).train()
 
 
 def assert_same_gradients(model: Any, stock: Any) -> None:
@@ -337,7 +300,7 @@ def test_stock_adapters_of_parameters_may_come_after_prepare() -> None:
     """As asked for, breaks and all."""
     found = []
     for options in (None, CompileOptions(backend="aot_eager", strict=False)):
-        model = base("qwen3_moe")
+        model = mixture("qwen3_moe")
         prepare(model, compile=options, lora="stock")
         torch.manual_seed(1)
         config = peft.LoraConfig(target_parameters=["mlp.gate.weight"], init_lora_weights=False)
@@ -347,7 +310,7 @@ def test_stock_adapters_of_parameters_may_come_after_prepare() -> None:
 
 @pytest.mark.parametrize("names", [BOTH, ["mlp.gate.weight"]])
 def test_adapters_of_parameters_added_after_prepare(names: list[str]) -> None:
-    model = base("qwen3_moe")
+    model = mixture("qwen3_moe")
     prepare(model, compile=CompileOptions(backend="aot_eager", strict=False))
     model = peft.get_peft_model(model, peft.LoraConfig(target_parameters=names, init_lora_weights=False))
     name = names[-1].rpartition(".")[2]
@@ -355,7 +318,7 @@ def test_adapters_of_parameters_added_after_prepare(names: list[str]) -> None:
         model(**packed_call())
     prepare(model, compile=CompileOptions(backend="aot_eager"))
     model(**packed_call()).loss.backward()
-    eager = base("qwen3_moe")
+    eager = mixture("qwen3_moe")
     prepare(eager)
     eager = peft.get_peft_model(eager, peft.LoraConfig(target_parameters=names, init_lora_weights=False))
     eager.load_state_dict(model.state_dict())
@@ -365,7 +328,7 @@ def test_adapters_of_parameters_added_after_prepare(names: list[str]) -> None:
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "aria_text"])
 def test_files_are_peft_s_own_both_ways(family: str, tmp_path: Path) -> None:
     model = adapted(family)
-    base_model = base(family)
+    base_model = mixture(family)
     prepare(model)
     expected = logits(model)
     model.save_pretrained(tmp_path)

@@ -27,6 +27,8 @@ from deltatune.training.servers import per_expert
 from deltatune.training.staging import staged
 from tiny import tiny_model
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
@@ -266,62 +268,21 @@ def test_every_expert_keeps_its_rank_and_alpha(changes: dict[str, Any], tmp_path
 def test_layers_may_adapt_different_weights(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
     names = ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_parameters=names))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(target_parameters=names, init_lora_weights=False),
+    )
     save_trained(model, None, tmp_path / "adapter")
     state = load_file(
         export_adapter(tmp_path / "adapter", tmp_path / "served", layout="per-expert") / "adapter_model.safetensors"
     )
-    found = {name.split("layers.")[1].split(".lora")[0].replace("mlp.experts.", "") for name in state}
+    adds = {name.removesuffix(".lora_B.weight") for name, tensor in state.items() if "lora_B" in name and tensor.any()}
+    found = {name.split("layers.")[1].replace("mlp.experts.", "") for name in adds}
     assert found == {*(f"0.{e}.{p}" for e in range(4) for p in ("gate_proj", "up_proj")),
                      *(f"1.{e}.down_proj" for e in range(4))}  # fmt: skip
-
-
-@pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_adapters_of_each_expert_add_what_the_fused_ones_add(
-    family: str, targets: tuple[str, ...], tmp_path: Path
-) -> None:
-    """The names and shapes that servers read, written out, against PEFT's own merge."""
-    base = tiny_model(family)
-    base.save_pretrained(tmp_path / "base")
-    patterns = {"gate_up_proj": 3} if len(targets) == 2 else {}
-    config = LoraConfig(
-        r=2, lora_alpha=6, target_modules=["o_proj"], target_parameters=[f"mlp.experts.{name}" for name in targets],
-        rank_pattern={rf"experts.{name}": rank for name, rank in patterns.items()}, init_lora_weights=False,
-    )  # fmt: skip
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
-    prepare(model)
-    save_trained(model, None, tmp_path / "adapter")
-    exported = export_adapter(tmp_path / "adapter", tmp_path / "served", layout="per-expert")
-    state = load_file(exported / "adapter_model.safetensors")
-    written = json.loads((exported / "adapter_config.json").read_text(encoding="utf-8"))
-    assert written["target_parameters"] is None
-    assert not any("base_layer" in name for name in state)
-    merged = model.merge_and_unload().state_dict()
-    interleaved = family == "gpt_oss"
-    for name, weight in base.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if leaf not in ("gate_up_proj", "down_proj") or "experts" not in path:
-            continue
-        change = merged[name] - weight
-        change = change.mT if interleaved else change
-        for e in range(4):
-            prefix = f"base_model.model.{path}.{e}"
-            if leaf not in targets:
-                assert not any(
-                    key.startswith(f"{prefix}.down_proj" if leaf == "down_proj" else f"{prefix}.up") for key in state
-                )
-                continue
-            rows = {"down_proj": change[e]}
-            if leaf == "gate_up_proj":
-                halves = (change[e][::2], change[e][1::2]) if interleaved else change[e].chunk(2)
-                rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True))
-            for projection, expected in rows.items():
-                a, b = (state[f"{prefix}.{projection}.lora_{one}.weight"] for one in "AB")
-                key = get_pattern_key(written["rank_pattern"], f"{path}.{e}.{projection}")
-                rank = written["rank_pattern"].get(key, written["r"])
-                assert rank == a.shape[0] == b.shape[1]
-                torch.testing.assert_close(written["lora_alpha"] / rank * b @ a, expected, rtol=1e-4, atol=1e-6)
+    names = {name.split(".mlp.experts.")[1] for name in state}
+    assert {f"{e}.{p}.lora_{one}.weight" for e in range(4) for p in PROJECTIONS for one in "AB"} == names
+    assert len(state) == 2 * len(names)
 
 
 def test_stock_peft_reads_the_adapters_of_each_expert(tmp_path: Path) -> None:
@@ -348,12 +309,11 @@ def expert_adapter(family: str, **values: Any) -> tuple[dict[str, torch.Tensor],
     return state, model.peft_config["default"].to_dict(), tiny_model(family)
 
 
-def test_files_of_older_versions_are_not_split() -> None:
-    """They hold the factors of the transposed maps."""
+def test_adapters_of_other_shapes_are_not_split() -> None:
     state, config, model = expert_adapter("qwen3_moe")
     swapped = {name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A"): tensor.mT
                for name, tensor in state.items()}  # fmt: skip
-    with pytest.raises(UserError, match=r"A \[8, 48\] and B \[32, 8\] are not those of 4 experts.*before 0.19"):
+    with pytest.raises(UserError, match=r"A \[8, 48\] and B \[32, 8\] are not those of 4 experts.*another model"):
         per_expert(swapped, config, model)
 
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from training_cases import Packs, make_trainer, weights
@@ -18,10 +19,10 @@ from forked import free_port, run_ranks
 from tiny import tiny_model
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_process_on_an_uneven_epoch(ranks: int, tmp_path: Path) -> None:
-    run_ranks(rank_main, ranks, str(tmp_path), free_port(), count=ranks)
-    alone = trained(tmp_path / "alone", gradient_accumulation_steps=ranks)
+@pytest.mark.parametrize(("ranks", "adapters"), [(2, False), (4, False), (4, True)])
+def test_ranks_equal_one_process_on_an_uneven_epoch(ranks: int, adapters: bool, tmp_path: Path) -> None:
+    run_ranks(rank_main, ranks, str(tmp_path), free_port(), adapters, count=ranks)
+    alone = trained(tmp_path / "alone", adapters, gradient_accumulation_steps=ranks)
     seen = []
     for rank in range(ranks):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
@@ -40,16 +41,22 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> No
     assert (tmp_path / "ranks" / "checkpoint-1" / "trainer_state.json").is_file()
 
 
-def trained(output_dir: Path, **training: Any) -> Any:
-    trainer = small_trainer(output_dir, **training)
+def trained(output_dir: Path, adapters: bool = False, **training: Any) -> Any:
+    trainer = small_trainer(output_dir, adapters, **training)
     trainer.train()
     return trainer
 
 
-def small_trainer(output_dir: Path, **training: Any) -> Any:
-    """Of a model with experts, whose router's loss must not grow with the ranks."""
+def small_trainer(output_dir: Path, adapters: bool = False, **training: Any) -> Any:
+    """Of a model with experts, whose router's loss must not grow with the ranks; whole, or adapters and the router."""
     model = tiny_model("qwen3_moe", layers=1)
     model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
+    if adapters:
+        torch.manual_seed(2)
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_parameters=names, modules_to_save=["gate"], init_lora_weights=False)
+        )
     prepare(model)
     return make_trainer(
         output_dir,
@@ -90,9 +97,9 @@ def join(rank: int, ranks: int, port: int) -> None:
     )
 
 
-def rank_main(rank: int, ranks: int, folder: str, port: int) -> None:
+def rank_main(rank: int, ranks: int, folder: str, port: int, adapters: bool) -> None:
     join(rank, ranks, port)
-    trainer = trained(Path(folder) / "ranks")
+    trainer = trained(Path(folder) / "ranks", adapters)
     seen = list(trainer.train_dataset.seen)
     state = {
         "losses": losses(trainer),

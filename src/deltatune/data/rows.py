@@ -73,7 +73,7 @@ class RowsOf(Rows):
         self.columnar = any(part.rows.columnar for part in self._parts)
 
     def read(self, start: int, end: int) -> Iterator[Mapping[str, Any]]:
-        """As ``Rows.read``, over the borders of the stretches."""
+        """As ``Rows.read``, over the ends of the stretches."""
         end = min(end, len(self))
         for part, first in zip(self._parts, self._starts, strict=False):
             if start < first + part.end - part.start and end > first:

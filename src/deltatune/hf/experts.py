@@ -4,12 +4,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-__all__ = ["ExpertsLayout", "experts_layout", "experts_per_token", "other_experts"]
+__all__ = [
+    "CheckpointNames",
+    "ExpertsLayout",
+    "checkpoint_names",
+    "experts_layout",
+    "experts_per_token",
+    "other_experts",
+]
 
 #: What configs call k.
 _PER_TOKEN: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -76,3 +85,32 @@ def other_experts(text_model: nn.Module) -> dict[str, int]:
         if stacked and not isinstance(module, nn.modules.conv._ConvNd) and experts_layout(module) is None:
             found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
     return found
+
+
+@dataclass(frozen=True)
+class CheckpointNames:
+    """What a family's checkpoints, and programs that read them, call parts of a model.
+
+    Attributes:
+        projections: ``gate_proj``, ``up_proj`` and ``down_proj`` of one expert, where they have other names there.
+        parts: parts of paths, ``".mlp."`` of Mixtral's ``".block_sparse_moe."``.
+    """
+
+    projections: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+def checkpoint_names(model: Any) -> CheckpointNames:
+    """The names of single experts in the checkpoints of a model's type, off transformers' conversions."""
+    names = CheckpointNames()
+    for config in (model.config, model.config.get_text_config()):
+        for conversion in get_checkpoint_conversion_mapping(config.model_type) or ():
+            theirs, ours = list(conversion.source_patterns), list(conversion.target_patterns)
+            single = [re.search(r"\bexperts\.\*\.(\w+)\.weight$", source) for source in theirs]
+            fused = ours[0].rpartition("experts.")[2] if len(ours) == 1 else ""
+            own = ("gate_proj", "up_proj") if fused == "gate_up_proj" else (fused,)
+            if all(single) and len(single) == len(own):
+                names.projections.update({o: m[1] for o, m in zip(own, single, strict=True) if m and m[1] != o})
+            elif len(theirs) == len(ours) == 1 and all(re.fullmatch(r"\.\w+\.", part) for part in theirs + ours):
+                names.parts[ours[0]] = theirs[0]
+    return names

@@ -17,6 +17,7 @@ from torch import nn
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
 from deltatune.training.adapter_files import adapter_settings, adapter_weights
+from deltatune.training.expert_adapters import refuse_old_roles
 from deltatune.training.hub import silence
 
 __all__ = ["adapter_record", "continued", "load_adapter", "start_lines"]
@@ -89,7 +90,9 @@ def load_adapter(model: nn.Module, section: LoraSection | None) -> None:
     if section is None or section.name_or_path is None:
         return
     name = section.name_or_path
-    weights = adapter_weights(_folder(name))
+    folder = _folder(name)
+    weights = adapter_weights(folder)
+    refuse_old_roles(weights, adapter_settings(folder), model, folder)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     # PEFT saves embeddings as well that are adapted, or were resized
     known = get_peft_model_state_dict(model, save_embedding_layers=True).keys() | model.state_dict().keys()

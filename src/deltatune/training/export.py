@@ -22,9 +22,10 @@ from deltatune.training.adapter_files import adapter_settings, adapter_weights
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
+from deltatune.training.expert_adapters import current_roles, expert_pairs, may_be_old
 from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
 from deltatune.training.saving import Origin, write_merged, write_trained
-from deltatune.training.servers import per_expert
+from deltatune.training.servers import has_scales_of_its_own, one_scale, per_expert
 from deltatune.training.staging import staged
 from deltatune.training.starts import begins_in_base
 
@@ -207,7 +208,8 @@ def export_adapter(
         adapter_dir: a folder that PEFT's ``save_pretrained`` wrote.
         output_dir: the new adapter's folder, which is returned; it must not exist, or be empty.
         layout: ``"peft"``, or ``"per-expert"`` for one pair of matrices for each projection of each routed expert.
-        base: the base model, where it is no longer where the adapter says; its config alone is read.
+        base: the base model, where it is no longer where the adapter says; its config alone is read, and only for
+            adapters of experts.
         trust_remote_code: run model code that comes with the base model.
 
     Raises:
@@ -224,9 +226,16 @@ def export_adapter(
         )
     state = adapter_weights(adapter.folder)
     config = adapter.config
-    if layout == "per-expert":
+    named = bool(config.get("target_parameters")) and (may_be_old(config) or has_scales_of_its_own(config))
+    if layout == "per-expert" or named:
         section, _ = _base_of(adapter, base, trust_remote_code=trust_remote_code)
-        state, config = per_expert(state, config, empty_model(section))
+        model = empty_model(section)
+        state = current_roles(state, config, model)
+        state, config = one_scale(state, config, expert_pairs(state, config, model))
+        if layout == "per-expert":
+            state, config = per_expert(state, config, model)
+    else:
+        state, config = one_scale(state, config, [])
     with staged(output) as folder:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
         write_json(folder / MARKERS[0], config)

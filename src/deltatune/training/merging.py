@@ -22,6 +22,7 @@ from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
 from deltatune.training.adapter_files import adapter_config, adapter_weights
 from deltatune.training.checkpoint import Loaded, empty_model, load_checkpoint, model_class
+from deltatune.training.expert_adapters import refuse_old_roles
 
 __all__ = ["Adapter", "load_adapted", "merge", "refuse_lost_base"]
 
@@ -82,6 +83,7 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
     state = adapter_weights(adapter.folder)
     loader = _loader(section, config, adapter, state)
     loaded = load_checkpoint(section, config, loader=loader)
+    refuse_old_roles(state, adapter.config, loaded.model, adapter.folder)
     _resize(loaded.model, state, given)
     try:
         with warnings.catch_warnings():

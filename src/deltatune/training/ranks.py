@@ -34,7 +34,7 @@ from deltatune.training.sealed import CHECKPOINT, steps_of
 __all__ = ["RankWatch", "explained", "watched"]
 
 _GRACE = 3.0  # seconds in which the main thread may find the failure by itself
-_LEAVING = 20.0  # seconds that its way out may take
+_LEAVING = 20.0  # seconds that leaving may take
 _TELLING = 5.0  # seconds that other ranks wait for a failure to be shown
 
 
