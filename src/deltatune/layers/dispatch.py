@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from deltatune.layers.exchange import exchange
+from deltatune.ops._numerics import autocast
 
 __all__ = ["CAPACITY_STEPS", "ExpertPart", "Mix", "mix_on_ranks"]
 
@@ -84,11 +85,12 @@ def mix_on_ranks(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, par
         mix: of the experts that are here.
 
     Returns:
-        ``[t, H]``. Each rank's sum is rounded to the dtype of ``hidden`` before they are added up, in the order of
-        ranks.
+        ``[t, H]``. Each rank's sum is rounded to the dtype that experts compute in; then they are added up, in the order
+        of ranks.
     """
     tokens, top_k = top_k_index.shape
     sent, rows = part.room(tokens, top_k)
+    (cast,) = autocast(hidden)  # as the experts see it
     places = _places(top_k_index, part, sent)
     ids = top_k_index[places.source].view(part.size, sent, top_k)
     ids = ids - part.held * torch.arange(part.size, device=ids.device).view(-1, 1, 1)
@@ -97,12 +99,12 @@ def mix_on_ranks(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, par
     wide = torch.promote_types(top_k_weights.dtype, torch.float32)
     weights = _spread(top_k_weights.to(wide), places).view(part.size, sent, top_k)
     known = _to_ranks(torch.cat([weights, ids.to(wide)], -1), part).flatten(0, 1)
-    received = _to_ranks(_spread(hidden, places).view(part.size, sent, -1), part).flatten(0, 1)
+    received = _to_ranks(_spread(cast, places).view(part.size, sent, -1), part).flatten(0, 1)
     weights, ids = known[:, :top_k], known[:, top_k:].detach().long()
     _note(part, places.most, (ids < part.held).sum(), tokens * top_k, all_fit=sent == tokens)
     sums = mix(received, ids, weights.to(top_k_weights.dtype), rows)
     returned = _to_ranks(sums.view(part.size, sent, -1), part).flatten(0, 1)
-    return _collect(returned, places.source, places.place, places.goes)
+    return _collect(returned, places.source, places.place, places.goes).to(hidden.dtype)
 
 
 def _places(top_k_index: Tensor, part: ExpertPart, sent: int) -> _Places:

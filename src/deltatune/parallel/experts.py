@@ -109,11 +109,12 @@ class DividedExperts:
         worst = float(by_rank.max())
         if worst > self.capacity:
             rank, layer = divmod(int(by_rank.argmax()), len(self.loads))
+            most = self.group.size()
+            more = f"{worst * 1.2:.2f}, or to {most}" if worst * 1.2 < most else f"{most}"
             raise UserError(
                 f"{[*self.loads][layer]}: rank {rank} needed room for {worst:.3f} times its even share of all visits "
                 f"to experts and has it for {self.capacity:g}, so visits were left out and what was trained since the "
-                f"last check is not right; set expert_capacity to {worst * 1.2:.2f}, or to {self.group.size()}, which "
-                "is enough whatever routers do"
+                f"last check is not right; set expert_capacity to {more}, which is enough whatever routers do"
             )
         return worst
 
@@ -193,7 +194,8 @@ def divide_experts(
     for weight, division in parameters.items():
         weight.data = division.part(weight.data, group.rank(), size)
         if weight.requires_grad:
-            weight.register_hook(scale)
+            hooked: Any = weight
+            hooked.register_hook(scale)
     return DividedExperts(group, capacity, loads, parameters)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -138,9 +139,11 @@ def parallelize(
 
 def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> nn.Module:
     """With gradients averaged over all processes, but for those of ``apart``."""
+    ddp: Any = DistributedDataParallel
     if apart:
         names = [name for name, weight in model.named_parameters() if weight in apart]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        ddp._set_params_and_buffers_to_ignore_for_model(model, names)
         if not any(weight.requires_grad for weight in model.parameters() if weight not in apart):
             return model
-    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    replicated: nn.Module = ddp(model, device_ids=None if device.type == "cpu" else [device])
+    return replicated

@@ -1,6 +1,7 @@
 """The experts of a mixture as two grouped linear layers, traceable and independent token by token."""
 
-# T tokens, k experts of a token, R rows (T * k, or max_rows and one), X experts, H hidden width, I width of an expert, F before its gate
+# T tokens, k experts of a token, R rows (T * k, or max_rows and one), X experts, H hidden width, I width of an expert,
+# F before its gate
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def moe_experts(
     rows = route(top_k_index, sizes["X"], max_rows)
     copies = rows.copies(sizes["k"])
     # a select: zero times what is not finite is not zero
-    present = (top_k_index >= 0) & (top_k_index < sizes["X"])
+    present = rows.place.view_as(top_k_index) < rows.offsets[-1]
     top_k_weights = torch.where(present, top_k_weights, 0)
 
     inner = checked_grouped_linear(op, hidden, up.weight, rows.offsets, up.adapters, impl, copies)
