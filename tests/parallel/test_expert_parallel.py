@@ -274,8 +274,26 @@ def narrowed() -> float:
     return float(loss)
 
 
+def cast() -> float:
+    """Under autocast tokens travel in its dtype."""
+    case = Case()
+    parallel = parallelize(prepare(build(case)), expert=2, expert_capacity=2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(parallel.model, case, dist.get_rank(), padding=False)
+    loss.backward()
+    dist.all_reduce(loss := loss.detach())
+    return float(loss)
+
+
 EXTRA: dict[int, dict[str, Callable[[], Any]]] = {
-    2: {"overflow": overflowing, "saved": saved, "operators": operators, "refusals": refusals, "narrowed": narrowed},
+    2: {
+        "overflow": overflowing,
+        "saved": saved,
+        "operators": operators,
+        "refusals": refusals,
+        "narrowed": narrowed,
+        "cast": cast,
+    },
     4: {"overflow": overflowing_on_the_way},
 }
 
@@ -316,6 +334,8 @@ def test_what_is_needed_is_said_alike_on_all_ranks(found: Any) -> None:
     first, second = found(2)
     assert first["one expert"]["needed"] == second["one expert"]["needed"] == 2.0
     assert 1.0 < first["full"]["needed"] < first["skewed"]["needed"] < 2.0
+    shallow = {made["needed"] for name, made in first.items() if name in CASES and CASES[name][1].model == SHALLOW}
+    assert min(shallow) > 1.0, "graphs count too"
 
 
 def test_visits_without_room_are_an_error_on_every_rank(found: Any) -> None:
@@ -357,12 +377,14 @@ def test_what_divided_experts_cannot_do_is_refused(what: str, message: str, foun
     assert message in found(2)[0]["refusals"][what]
 
 
-def test_experts_compute_in_the_dtype_of_the_sharded_weights_around_them(found: Any) -> None:
+def test_experts_compute_in_the_dtype_of_the_weights_around_them_or_of_autocast(found: Any) -> None:
     case = Case()
     model = build(case)
     prepare(model)
-    expected = sum(float(loss_of(model, case, rank, padding=False)) for rank in range(2))
+    with torch.no_grad():
+        expected = sum(float(loss_of(model, case, rank, padding=False)) for rank in range(2))
     assert found(2)[0]["narrowed"] == pytest.approx(expected, rel=1e-2)
+    assert found(2)[0]["cast"] == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ MOVED_TRAINING_NAMES: Final = frozenset(name for names in _MOVED.values() for na
 
 
 _EXPERTS: Final = (
-    "recipes do not divide experts, since checkpoints hold an optimizer's state for whole ones; a training loop of your "
-    "own does, with deltatune.parallelize(prepared, expert=...), see docs/parallelism.md"
+    "recipes do not divide experts, since checkpoints hold an optimizer's state for whole ones; a training loop of "
+    "your own does, with deltatune.parallelize(prepared, expert=...), see docs/parallelism.md"
 )
 
 NOT_IN_RECIPES: Final[Mapping[tuple[str | int, ...], str]] = MappingProxyType(

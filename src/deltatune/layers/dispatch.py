@@ -40,7 +40,7 @@ class ExpertPart:
         held: L.
         capacity: how many times its even share ``t k`` of all ``P t k`` visits a rank's experts can take, a multiple of
             1 / 1024. From P on that is whatever routers do.
-        load: fp64 scalar on the device, the capacity that the calls so far needed; above ``capacity`` visits were left
+        load: fp64 ``[1]`` on the device, the capacity that the calls so far needed; above ``capacity`` visits were left
             out. A maximum, so a call that is computed again changes nothing.
         dtype: what float32 weights are computed with in; None for their own.
     """
@@ -85,8 +85,8 @@ def mix_on_ranks(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, par
         mix: of the experts that are here.
 
     Returns:
-        ``[t, H]``. Each rank's sum is rounded to the dtype that experts compute in; then they are added up, in the order
-        of ranks.
+        ``[t, H]``. Each rank's sum is rounded to the dtype that experts compute in; then they are added up, in the
+        order of ranks.
     """
     tokens, top_k = top_k_index.shape
     sent, rows = part.room(tokens, top_k)

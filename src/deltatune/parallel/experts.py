@@ -102,7 +102,7 @@ class DividedExperts:
         Raises:
             UserError: it is more than there is, so that visits of tokens to experts were left out; on every rank.
         """
-        mine = torch.stack([*self.loads.values()])
+        mine = torch.cat([*self.loads.values()])
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
         by_rank = torch.stack(every).cpu()
@@ -181,7 +181,8 @@ def divide_experts(
     capacity = math.ceil(capacity * CAPACITY_STEPS) / CAPACITY_STEPS
     loads, parameters = dict[str, Tensor](), dict[nn.Parameter, Division]()
     for path, module in _experts(model):
-        load = loads[path] = torch.zeros((), dtype=torch.float64, device=device)
+        # not a scalar, which Dynamo takes for a number of Python's in float64 on a CPU, and loses what a graph writes
+        load = loads[path] = torch.zeros(1, dtype=torch.float64, device=device)
         held = _count(module) // size
         parameters |= {weight: Division(held * size, innermost=False) for weight in module.parameters(recurse=False)}
         module.__dict__[PART] = ExpertPart(group.group_name, size, group.rank(), held, capacity, load, dtype)
@@ -196,6 +197,9 @@ def divide_experts(
         if weight.requires_grad:
             hooked: Any = weight
             hooked.register_hook(scale)
+    for wrapper in _wrappers(model):
+        for down, up in zip(wrapper.lora_A.values(), wrapper.lora_B.values(), strict=True):
+            down.out_features = up.in_features = down.weight.shape[0]
     return DividedExperts(group, capacity, loads, parameters)
 
 
