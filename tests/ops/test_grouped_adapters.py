@@ -187,10 +187,10 @@ def linear(of: dict[str, Tensor], name: str, transposed: bool) -> ExpertLinear:
     return ExpertLinear(weight, of.get(f"{name}_bias"), [Adapter(a, b, 0.5)])
 
 
-def run(of: dict[str, Tensor], index: Tensor, layout: str) -> Tensor:
+def run(of: dict[str, Tensor], index: Tensor, layout: str, max_rows: int | None = None) -> Tensor:
     gate, _, transposed, _ = LAYOUTS[layout]
     up, down = (linear(of, name, transposed) for name in ("up", "down"))
-    return moe_experts(of["x"], index, of["weights"], up, down, gate)
+    return moe_experts(of["x"], index, of["weights"], up, down, gate, max_rows=max_rows)
 
 
 def expected(of: dict[str, Tensor], index: Tensor, layout: str) -> Tensor:
@@ -253,6 +253,29 @@ def check_absent_weights(layout: str) -> None:
         outcomes.append([y, *torch.autograd.grad(y.square().sum(), list(of.values()))])
     for others in outcomes[1:]:
         assert all(torch.equal(one, other) for one, other in zip(outcomes[0], others, strict=True))
+
+
+def check_fewer_rows(layout: str) -> None:
+    """With room for the visits there are, nothing changes; with less, those of the last experts are absent."""
+    index = ROUTINGS["absent both ways"]
+    experts = torch.where((index >= 0) & (index < X), index, X).flatten()
+    visits = int((experts < X).sum())
+    for missing in (0, 5):
+        kept = index.flatten().clone()
+        kept[experts.argsort(stable=True)[visits - missing : visits]] = -1
+        of = {name: tensor.requires_grad_() for name, tensor in mixture(layout, torch.float64).items()}
+        outcomes = [run(of, index, layout, visits - missing), run(of, kept.view_as(index), layout)]
+        grad = random(T, H, seed=9)
+        for name, got, want in zip(
+            of, *(torch.autograd.grad(y, list(of.values()), grad) for y in outcomes), strict=True
+        ):
+            assert relative(got, want) <= 1e-12, name
+        assert relative(*outcomes) <= 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_for_fewer_rows_than_slots(layout: str) -> None:
+    check_fewer_rows(layout)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -335,3 +358,4 @@ def test_rows_that_need_no_fixed_place(layout: str, monkeypatch: pytest.MonkeyPa
         for name, got, want in zip(of, *grads, strict=True):
             assert relative(got, want) <= 1e-12 or not (want.any() or got.any()), name
     check_absent_weights(layout)
+    check_fewer_rows(layout)

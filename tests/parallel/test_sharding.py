@@ -129,7 +129,6 @@ def refusals() -> dict[str, str]:
         "twice": lambda: parallelize(twice, shard=RANKS),
         "sizes": lambda: parallelize(prepare(build()), replicate=2, shard=2),
         "sequence": lambda: parallelize(prepare(build()), sequence=2),
-        "expert": lambda: parallelize(prepare(build()), expert=2),
     }
     return {name: refusal(attempt) for name, attempt in attempts.items()}
 
@@ -229,7 +228,6 @@ def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks:
         ("twice", "the model is sharded already"),
         ("sizes", "replicate: 2 times shard: 2 is 4, and 2 processes run"),
         ("sequence", "sequence=2 is not there yet: packs are not divided"),
-        ("expert", "expert=2 is not there yet: experts are not divided"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(what: str, message: str, ranks: list[dict[str, Any]]) -> None:

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 __all__ = [
+    "PART",
     "CheckpointNames",
     "ExpertsLayout",
     "checkpoint_names",
     "experts_layout",
     "experts_per_token",
+    "has_divided_experts",
     "other_experts",
 ]
+
+#: The attribute of experts whose weights are those of a part of them, the others lying on other ranks.
+PART: Final = "_deltatune_part"
 
 #: What configs call k.
 _PER_TOKEN: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -75,6 +80,11 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
 def experts_per_token(config: Any, num_experts: int) -> int:
     """The experts that a token goes to; all of them where the config has no name for it that is known."""
     return next((int(getattr(config, name)) for name in _PER_TOKEN if getattr(config, name, None)), num_experts)
+
+
+def has_divided_experts(module: nn.Module) -> bool:
+    """Whether ranks hold experts of the module together."""
+    return any(PART in part.__dict__ for part in module.modules())
 
 
 def other_experts(text_model: nn.Module) -> dict[str, int]:

@@ -19,6 +19,7 @@ from deltatune.cost import Cost
 from deltatune.hf import attention_interface
 from deltatune.hf.cached import check_boundaries, is_cached_call, packed_call, stock_path
 from deltatune.hf.capture import keep_capture_hooks_outside
+from deltatune.hf.experts import has_divided_experts
 from deltatune.hf.forwards import replaced_since
 from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
@@ -72,7 +73,7 @@ class DecoderLayer(Swapped):
             return run_recorded(graphs_of(state).run, label, forward, self, hidden_states, *args, **kwargs)
         if state.checkpointing == "layer" and self.training and torch.is_grad_enabled():
             called = functools.partial(forward, self, **kwargs)
-            return checkpoint(called, hidden_states, *args, use_reentrant=False, **_contexts(state.sequence))
+            return checkpoint(called, hidden_states, *args, use_reentrant=False, **_contexts(self))
         return forward(self, hidden_states, *args, **kwargs)
 
     @classmethod
@@ -89,9 +90,10 @@ class DecoderLayer(Swapped):
         return attention_cost(attention.config, tokens, squares)
 
 
-def _contexts(group: SequenceGroup | None) -> dict[str, Any]:
+def _contexts(layer: DecoderLayer) -> dict[str, Any]:
     """What a layer checkpointed by itself keeps besides its input; in a graph the partitioner knows."""
-    if group is None or torch.compiler.is_compiling():
+    exchanges = layer._deltatune.sequence is not None or has_divided_experts(layer)
+    if torch.compiler.is_compiling() or not exchanges:
         return {}
     return {"context_fn": functools.partial(create_selective_checkpoint_contexts, [exchange])}
 

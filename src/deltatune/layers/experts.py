@@ -12,6 +12,7 @@ from deltatune import ops
 from deltatune.cost import Cost
 from deltatune.hf.cached import in_stock_path, reached
 from deltatune.hf.experts import ExpertsLayout, experts_layout, experts_per_token
+from deltatune.layers.dispatch import ExpertPart, mix_on_ranks
 from deltatune.ops import Adapter, ExpertLinear, Spec
 from deltatune.subclass import Swapped
 
@@ -33,10 +34,21 @@ class Experts(Swapped):
     down_proj: Tensor
     _apply_gate: Any
     act_fn: Any
+    #: set where the ranks of a group hold the experts together, and the weights here are those of a part of them
+    _deltatune_part: ExpertPart | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[N, E], [N, k], [N, k] -> [N, E]``; the stock forward inside a cached call."""
+        """``[N, E], [N, k], [N, k] -> [N, E]``; the stock forward inside a cached call.
+
+        Raises:
+            ValueError: a cached call of experts that ranks hold together.
+        """
         if in_stock_path(self):
+            if self._deltatune_part is not None:
+                raise ValueError(
+                    "a call with a key-value cache is one rank's own, and its experts lie on several; generate with "
+                    "the saved model, or leave the cache out (use_cache=False) and call the model on every rank"
+                )
             stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return stock
         return self.mix(hidden_states, top_k_index, top_k_weights, {})
@@ -56,19 +68,33 @@ class Experts(Swapped):
                 f"{type(self).__name__}: its experts changed since prepare, and are no two fused linear layers now; "
                 "call prepare(model) again"
             )
-        return ops.moe_experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            self._linear(layout, layout.up, adapters),
-            self._linear(layout, "down_proj", adapters),
-            self._apply_gate if layout.gated else self.act_fn,
-            impl=self._deltatune.options.kernels["grouped_mm"],
-        )
+        part = self._deltatune_part
+        up, down = (self._linear(layout, name, adapters, part) for name in (layout.up, "down_proj"))
 
-    def _linear(self, layout: ExpertsLayout, name: str, adapters: Mapping[str, Sequence[Adapter]]) -> ExpertLinear:
+        def mix(tokens: Tensor, index: Tensor, weights: Tensor, max_rows: int | None) -> Tensor:
+            return ops.moe_experts(
+                tokens,
+                index,
+                weights,
+                up,
+                down,
+                self._apply_gate if layout.gated else self.act_fn,
+                max_rows=max_rows,
+                impl=self._deltatune.options.kernels["grouped_mm"],
+            )
+
+        if part is None:
+            return mix(hidden_states, top_k_index, top_k_weights, None)
+        return mix_on_ranks(hidden_states, top_k_index, top_k_weights, part, mix)
+
+    def _linear(
+        self, layout: ExpertsLayout, name: str, adapters: Mapping[str, Sequence[Adapter]], part: ExpertPart | None
+    ) -> ExpertLinear:
         weight: Tensor = getattr(self, name)
         bias: Tensor | None = getattr(self, f"{name}_bias") if layout.biased else None
+        if part is not None and part.dtype is not None and weight.dtype == torch.float32:
+            # what is sharded around them is gathered so
+            weight, bias = weight.to(part.dtype), None if bias is None else bias.to(part.dtype)
         return ExpertLinear(weight.mT if layout.transposed else weight, bias, adapters.get(name, ()))
 
     @classmethod

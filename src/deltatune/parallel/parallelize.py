@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.hf.model import device_of
+from deltatune.parallel.experts import DividedExperts, check_expert_size, divide_experts
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import choose_sizes
-from deltatune.parallel.state import clip_grad_norm_, gathered_state
+from deltatune.parallel.state import clip_grad_norm_, copy_parts, gathered_state
 from deltatune.preparation import Prepared
 
 __all__ = ["Parallel", "parallelize"]
@@ -28,24 +31,53 @@ class Parallel:
             the global number of targets is multiplied by ``mesh.data_size``.
         mesh: the processes, and which packs this one reads: ``packs[mesh.data_rank :: mesh.data_size]``.
         prepared: what was parallelized.
+        experts: what ranks hold of the experts; None where each has them all.
     """
 
     model: nn.Module
     mesh: Mesh
     prepared: Prepared
+    experts: DividedExperts | None = None
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales gradients down to this norm over all ranks; returns the norm before, the same on every rank."""
+        if self.experts is not None:
+            return self.experts.clip_grad_norm_(self.model, max_norm)
         return clip_grad_norm_(self.model, max_norm)
+
+    def check(self) -> float:
+        """The capacity for experts that the steps so far needed, at most; 1 where each rank has all experts.
+
+        Every rank calls it, each time it logs, say: it waits for the device, and a step does not.
+
+        Raises:
+            UserError: on every rank, more than ``expert_capacity``, so that visits of tokens to experts were left out;
+                with the layer, the rank and what would have been enough.
+        """
+        return 1.0 if self.experts is None else self.experts.check()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole tensors by the names of the model without shards, in host memory, on rank 0; every rank calls it.
 
         ``prepared.model.save_pretrained(folder, state_dict=...)`` on rank 0 writes the files of an unsharded model.
         """
+        if self.experts is not None:
+            return gathered_state(self.prepared.model, whole_of=self.experts.whole)
         if self.mesh.shard_size > 1:
             return gathered_state(self.prepared.model)
         return self.prepared.model.state_dict() if self.mesh.data_rank == 0 else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies whole tensors into the model, by the names that ``state_dict`` gives; every rank has them all.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        model = self.prepared.model
+        if self.experts is not None:
+            own = model.state_dict(keep_vars=True)
+            state = {name: self.experts.part_of(whole, own[name]) for name, whole in state.items()}
+        copy_parts(model, state)
 
 
 def parallelize(
@@ -55,6 +87,7 @@ def parallelize(
     shard: int = 1,
     sequence: int = 1,
     expert: int = 1,
+    expert_capacity: float = 1.5,
     param_dtype: torch.dtype | None = None,
 ) -> Parallel:
     """Divides a prepared model among the processes of the default process group, in place.
@@ -68,27 +101,49 @@ def parallelize(
         prepared: what ``prepare`` returned, on the device where it will train, adapters included.
         replicate: copies of the weights; None for as many as the processes make.
         shard: processes that hold one copy.
-        sequence, expert: 1.
+        sequence: 1.
+        expert: processes that hold the routed experts of a mixture together, neighbours too, each as many of a layer;
+            the rest of the weights goes by the other two. Tokens travel to their experts, so the processes call the
+            model together, with batches of as many tokens.
+        expert_capacity: how many times its even share of all visits of tokens to experts a process has room for. What
+            is beyond would be left out, and ``Parallel.check`` raises; from ``expert`` on that cannot be.
         param_dtype: what float32 weights are gathered and computed with in, such as ``torch.bfloat16``; the decay of
             recurrent layers stays float32, and gradients are averaged in float32. Needs ``shard``; None computes in the
             weights' own dtype.
 
     Raises:
         ValueError: sizes that are not the number of processes, an axis that is not there, a model that is sharded
-            already, compiled as a whole, or of several dtypes that train together.
+            already, compiled as a whole, or of several dtypes that train together, or whose experts ``expert`` does not
+            divide.
     """
-    for name, size, why in (("sequence", sequence, "packs"), ("expert", expert, "experts")):
-        if size != 1:
-            raise ValueError(f"{name}={size} is not there yet: {why} are not divided; leave it out")
+    if sequence != 1:
+        raise ValueError(f"sequence={sequence} is not there yet: packs are not divided; leave it out")
+    if expert != 1:
+        check_expert_size(prepared.model, expert, expert_capacity)
     if not dist.is_initialized():
         raise ValueError("several processes must have met: call torch.distributed.init_process_group() first")
     sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard)
     mesh = Mesh(dist.get_world_size(), dist.get_rank(), sizes.shard)
     model, device = prepared.model, device_of(prepared.model)
-    if sizes.shard > 1:
-        shard_model(model, mesh.weights_mesh(device.type), param_dtype=param_dtype)
-        return Parallel(model, mesh, prepared)
-    if param_dtype is not None:
+    if sizes.shard == 1 and param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
-    placed = None if device.type == "cpu" else [device]
-    return Parallel(DistributedDataParallel(model, device_ids=placed), mesh, prepared)
+    experts = None
+    if expert != 1:
+        experts = divide_experts(model, mesh, expert, capacity=expert_capacity, dtype=param_dtype)
+    apart = set[nn.Parameter]() if experts is None else set(experts.parameters)
+    if sizes.shard > 1:
+        shard_model(model, mesh.weights_mesh(device.type), param_dtype=param_dtype, beside=apart)
+        return Parallel(model, mesh, prepared, experts)
+    return Parallel(_replicated(model, device, apart), mesh, prepared, experts)
+
+
+def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> nn.Module:
+    """With gradients averaged over all processes, but for those of ``apart``."""
+    ddp: Any = DistributedDataParallel
+    if apart:
+        names = [name for name, weight in model.named_parameters() if weight in apart]
+        ddp._set_params_and_buffers_to_ignore_for_model(model, names)
+        if not any(weight.requires_grad for weight in model.parameters() if weight not in apart):
+            return model
+    replicated: nn.Module = ddp(model, device_ids=None if device.type == "cpu" else [device])
+    return replicated

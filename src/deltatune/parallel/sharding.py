@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,13 @@ from deltatune.subclass import Swapped
 __all__ = ["full_precision_parameters", "shard_model"]
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    beside: AbstractSet[nn.Parameter] = frozenset(),
+) -> None:
     """Applies ``fully_shard`` to a prepared model, in place: rank ``r`` of ``S`` keeps the r-th part of every weight.
 
     A unit is gathered before its forward and freed after it, again in backward, and its gradients are then averaged
@@ -34,29 +41,30 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype 
             device, the meta device included.
         mesh: ``[shard]`` or ``[replicate, shard]``; its device type is where the shards lie.
         param_dtype: of weights and activations inside the layers; None for the weights' own.
+        beside: weights that stay as they are, being divided already.
 
     Raises:
         ValueError: a model that is not prepared or already sharded, one compiled as a whole, or weights of several
             dtypes that train in one unit.
     """
     base, text = hf_model.base_model(model), hf_model.text_model(model)
-    _refuse(model, base, text)
+    _refuse(base, text, sharded=not beside and hf_model.is_sharded(model))
     in_full = full_precision_parameters(model)
     units, head = list(gathered_units(model)), head_unit(model)
-    _refuse_mixed(model, units, in_full)
+    _refuse_mixed(model, units, in_full, beside)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     in_units = {weight for unit in units for weight in unit.parameters()}
     # from the outside in: a unit takes all that it can see and is not told to leave
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=in_units | in_full)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=in_units | in_full | beside)
     if in_full:
         others = set(model.parameters()) - in_full
         own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(text, mesh=mesh, mp_policy=own, ignored_params=others, reshard_after_forward=False)
-    sharded = full_precision_parameters(model)
+    apart = full_precision_parameters(model) | beside
     for unit in units:
         # backward begins with the head
         frees = unit is not head
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=sharded, reshard_after_forward=frees)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=frees)
     if head is not None:
         with_loss_of_its_own(cast("FSDPModule", head))
 
@@ -71,10 +79,10 @@ def full_precision_parameters(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def _refuse(model: nn.Module, base: nn.Module, text: nn.Module) -> None:
+def _refuse(base: nn.Module, text: nn.Module, *, sharded: bool) -> None:
     if not isinstance(base, CausalLM):
         raise ValueError(f"expected a prepared model with a head, got {type(base).__name__}; call prepare(model) first")
-    if hf_model.is_sharded(model):
+    if sharded:
         raise ValueError("the model is sharded already; shard a model once")
     options = cast("Any", text)._deltatune.options
     if options.compile is not None and options.compile.scope == "model":
@@ -84,11 +92,13 @@ def _refuse(model: nn.Module, base: nn.Module, text: nn.Module) -> None:
         )
 
 
-def _refuse_mixed(model: nn.Module, units: list[nn.Module], in_full: set[nn.Parameter]) -> None:
+def _refuse_mixed(
+    model: nn.Module, units: list[nn.Module], in_full: set[nn.Parameter], beside: AbstractSet[nn.Parameter]
+) -> None:
     """One gradient reduction has one dtype."""
     named = {weight: name for name, weight in model.named_parameters()}
-    inside = [set(unit.parameters()) - in_full for unit in units]
-    for weights in (*inside, in_full, set(model.parameters()).difference(in_full, *inside)):
+    inside = [set(unit.parameters()) - in_full - beside for unit in units]
+    for weights in (*inside, in_full, set(model.parameters()).difference(in_full, beside, *inside)):
         trained = {weight.dtype: named[weight] for weight in weights if weight.requires_grad}
         if len(trained) > 1:
             examples = " and ".join(f"{name} ({dtype})" for dtype, name in trained.items())

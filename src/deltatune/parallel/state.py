@@ -11,10 +11,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_ as clip
 
-__all__ = ["clip_grad_norm_", "copy_parts", "gathered_state", "part_of", "reshard"]
+__all__ = ["clip_grad_norm_", "copy_parts", "gathered_state", "part_of", "reshard", "whole_tensor"]
 
 
-def gathered_state(model: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+def whole_tensor(weight: Tensor) -> Tensor:
+    """A weight out of its shards; every rank that holds a part calls it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def gathered_state(
+    model: nn.Module,
+    wanted: Callable[[str], bool] = lambda _: True,
+    whole_of: Callable[[Tensor], Tensor] = whole_tensor,
+) -> dict[str, Tensor]:
     """``state_dict()`` of a sharded model with whole tensors, in host memory, on rank 0; empty on the others.
 
     Every rank calls it. Names that share a weight share the tensor, as without shards; one tensor at a time is whole on
@@ -23,14 +32,14 @@ def gathered_state(model: nn.Module, wanted: Callable[[str], bool] = lambda _: T
     Args:
         model: as ``shard_model`` left it.
         wanted: which names to gather.
+        whole_of: makes a weight whole.
     """
     found, by_weight, first = {}, dict[int, Tensor](), dist.get_rank() == 0
     for name, weight in model.state_dict(keep_vars=True).items():
         if not wanted(name):
             continue
         if id(weight) not in by_weight:
-            whole = weight.detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            whole = whole_of(weight).detach()
             by_weight[id(weight)] = whole.cpu() if first else whole.new_empty(0)
         found[name] = by_weight[id(weight)]
     return found if first else {}

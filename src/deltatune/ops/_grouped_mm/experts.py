@@ -1,6 +1,7 @@
 """The experts of a mixture as two grouped linear layers, traceable and independent token by token."""
 
-# T tokens, k experts of a token, R = T * k rows, X experts, H hidden width, I width of an expert, F before its gate
+# T tokens, k experts of a token, R rows (T * k, or max_rows and one), X experts, H hidden width, I width of an expert,
+# F before its gate
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ def moe_experts(
     down: ExpertLinear,
     gate: Callable[[Tensor], Tensor],
     *,
+    max_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``sum_j w_j * down_e(gate(up_e(x)))`` over the k experts ``e = top_k_index_j`` of a token, ``w_j`` its weights.
@@ -53,6 +55,8 @@ def moe_experts(
         up: from H to F.
         down: from I to H.
         gate: ``[R, F] -> [R, I]``, row by row, such as ``silu(first half) * second half``.
+        max_rows: how many slots are not absent at most, where that is known to be fewer than ``T * k``: memory is for
+            so many. What is routed beyond is absent, in silence: the caller counts.
         impl: of ``grouped_linear``. With ``"reference"`` on a CPU a token's result and gradient do not depend on the
             other tokens, or on where those are routed, by a single bit.
 
@@ -73,10 +77,10 @@ def moe_experts(
     )
     (cast,) = autocast(hidden)  # as the products see it
     impls = [choose(GroupedMmSpec(cast.device, cast.dtype, layer.weight.shape), impl).impl for layer in (up, down)]
-    rows = route(top_k_index, sizes["X"])
+    rows = route(top_k_index, sizes["X"], max_rows)
     copies = rows.copies(sizes["k"])
     # a select: zero times what is not finite is not zero
-    present = (top_k_index >= 0) & (top_k_index < sizes["X"])
+    present = rows.place.view_as(top_k_index) < rows.offsets[-1]
     top_k_weights = torch.where(present, top_k_weights, 0)
 
     inner = checked_grouped_linear(op, hidden, up.weight, rows.offsets, up.adapters, impl, copies)

@@ -3,7 +3,7 @@
 Shapes depend on T and k alone, whatever the routing. Every move is a gather, forward and backward.
 """
 
-# T tokens, k experts a token goes to, R = T * k rows, X experts, H hidden width
+# T tokens, k experts a token goes to, R rows (T * k unless fewer are asked for), X experts, H hidden width
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Routing(NamedTuple):
     """The rows of a batch: one for each token and expert it goes to, sorted by expert, absent ones last."""
 
     order: Tensor  # [R] int64, the slot t * k + j of each row
-    place: Tensor  # [R] int64, the row of each slot
+    place: Tensor  # [T * k] int64, the row of each slot
     experts: Tensor  # [R] int64, sorted; X of absent rows
     offsets: Tensor  # [X] int32, where each expert's rows end
 
@@ -32,14 +32,21 @@ class Routing(NamedTuple):
         return Copies(self.order // top_k, self.place.view(-1, top_k))
 
 
-def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    """Of experts ``[T, k]``; an id outside ``[0, X)``, -1 and X among them, marks a slot that goes nowhere."""
+def route(top_k_index: Tensor, num_experts: int, max_rows: int | None = None) -> Routing:
+    """Of experts ``[T, k]``; an id outside ``[0, X)``, -1 and X among them, marks a slot that goes nowhere.
+
+    With ``max_rows`` there is a place for so many slots that go somewhere, and ``R = max_rows + 1``: the last row is
+    absent, and the row of every slot without one.
+    """
     slots = top_k_index.flatten().long()
     # before the sort: below 0 they would come first, and be taken for the rows of expert 0
     slots = torch.where((slots >= 0) & (slots < num_experts), slots, num_experts)
     order = slots.argsort(stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     experts = slots[order]
+    if max_rows is not None and max_rows < order.shape[0]:
+        order, place = order[: max_rows + 1], place.clamp(max=max_rows)
+        experts = torch.constant_pad_nd(experts[:max_rows], (0, 1), num_experts)
     each = torch.arange(num_experts, device=order.device, dtype=experts.dtype)
     return Routing(order, place, experts, torch.searchsorted(experts, each, right=True, out_int32=True))
 

@@ -14,8 +14,8 @@ __all__ = ["LoraGatedSpec"]
 
 #: Columns of one layer's adapters that the kernels hold at once.
 _WIDEST: Final = 64
-#: Up to how many columns ``"auto"`` takes the kernels. At 16 they are ahead of the reference compiled (4% at 6144 outputs,
-#: 2% at 12288, forward and backward on an H200), at 64 behind it; fewer than 16 cost what 16 do.
+#: Up to how many columns ``"auto"`` takes the kernels. At 16 they are ahead of the compiled reference (4% at 6144
+#: outputs, 2% at 12288, forward and backward on an H200), at 64 behind it; fewer than 16 cost what 16 do.
 _PAYS: Final = 16
 
 

@@ -1,0 +1,233 @@
+"""Expert parallel: the ranks of a group hold the routed experts of every layer together, each consecutive ones."""
+
+# P ranks of a group, X experts of a layer, L = X / P of a rank, D data ranks, r rank of an adapter, N its output width
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from deltatune.errors import UserError
+from deltatune.hf import model as hf_model
+from deltatune.hf.experts import PART, experts_layout, other_experts
+from deltatune.layers.dispatch import CAPACITY_STEPS, ExpertPart
+from deltatune.layers.experts import Experts
+from deltatune.lora.parameters import is_parameter_lora
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.state import whole_tensor
+
+__all__ = ["DividedExperts", "check_expert_size", "divide_experts", "expert_sizes"]
+
+EXPERT: Final = "expert"
+
+
+class Division(NamedTuple):
+    """How a tensor lies on ranks."""
+
+    experts: int  # X
+    innermost: bool  # experts come last, as in PEFT's B ``[N, r X]``; otherwise first
+
+    def part(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """Of one rank, with storage of its own."""
+        if self.innermost:
+            return whole.view(whole.shape[0], -1, self.experts).chunk(size, -1)[rank].flatten(1).clone()
+        return whole.chunk(size)[rank].clone()
+
+    def whole(self, parts: list[Tensor]) -> Tensor:
+        """Of those of all ranks."""
+        if self.innermost:
+            held = self.experts // len(parts)
+            return torch.cat([part.view(part.shape[0], -1, held) for part in parts], -1).flatten(1)
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class DividedExperts:
+    """What ``divide_experts`` made of a model.
+
+    Attributes:
+        group: P ranks that hold all experts together.
+        capacity: of every layer; see ``ExpertPart``.
+        loads: of the layers, by the paths of their experts: ``ExpertPart.load``.
+        parameters: weights, biases and adapters of experts, of which this rank holds a part.
+    """
+
+    group: ProcessGroup
+    capacity: float
+    loads: Mapping[str, Tensor]
+    parameters: Mapping[nn.Parameter, Division]
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """A weight of the model before it was divided; every rank calls it with each."""
+        division = self._division(weight)
+        if division is None:
+            return whole_tensor(weight)
+        part = weight.detach().contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.group.size())]
+        dist.all_gather(parts, part, group=self.group)
+        return division.whole(parts)
+
+    def part_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        """This rank's experts of a whole tensor, where ``like`` holds experts; else the tensor itself."""
+        division = self._division(like)
+        return whole if division is None else division.part(whole, self.group.rank(), self.group.size())
+
+    def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scales gradients down to a norm of ``max_norm``, in which each weight counts once, whoever holds it."""
+        own = [p.grad for p in model.parameters() if p.grad is not None and p not in self.parameters]
+        experts = [p.grad for p in self.parameters if p.grad is not None]
+        device = hf_model.device_of(model)
+        square = get_total_norm(experts).to(device).square()
+        dist.all_reduce(square, group=self.group)
+        norm = (whole_tensor(get_total_norm(own)).to(device).square() + square).sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in (*own, *experts):
+            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
+        return norm
+
+    def check(self) -> float:
+        """The capacity that calls so far needed, at most; every rank calls it, and waits for the device.
+
+        Raises:
+            UserError: it is more than there is, so that visits of tokens to experts were left out; on every rank.
+        """
+        mine = torch.cat([*self.loads.values()])
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        by_rank = torch.stack(every).cpu()
+        worst = float(by_rank.max())
+        if worst > self.capacity:
+            rank, layer = divmod(int(by_rank.argmax()), len(self.loads))
+            most = self.group.size()
+            more = f"{worst * 1.2:.2f}, or to {most}" if worst * 1.2 < most else f"{most}"
+            raise UserError(
+                f"{[*self.loads][layer]}: rank {rank} needed room for {worst:.3f} times its even share of all visits "
+                f"to experts and has it for {self.capacity:g}, so visits were left out and what was trained since the "
+                f"last check is not right; set expert_capacity to {more}, which is enough whatever routers do"
+            )
+        return worst
+
+    def _division(self, weight: Tensor) -> Division | None:
+        return self.parameters.get(weight) if isinstance(weight, nn.Parameter) else None
+
+
+def expert_sizes(model: nn.Module) -> tuple[int, ...]:
+    """The numbers of ranks P that can hold a prepared model's experts together, ascending, 1 among them."""
+    counts = {_count(module) for _, module in _experts(model)}
+    return tuple(size for size in range(1, min(counts, default=1) + 1) if not any(count % size for count in counts))
+
+
+def check_expert_size(model: nn.Module, size: int, capacity: float) -> None:
+    """Checks that so many ranks can hold a prepared model's experts together; no process group is needed.
+
+    Raises:
+        ValueError: a model without experts, or with some that are not known, that is divided already, or whose experts
+            are no multiple of ``size``; with the sizes that can be. A capacity below 1.
+    """
+    if hf_model.is_sharded(model):
+        raise ValueError("the model is sharded already; divide experts in the same call")
+    others = other_experts(hf_model.text_model(model))
+    if others or not any(True for _ in _experts(model)):
+        why = f"its experts are in a layout that is not known ({', '.join(others)})" if others else "it has no experts"
+        raise ValueError(f"expert={size}: {why}; leave expert out")
+    sizes = expert_sizes(model)
+    if size not in sizes:
+        counts = " and ".join(sorted({str(_count(module)) for _, module in _experts(model)}))
+        choices = ", ".join(map(str, sizes))
+        raise ValueError(f"expert={size} does not divide {counts} experts; set expert to one of {choices}")
+    if capacity < 1:
+        raise ValueError(f"expert_capacity={capacity:g}: a rank's even share is 1; set it between 1 and {size}")
+
+
+def divide_experts(
+    model: nn.Module, mesh: Mesh, size: int, *, capacity: float, dtype: torch.dtype | None = None
+) -> DividedExperts:
+    """Leaves each rank its experts of every layer, in place, and makes layers send tokens to the ranks that hold them.
+
+    ``size`` neighbours hold all experts together. Where there are more data ranks, others hold the same experts.
+
+    Gradients of experts come from the tokens of all ranks of a group. They are summed over the groups, and divided by
+    D, as the gradients of all other weights are averaged over D ranks.
+
+    Args:
+        model: as ``check_expert_size`` takes it, on its device; adapters included.
+        mesh: the data ranks, all processes among them.
+        size: P.
+        capacity: how many times its even share of tokens' visits a rank has room for.
+        dtype: what float32 weights of experts are computed with in.
+
+    Raises:
+        ValueError: a size that does not divide the number of processes.
+    """
+    processes = dist.get_world_size()
+    if processes % size:
+        sizes = ", ".join(str(choice) for choice in expert_sizes(model) if processes % choice == 0)
+        raise ValueError(f"expert={size} does not divide {processes} processes; set expert to one of {sizes}")
+    device = hf_model.device_of(model)
+    shape = (processes // size, size)
+    made = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", EXPERT))
+    group, replicas = made.get_group(EXPERT), made.get_group("replicate")
+    capacity = math.ceil(capacity * CAPACITY_STEPS) / CAPACITY_STEPS
+    loads, parameters = dict[str, Tensor](), dict[nn.Parameter, Division]()
+    for path, module in _experts(model):
+        # not a scalar, which Dynamo takes for a number of Python's in float64 on a CPU, and loses what a graph writes
+        load = loads[path] = torch.zeros(1, dtype=torch.float64, device=device)
+        held = _count(module) // size
+        parameters |= {weight: Division(held * size, innermost=False) for weight in module.parameters(recurse=False)}
+        module.__dict__[PART] = ExpertPart(group.group_name, size, group.rank(), held, capacity, load, dtype)
+    for wrapper in _wrappers(model):
+        held = wrapper.num_experts // size
+        for factors, innermost in ((wrapper.lora_A, False), (wrapper.lora_B, True)):
+            parameters |= {factor.weight: Division(held * size, innermost) for factor in factors.values()}
+        wrapper.num_experts = held
+    scale = functools.partial(_of_all_ranks, divisor=mesh.data_size, replicas=replicas)
+    for weight, division in parameters.items():
+        weight.data = division.part(weight.data, group.rank(), size)
+        if weight.requires_grad:
+            hooked: Any = weight
+            hooked.register_hook(scale)
+    for wrapper in _wrappers(model):
+        for down, up in zip(wrapper.lora_A.values(), wrapper.lora_B.values(), strict=True):
+            down.out_features = up.in_features = down.weight.shape[0]
+    return DividedExperts(group, capacity, loads, parameters)
+
+
+def _of_all_ranks(grad: Tensor, divisor: int, replicas: ProcessGroup) -> Tensor:
+    grad = grad / divisor
+    if replicas.size() > 1:
+        dist.all_reduce(grad, group=replicas)
+    return grad
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """By path; each once."""
+    for path, module in model.named_modules():
+        if isinstance(module, Experts) and experts_layout(module) is not None:
+            yield path, module
+
+
+def _wrappers(model: nn.Module) -> Iterator[Any]:
+    """PEFT's wrappers around Parameters of experts, whichever adapters are active."""
+    for module in model.modules():
+        if is_parameter_lora(module):
+            inside: Any = module
+            while hasattr(inside, "parameter_name"):
+                inside = inside.base_layer
+            if isinstance(inside, Experts):
+                yield module
+
+
+def _count(module: Any) -> int:
+    """X of experts that are whole."""
+    return int(module.down_proj.shape[0])
