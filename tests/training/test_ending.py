@@ -241,3 +241,25 @@ def test_a_finished_run_that_is_resumed_as_it_was_keeps_its_figures(tmp_path: Pa
     figures = (tmp_path / "output" / "metrics.json").read_text()
     train(recipe(tmp_path, checkpoint, **once), resume=True, console=QUIET)
     assert (tmp_path / "output" / "metrics.json").read_text() == figures
+
+
+def strict(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_evaluations_that_are_no_numbers_leave_json_and_are_never_the_best(
+    tmp_path: Path, checkpoint: Path, evaluations: Any
+) -> None:
+    keep = {"load_best_model_at_end": True}
+    evaluations([float("nan"), float("nan")])
+    train(recipe(tmp_path, checkpoint, **keep, max_steps=2), console=QUIET)
+    files = [path for path in (tmp_path / "output").rglob("*.json") if path.name != "tokenizer.json"]
+    assert {"trainer_state.json", "metrics.json", "run.json", "manifest.json"} <= {path.name for path in files}
+    assert [strict(path.read_text()) for path in files]
+    evaluations([3.0, 2.0])
+    train(recipe(tmp_path, checkpoint, **keep, max_steps=4), resume=True, console=QUIET)
+    metrics = strict((tmp_path / "output" / "metrics.json").read_text())
+    assert (metrics["best_step"], metrics["best_eval_loss"]) == (4, 2.0)

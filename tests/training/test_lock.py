@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,12 @@ def test_the_lock_of_another_process_holds_while_it_runs(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "holder",
-    ["", "[]", json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": "1"})],
-    ids=["empty", "broken", "the number of another process"],
+    [
+        "",
+        "[]",
+        *(json.dumps({"pid": pid, "host": socket.gethostname(), "started": "1"}) for pid in (os.getppid(), 10**30, -1)),
+    ],
+    ids=["empty", "broken", "the number of another process", "too large a number", "a group of processes"],
 )
 def test_a_stale_lock_is_taken_over(tmp_path: Path, holder: str) -> None:
     (tmp_path / ".lock").write_text(holder)
@@ -79,6 +84,17 @@ def test_a_lock_that_nobody_goes_on_writing_is_taken_over(tmp_path: Path, monkey
     (tmp_path / ".lock").write_text("")
     with locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_an_empty_lock_of_a_clock_that_is_ahead_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_WRITING", 0.3)
+    (tmp_path / ".lock").write_text("")
+    os.utime(tmp_path / ".lock", (time.time() + 60,) * 2)
+    began = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - began < 10
 
 
 def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from deltatune.training.resuming import restore_settings
+from deltatune.errors import UserError
+from deltatune.training.resuming import restore_settings, step_of
 
 
 def built(lr: float, weight_decay: float) -> tuple[AdamW, LambdaLR]:
@@ -62,6 +64,13 @@ def test_a_longer_schedule_acts_from_the_next_step() -> None:
     schedule.load_state_dict(saved[1])
     restore_settings(optimizer, schedule, given)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("content", ['{"global_step": 3, "of_a_later_version": 1}', "[]", "{"])
+def test_a_state_of_another_version_is_said_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(UserError, match=r"trainer_state\.json cannot be read by transformers .*; install the version"):
+        step_of(tmp_path)
 
 
 def test_other_settings_are_those_of_the_groups_as_they_are_built() -> None:
