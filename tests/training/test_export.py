@@ -183,6 +183,11 @@ def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path, error:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3"
 
 
+def test_a_card_may_name_files_of_any_bytes(tmp_path: Path) -> None:
+    save_trained(tiny_model("qwen3", layers=1), None, tmp_path, card="trained on caf\udce9.jsonl")
+    assert (tmp_path / "README.md").read_text() == r"trained on caf\udce9.jsonl"
+
+
 def write_half(path: Path) -> None:
     with staged(path) as folder:
         (folder / "half").write_text("")
