@@ -243,6 +243,24 @@ def test_a_finished_run_that_is_resumed_as_it_was_keeps_its_figures(tmp_path: Pa
     assert (tmp_path / "output" / "metrics.json").read_text() == figures
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_best_checkpoint_is_not_returned_to(
+    tmp_path: Path, checkpoint: Path, evaluations: Any, damage: str
+) -> None:
+    keep = {"load_best_model_at_end": True}
+    evaluations([1.0, 2.0])
+    train(recipe(tmp_path, checkpoint, **keep, max_steps=2), console=QUIET)
+    weights = tmp_path / "output" / "checkpoint-1" / "adapter_model.safetensors"
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:99])
+    evaluations([3.0])
+    found = train(recipe(tmp_path, checkpoint, **keep, max_steps=3), resume=True, console=QUIET).metrics
+    assert (found["saved_step"], found["best_step"], found["best_checkpoint"]) == (3, 1, None)
+    assert same(tmp_path / "output", tmp_path / "output" / "checkpoint-3")
+
+
 def strict(text: str) -> Any:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")

@@ -31,6 +31,14 @@ def test_a_folder_is_held_and_let_go(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_the_lock_of_whoever_has_taken_the_folder_since_stays(tmp_path: Path) -> None:
+    """As after its user removed a lock of which another run was still the holder."""
+    theirs = json.dumps({"pid": 1, "host": "elsewhere", "started": None})
+    with locked(tmp_path):
+        (tmp_path / ".lock").write_text(theirs)
+    assert (tmp_path / ".lock").read_text() == theirs
+
+
 def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError
@@ -84,6 +92,12 @@ def test_a_lock_that_nobody_goes_on_writing_is_taken_over(tmp_path: Path, monkey
     (tmp_path / ".lock").write_text("")
     with locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_folder_that_takes_no_lock_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock cannot be written: Is a directory; make room, or"), locked(tmp_path):
+        pass
 
 
 def test_an_empty_lock_of_a_clock_that_is_ahead_is_not_waited_for(

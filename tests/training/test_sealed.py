@@ -48,6 +48,16 @@ def test_a_checkpoint_is_whole_and_tells_of_itself(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+def test_a_name_is_on_the_disk_before_what_it_replaces_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power keeps what was synced."""
+    place, seen = checkpoint(tmp_path, 3), []
+    monkeypatch.setattr(
+        sealed, "_sync", lambda path: seen.append((path, (tmp_path / ".replaced-checkpoint-3").exists()))
+    )
+    checkpoint(tmp_path, 3, b"anew")
+    assert seen[-1] == (place.parent, True)
+
+
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", ["removed", "cut", "other bytes"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path, name: str, damage: str) -> None:

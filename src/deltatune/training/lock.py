@@ -28,12 +28,16 @@ def locked(output_dir: Path, remedy: str = "choose another training.output_dir")
     """Holds a folder for this process; the lock of one that is gone is taken over, by one process.
 
     Raises:
-        UserError: a process that goes on holds the folder; ``remedy`` is what else the user may do.
+        UserError: a process that goes on holds the folder, or no file can be written there; ``remedy`` is what else the
+            user may do.
     """
     file = output_dir / LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid())}
-    while not (_create(file, mine) or _take_over(file, mine, remedy)):
-        pass
+    try:
+        while not (_create(file, mine) or _take_over(file, mine, remedy)):
+            pass
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}; make room, or {remedy}") from error
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from deltatune.errors import UserError, one_line
 from deltatune.training.export import write_json
+from deltatune.training.sealed import damage_of
 
 __all__ = ["best_beside", "make_valid_json", "restore_settings", "state_of", "step_of"]
 
@@ -53,7 +54,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def best_beside(checkpoint: Path) -> str | None:
-    """The best checkpoint that a checkpoint's state names: beside it, or else where the state says; None if it is gone.
+    """The best checkpoint that a checkpoint's state names: beside it, or else where the state says.
+
+    None if it is gone, or damaged: the Trainer would end with the last weights and call them the best.
 
     The state holds the path as it was written then: the folder may have moved, or go by another path now.
     """
@@ -61,7 +64,7 @@ def best_beside(checkpoint: Path) -> str | None:
     if named is None:
         return None
     places = (checkpoint.parent / Path(named).name, Path(named))
-    return next((str(place) for place in places if place.is_dir()), None)
+    return next((str(place) for place in places if damage_of(place) is None), None)
 
 
 def restore_settings(optimizer: Optimizer, scheduler: Any, given: Sequence[Mapping[str, Any]]) -> None:
