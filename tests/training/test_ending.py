@@ -261,6 +261,15 @@ def test_a_damaged_best_checkpoint_is_not_returned_to(
     assert same(tmp_path / "output", tmp_path / "output" / "checkpoint-3")
 
 
+def test_where_a_run_stops_early_a_checkpoint_is_saved(tmp_path: Path, checkpoint: Path, evaluations: Any) -> None:
+    """None is due there, and without one a resumed run would train the steps since the last again."""
+    stopping = recipe(tmp_path, checkpoint, early_stopping_patience=2, save_steps=8)
+    evaluations([1.0, 2.0, 3.0])
+    train(stopping, console=QUIET)
+    assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert train(stopping, resume=True, console=QUIET).metrics["leg"]["steps"] == 0
+
+
 def strict(text: str) -> Any:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
