@@ -49,6 +49,13 @@ def test_a_killed_leg_says_how_far_it_came_and_the_next_one_that_it_was_killed(t
     assert json.loads((tmp_path / "run.json").read_text())["model"] == {"class": "M"}
 
 
+def test_a_checkpoint_is_noted_when_it_is_saved(tmp_path: Path) -> None:
+    """A leg that logs seldom, and is killed, came this far."""
+    state: Any = SimpleNamespace(global_step=7)
+    leg_of(tmp_path).on_save(None, state, None)  # type: ignore[arg-type]
+    assert legs(tmp_path)[0]["to_step"] == 7
+
+
 @pytest.mark.parametrize("content", ["[]", '{"legs": 3}', '{"legs": [1, "x"]}', "[" * 100_000])
 def test_a_record_that_says_something_else_is_begun_anew(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
