@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -129,3 +130,12 @@ def test_interrupted(monkeypatch, capsys) -> None:
     command_that_raises(monkeypatch, KeyboardInterrupt())
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_locale_that_lacks_a_character_ends_no_command(tmp_path) -> None:
+    (tmp_path / "läuft").mkdir()
+    (tmp_path / "läuft" / "run.json").write_text("{}")
+    command = [sys.executable, "-m", "deltatune", "report", str(tmp_path / "läuft")]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f"the report is in {tmp_path}/l?uft/report.html".encode() in done.stdout

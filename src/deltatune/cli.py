@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import keyword
 import os
 import sys
@@ -28,6 +29,7 @@ _PREFLIGHT = {"plan": "preflight", "train": "preflight_training"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     debug, places = False, {}
+    _take_all_characters()
     try:
         args = _parser().parse_args(argv)
         debug = args.debug
@@ -59,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {place}{missing if is_missing(error) else one_line(error)}\n")
         return 2
     return status
+
+
+def _take_all_characters() -> None:
+    """A locale whose encoding lacks a character of ours, or of a file's name, shows a question mark for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -51,3 +51,9 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys) -> None:
     errors = capsys.readouterr().err.splitlines()
     assert [error.split(":")[0] for error in errors] == ["error", "error"]
     assert errors[1].endswith("cannot be written: File name too long; choose another file with --output")
+
+
+def test_names_of_files_may_hold_any_bytes(tmp_path) -> None:
+    (tmp_path / "run.json").write_text(r'{"legs": [{"command": "train caf\udce9.yaml"}]}')
+    assert main(["report", str(tmp_path)]) == 0
+    assert r"train caf\udce9.yaml" in (tmp_path / "report.html").read_text()

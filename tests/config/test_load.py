@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from deltatune.config.load import dump_recipe, load_recipe
@@ -22,6 +24,13 @@ BAD = {
     "# nothing\n": "the recipe is empty",
     "- 3\n": "expected a section (a mapping of keys), got [3]",
     "model: [\n": "recipe.yaml:2: broken YAML",
+    f"model: {'[' * 5000}{']' * 5000}\n": "nested more than 64 levels deep",
+    f"model: {'[' * 100}{']' * 100}\n": "recipe.yaml:1: nested more than 64 levels deep",
+    "model: &a [*a]\n": "recipe.yaml:1: nested more than 64 levels deep",
+    "a: &a [x, x]\n"
+    + "".join(f"{name}: &{name} [{', '.join([f'*{of}'] * 9)}]\n" for of, name in pairwise("abcdefghi")): (
+        "more than 100,000 keys and items"
+    ),
     "model: m\n\tdata: 3\n": "recipe.yaml:2: broken YAML",
     MINIMAL + "model: {}\n": "recipe.yaml:5: model is given twice",
     MINIMAL + "training:\n  seed: 1\n  seed: 2\n": "recipe.yaml:7: training.seed is given twice",

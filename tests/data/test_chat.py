@@ -150,6 +150,15 @@ def test_a_refusing_template_is_quoted(make_tokenizer, conversation):
         render_one(Renderer(tokenizer), {"messages": conversation})
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{{ messages[0].content[0:1].index('?') }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"],
+)
+def test_a_failing_template_is_quoted(make_tokenizer, conversation, template):
+    with pytest.raises(DataError, match=r"line 1: the chat template cannot render"):
+        render_one(Renderer(make_tokenizer(template)), {"messages": conversation})
+
+
 def test_a_missing_template_is_named(make_tokenizer, conversation):
     with pytest.raises(DataError, match=r"no chat template; set model.chat_template"):
         render_one(Renderer(make_tokenizer(None)), {"messages": conversation})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_cases import check_same, run, start
+from fault_cases import check_same, run, screen, start, writes
 
 EVERY = 3
 MOST = 330  # more than a run writes; what is beyond its last write happens to a finished run
@@ -33,6 +34,23 @@ def killed_and_resumed(case: Any, output: Path, number: int) -> None:
 )
 def test_killed_within_a_save(case: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
     killed_and_resumed(case, tmp_path / "output", case.first(*words))
+
+
+def test_killed_after_it_went_on_from_an_earlier_checkpoint(case: Any, tmp_path: Path) -> None:
+    """A later checkpoint of the run before is there still, with other weights, and at its end."""
+    words = ("--set", "training.learning_rate=0.03", "--set", "training.save_steps=1")
+    outputs = [tmp_path / name / "output" for name in ("whole", "killed")]
+    for output in outputs:
+        shutil.copytree(case.whole, output)
+        earlier = ("--resume", str(output / "checkpoint-4"), *words)
+        if output is outputs[0]:
+            assert run(case.recipe, output, *earlier) == 0
+        else:
+            second = next(line for line in writes(outputs[0]) if "os.rmdir .saving-5" in line)
+            assert run(case.recipe, output, *earlier, at=int(second.split()[0]), action="kill") == -signal.SIGKILL
+            assert run(case.recipe, output, "--resume", *words) == 0
+            assert f"going on from {output / 'checkpoint-5'}" in screen(output).replace("\n", "")
+    check_same(outputs[1], outputs[0])
 
 
 def test_the_writes_are_those_of_a_run(case: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_cases import check_same, losses, run, screen
+from safetensors.torch import load_file, save_file
 
 from deltatune.config.explain import known_keys
 from deltatune.config.load import parse_recipe
@@ -266,7 +267,9 @@ def stopped(case: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training_cases import write_conversations
 
     write_conversations(case.recipe.parent / "eval.jsonl", 12, first=60)
-    shutil.copytree(case.recipe.parent / "base", case.recipe.parent / "other")
+    other = shutil.copytree(case.recipe.parent / "base", case.recipe.parent / "other") / "model.safetensors"
+    save_file({name: weight + 1 for name, weight in load_file(other).items()}, other, metadata={"format": "pt"})
+    shutil.copytree(case.whole / "checkpoint-6", case.recipe.parent / "adapter")
     output = tmp_path_factory.mktemp("stopped") / "output"
     assert run(case.recipe, output, at=case.first("os.rmdir .saving-4"), action="kill") == -signal.SIGKILL
     return output

@@ -33,6 +33,9 @@ def test_kind_is_told_by_the_file(tmp_path, name, text, kind):
         ("none.sh", "echo trl", "expected a command line with trl sft"),
         ("none.py", "print(1)", "expected calls of from_pretrained"),
         ("broken.py", "def", "broken Python"),
+        ("nothing.py", "\0", "nothing.py: broken Python"),
+        ("long.py", "x = " + "+".join("1" * 20_000), "too long to be read"),
+        ("deep.ipynb", "[" * 100_000, "expected a notebook"),
         ("broken.ipynb", "{}", "expected a notebook"),
     ],
 )

@@ -147,6 +147,7 @@ def test_other_processes_go_on_where_a_step_has_as_many_packs(
     def recipe(accumulation: int) -> Recipe:
         return Recipe.model_validate({**BASE, "training": {"gradient_accumulation_steps": accumulation}})
 
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
     seal(tmp_path, {"recipe": recipe(2).model_dump(mode="json"), PACKS_PER_STEP: 4})
     found = changed_settings(recipe(accumulation), tmp_path, processes=processes, allow=True)
     assert {change.key: change.verdict for change in found} == verdicts

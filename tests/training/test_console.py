@@ -39,3 +39,10 @@ def test_steps_are_kept_whole_and_the_bar_is_not(tmp_path: Path) -> None:
     bar.close()
     _, *lines = (tmp_path / "train.log").read_text().splitlines()
     assert lines == ["step 3/9 · loss 2.0000 · tok/s 1,689 · peak GiB 12.50"]
+
+
+def test_names_of_files_may_hold_any_bytes(tmp_path: Path) -> None:
+    console = RunConsole(Console(quiet=True))
+    console.keep_in(tmp_path)
+    console.keep("caf\udce9.yaml")
+    assert (tmp_path / "train.log").read_text().endswith("caf\\udce9.yaml\n")

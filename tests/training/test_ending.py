@@ -241,3 +241,52 @@ def test_a_finished_run_that_is_resumed_as_it_was_keeps_its_figures(tmp_path: Pa
     figures = (tmp_path / "output" / "metrics.json").read_text()
     train(recipe(tmp_path, checkpoint, **once), resume=True, console=QUIET)
     assert (tmp_path / "output" / "metrics.json").read_text() == figures
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_best_checkpoint_is_not_returned_to(
+    tmp_path: Path, checkpoint: Path, evaluations: Any, damage: str
+) -> None:
+    keep = {"load_best_model_at_end": True}
+    evaluations([1.0, 2.0])
+    train(recipe(tmp_path, checkpoint, **keep, max_steps=2), console=QUIET)
+    weights = tmp_path / "output" / "checkpoint-1" / "adapter_model.safetensors"
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:99])
+    evaluations([3.0])
+    found = train(recipe(tmp_path, checkpoint, **keep, max_steps=3), resume=True, console=QUIET).metrics
+    assert (found["saved_step"], found["best_step"], found["best_checkpoint"]) == (3, 1, None)
+    assert same(tmp_path / "output", tmp_path / "output" / "checkpoint-3")
+
+
+def test_where_a_run_stops_early_a_checkpoint_is_saved(tmp_path: Path, checkpoint: Path, evaluations: Any) -> None:
+    """None is due there, and without one a resumed run would train the steps since the last again."""
+    stopping = recipe(tmp_path, checkpoint, early_stopping_patience=2, save_steps=8)
+    evaluations([1.0, 2.0, 3.0])
+    train(stopping, console=QUIET)
+    assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert train(stopping, resume=True, console=QUIET).metrics["leg"]["steps"] == 0
+
+
+def strict(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_evaluations_that_are_no_numbers_leave_json_and_are_never_the_best(
+    tmp_path: Path, checkpoint: Path, evaluations: Any
+) -> None:
+    keep = {"load_best_model_at_end": True}
+    evaluations([float("nan"), float("nan")])
+    train(recipe(tmp_path, checkpoint, **keep, max_steps=2), console=QUIET)
+    files = [path for path in (tmp_path / "output").rglob("*.json") if path.name != "tokenizer.json"]
+    assert {"trainer_state.json", "metrics.json", "run.json", "manifest.json"} <= {path.name for path in files}
+    assert [strict(path.read_text()) for path in files]
+    evaluations([3.0, 2.0])
+    train(recipe(tmp_path, checkpoint, **keep, max_steps=4), resume=True, console=QUIET)
+    metrics = strict((tmp_path / "output" / "metrics.json").read_text())
+    assert (metrics["best_step"], metrics["best_eval_loss"]) == (4, 2.0)

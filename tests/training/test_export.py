@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune import prepare
 from deltatune.errors import UserError
+from deltatune.training import staging
 from deltatune.training.export import export_adapter, merge_adapter, save_trained
 from deltatune.training.sealed import seal
 from deltatune.training.servers import per_expert
@@ -185,10 +186,34 @@ def test_an_interrupted_save_leaves_the_older_model_whole(tmp_path: Path, error:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3"
 
 
+def test_a_card_may_name_files_of_any_bytes(tmp_path: Path) -> None:
+    save_trained(tiny_model("qwen3", layers=1), None, tmp_path, card="trained on caf\udce9.jsonl")
+    assert (tmp_path / "README.md").read_text() == r"trained on caf\udce9.jsonl"
+
+
 def write_half(path: Path) -> None:
     with staged(path) as folder:
         (folder / "half").write_text("")
         raise RuntimeError("disk full")
+
+
+def test_what_readers_look_for_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before, a save leaves nothing that loads as a model."""
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: (moved.append(path.name), replace(path, target))[1])
+    save_trained(tiny_model("qwen3", layers=1), None, tmp_path)
+    assert "model.safetensors" in moved
+    assert moved[-1] == "config.json"
+
+
+def test_a_staged_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(
+        staging, "_sync", lambda folder: synced.append(((folder / "file").exists(), (tmp_path / "out").exists()))
+    )
+    with staged(tmp_path / "out") as folder:
+        (folder / "file").write_text("")
+    assert synced == [(True, False)]
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

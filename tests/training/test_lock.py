@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_a_folder_is_held_and_let_go(tmp_path: Path) -> None:
         ):
             pass
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_lock_of_whoever_has_taken_the_folder_since_stays(tmp_path: Path) -> None:
+    """As after its user removed a lock of which another run was still the holder."""
+    theirs = json.dumps({"pid": 1, "host": "elsewhere", "started": None})
+    with locked(tmp_path):
+        (tmp_path / ".lock").write_text(theirs)
+    assert (tmp_path / ".lock").read_text() == theirs
 
 
 def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
@@ -54,8 +63,12 @@ def test_the_lock_of_another_process_holds_while_it_runs(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "holder",
-    ["", "[]", json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": "1"})],
-    ids=["empty", "broken", "the number of another process"],
+    [
+        "",
+        "[]",
+        *(json.dumps({"pid": pid, "host": socket.gethostname(), "started": "1"}) for pid in (os.getppid(), 10**30, -1)),
+    ],
+    ids=["empty", "broken", "the number of another process", "too large a number", "a group of processes"],
 )
 def test_a_stale_lock_is_taken_over(tmp_path: Path, holder: str) -> None:
     (tmp_path / ".lock").write_text(holder)
@@ -79,6 +92,23 @@ def test_a_lock_that_nobody_goes_on_writing_is_taken_over(tmp_path: Path, monkey
     (tmp_path / ".lock").write_text("")
     with locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_folder_that_takes_no_lock_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock cannot be written: Is a directory; make room, or"), locked(tmp_path):
+        pass
+
+
+def test_an_empty_lock_of_a_clock_that_is_ahead_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_WRITING", 0.3)
+    (tmp_path / ".lock").write_text("")
+    os.utime(tmp_path / ".lock", (time.time() + 60,) * 2)
+    began = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - began < 10
 
 
 def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_a_stream_shares_its_block_and_has_packs_for_every_rank(tmp_path: Path) 
     assert (len(stream), stream.rank, stream.num_ranks) == (10, 1, 2)
 
 
+def test_a_tokenizer_without_a_token_to_pad_with_is_said_before_rows_are_read(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither a padding nor an end token"):
+        load_data(make_recipe(tmp_path, tmp_path, data={"train": [{"path": "nowhere.jsonl"}]}), tokenizer)
+
+
 def test_a_stream_is_named_and_its_bad_rows_once(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')

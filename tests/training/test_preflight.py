@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from training_cases import make_recipe
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training import preflight as module
-from deltatune.training.preflight import preflight, preflight_training
+from deltatune.training.preflight import missing_optimizer, preflight, preflight_training
 
 
 @pytest.fixture
@@ -86,6 +88,13 @@ def test_a_plan_can_do_without_the_optimizers_package(recipe: Any, optimizer: st
     preflight(found)
     with pytest.raises(UserError, match=rf"optim: {optimizer} needs the package .*; pip install {remedy}$"):
         preflight_training(found)
+
+
+@pytest.mark.parametrize("optimizer", [name.value for name in OptimizerNames])
+def test_every_optimizer_is_there_or_its_package_is_named(tmp_path: Path, optimizer: str) -> None:
+    arguments = TrainingArguments(str(tmp_path), optim=optimizer, use_cpu=True)
+    if missing_optimizer(optimizer) is None:
+        assert Trainer.get_optimizer_cls_and_kwargs(arguments)
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -49,6 +49,29 @@ def test_a_killed_leg_says_how_far_it_came_and_the_next_one_that_it_was_killed(t
     assert json.loads((tmp_path / "run.json").read_text())["model"] == {"class": "M"}
 
 
+def test_a_checkpoint_is_noted_when_it_is_saved(tmp_path: Path) -> None:
+    """A leg that logs seldom, and is killed, came this far."""
+    state: Any = SimpleNamespace(global_step=7)
+    leg_of(tmp_path).on_save(None, state, None)  # type: ignore[arg-type]
+    assert legs(tmp_path)[0]["to_step"] == 7
+
+
+@pytest.mark.parametrize("content", ["[]", '{"legs": 3}', '{"legs": [1, "x"]}', "[" * 100_000])
+def test_a_record_that_says_something_else_is_begun_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    leg_of(tmp_path)
+    assert [leg["status"] for leg in legs(tmp_path)] == ["running"]
+
+
+def test_half_a_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    """As a full disk leaves it."""
+    whole = '{"leg": 1, "step": 1}\n'
+    (tmp_path / "run.jsonl").write_text(whole + '{"leg": 1, "st')
+    log(leg_of(tmp_path, from_step=1), 2, loss=3.0)
+    lines = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 @pytest.mark.parametrize("tracked", [True, False], ids=["a checkout", "installed inside another project's checkout"])
 def test_the_commit_is_that_of_the_package_and_not_of_what_lies_around_it(
     tmp_path: Path, tracked: bool, monkeypatch: pytest.MonkeyPatch

@@ -213,6 +213,25 @@ def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint:
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
+def test_a_run_that_goes_on_logs_and_saves_as_its_recipe_says_now(tmp_path: Path, checkpoint: Path) -> None:
+    """The Trainer's state would bring back when the run before did."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(tmp_path, checkpoint, training={"max_steps": 2, **saving}), console=QUIET)
+    now = {"max_steps": 6, **saving, "logging_steps": 2, "save_steps": 3}
+    result = train(make_recipe(tmp_path, checkpoint, training=now), resume=True, console=QUIET)
+    assert [entry["step"] for entry in result.log_history if "loss" in entry] == [1, 2, 4, 6]
+    assert {path.name for path in (tmp_path / "output").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (1, 2, 3, 6)
+    }
+
+
+def test_a_finished_run_removes_what_it_was_killed_before_it_removed(tmp_path: Path, checkpoint: Path) -> None:
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(tmp_path, checkpoint, training=saving), console=QUIET)
+    train(make_recipe(tmp_path, checkpoint, training={**saving, "save_total_limit": 1}), resume=True, console=QUIET)
+    assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -300,6 +319,26 @@ def test_a_signal_that_a_compiler_gets_too_is_no_fault(
     assert getattr(caught.value, "status", None) == (130 if signalled else None)
     found = json.loads((tmp_path / "output" / "run.json").read_text())["status"]
     assert found == ("interrupted" if signalled else "failed")
+
+
+def test_a_signal_in_the_last_step_ends_nothing(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    build = run_module._trainer
+
+    def building(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Signalled())
+        return trainer
+
+    monkeypatch.setattr(run_module, "_trainer", building)
+    assert len(losses(train(make_recipe(tmp_path, checkpoint, training={"max_steps": 2}), console=QUIET))) == 2
+    assert json.loads((tmp_path / "output" / "run.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -13,11 +13,11 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from training_cases import byte_tokenizer, make_recipe, make_trainer, save_checkpoint, write_conversations
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune.errors import UserError
 from deltatune.training.run import train
-from deltatune.training.samples import Prompt, Samples
+from deltatune.training.samples import Prompt, Samples, prompts_of, samples_lines
 from tiny import tiny_model
 
 QUIET = Console(quiet=True)
@@ -100,6 +100,15 @@ def test_samples_need_prompts_and_evaluations(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
+
+
+def test_a_question_that_the_template_refuses_is_one_line(tmp_path: Path, checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = "{{ raise_exception('begin with the system') }}"
+    asking = recipe(tmp_path, checkpoint, samples={"prompts": ["why?"]})
+    for ask in (samples_lines, lambda *given: prompts_of(*given, None)):
+        with pytest.raises(UserError, match=r"samples.prompts: the chat template cannot ask 'why\?': begin with the"):
+            ask(asking, tokenizer)
 
 
 def test_steps_that_are_done_again_have_their_samples_once(tmp_path: Path, checkpoint: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 from deltatune.errors import UserError
 from deltatune.training import sealed
 from deltatune.training.sealed import (
+    ORDER,
     clear_leftovers,
     commit,
     manifest,
+    next_place,
     problem_of,
     resume_point,
     rotate,
@@ -27,13 +29,13 @@ from deltatune.training.sealed import (
 FILES = {"adapter_model.safetensors": b"weights" * 99, "optimizer.pt": b"moments" * 999, "trainer_state.json": b"{}"}
 
 
-def checkpoint(output_dir: Path, step: int, content: bytes = b"") -> Path:
+def checkpoint(output_dir: Path, step: int, content: bytes = b"", *, saved_as: int | None = None) -> Path:
     with staged_checkpoint(output_dir, step) as staging:
         folder = staging / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         for name, given in FILES.items():
             (folder / name).write_bytes(given + content)
-        seal(folder, {"step": step})
+        seal(folder, {"step": step, **({} if saved_as is None else {ORDER: saved_as})})
         commit(folder, output_dir / folder.name)
         staging.rmdir()
     return output_dir / f"checkpoint-{step}"
@@ -44,6 +46,16 @@ def test_a_checkpoint_is_whole_and_tells_of_itself(tmp_path: Path) -> None:
     assert problem_of(folder) is None
     assert manifest(folder)["step"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_name_is_on_the_disk_before_what_it_replaces_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power keeps what was synced."""
+    place, seen = checkpoint(tmp_path, 3), []
+    monkeypatch.setattr(
+        sealed, "_sync", lambda path: seen.append((path, (tmp_path / ".replaced-checkpoint-3").exists()))
+    )
+    checkpoint(tmp_path, 3, b"anew")
+    assert seen[-1] == (place.parent, True)
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -210,6 +222,39 @@ def test_the_oldest_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2, "the latest is what a run goes on from"
 
 
+def test_what_was_saved_last_is_gone_on_from_and_stays(tmp_path: Path) -> None:
+    """A run that went on from step 3 leaves 4 and 6 of the run before: later steps, of other weights."""
+    for place, step in enumerate((3, 4, 6), start=1):
+        checkpoint(tmp_path, step, saved_as=place)
+    checkpoint(tmp_path, 4, b"anew", saved_as=next_place(tmp_path))
+    assert resume_point(tmp_path, True)[0] == tmp_path / "checkpoint-4"
+    rotate(tmp_path, 2, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    checkpoint(tmp_path, 5, saved_as=next_place(tmp_path))
+    rotate(tmp_path, 2, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_damaged_checkpoint_does_not_stay_at_the_cost_of_a_whole_one(tmp_path: Path) -> None:
+    """One that was passed over has a later step than those which are saved next."""
+    checkpoint(tmp_path, 2, saved_as=1)
+    (checkpoint(tmp_path, 4, saved_as=2) / "optimizer.pt").unlink()
+    checkpoint(tmp_path, 3, saved_as=next_place(tmp_path))
+    rotate(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_links_to_checkpoints_elsewhere_go_and_their_places_stay(tmp_path: Path) -> None:
+    output_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    checkpoint(output_dir, 2).rename(elsewhere)
+    for content in (b"", b"anew"):
+        (output_dir / "checkpoint-2").symlink_to(elsewhere)
+        checkpoint(output_dir, 4, content)
+        rotate(output_dir, 1, None)
+        assert [path.name for path in output_dir.iterdir()] == ["checkpoint-4"]
+    assert problem_of(elsewhere) is None
+
+
 def test_a_checkpoint_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed within, a run would otherwise leave a part of it under its name."""
     for step in (2, 4):
@@ -226,6 +271,26 @@ def test_a_checkpoint_that_is_removed_is_never_half_there(tmp_path: Path, monkey
     assert not (tmp_path / "checkpoint-2").exists()
     clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+_FILE = {"bytes": 1, "crc32": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"files": files} for files in (None, [], {}, ["optimizer.pt"], {"optimizer.pt": 3}, {"optimizer.pt": {}})),
+        {"files": {"optimizer.pt": {"bytes": "1", "crc32": 1}}},
+        *({"files": {"optimizer.pt": _FILE}, name: ["x"]} for name in ("recipe", "data", "digests", ORDER)),
+        None,
+    ],
+)
+def test_a_manifest_that_says_something_else_is_none(tmp_path: Path, content: Any) -> None:
+    whole, broken = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
+    (broken / "manifest.json").write_text("[" * 100_000 if content is None else json.dumps(content))
+    found, said = resume_point(tmp_path, True)
+    assert found == whole
+    assert said == [f"{broken} is passed over: it holds no manifest.json that can be read"]
 
 
 def test_what_is_no_leftover_stays(tmp_path: Path) -> None:

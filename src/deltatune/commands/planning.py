@@ -71,7 +71,13 @@ def show(
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
     lines += sizes_lines(sizes)
-    lines += ["", *data.lines(), *_steps(data.train, arguments, sizes), *samples_lines(recipe), *room.lines()]
+    lines += [
+        "",
+        *data.lines(),
+        *_steps(data.train, arguments, sizes),
+        *samples_lines(recipe, tokenizer),
+        *room.lines(),
+    ]
     estimate = estimate_step(recipe, model, report.checkpointing, shard=sizes.shard)
     available = device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     html = page(runs)
     try:
-        output.write_text(html, encoding="utf-8")
+        output.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of files may hold any bytes
     except IsADirectoryError as error:
         raise UserError(f"--output {output} is a folder; name a file, such as {output / _PAGE}") from error
     except OSError as error:

@@ -13,6 +13,10 @@ __all__ = ["KeyPath", "dump_yaml", "parse_document"]
 
 KeyPath = tuple[str | int, ...]
 
+_DEEPEST = 64  # levels of lists and mappings; no recipe has ten
+_MOST = 100_000  # keys and items
+_TOO_DEEP = f"nested more than {_DEEPEST} levels deep"
+
 
 class _Loader(yaml.SafeLoader):
     """Scalars by YAML 1.2's core schema: 1.1 turns ``no`` into false, ``1e-4`` into text and ``12:30`` into 750."""
@@ -62,6 +66,8 @@ def parse_document(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
         raise UserError(f"{name}{line}: broken YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{name}: broken YAML: {one_line(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: {_TOO_DEEP}") from error
 
 
 def dump_yaml(data: Any) -> str:
@@ -84,6 +90,11 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) -> None:
+    # aliases that stand for what they are in, or for each other, have no end
+    if len(path) > _DEEPEST:
+        raise UserError(f"{name}:{node.start_mark.line + 1}: {_TOO_DEEP}")
+    if len(lines) > _MOST:
+        raise UserError(f"{name}: more than {_MOST:,} keys and items, with what aliases stand for")
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
             lines[(*path, position)] = item.start_mark.line + 1

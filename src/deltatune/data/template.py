@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -19,9 +19,15 @@ from deltatune.errors import DataError, nearest, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "RenderError", "Span", "check_variables", "common_prefix"]
+__all__ = ["TEMPLATE_ERRORS", "ChatTemplate", "RenderError", "Span", "check_variables", "common_prefix"]
 
 Span = tuple[int, int]
+
+TEMPLATE_ERRORS: Final = (
+    *(TemplateError, TypeError, ValueError),
+    *(ArithmeticError, AttributeError, LookupError, RecursionError),
+)
+"""What rendering raises: a template is a program, and says no by Jinja's errors or fails by Python's."""
 
 # what transformers puts in the place of these variables, whatever the template makes of them
 _OURS = ("messages", "tools", "add_generation_prompt")
@@ -75,7 +81,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise RenderError(one_line(error)) from error
         return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 

@@ -47,7 +47,7 @@ def script_text(path: Path, text: str) -> str:
         try:
             cells = json.loads(text)["cells"]
             code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: expected a notebook, got other JSON or none ({one_line(error)})") from error
         # a cell for another interpreter is no Python at all
         text = "\n".join(cell for cell in code if not cell.lstrip().startswith("%%"))
@@ -71,7 +71,10 @@ def calls_in(path: Path, text: str) -> list[Call]:
     try:
         tree = ast.parse(script_text(path, text))
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: broken Python: {error.msg}") from error
+        line = "" if error.lineno is None else f":{error.lineno}"
+        raise UserError(f"{path}{line}: broken Python: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: an expression in it is too long to be read") from error
     constants = _constants(tree)
     inside = {node for function in _walk(tree) if isinstance(function, _FUNCTIONS) for node in _walk(function)}
     found = [_call(node, constants, node in inside) for node in _walk(tree) if isinstance(node, ast.Call)]

@@ -59,7 +59,7 @@ class RunConsole:
         if self._file is None:
             self._early.append(text)
             return
-        with self._file.open("a", encoding="utf-8") as stream:
+        with self._file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(f"{text}\n")
 
     def keep_in(self, folder: Path) -> None:

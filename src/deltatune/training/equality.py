@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from deltatune.data.template import TEMPLATE_ERRORS
 from deltatune.errors import UserError
 from deltatune.verification.rounding import limits_of
 
@@ -53,7 +53,7 @@ def probe_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
     text = _TEXT + _QUESTION
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": _TEXT}]
     # a template that takes no such conversation is none to compare on
-    with suppress(ValueError, TypeError, TemplateError):
+    with suppress(*TEMPLATE_ERRORS):
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token < vocabulary]
     if not ids:

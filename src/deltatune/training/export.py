@@ -75,7 +75,7 @@ def save_trained(
         # PEFT's card asks 39 questions and answers none
         (Path(folder) / CARD_FILE).unlink(missing_ok=True)
         if card is not None:
-            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         readable(Path(folder))
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in MARKERS):
             target = output_dir / path.name

@@ -20,6 +20,7 @@ __all__ = ["check_free", "locked"]
 LOCK = ".lock"
 _WRITING = 10.0  # seconds in which a lock that holds nothing may be one that is being written
 _PAUSE = 0.05
+_LAST_PID = 2**31 - 1  # larger numbers are no process's, and the system does not take them
 
 
 @contextmanager
@@ -27,12 +28,16 @@ def locked(output_dir: Path, remedy: str = "choose another training.output_dir")
     """Holds a folder for this process; the lock of one that is gone is taken over, by one process.
 
     Raises:
-        UserError: a process that goes on holds the folder; ``remedy`` is what else the user may do.
+        UserError: a process that goes on holds the folder, or no file can be written there; ``remedy`` is what else the
+            user may do.
     """
     file = output_dir / LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid())}
-    while not (_create(file, mine) or _take_over(file, mine, remedy)):
-        pass
+    try:
+        while not (_create(file, mine) or _take_over(file, mine, remedy)):
+            pass
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}; make room, or {remedy}") from error
     try:
         yield
     finally:
@@ -49,8 +54,9 @@ def check_free(output_dir: Path, remedy: str = "choose another training.output_d
         UserError: a run that goes on holds the folder.
     """
     file = output_dir / LOCK
-    holder = _read(file)
-    while holder is None and file.exists() and _age(file) < _WRITING:
+    holder, until = _read(file), time.monotonic() + _WRITING
+    # the clock of the machine that wrote it may be ahead by days
+    while holder is None and file.exists() and _age(file) < _WRITING and time.monotonic() < until:
         time.sleep(_PAUSE)
         holder = _read(file)
     if holder is not None and _runs(holder):
@@ -129,7 +135,7 @@ def _runs(holder: dict[str, Any]) -> bool:
     if holder.get("host") != socket.gethostname():
         return True
     pid = holder.get("pid")
-    if not isinstance(pid, int) or pid == os.getpid():
+    if not isinstance(pid, int) or not 0 < pid <= _LAST_PID or pid == os.getpid():
         return pid == os.getpid() and holder.get("started") == started(pid)
     try:
         os.kill(pid, 0)

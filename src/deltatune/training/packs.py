@@ -75,7 +75,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh = A
 
     Raises:
         DataError: rows that cannot be read, rendered or trained on, named.
+        UserError: a tokenizer that has no token to pad with.
     """
+    padding_token(tokenizer)
     evaluation = _documents(recipe.data.eval, recipe, tokenizer)
     held_apart = _packed(evaluation, recipe, _remarks(evaluation), training=False) if evaluation else None
     if recipe.data.streaming:

@@ -20,6 +20,8 @@ __all__ = ["check_model_path", "existing_parent", "missing_optimizer", "prefligh
 
 # What optimizers need besides torch, by a part of their name; the first part that fits counts.
 _OPTIMIZERS: Final[Mapping[str, str]] = {
+    "torch_xla": "torch_xla",
+    "torch_npu": "torch_npu",
     "torch_8bit": "torchao",
     "torch_4bit": "torchao",
     "galore": "galore_torch",

@@ -280,7 +280,7 @@ class RankWatch:
         steps = steps_of(self._output_dir)
         if not steps:
             return "no checkpoint was written"
-        return f"go on from {CHECKPOINT}{max(steps)} with --resume, in {self._size} processes"
+        return f"go on from {CHECKPOINT}{next(iter(steps))} with --resume, in {self._size} processes"
 
     def _shows(self) -> bool:
         """Whether it is for this rank to show a failure: rank 0 does, unless it is the one that was lost."""

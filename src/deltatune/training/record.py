@@ -60,6 +60,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._output_dir, self._model, self._meter = output_dir, model, meter
         self._legs: list[dict[str, Any]] = _legs(output_dir / RUN_FILE)
+        _end_last_line(output_dir / LOG_FILE)
         for leg in self._legs:
             if leg.get("status") == "running":  # nobody else is in this folder
                 leg["status"] = "killed"
@@ -146,9 +147,20 @@ def mark_failed(output_dir: Path, reason: str, since: str) -> None:
 
 def _legs(file: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["legs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return []
+    legs = found.get("legs") if isinstance(found, dict) else None
+    return [leg for leg in legs if isinstance(leg, dict)] if isinstance(legs, list) else []
+
+
+def _end_last_line(file: Path) -> None:
+    """Removes what a killed run, or a full disk, left of a line: the next would become a part of it."""
+    content = file.read_bytes() if file.is_file() else b""
+    whole, end, _ = content.rpartition(b"\n")
+    if not content.endswith(b"\n") and content:
+        with file.open("r+b") as stream:
+            stream.truncate(len(whole + end))
 
 
 def now() -> str:

@@ -2,33 +2,69 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-__all__ = ["best_beside", "restore_settings", "step_of"]
+from deltatune.errors import UserError, one_line
+from deltatune.training.export import write_json
+from deltatune.training.sealed import damage_of
+
+__all__ = ["best_beside", "make_valid_json", "restore_settings", "state_of", "step_of"]
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """The Trainer's state in a checkpoint.
+
+    Raises:
+        UserError: another version of transformers wrote fields that this one does not have.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        return TrainerState.load_from_json(str(file))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} cannot be read by transformers {transformers.__version__}: {one_line(error)}; install the version "
+            "that saved it, or go on from another checkpoint"
+        ) from error
+
+
+def make_valid_json(file: Path) -> None:
+    """Writes a state that the Trainer saved as JSON: its numbers that are none (NaN, infinities) become text.
+
+    The best figure that nothing has set yet is an infinity: null, by which the Trainer sets it again.
+    """
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not math.isfinite(found["best_metric"] or 0.0):
+        found["best_metric"] = None
+    write_json(file, found)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was saved at, whatever its folder is called."""
-    return int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step)
+    return int(state_of(checkpoint).global_step)
 
 
 def best_beside(checkpoint: Path) -> str | None:
-    """The best checkpoint that a checkpoint's state names: beside it, or else where the state says; None if it is gone.
+    """The best checkpoint that a checkpoint's state names: beside it, or else where the state says.
+
+    None if it is gone, or damaged: the Trainer would end with the last weights and call them the best.
 
     The state holds the path as it was written then: the folder may have moved, or go by another path now.
     """
-    named = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+    named = state_of(checkpoint).best_model_checkpoint
     if named is None:
         return None
     places = (checkpoint.parent / Path(named).name, Path(named))
-    return next((str(place) for place in places if place.is_dir()), None)
+    return next((str(place) for place in places if damage_of(place) is None), None)
 
 
 def restore_settings(optimizer: Optimizer, scheduler: Any, given: Sequence[Mapping[str, Any]]) -> None:

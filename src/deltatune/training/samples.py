@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from deltatune.config.schema import Recipe
 from deltatune.data.dataset import PackedDataset
+from deltatune.data.template import TEMPLATE_ERRORS
+from deltatune.errors import UserError, one_line
 from deltatune.hf.model import in_mode
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.training.console import RunConsole
@@ -43,6 +45,9 @@ def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Pac
 
     A prompt is a question through the chat template, or plain text where the tokenizer has no template. A document is
     cut where its first trained stretch begins, or in the middle if it trains from its start.
+
+    Raises:
+        UserError: a prompt that the chat template refuses.
     """
     section = recipe.samples
     if section is None:
@@ -55,11 +60,16 @@ def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Pac
     return found
 
 
-def samples_lines(recipe: Recipe) -> list[str]:
-    """What a plan says of them."""
+def samples_lines(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a plan says of them.
+
+    Raises:
+        UserError: a prompt that the chat template refuses.
+    """
     section = recipe.samples
     if section is None:
         return []
+    prompts_of(recipe, tokenizer, None)
     count = len(section.prompts) + section.held_out
     return [f"samples: up to {section.max_new_tokens} tokens after {count} prompts at each evaluation, {SAMPLES_FILE}"]
 
@@ -144,9 +154,14 @@ def _step_of(line: str) -> float:
 def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> Prompt:
     if not tokenizer.chat_template:
         return Prompt(prompt, tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **kwargs
-    )
+    question = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **kwargs)
+    except TEMPLATE_ERRORS as error:
+        raise UserError(
+            f"samples.prompts: the chat template cannot ask {_short(prompt)!r}: {one_line(error)}; leave prompts out "
+            "and complete held-out rows with samples.held_out"
+        ) from error
     return Prompt(prompt, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

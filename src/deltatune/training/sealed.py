@@ -20,6 +20,7 @@ __all__ = [
     "commit",
     "damage_of",
     "manifest",
+    "next_place",
     "problem_of",
     "resume_point",
     "rotate",
@@ -29,12 +30,16 @@ __all__ = [
 ]
 
 CHECKPOINT = "checkpoint-"
+ORDER = "saved_as"
+"""What a manifest calls the place of its checkpoint among those of the folder, in the order of saving."""
+
 MANIFEST = "manifest.json"
 _STAGING = ".saving-"  # a checkpoint that is being written
 _REPLACED = ".replaced-"  # one whose place another is about to take
 _REMOVED = ".removed-"  # one that is being removed
 
 _BLOCK = 1 << 20
+_MAPPINGS = ("files", "recipe", "data", "digests")  # what of a manifest is read by name
 
 
 @contextmanager
@@ -76,11 +81,11 @@ def commit(folder: Path, place: Path) -> None:
     """Moves a sealed folder to its place. Another folder there is removed only when the new one stands in it."""
     replaced = place.parent / f"{_REPLACED}{place.name}"
     if place.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         place.rename(replaced)
     folder.rename(place)
     _sync(place.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def clear_leftovers(output_dir: Path) -> None:
@@ -88,12 +93,12 @@ def clear_leftovers(output_dir: Path) -> None:
     for path in output_dir.glob(f"{_REPLACED}{CHECKPOINT}*"):
         place = output_dir / path.name.removeprefix(_REPLACED)
         if place.exists():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         else:
             path.rename(place)
     for name in (_STAGING, _REMOVED):
         for path in output_dir.glob(f"{name}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Path | None, list[str]]:
@@ -166,7 +171,7 @@ def _unreadable(folder: Path) -> str | None:
         return "there is no such folder"
     try:
         manifest(folder)["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return f"it holds no {MANIFEST} that can be read"
     return None
 
@@ -177,16 +182,45 @@ def manifest(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: there is none, or it is broken.
     """
-    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder / MANIFEST} holds a JSON {type(found).__name__}")
-    return found
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{folder / MANIFEST} is nested too deeply") from error
+    if not _is_manifest(found):
+        raise ValueError(f"{folder / MANIFEST} holds no files with their sizes and sums")
+    return dict(found)
+
+
+def _is_manifest(found: Any) -> bool:
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in _MAPPINGS):
+        return False
+    entries = found.get("files", {}).values()
+    sums = [entry.get(name) if isinstance(entry, dict) else None for entry in entries for name in ("bytes", "crc32")]
+    return bool(sums) and all(type(value) is int for value in (*sums, found.get(ORDER, 0)))
 
 
 def steps_of(output_dir: Path) -> dict[int, Path]:
-    """The folders that are named as checkpoints, by their step, the latest first."""
-    found = {path.name.removeprefix(CHECKPOINT): path for path in output_dir.glob(f"{CHECKPOINT}*")}
-    return dict(sorted(((int(step), path) for step, path in found.items() if step.isdecimal()), reverse=True))
+    """The folders that are named as checkpoints, by their step, the one that was saved last first.
+
+    A run that went on from an earlier one leaves later steps of the run before it: these are the older ones, and so are
+    those whose manifest cannot be read.
+    """
+    named = ((path.name.removeprefix(CHECKPOINT), path) for path in output_dir.glob(f"{CHECKPOINT}*"))
+    found = [(int(step), path) for step, path in named if step.isdecimal()]
+    return dict(sorted(found, key=lambda each: (_place(each[1]), each[0]), reverse=True))
+
+
+def next_place(output_dir: Path) -> int:
+    """The place of the checkpoint that is saved next: after all that are there."""
+    return max(map(_place, steps_of(output_dir).values()), default=0) + 1
+
+
+def _place(folder: Path) -> int:
+    """0 where nothing says it, and steps alone tell."""
+    try:
+        return int(manifest(folder).get(ORDER, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
@@ -201,7 +235,15 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
             # half a checkpoint would otherwise stay under its name where this is the last that a process does
             removed = path.with_name(f"{_REMOVED}{path.name}")
             path.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            _remove(removed)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or the link to one: what it points to is somebody else's."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _crc32(path: Path) -> int:

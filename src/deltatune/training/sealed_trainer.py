@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from deltatune.data.stream import Place
@@ -25,9 +25,9 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.metrics import Meter
 from deltatune.training.optimizer_state import load_optimizer, save_parts
-from deltatune.training.resuming import best_beside, restore_settings
+from deltatune.training.resuming import best_beside, make_valid_json, restore_settings, state_of
 from deltatune.training.saving import trained_rows_alone
-from deltatune.training.sealed import CHECKPOINT, commit, rotate, seal, staged_checkpoint
+from deltatune.training.sealed import CHECKPOINT, ORDER, commit, next_place, rotate, seal, staged_checkpoint
 from deltatune.training.starts import load_plain, make_plain
 
 __all__ = ["SealedTrainer"]
@@ -144,9 +144,10 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         place = output_dir / folder.name
         if self.state.best_global_step == self.state.global_step:
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        make_valid_json(folder / TRAINER_STATE_NAME)
         (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is empty
         readable(folder)
-        seal(folder, self._about)
+        seal(folder, {**self._about, ORDER: next_place(output_dir)})
         commit(folder, place)
         shutil.rmtree(folder.parent, ignore_errors=True)
         rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -186,7 +187,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer itself goes one step further where the last step lies within an epoch.
         """
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        state = state_of(checkpoint)
         _, steps = count_steps(len(self.get_train_dataloader()), self.args)
         stopping = self.early_stopping
         if stopping is not None:

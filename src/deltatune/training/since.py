@@ -13,6 +13,7 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import place_file
 from deltatune.training.changes import Change, check_changes, find_changes, find_other_data
 from deltatune.training.packs import RecipeData
+from deltatune.training.resuming import state_of
 from deltatune.training.sealed import manifest
 from deltatune.training.weights_digest import STARTS, digest_of
 
@@ -35,6 +36,7 @@ def changed_settings(recipe: Recipe, checkpoint: Path | None, *, processes: int,
     if checkpoint is None:
         return []
     kept = manifest(checkpoint)
+    state_of(checkpoint)  # what cannot be read is said before a model is loaded
     changes = [
         _settled(change, kept.get("digests", {}).get(change.key))
         for change in find_changes(kept.get("recipe", {}), recipe.model_dump(mode="json"))
