@@ -54,9 +54,7 @@ def test_heads_of_the_delta_rule_need_not_divide_where_states_are_passed_on() ->
     found = hybrid(24, 4, 48, 16)
     assert sequence_sizes(found, "state") == (1, 2, 4, 8, 12, 24)
     check_sequence_size(found, 12, "state")
-    with pytest.raises(
-        UserError, match=r"sequence=16 .* 24 heads that read 4 evenly .* 1, 2, 4, 8, 12, 24$"
-    ):
+    with pytest.raises(UserError, match=r"sequence=16 .* 24 heads that read 4 evenly .* 1, 2, 4, 8, 12, 24$"):
         check_sequence_size(found, 16, "state")
 
 

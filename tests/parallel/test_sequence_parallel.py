@@ -61,9 +61,8 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "states, adapters": ((4,), Case((THREE,), lora=True, prepared={"checkpointing": "layer"}, recurrent="state")),
     "states, traced": (
         (2,),
-        Case((THREE, [13, 1, 2, 3, 109], [128]), prepared={"compile": TRACED, "checkpointing": 0.0}, recurrent="state"),
+        Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared={"compile": TRACED}, recurrent="state"),
     ),
-    "states, compiled": ((2,), Case((THREE,), layers=1, prepared={"compile": CompileOptions()}, recurrent="state")),
     "compiled": ((2,), Case((THREE,), layers=1, prepared={"compile": CompileOptions(), "checkpointing": "layer"})),
 }
 BY_RANKS = [(name, ranks) for name, (sizes, _) in CASES.items() for ranks in sizes]

@@ -31,6 +31,8 @@ PACKS = {
     "one token on each rank": [4],
     "wider keys": [70, 26],
 }
+#: a document of NaN: between others, and one behind which a rank begins anew
+SPOILED = {"over several ranks": slice(37, 88), "ends with its rank": slice(0, 128)}
 NAMES = ("out", "q", "k", "v", "g", "beta", "convolved", "x", "weight")
 
 
@@ -83,10 +85,11 @@ def rank_main(rank: int, port: int, path: str) -> None:
     assert dist.group.WORLD is not None
     group = SequenceGroup(dist.group.WORLD.group_name, RANKS, rank, "state")
     made: dict[str, Any] = {name: whole(of_rank(name, group)) for name in PACKS}
-    spoiled = inputs("over several ranks")
-    for one in spoiled[:-1]:
-        one[:, 37:88] = torch.nan
-    made["spoiled"] = whole(of_rank("over several ranks", group, spoiled))
+    for name, part in SPOILED.items():
+        spoiled = inputs(name)
+        for one in spoiled[:-1]:
+            one[:, part] = torch.nan
+        made[f"{name}, spoiled"] = whole(of_rank(name, group, spoiled))
     check_ops(group)
     if rank == 0:
         torch.save(made, Path(path) / "found.pt")
@@ -105,8 +108,8 @@ def whole(parts: list[Tensor]) -> list[Tensor]:
 def check_ops(group: SequenceGroup) -> None:
     yes, no = torch.ones(RANKS, dtype=torch.bool), torch.zeros(RANKS, dtype=torch.bool)
     written, transition = torch.randn(G, K, V, requires_grad=True), torch.randn(G, K, K, requires_grad=True)
-    for goes_on in (yes, no):
-        torch.library.opcheck(state_before, (written, transition, goes_on, yes, group.rank, group.name))
+    for holds_all in (yes, no):
+        torch.library.opcheck(state_before, (written, transition, holds_all, group.rank, group.name))
     tail = torch.randn(2, D, requires_grad=True)
     torch.library.opcheck(tokens_before, (tail, W - 1, group.size, group.rank, group.name))
 
@@ -126,14 +129,15 @@ def test_results_and_gradients_are_those_of_one_process(name: str, found: dict[s
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13, msg=lambda text, what=what: f"{what}: {text}")
 
 
-def test_nan_stays_in_its_document(found: dict[str, list[Tensor]]) -> None:
-    """The second document lies on ranks 1 and 2; its neighbours end and begin there, or one rank further."""
-    for what, ours, theirs in zip(NAMES[:-1], found["spoiled"], alone("over several ranks"), strict=False):
-        for part in (slice(0, 37), slice(88, None)):
+@pytest.mark.parametrize("name", SPOILED)
+def test_nan_stays_in_its_document(name: str, found: dict[str, list[Tensor]]) -> None:
+    spoiled = SPOILED[name]
+    for what, ours, theirs in zip(NAMES[:-1], found[f"{name}, spoiled"], alone(name), strict=False):
+        for part in (slice(0, spoiled.start), slice(spoiled.stop, None)):
             torch.testing.assert_close(
                 ours[:, part], theirs[:, part], rtol=1e-11, atol=1e-13, msg=lambda text, what=what: f"{what}: {text}"
             )
-        assert ours[:, 37:88].isnan().any(), what
+        assert ours[:, spoiled].isnan().any(), what
 
 
 def test_the_table_of_bytes_is_the_formula_s() -> None:

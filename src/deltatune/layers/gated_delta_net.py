@@ -88,14 +88,18 @@ class GatedDeltaNet(Swapped):
         """``6 G K V`` FLOPs a token in the recurrent form: decay and read, write, output.
 
         Kept: the convolved channels, the rule's output, the norm and the activated gate after it, a row of 64 entries
-        of the chunk's triangular matrix a head; float32 decay and write strength.
+        of the chunk's triangular matrix a head; float32 decay and write strength. Where ranks pass states on, also the
+        inputs of the two rows of a rank's map, and what its tokens read of the state.
         """
         del squares
         heads, width = self.num_v_heads, self.num_v_heads * self.head_v_dim
+        group, of_map = self._deltatune.sequence, 0
+        if group is not None and group.recurrent == "state":
+            of_map = 4 * self.key_dim + heads * (2 * max(self.head_k_dim, self.head_v_dim) + self.head_k_dim)
         return Cost(
             flops=6.0 * tokens * width * self.head_k_dim,
-            kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads)),
-            kept_bytes=2.0 * 4 * tokens * heads,
+            kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads + of_map)),
+            kept_bytes=2.0 * 4 * tokens * heads * (3 if of_map else 1),
         )
 
     def mix_tokens(self, mixed: Tensor, b: Tensor, a: Tensor, sequences: Sequences) -> Tensor:

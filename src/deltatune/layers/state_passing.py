@@ -6,7 +6,9 @@ tokens on rank p a head's state becomes ``M_p S + N_p``, where ``N_p`` is what t
 they make of the identity. So every rank computes its map at once, the maps are gathered, and each rank applies those
 of the ranks before it, in fp32::
 
-    S_(p+1) = M_p S_p + N_p        M_p = 0 unless one document holds all of rank p; S_(p+1) = 0 where none goes on
+    S_(p+1) = M_p S_p + N_p        M_p = 0 unless one document that began before holds all of rank p
+
+Where no document goes on to a rank, none of its tokens reads S.
 
 Which documents are first and last on a rank is data: boundaries select, and no rank runs another graph than others.
 """
@@ -58,9 +60,8 @@ def delta_rule_over_ranks(
     carried, last = begins < 0, begins == begins[-1]
     reads, transition, written = _map_of_part(q, k, v, g, beta, carried, last)
     rows = sequences.positions.view(group.size, -1)
-    goes_on = F.pad(rows[1:, 0] > 0, (0, 1))
     holds_all = rows[:, -1] >= rows.shape[1]  # one document, which began before, up to the last token
-    state = state_before(written, transition, goes_on, holds_all, group.rank, group.name)
+    state = state_before(written, transition, holds_all, group.rank, group.name)
     read = torch.einsum("btgk,gkv->btgv", reads, state.to(reads.dtype))
     return own + _where(carried, read)
 
@@ -145,12 +146,12 @@ def tokens_before(tail: Tensor, count: int, size: int, rank: int, group: str) ->
 
 
 def _save_state(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, transition, goes_on, holds_all, *ctx.ranks = inputs
-    ctx.save_for_backward(transition, output, goes_on, holds_all)
+    _, transition, holds_all, *ctx.ranks = inputs
+    ctx.save_for_backward(transition, output, holds_all)
 
 
 def _differentiate_state(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *state_before_backward(grad, *ctx.saved_tensors, *ctx.ranks), None, None, None, None
+    return *state_before_backward(grad, *ctx.saved_tensors, *ctx.ranks), None, None, None
 
 
 @opaque(
@@ -158,15 +159,15 @@ def _differentiate_state(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradient_of="sequence parallel by state",
 )
 def state_before_backward(
-    grad: Tensor, transition: Tensor, state: Tensor, goes_on: Tensor, holds_all: Tensor, rank: int, group: str
+    grad: Tensor, transition: Tensor, state: Tensor, holds_all: Tensor, rank: int, group: str
 ) -> tuple[Tensor, Tensor]:
     """The gradients of N and M. With E the gradient of the state that a rank leaves: ``E_(p-1) = dS_p + M_p^T E_p``."""
-    gathered = _gather(torch.cat([grad, transition], dim=-1), goes_on.shape[0], group)
+    gathered = _gather(torch.cat([grad, transition], dim=-1), holds_all.shape[0], group)
     grads, transitions = torch.split(gathered, [grad.shape[-1], transition.shape[-1]], dim=-1)
     left = torch.zeros_like(grad)
-    for p in range(goes_on.shape[0] - 1, rank, -1):
+    for p in range(holds_all.shape[0] - 1, rank, -1):
         passed = torch.where(holds_all[p], transitions[p], 0.0).mT @ torch.where(holds_all[p], left, 0.0)
-        left = torch.where(goes_on[p - 1], grads[p] + passed, 0.0)
+        left = grads[p] + passed
     of_state = torch.where(holds_all[rank], left, 0.0) @ torch.where(holds_all[rank], state, 0.0).mT
     return left, of_state
 
@@ -177,23 +178,20 @@ def state_before_backward(
     backward=_differentiate_state,
     kept=True,
 )
-def state_before(
-    written: Tensor, transition: Tensor, goes_on: Tensor, holds_all: Tensor, rank: int, group: str
-) -> Tensor:
+def state_before(written: Tensor, transition: Tensor, holds_all: Tensor, rank: int, group: str) -> Tensor:
     """The state ``[G, K, V]`` that a rank's first token begins with, from the map of each rank's last document.
 
     Args:
         written: N ``[G, K, V]``.
         transition: M ``[G, K, K]``, of the document that is carried to the rank.
-        goes_on: ``[P]``, whether the last document of each rank has tokens on the next one.
         holds_all: ``[P]``, whether a document carried to a rank is its last one too; elsewhere M is not read.
         rank: of this process.
         group: the ranks, by the name of their process group.
     """
-    gathered = _gather(torch.cat([written, transition], dim=-1), goes_on.shape[0], group)
+    gathered = _gather(torch.cat([written, transition], dim=-1), holds_all.shape[0], group)
     of_writes, transitions = torch.split(gathered, [written.shape[-1], transition.shape[-1]], dim=-1)
     state = torch.zeros_like(written)
     for p in range(rank):
         passed = torch.where(holds_all[p], transitions[p], 0.0) @ torch.where(holds_all[p], state, 0.0)
-        state = torch.where(goes_on[p], of_writes[p] + passed, 0.0)
+        state = of_writes[p] + passed
     return state
