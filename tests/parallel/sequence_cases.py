@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from deltatune import CompileOptions, Sequences, prepare
+from deltatune.packing.group import Recurrent
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
 from tiny import documents, tiny_conditional, tiny_model
@@ -37,6 +38,7 @@ class Case:
     images: bool = False  # the model has a vision tower, and the packs are text
     labels: bool = False  # of the rank alone, in place of targets
     counted: bool = True  # the call says how many targets there are
+    recurrent: Recurrent = "heads"
     wrapped: bool = False  # another tool put a forward on the instance that calls ours, as accelerate does
 
 
@@ -107,7 +109,7 @@ def together(case: Case, rank: int, size: int) -> tuple[list[dict[str, torch.Ten
     """Every pack on all ranks, and what the compiler did."""
     model = build(case)
     prepared = prepare(model, **case.prepared)
-    shard_sequence(prepared, dist.group.WORLD)
+    shard_sequence(prepared, dist.group.WORLD, recurrent=case.recurrent)
     if case.wrapped:
         model.forward = passing_on(model.forward)
     found = [step(model, case, index, (rank, size)) for index in range(len(case.packs))]

@@ -118,6 +118,11 @@ def test_sizes_are_checked_and_the_model_is_left_as_it_was() -> None:
     assert prepared._state.sequence is None
 
 
+def test_another_way_to_divide_recurrent_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="recurrent must be one of heads, state, got 'tokens'"):
+        shard_sequence(prepare(build(Case(()))), Ranks(2), recurrent="tokens")  # type: ignore[arg-type]
+
+
 def test_a_model_that_is_not_prepared_is_refused() -> None:
     with pytest.raises(ValueError, match=r"call prepare\(model\) first"):
         shard_sequence(tiny_model("qwen3"), Ranks(2))

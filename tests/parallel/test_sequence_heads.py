@@ -50,6 +50,21 @@ def test_sizes_divide_what_reads_and_share_what_is_read(heads: tuple[int, int, i
                 check_sequence_size(found, size)
 
 
+def test_heads_of_the_delta_rule_need_not_divide_where_states_are_passed_on() -> None:
+    found = hybrid(24, 4, 48, 16)
+    assert sequence_sizes(found, "state") == (1, 2, 4, 8, 12, 24)
+    check_sequence_size(found, 12, "state")
+    with pytest.raises(UserError, match=r"sequence=16 .* 24 heads that read 4 evenly .* 1, 2, 4, 8, 12, 24$"):
+        check_sequence_size(found, 16, "state")
+
+
+def test_states_need_a_layer_that_has_one() -> None:
+    dense = config("qwen3", num_attention_heads=12, num_key_value_heads=4, num_hidden_layers=2)
+    assert sequence_sizes(dense, "state") == (1,)
+    with pytest.raises(UserError, match="qwen3 has no recurrent layer whose state could be passed on; leave recurrent"):
+        check_sequence_size(dense, 2, "state")
+
+
 def test_attention_alone_counts_where_there_is_no_delta_rule() -> None:
     dense = config("qwen3", num_attention_heads=12, num_key_value_heads=4, num_hidden_layers=2)
     assert sequence_sizes(dense) == (1, 2, 4, 12)

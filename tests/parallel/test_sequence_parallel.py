@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,12 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from deltatune import CompileOptions, prepare
 from deltatune.layers.exchange import exchange
+from deltatune.packing.group import Recurrent
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
 from forked import free_port, run_ranks
 
 ROUTED = {"output_router_logits": True}
 WHOLE = CompileOptions(scope="model", backend="aot_eager")
+THREE_HEADS = {"linear_num_value_heads": 3, "linear_num_key_heads": 3}
 FEW = {"num_key_value_heads": 1, "linear_num_key_heads": 1}
 
 CASES: dict[str, tuple[tuple[int, ...], Case]] = {
@@ -49,6 +51,18 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     ),
     "traced, whole": ((2,), Case((THREE,), family="qwen3", layers=1, prepared={"compile": WHOLE})),
     "adapters, traced": ((4,), Case((THREE,), family="qwen3", layers=1, lora=True, prepared={"compile": TRACED})),
+    "states": (
+        (2, 4),
+        Case((THREE, ODD, [513, 511], [514, 510], [257, 255, 257, 255], [401], [7], [1, 1, 1]), recurrent="state"),
+    ),
+    "states, ranks of padding alone": ((2, 4), Case(([30, 2],), total=128, recurrent="state")),
+    "states of heads that do not divide": ((2, 4), Case((THREE,), model=THREE_HEADS, recurrent="state")),
+    "states, interleaved": ((2, 4), Case((ODD,), family="qwen3_next", total=92, call=ROUTED, recurrent="state")),
+    "states, adapters": ((4,), Case((THREE,), lora=True, prepared={"checkpointing": "layer"}, recurrent="state")),
+    "states, traced": (
+        (2,),
+        Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared={"compile": TRACED}, recurrent="state"),
+    ),
     "compiled": ((2,), Case((THREE,), layers=1, prepared={"compile": CompileOptions(), "checkpointing": "layer"})),
 }
 BY_RANKS = [(name, ranks) for name, (sizes, _) in CASES.items() for ranks in sizes]
@@ -74,7 +88,8 @@ def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
     made = {name: together(case, rank, ranks) for name, (sizes, case) in CASES.items() if ranks in sizes}
     if ranks == 2:
         made |= {
-            "documents": documents_main(rank),
+            "documents, heads": documents_main(rank, "heads"),
+            "documents, state": documents_main(rank, "state"),
             "exchanges": exchanges_main(rank),
             "sharded": sharded_main(rank),
             "undone": undone_main(rank),
@@ -96,10 +111,10 @@ def test_losses_and_gradients_are_those_of_one_process(name: str, ranks: int, fo
         assert report["breaks"] == report["recompiles"] == []
 
 
-def documents_main(rank: int) -> dict[str, Any]:
+def documents_main(rank: int, recurrent: Recurrent) -> dict[str, Any]:
     """Each token's loss before and after another document changes, and one document's gradient to all inputs."""
     model = build(Case(()))
-    shard_sequence(prepare(model), dist.group.WORLD)
+    shard_sequence(prepare(model), dist.group.WORLD, recurrent=recurrent)
     batch = pack(THREE)
     changed = dict(batch)
     changed["input_ids"] = batch["input_ids"].clone()
@@ -131,8 +146,9 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def test_no_document_reaches_another(found: Any) -> None:
-    made = found(2)["documents"]
+@pytest.mark.parametrize("recurrent", get_args(Recurrent))
+def test_no_document_reaches_another(recurrent: str, found: Any) -> None:
+    made = found(2)[f"documents, {recurrent}"]
     same = made["before"] == made["after"]
     assert same[:37].all()
     assert same[88:].all()
@@ -148,15 +164,22 @@ EXCHANGES: dict[str, Case] = {
     "layer": Case((), family="qwen3", layers=1, prepared={"compile": TRACED, "checkpointing": "layer"}),
     "a share": Case((), family="qwen3", layers=1, prepared={"compile": TRACED, "checkpointing": 0.5}),
     "nothing may stay": Case((), layers=1, prepared={"compile": TRACED, "checkpointing": 0.0}),
+    "states, layer": Case((), layers=1, prepared={"checkpointing": "layer"}, recurrent="state"),
+    "states, nothing may stay": Case(
+        (), layers=1, prepared={"compile": TRACED, "checkpointing": 0.0}, recurrent="state"
+    ),
 }
 
 
+COLLECTIVES = {"_c10d_functional::all_to_all_single", "_c10d_functional::all_gather_into_tensor"}
+
+
 def exchanges_main(rank: int) -> dict[str, list[int]]:
-    """The all-to-alls of a forward and of its backward, in each setting."""
+    """The collectives of a forward and of its backward, in each setting."""
     counts = {}
     for name, case in EXCHANGES.items():
         model = build(case)
-        shard_sequence(prepare(model, **case.prepared), dist.group.WORLD)
+        shard_sequence(prepare(model, **case.prepared), dist.group.WORLD, recurrent=case.recurrent)
         part = cut_batch(pack(THREE), rank=rank, size=2)
         model(**part).loss.backward()
         with profile(activities=[ProfilerActivity.CPU]) as forward:
@@ -164,8 +187,7 @@ def exchanges_main(rank: int) -> dict[str, list[int]]:
         with profile(activities=[ProfilerActivity.CPU]) as backward:
             loss.backward()
         counts[name] = [
-            sum(event.count for event in run.key_averages() if event.key == "_c10d_functional::all_to_all_single")
-            for run in (forward, backward)
+            sum(event.count for event in run.key_averages() if event.key in COLLECTIVES) for run in (forward, backward)
         ]
     return counts
 

@@ -25,6 +25,7 @@ from deltatune.hf.peft import refuse_virtual_tokens
 from deltatune.layers.attention import attention_cost, attention_spec
 from deltatune.layers.exchange import exchange
 from deltatune.layers.router import Router, has_router, recorded_routers, recording, run_recorded
+from deltatune.layers.state_passing import state_before, tokens_before
 from deltatune.ops import Spec
 from deltatune.packing.group import SequenceGroup
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
@@ -90,12 +91,16 @@ class DecoderLayer(Swapped):
         return attention_cost(attention.config, tokens, squares)
 
 
+#: The ops that other ranks take part in.
+_EXCHANGED = [exchange, state_before, tokens_before]
+
+
 def _contexts(layer: DecoderLayer) -> dict[str, Any]:
     """What a layer checkpointed by itself keeps besides its input; in a graph the partitioner knows."""
     exchanges = layer._deltatune.sequence is not None or has_divided_experts(layer)
     if torch.compiler.is_compiling() or not exchanges:
         return {}
-    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, [exchange])}
+    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, _EXCHANGED)}
 
 
 def _brings_gradients(layer: nn.Module, given: object) -> bool:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from deltatune.hf.cached import check_boundaries
 from deltatune.hf.hooks import OFFLOADED
 from deltatune.hf.peft import readable, readable_conv
 from deltatune.layers.exchange import all_tokens, heads_of_rank, own_heads, own_tokens
+from deltatune.layers.state_passing import delta_rule_over_ranks, with_tokens_before
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
 from deltatune.packing.group import SequenceGroup
@@ -41,6 +43,7 @@ class GatedDeltaNet(Swapped):
     num_k_heads: int
     head_k_dim: int
     head_v_dim: int
+    conv_kernel_size: int
     key_dim: int
     value_dim: int
     A_log: Tensor
@@ -67,26 +70,8 @@ class GatedDeltaNet(Swapped):
         if sequences is None:
             stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
             return stock
-        kernels, group = self._deltatune.options.kernels, self._deltatune.sequence
         mixed, z, b, a = self.project(hidden_states)
-        A_log, dt_bias = self.A_log, self.dt_bias
-        if group is not None:
-            mixed, b, a = self.exchange_tokens(mixed, b, a, group)
-            A_log, dt_bias = own_heads(A_log, group), own_heads(dt_bias, group)
-        q, k, v = self.convolve(mixed, sequences)
-        g = -A_log.float().exp() * F.softplus(a.float() + dt_bias)
-        out = ops.gated_delta_rule(
-            torch.unflatten(q, -1, (-1, self.head_k_dim)),
-            torch.unflatten(k, -1, (-1, self.head_k_dim)),
-            torch.unflatten(v, -1, (-1, self.head_v_dim)),
-            g,
-            b.sigmoid(),
-            sequences=sequences,
-            qk_l2norm=False,
-            impl=kernels["gated_delta_rule"],
-        )
-        if group is not None:
-            out = own_tokens(out, group)
+        out = self.mix_tokens(mixed, b, a, sequences)
         projected: Tensor = self.out_proj(self.norm_and_gate(out, z).flatten(-2))
         return projected
 
@@ -103,19 +88,52 @@ class GatedDeltaNet(Swapped):
         """``6 G K V`` FLOPs a token in the recurrent form: decay and read, write, output.
 
         Kept: the convolved channels, the rule's output, the norm and the activated gate after it, a row of 64 entries
-        of the chunk's triangular matrix a head; float32 decay and write strength.
+        of the chunk's triangular matrix a head; float32 decay and write strength. Where ranks pass states on, also the
+        inputs of the two rows of a rank's map, and what its tokens read of the state.
         """
         del squares
         heads, width = self.num_v_heads, self.num_v_heads * self.head_v_dim
+        group, of_map = self._deltatune.sequence, 0
+        if group is not None and group.recurrent == "state":
+            of_map = 4 * self.key_dim + heads * (2 * max(self.head_k_dim, self.head_v_dim) + self.head_k_dim)
         return Cost(
             flops=6.0 * tokens * width * self.head_k_dim,
-            kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads)),
-            kept_bytes=2.0 * 4 * tokens * heads,
+            kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads + of_map)),
+            kept_bytes=2.0 * 4 * tokens * heads * (3 if of_map else 1),
         )
 
-    def convolve(self, mixed: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
-        """q, k and v ``[B, T, ...]``, q and k normalised: the delta rule would read and write them once more for it."""
-        conv, group = readable_conv(self.conv1d), self._deltatune.sequence
+    def mix_tokens(self, mixed: Tensor, b: Tensor, a: Tensor, sequences: Sequences) -> Tensor:
+        """Convolution and delta rule ``[B, T, G, V]`` of projections, with what a sequence group's ranks exchange."""
+        group = self._deltatune.sequence
+        impl = self._deltatune.options.kernels["gated_delta_rule"]
+        if group is None:
+            rule = self.rule_inputs(self.convolve(mixed, sequences), b, a, self.A_log, self.dt_bias)
+            return ops.gated_delta_rule(*rule, sequences=sequences, qk_l2norm=False, impl=impl)
+        if group.recurrent == "state":
+            before = self.conv_kernel_size - 1
+            convolved = self.convolve(*with_tokens_before(mixed, self.conv_kernel_size, sequences, group))
+            rule = self.rule_inputs([x[:, before:] for x in convolved], b, a, self.A_log, self.dt_bias)
+            return delta_rule_over_ranks(*rule, sequences=sequences, group=group, impl=impl)
+        mixed, b, a = self.exchange_tokens(mixed, b, a, group)
+        gates = b, a, own_heads(self.A_log, group), own_heads(self.dt_bias, group)
+        rule = self.rule_inputs(self.convolve(mixed, sequences, group), *gates)
+        return own_tokens(ops.gated_delta_rule(*rule, sequences=sequences, qk_l2norm=False, impl=impl), group)
+
+    def rule_inputs(
+        self, qkv: Iterable[Tensor], b: Tensor, a: Tensor, A_log: Tensor, dt_bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v by heads, ``g = -exp(A_log) softplus(a + dt)`` in fp32 and ``beta = sigmoid(b)``."""
+        g = -A_log.float().exp() * F.softplus(a.float() + dt_bias)
+        dims = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        q, k, v = (torch.unflatten(x, -1, (-1, dim)) for x, dim in zip(qkv, dims, strict=True))
+        return q, k, v, g, b.sigmoid()
+
+    def convolve(self, mixed: Tensor, sequences: Sequences, group: SequenceGroup | None = None) -> tuple[Tensor, ...]:
+        """q, k and v ``[B, T, ...]``, q and k normalised: the delta rule would read and write them once more for it.
+
+        With ``group`` the channels are those of this rank's heads.
+        """
+        conv = readable_conv(self.conv1d)
         hook = conv.__dict__.get(OFFLOADED)
         if hook is not None:
             hook.pre_forward(conv)

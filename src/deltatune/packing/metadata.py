@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -105,6 +105,8 @@ def _resolve_part(
             f"{group.size * tokens}; pass the boundaries of the whole pack and an equal part of it on every rank"
         )
     sequences = sequences.to(device)
+    if group.recurrent == "state":
+        sequences = replace(sequences, part=group.part(sequences))
     expected = group.cut(sequences.positions)[None].long()
     given = call.get("position_ids")
     if given is None:

@@ -34,6 +34,7 @@ class Sequences:
         positions: int32 ``[N]``, the offset of each token inside its document; 0 marks a document's first token.
         max_length: an upper bound on a document's length, in tokens.
         num_sequences: documents before the repeated tail, a padding document included.
+        part: where ranks hold a pack together and pass states on, the documents as this one's tokens hold them.
     """
 
     cu_seqlens: Tensor
@@ -41,6 +42,7 @@ class Sequences:
     positions: Tensor
     max_length: int
     num_sequences: int
+    part: Sequences | None = None
 
     @classmethod
     def from_lengths(
@@ -184,7 +186,8 @@ class Sequences:
         ``max_length`` becomes the total and the repeated tail counts as empty documents, so that a tracer which guards
         on the integers of its inputs still sees one value for every batch of a shape.
         """
-        return replace(self, max_length=self.total, num_sequences=self.cu_seqlens.numel() - 1)
+        part = None if self.part is None else self.part.static()
+        return replace(self, max_length=self.total, num_sequences=self.cu_seqlens.numel() - 1, part=part)
 
     def to(
         self,
@@ -205,6 +208,7 @@ class Sequences:
             self,
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             positions=self.positions.to(device, non_blocking=non_blocking),
+            part=None if self.part is None else self.part.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Sequences:

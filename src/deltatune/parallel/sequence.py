@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from deltatune.hf import model as hf_model
-from deltatune.packing.group import SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup
 from deltatune.parallel.heads import check_sequence_size
 from deltatune.preparation import Prepared
 from deltatune.state import State
@@ -14,11 +16,16 @@ from deltatune.state import State
 __all__ = ["shard_sequence"]
 
 
-def shard_sequence(prepared: Prepared | nn.Module, group: ProcessGroup | None) -> None:
+def shard_sequence(
+    prepared: Prepared | nn.Module, group: ProcessGroup | None, *, recurrent: Recurrent = "heads"
+) -> None:
     """Makes every packed call of a prepared model one of all ranks of ``group``, each with its part of one pack.
 
     Around the layers nothing changes: a rank computes its tokens. Attention and the delta rule get the heads of one
-    rank for all tokens, by one all-to-all in and one out (DeepSpeed-Ulysses, arXiv 2309.14509). The losses of the ranks
+    rank for all tokens, by one all-to-all in and one out (DeepSpeed-Ulysses, arXiv 2309.14509). With
+    ``recurrent="state"`` the delta rule keeps the rank's tokens and all heads, and begins with the state that the ranks
+    before left of the document that goes on; one all-gather passes it, another the convolution's W - 1 tokens before
+    the rank's. Then its heads need not divide, and what is sent does not grow with tokens. The losses of the ranks
     add up to the pack's, and so do their gradients, which are left to sum (or, as data-parallel ranks do, to average
     after the loss was multiplied by the number of ranks). ``deltatune.parallel.slice.cut_batch`` cuts a batch.
 
@@ -28,22 +35,26 @@ def shard_sequence(prepared: Prepared | nn.Module, group: ProcessGroup | None) -
 
     Args:
         prepared: what ``prepare`` gave, or the model that it was given; sharded or replicated afterwards or before.
-        group: a process group that this process is in. All its ranks call the model together.
+        group: a process group that this process is in. All its ranks call the model together, with the same
+            ``recurrent``.
+        recurrent: ``"heads"`` or ``"state"``, how Gated DeltaNet layers are divided.
 
     Raises:
-        ValueError: a model that is not prepared.
+        ValueError: a model that is not prepared, or another ``recurrent``.
         UserError: a number of ranks that the model's heads cannot be divided among, or a model that cannot be in a
             group at all; see ``check_sequence_size``.
     """
     model = prepared.model if isinstance(prepared, Prepared) else prepared
     text_model = hf_model.text_model(model)
+    if recurrent not in get_args(Recurrent):
+        raise ValueError(f"recurrent must be one of {', '.join(get_args(Recurrent))}, got {recurrent!r}")
     state: State | None = text_model.__dict__.get("_deltatune")
     if state is None:
         raise ValueError("shard_sequence comes after prepare: the model is not prepared; call prepare(model) first")
     found = None
     if group is not None and group.size() > 1:
-        check_sequence_size(text_model.config, group.size())
-        found = SequenceGroup(group.group_name, group.size(), group.rank())
+        check_sequence_size(text_model.config, group.size(), recurrent)
+        found = SequenceGroup(group.group_name, group.size(), group.rank(), recurrent)
     state.sequence = found
     # graphs hold what they were compiled with
     state.graphs.clear()
