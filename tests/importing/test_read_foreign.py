@@ -13,6 +13,8 @@ from deltatune.importing.read import read_foreign
         ("l.yaml", "model_name_or_path: m\nstage: sft", "llamafactory"),
         ("t.yaml", "model_name_or_path: m\ndataset_name: d", "trl"),
         ("h.yaml", "model_name_or_path: m\ndataset_mixer: {d: 1}", "trl"),
+        ("t.json", '{\n\t"model_name_or_path": "m", "dataset_name": "d", "learning_rate": 2e-4}', "trl"),
+        ("l.json", '{"model_name_or_path": "m", "stage": "sft"}', "llamafactory"),
         ("t.sh", "trl sft --model_name_or_path m", "trl"),
         ("u.py", "FastLanguageModel.from_pretrained('m')", "unsloth"),
     ],
@@ -33,6 +35,7 @@ def test_kind_is_told_by_the_file(tmp_path, name, text, kind):
         ("none.sh", "echo trl", "expected a command line with trl sft"),
         ("none.py", "print(1)", "expected calls of from_pretrained"),
         ("broken.py", "def", "broken Python"),
+        ("broken.json", '{"a": 1,}', "broken JSON"),
         ("broken.ipynb", "{}", "expected a notebook"),
     ],
 )
