@@ -7,11 +7,20 @@ asks leaves the check to transformers itself.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["annotated_fields", "conversion_text", "enum_values", "mapping_keys", "modeling_text", "schedule_arguments"]
+__all__ = [
+    "annotated_fields",
+    "conversion_text",
+    "enum_values",
+    "mapping_keys",
+    "model_types",
+    "modeling_text",
+    "schedule_arguments",
+]
 
 
 def enum_values(file: str, name: str) -> tuple[str, ...] | None:
@@ -70,6 +79,15 @@ def modeling_text(model_type: str) -> str | None:
     folder = None if root is None or not model_type.isidentifier() else root / "models" / model_type
     files = [] if folder is None else sorted(folder.glob("modeling_*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files) or None
+
+
+def model_types() -> frozenset[str] | None:
+    """All that may be the type of a model: the strings of the modules that map them to classes; None without these."""
+    root = _root()
+    folder = None if root is None else root / "models" / "auto"
+    files = [] if folder is None else [folder / name for name in ("auto_mappings.py", "configuration_auto.py")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return frozenset(re.findall(r"""["']([\w.-]+)["']""", " ".join(texts))) or None
 
 
 def conversion_text() -> str | None:
