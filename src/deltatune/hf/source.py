@@ -33,13 +33,13 @@ def enum_values(file: str, name: str) -> tuple[str, ...] | None:
     return None if members is None else tuple(members.values())
 
 
-def annotated_fields(file: str, name: str) -> frozenset[str] | None:
-    """The names of a dataclass's fields, as far as the class itself annotates them."""
+def annotated_fields(file: str, name: str) -> dict[str, str] | None:
+    """The fields of a dataclass, as far as the class itself annotates them, with their annotations."""
     found = _class(file, name)
     if found is None:
         return None
     lines = [line for line in found.body if isinstance(line, ast.AnnAssign) and not _is_class_variable(line)]
-    return frozenset(line.target.id for line in lines if isinstance(line.target, ast.Name))
+    return {line.target.id: ast.unparse(line.annotation) for line in lines if isinstance(line.target, ast.Name)}
 
 
 def mapping_keys(file: str, name: str) -> tuple[str, ...] | None:
