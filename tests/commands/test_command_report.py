@@ -51,3 +51,10 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys) -> None:
     errors = capsys.readouterr().err.splitlines()
     assert [error.split(":")[0] for error in errors] == ["error", "error"]
     assert errors[1].endswith("cannot be written: File name too long; choose another file with --output")
+
+
+def test_a_file_is_not_told_its_own_name(tmp_path, capsys) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "row.jsonl").touch()
+    assert main(["report", str(tmp_path / "rows.jsonl")]) == 2
+    assert capsys.readouterr().err.endswith("; did you mean row.jsonl?\n")
