@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from traceback import format_exception
@@ -22,7 +23,9 @@ from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
-from deltatune.phases import shown_by
+from deltatune.phases import phase, shown_by
+from deltatune.runs.card import model_card
+from deltatune.runs.folder import read_run
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
 from deltatune.training.building import Run, build, report_of
@@ -30,9 +33,9 @@ from deltatune.training.changes import Change
 from deltatune.training.console import RunConsole
 from deltatune.training.continuing import adapter_record
 from deltatune.training.early_stopping import EarlyStopping
-from deltatune.training.ending import ending, evaluation_of_weights
-from deltatune.training.export import check_kind, refuse_to_replace, write_json, write_text
-from deltatune.training.finishing import REPORT_FILE, TrainResult, finish
+from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
+from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
+from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
 from deltatune.training.layout import shard_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings
@@ -161,7 +164,7 @@ def _fit(
             _run_steps(trainer, checkpoint, stop, run.console)
             evaluation = evaluation_of_weights(trainer, after=step if otherwise else -1)
             during_training.close()
-            result = finish(run, trainer, evaluation, records)
+            result = _finish(run, trainer, evaluation, records)
         status = "finished"
     finally:
         failure = sys.exception()
@@ -299,3 +302,37 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
     finally:
         config.pop("use_cache", None)
         config.update(kept)
+
+
+def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
+    """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
+    metrics = metrics_of(run, trainer, evaluation)
+    check_finite(run.model, run.mesh)
+    state = trainer.whole_state() if run.mesh.shard_size > 1 else None
+    if run.arguments.should_save:
+        with phase("saving the model"):
+            card = model_card(read_run(run.output_dir), metrics["saved_step"])
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.loaded.origin, card, state)
+        for line in said:
+            run.console.out(line, highlight=False)
+        # the compiler's account is complete only now
+        write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
+        # a finished run that is resumed has nothing to measure: the figures of its training stay
+        before = {} if metrics["leg"]["steps"] else _read(run.output_dir / METRICS_FILE)
+        write_json(run.output_dir / METRICS_FILE, {**metrics, "leg": before.get("leg", metrics["leg"])})
+    if not metrics["leg"]["steps"]:
+        run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
+    if trainer.skipped:
+        steps = ", ".join(str(found.step) for found in trainer.skipped)
+        run.console.out(f"updates that were left out, since a loss or gradient norm was no number: steps {steps}")
+    for line in [*ending_lines(trainer), f"saved to {run.output_dir}"]:
+        run.console.out(line, highlight=False)
+    return TrainResult(run.output_dir, metrics, trainer.state.log_history)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
