@@ -127,5 +127,5 @@ def near_files(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f": there is no folder {folder}"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir() if entry != path], n=3)
     return f"; did you mean {' or '.join(near)}?" if near else f"; {folder.resolve()} holds nothing of a like name"

@@ -57,3 +57,10 @@ def test_names_of_files_may_hold_any_bytes(tmp_path) -> None:
     (tmp_path / "run.json").write_text(r'{"legs": [{"command": "train caf\udce9.yaml"}]}')
     assert main(["report", str(tmp_path)]) == 0
     assert r"train caf\udce9.yaml" in (tmp_path / "report.html").read_text()
+
+
+def test_a_file_is_not_told_its_own_name(tmp_path, capsys) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "row.jsonl").touch()
+    assert main(["report", str(tmp_path / "rows.jsonl")]) == 2
+    assert capsys.readouterr().err.endswith("; did you mean row.jsonl?\n")

@@ -21,7 +21,10 @@ print(json.dumps([status, list(sys.modules), used.ru_utime + used.ru_stime]))
 """
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 #: What a model takes, and rows and tokenizers do not.
-OF_MODELS = ("peft", "accelerate", "datasets", "trl", "torch._dynamo", "torch._inductor", "transformers.modeling_utils")
+OF_MODELS = (
+    *("peft", "accelerate", "datasets", "trl", "transformers.modeling_utils"),
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"),
+)
 #: Seconds of CPU without those of HEAVY; a third of one, on a machine that does nothing else.
 BOUND = 4.0
 
@@ -63,30 +66,74 @@ def test_names_and_paths_are_checked_without_torch(write_recipe: Any, setting: s
 
 
 def _no_tokenizer(_: Path, folder: Path) -> list[str]:
-    folder.mkdir()
     return [f"model.tokenizer={folder}"]
 
 
 def _unknown_type(checkpoint: Path, folder: Path) -> list[str]:
-    shutil.copytree(checkpoint, folder)
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "of_no_kind"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_6"}))
     return [f"model.name_or_path={folder}"]
 
 
-def _broken_row(_: Path, folder: Path) -> list[str]:
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text('{"messages": 3}\n')
-    return [f"data.train.0.path={folder / 'rows.jsonl'}"]
+def rows(*given: Any) -> Callable[[Path, Path], list[str]]:
+    def write(_: Path, folder: Path) -> list[str]:
+        (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in given))
+        return [f"data.train.0.path={folder / 'rows.jsonl'}"]
+
+    return write
+
+
+def said(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+GOOD = said("user", "assistant")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(_no_tokenizer, "cannot load a tokenizer"), (_unknown_type, "of_no_kind"), (_broken_row, "rows.jsonl, line 1")],
+    [
+        (_no_tokenizer, "cannot load a tokenizer"),
+        (_unknown_type, "does not know (did you mean qwen3_5?)"),
+        (rows({"messages": 3}), "line 1: messages must be a list of messages"),
+        (rows(GOOD, [1]), "line 2 begins a JSON list; expected one JSON object per line"),
+        (rows(*[GOOD] * 900, said("user", "asistant")), "line 901: messages[1] has the"),
+        (rows(GOOD, said("user")), "line 2 has no assistant turn in its conversation"),
+        (rows({"question": "x", "answer": "y"}), "rows.jsonl fits no format"),
+        (rows({"prompt": "x", "chosen": "y", "rejected": "z"}), "add preference: {}"),
+        (rows({"input_ids": [1, -5]}), "line 1: input_ids holds -5"),
+    ],
 )
-def test_configurations_and_rows_are_checked_before_models_are_imported(
+def test_types_of_models_and_first_rows_are_checked_without_torch(
     write_recipe: Any, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path, Path], list[str]], message: str
 ) -> None:
+    (tmp_path / "spoiled").mkdir()
+    status, modules, seconds, said = run_plan(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert message in said
+    assert modules.isdisjoint(HEAVY)
+    assert seconds < BOUND
+
+
+def _broken_tokenizer(_: Path, folder: Path) -> list[str]:
+    (folder / "tokenizer.json").write_text("{}")
+    return [f"model.tokenizer={folder}"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_broken_tokenizer, "cannot load a tokenizer"),
+        (rows(*[GOOD] * 1000, {"messages": 3}), "line 1001: messages must be a list"),
+        (rows({"input_ids": [1, 10**6]}), "the rows are another tokenizer's"),
+        (lambda *_: ["data.chat_template_kwargs={enable_thinkin: false}"], "enable_thinkin"),
+    ],
+)
+def test_all_rows_and_tokenizers_are_checked_before_models_are_imported(
+    write_recipe: Any, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path, Path], list[str]], message: str
+) -> None:
+    (tmp_path / "spoiled").mkdir()
     status, modules, _, said = run_plan(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said

@@ -77,7 +77,7 @@ def test_broken_lines_are_named(write, content, message):
 
 
 def test_a_broken_line_beyond_the_first_is_named_when_it_is_read(write, monkeypatch):
-    monkeypatch.setattr(json_rows, "_ROWS_FOR_COLUMNS", 2)
+    monkeypatch.setattr(json_rows, "ROWS_FOR_COLUMNS", 2)
     rows = json_lines(write('{"a": 1}\n{"b": 1}\n\n{"c": 1\n{"d": 1}\n'), NAME)
     assert rows.columns == ("a", "b")
     assert list(rows.read(3, 4)) == [{"d": 1}]

@@ -265,7 +265,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch, name):
 
 
 def test_columns_that_only_later_rows_have_are_looked_for(write_jsonl, monkeypatch):
-    monkeypatch.setattr(json_rows, "_ROWS_FOR_COLUMNS", 1)
+    monkeypatch.setattr(json_rows, "ROWS_FOR_COLUMNS", 1)
     path = str(write_jsonl(ROWS))
     assert load_rows(path).columns == ("text",)
     assert load_rows(path, needed=["id", "none"]).columns == ("text", "id")

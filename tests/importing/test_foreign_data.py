@@ -8,6 +8,7 @@ import pytest
 from deltatune.importing.axolotl import AXOLOTL
 from deltatune.importing.llama_factory import LLAMA_FACTORY
 from deltatune.importing.trl import TRL
+from deltatune.importing.unsloth import UNSLOTH
 
 
 def of_axolotl(entry):
@@ -79,6 +80,8 @@ def of_trl(section, value):
         ("datasets", [{"path": "owner/d", "name": "main"}], {"path": "owner/d", "name": "main"}),
         ("dataset_mixture", {"datasets": [{"id": "owner/d", "config": "main"}]}, {"path": "owner/d", "name": "main"}),
         ("dataset_mixture", {"datasets": [{"id": "owner/d", "weight": 1.0}]}, {"path": "owner/d"}),
+        ("datasets", [{"path": "json", "data_files": "x.jsonl"}], {"path": "x.jsonl"}),
+        ("datasets", [{"path": "owner/d", "data_files": "x.jsonl"}], {"path": "owner/d"}),
         ("dataset_mixer", {"owner/d": 0.5}, {"path": "owner/d"}),
     ],
 )
@@ -108,3 +111,20 @@ def test_fractions_are_shares_of_documents():
 
 def test_a_part_of_the_rows_is_not_a_weight():
     assert [row.outcome.verdict for row in of_trl("datasets", [{"weight": 0.1}])[1]] == ["not supported"]
+
+
+@pytest.mark.parametrize(
+    ("files", "verdict", "writes"),
+    [
+        ("a.jsonl", "carried", {"train": "a.jsonl"}),
+        ({"train": "a.jsonl"}, "carried", {"train": "a.jsonl"}),
+        ({"train": "a.jsonl", "test": "b.jsonl"}, "carried", {"train": "a.jsonl", "eval": "b.jsonl"}),
+        ({"test": "b", "validation": "c", "train": "a"}, "not supported", {"train": "a", "eval": "c"}),
+        ({"train": ["a", "b"], "test": "c"}, "not supported", {"train": "a", "eval": "c"}),
+        (["a.jsonl", "b.jsonl"], "not supported", {"train": "a.jsonl"}),
+    ],
+)
+def test_files_of_load_dataset(files, verdict, writes):
+    outcome = UNSLOTH.rules["data_files"](files, {"path": "json", "data_files": files})
+    assert outcome.verdict == verdict
+    assert dict(outcome.writes) == {f"data.{part}.0.path": file for part, file in writes.items()}

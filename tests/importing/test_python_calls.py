@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 
 from deltatune.importing.python_calls import calls_in
+from deltatune.importing.read import read_foreign
+from deltatune.importing.recipe import convert
 from deltatune.importing.unsloth import settings_of_script
 from deltatune.importing.values import NotLiteral
 
@@ -77,3 +79,23 @@ def test_further_trainers_are_named(name):
 def test_the_trainers_model_may_be_a_name():
     assert settings_of_script(Path("s.py"), "SFTTrainer('owner/m')\nSFTConfig()")["model_name"] == "owner/m"
     assert "model_name" not in settings_of_script(Path("s.py"), "SFTTrainer(model)\nSFTConfig()")
+
+
+@pytest.mark.parametrize(
+    ("call", "verdict", "why"),
+    [
+        ("model.save_pretrained('lora')", "no effect here", "training.output_dir"),
+        ("trainer.save_model()", "no effect here", "training.output_dir"),
+        ("model.save_pretrained_merged('m', tokenizer, save_method='merged_16bit')", "not supported", "merge"),
+        ("model.push_to_hub_merged('o/m', tokenizer)", "not supported", "merge"),
+        ("model.save_pretrained_gguf('m', tokenizer, quantization_method='q4_k_m')", "not supported", "convert_hf_to"),
+        ("model.push_to_hub('o/m')", "not supported", "training.push_to_hub"),
+    ],
+)
+def test_what_becomes_of_the_model_is_told(tmp_path, call, verdict, why):
+    (tmp_path / "s.py").write_text(f"FastModel.from_pretrained('m')\nif False: model.save_pretrained('x')\n{call}")
+    rows = {row.key: row.outcome for row in convert(read_foreign(tmp_path / "s.py")).rows}
+    told = [outcome for key, outcome in rows.items() if key.endswith("(line 3)")]
+    assert [outcome.verdict for outcome in told] == [verdict]
+    assert why in told[0].why
+    assert not any(key.endswith("(line 2)") for key in rows)

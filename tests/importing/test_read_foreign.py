@@ -13,6 +13,8 @@ from deltatune.importing.read import read_foreign
         ("l.yaml", "model_name_or_path: m\nstage: sft", "llamafactory"),
         ("t.yaml", "model_name_or_path: m\ndataset_name: d", "trl"),
         ("h.yaml", "model_name_or_path: m\ndataset_mixer: {d: 1}", "trl"),
+        ("t.json", '{\n\t"model_name_or_path": "m", "dataset_name": "d", "learning_rate": 2e-4}', "trl"),
+        ("l.json", '{"model_name_or_path": "m", "stage": "sft"}', "llamafactory"),
         ("t.sh", "trl sft --model_name_or_path m", "trl"),
         ("u.py", "FastLanguageModel.from_pretrained('m')", "unsloth"),
     ],
@@ -36,6 +38,7 @@ def test_kind_is_told_by_the_file(tmp_path, name, text, kind):
         ("nothing.py", "\0", "nothing.py: broken Python"),
         ("long.py", "x = " + "+".join("1" * 20_000), "too long to be read"),
         ("deep.ipynb", "[" * 100_000, "expected a notebook"),
+        ("broken.json", '{"a": 1,}', "broken JSON"),
         ("broken.ipynb", "{}", "expected a notebook"),
     ],
 )

@@ -18,7 +18,7 @@ from deltatune import CompileOptions, Sequences, parallelize, prepare
 from deltatune.errors import UserError
 from deltatune.layers.gated_delta_net import GatedDeltaNet
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
-from deltatune.training.run import _check_finite
+from deltatune.training.finishing import check_finite
 from forked import free_port, run_ranks
 from tiny import documents, tiny_model
 
@@ -148,7 +148,7 @@ def nan_of_one_rank(rank: int) -> str:
         with torch.no_grad():
             parallel.prepared.model.get_parameter("model.norm.weight").to_local().fill_(torch.nan)
     try:
-        _check_finite(parallel.prepared.model, parallel.mesh)
+        check_finite(parallel.prepared.model, parallel.mesh)
     except UserError as error:
         return str(error)
     return "done"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 from training_cases import TOKENS, Packs, make_trainer
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from deltatune import prepare
 from deltatune.config.refused import PASSED_TRAINING_NAMES
 from deltatune.config.training_section import TrainingSection
-from deltatune.errors import UserError
+from deltatune.errors import RecipeKeyError, UserError
 from deltatune.training import arguments as module
 from deltatune.training.arguments import training_arguments
+from deltatune.training.names import check_names
 from tiny import tiny_model
 
 
@@ -47,6 +50,68 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
 def test_bad_values_are_user_errors(tmp_path: Path, values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         training_arguments(TrainingSection(output_dir=str(tmp_path), use_cpu=True, **values))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "message"),
+    [
+        ("polynomial", {"power": "high"}, "unsupported operand"),
+        ("polynomial", {"lr_end": 1e-2}, "must be smaller than initial lr"),
+        ("cosine_with_min_lr", {"min_lr": "high"}, "unsupported operand"),
+        ("cosine_with_restarts", {"num_cycles": "two"}, "lr_scheduler_type: cosine_with_restarts: "),
+    ],
+)
+def test_schedules_are_gone_through(tmp_path: Path, schedule: str, given: dict[str, Any], message: str) -> None:
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "learning_rate": 1e-3, "lr_scheduler_type": schedule}
+    with pytest.raises(UserError, match=message):
+        training_arguments(TrainingSection(**settings, lr_scheduler_kwargs=given))
+
+
+# those that need arguments or evaluations
+LEFT = ("warmup_stable_decay", "greedy", "reduce_lr_on_plateau")
+
+
+@pytest.mark.parametrize("schedule", [name for name in SchedulerType if name not in LEFT])
+def test_schedules_of_every_kind_pass(tmp_path: Path, schedule: SchedulerType) -> None:
+    given = {"min_lr": 1e-5} if "min_lr" in schedule else None
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "lr_scheduler_type": schedule.value}
+    training_arguments(TrainingSection(**settings, lr_scheduler_kwargs=given))
+
+
+def test_a_backend_is_for_several_processes(tmp_path: Path) -> None:
+    section = TrainingSection(output_dir=str(tmp_path), use_cpu=True, ddp_backend="gloo")
+    assert training_arguments(section).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataloader_drop_last": "maybe"}, 'dataloader_drop_last: expected true or false, got "maybe"'),
+        ({"ddp_timeout": "long"}, "ddp_timeout: expected a whole number, got"),
+        ({"ddp_timeout": True}, "ddp_timeout: expected a whole number, got true"),
+        ({"eval_delay": "3"}, "eval_delay: expected a number, got"),
+        ({"ddp_static_graph": 1}, "ddp_static_graph: expected true or false or null, got 1"),
+        ({"log_level": "loud"}, "log_level: loud is unknown; known: passive"),
+        ({"include_num_input_tokens_seen": "some"}, "include_num_input_tokens_seen: some is unknown"),
+        ({"ddp_backend": "gluu"}, "ddp_backend: gluu is unknown"),
+    ],
+)
+def test_values_are_of_their_types(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeKeyError, match=re.escape(f"training.{message}")):
+        check_names(TrainingSection(output_dir=str(tmp_path), **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dataloader_drop_last": True, "eval_delay": 3, "ddp_timeout": 90, "tf32": None, "hub_private_repo": False},
+        {"log_level": "info", "include_num_input_tokens_seen": True, "accelerator_config": {}, "eval_on_start": False},
+        {"include_num_input_tokens_seen": "all", "trackio_static_space_id": False, "logging_strategy": "epoch"},
+        {"optim_target_modules": ["q_proj"], "optim_args": "a=1", "hub_strategy": "end", "ddp_backend": "gloo"},
+    ],
+)
+def test_values_of_their_types_pass(tmp_path: Path, values: dict[str, Any]) -> None:
+    check_names(TrainingSection(output_dir=str(tmp_path), **values))
 
 
 def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

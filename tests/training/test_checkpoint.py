@@ -13,7 +13,8 @@ from training_cases import save_checkpoint
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.training import checkpoint
-from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer, reload_weights
+from deltatune.training.checkpoint import empty_model, load_config, load_model, load_tokenizer
+from deltatune.training.reloading import reload_weights
 from tiny import FAMILIES, tiny_conditional, tiny_model
 
 

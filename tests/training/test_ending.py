@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from training_cases import make_recipe, save_checkpoint, write_conversations, write_pairs
+from transformers import TrainerCallback
 
 from deltatune.config.schema import Recipe
-from deltatune.errors import UserError
+from deltatune.errors import InterruptedRunError, UserError
+from deltatune.training import run as run_module
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
 
@@ -290,3 +294,63 @@ def test_evaluations_that_are_no_numbers_leave_json_and_are_never_the_best(
     train(recipe(tmp_path, checkpoint, **keep, max_steps=4), resume=True, console=QUIET)
     metrics = strict((tmp_path / "output" / "metrics.json").read_text())
     assert (metrics["best_step"], metrics["best_eval_loss"]) == (4, 2.0)
+
+
+def steps_evaluated(run: Path) -> list[int]:
+    entries = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
+    return [entry["step"] for entry in entries if "eval_loss" in entry]
+
+
+class Signalled(TrainerCallback):  # type: ignore[misc]
+    """Sends this process a SIGTERM in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("before", "saves"), [(1, "epoch"), (0, "epoch"), (0, "steps")])
+def test_a_signal_adds_no_evaluation_and_takes_none(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, before: int, saves: str
+) -> None:
+    epochs = {
+        "eval_strategy": "epoch",
+        "eval_steps": None,
+        "save_strategy": saves,
+        "save_steps": 500,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "load_best_model_at_end": saves == "epoch",
+        "early_stopping_patience": 5,
+    }
+    whole, stopped = (tmp_path / name for name in ("whole", "stopped"))
+    train(recipe(tmp_path, checkpoint, **epochs, output_dir=str(whole)), console=QUIET)
+    ends = steps_evaluated(whole)
+    assert len(ends) == 2
+    build = run_module.trainer_for
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        trainer = build(*args, **kwargs)
+        trainer.add_callback(Signalled(ends[0] - before))
+        return trainer
+
+    settings = recipe(tmp_path, checkpoint, **epochs, output_dir=str(stopped))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "trainer_for", signalled)
+        with pytest.raises(InterruptedRunError):
+            train(settings, console=QUIET)
+    assert steps_evaluated(stopped) == ([] if before else ends[:1])
+    train(settings, resume=True, console=QUIET)
+    assert steps_evaluated(stopped) == ends
+    assert same(whole, stopped)
+    state, expected = (
+        json.loads((folder / f"checkpoint-{ends[1]}" / "trainer_state.json").read_text()) for folder in (stopped, whole)
+    )
+    assert [state[key] for key in ("best_metric", "best_global_step")] == [
+        expected[key] for key in ("best_metric", "best_global_step")
+    ]
+    counted = [found["stateful_callbacks"]["EarlyStopping"] for found in (state, expected)]
+    assert counted[0] == counted[1]

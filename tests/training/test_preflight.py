@@ -23,6 +23,7 @@ from deltatune.training.preflight import missing_optimizer, preflight, preflight
 def recipe(tmp_path: Path) -> Any:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
 
     def build(**sections: Any) -> Recipe:
         return make_recipe(tmp_path, tmp_path / "base", **sections)

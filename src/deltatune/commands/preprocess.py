@@ -13,7 +13,8 @@ from deltatune.data.preview import preview
 from deltatune.data.report import counted
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.names import check_names
-from deltatune.training.packs import cache_folder, load_data
+from deltatune.training.packs import load_data
+from deltatune.training.recipe_rows import cache_folder
 
 __all__ = ["run"]
 

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-
+from deltatune.config.data_rules import DATA_ERRORS
+from deltatune.config.defaults import default_of, differs
 from deltatune.config.idle import idle_settings
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.moments import moment_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
-from deltatune.config.row_formats import columns_of
 from deltatune.config.schema import LoraSection, Recipe, Source
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
@@ -27,7 +26,6 @@ __all__ = [
     "start_errors",
 ]
 
-_DATA_FILE = re.compile(r"\.((jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|xz|bz2))?|parquet|arrow)$", re.IGNORECASE)
 _NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
 _STARTS = re.compile(r"(?i:gaussian|mica|olora)|orthogonal|pissa(_niter_\d+)?")
 # PEFT's others, which it would ignore, or fail at, without what they begin from
@@ -37,10 +35,6 @@ _STARTS_FROM_DATA = {
     "lora_ga": "begins from gradients on data, which no recipe gives it",
     "loftq": "begins from what quantisation loses, and no recipe quantises the base",
 }
-# formats whose rows hold messages, or may hold them
-_OF_MESSAGES = ("auto", "preference", "chat", "prompt_completion")
-# formats whose rows say themselves which tokens train
-_WITHOUT_TEMPLATE = ("text", "tokens")
 
 
 def _compile_errors(recipe: Recipe) -> Iterator[str]:
@@ -101,16 +95,16 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         )
     for kind in ("eval", "save"):
         strategy = getattr(training, f"{kind}_strategy")
-        if _differs(training, f"{kind}_steps") and strategy != "steps":
+        if differs(training, f"{kind}_steps") and strategy != "steps":
             yield (
                 f"training.{kind}_steps cannot act with training.{kind}_strategy: {strategy}; "
                 f"set {kind}_strategy to steps, or leave {kind}_steps out"
             )
-    if training.max_steps > 0 and _differs(training, "num_train_epochs"):
+    if training.max_steps > 0 and differs(training, "num_train_epochs"):
         yield (
             f"training.max_steps: {training.max_steps} makes training.num_train_epochs: "
             f"{training.num_train_epochs:g} meaningless; leave one of them out of the recipe, or pass "
-            f"--set training.num_train_epochs={_default(training, 'num_train_epochs')}, its default"
+            f"--set training.num_train_epochs={default_of(training, 'num_train_epochs')}, its default"
         )
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"training.max_steps must be at least 1, or -1 to count epochs; got {training.max_steps}"
@@ -121,7 +115,7 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
     }
     for what in (what for what, given in compares.items() if given and training.eval_strategy == "no"):
         yield f"training.{what} needs evaluations; set data.eval and training.eval_strategy"
-    if _differs(training, "early_stopping_threshold") and training.early_stopping_patience is None:
+    if differs(training, "early_stopping_threshold") and training.early_stopping_patience is None:
         yield "training.early_stopping_threshold cannot act without early_stopping_patience; set it, or leave this out"
 
 
@@ -136,7 +130,7 @@ def _optimizer_errors(recipe: Recipe) -> Iterator[str]:
     training, extra = recipe.training, recipe.training.model_extra or {}
     if training.loraplus_lr_ratio is not None and recipe.lora is None:
         yield "training.loraplus_lr_ratio cannot act without adapters; add a section lora, or leave it out"
-    if _differs(training, "loraplus_lr_embedding") and training.loraplus_lr_ratio is None:
+    if differs(training, "loraplus_lr_embedding") and training.loraplus_lr_ratio is None:
         yield "training.loraplus_lr_embedding cannot act without loraplus_lr_ratio; set it, or leave this out"
     grouped = {"learning_rates": bool(training.learning_rates), "loraplus_lr_ratio": training.loraplus_lr_ratio}
     if any(part in training.optim for part in _OWN_GROUPS):
@@ -170,7 +164,7 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
         start = recipe.lora.name_or_path
         if start is not None and Path(start).expanduser() == Path(recipe.training.output_dir).expanduser():
             yield f"lora.name_or_path: {start} is training.output_dir as well; save this run in another folder"
-    given = [name for name in ("lengths", "tolerance") if _differs(recipe.verify, name)]
+    given = [name for name in ("lengths", "tolerance") if differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
 
@@ -207,84 +201,6 @@ def start_errors(lora: LoraSection) -> Iterator[str]:
         yield f"lora.init_lora_weights: {start} {why}; choose true, false or one of {', '.join(_NAMED_STARTS)}"
 
 
-def _data_errors(recipe: Recipe) -> Iterator[str]:
-    if all(source.format in _WITHOUT_TEMPLATE for _, source in _sources(recipe)):
-        settings = {
-            "data.chat_template_kwargs": _differs(recipe.data, "chat_template_kwargs"),
-            "data.train_on": _differs(recipe.data, "train_on"),
-            "model.chat_template": _differs(recipe.model, "chat_template"),
-        }
-        for name in (name for name, given in settings.items() if given):
-            yield f"{name} cannot act: every source has format: text or tokens, without turns; leave it out"
-    if recipe.data.roles and not any(source.format in _OF_MESSAGES for _, source in _sources(recipe)):
-        yield "data.roles cannot act: no source has messages; leave it out"
-    for where, source in _sources(recipe):
-        for role in source.columns:
-            if source.format != "auto" and role not in columns_of(source.format):
-                expected = ", ".join(columns_of(source.format))
-                yield f"{where}.columns.{role} cannot act with format: {source.format}; expected {expected}"
-        if source.message_fields and source.format not in _OF_MESSAGES:
-            yield f"{where}.message_fields cannot act with format: {source.format}, which has no messages; leave it out"
-        if _DATA_FILE.search(source.path) and not Path(source.path).is_dir():
-            for name in ("split", "name", "revision"):
-                # a slice divides a file too
-                if _differs(source, name) and "[" not in getattr(source, name):
-                    yield (
-                        f"{where}.{name} cannot act on a file ({source.path}); leave it out of the recipe, "
-                        f"or pass --set {where}.{name}=null"
-                    )
-
-
-def _preference_errors(recipe: Recipe) -> Iterator[str]:
-    section, data = recipe.preference, recipe.data
-    pairs = {source.format == "preference" for _, source in _sources(recipe) if source.format != "auto"}
-    if section is None:
-        if True in pairs:
-            yield "format: preference needs a preference section; add preference: {}, which is DPO"
-        return
-    if False in pairs:
-        yield "preference needs pairs in every source; set their format to preference, or leave the section out"
-    for name, loss in (("gamma", "simpo"), ("label_smoothing", "dpo")):
-        if _differs(section, name) and section.loss != loss:
-            yield f"preference.{name} cannot act with preference.loss: {section.loss}; it belongs to {loss}"
-    if data.streaming:
-        yield "data.streaming cannot act with preference: pairs are packed whole, beforehand; leave it out"
-    if data.overlong == "split":
-        yield "data.overlong: split cannot act with preference: a pair has no parts; choose truncate or drop"
-    if data.train_on not in ("assistant", "last"):
-        yield "data.train_on must be assistant or last with preference: losses compare answers alone"
-
-
-def _mixture_errors(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    if data.eval and data.val_size is not None:
-        yield "data.val_size cannot act beside data.eval, which is evaluated on already; leave one of them out"
-    weighted = [source.weight is not None for source in data.train]
-    if any(weighted) and not all(weighted):
-        yield f"data.train.{weighted.index(False)}.weight is missing: give every source a weight, or none"
-    if data.weight_by != "tokens" and not any(weighted) and not data.streaming:
-        yield f"data.weight_by: {data.weight_by} cannot act: no source has a weight"
-    for index, source in enumerate(data.eval):
-        for name in ("weight", "repeat"):
-            if _differs(source, name):
-                yield f"data.eval.{index}.{name} cannot act: an evaluation sees every document once"
-    if data.max_length is not None and data.max_length > recipe.packing.tokens_per_batch:
-        yield (
-            f"data.max_length: {data.max_length} cannot act above packing.tokens_per_batch: "
-            f"{recipe.packing.tokens_per_batch}, since a document must fit a pack; raise that, or leave this out"
-        )
-
-
-def _samples_errors(recipe: Recipe) -> Iterator[str]:
-    section = recipe.samples
-    if section is None:
-        return
-    if not section.prompts and not section.held_out:
-        yield "samples has nothing to complete: give prompts, or held_out, or leave the section out"
-    if not recipe.data.eval and recipe.data.val_size is None:
-        yield "samples are made at evaluations, and there are none: add data.eval or data.val_size"
-
-
 def sharding_errors(recipe: Recipe) -> Iterator[str]:
     """What a recipe asks for that cannot act on sharded weights, one line each."""
     training = recipe.training
@@ -307,23 +223,6 @@ def _shard_errors(recipe: Recipe) -> Iterator[str]:
     # what auto takes is known only where the processes and the device are
     if isinstance(recipe.parallel.shard, int) and recipe.parallel.shard > 1:
         yield from (f"parallel.shard: {recipe.parallel.shard}: {error}" for error in sharding_errors(recipe))
-
-
-def _streaming_errors(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    if not data.streaming:
-        return
-    if recipe.training.max_steps < 1:
-        yield "data.streaming needs training.max_steps, since a stream has no end"
-    if data.val_size is not None:
-        yield "data.val_size cannot act with data.streaming: rows are not known beforehand; use data.eval"
-    if any(source.weight is not None for source in data.train) and data.weight_by == "tokens":
-        yield "data.weight_by: tokens cannot act with data.streaming, where lengths are not known; set it to documents"
-    for index, source in enumerate(data.train):
-        if source.repeat != 1:
-            yield f"data.train.{index}.repeat cannot act with data.streaming: a source that ends begins again"
-    if recipe.training.dataloader_num_workers > 1:
-        yield "training.dataloader_num_workers above 1 cannot act with data.streaming: one process reads the stream"
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
@@ -360,11 +259,7 @@ _ERRORS = (
     moment_errors,
     _optimizer_errors,
     _model_errors,
-    _data_errors,
-    _preference_errors,
-    _mixture_errors,
-    _streaming_errors,
-    _samples_errors,
+    *DATA_ERRORS,
     _shard_errors,
 )
 
@@ -406,23 +301,5 @@ def _inductor_options(recipe: Recipe) -> dict[str, bool]:
     return {} if recipe.compile is None else recipe.compile.options
 
 
-def _differs(section: BaseModel, name: str) -> bool:
-    """Compared with the default, not with what was written: a resolved recipe writes everything and stays valid."""
-    return bool(getattr(section, name) != _default(section, name))
-
-
-def _default(section: BaseModel, name: str) -> object:
-    default: object = type(section).model_fields[name].get_default(call_default_factory=True)
-    return default
-
-
 def _origin(source: Source) -> tuple[str | None, ...]:
     return source.path, source.name, source.split or "train", source.revision
-
-
-def _sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    return [
-        (f"data.{part}.{index}", source)
-        for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval))
-        for index, source in enumerate(sources)
-    ]

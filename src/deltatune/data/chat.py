@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltatune.data.contents import Completion, TrainOn, read_row, wanted_turns
 from deltatune.data.conversation import RenderedConversation
 from deltatune.data.formats import Layout, Row, check_row
 from deltatune.data.message_forms import MessageForms
-from deltatune.data.messages import Conversation, read_conversation, read_text
+from deltatune.data.messages import Conversation
 from deltatune.data.notes import Notes
-from deltatune.data.pairs import TextPair, read_pair
+from deltatune.data.pairs import TextPair
 from deltatune.data.probes import Probes
 from deltatune.data.template import ChatTemplate, Span, check_variables
 from deltatune.data.tokens import read_tokens
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Renderer", "Sample", "TrainOn"]
 
-# every assistant turn, the last one, all tokens, or every message of these roles
-TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
 Indices = NDArray[np.int64]
 
 
@@ -80,22 +79,18 @@ class Renderer:
             DataError: a row that does not hold what ``layout`` says, that the template cannot render, or that would
                 train nothing.
         """
-        check_row(row, layout, where)
-        pair = [row.get(layout.column(role)) for role in ("prompt", "completion")]
-        if layout.format == "preference":
-            return self._pair(row, layout, where, notes)
         if layout.format == "tokens":
-            samples = [read_tokens(row, layout, len(self.tokenizer), where)]
-        elif layout.format == "text":
-            ids = self._with_eos(self._ids(read_text(row, layout.column("text"), where), special=True))
-            samples = [Sample(ids, ids)]
-        elif layout.format == "prompt_completion" and not any(isinstance(value, list) for value in pair):
-            _note_tools(row, layout, where, notes)
-            prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
-            samples = [self._completion(prompt, read_text(row, layout.column("completion"), where))]
-        else:
-            return self.render_conversation(read_conversation(row, layout, where, notes), where, notes)
-        return _checked(samples, where)
+            check_row(row, layout, where)
+            return _checked([read_tokens(row, layout, len(self.tokenizer), where)], where)
+        content = read_row(row, layout, where, notes)
+        if isinstance(content, str):
+            ids = self._with_eos(self._ids(content, special=True))
+            return _checked([Sample(ids, ids)], where)
+        if isinstance(content, Completion):
+            return _checked([self._completion(content.prompt, content.completion)], where)
+        if isinstance(content, Conversation):
+            return self.render_conversation(content, where, notes)
+        return self._pair(content, where, notes)
 
     def render_conversation(self, conversation: Conversation, where: str, notes: Notes | None = None) -> list[Sample]:
         """The samples of a conversation; otherwise as ``render``."""
@@ -115,13 +110,13 @@ class Renderer:
             unmarked = [i for i, trains in enumerate(conversation.trains) if trains is False]
             texts = [rendered.whole(unmarked)]
         else:
-            texts = rendered.trained(self._wanted(conversation, where))
+            texts = rendered.trained(wanted_turns(conversation, self.train_on, where))
         return _checked([self._encode(text.text, text.all_spans) for text in texts], where)
 
-    def _pair(self, row: Row, layout: Layout, where: str, notes: Notes | None) -> list[Sample]:
-        pair = read_pair(row, layout, where, notes)
+    def _pair(
+        self, pair: TextPair | tuple[Conversation, Conversation], where: str, notes: Notes | None
+    ) -> list[Sample]:
         if isinstance(pair, TextPair):
-            _note_tools(row, layout, where, notes)
             return [self._completion(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
         samples = []
         for role, conversation in zip(("chosen", "rejected"), pair, strict=True):
@@ -155,20 +150,6 @@ class Renderer:
         if eos is None:
             raise DataError("the tokenizer has no eos_token, so a text would have no end; set one and save it again")
         return ids if ids.size and ids[-1] == eos else np.append(ids, eos)
-
-    def _wanted(self, conversation: Conversation, where: str) -> list[int]:
-        """The messages that train, by ``train_on`` and by what the row says of each."""
-        roles = ("assistant",) if isinstance(self.train_on, str) else self.train_on
-        first, messages = conversation.num_prompt, conversation.messages
-        wanted = [i for i in range(first, len(messages)) if messages[i]["role"] in roles]
-        if self.train_on == "last":
-            wanted = wanted[-1:]
-        marks = {i: trains for i, trains in enumerate(conversation.trains) if i >= first and trains is not None}
-        if not wanted and True not in marks.values():
-            place = "completion" if first else "conversation"
-            what = " or ".join(roles)
-            raise DataError(f"{where} has no {what} turn in its {place}, so nothing would train; remove the row")
-        return sorted({*wanted, *(i for i, trains in marks.items() if trains)} - {i for i in marks if not marks[i]})
 
     def _template(self, conversation: Conversation, where: str) -> _Template:
         try:
@@ -239,11 +220,6 @@ class _Template:
         self.forms = MessageForms(probes)
         self.ends = TurnEnds(probes)
         self.unread = UnreadKeys(template, reasoning_is_read=self.ends.asks_for_reasoning)
-
-
-def _note_tools(row: Row, layout: Layout, where: str, notes: Notes | None) -> None:
-    if notes is not None and any(row.get(layout.column(role)) for role in ("tools", "functions")):
-        notes.add("tools are left out: a prompt and a completion of plain text have no place for them", where)
 
 
 def _checked(samples: list[Sample], where: str) -> list[Sample]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from deltatune.data.messages import Message
 from deltatune.data.notes import Notes
+from deltatune.data.prefix import common_prefix
 from deltatune.data.probes import PROBE, as_parts
-from deltatune.data.template import RenderError, Span, common_prefix
+from deltatune.data.template import RenderError, Span
 from deltatune.data.turn_ends import OPEN_REASONING, TurnEnds
 from deltatune.data.unrendered import REASONING_KEYS, check_calls, drops_answer, drops_reasoning
 from deltatune.errors import DataError

@@ -21,10 +21,10 @@ from deltatune.data.rows import BadRowError, Rows, digest, read_on
 from deltatune.data.unpacked import open_data
 from deltatune.errors import DataError
 
-__all__ = ["json_file", "json_lines", "text_lines"]
+__all__ = ["ROWS_FOR_COLUMNS", "json_file", "json_lines", "text_lines"]
 
-# rows whose keys are the columns of a file; what follows is parsed when it is read
-_ROWS_FOR_COLUMNS = 1000
+#: Rows whose keys are the columns of a file; what follows is parsed when it is read.
+ROWS_FOR_COLUMNS = 1000
 _PER_LINE = "expected one JSON object per line"
 _A_LIST = "expected a list of objects"
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -58,7 +58,7 @@ class _Records(Rows):
         self._starts: NDArray[np.int64] = np.frombuffer(index.starts, dtype=np.int64)
         self._numbers: NDArray[np.int64] = np.frombuffer(index.numbers, dtype=np.int64)
         super().__init__(name, (), index.identity, len(index.numbers))
-        first = [row for _, row in read_on(self.read, 0, min(_ROWS_FOR_COLUMNS, len(self)))]
+        first = [row for _, row in read_on(self.read, 0, min(ROWS_FOR_COLUMNS, len(self)))]
         broken = [row for row in first if isinstance(row, BadRowError)]
         if len(broken) == len(first):
             raise broken[0]

@@ -11,7 +11,7 @@ from deltatune.data.formats import Layout, Row, unused_columns
 from deltatune.data.json_values import shown
 from deltatune.data.messages import Conversation, Turns, read_asked, read_turns, with_system, without_filled_keys
 from deltatune.data.notes import Notes
-from deltatune.data.template import common_prefix
+from deltatune.data.prefix import common_prefix
 from deltatune.data.tools import read_tools
 from deltatune.errors import DataError
 

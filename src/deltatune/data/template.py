@@ -19,7 +19,7 @@ from deltatune.errors import DataError, nearest, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATE_ERRORS", "ChatTemplate", "RenderError", "Span", "check_variables", "common_prefix"]
+__all__ = ["TEMPLATE_ERRORS", "ChatTemplate", "RenderError", "Span", "check_variables"]
 
 Span = tuple[int, int]
 
@@ -130,8 +130,3 @@ class _GenerationTag(Extension):
 @lru_cache
 def _environment() -> Environment:
     return Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-
-
-def common_prefix(a: str, b: str) -> int:
-    """Characters that two texts share at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

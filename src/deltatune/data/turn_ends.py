@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from deltatune.data.messages import Message
+from deltatune.data.prefix import common_prefix
 from deltatune.data.probes import PROBE, PROBE_CALL, Probes
-from deltatune.data.template import RenderError, Span, common_prefix
+from deltatune.data.template import RenderError, Span
 
 __all__ = ["OPEN_REASONING", "Ending", "TurnEnds"]
 

@@ -7,11 +7,20 @@ asks leaves the check to transformers itself.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["annotated_fields", "conversion_text", "enum_values", "mapping_keys", "modeling_text", "schedule_arguments"]
+__all__ = [
+    "annotated_fields",
+    "conversion_text",
+    "enum_values",
+    "mapping_keys",
+    "model_types",
+    "modeling_text",
+    "schedule_arguments",
+]
 
 
 def enum_values(file: str, name: str) -> tuple[str, ...] | None:
@@ -24,13 +33,13 @@ def enum_values(file: str, name: str) -> tuple[str, ...] | None:
     return None if members is None else tuple(members.values())
 
 
-def annotated_fields(file: str, name: str) -> frozenset[str] | None:
-    """The names of a dataclass's fields, as far as the class itself annotates them."""
+def annotated_fields(file: str, name: str) -> dict[str, str] | None:
+    """The fields of a dataclass, as far as the class itself annotates them, with their annotations."""
     found = _class(file, name)
     if found is None:
         return None
     lines = [line for line in found.body if isinstance(line, ast.AnnAssign) and not _is_class_variable(line)]
-    return frozenset(line.target.id for line in lines if isinstance(line.target, ast.Name))
+    return {line.target.id: ast.unparse(line.annotation) for line in lines if isinstance(line.target, ast.Name)}
 
 
 def mapping_keys(file: str, name: str) -> tuple[str, ...] | None:
@@ -70,6 +79,15 @@ def modeling_text(model_type: str) -> str | None:
     folder = None if root is None or not model_type.isidentifier() else root / "models" / model_type
     files = [] if folder is None else sorted(folder.glob("modeling_*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files) or None
+
+
+def model_types() -> frozenset[str] | None:
+    """All that may be the type of a model: the strings of the modules that map them to classes; None without these."""
+    root = _root()
+    folder = None if root is None else root / "models" / "auto"
+    files = [] if folder is None else [folder / name for name in ("auto_mappings.py", "configuration_auto.py")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return frozenset(re.findall(r"""["']([\w.-]+)["']""", " ".join(texts))) or None
 
 
 def conversion_text() -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltatune.config.row_formats import KNOWN_ROLES, ROLES
 from deltatune.importing.axolotl_preferences import preference_loss
-from deltatune.importing.paths import is_data_file, is_folder_path
+from deltatune.importing.paths import READERS, is_data_file, is_folder_path
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.values import is_off, mapping, text, texts
@@ -15,7 +15,6 @@ from deltatune.importing.values import is_off, mapping, text, texts
 __all__ = ["data_sets"]
 
 # the name of a reader, where a data set is one or several files
-_READERS = ("json", "csv", "parquet", "arrow", "text")
 _THINKING = "reasoning_content"
 
 # prompt strategies for pairs of strings: where they find the question
@@ -79,7 +78,7 @@ def _path(where: str, key: str, value: Any, entry: dict[str, Any]) -> Outcome:
     if is_off(files):
         return Outcome("carried", {f"{where}.path": text(value)})
     names = texts(files)
-    if path in _READERS or (is_off(path) and entry.get("ds_type") in _READERS):
+    if path in READERS or (is_off(path) and entry.get("ds_type") in READERS):
         ours = names[0]
     elif is_folder_path(path):
         ours = f"{text(path).rstrip('/')}/{names[0]}"
@@ -162,7 +161,7 @@ def _column(where: str, role: str) -> Rule:
 
 def _split(where: str) -> Rule:
     def rule(value: Any, settings: Settings) -> Outcome:
-        local = settings.get("path") in _READERS or is_data_file(settings.get("path"))
+        local = settings.get("path") in READERS or is_data_file(settings.get("path"))
         if local and text(value) == "train":
             return Outcome("no effect here", why="a file is one split, train")
         return Outcome("carried", {f"{where}.split": text(value)})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["is_data_file", "is_folder_path"]
+__all__ = ["READERS", "is_data_file", "is_folder_path"]
+
+#: What stands for a path where ``data_files`` names the files.
+READERS = ("json", "csv", "parquet", "arrow", "text")
 
 _DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|txt|parquet|arrow)(\.(gz|zst|xz|bz2))?$", re.IGNORECASE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ KINDS: Mapping[Kind, Table] = {"axolotl": AXOLOTL, "llamafactory": LLAMA_FACTORY
 _OF_YAML: tuple[Kind, ...] = ("axolotl", "llamafactory", "trl")
 # TRL's own trainer in a script is called with the same arguments
 _OF_PYTHON: tuple[Kind, ...] = ("unsloth", "trl")
-_SUFFIXES = {".yaml": _OF_YAML, ".yml": _OF_YAML, ".py": _OF_PYTHON, ".ipynb": _OF_PYTHON}
+_SUFFIXES = {".yaml": _OF_YAML, ".yml": _OF_YAML, ".json": _OF_YAML, ".py": _OF_PYTHON, ".ipynb": _OF_PYTHON}
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,17 @@ def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
     if written == ("trl",):
         settings = settings_of_command(path, text)
         return Foreign(path, TRL, _with_config(path, settings))
-    settings, _ = parse_document(text, str(path))
+    settings = _json(path, text) if path.suffix == ".json" else parse_document(text, str(path))[0]
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {type(settings).__name__}")
     return Foreign(path, KINDS[kind or _kind(path, settings)], settings)
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON: {error}") from error
 
 
 def _with_config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltatune.importing.paths import is_data_file
+from deltatune.importing.paths import READERS, is_data_file
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.values import flag, is_off, mapping, number, text, texts, whole
 
@@ -61,19 +61,39 @@ def _weight(value: Any) -> Outcome:
     return Outcome("not supported", why=f"{value} of its rows: a slice of the split takes a part, such as train[:10%]")
 
 
+def _path(where: str) -> Rule:
+    def rule(value: Any, entry: Settings) -> Outcome:
+        if value in READERS and not is_off(entry.get("data_files")):
+            return Outcome("no effect here", why="data_files names the file")
+        return Outcome("carried", {f"{where}.path": text(value)})
+
+    return rule
+
+
+def _files(where: str) -> Rule:
+    def rule(value: Any, entry: Settings) -> Outcome:
+        files = texts(value) if isinstance(value, str | list) else []
+        if entry.get("path") not in READERS or not files:
+            return Outcome("not supported", why="name the file, or a pattern, as the path")
+        why = "" if len(files) == 1 else "the first alone; give a pattern, or a source each"
+        return Outcome("not supported" if why else "carried", {f"{where}.path": files[0]}, why)
+
+    return rule
+
+
 def _data(value: Any, settings: Settings, here: Path) -> list[Row]:
     del settings, here
     rows: list[Row] = []
     for index, entry in enumerate(value if isinstance(value, list) else [value]):
         where = f"data.train.{index}"
         rules: dict[str, Rule] = {
-            **dict.fromkeys(("path", "id"), carried(f"{where}.path", text)),
+            **dict.fromkeys(("path", "id"), _path(where)),
             **dict.fromkeys(("name", "config"), carried(f"{where}.name", text)),
             "split": carried(f"{where}.split", text),
             "columns": idle("columns that no format reads are left alone"),
             "fraction": _fraction(where),
             "weight": _weight,
-            "data_files": refused("name the file, or a pattern, as the path"),
+            "data_files": _files(where),
             "data_dir": refused("name the folder as the path"),
         }
         for key, inner in mapping(entry).items():

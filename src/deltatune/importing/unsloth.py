@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from deltatune.errors import UserError
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate
 from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets
-from deltatune.importing.paths import is_data_file
 from deltatune.importing.preferences import REFERENCE
 from deltatune.importing.python_calls import Call, calls_in
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, idle, refused
@@ -17,6 +17,7 @@ from deltatune.importing.templates import named_template
 from deltatune.importing.training_arguments import checkpointing
 from deltatune.importing.trl import SFT_CONFIG, overlong, packed
 from deltatune.importing.trl_preferences import of_pairs, preference_loss
+from deltatune.importing.unsloth_data import LOADED_DATA
 from deltatune.importing.values import NotLiteral, count, flag, is_off, number, text, texts, whole
 
 __all__ = ["UNSLOTH", "settings_of_script"]
@@ -46,6 +47,19 @@ _ALIASES = {
 }
 # a call that is a row by itself
 _SPEAKS = ("from_pretrained", "get_peft_model", "LoraConfig", "train_on_responses_only", "DPOTrainer", "ORPOTrainer")
+# what becomes of the model after the run
+_SAVES = {
+    r"(save_pretrained|save_model|save_lora) \(line .*": idle(
+        "a run saves its model and tokenizer in training.output_dir"
+    ),
+    r"(save_pretrained|push_to_hub)_merged \(line .*": refused(
+        "deltatune merge OUTPUT_DIR --output DIR, after the run"
+    ),
+    r"(save_pretrained|push_to_hub)_gguf \(line .*": refused(
+        "deltatune merge RUN --output DIR, afterwards, and llama.cpp's convert_hf_to_gguf.py"
+    ),
+    r"push_to_hub \(line .*": refused("training.push_to_hub: true pushes each checkpoint and the end of a run"),
+}
 _FIRST = "a recipe is one run: the first such call is taken"
 # what it puts in place of transformers' defaults
 _OWN_TRAINING = {
@@ -90,6 +104,10 @@ def settings_of_script(path: Path, source: str) -> dict[str, Any]:
             if key in found:
                 found[f"{owners.get(key)}.{key}"] = found.pop(key)
             found[key], owners[key] = value, name
+    for call in calls_in(path, source):
+        row = f"{call.name} (line {call.line})"
+        if any(re.fullmatch(pattern, row) for pattern in _SAVES):
+            found[row] = NotLiteral(f"{call.owner}.{call.name}(...)")
     if not seen & {"from_pretrained", "SFTTrainer", "SFTConfig"}:
         raise UserError(f"{path}: expected calls of from_pretrained, SFTTrainer or SFTConfig; found none of them")
     return found
@@ -172,43 +190,6 @@ def _full(value: Any, settings: Settings) -> Outcome:
     return Outcome("carried", why="without a section lora every weight trains")
 
 
-def _dataset(value: Any, settings: Settings) -> Outcome:
-    if not is_off(settings.get("path")):
-        why = f"{value}: the data of load_dataset; what the script does to its rows is not carried"
-        return Outcome("changed", why=why)
-    return Outcome("not supported", why=f"{value} is made by the script: name a file in data.train.0.path")
-
-
-def _path(value: Any, settings: Settings) -> Outcome:
-    if value in ("json", "csv", "parquet", "text") and not is_off(settings.get("data_files")):
-        return Outcome("no effect here", why="data_files names the file")
-    return Outcome("carried", {"data.train.0.path": text(value)})
-
-
-@alone
-def _files(value: Any) -> Outcome:
-    files = texts(list(value.values())[:1] if isinstance(value, dict) else value)
-    if len(files) == 1:
-        return Outcome("carried", {"data.train.0.path": files[0]})
-    return Outcome(
-        "not supported", {"data.train.0.path": files[0]}, "the first alone; give a pattern, or a source each"
-    )
-
-
-def _split(value: Any, settings: Settings) -> Outcome:
-    if value == "train" and (not is_off(settings.get("data_files")) or is_data_file(settings.get("path"))):
-        return Outcome("no effect here", why="a file is one split, train")
-    return Outcome("carried", {"data.train.0.split": text(value)})
-
-
-def _text_field(value: Any, settings: Settings) -> Outcome:
-    if "train_on_responses_only" in settings:
-        return Outcome("changed", {"data.train_on": "assistant"}, "conversations go through the chat template here")
-    if isinstance(settings.get("formatting_func"), NotLiteral) or not is_off(settings.get("chat_template")):
-        return Outcome("changed", {"data.train_on": "all"}, "all of a conversation trains, by the chat template")
-    return Outcome("no effect here", why=f"{value}: the default here, where rows have no messages")
-
-
 def _part(name: str) -> Rule:
     @alone
     def rule(value: Any) -> Outcome:
@@ -258,6 +239,7 @@ def _trains_embeddings(settings: Settings) -> bool:
 
 _RULES: dict[str, Rule] = {
     **SFT_CONFIG,
+    **LOADED_DATA,
     "from_pretrained": idle("its arguments are rows of their own"),
     "model_name": _model,
     "pretrained_model_name_or_path": _model,
@@ -325,9 +307,7 @@ _RULES: dict[str, Rule] = {
     "DPOTrainer": idle("preferences, by loss_type"),
     "ORPOTrainer": alone(lambda _: Outcome("carried", {"preference.loss": "orpo"})),
     "ref_model": idle(REFERENCE),
-    "train_dataset": _dataset,
     "eval_dataset": refused("made by the script: set data.val_size, or data.eval"),
-    "dataset_text_field": _text_field,
     "formatting_func": refused("Python of the script: give the rows as messages, or prompt and completion"),
     "data_collator": idle("packs are collated with their boundaries"),
     "compute_metrics": refused("evaluation is the loss per trained token"),
@@ -337,11 +317,6 @@ _RULES: dict[str, Rule] = {
     "args": idle("its arguments are rows of their own"),
     "peft_config": idle("its arguments are rows of their own"),
     "embedding_learning_rate": embedding_rate(r"modules_to_save\.default\.weight$", _trains_embeddings),
-    "path": _path,
-    "name": carried("data.train.0.name", text),
-    "split": _split,
-    "data_files": _files,
-    "data_dir": refused("name the folder as the path"),
     **dict.fromkeys(
         ("column_names", "skiprows", "delimiter", "download_mode", "cache_dir", "num_proc"),
         idle("files are read as they are; columns go by other names in data.train[].columns"),
@@ -360,6 +335,7 @@ UNSLOTH = Table(
     _RULES,
     _defaults,
     patterns={
+        **_SAVES,
         r".*Trainer \(line .*": refused(f"supervised fine-tuning, DPO and ORPO alone, and {_FIRST}"),
         r".*, argument \d+": refused("name the argument"),
         r"load_dataset \(line .*": refused("a further source is an entry of data.train"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from os import environ
 from typing import Final
 
 import huggingface_hub
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from deltatune.config.idle import BY_PLATEAU
 from deltatune.config.rules import check_training_names
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError, one_line
@@ -31,6 +33,9 @@ _FIXED: Final[Mapping[str, object]] = {
 }
 
 
+_STEPS: Final = 10
+
+
 def training_arguments(section: TrainingSection, *, nproc: int | None = None) -> TrainingArguments:
     """TrainingArguments from the recipe's names and values; ``nproc`` plans for a process on each of so many GPUs.
 
@@ -46,6 +51,8 @@ def training_arguments(section: TrainingSection, *, nproc: int | None = None) ->
         values.setdefault("metric_for_best_model", "eval_loss")
     if section.optim == MUON:  # which the trainer makes
         values["optim"] = "adamw_torch"
+    if "RANK" not in environ:  # one process has none, or is not started yet
+        values.pop("ddp_backend", None)
     if values.get("use_cpu") or not torch.accelerator.is_available():
         values["dataloader_pin_memory"] = False
     try:
@@ -78,17 +85,20 @@ def _check_trackers(arguments: TrainingArguments) -> None:
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
-    """Builds the schedule once for a weight of nothing: its arguments are checked nowhere else before training."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    """Goes through a schedule once for a weight of nothing: its arguments are checked nowhere else before training."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
     try:
-        get_scheduler(
+        schedule = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer,
             num_warmup_steps=1,
-            num_training_steps=10,
+            num_training_steps=_STEPS,
             scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
         )
-    except (TypeError, ValueError, KeyError) as error:
+        for _ in () if arguments.lr_scheduler_type in BY_PLATEAU else range(_STEPS):
+            optimizer.step()
+            schedule.step()
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise UserError(
             f"training.lr_scheduler_kwargs: {arguments.lr_scheduler_kwargs or {}} does not suit "
             f"lr_scheduler_type: {getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}: "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
@@ -20,11 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
-from deltatune.hf.model import is_sharded
-from deltatune.parallel.filling import spread
 from deltatune.phases import phase
 from deltatune.training.hub import silence
-from deltatune.training.preflight import check_model_path
+from deltatune.training.preflight import check_model_path, check_model_type, check_tokenizer_path
 from deltatune.training.tokens import add_tokens
 
 __all__ = [
@@ -39,7 +36,6 @@ __all__ = [
     "model_class",
     "new_model",
     "origin_of",
-    "reload_weights",
 ]
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
@@ -55,6 +51,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         UserError: a folder that holds no checkpoint, a name that cannot be found, or an unknown model type.
     """
     check_model_path(section)
+    check_model_type(section)
     path = Path(section.name_or_path).expanduser()
     try:
         return AutoConfig.from_pretrained(**origin_of(section, section.name_or_path))
@@ -144,10 +141,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             tokens that cannot be added, or take a role.
     """
     name = section.tokenizer or section.name_or_path
-    path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not path.exists():
-        key = "name_or_path" if section.tokenizer is None else "tokenizer"
-        raise UserError(f"model.{key}: {name} is no folder; expected a checkpoint folder{near_files(path)}")
+    check_tokenizer_path(section)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**origin_of(section, name))
     except (OSError, ValueError, KeyError) as error:
@@ -158,27 +152,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if section.chat_template is not None:
         tokenizer.chat_template = read_template(section.chat_template, tokenizer)
     return tokenizer
-
-
-def reload_weights(model: nn.Module, folder: Path) -> None:
-    """Puts a saved checkpoint's weights into ``model``, every one of them.
-
-    Goes through ``from_pretrained``, because some families are saved under other names and shapes than their modules
-    have (experts one by one, say); where the model is sharded, on rank 0, which sends every rank its part.
-
-    Raises:
-        UserError: weights that are missing or of another shape.
-    """
-    sharded = is_sharded(model)
-    here = not sharded or dist.get_rank() == 0
-    saved = load_model(ModelSection(name_or_path=str(folder))).state_dict() if here else {}
-    try:
-        if sharded:
-            spread(model.state_dict(keep_vars=True), saved)
-        else:
-            model.load_state_dict(saved, strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
 
 
 def folder_of(section: ModelSection, name: str, patterns: tuple[str, ...]) -> Path:

@@ -13,7 +13,7 @@ from deltatune.config.schema import LoraSection, ModelSection
 from deltatune.errors import UserError
 from deltatune.hf.source import conversion_text, modeling_text
 
-__all__ = ["NAMED_EXPERTS", "check_layer_names", "nearest_layers"]
+__all__ = ["NAMED_EXPERTS", "check_layer_names", "json_of", "nearest_layers"]
 
 #: Names of the projections of routed experts, which are no modules.
 NAMED_EXPERTS: Final = re.compile(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b")
@@ -54,7 +54,7 @@ def nearest_layers(entry: str, layers: Sequence[str]) -> str:
 
 def _source(folder: Path) -> str | None:
     """The source of a checkpoint's model and of the renaming of its weights; None where it is not known for certain."""
-    config = _json(folder / "config.json")
+    config = json_of(folder / "config.json")
     if not isinstance(config, dict) or "auto_map" in config:
         return None
     texts = [modeling_text(name.removesuffix("_text")) for name in _model_types(config)]
@@ -73,7 +73,7 @@ def _model_types(config: dict[str, Any]) -> Iterator[str]:
 
 def _tensors(folder: Path) -> dict[str, int] | None:
     """The number of dimensions of each tensor in a checkpoint, by name; None where they cannot be read."""
-    index = _json(folder / "model.safetensors.index.json")
+    index = json_of(folder / "model.safetensors.index.json")
     places = index.get("weight_map") if isinstance(index, dict) else None
     files = set(places.values()) if isinstance(places, dict) else {"model.safetensors"}
     headers = [_header(folder / str(file)) for file in files]
@@ -98,7 +98,8 @@ def _header(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _json(file: Path) -> object:
+def json_of(file: Path) -> object:
+    """What a JSON file holds; None where it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

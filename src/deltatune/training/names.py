@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from deltatune.config.rules import check_training_names
@@ -15,6 +16,25 @@ __all__ = ["MUON", "check_names", "check_values"]
 MUON: Final = "muon"
 """The name in ``training.optim`` that transformers does not have."""
 
+_LOG_LEVELS: Final = ("passive", "detail", "debug", "info", "warning", "error", "critical")
+# names that transformers looks up where they are used, or takes for something else
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "log_level": _LOG_LEVELS,
+    "log_level_replica": _LOG_LEVELS,
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"),
+}
+# parts of annotations -> what they are in words, and in Python
+_TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
+    "bool": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "str": ("text", (str,)),
+    "dict": ("a mapping", (Mapping,)),
+    "list[str]": ("a list", (list, tuple)),
+    "None": ("null", (type(None),)),
+}
+
 
 def check_names(section: TrainingSection) -> None:
     """The names of ``training``, and those of its values that are names themselves.
@@ -25,6 +45,7 @@ def check_names(section: TrainingSection) -> None:
     fields = annotated_fields("training_args.py", "TrainingArguments")
     if fields is not None:
         check_training_names(section, fields)
+        _check_types(section, fields)
     check_values(section)
 
 
@@ -43,12 +64,27 @@ def check_values(section: TrainingSection) -> None:
     _check_schedule_arguments(section)
 
 
+def _check_types(section: TrainingSection, fields: Mapping[str, str]) -> None:
+    """What TrainingArguments takes as it is, and is no number or no truth value where it is used."""
+    for name, value in (section.model_extra or {}).items():
+        parts = [_TYPES.get(part) for part in fields[name].split(" | ")]
+        known = [part for part in parts if part is not None]
+        truths = any(bool in types for _, types in known)
+        fits = any(isinstance(value, types) and (truths or not isinstance(value, bool)) for _, types in known)
+        if len(known) == len(parts) and not fits:
+            expected = " or ".join(words for words, _ in known)
+            raise RecipeKeyError(
+                ("training", name), f"training.{name}: expected {expected}, got {json.dumps(value, default=str)}"
+            )
+
+
 def _named(section: TrainingSection) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
     """Keys, the names that were given to them, and the names that there are."""
     extra = section.model_extra or {}
     optimizers = enum_values("training_args.py", "OptimizerNames")
     yield "optim", section.optim, None if optimizers is None else (*optimizers, MUON)
     yield "lr_scheduler_type", section.lr_scheduler_type, enum_values("trainer_utils.py", "SchedulerType")
+    yield from ((key, extra[key], known) for key, known in _CHOICES.items() if isinstance(extra.get(key), str))
     for key, name in (("logging_strategy", "IntervalStrategy"), ("hub_strategy", "HubStrategy")):
         if extra.get(key) is not None:
             yield key, extra[key], enum_values("trainer_utils.py", name)

@@ -16,20 +16,19 @@ from deltatune.config.schema import Recipe, Source
 from deltatune.data.chat import Renderer
 from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import Documents, tokenize
-from deltatune.data.formats import Layout, resolve_format, unused_columns
+from deltatune.data.formats import Layout, unused_columns
 from deltatune.data.held_out import held_out
 from deltatune.data.mixture import Shares
 from deltatune.data.report import counted
 from deltatune.data.row_streams import open_stream
-from deltatune.data.rows import Rows
 from deltatune.data.sources import load_rows
-from deltatune.data.stream import BLOCK_ROWS, PackStream, RowStream, StreamSource
-from deltatune.data.unpacked import default_cache
+from deltatune.data.stream import BLOCK_ROWS, PackStream, StreamSource
 from deltatune.errors import UserError
 from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.phases import phase
+from deltatune.training.recipe_rows import cache_folder, check_kind, layout_of, reading_of
 
-__all__ = ["RecipeData", "cache_folder", "load_data", "padding_token"]
+__all__ = ["RecipeData", "load_data", "padding_token"]
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,9 @@ def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
         # a download has bars of its own
         reading = phase(f"reading {source.path}") if Path(source.path).expanduser().exists() else nullcontext()
         with reading:
-            rows = load_rows(source.path, **_reading(source, recipe))
-        layout = _layout(source, rows, recipe)
-        _check_kind(source, layout, recipe)
+            rows = load_rows(source.path, **reading_of(source, recipe))
+        layout = layout_of(source, rows, recipe)
+        check_kind(source, layout, recipe)
         documents.append(
             tokenize(
                 rows,
@@ -140,9 +139,9 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
     shares = [source.weight or 1.0 for source in recipe.data.train]
     sources, remarks = [], []
     for source, share in zip(recipe.data.train, shares, strict=True):
-        rows = open_stream(source.path, **_reading(source, recipe))
-        layout = _layout(source, rows, recipe)
-        _check_kind(source, layout, recipe)
+        rows = open_stream(source.path, **reading_of(source, recipe))
+        layout = layout_of(source, rows, recipe)
+        check_kind(source, layout, recipe)
         sources.append(StreamSource(rows, layout, max(1, round(BLOCK_ROWS * share / sum(shares)))))
         remarks += _unused(source.path, layout, rows.columns)
     return PackStream(
@@ -158,44 +157,6 @@ def _streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) ->
         num_ranks=mesh.data_size,
         remarks=remarks,
     )
-
-
-def _layout(source: Source, rows: Rows | RowStream, recipe: Recipe) -> Layout:
-    return resolve_format(
-        source.format,
-        rows.columns,
-        dict(source.columns.items()),
-        source.path,
-        roles=dict(recipe.data.roles.items()),
-        message_fields=dict(source.message_fields.items()),
-        columnar=rows.columnar,
-    )
-
-
-def _check_kind(source: Source, layout: Layout, recipe: Recipe) -> None:
-    """Pairs of answers train by their own loss, other rows by the usual one."""
-    if layout.format == "preference" and recipe.preference is None:
-        raise UserError(
-            f"{source.path} holds pairs of answers (chosen and rejected): add preference: {{}} to train on them by "
-            "DPO, or train on the chosen ones alone with format: prompt_completion and columns: {completion: chosen}"
-        )
-    if layout.format != "preference" and recipe.preference is not None:
-        raise UserError(
-            f"preference needs pairs of answers, and {source.path} has no columns chosen and rejected (it was read as "
-            f"format: {layout.format}); name them under columns, or leave the section out"
-        )
-
-
-def _reading(source: Source, recipe: Recipe) -> dict[str, Any]:
-    """Which rows of a source are read, as ``load_rows`` takes it."""
-    return {
-        "split": source.split,
-        "name": source.name,
-        "revision": source.revision,
-        "limit": source.limit,
-        "needed": source.columns.values(),
-        "cache_dir": cache_folder(recipe),
-    }
 
 
 def _renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -233,13 +194,6 @@ def _remarks(sources: Sequence[Documents]) -> list[str]:
 def _unused(name: str, layout: Layout, columns: Iterable[str]) -> list[str]:
     unused = unused_columns(layout, columns)
     return [f"{name}: unused columns: {', '.join(unused)}"] if unused else []
-
-
-def cache_folder(recipe: Recipe) -> Path:
-    """Where tokenised data is kept: ``data.cache_dir``, or a folder in the cache of the ``datasets`` package."""
-    if recipe.data.cache_dir is not None:
-        return Path(recipe.data.cache_dir).expanduser()
-    return default_cache()
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

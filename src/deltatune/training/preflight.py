@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from os import environ
 from pathlib import Path
@@ -11,12 +14,22 @@ from typing import Final
 
 from deltatune.config.schema import LoraSection, ModelSection, Recipe
 from deltatune.data.sources import check_source
-from deltatune.errors import DataError, UserError, near_files
-from deltatune.training.layer_names import check_layer_names
+from deltatune.errors import DataError, UserError, near_files, nearest
+from deltatune.hf.source import model_types
+from deltatune.training.first_rows import check_first_rows
+from deltatune.training.layer_names import check_layer_names, json_of
 from deltatune.training.names import check_names
 from deltatune.training.sealed import steps_of
 
-__all__ = ["check_model_path", "existing_parent", "missing_optimizer", "preflight", "preflight_training"]
+__all__ = [
+    "check_model_path",
+    "check_model_type",
+    "check_tokenizer_path",
+    "existing_parent",
+    "missing_optimizer",
+    "preflight",
+    "preflight_training",
+]
 
 # What optimizers need besides torch, by a part of their name; the first part that fits counts.
 _OPTIMIZERS: Final[Mapping[str, str]] = {
@@ -42,6 +55,9 @@ _EXTRA: Final = ("bitsandbytes", "torchao")
 # distributions that go by another name than their package
 _DISTRIBUTIONS: Final[Mapping[str, str]] = {"optimi": "torch-optimi"}
 
+# files of tokenizers, by what their names hold
+_OF_TOKENIZERS: Final = re.compile(r"tok|vocab|merges|spm|spiece|\.model$", re.IGNORECASE)
+
 # what accelerate's launcher says to the processes that it starts
 _LAUNCHED_WITH: Final = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
@@ -56,11 +72,12 @@ _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def preflight(recipe: Recipe) -> None:
-    """The names in ``training``, the paths (model, data, and the folders that are written to), trackers and launcher.
+    """Names in ``training``, paths (model, data, folders that are written to), type of model, trackers, first rows.
 
     Raises:
         UserError: what is unknown, is not there, is not what it should be, or cannot be written to; or a launcher's
             sharding.
+        DataError: a source that is not there, or the first of its rows that is broken.
     """
     check_names(recipe.training)
     for name in _LAUNCHED_WITH:
@@ -74,6 +91,8 @@ def preflight(recipe: Recipe) -> None:
         _check_adapter_path(recipe.lora)
     except UserError as error:
         raise UserError(f"{error}{_goes_on(recipe)}") from error
+    check_model_type(recipe.model)
+    check_tokenizer_path(recipe.model)
     if recipe.lora is not None:
         check_layer_names(recipe.model, recipe.lora)
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
@@ -87,6 +106,7 @@ def preflight(recipe: Recipe) -> None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
     if missing := _missing_tracker(recipe.training.report_to):
         raise UserError(missing)
+    check_first_rows(recipe)
 
 
 def preflight_training(recipe: Recipe) -> None:
@@ -120,6 +140,42 @@ def check_model_path(section: ModelSection) -> None:
             f"model {section.name_or_path} is no folder; expected a checkpoint folder (config.json and weights) or a "
             f"model name (owner/name) on the Hugging Face Hub{near_files(path)}"
         )
+
+
+def check_model_type(section: ModelSection) -> None:
+    """The type of model that a checkpoint folder names, where transformers has to know it.
+
+    Raises:
+        UserError: one that it does not know.
+    """
+    folder = Path(section.name_or_path).expanduser()
+    config = json_of(folder / "config.json")
+    if not isinstance(config, dict) or section.trust_remote_code or "auto_map" in config:
+        return  # what cannot be read, transformers says
+    kind, known = config.get("model_type"), model_types()
+    # what a program has registered is in no source
+    loaded = sys.modules.get("transformers.models.auto.configuration_auto")
+    if not isinstance(kind, str) or known is None or kind in known or (loaded and kind in loaded.CONFIG_MAPPING):
+        return
+    raise UserError(
+        f"cannot read model {section.name_or_path}: its config.json has model_type {kind}, which transformers "
+        f"{version('transformers')} does not know{nearest(kind, known)}; install one that does, or take another model"
+    )
+
+
+def check_tokenizer_path(section: ModelSection) -> None:
+    """A folder that may hold a tokenizer, or what may be a name on the Hub.
+
+    Raises:
+        UserError: neither.
+    """
+    name = section.tokenizer or section.name_or_path
+    key = "name_or_path" if section.tokenizer is None else "tokenizer"
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise UserError(f"model.{key}: {name} is no folder; expected a checkpoint folder{near_files(path)}")
+    if path.is_dir() and not any(_OF_TOKENIZERS.search(file.name) for file in path.iterdir()):
+        raise UserError(f"cannot load a tokenizer from {name}: it holds no tokenizer.json; set model.tokenizer")
 
 
 def _check_adapter_path(section: LoraSection | None) -> None:

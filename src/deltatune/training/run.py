@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -17,8 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from deltatune import __version__
 from deltatune.config.load import dump_recipe
@@ -26,30 +23,23 @@ from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
-from deltatune.ops._nvidia import version_of
-from deltatune.parallel.filling import from_rank_0
-from deltatune.parallel.mesh import Mesh
-from deltatune.parallel.state import reshard
 from deltatune.phases import phase, shown_by
-from deltatune.preparation import Prepared
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
-from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
+from deltatune.training.building import Run, build, report_of
 from deltatune.training.changes import Change
-from deltatune.training.checkpoint import empty_model, load_config, load_tokenizer
 from deltatune.training.console import RunConsole
-from deltatune.training.continuing import adapter_record, start_lines
+from deltatune.training.continuing import adapter_record
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
-from deltatune.training.layout import mesh_of, shard_by_recipe, sizes_lines, sizes_of
-from deltatune.training.loading import LoadedModel, load_by_recipe
+from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
+from deltatune.training.layout import shard_by_recipe
 from deltatune.training.lock import check_free, locked
-from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
-from deltatune.training.packs import RecipeData, load_data, padding_token
-from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
+from deltatune.training.optimizers import OptimizerSettings
+from deltatune.training.packs import padding_token
 from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.probing import first_layers, probe
@@ -61,48 +51,11 @@ from deltatune.training.samples import Samples, prompts_of
 from deltatune.training.sealed import resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import PACKS_PER_STEP, changed_data, changed_settings, evaluates_otherwise, place_of
-from deltatune.training.space import check_space
 from deltatune.training.trainer import PackedTrainer
 from deltatune.training.weights_digest import digests_of
 from deltatune.verification import VerifyReport
 
 __all__ = ["Run", "TrainResult", "build", "train"]
-
-REPORT_FILE = "report.json"
-METRICS_FILE = "metrics.json"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out of a run."""
-
-    output_dir: Path  # where the adapter or model, its tokenizer and the run's records are
-    metrics: dict[str, Any]  # as saved in metrics.json: losses, and the rates and counts of this leg
-    log_history: list[dict[str, Any]]  # every log entry, in order
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything a run needs, built and checked, with nothing written yet."""
-
-    recipe: Recipe
-    arguments: TrainingArguments
-    console: RunConsole
-    tokenizer: PreTrainedTokenizerBase
-    data: RecipeData
-    loaded: LoadedModel
-    prepared: Prepared
-    mesh: Mesh
-
-    @property
-    def model(self) -> nn.Module:
-        """What trains."""
-        return self.loaded.model
-
-    @property
-    def output_dir(self) -> Path:
-        """Where the run is saved."""
-        return Path(self.recipe.training.output_dir).expanduser()
 
 
 def train(
@@ -168,7 +121,7 @@ def _train(
     changes += changed_data(run.data, checkpoint, allow=allow_change)
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
-    records = _records(run, _verify(run))
+    records = report_of(run, _verify(run))
     shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
@@ -283,41 +236,6 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
         )
 
 
-def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
-    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
-    check_offloading(recipe, arguments.device)
-    config = load_config(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
-    # every name and shape is known before the rows are read and the weights are there
-    empty = adapt_by_recipe(empty_model(recipe.model), recipe)
-    check_space(empty, recipe)
-    sizes = sizes_of(recipe, empty, arguments)
-    if arguments.world_size > 1:  # whose devices may differ
-        sizes = from_rank_0(sizes)
-    mesh = mesh_of(sizes, arguments)
-    # one process tokenises, the others then read its cache
-    with arguments.main_process_first(desc="tokenising"):
-        data = load_data(recipe, tokenizer, mesh)
-    for line in data.lines():
-        console.out(line, highlight=False)
-    set_seed(arguments.seed)
-    loaded = load_by_recipe(recipe, config, mesh)
-    model = loaded.model
-    data.check_tokens(model, tokenizer)
-    sharded = mesh.shard_size > 1
-    if not sharded:
-        model.to(arguments.device)
-    # no device will hold a sharded model, so its shapes decide
-    device = arguments.device if sharded else None
-    prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
-    said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
-    said += offloading_lines(recipe, model, prepared.report.checkpointing)
-    said += sizes_lines(sizes)
-    for line in [*said, *optimizer_lines(model, recipe.training)]:
-        console.out(line, highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)
-
-
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
     if run.mesh.shard_size == 1:
@@ -388,8 +306,8 @@ def _cache_setting_kept(model: nn.Module) -> Iterator[None]:
 
 def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], records: dict[str, Any]) -> TrainResult:
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
-    metrics = _metrics(run, trainer, evaluation)
-    _check_finite(run.model, run.mesh)
+    metrics = metrics_of(run, trainer, evaluation)
+    check_finite(run.model, run.mesh)
     state = trainer.whole_state() if run.mesh.shard_size > 1 else None
     if run.arguments.should_save:
         with phase("saving the model"):
@@ -412,67 +330,9 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
 
 
-def _check_finite(model: nn.Module, mesh: Mesh) -> None:
-    """Refuses, on every rank, to save weights over whatever was there before that no model should have."""
-    reshard(model)
-    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained]
-    if not parts:
-        return
-    broken = (~torch.stack([part.isfinite().all() for part in parts]).all()).long()
-    if bool(mesh.sum_over_data(broken)):
-        raise UserError(
-            "some trained weights are not finite, so they are not saved; go on from a checkpoint before with another "
-            "training.learning_rate"
-        )
-
-
-def _metrics(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the model that is saved: its step and losses. ``leg``: of what this process trained of it."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    compiled = run.prepared.compile_report
-    return {
-        "global_step": trainer.state.global_step,
-        "loss": losses[-1] if losses else None,
-        **{f"eval_{name}": evaluation[f"eval_{name}"] for name in (*trainer.figures, trainer.counted) if evaluation},
-        **ending(trainer),
-        "leg": {
-            **trainer.meter.summary(),
-            "skipped_steps": len(trainer.skipped),
-            "compile": None if compiled is None else compiled.to_dict(),
-        },
-    }
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
-    report, device = run.prepared.report, run.arguments.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    estimate = estimate_step(run.recipe, run.model, report.checkpointing, shard=run.mesh.shard_size)
-    choice = run.prepared.auto_checkpointing
-    return {
-        "prepare": report.to_dict(),
-        "checkpointing_reason": None if choice is None else choice.reason,
-        "data": {
-            "train": asdict(run.data.train.report),
-            "eval": None if run.data.eval is None else asdict(run.data.eval.report),
-        },
-        "memory_estimate": estimate.to_dict(),
-        "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,
-        "verify": None if verified is None else verified.to_dict(),
-        "device": name,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention")
-    found = {name: str(version) for name in names if (version := version_of(name)) is not None}
-    return {"python": platform.python_version(), "deltatune": __version__, **found}

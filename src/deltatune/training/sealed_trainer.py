@@ -20,11 +20,11 @@ from deltatune.parallel.state import clip_grad_norm_, gathered_state, reshard
 from deltatune.phases import phase
 from deltatune.training.adapter_parts import load_adapter_parts, saved_names
 from deltatune.training.batches import count_steps, place_file
-from deltatune.training.checkpoint import reload_weights
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.metrics import Meter
 from deltatune.training.optimizer_state import load_optimizer, save_parts
+from deltatune.training.reloading import reload_weights
 from deltatune.training.resuming import best_beside, make_valid_json, restore_settings, state_of
 from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, ORDER, commit, next_place, rotate, seal, staged_checkpoint

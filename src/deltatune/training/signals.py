@@ -30,6 +30,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._stops = False
         self._ranks: dist.ProcessGroup | None = None
 
     def on_train_begin(
@@ -49,8 +50,24 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._ranks)
             agreed = int(largest) or None
         if agreed is not None:  # one that came meanwhile ends the next step
-            self.received = agreed
+            self.received, self._stops = agreed, True
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves out what is due at the end of an epoch, where the end of training is taken for it.
+
+        Such an evaluation would cost the time that is left, and patience and the best checkpoint would count it, which
+        a run that nothing stops never makes.
+        """
+        del args, kwargs
+        if not self._stops or state.global_step >= state.max_steps:
+            return
+        if state.epoch % 1:
+            control.should_evaluate = control.should_save = False
+        elif control.should_evaluate:
+            control.should_save = True  # the checkpoint of this step is from before it
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Closes it."""

@@ -1,0 +1,118 @@
+"""Everything a run needs, loaded, prepared and checked, with nothing written yet; and the report of it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from deltatune import __version__
+from deltatune.config.schema import Recipe
+from deltatune.ops._nvidia import version_of
+from deltatune.parallel.filling import from_rank_0
+from deltatune.parallel.mesh import Mesh
+from deltatune.preparation import Prepared
+from deltatune.training.adapters import adapt_by_recipe
+from deltatune.training.checkpoint import empty_model, load_config, load_tokenizer
+from deltatune.training.console import RunConsole
+from deltatune.training.continuing import start_lines
+from deltatune.training.layout import mesh_of, sizes_lines, sizes_of
+from deltatune.training.loading import LoadedModel, load_by_recipe
+from deltatune.training.optimizers import optimizer_lines
+from deltatune.training.packs import RecipeData, load_data
+from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
+from deltatune.training.space import check_space
+from deltatune.verification import VerifyReport
+
+__all__ = ["Run", "build", "report_of"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs, built and checked, with nothing written yet."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    console: RunConsole
+    tokenizer: PreTrainedTokenizerBase
+    data: RecipeData
+    loaded: LoadedModel
+    prepared: Prepared
+    mesh: Mesh
+
+    @property
+    def model(self) -> nn.Module:
+        """What trains."""
+        return self.loaded.model
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run is saved."""
+        return Path(self.recipe.training.output_dir).expanduser()
+
+
+def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
+    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+    check_offloading(recipe, arguments.device)
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    # every name and shape is known before the rows are read and the weights are there
+    empty = adapt_by_recipe(empty_model(recipe.model), recipe)
+    check_space(empty, recipe)
+    sizes = sizes_of(recipe, empty, arguments)
+    if arguments.world_size > 1:  # whose devices may differ
+        sizes = from_rank_0(sizes)
+    mesh = mesh_of(sizes, arguments)
+    # one process tokenises, the others then read its cache
+    with arguments.main_process_first(desc="tokenising"):
+        data = load_data(recipe, tokenizer, mesh)
+    for line in data.lines():
+        console.out(line, highlight=False)
+    set_seed(arguments.seed)
+    loaded = load_by_recipe(recipe, config, mesh)
+    model = loaded.model
+    data.check_tokens(model, tokenizer)
+    sharded = mesh.shard_size > 1
+    if not sharded:
+        model.to(arguments.device)
+    # no device will hold a sharded model, so its shapes decide
+    device = arguments.device if sharded else None
+    prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
+    said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
+    said += offloading_lines(recipe, model, prepared.report.checkpointing)
+    said += sizes_lines(sizes)
+    for line in [*said, *optimizer_lines(model, recipe.training)]:
+        console.out(line, highlight=False)
+    return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)
+
+
+def report_of(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
+    """What was done to the model, what the packs and the memory are, and what the probe found: ``report.json``."""
+    report, device = run.prepared.report, run.arguments.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    estimate = estimate_step(run.recipe, run.model, report.checkpointing, shard=run.mesh.shard_size)
+    choice = run.prepared.auto_checkpointing
+    return {
+        "prepare": report.to_dict(),
+        "checkpointing_reason": None if choice is None else choice.reason,
+        "data": {
+            "train": asdict(run.data.train.report),
+            "eval": None if run.data.eval is None else asdict(run.data.eval.report),
+        },
+        "memory_estimate": estimate.to_dict(),
+        "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,
+        "verify": None if verified is None else verified.to_dict(),
+        "device": name,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention")
+    found = {name: str(version) for name in names if (version := version_of(name)) is not None}
+    return {"python": platform.python_version(), "deltatune": __version__, **found}
