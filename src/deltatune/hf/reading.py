@@ -1,4 +1,4 @@
-"""``from_pretrained`` without the data: a model on the meta device, and its weights a few at a time.
+"""``from_pretrained`` without the data: a model with stand-ins for its weights, and these a few at a time.
 
 transformers itself finds the files, the dtype, renamed keys and conversions, and says what is missing. Its loader is
 called once with the headers of the files, and then with the few tensors of one module after another.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -38,9 +39,14 @@ class NotInPiecesError(Exception):
 
 @dataclass(frozen=True)
 class Described:
-    """A model as ``from_pretrained`` returns it, but for the weights that ``pieces`` still holds."""
+    """A model as ``from_pretrained`` returns it, but for the weights that ``pieces`` still holds.
 
-    model: Any  # weights on the meta device
+    In their places are stand-ins: on the CPU, of the shape and dtype of the weight, and one number of memory, so that
+    whatever is made beside a weight is made as beside the weight itself. The number is NaN (0 of integers), which all
+    that is computed of it shows.
+    """
+
+    model: Any
     info: dict[str, Any]  # what ``output_loading_info`` gives
     pieces: Pieces
 
@@ -151,6 +157,7 @@ def load_described(loader: Any, keep: Callable[[Any], set[str]], **arguments: An
         except ValueError as error:
             raise NotInPiecesError(str(error)) from error
         twice = {name for pair in model.all_tied_weights_keys.items() for name in pair if {*pair} <= whole.keys()}
+        _put(model, ((name, _stand_in(tensor)) for name, tensor in whole.items()))
         _put(model, pieces.take(keep(model) | twice))
         caught.append(pieces)
         return result
@@ -184,6 +191,10 @@ def _refuse(files: Any, load_config: Any) -> None:
         raise NotInPiecesError("it is quantised")
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise NotInPiecesError("its weights are no safetensors")
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    return torch.tensor(float("nan") if tensor.is_floating_point() else 0).to(tensor.dtype).expand(tensor.shape)
 
 
 def _put(model: Any, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,15 +22,18 @@ from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.hf.model import is_sharded
-from deltatune.parallel.filling import spread
+from deltatune.hf.reading import NotInPiecesError, Pieces, load_described
+from deltatune.parallel.filling import Piece, spread
 from deltatune.phases import phase
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path
 from deltatune.training.tokens import add_tokens
+from deltatune.training.unread import Unread, in_turn
 
 __all__ = [
     "Loaded",
     "commit_of",
+    "describe_checkpoint",
     "empty_model",
     "folder_of",
     "load_checkpoint",
@@ -86,6 +90,10 @@ class Loaded:
     unexpected: frozenset[str]
 
 
+def _nothing(_: Any) -> set[str]:
+    return set()
+
+
 def load_model(section: ModelSection, config: PreTrainedConfig | None = None) -> nn.Module:
     """The model of ``load_checkpoint``."""
     return load_checkpoint(section, config).model
@@ -99,6 +107,39 @@ def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = Non
     Raises:
         UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
     """
+
+    def whole(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
+        return cast("tuple[Any, dict[str, Any]]", loader.from_pretrained(output_loading_info=True, **call))
+
+    return _loaded(section, config, loader, whole)
+
+
+def describe_checkpoint(
+    section: ModelSection, config: PreTrainedConfig | None = None, *, keep: Callable[[Any], set[str]] = _nothing
+) -> tuple[Loaded, Pieces]:
+    """``load_checkpoint`` with the weights still to be read, a module at a time, and stand-ins for them.
+
+    Args:
+        section, config: as for ``load_checkpoint``.
+        keep: names of weights to read at once, given the model.
+
+    Raises:
+        UserError: as by ``load_checkpoint``.
+        NotInPiecesError: a checkpoint that can be read whole alone.
+    """
+    pieces: list[Pieces] = []
+
+    def described(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
+        found = load_described(loader, keep, **call)
+        pieces.append(found.pieces)
+        return found.model, found.info
+
+    return _loaded(section, config, None, described), pieces[0]
+
+
+def _loaded(
+    section: ModelSection, config: PreTrainedConfig | None, loader: Any, load: Callable[..., tuple[Any, dict[str, Any]]]
+) -> Loaded:
     config = load_config(section) if config is None else config
     loader = model_class(config) if loader is None else loader
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
@@ -107,7 +148,7 @@ def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = Non
     loading = phase("loading the model") if _is_here(section) else nullcontext()
     try:
         with loading:
-            model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
+            model, info = load(loader, config=config, dtype=dtype, **origin)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = _why(error, section.name_or_path)
         raise UserError(f"cannot load model {section.name_or_path}: {why}") from error
@@ -164,21 +205,32 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
     """Puts a saved checkpoint's weights into ``model``, every one of them.
 
     Goes through ``from_pretrained``, because some families are saved under other names and shapes than their modules
-    have (experts one by one, say); where the model is sharded, on rank 0, which sends every rank its part.
+    have (experts one by one, say). Where the model is sharded, rank 0 reads them a module at a time, and sends every
+    rank its part.
 
     Raises:
         UserError: weights that are missing or of another shape.
     """
-    sharded = is_sharded(model)
-    here = not sharded or dist.get_rank() == 0
-    saved = load_model(ModelSection(name_or_path=str(folder))).state_dict() if here else {}
     try:
-        if sharded:
-            spread(model.state_dict(keep_vars=True), saved)
+        if is_sharded(model):
+            here = dist.get_rank() == 0
+            spread(model.state_dict(keep_vars=True), _saved_pieces(folder) if here else None)
         else:
-            model.load_state_dict(saved, strict=True)
+            model.load_state_dict(load_model(ModelSection(name_or_path=str(folder))).state_dict(), strict=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
+
+
+def _saved_pieces(folder: Path) -> Iterator[Piece]:
+    """A checkpoint's weights by their names in ``state_dict()``, those of one module in memory at a time."""
+    section = ModelSection(name_or_path=str(folder))
+    try:
+        loaded, pieces = describe_checkpoint(section)
+    except NotInPiecesError:
+        yield from in_turn(load_model(section).state_dict())
+        return
+    unread = Unread(loaded.model, pieces)
+    yield from unread.weights(loaded.model, loaded.model.state_dict(keep_vars=True))
 
 
 def folder_of(section: ModelSection, name: str, patterns: tuple[str, ...]) -> Path:

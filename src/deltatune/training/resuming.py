@@ -11,7 +11,40 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-__all__ = ["best_beside", "restore_settings", "step_of"]
+from deltatune.errors import UserError
+from deltatune.parallel.filling import from_rank_0
+from deltatune.parallel.mesh import Launched
+from deltatune.training.sealed import resume_point, size_problem_of
+
+__all__ = ["best_beside", "found_by_rank_0", "restore_settings", "step_of"]
+
+
+def found_by_rank_0(
+    output_dir: Path, resume: str | Path | bool | None, mesh: Launched
+) -> tuple[Path | None, list[str]]:
+    """``resume_point``, which reads every byte of a checkpoint, on rank 0; the others look at names and sizes.
+
+    Raises:
+        UserError: as by ``resume_point``, on every rank; or a rank that does not see the same checkpoint.
+    """
+    if mesh.world_size == 1:
+        return resume_point(output_dir, resume)
+    found: tuple[Path | None, list[str]] | str = (None, [])
+    if mesh.process_index == 0:
+        try:
+            found = resume_point(output_dir, resume)
+        except UserError as error:
+            found = str(error)
+    found = from_rank_0(found)
+    if isinstance(found, str):
+        raise UserError(found)
+    checkpoint, passed_over = found
+    if checkpoint is not None and (problem := size_problem_of(checkpoint)):
+        raise UserError(
+            f"rank {mesh.process_index} does not see {checkpoint} as rank 0 does: {problem}; every process reads it, "
+            "so put it on a disk that they share"
+        )
+    return checkpoint, passed_over
 
 
 def step_of(checkpoint: Path) -> int:
