@@ -154,6 +154,15 @@ def test_plan_is_for_the_processes_that_the_recipe_asks_for(capsys, write_recipe
     assert "of 6 packs" in out
 
 
+def test_plan_names_what_rank_0_must_load_whole(capsys, write_recipe) -> None:
+    sharded = ["plan", str(write_recipe()), "--set", "parallel.shard=2"]
+    said = "rank 0 loads the whole model into host memory, 0.0 GiB: lora.use_dora takes the norms of its weights"
+    assert main([*sharded, "--set", "lora.use_dora=true"]) == 0
+    assert said in capsys.readouterr().out
+    assert main(sharded) == 0
+    assert "rank 0 loads" not in capsys.readouterr().out
+
+
 def test_plan_refuses_what_a_launcher_says(capsys, write_recipe, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["plan", str(write_recipe())]) == 2

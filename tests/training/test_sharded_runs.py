@@ -44,11 +44,15 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "pissa": {"lora": {"r": 4, "init_lora_weights": "pissa"}, "training": {"save_strategy": "steps", "save_steps": 2}},
+    "dora": {"lora": {"r": 4, "use_dora": True}},
+    "whole_modules": {"lora": {"r": 4, "modules_to_save": ["lm_head", "norm"]}, "training": {"learning_rate": 1e-2}},
     "rows": {"model": {"added_tokens": ["<tool>"]}},
     "preference": {"preference": {}, "data": {"overlong": "drop"}},
     "preference_of_start": {"preference": {}, "lora": None, "data": {"overlong": "drop"}},
 }
 PROBED = "full_untied"
+#: loaded whole by rank 0, since adapters begin with a part of the base weights
+WHOLE = ("pissa", "dora")
 #: resumed in the middle, on other numbers of processes
 RESUMED = ("adapter", "full_tied", "pissa")
 
@@ -111,11 +115,14 @@ def rank_main(rank: int, folder: str, port: int) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.distributed.init_process_group("gloo")  # one for all runs
+    whole = loading.load_checkpoint
     if rank > 0:
-        loading.load_checkpoint = None  # rank 0 alone loads the model
+        loading.describe_checkpoint = None  # rank 0 alone reads weights
     shared, found = Path(folder), {}
     for case in CASES:
+        loading.load_checkpoint = whole if rank == 0 and case in WHOLE else None
         found[case] = run_case(recipe_of(case, shared / "two", shared, ranks=RANKS))
+    loading.load_checkpoint = whole if rank == 0 else None
     for case in RESUMED:
         for before in ("one", "two"):
             into = shared / f"{before}_to_two"

@@ -29,6 +29,7 @@ from deltatune.training.checkpoint import empty_model
 from deltatune.training.continuing import load_adapter, start_lines
 from deltatune.training.export import check_kind, holds_model
 from deltatune.training.layout import sizes_lines, sizes_of
+from deltatune.training.loading import host_lines
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
@@ -70,7 +71,7 @@ def show(
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
-    lines += sizes_lines(sizes)
+    lines += [*sizes_lines(sizes), *host_lines(recipe, model, sizes.shard)]
     lines += [
         "",
         *data.lines(),

@@ -1,18 +1,22 @@
-"""Weights of a model that was sharded without storage: rank 0 has them whole, every rank keeps its part."""
+"""Weights of a model that was sharded without storage: rank 0 has them one after another, every rank keeps its part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deltatune.parallel.state import part_of
 
-__all__ = ["fill", "from_rank_0", "spread", "tensors_of"]
+__all__ = ["Piece", "fill", "from_rank_0", "spread", "tensors_of"]
+
+Piece = tuple[tuple[str, ...], Tensor]
+"""A whole tensor, and all names that it is the value of."""
 
 
 def from_rank_0(value: Any) -> Any:
@@ -29,42 +33,76 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
+def fill(model: nn.Module, pieces: Iterable[Piece] | None, device: torch.device) -> None:
     """Gives a sharded model on the meta device its storage and its weights; every rank calls it.
-
-    One tensor at a time is whole on the device, and ``whole`` is emptied on the way.
 
     Args:
         model: as ``shard_model`` left it.
-        whole: on rank 0 what ``tensors_of`` gave for the model with weights; empty on the others.
+        pieces: on rank 0 what ``tensors_of`` names, in any order; None on the others.
         device: where the shards lie.
+
+    Raises:
+        ValueError: other names or shapes, or weights that cannot be read; on every rank.
     """
     attributes = [(module, name) for _, module, name, _ in _attributes(model)]
     model.to_empty(device=device)
     for module, name in attributes:
         setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-    spread(tensors_of(model), whole)
+    spread(tensors_of(model), pieces)
 
 
 @torch.no_grad()
-def spread(targets: Mapping[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Sends whole tensors of rank 0 into the tensors of the same names, sharded or not; every rank calls it.
+def spread(targets: Mapping[str, Tensor], pieces: Iterable[Piece] | None) -> None:
+    """Sends whole tensors of rank 0 into those of the same names, sharded or not; every rank calls it.
+
+    One tensor at a time is whole on the device; rank 0 holds what ``pieces`` does.
+
+    Args:
+        targets: on every rank the same names.
+        pieces: on rank 0; None on the others.
 
     Raises:
-        ValueError: other names or shapes, on every rank.
+        ValueError: other names or shapes, or pieces that cannot be read; on every rank.
     """
-    described = from_rank_0({name: (value.shape, value.dtype) for name, value in whole.items()})
-    if targets.keys() != described.keys():
-        raise ValueError(f"expected the same names, got {min(targets.keys() ^ described.keys())} on one side alone")
-    for name, (shape, _) in described.items():
+    left, source = {*targets}, None if pieces is None else iter(pieces)
+    while True:
+        head, whole = _next(source)
+        names, shape, dtype = from_rank_0(head)
+        if not names:
+            break
+        _check(names, shape, targets, left)
+        device = targets[names[0]].device
+        sent = torch.empty(shape, dtype=dtype, device=device) if whole is None else whole.to(device).contiguous()
+        dist.broadcast(sent, src=0)
+        for name in names:
+            target = targets[name].detach()
+            target.copy_(part_of(sent, target) if isinstance(target, DTensor) else sent)
+        left.difference_update(names)
+    if isinstance(shape, str):
+        raise ValueError(shape)
+    if left:
+        raise ValueError(f"expected the same names, got no {min(left)}")
+
+
+def _next(source: Iterator[Piece] | None) -> tuple[tuple[tuple[str, ...], Any, Any], Tensor | None]:
+    """What rank 0 tells of its next tensor, and the tensor; no names at the end, or with why there are no more."""
+    if source is None:
+        return ((), None, None), None
+    try:
+        names, whole = next(source, ((), None))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return ((), str(error), None), None
+    return (names, None if whole is None else whole.shape, None if whole is None else whole.dtype), whole
+
+
+def _check(names: tuple[str, ...], shape: torch.Size, targets: Mapping[str, Tensor], left: set[str]) -> None:
+    for name in names:
+        if name not in left:
+            raise ValueError(
+                f"expected the same names, got {name} {'twice' if name in targets else 'on one side alone'}"
+            )
         if shape != targets[name].shape:
             raise ValueError(f"{name}: expected {list(targets[name].shape)}, got {list(shape)}")
-    for name, (shape, dtype) in described.items():
-        target = targets[name].detach()
-        device = target.device
-        sent = whole.pop(name).to(device).contiguous() if whole else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(sent, src=0)
-        target.copy_(part_of(sent, target) if isinstance(target, DTensor) else sent)
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -85,7 +85,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing)
-    said += sizes_lines(sizes)
+    said += [*sizes_lines(sizes), *loaded.said]
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
+from deltatune.hf.reading import Pieces, load_described
 from deltatune.phases import phase
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path, check_model_type, check_tokenizer_path
@@ -27,6 +29,7 @@ from deltatune.training.tokens import add_tokens
 __all__ = [
     "Loaded",
     "commit_of",
+    "describe_checkpoint",
     "empty_model",
     "folder_of",
     "load_checkpoint",
@@ -83,6 +86,10 @@ class Loaded:
     unexpected: frozenset[str]
 
 
+def _nothing(_: Any) -> set[str]:
+    return set()
+
+
 def load_model(section: ModelSection, config: PreTrainedConfig | None = None) -> nn.Module:
     """The model of ``load_checkpoint``."""
     return load_checkpoint(section, config).model
@@ -96,6 +103,39 @@ def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = Non
     Raises:
         UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
     """
+
+    def whole(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
+        return cast("tuple[Any, dict[str, Any]]", loader.from_pretrained(output_loading_info=True, **call))
+
+    return _loaded(section, config, loader, whole)
+
+
+def describe_checkpoint(
+    section: ModelSection, config: PreTrainedConfig | None = None, *, keep: Callable[[Any], set[str]] = _nothing
+) -> tuple[Loaded, Pieces]:
+    """``load_checkpoint`` with the weights still to be read, a module at a time, and stand-ins for them.
+
+    Args:
+        section, config: as for ``load_checkpoint``.
+        keep: names of weights to read at once, given the model.
+
+    Raises:
+        UserError: as by ``load_checkpoint``.
+        NotInPiecesError: a checkpoint that can be read whole alone.
+    """
+    pieces: list[Pieces] = []
+
+    def described(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
+        found = load_described(loader, keep, **call)
+        pieces.append(found.pieces)
+        return found.model, found.info
+
+    return _loaded(section, config, None, described), pieces[0]
+
+
+def _loaded(
+    section: ModelSection, config: PreTrainedConfig | None, loader: Any, load: Callable[..., tuple[Any, dict[str, Any]]]
+) -> Loaded:
     config = load_config(section) if config is None else config
     loader = model_class(config) if loader is None else loader
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
@@ -104,7 +144,7 @@ def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = Non
     loading = phase("loading the model") if _is_here(section) else nullcontext()
     try:
         with loading:
-            model, info = loader.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **origin)
+            model, info = load(loader, config=config, dtype=dtype, **origin)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = _why(error, section.name_or_path)
         raise UserError(f"cannot load model {section.name_or_path}: {why}") from error

@@ -57,13 +57,14 @@ def save_trained(
     origin: Origin | None = None,
     card: str | None = None,
     state: Mapping[str, Tensor] | None = None,
+    weights: Callable[[Path], list[str]] | None = None,
 ) -> list[str]:
     """Saves the adapter of a PEFT model, or the whole model, with its tokenizer and its card, into ``output_dir``.
 
     Files are written to a folder next to them and moved in when all are there; a resumed run replaces its own model,
     checkpoints and records stay. An adapter is one of the stock base, whatever it began from. With it go the
     files beside the base's weights, and with a whole model the tensors that its class does not load. ``state``
-    holds the tensors of a model that is sharded.
+    holds the tensors of a model that is sharded, or ``weights`` writes them into a folder.
 
     Returns:
         What should be said of these, in words.
@@ -71,7 +72,7 @@ def save_trained(
     output_dir.mkdir(parents=True, exist_ok=True)
     writes = writing(output_dir, "written to", "make room, then go on with --resume")
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as folder, writes:
-        said = write_trained(model, tokenizer, Path(folder), origin, state)
+        said = write_trained(model, tokenizer, Path(folder), origin, state, weights)
         # PEFT's card asks 39 questions and answers none
         (Path(folder) / CARD_FILE).unlink(missing_ok=True)
         if card is not None:

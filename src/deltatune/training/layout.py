@@ -87,6 +87,6 @@ def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: 
     except ValueError as error:
         raise UserError(f"parallel.shard: {error}") from error
     with phase("sharding the model"):
-        fill(loaded.model, loaded.whole, arguments.device)
+        fill(loaded.model, loaded.pieces, arguments.device)
         gc.collect()  # what the weights came from, on rank 0
     set_seed(arguments.seed)  # rank 0 drew the adapters, and dropout begins alike on all ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,8 +11,10 @@ from torch import nn
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, first_line
 from deltatune.hf.model import is_sharded
-from deltatune.parallel.filling import spread
-from deltatune.training.checkpoint import load_model
+from deltatune.hf.reading import NotInPiecesError
+from deltatune.parallel.filling import Piece, spread
+from deltatune.training.checkpoint import describe_checkpoint, load_model
+from deltatune.training.unread import Unread, in_turn
 
 __all__ = ["reload_weights"]
 
@@ -20,18 +23,29 @@ def reload_weights(model: nn.Module, folder: Path) -> None:
     """Puts a saved checkpoint's weights into ``model``, every one of them.
 
     Goes through ``from_pretrained``, because some families are saved under other names and shapes than their modules
-    have (experts one by one, say); where the model is sharded, on rank 0, which sends every rank its part.
+    have (experts one by one, say). Where the model is sharded, rank 0 reads them a module at a time, and sends every
+    rank its part.
 
     Raises:
         UserError: weights that are missing or of another shape.
     """
-    sharded = is_sharded(model)
-    here = not sharded or dist.get_rank() == 0
-    saved = load_model(ModelSection(name_or_path=str(folder))).state_dict() if here else {}
     try:
-        if sharded:
-            spread(model.state_dict(keep_vars=True), saved)
+        if is_sharded(model):
+            here = dist.get_rank() == 0
+            spread(model.state_dict(keep_vars=True), _saved_pieces(folder) if here else None)
         else:
-            model.load_state_dict(saved, strict=True)
+            model.load_state_dict(load_model(ModelSection(name_or_path=str(folder))).state_dict(), strict=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint of this model: {first_line(error)}") from error
+
+
+def _saved_pieces(folder: Path) -> Iterator[Piece]:
+    """A checkpoint's weights by their names in ``state_dict()``, those of one module in memory at a time."""
+    section = ModelSection(name_or_path=str(folder))
+    try:
+        loaded, pieces = describe_checkpoint(section)
+    except NotInPiecesError:
+        yield from in_turn(load_model(section).state_dict())
+        return
+    unread = Unread(loaded.model, pieces)
+    yield from unread.weights(loaded.model, loaded.model.state_dict(keep_vars=True))

@@ -15,10 +15,12 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from deltatune.errors import UserError, one_line
+from deltatune.parallel.filling import from_rank_0
+from deltatune.parallel.mesh import Launched
 from deltatune.training.export import write_json
-from deltatune.training.sealed import damage_of
+from deltatune.training.sealed import damage_of, resume_point, size_problem_of
 
-__all__ = ["best_beside", "make_valid_json", "restore_settings", "state_of", "step_of"]
+__all__ = ["best_beside", "found_by_rank_0", "make_valid_json", "restore_settings", "state_of", "step_of"]
 
 
 def state_of(checkpoint: Path) -> TrainerState:
@@ -46,6 +48,34 @@ def make_valid_json(file: Path) -> None:
     if not math.isfinite(found["best_metric"] or 0.0):
         found["best_metric"] = None
     write_json(file, found)
+
+
+def found_by_rank_0(
+    output_dir: Path, resume: str | Path | bool | None, mesh: Launched
+) -> tuple[Path | None, list[str]]:
+    """``resume_point``, which reads every byte of a checkpoint, on rank 0; the others look at names and sizes.
+
+    Raises:
+        UserError: as by ``resume_point``, on every rank; or a rank that does not see the same checkpoint.
+    """
+    if mesh.world_size == 1:
+        return resume_point(output_dir, resume)
+    found: tuple[Path | None, list[str]] | str = (None, [])
+    if mesh.process_index == 0:
+        try:
+            found = resume_point(output_dir, resume)
+        except UserError as error:
+            found = str(error)
+    found = from_rank_0(found)
+    if isinstance(found, str):
+        raise UserError(found)
+    checkpoint, passed_over = found
+    if checkpoint is not None and (problem := size_problem_of(checkpoint)):
+        raise UserError(
+            f"rank {mesh.process_index} does not see {checkpoint} as rank 0 does: {problem}; every process reads it, "
+            "so put it on a disk that they share"
+        )
+    return checkpoint, passed_over
 
 
 def step_of(checkpoint: Path) -> int:

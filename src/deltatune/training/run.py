@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -46,9 +47,9 @@ from deltatune.training.probing import first_layers, probe
 from deltatune.training.process_group import own_process_group
 from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord
-from deltatune.training.resuming import step_of
+from deltatune.training.resuming import found_by_rank_0, step_of
 from deltatune.training.samples import Samples, prompts_of
-from deltatune.training.sealed import resume_point
+from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import PACKS_PER_STEP, changed_data, changed_settings, evaluates_otherwise, place_of
 from deltatune.training.trainer import PackedTrainer
@@ -104,11 +105,10 @@ def _train(
 ) -> TrainResult:
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
-    with arguments.main_process_first(desc="looking for checkpoints"):
-        # what another run is writing there looks like what a killed one left
-        if arguments.should_save:
-            check_free(Path(recipe.training.output_dir).expanduser())
-        checkpoint, passed_over = resume_point(Path(recipe.training.output_dir).expanduser(), resume)
+    # what another run is writing there looks like what a killed one left
+    if arguments.should_save:
+        check_free(Path(recipe.training.output_dir).expanduser())
+    checkpoint, passed_over = found_by_rank_0(Path(recipe.training.output_dir).expanduser(), resume, arguments)
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     if checkpoint is None:
         refuse_to_replace(Path(recipe.training.output_dir).expanduser())
@@ -308,11 +308,13 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = metrics_of(run, trainer, evaluation)
     check_finite(run.model, run.mesh)
-    state = trainer.whole_state() if run.mesh.shard_size > 1 else None
+    sharded, whole = run.mesh.shard_size > 1, run.recipe.lora is None
+    state = trainer.whole_state() if sharded and not whole else None
+    weights = partial(save_weights, run.model) if sharded and whole else None
     if run.arguments.should_save:
         with phase("saving the model"):
             card = model_card(read_run(run.output_dir), metrics["saved_step"])
-            said = save_trained(run.model, run.tokenizer, run.output_dir, run.loaded.origin, card, state)
+            said = save_trained(run.model, run.tokenizer, run.output_dir, run.loaded.origin, card, state, weights)
         for line in said:
             run.console.out(line, highlight=False)
         # the compiler's account is complete only now
@@ -320,6 +322,8 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
         # a finished run that is resumed has nothing to measure: the figures of its training stay
         before = {} if metrics["leg"]["steps"] else _read(run.output_dir / METRICS_FILE)
         write_json(run.output_dir / METRICS_FILE, {**metrics, "leg": before.get("leg", metrics["leg"])})
+    elif weights is not None:
+        weights(None)
     if not metrics["leg"]["steps"]:
         run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
     if trainer.skipped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,14 +57,23 @@ def write_trained(
     folder: Path,
     origin: Origin | None,
     state: Mapping[str, Tensor] | None = None,
+    weights: Callable[[Path], list[str]] | None = None,
 ) -> list[str]:
     """Writes the adapter of a PEFT model, or the whole model; returns what should be said of what is beside it.
 
-    ``state``: its tensors, where the model holds parts of them alone. What cannot be had of the base any more is named:
-    it must not cost what was trained.
+    ``state``: its tensors, where the model holds parts of them alone; or ``weights``, which writes them. What cannot be
+    had of the base any more is named: it must not cost what was trained.
     """
+    given = {} if weights is not None else state
     with trained_rows_alone(model):
-        cast("Any", model).save_pretrained(str(folder), state_dict=None if state is None else dict(state))
+        cast("Any", model).save_pretrained(str(folder), state_dict=None if given is None else dict(given))
+    said = [] if weights is None else weights(folder)
+    return said + _write_beside(model, tokenizer, folder, origin)
+
+
+def _write_beside(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path, origin: Origin | None
+) -> list[str]:
     if origin is None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))

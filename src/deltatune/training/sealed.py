@@ -25,6 +25,7 @@ __all__ = [
     "resume_point",
     "rotate",
     "seal",
+    "size_problem_of",
     "staged_checkpoint",
     "steps_of",
 ]
@@ -151,18 +152,24 @@ def problem_of(folder: Path) -> str | None:
 
 def damage_of(folder: Path) -> str | None:
     """What of a checkpoint's files is not as it was written; None where all are."""
+    if problem := size_problem_of(folder):
+        return problem
+    for name, expected in manifest(folder)["files"].items():
+        if _crc32(folder / name) != expected["crc32"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def size_problem_of(folder: Path) -> str | None:
+    """Which of a checkpoint's files is missing or of another size; their content is not read."""
     if problem := _unreadable(folder):
         return problem
-    files = manifest(folder)["files"]
-    for name, expected in files.items():
+    for name, expected in manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes of {expected['bytes']:,}"
-    for name, expected in files.items():
-        if _crc32(folder / name) != expected["crc32"]:
-            return f"{name} is not what was written"
     return None
 
 

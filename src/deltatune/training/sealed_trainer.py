@@ -28,6 +28,7 @@ from deltatune.training.reloading import reload_weights
 from deltatune.training.resuming import best_beside, make_valid_json, restore_settings, state_of
 from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, ORDER, commit, next_place, rotate, seal, staged_checkpoint
+from deltatune.training.sharded_files import save_weights
 from deltatune.training.starts import load_plain, make_plain
 
 __all__ = ["SealedTrainer"]
@@ -156,6 +157,9 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._sharded and not hasattr(self.model, "peft_config"):
+            self._save_whole_model(Path(self.args.output_dir if output_dir is None else output_dir))
+            return
         state_dict = self.whole_state() if self._sharded else state_dict
         if not self.args.should_save:
             return
@@ -164,8 +168,17 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         if self._first is not None:
             make_plain(Path(self.args.output_dir if output_dir is None else output_dir), self._first)
 
+    def _save_whole_model(self, folder: Path) -> None:
+        writes = self.args.should_save
+        if writes:
+            super()._save(str(folder), {})  # all but the weights
+        save_weights(self.model, folder if writes else None)
+
     def whole_state(self) -> dict[str, Tensor]:
-        """What of a sharded model is saved, by the names of its ``state_dict()``: on rank 0; every rank calls it."""
+        """What is saved of a sharded model with adapters, by the names of its ``state_dict()``: on rank 0.
+
+        Every rank calls it.
+        """
         return gathered_state(self.model, saved_names(self.model).__contains__)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,0 +1,65 @@
+"""The weight files of a sharded model, gathered and written a few tensors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from deltatune.hf.writing import FILE_SIZE, SavedWeights
+from deltatune.parallel.filling import from_rank_0
+from deltatune.parallel.state import gathered_state, reshard
+
+__all__ = ["save_weights"]
+
+
+def save_weights(model: nn.Module, folder: Path | None, *, max_shard_size: int | str = FILE_SIZE) -> list[str]:
+    """Writes the files that ``save_pretrained`` writes of a model's weights, alone; every rank calls it.
+
+    One tensor at a time is whole on the device, those of one module in rank 0's host memory.
+
+    Args:
+        model: sharded, without adapters.
+        folder: where to, on rank 0; None on the others.
+        max_shard_size: of a file, as ``save_pretrained`` takes it.
+
+    Returns:
+        What should be said of it, on rank 0.
+    """
+    reshard(model)
+    state = model.state_dict(keep_vars=True)
+    plan, said = None, list[str]()
+    if folder is not None:
+        described = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+        try:
+            plan = SavedWeights.of(model, described, max_shard_size)
+        except ValueError as error:
+            said.append(f"rank 0 has gathered the whole model in host memory to save it: {error}")
+    order = from_rank_0(None if plan is None else [name for group in plan.groups for name in group])
+    if order is None:
+        whole = gathered_state(model)
+        if folder is not None:
+            cast("Any", model).save_pretrained(str(folder), state_dict=whole, max_shard_size=max_shard_size)
+        return said
+    gathered = (_whole(state[name], here=folder is not None) for name in order)
+    try:
+        if plan is not None and folder is not None:
+            plan.write(folder, lambda _: next(gathered))
+    finally:
+        _exhaust(gathered)  # the other ranks wait for all of them, whatever fails here
+    return said
+
+
+def _whole(weight: Tensor, *, here: bool) -> Tensor:
+    whole = weight.detach()
+    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    return whole.cpu() if here else whole.new_empty(0)
+
+
+def _exhaust(tensors: Iterator[Tensor]) -> None:
+    for _ in tensors:
+        pass
