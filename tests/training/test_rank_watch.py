@@ -203,3 +203,14 @@ def test_a_late_store_blames_no_rank_but_its_host(tmp_path: Path) -> None:
     lost = watch._missed()
     assert lost is not None
     assert lost.rank == 0
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_store_that_goes_after_all_have_ended_is_no_loss(tmp_path: Path, ended: bool) -> None:
+    """Rank 0 may be gone, and the store with it, before a slow rank has read that all have ended."""
+    heart: Any = Heartbeat(None, 1, 2)  # type: ignore[arg-type]
+    watch = RankWatch(heart, 1, 2, TIMEOUT_S, tmp_path)
+    heart.broken = "Connection closed by peer"
+    if ended:
+        heart.end()
+    assert (watch._lost() is None) == ended

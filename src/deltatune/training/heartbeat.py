@@ -124,6 +124,11 @@ class Heartbeat(threading.Thread):
         self._ended = True
         self._wake.set()
 
+    @property
+    def ended_with_store(self) -> bool:
+        """Whether the store broke after this rank had ended: it has then gone with rank 0, which had heard of all."""
+        return self._ended and bool(self.broken)
+
     def stop(self) -> None:
         """Ends the thread, if the store lets it."""
         self._stopping.set()

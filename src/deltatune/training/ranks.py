@@ -163,8 +163,7 @@ class RankWatch:
             RankFailedError: one has not.
         """
         self._heart.end()
-        while not self._heart.all_ended.wait(BEAT / 10) and not self._heart.broken:
-            # a store that breaks now has gone with rank 0, which has then ended
+        while not self._heart.all_ended.wait(BEAT / 10) and not self._heart.ended_with_store:
             if self._failure is not None:
                 self._take_over()
                 raise self._failed(self._failure)
@@ -216,8 +215,8 @@ class RankWatch:
         if found is None or self._left.is_set():
             return None
         # it may have said why before it went, or have ended well with all others
-        self._heart.wait_for_turn(2 * BEAT)
-        if self._heart.all_ended.is_set():
+        self._heart.wait_for_turn(self._timeout_s)
+        if self._heart.all_ended.is_set() or self._heart.ended_with_store:
             return None
         if self._heart.failure is None:
             self._heart.report(found)
