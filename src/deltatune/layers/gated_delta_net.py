@@ -113,6 +113,11 @@ class GatedDeltaNet(Swapped):
             kept_bytes=2.0 * 4 * tokens * heads,
         )
 
+    def exchanged(self, size: int) -> float:
+        """q, k, v, write strength and decay of all heads, of which fewer than ranks go to several, and the output."""
+        keys = max(self.num_k_heads, size) * self.head_k_dim
+        return float(2 * keys + 2 * self.num_v_heads * (1 + self.head_v_dim))
+
     def convolve(self, mixed: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
         """q, k and v ``[B, T, ...]``, q and k normalised: the delta rule would read and write them once more for it."""
         conv, group = readable_conv(self.conv1d), self._deltatune.sequence

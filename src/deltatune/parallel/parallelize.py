@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deltatune.hf.model import device_of
+from deltatune.hf.model import device_of, text_config
+from deltatune.parallel.heads import check_sequence_size
 from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import choose_sizes
+from deltatune.parallel.slice import batch_of_rank
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
 from deltatune.preparation import Prepared
 
@@ -24,15 +29,20 @@ class Parallel:
     """A model on several processes.
 
     Attributes:
-        model: what to call. Its backward averages gradients over ``mesh.data_size`` ranks, so a loss that is divided by
-            the global number of targets is multiplied by ``mesh.data_size``.
+        model: what to call. Its backward averages gradients over ``mesh.size`` ranks, so a loss that is divided by the
+            global number of targets is multiplied by ``mesh.size``.
         mesh: the processes, and which packs this one reads: ``packs[mesh.data_rank :: mesh.data_size]``.
+            ``mesh.sum_over_data`` sums counts of packs, ``mesh.sum_over_ranks`` the losses that ``model`` gives.
         prepared: what was parallelized.
     """
 
     model: nn.Module
     mesh: Mesh
     prepared: Prepared
+
+    def part(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a batch ``model`` takes here: all of it, or this rank's part where several hold a pack together."""
+        return batch_of_rank(batch, self.mesh)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales gradients down to this norm over all ranks; returns the norm before, the same on every rank."""
@@ -45,7 +55,7 @@ class Parallel:
         """
         if self.mesh.shard_size > 1:
             return gathered_state(self.prepared.model)
-        return self.prepared.model.state_dict() if self.mesh.data_rank == 0 else {}
+        return self.prepared.model.state_dict() if self.mesh.rank == 0 else {}
 
 
 def parallelize(
@@ -64,11 +74,17 @@ def parallelize(
     gathered for its forward and its backward, and rank r of them keeps the r-th part of every weight, its gradient and
     the optimizer's state. An optimizer is made afterwards, from ``Parallel.model.parameters()``.
 
+    ``sequence`` neighbours read the same packs and hold a part of each (``Parallel.part``): the axis lies inside the
+    others, so ``{shard: 4, sequence: 2}`` on 4 processes are 2 data ranks whose weights lie in 4 shards. Their losses
+    add up to the pack's. Attention and the delta rule get some heads for all tokens of the pack; see
+    ``shard_sequence``.
+
     Args:
         prepared: what ``prepare`` returned, on the device where it will train, adapters included.
         replicate: copies of the weights; None for as many as the processes make.
         shard: processes that hold one copy.
-        sequence, expert: 1.
+        sequence: processes that hold a pack together, each an equal part of its tokens.
+        expert: 1.
         param_dtype: what float32 weights are gathered and computed with in, such as ``torch.bfloat16``; the decay of
             recurrent layers stays float32, and gradients are averaged in float32. Needs ``shard``; None computes in the
             weights' own dtype.
@@ -76,19 +92,26 @@ def parallelize(
     Raises:
         ValueError: sizes that are not the number of processes, an axis that is not there, a model that is sharded
             already, compiled as a whole, or of several dtypes that train together.
+        UserError: a ``sequence`` that the model's heads cannot be divided among, with those that they can.
     """
-    for name, size, why in (("sequence", sequence, "packs"), ("expert", expert, "experts")):
-        if size != 1:
-            raise ValueError(f"{name}={size} is not there yet: {why} are not divided; leave it out")
+    if expert != 1:
+        raise ValueError(f"expert={expert} is not there yet: experts are not divided; leave it out")
     if not dist.is_initialized():
         raise ValueError("several processes must have met: call torch.distributed.init_process_group() first")
-    sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard)
-    mesh = Mesh(dist.get_world_size(), dist.get_rank(), sizes.shard)
-    model, device = prepared.model, device_of(prepared.model)
-    if sizes.shard > 1:
+    sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard, sequence=sequence)
+    check_sequence_size(text_config(prepared.model), sequence)
+    mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=sequence)
+    parallel = Parallel(_with_weights(prepared.model, mesh, param_dtype), mesh, prepared)
+    shard_sequence(prepared, mesh.sequence_group(device_of(prepared.model).type))
+    return parallel
+
+
+def _with_weights(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype | None) -> nn.Module:
+    """The model with its weights in shards, or one that keeps whole weights alike on all ranks."""
+    device = device_of(model)
+    if mesh.shard_size > 1:
         shard_model(model, mesh.weights_mesh(device.type), param_dtype=param_dtype)
-        return Parallel(model, mesh, prepared)
+        return model
     if param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
-    placed = None if device.type == "cpu" else [device]
-    return Parallel(DistributedDataParallel(model, device_ids=placed), mesh, prepared)
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])

@@ -6,7 +6,7 @@ import json
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from deltatune.errors import InterruptedRunError, RankFailedError, UserError, fi
 from deltatune.ops._nvidia import version_of
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sequence import apart
 from deltatune.parallel.state import reshard
 from deltatune.phases import phase, shown_by
 from deltatune.preparation import Prepared
@@ -44,7 +45,7 @@ from deltatune.training.continuing import adapter_record, start_lines
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
-from deltatune.training.layout import mesh_of, shard_by_recipe, sizes_lines, sizes_of
+from deltatune.training.layout import check_sequence, mesh_of, shard_by_recipe, sizes_lines, sizes_of
 from deltatune.training.loading import LoadedModel, load_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings, optimizer_lines
@@ -60,7 +61,14 @@ from deltatune.training.resuming import step_of
 from deltatune.training.samples import Samples, prompts_of
 from deltatune.training.sealed import resume_point
 from deltatune.training.signals import StopAfterStep, caught_signals
-from deltatune.training.since import PACKS_PER_STEP, changed_data, changed_settings, evaluates_otherwise, place_of
+from deltatune.training.since import (
+    PACKS_PER_STEP,
+    changed_data,
+    changed_settings,
+    changed_steps,
+    evaluates_otherwise,
+    place_of,
+)
 from deltatune.training.space import check_space
 from deltatune.training.trainer import PackedTrainer
 from deltatune.training.weights_digest import digests_of
@@ -132,6 +140,8 @@ def train(
     """
     warnings = check_recipe(recipe)
     preflight_training(recipe)
+    if recipe.parallel.sequence not in (1, "auto"):
+        check_sequence(recipe, load_config(recipe.model))
     with own_process_group():
         arguments = training_arguments(recipe.training)
         screen = Console(quiet=True) if arguments.process_index else console or Console()
@@ -159,10 +169,17 @@ def _train(
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     if checkpoint is None:
         refuse_to_replace(Path(recipe.training.output_dir).expanduser())
-    changes = changed_settings(recipe, checkpoint, processes=arguments.world_size, allow=allow_change)
-    for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
+    changes = changed_settings(recipe, checkpoint, allow=allow_change)
+    for line in [*passed_over, *_changed_lines(changes, checkpoint)]:
         log.out(line, highlight=False)
-    run = build(recipe, arguments, log)
+
+    def before_data(mesh: Mesh) -> None:
+        of_steps = changed_steps(recipe, checkpoint, mesh, allow=allow_change)
+        for line in _changed_lines(of_steps, checkpoint):
+            log.out(line, highlight=False)
+        changes.extend(of_steps)
+
+    run = build(recipe, arguments, log, before_data)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = place_of(checkpoint, run.mesh)
     changes += changed_data(run.data, checkpoint, allow=allow_change)
@@ -173,6 +190,10 @@ def _train(
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, records, checkpoint, changes, during_training, watch)
+
+
+def _changed_lines(changes: list[Change], checkpoint: Path | None) -> list[str]:
+    return [] if checkpoint is None else [f"changed since {checkpoint.name}: {change}" for change in changes]
 
 
 def _fit(
@@ -283,8 +304,16 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
         )
 
 
-def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
-    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+def build(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    console: RunConsole,
+    before_data: Callable[[Mesh], None] = lambda _: None,
+) -> Run:
+    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds.
+
+    ``before_data`` hears of the processes before rows and weights are read.
+    """
     check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -295,13 +324,14 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     if arguments.world_size > 1:  # whose devices may differ
         sizes = from_rank_0(sizes)
     mesh = mesh_of(sizes, arguments)
+    before_data(mesh)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
         data = load_data(recipe, tokenizer, mesh)
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
-    loaded = load_by_recipe(recipe, config, mesh)
+    loaded = load_by_recipe(recipe, config, mesh.of_weights)
     model = loaded.model
     data.check_tokens(model, tokenizer)
     sharded = mesh.shard_size > 1
@@ -309,9 +339,16 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
         model.to(arguments.device)
     # no device will hold a sharded model, so its shapes decide
     device = arguments.device if sharded else None
-    prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
+    prepared = prepare_by_recipe(
+        recipe,
+        model,
+        device=device,
+        shard=mesh.shard_size,
+        sequence=mesh.sequence_size,
+        group=mesh.sequence_group(arguments.device.type),
+    )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
-    said += offloading_lines(recipe, model, prepared.report.checkpointing)
+    said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
     said += sizes_lines(sizes)
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
@@ -321,7 +358,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
     if run.mesh.shard_size == 1:
-        return probe(run.recipe, run.model, run.console)
+        with apart(run.model):
+            return probe(run.recipe, run.model, run.console)
     if not run.recipe.verify.enabled:
         return None
     run.console.out("probing the first layers with random weights: no process will hold the model", highlight=False)
@@ -420,7 +458,7 @@ def _check_finite(model: nn.Module, mesh: Mesh) -> None:
     if not parts:
         return
     broken = (~torch.stack([part.isfinite().all() for part in parts]).all()).long()
-    if bool(mesh.sum_over_data(broken)):
+    if bool(mesh.sum_over_ranks(broken)):
         raise UserError(
             "some trained weights are not finite, so they are not saved; go on from a checkpoint before with another "
             "training.learning_rate"
@@ -455,7 +493,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _records(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     report, device = run.prepared.report, run.arguments.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    estimate = estimate_step(run.recipe, run.model, report.checkpointing, shard=run.mesh.shard_size)
+    sizes = {"shard": run.mesh.shard_size, "sequence": run.mesh.sequence_size}
+    estimate = estimate_step(run.recipe, run.model, report.checkpointing, **sizes)
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),
