@@ -1,6 +1,8 @@
 """A training loop of one's own on several processes that hold one copy of the weights among them.
 
-torchrun --nproc-per-node 2 examples/sharded_loop.py CHECKPOINT [--steps 20]
+torchrun --nproc-per-node 2 examples/sharded_loop.py CHECKPOINT [--steps 20] [--sequence 2]
+
+With --sequence so many neighbours also hold each pack together, for documents that one device has no memory for.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a folder or a name on the Hub")
     parser.add_argument("--output", default="outputs/sharded_loop")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sequence", type=int, default=1)
     options = parser.parse_args()
 
     on_gpu = torch.cuda.is_available()
@@ -32,7 +35,7 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(options.checkpoint).to(device).train()
-    parallel = parallelize(prepare(model), shard=dist.get_world_size())
+    parallel = parallelize(prepare(model), shard=dist.get_world_size(), sequence=options.sequence)
     mesh = parallel.mesh
 
     samples = []
@@ -44,20 +47,20 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(parallel.model.parameters(), lr=1e-3)
     for step in range(options.steps):
-        # every rank takes the next pack of its own
+        # every data rank takes the next pack of its own, and each of its ranks a part of that
         batch = collate([samples[i] for i in packs[(step * mesh.data_size + mesh.data_rank) % len(packs)]])
         batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
         targets = mesh.sum_over_data((batch["labels"] != -100).sum())
-        loss = parallel.model(**batch, num_items_in_batch=targets).loss
-        (loss * mesh.data_size).backward()
+        loss = parallel.model(**parallel.part(batch), num_items_in_batch=targets).loss
+        (loss * mesh.size).backward()
         parallel.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss = mesh.sum_over_data(loss.detach())
-        if mesh.data_rank == 0:
+        loss = mesh.sum_over_ranks(loss.detach())
+        if mesh.rank == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     state = parallel.state_dict()
-    if mesh.data_rank == 0:
+    if mesh.rank == 0:
         model.save_pretrained(options.output, state_dict=state)
         tokenizer.save_pretrained(options.output)
     dist.destroy_process_group()

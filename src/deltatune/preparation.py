@@ -70,6 +70,7 @@ class Prepared:
         accumulates: bool = False,
         device: torch.device | None = None,
         shard: int = 1,
+        sequence: int = 1,
     ) -> CheckpointingChoice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
@@ -81,10 +82,11 @@ class Prepared:
             device: where the model will train, for one that is not there yet or will be sharded: the shapes decide, and
                 nothing runs. None decides from the graphs of the layers, where the model is.
             shard: ranks among which the weights will be divided.
+            sequence: ranks that will hold a pack together.
         """
         if self._state.facts.auto is None:
             return None
-        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype, shard)
+        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype, shard, sequence)
         decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
 

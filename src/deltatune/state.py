@@ -48,6 +48,7 @@ class AutoCheckpointing:
     accumulates: bool = False  # whether gradients of earlier batches are there while a batch runs
     compute_dtype: torch.dtype | None = None  # of activations under autocast; None for the weights' own
     shard: int = 1  # ranks among which the weights are divided
+    sequence: int = 1  # ranks that hold a pack together
     tokens: int = 0  # of the batch it was decided for; a larger one is decided for again
     choice: CheckpointingChoice | None = None  # None before the first training forward
 

@@ -60,6 +60,11 @@ class Swapped(nn.Module):
         del tokens, squares
         return Cost()
 
+    def exchanged(self, size: int) -> float:
+        """Elements for each token that a rank sends and gets where ``size`` ranks hold a pack together."""
+        del size
+        return 0.0
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts; a __deepcopy__ here would
         # be found on PEFT's models too, which pass on what they lack, and copy the model inside

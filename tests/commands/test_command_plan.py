@@ -163,6 +163,31 @@ def test_plan_names_what_rank_0_must_load_whole(capsys, write_recipe) -> None:
     assert "rank 0 loads" not in capsys.readouterr().out
 
 
+def test_plan_counts_packs_and_memory_by_the_ranks_that_hold_a_pack(capsys, write_recipe) -> None:
+    recipe = str(write_recipe())
+
+    def plan(*settings: str) -> str:
+        assert main(["plan", recipe, *(word for setting in settings for word in ("--set", setting))]) == 0
+        return capsys.readouterr().out
+
+    def estimated(page: str, what: str) -> float:
+        (line,) = (line for line in page.splitlines() if line.startswith(what))
+        return float(line.split()[1])
+
+    alone, cut = plan(), plan("parallel.shard=4", "parallel.sequence=2")
+    assert "parallel: replicate 1, shard 4 (as the recipe says)\nparallel: sequence 2: 2 data ranks\n" in cut
+    assert "of 2 packs" in cut
+    assert estimated(cut, "activations") == pytest.approx(estimated(alone, "activations") / 2, rel=0.01)
+    assert "of 1 pack (" in plan("parallel.sequence=2"), "two ranks with whole weights"
+
+
+def test_plan_names_the_ranks_among_which_the_heads_divide(capsys, write_recipe) -> None:
+    assert main(["plan", str(write_recipe()), "--set", "parallel.sequence=16"]) == 2
+    error = capsys.readouterr().err
+    assert "parallel.sequence=16 does not divide" in error
+    assert "set sequence to one of 1, 2" in error
+
+
 def test_plan_refuses_what_a_launcher_says(capsys, write_recipe, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["plan", str(write_recipe())]) == 2

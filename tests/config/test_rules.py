@@ -147,6 +147,17 @@ ERRORS = {
         "parallel.shard: 2: compile.scope: model puts all layers into one graph",
         "{parallel: {shard: 2}, compile: {scope: layer}}",
     ),
+    "ranks_of_a_pack_hold_equal_parts": (
+        "{parallel: {sequence: 3}, packing: {tokens_per_batch: 256}}",
+        "packing.tokens_per_batch: 256 is no multiple of parallel.sequence: 3, whose ranks hold equal parts of a pack; "
+        "set it to 258",
+        "{parallel: {sequence: 3}, packing: {tokens_per_batch: 192}}",
+    ),
+    "ranks_of_a_pack_lie_within_one_copy_of_the_weights": (
+        "parallel: {sequence: 4, shard: 2}",
+        "parallel.shard: 2 is neither 1 nor a multiple of parallel.sequence: 4",
+        "parallel: {sequence: 2, shard: 4}",
+    ),
     "the_tracker_reads_its_settings": (
         "training: {trackio_space_id: me/space, report_to: wandb}",
         "cannot act without training.report_to: trackio",

@@ -54,18 +54,21 @@ def test_every_example_is_run_here() -> None:
 
 
 def test_the_sharded_loop_runs_on_two_processes(checkpoint: Path, tmp_path: Path) -> None:
-    run_ranks(sharded_main, str(checkpoint), str(tmp_path / "output"), free_port(), count=2)
-    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "output"))
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    """Each with packs of its own, then both with parts of each pack."""
+    run_ranks(sharded_main, str(checkpoint), str(tmp_path), [free_port(), free_port()], count=2)
+    before, *after = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "1", tmp_path / "2"))
+    for found in after:
+        assert before.keys() == found.keys()
+        assert any(not torch.equal(found[name], value) for name, value in before.items())
 
 
-def sharded_main(rank: int, checkpoint: str, output: str, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    sys.argv = [SHARDED, checkpoint, "--output", output, "--steps", "2"]
-    runpy.run_path(str(EXAMPLES / SHARDED), run_name="__main__")
+def sharded_main(rank: int, checkpoint: str, output: str, ports: list[int]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    for ranks_of_a_pack, port in zip(("1", "2"), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        sys.argv = [SHARDED, checkpoint, "--output", f"{output}/{ranks_of_a_pack}", "--steps", "2"]
+        sys.argv += ["--sequence", ranks_of_a_pack]
+        runpy.run_path(str(EXAMPLES / SHARDED), run_name="__main__")
 
 
 def test_the_native_loop_stays_short() -> None:

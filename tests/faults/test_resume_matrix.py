@@ -218,6 +218,7 @@ CHANGES: dict[str, Change] = {
     # of one process; test_sharded_runs.py has other numbers of them
     "parallel.replicate": acts("parallel.replicate=1", shows=same),
     "parallel.shard": acts("parallel.shard=1", shows=same),
+    "parallel.sequence": acts("parallel.sequence=1", shows=same),
     "parallel.timeout_s": acts("parallel.timeout_s=90", shows=same),
     "verify.enabled": acts("verify.enabled=true", shows=says("OK: every document")),
     "verify.lengths": acts("verify.enabled=true", "verify.lengths=[5, 1, 9]", shows=says("OK: every document")),

@@ -12,12 +12,13 @@ from sequence_cases import THREE, TRACED, Case, build, pack
 from torch.distributed import ProcessGroup
 
 from deltatune import Prepared, Sequences, prepare
+from deltatune.compile.memory import estimate_memory
 from deltatune.compile.trace import trace_layer
 from deltatune.errors import UserError
 from deltatune.packing.group import SequenceGroup
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
-from deltatune.subclass import stock_class
+from deltatune.subclass import Swapped, stock_class
 from tiny import tiny_conditional, tiny_model
 
 
@@ -128,9 +129,17 @@ def test_a_model_that_is_not_prepared_is_refused() -> None:
         shard_sequence(tiny_model("qwen3"), Ranks(2))
 
 
-def test_a_checkpointed_layer_keeps_its_input_and_what_was_exchanged() -> None:
-    """q, k and v of one rank's heads for every token, and attention's output of every head for the rank's own."""
-    model = build(Case((), family="qwen3", layers=1))
+@pytest.mark.parametrize(
+    ("family", "exchanged"),
+    [
+        # q, k and v of one rank's heads for every token, and attention's output of every head for the rank's own
+        ("qwen3", 128 * (2 + 1 + 1) * 16 + 64 * 4 * 16),
+        # the same of the delta rule, with write strength and decay
+        ("qwen3_5", 128 * (8 + 8 + 2 * 12 + 2 + 2) + 64 * 4 * 12),
+    ],
+)
+def test_a_checkpointed_layer_keeps_its_input_and_what_was_exchanged(family: str, exchanged: int) -> None:
+    model = build(Case((), family=family, layers=1))
     member(model, compile=TRACED)
     layer, hidden = model.model.layers[0], torch.zeros(1, 64, 32, requires_grad=True)
     call = {
@@ -138,7 +147,22 @@ def test_a_checkpointed_layer_keeps_its_input_and_what_was_exchanged() -> None:
         "sequences": pack(THREE)["sequences"].static(),
     }
     traced = trace_layer(stock_class(layer).forward, layer, (hidden,), call, settings=("layer",), options=TRACED)
-    assert traced["layer"].kept == 4 * (64 * 32 + 128 * (2 + 1 + 1) * 16 + 64 * 4 * 16)
+    assert traced["layer"].kept == 4 * (64 * 32 + exchanged)
+    assert sum(part.exchanged(2) for part in layer.modules() if isinstance(part, Swapped)) * 64 == exchanged
+
+
+def test_what_was_exchanged_is_a_part_of_the_memory_estimate() -> None:
+    model = build(Case((), family="qwen3", layers=3))
+    prepare(model)
+
+    def activations(checkpointing: str, sequence: int) -> int:
+        return estimate_memory(model, tokens_per_batch=64, checkpointing=checkpointing, sequence=sequence).activations
+
+    # of the layer that is computed again it is there in any case
+    assert activations("layer", 2) - activations("layer", 1) == (3 - 1) * 4 * 64 * 2 * (4 + 2) * 16
+    # four ranks read two key-value heads, each twice
+    assert activations("layer", 4) - activations("layer", 2) == (3 - 1) * 4 * 64 * 2 * 2 * 16
+    assert activations("none", 2) == activations("none", 1)
 
 
 def test_memory_is_decided_with_the_boundaries_of_all_ranks() -> None:

@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"family": "qwen3_moe", "lora": EXPERTS},
     "compiled": {"tied": True, "compile": TRACED},
     "replicas": {"tied": True, "shard": 1},
+    "shared_packs": {"shard": 1, "sequence": 2, "lora": EVERY},
+    "shared_packs_in_shards": {"tied": True, "sequence": 2, "compile": TRACED},
 }
 
 
@@ -50,11 +52,11 @@ def build(family: str = "qwen3_5", tied: bool = False, lora: Any = None, dtype: 
     return model.train()
 
 
-def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+def loss_of(model: nn.Module, seed: int, part: Callable[..., Any] = dict) -> torch.Tensor:
     lengths = [20, 12, 32]
     tokens = torch.cat(documents(lengths, seed=seed))[None]
-    sequences = Sequences.from_lengths(lengths)
-    loss: torch.Tensor = model(input_ids=tokens, labels=tokens, sequences=sequences, num_items_in_batch=100).loss
+    batch = {"input_ids": tokens, "labels": tokens, "sequences": Sequences.from_lengths(lengths)}
+    loss: torch.Tensor = model(**part(batch), num_items_in_batch=100).loss
     return loss
 
 
@@ -80,10 +82,11 @@ def train(model: nn.Module, step_loss: Callable[[int], torch.Tensor]) -> list[di
 def on_ranks(case: str) -> dict[str, Any]:
     settings = CASES[case]
     prepared = prepare(build(**settings), compile=settings.get("compile"))
-    model = parallelize(prepared, shard=settings.get("shard", RANKS)).model
+    parallel = parallelize(prepared, shard=settings.get("shard", RANKS), sequence=settings.get("sequence", 1))
+    model, mesh = parallel.model, parallel.mesh
 
     def step_loss(step: int) -> torch.Tensor:
-        loss = loss_of(model, 10 * step + dist.get_rank()) * RANKS
+        loss = loss_of(model, 10 * step + mesh.data_rank, parallel.part) * mesh.size
         loss.backward()
         dist.all_reduce(loss := loss.detach())
         return loss / RANKS
@@ -128,7 +131,9 @@ def refusals() -> dict[str, str]:
         "whole": lambda: parallelize(prepare(build(), compile=whole), shard=RANKS),
         "twice": lambda: parallelize(twice, shard=RANKS),
         "sizes": lambda: parallelize(prepare(build()), replicate=2, shard=2),
-        "sequence": lambda: parallelize(prepare(build()), sequence=2),
+        "sequence": lambda: parallelize(prepare(build()), sequence=3),
+        "heads": lambda: parallelize(prepare(tiny_model("qwen3", num_attention_heads=3)), sequence=2),
+        "both": lambda: parallelize(prepare(build()), sequence=2, expert=2),
     }
     return {name: refusal(attempt) for name, attempt in attempts.items()}
 
@@ -178,7 +183,8 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
     prepare(model)
 
     def step_loss(step: int) -> torch.Tensor:
-        loss = sum((loss_of(model, 10 * step + rank) for rank in range(RANKS)), torch.zeros(()))
+        data_ranks = RANKS // CASES[case].get("sequence", 1)
+        loss = sum((loss_of(model, 10 * step + rank) for rank in range(data_ranks)), torch.zeros(()))
         loss.backward()
         return loss.detach()
 
@@ -192,7 +198,7 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
     assert [step["norm"] for step in ranks[0][case]["steps"]] == [step["norm"] for step in ranks[1][case]["steps"]]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "replicas"])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("shard") != 1])
 def test_rank_0_gathers_every_name_and_tied_ones_once(case: str, ranks: list[dict[str, Any]]) -> None:
     model = build(**CASES[case])
     first, second = (found[case]["saved"] for found in ranks)
@@ -202,8 +208,9 @@ def test_rank_0_gathers_every_name_and_tied_ones_once(case: str, ranks: list[dic
         assert first["lm_head.weight"] is first["model.embed_tokens.weight"]
 
 
-def test_one_graph_a_layer_type(ranks: list[dict[str, Any]]) -> None:
-    report = ranks[0]["compiled"]["report"]
+@pytest.mark.parametrize("case", [case for case in CASES if "compile" in CASES[case]])
+def test_one_graph_a_layer_type(case: str, ranks: list[dict[str, Any]]) -> None:
+    report = ranks[0][case]["report"]
     assert set(report["graphs"].values()) == {1}
     assert report["breaks"] == report["recompiles"] == []
 
@@ -227,7 +234,9 @@ def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks:
         ("whole", "compile scope 'model' puts all layers into one graph"),
         ("twice", "the model is sharded already"),
         ("sizes", "replicate: 2 times shard: 2 is 4, and 2 processes run"),
-        ("sequence", "sequence=2 is not there yet: packs are not divided"),
+        ("sequence", "sequence: 3 does not divide 2 processes; choose one of 1, 2"),
+        ("heads", "sequence=2 does not divide 3 heads that read"),
+        ("both", "sequence=2 and expert=2 are not there together yet"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(what: str, message: str, ranks: list[dict[str, Any]]) -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
+from deltatune.parallel.mesh import Mesh
 from deltatune.training.changes import check_changes, find_changes, find_other_data
 from deltatune.training.sealed import seal
-from deltatune.training.since import PACKS_PER_STEP, changed_settings
+from deltatune.training.since import PACKS_PER_STEP, changed_settings, changed_steps
 
 BASE: dict[str, Any] = {
     "model": {"name_or_path": "m"},
@@ -131,26 +132,28 @@ def test_other_data_needs_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "accumulation", "verdicts"),
+    ("mesh", "accumulation", "verdicts"),
     [
-        (2, 2, {}),
-        (1, 4, {"training.gradient_accumulation_steps": "acts"}),
-        (4, 1, {"training.gradient_accumulation_steps": "acts"}),
-        (4, 2, {"packs of an optimizer step": "asks"}),
-        (1, 2, {"packs of an optimizer step": "asks"}),
-        (2, 1, {"training.gradient_accumulation_steps": "acts", "packs of an optimizer step": "asks"}),
+        (Mesh(2), 2, {}),
+        (Mesh.at(4, 3, sequence=2), 2, {}),
+        (Mesh(1), 4, {"training.gradient_accumulation_steps": "acts"}),
+        (Mesh(4), 1, {"training.gradient_accumulation_steps": "acts"}),
+        (Mesh(4), 2, {"packs of an optimizer step": "asks"}),
+        (Mesh.at(2, 0, sequence=2), 2, {"packs of an optimizer step": "asks"}),
+        (Mesh(2), 1, {"training.gradient_accumulation_steps": "acts", "packs of an optimizer step": "asks"}),
     ],
 )
 def test_other_processes_go_on_where_a_step_has_as_many_packs(
-    tmp_path: Path, processes: int, accumulation: int, verdicts: dict[str, str]
+    tmp_path: Path, mesh: Mesh, accumulation: int, verdicts: dict[str, str]
 ) -> None:
     def recipe(accumulation: int) -> Recipe:
         return Recipe.model_validate({**BASE, "training": {"gradient_accumulation_steps": accumulation}})
 
     (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
     seal(tmp_path, {"recipe": recipe(2).model_dump(mode="json"), PACKS_PER_STEP: 4})
-    found = changed_settings(recipe(accumulation), tmp_path, processes=processes, allow=True)
+    found = changed_settings(recipe(accumulation), tmp_path, allow=True)
+    found += changed_steps(recipe(accumulation), tmp_path, mesh, allow=True)
     assert {change.key: change.verdict for change in found} == verdicts
     if "asks" in verdicts.values():
         with pytest.raises(UserError, match=r"packs of an optimizer step: 4 -> .* --allow-change"):
-            changed_settings(recipe(accumulation), tmp_path, processes=processes, allow=False)
+            changed_steps(recipe(accumulation), tmp_path, mesh, allow=False)

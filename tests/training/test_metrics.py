@@ -65,7 +65,7 @@ def test_the_steady_rate_leaves_the_warm_up_out() -> None:
 
 def test_counts_of_ranks_are_summed() -> None:
     class TwoAlike(Mesh):
-        def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
             return 2 * value
 
     running = meter(mesh=TwoAlike(2, 0))
@@ -79,7 +79,7 @@ def test_memory_and_waiting_are_of_all_ranks() -> None:
     class BesideASlowerOne(Mesh):
         """Rank 1 holds 2 GiB more than all this one does, and is 0.1 s slower."""
 
-        def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
             if value.ndim == 2:
                 value[1] = value[0] + torch.tensor([2.0**31, *([0.1] * (value.shape[1] - 1))])
             return value

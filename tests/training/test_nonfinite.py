@@ -215,7 +215,7 @@ def test_ranks_stop_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
         told.append(value.tolist())
         return torch.tensor([0, 5])
 
-    monkeypatch.setattr(Mesh, "sum_over_data", summed)
+    monkeypatch.setattr(Mesh, "sum_over_ranks", summed)
     found = {}
     for rank, loss in ((0, 1.0), (1, float("nan"))):
         watch = FiniteWatch(Mesh(2, rank), str)

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -65,7 +66,7 @@ def show(
     load_adapter(model, recipe.lora)
     room = check_space(model, recipe)
     sizes = sizes_of(recipe, model, arguments, nproc or _processes(recipe, arguments))
-    prepared, unavailable = _prepared(recipe, model, arguments.device, sizes.shard)
+    prepared, unavailable = _prepared(recipe, model, arguments.device, sizes)
     data.check_tokens(model, tokenizer)
     report = prepared.report
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
@@ -79,12 +80,12 @@ def show(
         *samples_lines(recipe, tokenizer),
         *room.lines(),
     ]
-    estimate = estimate_step(recipe, model, report.checkpointing, shard=sizes.shard)
+    estimate = estimate_step(recipe, model, report.checkpointing, shard=sizes.shard, sequence=sizes.sequence)
     available = device_memory(arguments.device)
     verdict = "" if estimate.total <= available else ": more than there is"
     lines += ["", "memory estimate of a step on one device", str(estimate)]
     lines += [f"{arguments.device} has {available / 2**30:.1f} GiB{verdict}", *_smaller_state(recipe, model, estimate)]
-    lines += offloading_lines(recipe, model, report.checkpointing)
+    lines += offloading_lines(recipe, model, report.checkpointing, sequence=sizes.sequence)
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -119,22 +120,24 @@ def _processes(recipe: Recipe, arguments: TrainingArguments) -> int:
     """Those that were started, or for one that plans, those that the recipe asks for."""
     if arguments.world_size > 1:
         return int(arguments.world_size)
-    return math.prod(size for size in (recipe.parallel.replicate, recipe.parallel.shard) if size != "auto")
+    given = recipe.parallel
+    holding = math.prod(size for size in (given.replicate, given.shard) if size != "auto")
+    return math.lcm(holding, 1 if given.sequence == "auto" else given.sequence)
 
 
-def _prepared(recipe: Recipe, model: nn.Module, device: torch.device, shard: int) -> tuple[Prepared, list[str]]:
+def _prepared(recipe: Recipe, model: nn.Module, device: torch.device, sizes: Sizes) -> tuple[Prepared, list[str]]:
     """The model as it will train, and what of it is known to be otherwise where the run will train.
 
     Raises:
         UserError: what ``prepare`` refuses.
     """
+    planned = partial(prepare_by_recipe, model=model, device=device, shard=sizes.shard, sequence=sizes.sequence)
     try:
-        return prepare_by_recipe(recipe, model, device=device, shard=shard), []
+        return planned(recipe), []
     except UserError as error:
         if recipe.kernels == "auto" or not _is_elsewhere(recipe, device):
             raise
-        chosen = recipe.model_copy(update={"kernels": "auto"})
-        prepared = prepare_by_recipe(chosen, model, device=device, shard=shard)
+        prepared = planned(recipe.model_copy(update={"kernels": "auto"}))
         return prepared, [f"{error}; what follows is for kernels: auto"]
 
 
@@ -170,7 +173,7 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
 
 def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments, sizes: Sizes) -> list[str]:
     """What a run takes of the packs: a short last accumulation is a step as well."""
-    mesh = Mesh(sizes.replicate * sizes.shard, arguments.process_index, sizes.shard)
+    mesh = Mesh.at(sizes.processes, arguments.process_index, shard=sizes.shard, sequence=sizes.sequence)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
     per_epoch, total = count_steps(len(order), arguments)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps

@@ -92,6 +92,7 @@ def estimate_memory(
     compute_dtype: torch.dtype | None = None,
     in_flight_bytes: int | None = None,
     shard: int = 1,
+    sequence: int = 1,
 ) -> MemoryEstimate:
     """Memory of a training step, from a model with its adapters, on any device, ``meta`` included.
 
@@ -112,14 +113,17 @@ def estimate_memory(
     With ``shard`` a rank keeps its part of weights, gradients and optimizer state, and besides, whole, what is gathered
     at once: two layers (one computes while the next comes in), what belongs to the model itself, and their gradients.
 
+    With ``sequence`` T is a rank's part of the pack, and what layers exchange is kept at every setting.
+
     Args:
         model: the prepared model that will train.
-        tokens_per_batch: T.
+        tokens_per_batch: T, of one rank.
         optimizer: transformers' name for it; one that is not known is counted as AdamW.
         checkpointing: ``"none"``, ``"layer"`` or a share from 0 to 1.
         compute_dtype: of activations; the weights' own by default (autocast makes it narrower).
         in_flight_bytes: the most that offloading has on its way; None without offloading.
         shard: ranks among which the weights will be divided, or are.
+        sequence: ranks that will hold a pack together, or do.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -128,7 +132,7 @@ def estimate_memory(
         weights=weights + sum(_share(tensor, shard) for tensor in (*model.parameters(), *model.buffers())),
         gradients=gradients + sum(_share(parameter, shard) for parameter in trained),
         optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained) // shard,
-        activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes),
+        activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes, sequence),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
 
@@ -217,21 +221,26 @@ def device_memory(device: torch.device) -> int:
 
 
 def offloaded_bytes(
-    model: nn.Module, *, tokens_per_batch: int, checkpointing: str | float, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    *,
+    tokens_per_batch: int,
+    checkpointing: str | float,
+    compute_dtype: torch.dtype | None = None,
+    sequence: int = 1,
 ) -> int:
     """Bytes of a step that lie in the host's memory where activations are offloaded; arguments of ``estimate_memory``.
 
     What all layers keep, and the input of the final norm.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
-    kept, _ = _kept_and_recomputed(model, width_bytes, checkpointing)
+    kept, _ = _kept_and_recomputed(model, width_bytes, checkpointing, sequence)
     return int(tokens_per_batch * (sum(kept) + hf_model.text_config(model).hidden_size * width_bytes))
 
 
 def _activation_bytes(
-    model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float, in_flight: int | None
+    model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float, in_flight: int | None, sequence: int
 ) -> int:
-    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing)
+    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing, sequence)
     held = tokens * sum(kept)
     if in_flight is not None:
         held = min(held, tokens * max(kept, default=0) + in_flight)
@@ -241,15 +250,27 @@ def _activation_bytes(
 
 
 def _kept_and_recomputed(
-    model: nn.Module, width_bytes: int, checkpointing: str | float
+    model: nn.Module, width_bytes: int, checkpointing: str | float, sequence: int
 ) -> tuple[list[float], list[float]]:
     """For each layer the bytes of a token that it keeps, and that it computes again."""
     text = hf_model.text_config(model)
     boundary = text.hidden_size * width_bytes
     share = {"none": 1.0, "layer": 0.0}.get(checkpointing) if isinstance(checkpointing, str) else float(checkpointing)
     assert share is not None, f"resolve checkpointing={checkpointing!r} first"
-    beyond = [_layer_bytes(layer, text, width_bytes) - boundary for layer in hf_model.text_model(model).layers]
-    return [boundary + share * size for size in beyond], [(1 - share) * size for size in beyond]
+    layers = hf_model.text_model(model).layers
+    always = [boundary + _exchanged(layer, sequence) * width_bytes for layer in layers]
+    beyond = [
+        max(_layer_bytes(layer, text, width_bytes) - size, 0.0) for layer, size in zip(layers, always, strict=True)
+    ]
+    kept = [size + share * more for size, more in zip(always, beyond, strict=True)]
+    return kept, [(1 - share) * more for more in beyond]
+
+
+def _exchanged(layer: nn.Module, sequence: int) -> float:
+    """Elements for each token that are kept for what ranks of a pack exchange."""
+    if sequence == 1:
+        return 0.0
+    return sum(module.exchanged(sequence) for module in layer.modules() if isinstance(module, Swapped))
 
 
 def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:

@@ -225,6 +225,22 @@ def _shard_errors(recipe: Recipe) -> Iterator[str]:
         yield from (f"parallel.shard: {recipe.parallel.shard}: {error}" for error in sharding_errors(recipe))
 
 
+def _sequence_errors(recipe: Recipe) -> Iterator[str]:
+    ranks, shard, tokens = recipe.parallel.sequence, recipe.parallel.shard, recipe.packing.tokens_per_batch
+    if ranks == "auto":
+        return
+    if tokens % ranks:
+        yield (
+            f"packing.tokens_per_batch: {tokens} is no multiple of parallel.sequence: {ranks}, whose ranks hold equal "
+            f"parts of a pack; set it to {tokens + -tokens % ranks}"
+        )
+    if shard != "auto" and shard > 1 and shard % ranks:
+        yield (
+            f"parallel.shard: {shard} is neither 1 nor a multiple of parallel.sequence: {ranks}, whose ranks lie "
+            "within one copy of the weights; choose another of them"
+        )
+
+
 def _warnings(recipe: Recipe) -> Iterator[str]:
     options = _inductor_options(recipe)
     if options.get("triton.cudagraphs"):
@@ -261,6 +277,7 @@ _ERRORS = (
     _model_errors,
     *DATA_ERRORS,
     _shard_errors,
+    _sequence_errors,
 )
 
 

@@ -290,7 +290,7 @@ class VerifySection(Section):
 
 
 class ParallelSection(Section):
-    """How the processes of a run (`--nproc`, `torchrun`) divide the work; all read packs of their own."""
+    """How the processes of a run (`--nproc`, `torchrun`) divide the work."""
 
     replicate: Literal["auto"] | Count = "auto"
     """Copies of the weights; `replicate * shard` is the number of processes."""
@@ -298,6 +298,11 @@ class ParallelSection(Section):
     shard: Literal["auto"] | Count = "auto"
     """Processes that hold one copy of the weights among them (FSDP2). `auto` takes the fewest with which a step is
     estimated to fit the device: 1, which is plain replicas, wherever the whole model fits."""
+
+    sequence: Literal["auto"] | Count = "auto"
+    """Processes that hold a pack of `packing.tokens_per_batch` tokens together, each an equal part of it; all others
+    read packs of their own. It is the innermost axis: `{shard: 4, sequence: 2}` on 4 processes are 2 data ranks. `auto`
+    is 1, unless a step is estimated to fit the device with no number of shards."""
 
     timeout_s: Annotated[int, Strict(), Field(ge=10)] = 60
     """Seconds without a sign of life after which a process is lost and all others end. A process that trains, compiles,

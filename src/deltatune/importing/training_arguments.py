@@ -23,7 +23,7 @@ __all__ = [
 
 BITS_8 = "needs bitsandbytes (pip install 'deltatune[optimizers]')"
 SHARDING = "weights are sharded by parallel.shard, which is auto unless it is set; start the processes with torchrun"
-AXES = "several processes divide packs and weights alone; see the section parallel"
+AXES = "the section parallel says how several processes divide packs, weights and the tokens of a pack"
 PACKED = "packs are always used; documents stay apart in them"
 
 # transformers' names; what is beside them is needed beyond the train extra

@@ -97,6 +97,11 @@ class Attention(Swapped):
         """Causal attention; see ``attention_cost``."""
         return attention_cost(self.config, tokens, squares)
 
+    def exchanged(self, size: int) -> float:
+        """q, k and v of all heads, of which fewer than ranks go to several, and the output."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return float(2 * (heads + max(kv_heads, size)) * self.head_dim)
+
     def exchange_tokens(self, q: Tensor, k: Tensor, v: Tensor, group: SequenceGroup) -> tuple[Tensor, ...]:
         """q, k and v ``[1, t, ..., D]`` of this rank's tokens to ``[1, P t, ..., D]`` of its heads."""
         heads = [heads_of_rank(x.shape[2], group.size) for x in (q, k, v)]

@@ -102,6 +102,11 @@ class GatedDeltaNet(Swapped):
             kept_bytes=2.0 * 4 * tokens * heads * (3 if of_map else 1),
         )
 
+    def exchanged(self, size: int) -> float:
+        """q, k, v, write strength and decay of all heads, of which fewer than ranks go to several, and the output."""
+        keys = max(self.num_k_heads, size) * self.head_k_dim
+        return float(2 * keys + 2 * self.num_v_heads * (1 + self.head_v_dim))
+
     def mix_tokens(self, mixed: Tensor, b: Tensor, a: Tensor, sequences: Sequences) -> Tensor:
         """Convolution and delta rule ``[B, T, G, V]`` of projections, with what a sequence group's ranks exchange."""
         group = self._deltatune.sequence

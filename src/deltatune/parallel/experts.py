@@ -191,7 +191,7 @@ def divide_experts(
         for factors, innermost in ((wrapper.lora_A, False), (wrapper.lora_B, True)):
             parameters |= {factor.weight: Division(held * size, innermost) for factor in factors.values()}
         wrapper.num_experts = held
-    scale = functools.partial(_of_all_ranks, divisor=mesh.data_size, replicas=replicas)
+    scale = functools.partial(_of_all_ranks, divisor=mesh.size, replicas=replicas)
     for weight, division in parameters.items():
         weight.data = division.part(weight.data, group.rank(), size)
         if weight.requires_grad:

@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deltatune.hf.model import device_of
+from deltatune.hf.model import device_of, text_config
 from deltatune.parallel.experts import DividedExperts, check_expert_size, divide_experts
+from deltatune.parallel.heads import check_sequence_size
 from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import choose_sizes
+from deltatune.parallel.slice import batch_of_rank
 from deltatune.parallel.state import clip_grad_norm_, copy_parts, gathered_state
 from deltatune.preparation import Prepared
 
@@ -27,9 +30,10 @@ class Parallel:
     """A model on several processes.
 
     Attributes:
-        model: what to call. Its backward averages gradients over ``mesh.data_size`` ranks, so a loss that is divided by
-            the global number of targets is multiplied by ``mesh.data_size``.
+        model: what to call. Its backward averages gradients over ``mesh.size`` ranks, so a loss that is divided by the
+            global number of targets is multiplied by ``mesh.size``.
         mesh: the processes, and which packs this one reads: ``packs[mesh.data_rank :: mesh.data_size]``.
+            ``mesh.sum_over_data`` sums counts of packs, ``mesh.sum_over_ranks`` the losses that ``model`` gives.
         prepared: what was parallelized.
         experts: what ranks hold of the experts; None where each has them all.
     """
@@ -38,6 +42,10 @@ class Parallel:
     mesh: Mesh
     prepared: Prepared
     experts: DividedExperts | None = None
+
+    def part(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a batch ``model`` takes here: all of it, or this rank's part where several hold a pack together."""
+        return batch_of_rank(batch, self.mesh)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales gradients down to this norm over all ranks; returns the norm before, the same on every rank."""
@@ -65,7 +73,7 @@ class Parallel:
             return gathered_state(self.prepared.model, whole_of=self.experts.whole)
         if self.mesh.shard_size > 1:
             return gathered_state(self.prepared.model)
-        return self.prepared.model.state_dict() if self.mesh.data_rank == 0 else {}
+        return self.prepared.model.state_dict() if self.mesh.rank == 0 else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies whole tensors into the model, by the names that ``state_dict`` gives; every rank has them all.
@@ -97,11 +105,16 @@ def parallelize(
     gathered for its forward and its backward, and rank r of them keeps the r-th part of every weight, its gradient and
     the optimizer's state. An optimizer is made afterwards, from ``Parallel.model.parameters()``.
 
+    ``sequence`` neighbours read the same packs and hold a part of each (``Parallel.part``): the axis lies inside the
+    others, so ``{shard: 4, sequence: 2}`` on 4 processes are 2 data ranks whose weights lie in 4 shards. Their losses
+    add up to the pack's. Attention and the delta rule get some heads for all tokens of the pack; see
+    ``shard_sequence``.
+
     Args:
         prepared: what ``prepare`` returned, on the device where it will train, adapters included.
         replicate: copies of the weights; None for as many as the processes make.
         shard: processes that hold one copy.
-        sequence: 1.
+        sequence: processes that hold a pack together, each an equal part of its tokens.
         expert: processes that hold the routed experts of a mixture together, neighbours too, each as many of a layer;
             the rest of the weights goes by the other two. Tokens travel to their experts, so the processes call the
             model together, with batches of as many tokens.
@@ -113,17 +126,18 @@ def parallelize(
 
     Raises:
         ValueError: sizes that are not the number of processes, an axis that is not there, a model that is sharded
-            already, compiled as a whole, or of several dtypes that train together, or whose experts ``expert`` does not
-            divide.
+            already, compiled as a whole, or of several dtypes that train together; ``sequence`` and ``expert`` at once.
+        UserError: sizes that the model's heads or experts cannot be divided by, with those that they can.
     """
-    if sequence != 1:
-        raise ValueError(f"sequence={sequence} is not there yet: packs are not divided; leave it out")
+    if sequence != 1 and expert != 1:
+        raise ValueError(f"sequence={sequence} and expert={expert} are not there together yet; leave one of them out")
     if expert != 1:
         check_expert_size(prepared.model, expert, expert_capacity)
     if not dist.is_initialized():
         raise ValueError("several processes must have met: call torch.distributed.init_process_group() first")
-    sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard)
-    mesh = Mesh(dist.get_world_size(), dist.get_rank(), sizes.shard)
+    sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard, sequence=sequence)
+    check_sequence_size(text_config(prepared.model), sequence)
+    mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=sequence)
     model, device = prepared.model, device_of(prepared.model)
     if sizes.shard == 1 and param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
@@ -131,10 +145,13 @@ def parallelize(
     if expert != 1:
         experts = divide_experts(model, mesh, expert, capacity=expert_capacity, dtype=param_dtype)
     apart = set[nn.Parameter]() if experts is None else set(experts.parameters)
+    called = model
     if sizes.shard > 1:
         shard_model(model, mesh.weights_mesh(device.type), param_dtype=param_dtype, beside=apart)
-        return Parallel(model, mesh, prepared, experts)
-    return Parallel(_replicated(model, device, apart), mesh, prepared, experts)
+    else:
+        called = _replicated(model, device, apart)
+    shard_sequence(prepared, mesh.sequence_group(device.type))
+    return Parallel(called, mesh, prepared, experts)
 
 
 def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 from torch import nn
@@ -13,7 +15,7 @@ from deltatune.parallel.heads import check_sequence_size
 from deltatune.preparation import Prepared
 from deltatune.state import State
 
-__all__ = ["shard_sequence"]
+__all__ = ["apart", "sequence_group_of", "shard_sequence"]
 
 
 def shard_sequence(
@@ -45,16 +47,42 @@ def shard_sequence(
             group at all; see ``check_sequence_size``.
     """
     model = prepared.model if isinstance(prepared, Prepared) else prepared
-    text_model = hf_model.text_model(model)
     if recurrent not in get_args(Recurrent):
         raise ValueError(f"recurrent must be one of {', '.join(get_args(Recurrent))}, got {recurrent!r}")
-    state: State | None = text_model.__dict__.get("_deltatune")
-    if state is None:
-        raise ValueError("shard_sequence comes after prepare: the model is not prepared; call prepare(model) first")
+    state = _state(model)
     found = None
     if group is not None and group.size() > 1:
-        check_sequence_size(text_model.config, group.size(), recurrent)
+        check_sequence_size(hf_model.text_config(model), group.size(), recurrent)
         found = SequenceGroup(group.group_name, group.size(), group.rank(), recurrent)
-    state.sequence = found
-    # graphs hold what they were compiled with
-    state.graphs.clear()
+    _put(state, found)
+
+
+def sequence_group_of(model: nn.Module) -> SequenceGroup | None:
+    """The ranks that hold the packs of a prepared model together with this one; None where it holds them alone."""
+    return _state(model).sequence
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Within, calls of a prepared model are of this rank alone, whatever others do; not to be used in two threads."""
+    state = _state(model)
+    group = state.sequence
+    _put(state, None)
+    try:
+        yield
+    finally:
+        _put(state, group)
+
+
+def _state(model: nn.Module) -> State:
+    state: State | None = hf_model.text_model(model).__dict__.get("_deltatune")
+    if state is None:
+        raise ValueError("shard_sequence comes after prepare: the model is not prepared; call prepare(model) first")
+    return state
+
+
+def _put(state: State, group: SequenceGroup | None) -> None:
+    if group != state.sequence:
+        state.sequence = group
+        # graphs hold what they were compiled with
+        state.graphs.clear()

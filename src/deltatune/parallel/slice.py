@@ -13,13 +13,21 @@ from torch import Tensor
 
 from deltatune.packing.sample import IGNORE_INDEX
 from deltatune.packing.sequences import Sequences
+from deltatune.parallel.mesh import Mesh
 
-__all__ = ["cut_batch", "padded_total"]
+__all__ = ["batch_of_rank", "cut_batch", "padded_total"]
 
 
 def padded_total(tokens: int, size: int) -> int:
     """T': the tokens of a pack, up to a multiple of P."""
     return -(-tokens // size) * size
+
+
+def batch_of_rank(batch: Mapping[str, Any], mesh: Mesh) -> Mapping[str, Any]:
+    """What of its data rank's batch a rank calls the model with: all of it, or its part where several share it."""
+    if mesh.sequence_size == 1:
+        return batch
+    return cut_batch(batch, rank=mesh.sequence_rank, size=mesh.sequence_size)
 
 
 def cut_batch(batch: Mapping[str, Any], *, rank: int, size: int, pad_token_id: int = 0) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,16 @@ class Run:
         return Path(self.recipe.training.output_dir).expanduser()
 
 
-def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
-    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+def build(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    console: RunConsole,
+    before_data: Callable[[Mesh], None] = lambda _: None,
+) -> Run:
+    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds.
+
+    ``before_data`` hears of the processes before rows and weights are read.
+    """
     check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -68,6 +77,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
     if arguments.world_size > 1:  # whose devices may differ
         sizes = from_rank_0(sizes)
     mesh = mesh_of(sizes, arguments)
+    before_data(mesh)
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
         data = load_data(recipe, tokenizer, mesh)
@@ -82,9 +92,16 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> 
         model.to(arguments.device)
     # no device will hold a sharded model, so its shapes decide
     device = arguments.device if sharded else None
-    prepared = prepare_by_recipe(recipe, model, device=device, shard=mesh.shard_size)
+    prepared = prepare_by_recipe(
+        recipe,
+        model,
+        device=device,
+        shard=mesh.shard_size,
+        sequence=mesh.sequence_size,
+        group=mesh.sequence_group(arguments.device.type),
+    )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
-    said += offloading_lines(recipe, model, prepared.report.checkpointing)
+    said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
     said += [*sizes_lines(sizes), *loaded.said]
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
@@ -95,7 +112,8 @@ def report_of(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
     """What was done to the model, what the packs and the memory are, and what the probe found: ``report.json``."""
     report, device = run.prepared.report, run.arguments.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    estimate = estimate_step(run.recipe, run.model, report.checkpointing, shard=run.mesh.shard_size)
+    sizes = {"shard": run.mesh.shard_size, "sequence": run.mesh.sequence_size}
+    estimate = estimate_step(run.recipe, run.model, report.checkpointing, **sizes)
     choice = run.prepared.auto_checkpointing
     return {
         "prepare": report.to_dict(),

@@ -41,7 +41,7 @@ def check_finite(model: nn.Module, mesh: Mesh) -> None:
     if not parts:
         return
     broken = (~torch.stack([part.isfinite().all() for part in parts]).all()).long()
-    if bool(mesh.sum_over_data(broken)):
+    if bool(mesh.sum_over_ranks(broken)):
         raise UserError(
             "some trained weights are not finite, so they are not saved; go on from a checkpoint before with another "
             "training.learning_rate"

@@ -168,12 +168,12 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self.logged = MeterReading(PackCounts(), 0.0, 0)
 
     def add(self, counts: PackCounts) -> None:
-        """The batches of one optimizer step on this rank."""
+        """The batches of one optimizer step on this data rank, whole also where several ranks hold each."""
         self._counts += counts
 
     def forward(self) -> AbstractContextManager[None]:
         """Within, the forward pass of a micro-batch; several ranks are compared by what theirs take."""
-        return nullcontext() if self._mesh.data_size == 1 else self._times.forward()
+        return nullcontext() if self._mesh.size == 1 else self._times.forward()
 
     def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
         """An optimizer step is done (launched, on an asynchronous device)."""
@@ -226,7 +226,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         """What came after a moment, on all ranks."""
         now = self._now()
         counts = now.counts - before.counts
-        if self._mesh.data_size > 1:
+        if self._mesh.size > 1:
             fields = torch.tensor(dataclasses.astuple(counts), dtype=torch.int64, device=self._device)
             counts = PackCounts(*self._mesh.sum_over_data(fields).tolist())
         return MeterReading(counts, now.seconds - before.seconds, now.steps - before.steps)
@@ -234,7 +234,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
     def _utilization(self, reading: MeterReading) -> dict[str, float]:
         if self._peak is None or reading.seconds <= 0 or not reading.counts.tokens:
             return {}
-        return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._mesh.data_size), 4)}
+        return {"mfu": round(self.flops(reading.counts) / (reading.seconds * self._peak * self._mesh.size), 4)}
 
     def _state(self, forward: Sequence[float] = ()) -> dict[str, float]:
         """The most memory held so far (of the allocator on a GPU, of the process on a CPU), and recompiles.
@@ -261,11 +261,11 @@ class Meter(TrainerCallback):  # type: ignore[misc]
 
     def _of_ranks(self, values: Sequence[float]) -> list[list[float]]:
         """The values of each rank."""
-        if self._mesh.data_size == 1:
+        if self._mesh.size == 1:
             return [list(values)]
-        rows = torch.zeros(self._mesh.data_size, len(values), dtype=torch.float64, device=self._device)
-        rows[self._mesh.data_rank] = torch.tensor(values, dtype=torch.float64)
-        found: list[list[float]] = self._mesh.sum_over_data(rows).tolist()
+        rows = torch.zeros(self._mesh.size, len(values), dtype=torch.float64, device=self._device)
+        rows[self._mesh.rank] = torch.tensor(values, dtype=torch.float64)
+        found: list[list[float]] = self._mesh.sum_over_ranks(rows).tolist()
         return found
 
     def _synchronize(self) -> None:

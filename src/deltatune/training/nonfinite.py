@@ -127,11 +127,11 @@ class FiniteWatch:
 
     def _of_all_ranks(self, found: Finding | None, device: torch.device) -> Finding | None:
         """The earliest finding: ranks that went on alone would wait for those that stop."""
-        if self._mesh.data_size == 1:
+        if self._mesh.size == 1:
             return found
-        steps = torch.zeros(self._mesh.data_size, dtype=torch.int64, device=device)
-        steps[self._mesh.data_rank] = 0 if found is None else found.step
-        others = [step for step in self._mesh.sum_over_data(steps).tolist() if step]
+        steps = torch.zeros(self._mesh.size, dtype=torch.int64, device=device)
+        steps[self._mesh.rank] = 0 if found is None else found.step
+        others = [step for step in self._mesh.sum_over_ranks(steps).tolist() if step]
         if not others or (found is not None and found.step == min(others)):
             return found
         return Finding(min(others), "the loss of another rank is not finite", (), ())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from deltatune.compile.memory import MemoryEstimate, estimate_memory, offloaded_bytes
 from deltatune.compile.offloading import IN_FLIGHT_BYTES
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.options import CompileOptions
+from deltatune.parallel.sequence import shard_sequence
 from deltatune.phases import phase
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.arguments import autocast_dtype
@@ -18,12 +20,18 @@ __all__ = ["check_offloading", "compile_options", "estimate_step", "offloading_l
 
 
 def prepare_by_recipe(
-    recipe: Recipe, model: nn.Module, *, device: torch.device | None = None, shard: int = 1
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    device: torch.device | None = None,
+    shard: int = 1,
+    sequence: int = 1,
+    group: ProcessGroup | None = None,
 ) -> Prepared:
     """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
 
     ``device`` is where a model that is not there yet, or will be sharded among ``shard`` ranks, will train; its shapes
-    decide then.
+    decide then. ``sequence`` ranks will hold a pack together, those of ``group`` where they have met.
 
     Raises:
         UserError: what ``prepare`` refuses.
@@ -38,14 +46,16 @@ def prepare_by_recipe(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    shard_sequence(prepared, group)
     with phase("choosing the activations to keep"):
         prepared.decide_checkpointing(
-            recipe.packing.tokens_per_batch,
+            recipe.packing.tokens_per_batch // sequence,
             optimizer=recipe.training.optim,
             compute_dtype=autocast_dtype(recipe.training),
             accumulates=recipe.training.gradient_accumulation_steps > 1,
             device=device,
             shard=shard,
+            sequence=sequence,
         )
     return prepared
 
@@ -55,16 +65,19 @@ def compile_options(recipe: Recipe) -> CompileOptions | None:
     return None if recipe.compile is None else CompileOptions(**recipe.compile.model_dump())
 
 
-def estimate_step(recipe: Recipe, model: nn.Module, checkpointing: str | float, *, shard: int = 1) -> MemoryEstimate:
+def estimate_step(
+    recipe: Recipe, model: nn.Module, checkpointing: str | float, *, shard: int = 1, sequence: int = 1
+) -> MemoryEstimate:
     """What a step of the recipe will hold on one device."""
     return estimate_memory(
         model,
-        tokens_per_batch=recipe.packing.tokens_per_batch,
+        tokens_per_batch=recipe.packing.tokens_per_batch // sequence,
         optimizer=recipe.training.optim,
         checkpointing=checkpointing,
         compute_dtype=autocast_dtype(recipe.training),
         in_flight_bytes=IN_FLIGHT_BYTES if recipe.activation_offloading else None,
         shard=shard,
+        sequence=sequence,
     )
 
 
@@ -81,14 +94,15 @@ def check_offloading(recipe: Recipe, device: torch.device) -> None:
         )
 
 
-def offloading_lines(recipe: Recipe, model: nn.Module, checkpointing: str | float) -> list[str]:
+def offloading_lines(recipe: Recipe, model: nn.Module, checkpointing: str | float, *, sequence: int = 1) -> list[str]:
     """How much of a step lies in the host's memory, where activations are moved there."""
     if not recipe.activation_offloading:
         return []
     size = offloaded_bytes(
         model,
-        tokens_per_batch=recipe.packing.tokens_per_batch,
+        tokens_per_batch=recipe.packing.tokens_per_batch // sequence,
         checkpointing=checkpointing,
         compute_dtype=autocast_dtype(recipe.training),
+        sequence=sequence,
     )
     return [f"activation offloading: about {size / 2**30:.1f} GiB of a step lie in pinned host memory, for each GPU"]

@@ -18,9 +18,12 @@ from deltatune.config.rewards import REWARDS
 from deltatune.config.schema import PreferenceSection, Recipe
 from deltatune.data.dataset import PackedDataset, ReferencedPack
 from deltatune.hf.model import base_model, in_mode
+from deltatune.layers.exchange import from_every_rank
 from deltatune.layers.router_loss import router_loss
 from deltatune.packing.bins import pack
 from deltatune.packing.sample import Sample
+from deltatune.parallel.sequence import sequence_group_of
+from deltatune.parallel.slice import batch_of_rank
 from deltatune.phases import phase
 from deltatune.training.batches import PACK_COUNTS, CountingCollator, PackCounts, PackOrder, pack_loader
 from deltatune.training.nonfinite import Finding
@@ -129,7 +132,7 @@ class PreferenceTrainer(PackedTrainer):
             loss, rewards, outputs = self._sums(model, inputs)
         self._rewards += rewards
         self._num_rewarded += number
-        loss = loss / (max(number, 1) if num_items_in_batch is None else num_items_in_batch) * self._mesh.data_size
+        loss = loss / (max(number, 1) if num_items_in_batch is None else num_items_in_batch) * self._mesh.size
         return (loss, outputs) if return_outputs else loss
 
     def _summed_figures(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -137,17 +140,22 @@ class PreferenceTrainer(PackedTrainer):
         return torch.cat([loss.unsqueeze(0), rewards])
 
     def _sums(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, Any]:
-        """The loss of a batch's pairs, summed; the sums of ``REWARDS``, without a gradient; the model's output."""
-        reference = self._reference(inputs)
+        """The loss of a batch's pairs, summed; the sums of ``REWARDS``, without a gradient; the model's output.
+
+        Ranks that hold a pack together each know all of its pairs, and take equal shares of the sums.
+        """
+        reference, group = self._reference(inputs), sequence_group_of(self.model)
         policy, outputs = self._answers(model, inputs)
         losses, chosen, rejected = preference_losses(policy, self._settings, reference)
-        total = losses.sum()
-        of_router = router_loss(base_model(self.model), outputs, None, total.new_full((1,), float(losses.numel())))
+        total, pairs = losses.sum(), losses.new_full((1,), float(losses.numel()))
+        of_router = router_loss(base_model(self.model), outputs, None, pairs, group)
         if of_router is not None:
             total = total + of_router.to(total.device)
         sums = policy.sums.detach()
-        rewards = (chosen, rejected, chosen > rejected, chosen - rejected, sums[::2], sums[1::2])
-        return total, torch.stack([values.sum(dtype=torch.float32) for values in rewards]), outputs
+        of_pairs = (chosen, rejected, chosen > rejected, chosen - rejected, sums[::2], sums[1::2])
+        rewards = torch.stack([values.sum(dtype=torch.float32) for values in of_pairs])
+        ranks = self._mesh.sequence_size
+        return total / ranks, rewards / ranks, outputs
 
     def _reference(self, inputs: Batch) -> Tensor | None:
         """What the reference says of a batch's answers ``[D]``, for a loss that has one."""
@@ -162,8 +170,11 @@ class PreferenceTrainer(PackedTrainer):
     def _answers(self, model: nn.Module, inputs: Batch) -> tuple[AnswerLogProbs, Any]:
         """What a model says of a batch's answers, and its output."""
         call = {name: inputs[name] for name in ("input_ids", "labels", "position_ids", "sequences")}
-        outputs = model(**call, loss_reduction="none", output_logits=False)
-        return answer_log_probs(outputs.loss, call["labels"], call["sequences"], inputs[_NUM_DOCUMENTS]), outputs
+        outputs = model(**batch_of_rank(call, self._mesh), loss_reduction="none", output_logits=False)
+        losses, group = outputs.loss, sequence_group_of(self.model)
+        if group is not None:
+            losses = from_every_rank(losses[0], group).view(1, -1)
+        return answer_log_probs(losses, call["labels"], call["sequences"], inputs[_NUM_DOCUMENTS]), outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the rewards of the steps since the last training log line."""

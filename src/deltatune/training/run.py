@@ -24,6 +24,8 @@ from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
+from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sequence import apart
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
@@ -31,13 +33,14 @@ from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
 from deltatune.training.building import Run, build, report_of
 from deltatune.training.changes import Change
+from deltatune.training.checkpoint import load_config
 from deltatune.training.console import RunConsole
 from deltatune.training.continuing import adapter_record
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
-from deltatune.training.layout import shard_by_recipe
+from deltatune.training.layout import check_sequence, shard_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings
 from deltatune.training.packs import padding_token
@@ -51,7 +54,14 @@ from deltatune.training.resuming import found_by_rank_0, step_of
 from deltatune.training.samples import Samples, prompts_of
 from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
-from deltatune.training.since import PACKS_PER_STEP, changed_data, changed_settings, evaluates_otherwise, place_of
+from deltatune.training.since import (
+    PACKS_PER_STEP,
+    changed_data,
+    changed_settings,
+    changed_steps,
+    evaluates_otherwise,
+    place_of,
+)
 from deltatune.training.trainer import PackedTrainer
 from deltatune.training.weights_digest import digests_of
 from deltatune.verification import VerifyReport
@@ -86,6 +96,8 @@ def train(
     """
     warnings = check_recipe(recipe)
     preflight_training(recipe)
+    if recipe.parallel.sequence not in (1, "auto"):
+        check_sequence(recipe, load_config(recipe.model))
     with own_process_group():
         arguments = training_arguments(recipe.training)
         screen = Console(quiet=True) if arguments.process_index else console or Console()
@@ -112,10 +124,17 @@ def _train(
     check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
     if checkpoint is None:
         refuse_to_replace(Path(recipe.training.output_dir).expanduser())
-    changes = changed_settings(recipe, checkpoint, processes=arguments.world_size, allow=allow_change)
-    for line in [*passed_over, *(f"changed since {checkpoint.name}: {change}" for change in changes if checkpoint)]:
+    changes = changed_settings(recipe, checkpoint, allow=allow_change)
+    for line in [*passed_over, *_changed_lines(changes, checkpoint)]:
         log.out(line, highlight=False)
-    run = build(recipe, arguments, log)
+
+    def before_data(mesh: Mesh) -> None:
+        of_steps = changed_steps(recipe, checkpoint, mesh, allow=allow_change)
+        for line in _changed_lines(of_steps, checkpoint):
+            log.out(line, highlight=False)
+        changes.extend(of_steps)
+
+    run = build(recipe, arguments, log, before_data)
     if checkpoint is not None and isinstance(run.data.train, PackStream):
         run.data.train.start = place_of(checkpoint, run.mesh)
     changes += changed_data(run.data, checkpoint, allow=allow_change)
@@ -126,6 +145,10 @@ def _train(
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, records, checkpoint, changes, during_training, watch)
+
+
+def _changed_lines(changes: list[Change], checkpoint: Path | None) -> list[str]:
+    return [] if checkpoint is None else [f"changed since {checkpoint.name}: {change}" for change in changes]
 
 
 def _fit(
@@ -239,7 +262,8 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
     if run.mesh.shard_size == 1:
-        return probe(run.recipe, run.model, run.console)
+        with apart(run.model):
+            return probe(run.recipe, run.model, run.console)
     if not run.recipe.verify.enabled:
         return None
     run.console.out("probing the first layers with random weights: no process will hold the model", highlight=False)

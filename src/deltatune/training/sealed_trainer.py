@@ -192,7 +192,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # here, since every rank comes by and the file that makes a checkpoint whole is still to be written
-        if self._place is not None:
+        if self._place is not None and self._mesh.sequence_rank == 0:
             self._place.save(place_file(Path(output_dir), self._mesh))
 
     def take_up_finished(self, checkpoint: Path) -> bool:

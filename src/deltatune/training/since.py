@@ -17,7 +17,7 @@ from deltatune.training.resuming import state_of
 from deltatune.training.sealed import manifest
 from deltatune.training.weights_digest import STARTS, digest_of
 
-__all__ = ["PACKS_PER_STEP", "changed_data", "changed_settings", "evaluates_otherwise", "place_of"]
+__all__ = ["PACKS_PER_STEP", "changed_data", "changed_settings", "changed_steps", "evaluates_otherwise", "place_of"]
 
 PACKS_PER_STEP = "packs_per_step"
 """What a checkpoint's manifest calls the packs of an optimizer step, on all ranks."""
@@ -27,8 +27,8 @@ _EVALUATED = ("data", "model", "packing", "preference")
 _READ_ALIKE = ("data.cache_dir", "data.num_proc", *STARTS)
 
 
-def changed_settings(recipe: Recipe, checkpoint: Path | None, *, processes: int, allow: bool) -> list[Change]:
-    """The settings that act from here on; with ``processes``, the number of packs in a step.
+def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) -> list[Change]:
+    """The settings that act from here on.
 
     Raises:
         UserError: one that cannot act, or that has to be allowed.
@@ -41,11 +41,22 @@ def changed_settings(recipe: Recipe, checkpoint: Path | None, *, processes: int,
         _settled(change, kept.get("digests", {}).get(change.key))
         for change in find_changes(kept.get("recipe", {}), recipe.model_dump(mode="json"))
     ]
-    if (before := kept.get(PACKS_PER_STEP)) is not None:
-        # which packs make a step, and how many were seen, their product alone says
-        now = processes * recipe.training.gradient_accumulation_steps
+    if kept.get(PACKS_PER_STEP) is not None:
+        # which packs make a step, and how many were seen, its product with data ranks alone says
         changes = [replace(change, verdict="acts") if change.key == _ACCUMULATION else change for change in changes]
-        changes += [Change("packs of an optimizer step", before, now, "asks")] if before != now else []
+    check_changes(changes, allow=allow)
+    return changes
+
+
+def changed_steps(recipe: Recipe, checkpoint: Path | None, mesh: Mesh, *, allow: bool) -> list[Change]:
+    """The packs of an optimizer step, where it holds others than before.
+
+    Raises:
+        UserError: it does, and that has to be allowed.
+    """
+    before = None if checkpoint is None else manifest(checkpoint).get(PACKS_PER_STEP)
+    now = mesh.data_size * recipe.training.gradient_accumulation_steps
+    changes = [] if before in (None, now) else [Change("packs of an optimizer step", before, now, "asks")]
     check_changes(changes, allow=allow)
     return changes
 

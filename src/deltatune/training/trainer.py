@@ -21,6 +21,7 @@ from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
 from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.slice import batch_of_rank
 from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
@@ -52,6 +53,7 @@ class PackedTrainer(SealedTrainer):
 
     The loss of an optimizer step is ``sum(nll) / n``, with ``n`` the trained tokens of all its micro-batches on all
     ranks: the same documents in one pack, in four accumulated ones, or on four ranks give the same loss and gradients.
+    Ranks of a sequence group read the same packs; each calls the model with its part of them, and their losses add up.
     The auxiliary loss of a router, where the model returns one, is the mean of the packs' weighted by their trained
     tokens. Evaluation is ``sum(nll) / trained tokens`` over the whole set, the router's share as in training. No step
     waits for the device; log lines do (``on_nonfinite``: ``skip`` and ``dump`` at every step).
@@ -220,13 +222,13 @@ class PackedTrainer(SealedTrainer):
     ) -> Any:
         """This micro-batch's share of the step's loss, times the ranks that DDP and FSDP average over."""
         with self.meter.forward():
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        loss = outputs.loss * self._mesh.data_size
+            outputs = model(**batch_of_rank(inputs, self._mesh), num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss * self._mesh.size
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Batch) -> float:
-        """Model FLOPs of the batch's matrices, for the Trainer's ``total_flos``; no walk over the model per step."""
-        return self.meter.flops.per_token * float(inputs["input_ids"].numel())
+        """Model FLOPs of this rank's matrices, for the Trainer's ``total_flos``; no walk over the model per step."""
+        return self.meter.flops.per_token * float(inputs["input_ids"].numel() // self._mesh.sequence_size)
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
         """The Trainer's optimizer, over groups of our own where the recipe asks for any."""
@@ -287,7 +289,7 @@ class PackedTrainer(SealedTrainer):
             )
 
     def _dump(self, found: Finding) -> None:
-        rank = f"-rank-{self._mesh.data_rank}" if self._mesh.data_size > 1 else ""
+        rank = f"-rank-{self._mesh.rank}" if self._mesh.size > 1 else ""
         folder = Path(self.args.output_dir) / f"nonfinite-step-{found.step}{rank}"
         dump_step(folder, found, self._batches, [self._finite.rows_of([pack]) for pack in self._packs])
         raise UserError(f"{found}; its update is not made, and its packs are in {folder}")
@@ -310,8 +312,9 @@ class PackedTrainer(SealedTrainer):
         return sums[0] / max(number, 1), None, None
 
     def _summed_figures(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """The sums of ``figures`` over a batch, fp32, the loss first."""
+        """The sums of ``figures`` over a batch, fp32, the loss first; of ranks that share it, this one's part."""
         one = torch.ones((), device=self.args.device)
+        inputs = {**batch_of_rank(inputs, self._mesh)}
         loss: Tensor = model(**inputs, num_items_in_batch=one, output_logits=False).loss
         return loss.float().unsqueeze(0)
 
@@ -337,8 +340,9 @@ class PackedTrainer(SealedTrainer):
         return output
 
     def _summed_over_ranks(self, sums: Tensor, number: int) -> list[float]:
-        """Sums and their number, fp64, over all ranks; waits for the device."""
-        both: list[float] = self._mesh.sum_over_data(torch.cat([sums, sums.new_full((1,), number)])).tolist()
+        """Shares of sums, and the number of a data rank, fp64, over all ranks; waits for the device."""
+        counted = number if self._mesh.sequence_rank == 0 else 0
+        both: list[float] = self._mesh.sum_over_ranks(torch.cat([sums, sums.new_full((1,), counted)])).tolist()
         return both
 
     # Logs and checkpoints
