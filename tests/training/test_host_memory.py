@@ -15,10 +15,11 @@ from training_cases import make_recipe, save_checkpoint
 from deltatune.parallel.mesh import Mesh
 from deltatune.training import loading
 from deltatune.training.arguments import training_arguments
-from deltatune.training.checkpoint import load_config, reload_weights
+from deltatune.training.checkpoint import load_config
 from deltatune.training.layout import shard_by_recipe
 from deltatune.training.loading import load_by_recipe
 from deltatune.training.planned import prepare_by_recipe
+from deltatune.training.reloading import reload_weights
 from deltatune.training.sharded_files import save_weights
 from forked import free_port, run_ranks
 from tiny import tiny_model
