@@ -15,6 +15,7 @@ from deltatune.compile.tuners import check_tuners
 from deltatune.cost import WHOLE, ExpertSplit
 from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
+from deltatune.hf.experts import has_divided_experts
 from deltatune.hf.forwards import foreign_forward
 from deltatune.hf.patches import rotates_otherwise
 from deltatune.layers.decoder import DOUBLE_CHECKPOINTING
@@ -97,7 +98,8 @@ class Prepared:
         """The model as it was: classes and configs; adapters and weights stay as they are now.
 
         Raises:
-            ValueError: a model that was sharded since, whose classes are FSDP2's, or one with another class over ours.
+            ValueError: a model that was sharded since, whose classes are FSDP2's, one whose experts were divided among
+            ranks, or one with another class over ours.
         """
         _refuse_sharded(self.model, "revert() comes")
         base = hf_model.base_model(self.model)
@@ -241,6 +243,8 @@ def _revert(base: nn.Module) -> None:
 
 
 def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
+    if has_divided_experts(model):
+        raise ValueError(f"{what_comes} before parallelize(expert=): its experts lie on several ranks already")
     if hf_model.is_sharded(model):
         raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
 

@@ -253,12 +253,16 @@ def operators() -> dict[str, Any]:
 def refusals() -> dict[str, str]:
     divided = prepare(build(Case()))
     parallelize(divided, expert=2)
+    adapted = prepare(build(Case(lora=BOTH)))
+    parallelize(adapted, expert=2)
     few = prepare(build(Case(model={"num_experts": 3})))
     cached = {"input_ids": torch.ones(1, 4, dtype=torch.long), "use_cache": True}
     return {
         "twice": refusal(lambda: parallelize(divided, expert=2)),
         "again": refusal(lambda: prepare(divided.model)),
+        "reverted": refusal(divided.revert),
         "cached": refusal(lambda: divided.model.eval()(**cached)),
+        "cached, adapters": refusal(lambda: adapted.model.eval()(**cached)),
         "processes": refusal(lambda: parallelize(few, expert=3)),
     }
 
@@ -368,8 +372,10 @@ def test_no_setting_sends_tokens_again_in_backward(setting: str, found: Any) -> 
     ("what", "message"),
     [
         ("twice", "the model is sharded already"),
-        ("again", "its layers are sharded already"),
+        ("again", "prepare(model) comes before parallelize(expert=): its experts lie on several ranks already"),
+        ("reverted", "revert() comes before parallelize(expert=): its experts lie on several ranks already"),
         ("cached", "a call with a key-value cache is one rank's own, and its experts lie on several"),
+        ("cached, adapters", "a call with a key-value cache is one rank's own, and its experts lie on several"),
         ("processes", "expert=3 does not divide 2 processes; set expert to one of 1"),
     ],
 )

@@ -44,11 +44,7 @@ class Experts(Swapped):
             ValueError: a cached call of experts that ranks hold together.
         """
         if in_stock_path(self):
-            if self._deltatune_part is not None:
-                raise ValueError(
-                    "a call with a key-value cache is one rank's own, and its experts lie on several; generate with "
-                    "the saved model, or leave the cache out (use_cache=False) and call the model on every rank"
-                )
+            self._refuse_ranks()
             stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return stock
         return self.mix(hidden_states, top_k_index, top_k_weights, {})
@@ -60,8 +56,14 @@ class Experts(Swapped):
         top_k_weights: Tensor,
         adapters: Mapping[str, Sequence[Adapter]],
     ) -> Tensor:
-        """The same with adapters of each weight, by its name; ids outside the experts are absent."""
+        """The same with adapters of each weight, by its name, in cached calls too; ids outside the experts are absent.
+
+        Raises:
+            ValueError: a cached call of experts that ranks hold together, or experts in none of the known layouts.
+        """
         reached(self)
+        if in_stock_path(self):
+            self._refuse_ranks()
         layout = experts_layout(self)
         if layout is None:
             raise ValueError(
@@ -86,6 +88,13 @@ class Experts(Swapped):
         if part is None:
             return mix(hidden_states, top_k_index, top_k_weights, None)
         return mix_on_ranks(hidden_states, top_k_index, top_k_weights, part, mix)
+
+    def _refuse_ranks(self) -> None:
+        if self._deltatune_part is not None:
+            raise ValueError(
+                "a call with a key-value cache is one rank's own, and its experts lie on several; generate with "
+                "the saved model, or leave the cache out (use_cache=False) and call the model on every rank"
+            )
 
     def _linear(
         self, layout: ExpertsLayout, name: str, adapters: Mapping[str, Sequence[Adapter]], part: ExpertPart | None

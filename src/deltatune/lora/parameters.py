@@ -8,15 +8,18 @@ weight anew, with a gradient as large as all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deltatune.hf.cached import in_stock_path, reached
+from deltatune.hf.cached import reached
 from deltatune.hf.experts import experts_layout
-from deltatune.hf.hooks import is_hooked
+from deltatune.hf.forwards import replaced_since
+from deltatune.hf.hooks import ON_INSTANCE, is_hooked
 from deltatune.lora.merging import Merging
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters, is_lora_linear
 from deltatune.ops import Adapter
@@ -28,26 +31,44 @@ __all__ = ["LoRAParameters", "is_parameter_lora", "parameters_mode"]
 _ONE_PRODUCT = Mode(FUSED, "adapters of all experts in the grouped products")
 _ADDED = Mode(UNFUSED, "the Parameter and its adapters' product are added in every call")
 
+#: Held by who puts something on a module for the length of a call, and by who looks at one. One for all models: torch
+#: keeps one cache of parametrized weights for the process.
+_changing: Final = threading.RLock()
+
 
 class LoRAParameters(Merging):
     """The outermost of PEFT's wrappers around a module whose Parameters have adapters, one wrapper for each.
 
     Fused, the experts compute with the factors; unfused, the module is called with the sums of its Parameters and the
-    products of their factors; PEFT's own forward runs for merged and disabled adapters, and in cached calls.
+    products of their factors. Both leave the module as it is, so calls in other threads notice nothing, and run cached
+    calls too. PEFT's own forward computes all else, one call at a time.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the module inside; experts ``[N, K], [N, k], [N, k] -> [N, K]``."""
-        mode = STOCK if in_stock_path(self) else parameters_mode(self, self._deltatune.options.lora).name
-        if mode == STOCK or "adapter_names" in kwargs:
-            return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():  # a graph holds no lock, and reads weights that nobody changes
+            mode = self._mode(kwargs)
+            return super().forward(x, *args, **kwargs) if mode == STOCK else self._computed(mode, x, args, kwargs)
+        with _changing:
+            mode = self._mode(kwargs)
+            if mode == STOCK:
+                return super().forward(x, *args, **kwargs)
+        return self._computed(mode, x, args, kwargs)
+
+    def _mode(self, kwargs: Mapping[str, Any]) -> str:
+        return STOCK if "adapter_names" in kwargs else parameters_mode(self, self._deltatune.options.lora).name
+
+    def _computed(self, mode: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reached(self)
         *wrappers, inside = _chain(self)
         if mode == FUSED and not kwargs:
             return inside.mix(x, *args, {wrapper.parameter_name: _adapters(wrapper) for wrapper in wrappers})
-        return functional_call(
-            inside, {wrapper.parameter_name: _sum(wrapper) for wrapper in wrappers}, (x, *args), kwargs
-        )
+        if torch.compiler.is_compiling():
+            return functional_call(inside, _sums(wrappers), (x, *args), kwargs)
+        if _is_its_class(inside):
+            return _with_tensors(inside, _sums(wrappers))(x, *args, **kwargs)
+        with _changing:  # hooks and forwards of others know the module itself
+            return functional_call(inside, _sums(wrappers), (x, *args), kwargs)
 
     def _merged_weights(self) -> Iterator[Tensor]:
         # the last weight of a layer: every gradient of what is in front of it goes through it
@@ -144,9 +165,28 @@ def _adapters(wrapper: Any) -> list[Adapter]:
     return found
 
 
+def _sums(wrappers: list[Any]) -> dict[str, Tensor]:
+    """The Parameters that have adapters, each with what PEFT adds to it."""
+    return {wrapper.parameter_name: _sum(wrapper) for wrapper in wrappers}
+
+
 def _sum(wrapper: Any) -> Tensor:
     """The Parameter and what PEFT adds to it."""
     total: Tensor = wrapper.get_param()
     for name in active_adapters(wrapper):
         total = total + wrapper.get_delta_weight(name)
     return total
+
+
+def _is_its_class(module: nn.Module) -> bool:
+    """Whether a call is the class's forward alone, so that another object of the class computes the same."""
+    if is_hooked(module) or any(name in module.__dict__ for name in ON_INSTANCE):  # a bound method too
+        return False
+    return not isinstance(module, Swapped) or replaced_since(module) is None
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module that is the same in all but some Parameters, whose places ``tensors`` take."""
+    other: nn.Module = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, _parameters={**module._parameters, **tensors})
+    return other

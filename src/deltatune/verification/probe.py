@@ -132,7 +132,9 @@ def _check_weights(model: nn.Module) -> None:
             "verify needs the model's weights, but some parameters are on the meta device; load them first"
         )
     if hf_model.is_sharded(model):
-        raise ValueError("verify(model) comes before fully_shard(model): a layer cannot be run on its own afterwards")
+        raise ValueError(
+            "verify(model) comes before fully_shard(model) and parallelize(): afterwards no layer can be run on its own"
+        )
 
 
 def _layer_types(text_model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
