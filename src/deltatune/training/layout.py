@@ -46,8 +46,11 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
     available = device_memory(arguments.device) * _ROOM
     checkpointing = "layer" if recipe.checkpointing == "auto" else recipe.checkpointing
     prepared: list[object] = []
+    errors = list(sharding_errors(recipe))
 
     def fits(shard: int, sequence: int) -> bool:
+        if shard > 1 and errors:
+            return False
         if not prepared:
             prepared.append(prepare_by_recipe(recipe, model, device=arguments.device))
         return estimate_step(recipe, model, checkpointing, shard=shard, sequence=sequence).total <= available
@@ -65,8 +68,7 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
     except ValueError as error:
         start = "" if count > 1 else "; start several with torchrun --nproc-per-node N -m deltatune train RECIPE"
         raise UserError(f"parallel.{error}{start}") from error
-    errors = list(sharding_errors(recipe)) if sizes.shard > 1 else []
-    if errors:
+    if sizes.shard > 1 and errors:
         raise UserError(f"parallel.shard: {sizes.shard} ({sizes.reason}): {'; also: '.join(errors)}")
     return sizes
 
@@ -86,7 +88,7 @@ def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def _sequences(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
-    """What ``auto`` may take: sizes by the model's heads that divide the tokens of a pack, with what they can act."""
+    """What ``auto`` may take: sizes by the model's heads that divide the tokens of a pack."""
     whole = recipe.packing.tokens_per_batch
     return [size for size in sequence_sizes(config) if whole % size == 0]
 
