@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from deltatune.config.schema import Recipe
-from deltatune.errors import first_line
+from deltatune.errors import UserError, first_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.reading import NotInPiecesError
 from deltatune.parallel.filling import Piece, from_rank_0, tensors_of
@@ -21,7 +21,7 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.checkpoint import commit_of, describe_checkpoint, empty_model, load_checkpoint
 from deltatune.training.continuing import load_adapter
-from deltatune.training.kept import weight_files
+from deltatune.training.kept import has_weight_files
 from deltatune.training.saving import Origin
 from deltatune.training.starts import first_factors, reads_base
 from deltatune.training.unread import Unread, in_turn
@@ -53,12 +53,21 @@ def load_by_recipe(recipe: Recipe, config: PreTrainedConfig, mesh: Mesh) -> Load
     """Loads and adapts the model; where it will be sharded, rank 0 finds its weights, and the others learn what it is.
 
     Raises:
-        UserError: weights that cannot be read or adapted.
+        UserError: weights that cannot be read or adapted; on every rank.
     """
     if mesh.shard_size == 1:
         return _whole(recipe, config)
-    source = _source(recipe, config) if dist.get_rank() == 0 else None
-    about = from_rank_0(None if source is None else _about(source))
+    source: _Source | None = None
+    about: Any = None
+    if dist.get_rank() == 0:
+        try:
+            source = _source(recipe, config)
+            about = _about(source)
+        except UserError as error:
+            about = str(error)
+    about = from_rank_0(about)
+    if isinstance(about, str):
+        raise UserError(about)
     model = adapt_by_recipe(empty_model(recipe.model, config), recipe, revision=commit_of(recipe.model))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(about["dtypes"][name])
@@ -99,7 +108,7 @@ def _why_whole(recipe: Recipe, config: PreTrainedConfig) -> str | None:
         return "lora.use_dora takes the norms of its weights"
     if getattr(config, "quantization_config", None) is not None:
         return "it is quantised"
-    if folder.is_dir() and not weight_files(folder):
+    if folder.is_dir() and not has_weight_files(folder):
         return "its weights are no safetensors"
     return None
 
