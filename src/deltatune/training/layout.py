@@ -11,7 +11,7 @@ from deltatune.compile.memory import device_memory
 from deltatune.config.rules import sharding_errors
 from deltatune.config.schema import Recipe
 from deltatune.data.report import counted
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 from deltatune.parallel.filling import fill
 from deltatune.parallel.heads import check_sequence_size, sequence_sizes
 from deltatune.parallel.mesh import Mesh
@@ -114,7 +114,7 @@ def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: 
     """Shards a prepared model as ``training.bf16`` says and fills it; nothing where every process keeps whole weights.
 
     Raises:
-        UserError: weights of several dtypes that train together.
+        UserError: weights of several dtypes that train together, or that cannot be read; on every rank.
     """
     if mesh.shard_size == 1:
         return
@@ -124,6 +124,9 @@ def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: 
     except ValueError as error:
         raise UserError(f"parallel.shard: {error}") from error
     with phase("sharding the model"):
-        fill(loaded.model, loaded.pieces, arguments.device)
+        try:
+            fill(loaded.model, loaded.pieces, arguments.device)
+        except ValueError as error:
+            raise UserError(f"cannot load model {recipe.model.name_or_path}: {one_line(error)}") from error
         gc.collect()  # what the weights came from, on rank 0
     set_seed(arguments.seed)  # rank 0 drew the adapters, and dropout begins alike on all ranks

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from deltatune.errors import first_line
 from deltatune.hf.writing import FILE_SIZE, SavedWeights
 from deltatune.parallel.filling import from_rank_0
-from deltatune.parallel.state import gathered_state, reshard
+from deltatune.parallel.state import gathered_state, reshard, whole_tensor
 
 __all__ = ["save_weights"]
 
@@ -37,8 +37,9 @@ def save_weights(model: nn.Module, folder: Path | None, *, max_shard_size: int |
         described = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
         try:
             plan = SavedWeights.of(model, described, max_shard_size)
-        except ValueError as error:
-            said.append(f"rank 0 has gathered the whole model in host memory to save it: {error}")
+        except (RuntimeError, TypeError, ValueError) as error:  # such as a conversion that looks at numbers
+            why = first_line(error)
+            said.append(f"rank 0 has gathered the whole model in host memory to save it: {why}")
     order = from_rank_0(None if plan is None else [name for group in plan.groups for name in group])
     if order is None:
         whole = gathered_state(model)
@@ -55,8 +56,7 @@ def save_weights(model: nn.Module, folder: Path | None, *, max_shard_size: int |
 
 
 def _whole(weight: Tensor, *, here: bool) -> Tensor:
-    whole = weight.detach()
-    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    whole = whole_tensor(weight.detach())
     return whole.cpu() if here else whole.new_empty(0)
 
 
