@@ -42,6 +42,7 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m tools.config_reference > docs/config.md
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m tools.parallelism_page
 
 # records go to benchmarks/records; ARGS='--model qwen3.5-9b --frontier' and so on
 bench-ops:

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.systems import Batch
 from deltatune import Prepared, parallelize
-from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.slice import cut_batch
 
@@ -76,8 +75,7 @@ def _one_shard(prepared: Prepared, param_dtype: torch.dtype | None) -> nn.Module
 
 
 def _in_sequence(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
-    shard_sequence(prepared, dist.group.WORLD)
-    return parallelize(prepared).model
+    return parallelize(prepared, sequence=dist.get_world_size()).model
 
 
 _ONE_SHARD: Final = "one GPU: FSDP2 on a mesh of one, the same units, casts and optimizer without communication"

@@ -62,6 +62,13 @@ def test_arguments_are_json_whichever_form_the_template_takes(shown, arguments):
     assert text.endswith(f'{ASSISTANT}«weather{{"city": "Paris"}}<|im_end|>»\n')
 
 
+def test_arguments_that_are_nested_without_end_stay_text():
+    template = CHATML.replace("m.content +", "(m.tool_calls[0].function.arguments | string if m.tool_calls else 'x') +")
+    deep = "[" * 100_000
+    (text,) = rendered(tokenizer_for(template), asked([{**CALL, "function": {"name": "weather", "arguments": deep}}]))
+    assert deep in text
+
+
 PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
 
 

@@ -153,7 +153,11 @@ def test_saved_data_sets_are_told_from_other_folders(tmp_path, files, splits):
 
 @pytest.mark.parametrize(
     ("content", "config", "message"),
-    [("[]", None, "dataset_dict.json cannot be read"), ('{"splits": []}', "en", "name: en cannot act on")],
+    [
+        ("[]", None, "dataset_dict.json cannot be read"),
+        ("[" * 100_000, None, "dataset_dict.json cannot be read"),
+        ('{"splits": []}', "en", "name: en cannot act on"),
+    ],
 )
 def test_saved_data_sets_that_cannot_be_read_are_named(tmp_path, content, config, message):
     (tmp_path / "dataset_dict.json").write_text(content)

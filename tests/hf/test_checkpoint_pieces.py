@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.core_model_loading import MergeModulelist
 
 from deltatune.hf.reading import NotInPiecesError, load_described
 from deltatune.hf.writing import SavedWeights
@@ -152,6 +153,30 @@ def test_what_is_not_in_safetensors_is_read_whole(tmp_path: Path) -> None:
         load_described(type(made), nothing, pretrained_model_name_or_path=tmp_path)
     with pytest.raises(NotInPiecesError, match="loads in another way"):
         load_described(nn.Linear, nothing, pretrained_model_name_or_path=tmp_path)
+
+
+def _numbers(tensor: torch.Tensor) -> None:
+    tensor.sum().item()
+
+
+@pytest.mark.parametrize("looks", [_numbers, torch.nonzero, torch.Tensor.numpy])
+def test_what_cannot_be_converted_without_numbers_is_read_whole(
+    looks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make("one_file_an_expert")
+    made.save_pretrained(tmp_path)
+    convert = MergeModulelist.convert
+
+    def looking(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = convert(self, input_dict, *args, **kwargs)
+        for tensor in result.values():
+            looks(tensor)
+        return result
+
+    monkeypatch.setattr(MergeModulelist, "convert", looking)
+    type(made).from_pretrained(tmp_path)
+    with pytest.raises(NotInPiecesError, match=r"experts.* is converted in a way that needs its numbers"):
+        load_described(type(made), nothing, pretrained_model_name_or_path=tmp_path)
 
 
 @pytest.mark.parametrize("size", ["20KB", "50GB"])

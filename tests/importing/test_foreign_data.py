@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deltatune.errors import UserError
 from deltatune.importing.axolotl import AXOLOTL
 from deltatune.importing.llama_factory import LLAMA_FACTORY
 from deltatune.importing.trl import TRL
@@ -60,6 +61,13 @@ def test_name_that_no_registry_has(tmp_path):
     assert [(row.key, row.outcome.verdict, dict(row.outcome.writes)) for row in rows] == [
         ("mine", "not supported", {"data.train.0.path": "data/mine.json"})
     ]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_registry_that_is_no_json_is_said_in_one_line(tmp_path, text):
+    (tmp_path / "dataset_info.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset_info\.json: broken JSON"):
+        LLAMA_FACTORY.sections["dataset"]("mine", {}, tmp_path / "l.yaml")
 
 
 def test_registry_of_pictures_says_what_is_lost(tmp_path):

@@ -38,6 +38,8 @@ def test_kind_is_told_by_the_file(tmp_path, name, text, kind):
         ("nothing.py", "\0", "nothing.py: broken Python"),
         ("long.py", "x = " + "+".join("1" * 20_000), "too long to be read"),
         ("deep.ipynb", "[" * 100_000, "expected a notebook"),
+        ("deep.json", "[" * 100_000, "broken JSON"),
+        ("deep.yaml", "[" * 100_000, "deep.yaml"),
         ("broken.json", '{"a": 1,}', "broken JSON"),
         ("broken.ipynb", "{}", "expected a notebook"),
     ],

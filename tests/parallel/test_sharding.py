@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from deltatune import CompileOptions, Sequences, parallelize, prepare
 from deltatune.errors import UserError
 from deltatune.layers.gated_delta_net import GatedDeltaNet
+from deltatune.parallel.sequence import shard_sequence
+from deltatune.parallel.slice import cut_batch
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
 from deltatune.training.finishing import check_finite
 from forked import free_port, run_ranks
@@ -40,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "replicas": {"tied": True, "shard": 1},
     "shared_packs": {"shard": 1, "sequence": 2, "lora": EVERY},
     "shared_packs_in_shards": {"tied": True, "sequence": 2, "compile": TRACED},
+    "packs_shared_before": {"group_first": True, "lora": EVERY},
 }
 
 
@@ -82,11 +86,17 @@ def train(model: nn.Module, step_loss: Callable[[int], torch.Tensor]) -> list[di
 def on_ranks(case: str) -> dict[str, Any]:
     settings = CASES[case]
     prepared = prepare(build(**settings), compile=settings.get("compile"))
+    if dist.get_rank() == 1:
+        another_draw(prepared.model)
+    first = settings.get("group_first", False)
+    if first:
+        shard_sequence(prepared, dist.group.WORLD)
     parallel = parallelize(prepared, shard=settings.get("shard", RANKS), sequence=settings.get("sequence", 1))
     model, mesh = parallel.model, parallel.mesh
+    part = functools.partial(cut_batch, rank=dist.get_rank(), size=RANKS) if first else parallel.part
 
     def step_loss(step: int) -> torch.Tensor:
-        loss = loss_of(model, 10 * step + mesh.data_rank, parallel.part) * mesh.size
+        loss = loss_of(model, 10 * step + (0 if first else mesh.data_rank), part) * mesh.size
         loss.backward()
         dist.all_reduce(loss := loss.detach())
         return loss / RANKS
@@ -99,6 +109,14 @@ def on_ranks(case: str) -> dict[str, Any]:
         "sharded": all(isinstance(weight, DTensor) for weight in model.parameters() if weight.requires_grad),
         "saved": gathered_state(model) if settings.get("shard") != 1 else {},
     }
+
+
+def another_draw(model: nn.Module) -> None:
+    """As adapters of a process with another seed."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.add_(1.0)
 
 
 def narrowed(tied: bool) -> dict[str, Any]:
@@ -183,7 +201,7 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
     prepare(model)
 
     def step_loss(step: int) -> torch.Tensor:
-        data_ranks = RANKS // CASES[case].get("sequence", 1)
+        data_ranks = 1 if "group_first" in CASES[case] else RANKS // CASES[case].get("sequence", 1)
         loss = sum((loss_of(model, 10 * step + rank) for rank in range(data_ranks)), torch.zeros(()))
         loss.backward()
         return loss.detach()

@@ -11,6 +11,7 @@ import torch
 from old_peft.make import model as make_base
 from peft import PeftModel
 from safetensors.torch import load_file
+from training_cases import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from deltatune.config.schema import LoraSection
@@ -33,6 +34,7 @@ def adapter(request: Any) -> Path:
 
 def base_of(adapter: Path, folder: Path) -> Path:
     make_base(adapter.name.partition("-")[0]).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,13 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
+from deltatune.errors import UserError
+from deltatune.hf import writing
 from deltatune.parallel.filling import spread, tensors_of
 from deltatune.parallel.mesh import Mesh
 from deltatune.training import loading
@@ -22,8 +28,9 @@ from deltatune.training.checkpoint import load_config
 from deltatune.training.layout import shard_by_recipe
 from deltatune.training.loading import load_by_recipe
 from deltatune.training.planned import prepare_by_recipe
-from deltatune.training.resuming import found_by_rank_0
+from deltatune.training.resuming import best_beside, found_by_rank_0
 from deltatune.training.sealed import seal
+from deltatune.training.sharded_files import save_weights
 from forked import free_port, run_ranks
 from tiny import tiny_conditional, tiny_model
 
@@ -40,8 +47,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("tied", {"lora": {**LORA, "use_dora": True}}),
     "bin": ("bin", {"lora": None}),
     "goes_on": ("tied", {"lora": {"name_or_path": "adapter"}}),
+    "mica": ("tied", {"lora": {**LORA, "init_lora_weights": "mica"}}),
 }
-WHOLE = {"dora": "lora.use_dora takes the norms of its weights", "bin": "its weights are no safetensors"}
+WHOLE = {
+    "mica": "lora.init_lora_weights: mica takes its weights apart",
+    "dora": "lora.use_dora takes the norms of its weights",
+    "bin": "its weights are no safetensors",
+}
 
 
 def recipe_of(case: str, folder: Path, scratch: Path) -> Any:
@@ -62,7 +74,8 @@ def differing(case: str, folder: Path, scratch: Path) -> dict[str, Any]:
     recipe = recipe_of(case, folder, scratch)
     config, mesh = load_config(recipe.model), Mesh(RANKS, dist.get_rank(), RANKS)
     set_seed(SEED)
-    alone = tensors_of(loading._whole(recipe, config).model)
+    one = loading._whole(recipe, config).model
+    alone, trained = tensors_of(one), {name for name, weight in one.named_parameters() if weight.requires_grad}
     set_seed(SEED)
     loaded = load_by_recipe(recipe, config, mesh)
     prepare_by_recipe(recipe, loaded.model, device=None, shard=RANKS)
@@ -72,7 +85,14 @@ def differing(case: str, folder: Path, scratch: Path) -> dict[str, Any]:
         name for name in alone if ours[name].dtype != alone[name].dtype or not torch.equal(ours[name], alone[name])
     ]
     frequencies = [name for name in ours if "inv_freq" in name]
-    return {"other": other, "keys": ours.keys() == alone.keys(), "said": loaded.said, "frequencies": frequencies}
+    trains = {name for name, weight in loaded.model.named_parameters() if weight.requires_grad}
+    return {
+        "trained": trains ^ trained,
+        "other": other,
+        "keys": ours.keys() == alone.keys(),
+        "said": loaded.said,
+        "frequencies": frequencies,
+    }
 
 
 def spread_refusals() -> dict[str, str]:
@@ -97,25 +117,96 @@ def spread_refusals() -> dict[str, str]:
     return said
 
 
-def resumed(folder: Path) -> dict[str, Any]:
-    """What ranks find of a checkpoint, and of one that only rank 0 sees whole."""
-    from deltatune.training import sealed
+class Launched:
+    """The ranks that have met."""
 
-    class Launched:
-        world_size, process_index = RANKS, dist.get_rank()
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def process_index(self) -> int:
+        return dist.get_rank()
+
+
+def said_by(call: Any) -> str:
+    try:
+        return f"nothing: {call()}"
+    except UserError as error:
+        return str(error)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """What ranks find of a checkpoint and of the best beside it, of none, and of one that only rank 0 sees whole."""
+    from deltatune.training import resuming, sealed
 
     read: list[Path] = []
-    crc = sealed._crc32
+    crc, size_problem = sealed._crc32, resuming.size_problem_of
     sealed._crc32 = lambda path: read.append(path) or crc(path)  # type: ignore[func-returns-value]
+    last = folder / "run" / "checkpoint-4"
     try:
         found = found_by_rank_0(folder / "run", True, Launched())
-        try:
-            found_by_rank_0(folder / "none", True, Launched())
-        except ValueError as error:
-            refusal = str(error)
+        best, damaged = best_beside(last, Launched()), best_beside(folder / "damaged" / "checkpoint-4", Launched())
+        of_none = said_by(lambda: found_by_rank_0(folder / "none", True, Launched()))
+        broken = said_by(lambda: best_beside(folder / "none", Launched()))
+        if dist.get_rank() == 1:
+            resuming.size_problem_of = lambda _: "state is missing"
+        unseen = [
+            said_by(call)
+            for call in (
+                lambda: found_by_rank_0(folder / "run", True, Launched()),
+                lambda: best_beside(last, Launched()),
+            )
+        ]
     finally:
-        sealed._crc32 = crc
-    return {"found": found, "read": len(read), "refusal": refusal}
+        sealed._crc32, resuming.size_problem_of = crc, size_problem
+    answers = {"found": found, "best": best, "damaged": damaged, "none": of_none, "broken": broken, "unseen": unseen}
+    return {"answers": answers, "read": len(read)}
+
+
+def saved_whole(folder: Path, scratch: Path) -> dict[str, Any]:
+    """A sharded model is saved whose weights are converted by their numbers."""
+    recipe = recipe_of("experts", folder, scratch)
+    loaded = load_by_recipe(recipe, load_config(recipe.model), Mesh(RANKS, dist.get_rank(), RANKS))
+    prepare_by_recipe(recipe, loaded.model, device=None, shard=RANKS)
+    shard_by_recipe(recipe, loaded, Mesh(RANKS, dist.get_rank(), RANKS), training_arguments(recipe.training))
+    convert = writing.revert_weight_conversion
+
+    def looking(model: Any, state: dict[str, torch.Tensor]) -> Any:
+        for tensor in state.values():
+            tensor.sum().item()
+        return convert(model, state)
+
+    target = folder / "saved"
+    writing.revert_weight_conversion = looking
+    try:
+        said = save_weights(loaded.model, target if dist.get_rank() == 0 else None)
+    finally:
+        writing.revert_weight_conversion = convert
+    if dist.get_rank():
+        return {"said": said, "equal": True}
+    ours, theirs = (load_file(place / "model.safetensors") for place in (target, folder / "qwen3_moe"))
+    equal = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return {"said": said, "equal": equal}
+
+
+def unreadable(folder: Path, scratch: Path) -> list[str]:
+    """What every rank says of weights that are broken, and of those that go away after loading has begun."""
+    mesh = Mesh(RANKS, dist.get_rank(), RANKS)
+    broken = make_recipe(scratch, folder / "broken", compile=None, lora=None)
+    said = said_by(lambda: load_by_recipe(broken, load_config(broken.model), mesh))
+    recipe = recipe_of("experts", folder, scratch)
+    loaded = load_by_recipe(recipe, load_config(recipe.model), mesh)
+    prepare_by_recipe(recipe, loaded.model, device=None, shard=RANKS)
+    if loaded.pieces is not None:
+        first = next(loaded.pieces)
+
+        def gone() -> Any:
+            yield first
+            raise OSError(errno.EIO, "Input/output error")
+
+        loaded = dataclasses.replace(loaded, pieces=gone())
+    return [said, said_by(lambda: shard_by_recipe(recipe, loaded, mesh, training_arguments(recipe.training)))]
 
 
 def rank_main(rank: int, folder: str, port: int) -> None:
@@ -127,6 +218,8 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     scratch.mkdir()
     found: dict[str, Any] = {case: differing(case, Path(folder), scratch) for case in CASES}
     found["refusals"], found["resumed"] = spread_refusals(), resumed(Path(folder))
+    found["saved_whole"] = saved_whole(Path(folder), scratch)
+    found["unreadable"] = unreadable(Path(folder), scratch)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
 
 
@@ -147,23 +240,30 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     }
     for name, model in models.items():
         save_checkpoint(folder / name, model)
-    from safetensors.torch import load_file, save_file
-
     twice = folder / "tied_twice" / "model.safetensors"
     tensors = load_file(twice)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, twice, {"format": "pt"})
     (folder / "bin" / "model.safetensors").unlink()
+    save_checkpoint(folder / "broken", models["bin"])
+    (folder / "broken" / "model.safetensors").unlink()
+    (folder / "broken" / "model.safetensors.index.json").write_text("{")
     torch.save(models["bin"].state_dict(), folder / "bin" / "pytorch_model.bin")
     settings = peft.LoraConfig(task_type="CAUSAL_LM", **LORA, modules_to_save=["norm"], init_lora_weights=False)
     adapted = peft.get_peft_model(tied, settings)
     with torch.no_grad():
         adapted.base_model.model.model.norm.modules_to_save["default"].weight.add_(1)
     adapted.save_pretrained(folder / "adapter")
-    checkpoint = folder / "run" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "optimizer.pt").write_bytes(b"state")
-    seal(checkpoint, {})
+    for run in ("run", "damaged"):
+        for step in (2, 4):
+            checkpoint = folder / run / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "optimizer.pt").write_bytes(b"state")
+            state = TrainerState(global_step=step, best_model_checkpoint=f"/elsewhere/{run}/checkpoint-2")
+            state.save_to_json(str(checkpoint / "trainer_state.json"))
+            seal(checkpoint, {})
+    (folder / "damaged" / "checkpoint-2" / "optimizer.pt").write_bytes(b"other")
     (folder / "none").mkdir()
+    (folder / "none" / "trainer_state.json").write_text("{")
     run_ranks(rank_main, str(folder), free_port(), count=RANKS)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
@@ -173,6 +273,7 @@ def test_every_tensor_is_that_of_one_process(case: str, ranks: list[dict[str, An
     for found in ranks:
         assert found[case]["keys"]
         assert found[case]["other"] == []
+        assert found[case]["trained"] == set()
         assert found[case]["frequencies"]
     (said, *_), silent = (*ranks[0][case]["said"], ""), ranks[1][case]["said"]
     assert said.endswith(WHOLE.get(case, ""))
@@ -191,10 +292,36 @@ def test_what_rank_0_lacks_every_rank_says(ranks: list[dict[str, Any]]) -> None:
     }  # fmt: skip
 
 
-def test_rank_0_alone_reads_every_byte_of_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
+def test_what_cannot_be_converted_without_numbers_is_saved_whole(ranks: list[dict[str, Any]]) -> None:
+    (said,) = ranks[0]["saved_whole"]["said"]
+    assert said.startswith("rank 0 has gathered the whole model in host memory to save it: ")
+    assert ranks[0]["saved_whole"]["equal"]
+    assert ranks[1]["saved_whole"]["said"] == []
+
+
+def test_rank_0_alone_reads_every_byte_of_checkpoints(ranks: list[dict[str, Any]]) -> None:
     first, second = (found["resumed"] for found in ranks)
-    assert first["found"] == second["found"]
-    assert first["found"][0].name == "checkpoint-2"
-    assert (first["read"], second["read"]) == (1, 0)
-    assert first["refusal"] == second["refusal"]
-    assert "holds no checkpoint to resume from" in first["refusal"]
+    answers = first["answers"]
+    assert answers == second["answers"]
+    assert answers["found"][0].name == "checkpoint-4"
+    assert Path(answers["best"]).parts[-2:] == ("run", "checkpoint-2")
+    assert answers["damaged"] is None
+    assert "holds no checkpoint to resume from" in answers["none"]
+    assert "trainer_state.json cannot be read" in answers["broken"]
+    assert first["read"] >= 2 * 4
+    assert second["read"] == 0
+
+
+def test_a_checkpoint_that_one_rank_does_not_see_is_refused_by_all(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        last, best = found["resumed"]["answers"]["unseen"]
+        for said, name in ((last, "checkpoint-4"), (best, "checkpoint-2")):
+            assert said.startswith("rank 1 does not see ")
+            assert f"{name} as rank 0 does: state is missing; every process reads it" in said
+
+
+def test_weights_that_cannot_be_read_are_said_in_one_line_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["unreadable"] == ranks[1]["unreadable"]
+    broken, gone = ranks[0]["unreadable"]
+    assert re.match(r"cannot load model .*broken: ", broken)
+    assert re.fullmatch(r"cannot load model .*qwen3_moe: .*Input/output error", gone)

@@ -105,7 +105,7 @@ def _with_argument_form(call: Any, *, as_text: bool) -> Any:
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     try:
         return {**call, "arguments": json.loads(arguments)}
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return call
 
 

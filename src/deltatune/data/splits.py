@@ -45,7 +45,7 @@ def saved_splits(folder: Path, config: str | None) -> Splits | None:
     if listed.is_file():
         try:
             names = [str(name) for name in json.loads(listed.read_text(encoding="utf-8"))["splits"]]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise DataError(f"{listed} cannot be read: {one_line(error)}; save the data set again") from error
         splits = {name: [folder / name] for name in names}
     elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():

@@ -17,7 +17,7 @@ __all__ = ["arrow_rows", "hub_rows", "import_datasets", "parquet_rows", "saved_r
 
 _ROWS_AT_ONCE = 256
 # pyarrow's errors are each one of these as well; the last two are also those of a state.json that is none
-_UNREADABLE = (OSError, ValueError, NotImplementedError, LookupError, TypeError)
+_UNREADABLE = (OSError, ValueError, NotImplementedError, LookupError, TypeError, RecursionError)
 
 
 class _TableRows(Rows):

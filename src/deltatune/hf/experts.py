@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 __all__ = [
     "PART",
@@ -130,6 +129,8 @@ class CheckpointNames:
 
 def checkpoint_names(model: Any) -> CheckpointNames:
     """The names of single experts in the checkpoints of a model's type, off transformers' conversions."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # with all of distributed tensors
+
     names = CheckpointNames()
     for config in (model.config, model.config.get_text_config()):
         for conversion in get_checkpoint_conversion_mapping(config.model_type) or ():

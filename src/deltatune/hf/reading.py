@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from deltatune.errors import first_line
 from deltatune.hf.pieces import groups_of
 from deltatune.hf.tensor_file import described_in
 
@@ -127,7 +128,8 @@ def load_described(loader: Any, keep: Callable[[Any], set[str]], **arguments: An
         arguments: its own; what it raises, this does.
 
     Raises:
-        NotInPiecesError: no safetensors, a quantised model, or weights that are converted across layers.
+        NotInPiecesError: no safetensors, a quantised model, or weights that are converted across layers, or
+            in a way that cannot run on the meta device.
     """
     stock = getattr(loader, _LOADER, None)
     if stock is None or list(inspect.signature(stock).parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
@@ -150,12 +152,14 @@ def load_described(loader: Any, keep: Callable[[Any], set[str]], **arguments: An
                 files |= dict.fromkeys(found, path)
             pieces = Pieces(copy.deepcopy(model), files, load)
             result = load(model, described, "meta")
+            if failed := result[0].conversion_errors:  # such as of one that looks at numbers
+                raise NotInPiecesError(f"{min(failed)} is converted in a way that needs its numbers")
             if result[0].mismatched_keys:
                 return result  # which transformers refuses
             whole = {name: t for name, t in model.state_dict().items() if name not in result[0].missing_keys}
             pieces.divide(described, whole)
-        except ValueError as error:
-            raise NotInPiecesError(str(error)) from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise NotInPiecesError(first_line(error)) from error
         twice = {name for pair in model.all_tied_weights_keys.items() for name in pair if {*pair} <= whole.keys()}
         _put(model, ((name, _stand_in(tensor)) for name, tensor in whole.items()))
         _put(model, pieces.take(keep(model) | twice))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -49,11 +51,15 @@ def is_writable(tensor: Tensor) -> bool:
 class TensorFile:
     """A file as ``safetensors.torch.save_file`` writes it, with room for tensors that come later.
 
-    The bytes are those of ``save_file(tensors, path, metadata={"format": "pt"})`` once each has been written.
+    The bytes are those of ``save_file(tensors, path, metadata={"format": "pt"})`` once each has been written, and the
+    file is left, as a context, when all of them are on the disk.
 
     Args:
         path: the file; one that is there is replaced.
         tensors: name, shape and dtype of all that it will hold; on the meta device, say.
+
+    Raises:
+        OSError: the disk does not take the file, here, as a tensor is written or as the context is left.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,7 +75,8 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
-        self._file = path.open("wb")
+        self._end = self._data + end
+        self._path, self._file = path, path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -78,11 +85,19 @@ class TensorFile:
         assert (tensor.shape, tensor.dtype) == (about.shape, about.dtype), name
         self._file.seek(self._data + start)
         if tensor.numel():
-            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self._file)
+            # numpy's tofile has a buffer of its own, whose end a full disk loses without a word
+            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            with suppress(OSError):  # of what failed, and is said already
+                self._file.close()
+            return
         self._file.close()
-        assert error is not None or not self._places, f"not written: {next(iter(self._places))}"
+        size = self._path.stat().st_size
+        assert not self._places, f"not written: {next(iter(self._places))}"
+        if size != self._end:
+            raise OSError(errno.EIO, f"{size:,} bytes of {self._end:,} are on the disk", str(self._path))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltatune.config.yaml_text import parse_document
-from deltatune.errors import UserError, near_files
+from deltatune.errors import UserError, near_files, one_line
 from deltatune.importing.axolotl import AXOLOTL
 from deltatune.importing.command_line import settings_of_command
 from deltatune.importing.llama_factory import LLAMA_FACTORY
@@ -68,8 +68,8 @@ def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
 def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken JSON: {one_line(error)}") from error
 
 
 def _with_config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

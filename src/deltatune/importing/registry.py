@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.config.explain import shown
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 from deltatune.importing.rules import Outcome, Row
 from deltatune.importing.values import mapping, text, texts
 
@@ -48,8 +48,8 @@ def find_registry(dataset_dir: str, recipe: Path) -> Registry | None:
         if path.is_file():
             try:
                 entries = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}: broken JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: broken JSON: {one_line(error)}") from error
             if not isinstance(entries, dict):
                 raise UserError(f"{path}: expected a mapping of names, got {shown(entries)}")
             return Registry(folder, entries)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltatune.importing.paths import READERS, is_data_file
+from deltatune.importing.paths import READERS, is_data_file, path_of
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
 from deltatune.importing.values import flag, is_off, mapping, number, text, texts, whole
 
@@ -61,15 +61,6 @@ def _weight(value: Any) -> Outcome:
     return Outcome("not supported", why=f"{value} of its rows: a slice of the split takes a part, such as train[:10%]")
 
 
-def _path(where: str) -> Rule:
-    def rule(value: Any, entry: Settings) -> Outcome:
-        if value in READERS and not is_off(entry.get("data_files")):
-            return Outcome("no effect here", why="data_files names the file")
-        return Outcome("carried", {f"{where}.path": text(value)})
-
-    return rule
-
-
 def _files(where: str) -> Rule:
     def rule(value: Any, entry: Settings) -> Outcome:
         files = texts(value) if isinstance(value, str | list) else []
@@ -87,7 +78,7 @@ def _data(value: Any, settings: Settings, here: Path) -> list[Row]:
     for index, entry in enumerate(value if isinstance(value, list) else [value]):
         where = f"data.train.{index}"
         rules: dict[str, Rule] = {
-            **dict.fromkeys(("path", "id"), _path(where)),
+            **dict.fromkeys(("path", "id"), path_of(where)),
             **dict.fromkeys(("name", "config"), carried(f"{where}.name", text)),
             "split": carried(f"{where}.split", text),
             "columns": idle("columns that no format reads are left alone"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from deltatune.importing.paths import READERS, is_data_file
+from deltatune.importing.paths import is_data_file, path_of
 from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, refused
 from deltatune.importing.values import NotLiteral, is_off, text, texts
 
@@ -17,12 +17,6 @@ def _dataset(value: Any, settings: Settings) -> Outcome:
         why = f"{value}: the data of load_dataset; what the script does to its rows is not carried"
         return Outcome("changed", why=why)
     return Outcome("not supported", why=f"{value} is made by the script: name a file in data.train.0.path")
-
-
-def _path(value: Any, settings: Settings) -> Outcome:
-    if value in READERS and not is_off(settings.get("data_files")):
-        return Outcome("no effect here", why="data_files names the file")
-    return Outcome("carried", {"data.train.0.path": text(value)})
 
 
 @alone
@@ -65,7 +59,7 @@ def _text_field(value: Any, settings: Settings) -> Outcome:
 LOADED_DATA: Final[Mapping[str, Rule]] = {
     "train_dataset": _dataset,
     "dataset_text_field": _text_field,
-    "path": _path,
+    "path": path_of("data.train.0"),
     "name": carried("data.train.0.name", text),
     "split": _split,
     "data_files": _files,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.hf.model import device_of, text_config
+from deltatune.packing.group import Recurrent
 from deltatune.parallel.experts import (
     DividedExperts,
     check_expert_ranks,
@@ -22,7 +23,7 @@ from deltatune.parallel.experts import (
 from deltatune.parallel.heads import check_sequence_size
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sequence import shard_sequence
-from deltatune.parallel.sharding import shard_model
+from deltatune.parallel.sharding import check_shardable, shard_model
 from deltatune.parallel.sizes import choose_sizes
 from deltatune.parallel.slice import batch_of_rank
 from deltatune.parallel.state import clip_grad_norm_, copy_parts, gathered_state
@@ -96,6 +97,7 @@ def parallelize(
     replicate: int | None = None,
     shard: int = 1,
     sequence: int = 1,
+    recurrent: Recurrent = "heads",
     expert: int = 1,
     expert_capacity: float = 1.5,
     param_dtype: torch.dtype | None = None,
@@ -105,7 +107,8 @@ def parallelize(
     ``replicate * shard`` is the number of processes. With ``shard=1`` every process keeps whole weights
     (DistributedDataParallel). With more, ``shard`` neighbours hold one copy among them (FSDP2): each decoder layer is
     gathered for its forward and its backward, and rank r of them keeps the r-th part of every weight, its gradient and
-    the optimizer's state. An optimizer is made afterwards, from ``Parallel.model.parameters()``.
+    the optimizer's state. Weights that train are taken from rank 0; frozen ones must be the same on every rank. An
+    optimizer is made afterwards, from ``Parallel.model.parameters()``.
 
     ``sequence`` neighbours read the same packs and hold a part of each (``Parallel.part``): the axis lies inside the
     others, so ``{shard: 4, sequence: 2}`` on 4 processes are 2 data ranks whose weights lie in 4 shards. Their losses
@@ -116,10 +119,12 @@ def parallelize(
         prepared: what ``prepare`` returned, on the device where it will train, adapters included.
         replicate: copies of the weights; None for as many as the processes make.
         shard: processes that hold one copy.
-        sequence: processes that hold a pack together, each an equal part of its tokens.
+        sequence: processes that hold a pack together, each an equal part of its tokens; 1 leaves a group that
+            ``shard_sequence`` has put the model into as it is.
+        recurrent: how they divide recurrent layers; see ``shard_sequence``.
         expert: processes that hold the routed experts of a mixture together, neighbours too, each as many of a layer;
-            the rest of the weights goes by the other two. Tokens travel to their experts, so the processes call the
-            model together, with batches of as many tokens.
+            the rest of the weights goes by ``replicate`` and ``shard``. Tokens travel to their experts, so the
+            processes call the model together, with batches of as many tokens.
         expert_capacity: how many times its even share of all visits of tokens to experts a process has room for. What
             is beyond would be left out, and ``Parallel.check`` raises; from ``expert`` on that cannot be.
         param_dtype: what float32 weights are gathered and computed with in, such as ``torch.bfloat16``; the decay of
@@ -138,12 +143,16 @@ def parallelize(
     if not dist.is_initialized():
         raise ValueError("several processes must have met: call torch.distributed.init_process_group() first")
     sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard, sequence=sequence)
-    check_sequence_size(text_config(prepared.model), sequence)
+    if sequence != 1:
+        check_sequence_size(text_config(prepared.model), sequence, recurrent)
     check_expert_ranks(prepared.model, expert, dist.get_world_size())
     mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=sequence, expert=expert)
     model, device = prepared.model, device_of(prepared.model)
     if sizes.shard == 1 and param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
+    if sizes.shard > 1:
+        check_shardable(model)
+    _take_from_rank_0(model)
     experts = None
     if expert != 1:
         experts = divide_experts(model, mesh, capacity=expert_capacity, dtype=param_dtype)
@@ -153,8 +162,16 @@ def parallelize(
         shard_model(model, mesh.weights_mesh(device.type), param_dtype=param_dtype, beside=apart)
     else:
         called = _replicated(model, device, apart)
-    shard_sequence(prepared, mesh.sequence_group(device.type))
+    if sequence != 1:
+        shard_sequence(prepared, mesh.sequence_group(device.type), recurrent=recurrent)
     return Parallel(called, mesh, prepared, experts)
+
+
+def _take_from_rank_0(model: nn.Module) -> None:
+    """Makes what trains the same on every rank: each may have drawn first values of adapters from a seed of its own."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            dist.broadcast(weight.detach(), src=0)
 
 
 def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> nn.Module:

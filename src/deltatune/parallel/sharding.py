@@ -16,7 +16,7 @@ from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.head_loss import with_loss_of_its_own
 from deltatune.subclass import Swapped
 
-__all__ = ["full_precision_parameters", "shard_model"]
+__all__ = ["check_shardable", "full_precision_parameters", "shard_model"]
 
 
 def shard_model(
@@ -67,6 +67,16 @@ def shard_model(
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=frees)
     if head is not None:
         with_loss_of_its_own(cast("FSDPModule", head))
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Checks that ``shard_model`` takes a model, before anything is done to it.
+
+    Raises:
+        ValueError: as by ``shard_model``.
+    """
+    _refuse(hf_model.base_model(model), hf_model.text_model(model), sharded=hf_model.is_sharded(model))
+    _refuse_mixed(model, list(gathered_units(model)), full_precision_parameters(model), frozenset())
 
 
 def full_precision_parameters(model: nn.Module) -> set[nn.Parameter]:

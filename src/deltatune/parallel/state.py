@@ -128,8 +128,7 @@ def reshard(model: nn.Module) -> None:
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scales gradients down to a norm of ``max_norm`` over all ranks and weights; returns the norm before, whole."""
-    norm = clip(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole_tensor(clip(model.parameters(), max_norm))
 
 
 SHARDS: Final = Parts()

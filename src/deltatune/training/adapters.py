@@ -18,7 +18,7 @@ from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
 from deltatune.training.layer_names import NAMED_EXPERTS, nearest_layers
-from deltatune.training.starts import begins_in_base, refuse_tied
+from deltatune.training.starts import begins_in_base, is_variant, refuse_tied
 from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
 from deltatune.training.unfrozen import freeze_others, whole_modules
 
@@ -81,13 +81,18 @@ def adapt(
         arguments["trainable_token_indices"] = token_rows(model, new_tokens, saved) or None
     if errors := list(start_errors(section)):
         raise UserError(errors[0])
-    if hf_model.text_model(model).get_input_embeddings().weight.is_meta:
-        # shapes do not depend on it, and weights that are not there cannot be taken apart
+    # weights that are not there cannot be taken apart; shapes do not depend on it, but what trains may
+    empty = hf_model.text_model(model).get_input_embeddings().weight.is_meta
+    variant = is_variant(section.init_lora_weights)
+    if empty and not variant:
         arguments["init_lora_weights"] = True
     try:
         config = peft.LoraConfig(revision=revision, **_base(model), **arguments)
         adapted: nn.Module = peft.get_peft_model(
-            model, config, autocast_adapter_dtype=section.adapter_dtype == "float32"
+            model,
+            config,
+            autocast_adapter_dtype=section.adapter_dtype == "float32",
+            low_cpu_mem_usage=empty and variant,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error

@@ -18,10 +18,15 @@ from torch import Tensor, nn
 
 from deltatune.hf import model as hf_model
 
-__all__ = ["add_tensors", "not_loaded", "other_dtypes", "weight_files"]
+__all__ = ["add_tensors", "has_weight_files", "not_loaded", "other_dtypes", "weight_files"]
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Whether a checkpoint is one of safetensors, whatever they hold."""
+    return any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from deltatune.compile.memory import device_memory
 from deltatune.config.rules import sharding_errors
 from deltatune.config.schema import Recipe
 from deltatune.data.report import counted
-from deltatune.errors import UserError
+from deltatune.errors import UserError, one_line
 from deltatune.parallel.experts import check_expert_ranks, check_expert_size, divide_experts, expert_sizes
 from deltatune.parallel.filling import fill
 from deltatune.parallel.heads import check_sequence_size, sequence_sizes
@@ -51,8 +51,11 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
     available = device_memory(arguments.device) * _ROOM
     checkpointing = "layer" if recipe.checkpointing == "auto" else recipe.checkpointing
     prepared: list[object] = []
+    errors = list(sharding_errors(recipe))
 
     def fits(shard: int, sequence: int) -> bool:
+        if shard > 1 and errors:
+            return False
         if not prepared:
             prepared.append(prepare_by_recipe(recipe, model, device=arguments.device))
         return estimate_step(recipe, model, checkpointing, shard=shard, sequence=sequence).total <= available
@@ -69,8 +72,7 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
     except ValueError as error:
         start = "" if count > 1 else "; start several with torchrun --nproc-per-node N -m deltatune train RECIPE"
         raise UserError(f"parallel.{error}{start}") from error
-    errors = list(sharding_errors(recipe)) if sizes.shard > 1 else []
-    if errors:
+    if sizes.shard > 1 and errors:
         raise UserError(f"parallel.shard: {sizes.shard} ({sizes.reason}): {'; also: '.join(errors)}")
     return sizes._replace(expert=split.ranks)
 
@@ -113,7 +115,7 @@ def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def _sequences(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
-    """What ``auto`` may take: sizes by the model's heads that divide the tokens of a pack, with what they can act."""
+    """What ``auto`` may take: sizes by the model's heads that divide the tokens of a pack."""
     whole = recipe.packing.tokens_per_batch
     return [size for size in sequence_sizes(config) if whole % size == 0]
 
@@ -147,13 +149,16 @@ def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: 
         How its weights lie on ranks.
 
     Raises:
-        UserError: weights of several dtypes that train together.
+        UserError: weights of several dtypes that train together, or that cannot be read; on every rank.
     """
     if not mesh.holds_parts:
         return SHARDS
     parts = _divided(recipe, loaded.model, mesh, arguments)
     with phase("sharding the model" if mesh.shard_size > 1 else "dividing the experts"):
-        fill(loaded.model, loaded.pieces, arguments.device, parts)
+        try:
+            fill(loaded.model, loaded.pieces, arguments.device, parts)
+        except ValueError as error:
+            raise UserError(f"cannot load model {recipe.model.name_or_path}: {one_line(error)}") from error
         gc.collect()  # what the weights came from, on rank 0
     set_seed(arguments.seed)  # rank 0 drew the adapters, and dropout begins alike on all ranks
     return parts

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from deltatune.config.schema import Recipe
+from deltatune.errors import UserError, first_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.reading import NotInPiecesError
 from deltatune.parallel.filling import Piece, from_rank_0, tensors_of
@@ -20,9 +21,9 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.checkpoint import commit_of, describe_checkpoint, empty_model, load_checkpoint
 from deltatune.training.continuing import load_adapter
-from deltatune.training.kept import weight_files
+from deltatune.training.kept import has_weight_files
 from deltatune.training.saving import Origin
-from deltatune.training.starts import begins_in_base, first_factors
+from deltatune.training.starts import first_factors, reads_base
 from deltatune.training.unread import Unread, in_turn
 
 __all__ = ["LoadedModel", "host_lines", "load_by_recipe"]
@@ -52,12 +53,21 @@ def load_by_recipe(recipe: Recipe, config: PreTrainedConfig, mesh: Mesh) -> Load
     """Loads and adapts the model; where it will be divided, rank 0 finds its weights, and the others learn what it is.
 
     Raises:
-        UserError: weights that cannot be read or adapted.
+        UserError: weights that cannot be read or adapted; on every rank.
     """
     if not mesh.holds_parts:
         return _whole(recipe, config)
-    source = _source(recipe, config) if dist.get_rank() == 0 else None
-    about = from_rank_0(None if source is None else _about(source))
+    source: _Source | None = None
+    about: Any = None
+    if dist.get_rank() == 0:
+        try:
+            source = _source(recipe, config)
+            about = _about(source)
+        except UserError as error:
+            about = str(error)
+    about = from_rank_0(about)
+    if isinstance(about, str):
+        raise UserError(about)
     model = adapt_by_recipe(empty_model(recipe.model, config), recipe, revision=commit_of(recipe.model))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(about["dtypes"][name])
@@ -91,13 +101,13 @@ def _whole_line(model: nn.Module, why: str) -> str:
 def _why_whole(recipe: Recipe, config: PreTrainedConfig) -> str | None:
     """Why weights must all be there before the model is adapted; None where they need not, or nobody knows yet."""
     lora, folder = recipe.lora, Path(recipe.model.name_or_path).expanduser()
-    if lora is not None and begins_in_base(lora.init_lora_weights):
+    if lora is not None and reads_base(lora.init_lora_weights):
         return f"lora.init_lora_weights: {lora.init_lora_weights} takes its weights apart"
     if lora is not None and lora.use_dora:
         return "lora.use_dora takes the norms of its weights"
     if getattr(config, "quantization_config", None) is not None:
         return "it is quantised"
-    if folder.is_dir() and not weight_files(folder):
+    if folder.is_dir() and not has_weight_files(folder):
         return "its weights are no safetensors"
     return None
 
@@ -122,8 +132,12 @@ def _unread(recipe: Recipe, config: PreTrainedConfig) -> _Source:
     grows = section.added_tokens is not None or (lora is not None and lora.name_or_path is not None)
     loaded, pieces = describe_checkpoint(section, config, keep=_vocabulary if grows else lambda _: set())
     unread = Unread(loaded.model, pieces)
-    model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(section))
-    load_adapter(model, lora)
+    try:
+        model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(section))
+        load_adapter(model, lora)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # what looks at numbers finds stand-ins; what is wrong in any case is said again with the weights there
+        raise NotInPiecesError(f"it cannot be adapted before they are read ({first_line(error)})") from error
     tensors = tensors_of(model)
     unread.check(model, tensors)
     return _Source(model, Origin(section, loaded.unexpected), unread.weights(model, tensors))

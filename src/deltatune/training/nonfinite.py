@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltatune.packing.sequences import Sequences
 from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.state import whole_tensor
 from deltatune.training.batches import PackOrigins
 from deltatune.training.export import write_json
 
@@ -94,8 +95,7 @@ class FiniteWatch:
     def add_norm(self, norm: Tensor | float | None) -> None:
         """The norm of the step's gradients, where it is known."""
         if isinstance(norm, Tensor):
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
-            self._steps[-1].norm = whole.detach().float().reshape(()).clone()
+            self._steps[-1].norm = whole_tensor(norm).detach().float().reshape(()).clone()
         elif norm is not None:
             self._steps[-1].norm = torch.tensor(norm)
 

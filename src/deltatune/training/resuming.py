@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch.distributed as dist
 import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,7 +21,17 @@ from deltatune.parallel.mesh import Launched
 from deltatune.training.export import write_json
 from deltatune.training.sealed import damage_of, resume_point, size_problem_of
 
-__all__ = ["best_beside", "found_by_rank_0", "make_valid_json", "restore_settings", "state_of", "step_of"]
+__all__ = [
+    "best_beside",
+    "decided_by_rank_0",
+    "found_by_rank_0",
+    "make_valid_json",
+    "restore_settings",
+    "state_of",
+    "step_of",
+]
+
+_Answer = TypeVar("_Answer")
 
 
 def state_of(checkpoint: Path) -> TrainerState:
@@ -56,26 +67,51 @@ def found_by_rank_0(
     """``resume_point``, which reads every byte of a checkpoint, on rank 0; the others look at names and sizes.
 
     Raises:
-        UserError: as by ``resume_point``, on every rank; or a rank that does not see the same checkpoint.
+        UserError: as by ``resume_point``, or a rank that does not see the same checkpoint; on every rank.
+    """
+    checkpoint, passed_over = decided_by_rank_0(lambda: resume_point(output_dir, resume), mesh)
+    _check_seen(checkpoint, mesh)
+    return checkpoint, passed_over
+
+
+def decided_by_rank_0(decide: Callable[[], _Answer], mesh: Launched) -> _Answer:
+    """What ``decide`` answers on rank 0, on every rank; every rank calls it.
+
+    Args:
+        decide: answers plain data; it runs on rank 0 alone.
+        mesh: the processes.
+
+    Raises:
+        UserError: as by ``decide``, on every rank.
     """
     if mesh.world_size == 1:
-        return resume_point(output_dir, resume)
-    found: tuple[Path | None, list[str]] | str = (None, [])
+        return decide()
+    answer: Any = None
+    failed: str | None = None
     if mesh.process_index == 0:
         try:
-            found = resume_point(output_dir, resume)
+            answer = decide()
         except UserError as error:
-            found = str(error)
-    found = from_rank_0(found)
-    if isinstance(found, str):
-        raise UserError(found)
-    checkpoint, passed_over = found
-    if checkpoint is not None and (problem := size_problem_of(checkpoint)):
-        raise UserError(
-            f"rank {mesh.process_index} does not see {checkpoint} as rank 0 does: {problem}; every process reads it, "
-            "so put it on a disk that they share"
-        )
-    return checkpoint, passed_over
+            failed = str(error)
+    answer, failed = from_rank_0((answer, failed))
+    if failed is not None:
+        raise UserError(failed)
+    return cast("_Answer", answer)
+
+
+def _check_seen(checkpoint: Path | None, mesh: Launched) -> None:
+    """Refuses, on every rank, a checkpoint whose files are not of their sizes on all of them."""
+    if checkpoint is None or mesh.world_size == 1:
+        return
+    problems: list[str | None] = [None] * mesh.world_size
+    # rank 0 has read it
+    dist.all_gather_object(problems, size_problem_of(checkpoint) if mesh.process_index else None)
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise UserError(
+                f"rank {rank} does not see {checkpoint} as rank 0 does: {problem}; every process reads it, so put it "
+                "on a disk that they share"
+            )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -83,18 +119,28 @@ def step_of(checkpoint: Path) -> int:
     return int(state_of(checkpoint).global_step)
 
 
-def best_beside(checkpoint: Path) -> str | None:
+def best_beside(checkpoint: Path, mesh: Launched) -> str | None:
     """The best checkpoint that a checkpoint's state names: beside it, or else where the state says.
 
-    None if it is gone, or damaged: the Trainer would end with the last weights and call them the best.
+    None if it is gone, or damaged: the Trainer would end with the last weights and call them the best. Rank 0 reads
+    every byte of it, the others look at names and sizes; every rank calls this.
 
     The state holds the path as it was written then: the folder may have moved, or go by another path now.
+
+    Raises:
+        UserError: a state that cannot be read, or a rank that does not see the same checkpoint; on every rank.
     """
+    best = decided_by_rank_0(lambda: _best_beside(checkpoint), mesh)
+    _check_seen(best, mesh)
+    return None if best is None else str(best)
+
+
+def _best_beside(checkpoint: Path) -> Path | None:
     named = state_of(checkpoint).best_model_checkpoint
     if named is None:
         return None
     places = (checkpoint.parent / Path(named).name, Path(named))
-    return next((str(place) for place in places if damage_of(place) is None), None)
+    return next((place for place in places if damage_of(place) is None), None)
 
 
 def restore_settings(optimizer: Optimizer, scheduler: Any, given: Sequence[Mapping[str, Any]]) -> None:

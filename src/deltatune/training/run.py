@@ -367,6 +367,6 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

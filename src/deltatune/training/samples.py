@@ -147,7 +147,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
 
 

@@ -29,7 +29,7 @@ from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.metrics import Meter
 from deltatune.training.optimizer_state import load_optimizer, save_parts
 from deltatune.training.reloading import reload_weights
-from deltatune.training.resuming import best_beside, make_valid_json, restore_settings, state_of
+from deltatune.training.resuming import best_beside, decided_by_rank_0, make_valid_json, restore_settings, state_of
 from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, ORDER, commit, next_place, rotate, seal, staged_checkpoint
 from deltatune.training.sharded_files import save_weights
@@ -251,7 +251,8 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         stopping = self.early_stopping
         if stopping is not None:
             stopping.restore(state)
-        if state.global_step < steps and (stopping is None or not stopping.stops):
+        ended = state.global_step >= steps or (stopping is not None and stopping.stops)
+        if not decided_by_rank_0(lambda: ended, self.args):
             return False
         self.state = state
         self._find_best(checkpoint)
@@ -265,7 +266,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
 
     def _find_best(self, checkpoint: Path) -> None:
         """Puts right what the state of a checkpoint says of the best one."""
-        self.state.best_model_checkpoint = None if self._forgets_best else best_beside(checkpoint)
+        self.state.best_model_checkpoint = None if self._forgets_best else best_beside(checkpoint, self.args)
         if self._forgets_best:
             self.state.best_metric = self.state.best_global_step = None
 

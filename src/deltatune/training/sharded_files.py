@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deltatune.errors import first_line
 from deltatune.hf.writing import FILE_SIZE, SavedWeights
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.state import SHARDS, Parts, gathered_state, reshard
@@ -39,8 +40,9 @@ def save_weights(
         described = {name: torch.empty(parts.shape(t), dtype=t.dtype, device="meta") for name, t in state.items()}
         try:
             plan = SavedWeights.of(model, described, max_shard_size)
-        except ValueError as error:
-            said.append(f"rank 0 has gathered the whole model in host memory to save it: {error}")
+        except (RuntimeError, TypeError, ValueError) as error:  # such as a conversion that looks at numbers
+            why = first_line(error)
+            said.append(f"rank 0 has gathered the whole model in host memory to save it: {why}")
     order = from_rank_0(None if plan is None else [name for group in plan.groups for name in group])
     if order is None:
         whole = gathered_state(model, parts=parts)

@@ -10,6 +10,7 @@ or on another machine, and servers never do.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ from deltatune.hf import model as hf_model
 from deltatune.parallel.state import SHARDS, Parts, part_of, reshard
 from deltatune.training.adapter_parts import set_adapter
 
-__all__ = ["begins_in_base", "first_factors", "load_plain", "make_plain", "refuse_tied"]
+__all__ = ["begins_in_base", "first_factors", "is_variant", "load_plain", "make_plain", "reads_base", "refuse_tied"]
 
 _ADAPTER: Final = "default"
 _WEIGHTS: Final = "adapter_model.safetensors"
@@ -38,6 +39,17 @@ _CONFIG: Final = "adapter_config.json"
 def begins_in_base(init: object) -> bool:
     """Whether an initialisation takes a part of the base weights into the adapter."""
     return isinstance(init, str) and (init.lower() == "olora" or init.startswith("pissa"))
+
+
+def reads_base(init: object) -> bool:
+    """Whether an initialisation is computed of the base weights' numbers, which must be there when it is."""
+    return begins_in_base(init) or (isinstance(init, str) and init.lower() == "mica")
+
+
+def is_variant(init: object) -> bool:
+    """Whether an initialisation also says how an adapter trains: which of its factors stay as they begin, say."""
+    (start,) = (field for field in dataclasses.fields(LoraConfig) if field.name == "init_lora_weights")
+    return init in start.metadata.get("lora_variants", ())
 
 
 def first_factors(model: nn.Module) -> dict[str, Tensor] | None:

@@ -1,0 +1,49 @@
+"""The sizes that ``auto`` takes for a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_cases import make_recipe, save_checkpoint
+
+from deltatune.errors import UserError
+from deltatune.training import layout
+from deltatune.training.arguments import training_arguments
+from deltatune.training.checkpoint import empty_model
+from deltatune.training.planned import estimate_step, prepare_by_recipe
+
+
+@pytest.mark.parametrize(
+    ("optim", "sizes", "expected"), [("adamw_torch", {}, (2, 1)), ("muon", {}, (1, 2)), ("muon", {"sequence": 1}, None)]
+)
+def test_shards_are_no_choice_where_they_cannot_act(
+    tmp_path: Path, monkeypatch: Any, optim: str, sizes: dict[str, int], expected: tuple[int, int] | None
+) -> None:
+    """Two processes for a step that fits with two shards, or with packs in two parts, but not whole."""
+    recipe = make_recipe(
+        tmp_path,
+        save_checkpoint(tmp_path / "checkpoint"),
+        lora=None,
+        packing={"tokens_per_batch": 2048},
+        training={"optim": optim},
+        parallel=sizes,
+        checkpointing="layer",
+    )
+    arguments = training_arguments(recipe.training)
+    prepared = empty_model(recipe.model)
+    prepare_by_recipe(recipe, prepared, device=arguments.device)
+    total = {
+        pair: estimate_step(recipe, prepared, "layer", shard=pair[0], sequence=pair[1]).total
+        for pair in ((1, 1), (2, 1), (1, 2))
+    }
+    room = max(total[2, 1], total[1, 2])
+    assert room < total[1, 1]
+    monkeypatch.setattr(layout, "device_memory", lambda _: (room + total[1, 1]) / 2 / layout._ROOM)
+    if expected is None:
+        with pytest.raises(UserError, match="muon"):
+            layout.sizes_of(recipe, empty_model(recipe.model), arguments, 2)
+    else:
+        found = layout.sizes_of(recipe, empty_model(recipe.model), arguments, 2)
+        assert (found.shard, found.sequence) == expected
