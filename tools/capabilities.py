@@ -223,7 +223,8 @@ def _asked(need: Need, axes: Sequence[Axis], *, in_recipes: bool) -> str | None:
         # what would be refused is so before anything is computed
         model(input_ids=torch.zeros(1, 8, dtype=torch.long), pixel_values=torch.zeros(4, 16),
               sequences=Sequences.from_lengths([8 * _SIZE]))  # fmt: skip
-    return _unfused(recipe, model) or "; ".join(host_lines(recipe, model, sizes.get("shard", 1))) or None
+    divided = max(sizes.get("shard", 1), sizes.get("expert", 1)) > 1
+    return _unfused(recipe, model) or "; ".join(host_lines(recipe, model) if divided else []) or None
 
 
 def _divide(prepared: Prepared, sizes: Mapping[str, int], *, states: bool) -> None:

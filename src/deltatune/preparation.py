@@ -12,6 +12,7 @@ from torch import nn
 from deltatune.compile.auto import decide_for
 from deltatune.compile.graphs import CompileReport, graphs_of
 from deltatune.compile.tuners import check_tuners
+from deltatune.cost import WHOLE, ExpertSplit
 from deltatune.hf import attention_interface, capture, peft
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import has_divided_experts
@@ -72,6 +73,7 @@ class Prepared:
         device: torch.device | None = None,
         shard: int = 1,
         sequence: int = 1,
+        experts: ExpertSplit = WHOLE,
     ) -> CheckpointingChoice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
 
@@ -84,10 +86,11 @@ class Prepared:
                 nothing runs. None decides from the graphs of the layers, where the model is.
             shard: ranks among which the weights will be divided.
             sequence: ranks that will hold a pack together.
+            experts: how the routed experts will be divided.
         """
         if self._state.facts.auto is None:
             return None
-        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype, shard, sequence)
+        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype, shard, sequence, experts)
         decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
 

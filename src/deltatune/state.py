@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
+from deltatune.cost import WHOLE, ExpertSplit
 from deltatune.options import Options
 from deltatune.packing.group import SequenceGroup
 
@@ -49,6 +50,7 @@ class AutoCheckpointing:
     compute_dtype: torch.dtype | None = None  # of activations under autocast; None for the weights' own
     shard: int = 1  # ranks among which the weights are divided
     sequence: int = 1  # ranks that hold a pack together
+    experts: ExpertSplit = WHOLE  # how the routed experts are divided
     tokens: int = 0  # of the batch it was decided for; a larger one is decided for again
     choice: CheckpointingChoice | None = None  # None before the first training forward
 

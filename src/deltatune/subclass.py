@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from deltatune.cost import Cost
+from deltatune.cost import Cost, ExpertSplit
 from deltatune.ops import Spec
 from deltatune.state import State
 
@@ -64,6 +64,11 @@ class Swapped(nn.Module):
         """Elements for each token that a rank sends and gets where ``size`` ranks hold a pack together."""
         del size
         return 0.0
+
+    def dispatched(self, split: ExpertSplit) -> tuple[float, float]:
+        """Elements for each token beyond ``cost`` where experts are divided: what other ranks send, and more kept."""
+        del split
+        return 0.0, 0.0
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass lives in no module, so pickle and deepcopy rebuild it from its parts; a __deepcopy__ here would

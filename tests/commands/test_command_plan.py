@@ -7,7 +7,11 @@ import torch
 
 from deltatune.cli import main
 from deltatune.commands import planning
+from deltatune.config.load import load_recipe
+from deltatune.errors import UserError
+from deltatune.training import run as run_module
 from deltatune.training import space
+from deltatune.training.run import train
 
 
 def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
@@ -186,6 +190,67 @@ def test_plan_names_the_ranks_among_which_the_heads_divide(capsys, write_recipe)
     error = capsys.readouterr().err
     assert "parallel.sequence=16 does not divide" in error
     assert "set sequence to one of 1, 2" in error
+
+
+def test_plan_counts_the_memory_of_the_experts_of_one_process(capsys, write_recipe, mixture) -> None:
+    recipe = str(write_recipe(model={"name_or_path": str(mixture)}, lora=None))
+
+    def plan(*settings: str) -> str:
+        assert main(["plan", recipe, *(word for setting in settings for word in ("--set", setting))]) == 0
+        return capsys.readouterr().out
+
+    def estimated(page: str, what: str) -> float:
+        (line,) = (line for line in page.splitlines() if line.startswith(what))
+        _, size, unit = line.split()
+        return float(size) * {"KiB": 1, "MiB": 2**10}[unit]
+
+    alone, half = plan(), plan("parallel.expert=2")
+    assert "parallel: replicate 2, shard 1 (" in half
+    room = "with room for 1.5 times an even share of visits"
+    assert f"parallel: expert 2: a process holds 1/2 of the experts, {room}\n" in half
+    assert "of 2 packs" in half
+    for what, copies in {"weights": 1, "gradients": 1, "optimizer": 2}.items():
+        saved = copies * 18_432 / 2 * 4 / 2**10
+        assert estimated(alone, what) - estimated(half, what) == pytest.approx(saved, abs=0.2)
+    # rows received, and half as many visits again
+    assert estimated(half, "activations") > estimated(alone, "activations")
+    assert estimated(plan("parallel.expert=2", "parallel.expert_capacity=2"), "activations") > estimated(
+        half, "activations"
+    )
+    assert "parallel: replicate 2, shard 2 (as the recipe says)" in plan(
+        "parallel.expert=4", "parallel.shard=2", "parallel.replicate=2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["expert=3"], "parallel.expert=3 does not divide 4 experts; set expert to one of 1, 2, 4"),
+        (["expert=2", "replicate=3", "shard=1"], "parallel.replicate: 3 times shard: 1 is 3, and 6 processes run"),
+        (["expert=2", "sequence=2"], "parallel.expert: 2 and parallel.sequence: 2 do not go together"),
+    ],
+)
+def test_plan_names_the_processes_among_which_experts_divide(capsys, write_recipe, mixture, settings, message) -> None:
+    recipe = str(write_recipe(model={"name_or_path": str(mixture)}, lora=None))
+    assert main(["plan", recipe, *(word for setting in settings for word in ("--set", f"parallel.{setting}"))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_experts_are_checked_before_processes_meet(write_recipe, mixture, checkpoint, monkeypatch) -> None:
+    def met() -> None:
+        raise AssertionError("a process group was made")
+
+    monkeypatch.setattr(run_module, "own_process_group", met)
+    for model, ranks, message in (
+        (mixture, 3, "parallel.expert=2 does not divide 3 processes; set expert to one of 1"),
+        (mixture, 1, "does not divide 1 processes; set expert to one of 1; start several with deltatune train"),
+        (checkpoint, 2, "parallel.expert=2: it has no experts; leave expert out"),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        with pytest.raises(UserError, match=re.escape(message)):
+            train(
+                load_recipe(write_recipe(model={"name_or_path": str(model)}, lora=None, parallel={"expert": 2})).recipe
+            )
 
 
 def test_plan_refuses_what_a_launcher_says(capsys, write_recipe, monkeypatch) -> None:

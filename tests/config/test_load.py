@@ -38,7 +38,8 @@ BAD = {
     MINIMAL + "trainin: {}\n": "recipe.yaml:5: trainin: unknown key (did you mean training?)",
     MINIMAL
     + "packing:\n  token_per_batch: 5\n": "6: packing.token_per_batch: unknown key (did you mean tokens_per_batch?)",
-    MINIMAL + "parallel: {expert: 2}\n": "recipe.yaml:5: parallel.expert: recipes do not divide experts, since",
+    MINIMAL
+    + "parallel: {expert_capacity: 0.5}\n": "5: parallel.expert_capacity: expected a number of at least 1.0, got 0.5",
     MINIMAL + "lora: {target_module: [q_proj]}\n": "lora.target_module: unknown key (did you mean target_modules?)",
     "model: {name_or_path: m}\ndata: {train: [{pth: a}]}\n": "data.train.0.path is missing",
     "model: {name_or_path: m}\n": "data is missing",

@@ -127,6 +127,16 @@ ERRORS = {
         "cannot act here; use parallel.shard",
         "parallel: {shard: auto}",
     ),
+    "experts_and_packs_are_not_divided_together": (
+        "parallel: {expert: 2, sequence: 2}",
+        "parallel.expert: 2 and parallel.sequence: 2 do not go together; leave one of them out",
+        "parallel: {expert: 2, sequence: auto}",
+    ),
+    "experts_are_stepped_element_by_element": (
+        "{parallel: {expert: 2}, training: {optim: muon}}",
+        "parallel.expert: 2: training.optim: muon needs whole matrices",
+        "{parallel: {expert: auto}, training: {optim: muon}}",
+    ),
     "shards_are_stepped_element_by_element": (
         "{parallel: {shard: 2}, training: {optim: muon}}",
         "parallel.shard: 2: training.optim: muon needs whole matrices",

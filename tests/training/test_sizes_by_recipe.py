@@ -16,8 +16,7 @@ from deltatune.training.planned import estimate_step, prepare_by_recipe
 
 
 @pytest.mark.parametrize(
-    ("optim", "sizes", "expected"),
-    [("adamw_torch", {}, (2, 1)), ("muon", {}, (1, 2)), ("muon", {"sequence": 1}, None)],
+    ("optim", "sizes", "expected"), [("adamw_torch", {}, (2, 1)), ("muon", {}, (1, 2)), ("muon", {"sequence": 1}, None)]
 )
 def test_shards_are_no_choice_where_they_cannot_act(
     tmp_path: Path, monkeypatch: Any, optim: str, sizes: dict[str, int], expected: tuple[int, int] | None

@@ -72,7 +72,7 @@ def show(
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
-    lines += [*sizes_lines(sizes), *host_lines(recipe, model, sizes.shard)]
+    lines += [*sizes_lines(recipe, sizes), *(host_lines(recipe, model) if max(sizes.shard, sizes.expert) > 1 else [])]
     lines += [
         "",
         *data.lines(),
@@ -122,7 +122,8 @@ def _processes(recipe: Recipe, arguments: TrainingArguments) -> int:
         return int(arguments.world_size)
     given = recipe.parallel
     holding = math.prod(size for size in (given.replicate, given.shard) if size != "auto")
-    return math.lcm(holding, 1 if given.sequence == "auto" else given.sequence)
+    others = (1 if size == "auto" else size for size in (given.sequence, given.expert))
+    return math.lcm(holding, *others)
 
 
 def _prepared(recipe: Recipe, model: nn.Module, device: torch.device, sizes: Sizes) -> tuple[Prepared, list[str]]:

@@ -100,6 +100,7 @@ def _from_shapes(model: Any, auto: AutoCheckpointing, tokens: int) -> dict[Setti
             compute_dtype=auto.compute_dtype,
             shard=auto.shard,
             sequence=auto.sequence,
+            experts=auto.experts,
         ).total
         for setting in candidate_settings(compiled=model._deltatune.options.compile is not None)
     }

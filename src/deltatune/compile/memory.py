@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from deltatune.compile.trace import LayerMemory
-from deltatune.cost import Cost
+from deltatune.cost import WHOLE, Cost, ExpertSplit
 from deltatune.hf import model as hf_model
+from deltatune.hf.experts import routed_parameters
 from deltatune.hf.units import gathered_units
 from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
@@ -93,6 +95,7 @@ def estimate_memory(
     in_flight_bytes: int | None = None,
     shard: int = 1,
     sequence: int = 1,
+    experts: ExpertSplit = WHOLE,
 ) -> MemoryEstimate:
     """Memory of a training step, from a model with its adapters, on any device, ``meta`` included.
 
@@ -115,6 +118,9 @@ def estimate_memory(
 
     With ``sequence`` T is a rank's part of the pack, and what layers exchange is kept at every setting.
 
+    With ``experts`` a rank keeps its part of the experts, of their gradients and state, in no shards; tokens that it
+    gets are kept at every setting, and its experts are given as many visits as they have room for.
+
     Args:
         model: the prepared model that will train.
         tokens_per_batch: T, of one rank.
@@ -124,15 +130,24 @@ def estimate_memory(
         in_flight_bytes: the most that offloading has on its way; None without offloading.
         shard: ranks among which the weights will be divided, or are.
         sequence: ranks that will hold a pack together, or do.
+        experts: how experts, whole in this model, will be divided.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights, gradients = (0, 0) if shard == 1 else _gathered_bytes(model, width_bytes)
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    routed = set() if experts.ranks == 1 else routed_parameters(model)
+    weights, gradients = (0, 0) if shard == 1 else _gathered_bytes(model, width_bytes, routed)
+
+    def ranks(tensor: torch.Tensor) -> int:
+        return experts.ranks if tensor in routed else shard
+
     return MemoryEstimate(
-        weights=weights + sum(_share(tensor, shard) for tensor in (*model.parameters(), *model.buffers())),
-        gradients=gradients + sum(_share(parameter, shard) for parameter in trained),
-        optimizer=sum(optimizer_bytes(parameter, optimizer) for parameter in trained) // shard,
-        activations=_activation_bytes(model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes, sequence),
+        weights=weights + sum(_share(tensor, ranks(tensor)) for tensor in (*model.parameters(), *model.buffers())),
+        gradients=gradients + sum(_share(parameter, ranks(parameter)) for parameter in trained),
+        optimizer=_state_bytes(trained - routed, optimizer) // shard
+        + _state_bytes(trained & routed, optimizer) // experts.ranks,
+        activations=_activation_bytes(
+            model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes, sequence, experts
+        ),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
 
@@ -171,6 +186,10 @@ def estimate_traced_memory(
         if not accumulates:
             done += sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
     return max(stages, key=lambda stage: stage.total)
+
+
+def _state_bytes(parameters: Iterable[nn.Parameter], optimizer: str) -> int:
+    return sum(optimizer_bytes(parameter, optimizer) for parameter in parameters)
 
 
 def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
@@ -238,9 +257,15 @@ def offloaded_bytes(
 
 
 def _activation_bytes(
-    model: nn.Module, tokens: int, width_bytes: int, checkpointing: str | float, in_flight: int | None, sequence: int
+    model: nn.Module,
+    tokens: int,
+    width_bytes: int,
+    checkpointing: str | float,
+    in_flight: int | None,
+    sequence: int,
+    experts: ExpertSplit,
 ) -> int:
-    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing, sequence)
+    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing, sequence, experts)
     held = tokens * sum(kept)
     if in_flight is not None:
         held = min(held, tokens * max(kept, default=0) + in_flight)
@@ -250,7 +275,7 @@ def _activation_bytes(
 
 
 def _kept_and_recomputed(
-    model: nn.Module, width_bytes: int, checkpointing: str | float, sequence: int
+    model: nn.Module, width_bytes: int, checkpointing: str | float, sequence: int, experts: ExpertSplit = WHOLE
 ) -> tuple[list[float], list[float]]:
     """For each layer the bytes of a token that it keeps, and that it computes again."""
     text = hf_model.text_config(model)
@@ -258,10 +283,16 @@ def _kept_and_recomputed(
     share = {"none": 1.0, "layer": 0.0}.get(checkpointing) if isinstance(checkpointing, str) else float(checkpointing)
     assert share is not None, f"resolve checkpointing={checkpointing!r} first"
     layers = hf_model.text_model(model).layers
-    always = [boundary + _exchanged(layer, sequence) * width_bytes for layer in layers]
-    beyond = [
-        max(_layer_bytes(layer, text, width_bytes) - size, 0.0) for layer, size in zip(layers, always, strict=True)
+    sent = [_dispatched(layer, experts) for layer in layers]
+    always = [
+        boundary + (_exchanged(layer, sequence) + got) * width_bytes
+        for layer, (got, _) in zip(layers, sent, strict=True)
     ]
+    whole = [
+        _layer_bytes(layer, text, width_bytes) + (got + more) * width_bytes
+        for layer, (got, more) in zip(layers, sent, strict=True)
+    ]
+    beyond = [max(size - kept, 0.0) for size, kept in zip(whole, always, strict=True)]
     kept = [size + share * more for size, more in zip(always, beyond, strict=True)]
     return kept, [(1 - share) * more for more in beyond]
 
@@ -271,6 +302,15 @@ def _exchanged(layer: nn.Module, sequence: int) -> float:
     if sequence == 1:
         return 0.0
     return sum(module.exchanged(sequence) for module in layer.modules() if isinstance(module, Swapped))
+
+
+def _dispatched(layer: nn.Module, experts: ExpertSplit) -> tuple[float, float]:
+    """Elements for each token that come from other ranks for their experts here, and that more visits keep."""
+    found = [(0.0, 0.0)]
+    if experts.ranks > 1:
+        found += [module.dispatched(experts) for module in layer.modules() if isinstance(module, Swapped)]
+    received, more = (sum(values) for values in zip(*found, strict=True))
+    return received, more
 
 
 def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
@@ -317,14 +357,16 @@ def _loss_bytes(model: nn.Module, tokens: int, width_bytes: int) -> int:
     return int(entry * rows * vocabulary + gradient)
 
 
-def _gathered_bytes(model: nn.Module, width_bytes: int) -> tuple[int, int]:
+def _gathered_bytes(
+    model: nn.Module, width_bytes: int, beside: AbstractSet[nn.Parameter] = frozenset()
+) -> tuple[int, int]:
     """Whole weights and whole gradients that are there at once, in the dtype that sharded layers compute in."""
 
     def size(weights: Iterable[nn.Parameter], *, trained: bool) -> int:
         return sum(w.numel() * min(w.dtype.itemsize, width_bytes) for w in weights if w.requires_grad or not trained)
 
-    units = [set(unit.parameters()) for unit in gathered_units(model)]
-    rest = set(model.parameters()).difference(*units)
+    units = [set(unit.parameters()) - beside for unit in gathered_units(model)]
+    rest = set(model.parameters()).difference(beside, *units)
     weights = size(rest, trained=False) + 2 * max((size(unit, trained=False) for unit in units), default=0)
     return weights, size(rest, trained=True) + max((size(unit, trained=True) for unit in units), default=0)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from deltatune.config.refused import NOT_IN_RECIPES, PASSED_TRAINING_NAMES
+from deltatune.config.refused import PASSED_TRAINING_NAMES
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import KeyPath
 from deltatune.errors import nearest
@@ -76,8 +76,6 @@ def _finding(path: KeyPath, findings: list[ErrorDetails]) -> str:
     if first["type"] == "missing":
         return f"{dotted(path)} is missing"
     if first["type"] == "extra_forbidden":
-        if path in NOT_IN_RECIPES:
-            return f"{dotted(path)}: {NOT_IN_RECIPES[path]}"
         keys = known_keys(path[:-1])
         close = nearest(str(path[-1]), keys) or _in_a_section(path)
         return f"{dotted(path)}: unknown key{close}; expected one of {', '.join(keys)}"

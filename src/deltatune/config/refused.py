@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["MOVED_TRAINING_NAMES", "NOT_IN_RECIPES", "PASSED_TRAINING_NAMES", "REFUSED_TRAINING_NAMES", "refusal"]
+__all__ = ["MOVED_TRAINING_NAMES", "PASSED_TRAINING_NAMES", "REFUSED_TRAINING_NAMES", "refusal"]
 
 _PASSED: Final = """
 accelerator_config dataloader_drop_last dataloader_persistent_workers dataloader_prefetch_factor ddp_backend
@@ -96,17 +96,6 @@ REFUSED_TRAINING_NAMES: Final[Mapping[str, tuple[object, str]]] = MappingProxyTy
 
 MOVED_TRAINING_NAMES: Final = frozenset(name for names in _MOVED.values() for name in names.split())
 """Those of them that have another home, which the remedy names."""
-
-
-_EXPERTS: Final = (
-    "recipes do not divide experts, since checkpoints hold an optimizer's state for whole ones; a training loop of "
-    "your own does, with deltatune.parallelize(prepared, expert=...), see docs/parallelism.md"
-)
-
-NOT_IN_RECIPES: Final[Mapping[tuple[str | int, ...], str]] = MappingProxyType(
-    {("parallel", "expert"): _EXPERTS, ("parallel", "expert_capacity"): _EXPERTS}
-)
-"""Keys that no section has, by their place in a recipe -> where to find what they stand for."""
 
 
 def refusal(name: str, value: object) -> str | None:

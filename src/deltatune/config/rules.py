@@ -202,7 +202,7 @@ def start_errors(lora: LoraSection) -> Iterator[str]:
 
 
 def sharding_errors(recipe: Recipe) -> Iterator[str]:
-    """What a recipe asks for that cannot act on sharded weights, one line each."""
+    """What a recipe asks for that cannot act on weights of which each rank holds a part, one line each."""
     training = recipe.training
     if training.optim not in SHARDED_OPTIMIZERS:
         yield (
@@ -217,6 +217,15 @@ def sharding_errors(recipe: Recipe) -> Iterator[str]:
         yield "samples are completed by one process, which has no whole weights; leave the section out"
     if recipe.compile is not None and recipe.compile.scope == "model":
         yield "compile.scope: model puts all layers into one graph, and weights are gathered between layers; use layer"
+
+
+def _expert_errors(recipe: Recipe) -> Iterator[str]:
+    ranks, sequence = recipe.parallel.expert, recipe.parallel.sequence
+    if ranks in (1, "auto"):
+        return
+    if sequence not in (1, "auto"):
+        yield f"parallel.expert: {ranks} and parallel.sequence: {sequence} do not go together; leave one of them out"
+    yield from (f"parallel.expert: {ranks}: {error}" for error in sharding_errors(recipe))
 
 
 def _shard_errors(recipe: Recipe) -> Iterator[str]:
@@ -278,6 +287,7 @@ _ERRORS = (
     *DATA_ERRORS,
     _shard_errors,
     _sequence_errors,
+    _expert_errors,
 )
 
 

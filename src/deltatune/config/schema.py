@@ -304,6 +304,15 @@ class ParallelSection(Section):
     read packs of their own. It is the innermost axis: `{shard: 4, sequence: 2}` on 4 processes are 2 data ranks. `auto`
     is 1, unless a step is estimated to fit the device with no number of shards."""
 
+    expert: Literal["auto"] | Count = 1
+    """Processes that hold the routed experts of every layer together, each as many; tokens travel to their experts, and
+    all other weights go by `replicate` and `shard`. It divides the experts of a layer and the number of processes, and
+    goes with no `sequence`. `auto` is 1."""
+
+    expert_capacity: Annotated[float, Strict(), Field(ge=1)] = 1.5
+    """How many times its even share of all visits of tokens to experts a process has room for, where `expert` is above
+    1. A run that needs more stops with an error at the next log line or save; from `expert` on that cannot be."""
+
     timeout_s: Annotated[int, Strict(), Field(ge=10)] = 60
     """Seconds without a sign of life after which a process is lost and all others end. A process that trains, compiles,
     tokenises or saves gives one every second; one that is stopped, or whose machine is gone, gives none."""

@@ -19,6 +19,7 @@ __all__ = [
     "experts_per_token",
     "has_divided_experts",
     "other_experts",
+    "routed_parameters",
 ]
 
 #: The attribute of experts whose weights are those of a part of them, the others lying on other ranks.
@@ -93,6 +94,23 @@ def other_experts(text_model: nn.Module) -> dict[str, int]:
         stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
         if stacked and not isinstance(module, nn.modules.conv._ConvNd) and experts_layout(module) is None:
             found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
+    return found
+
+
+def routed_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Weights and biases of routed experts, and the factors of their adapters."""
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        inside: Any = module
+        while hasattr(inside, "parameter_name"):  # of PEFT's wrappers around a Parameter
+            inside = inside.base_layer
+        if experts_layout(inside) is None:
+            continue
+        if inside is module:
+            found |= {*module.parameters(recurse=False)}
+        else:
+            wrapper: Any = module
+            found |= {*wrapper.lora_A.parameters(), *wrapper.lora_B.parameters()}
     return found
 
 

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from deltatune.hf.experts import has_divided_experts
 
-__all__ = ["base_model", "compute_dtype", "device_of", "head_of", "in_mode", "is_sharded", "text_config", "text_model"]
+__all__ = [
+    "base_model",
+    "compute_dtype",
+    "device_of",
+    "has_shards",
+    "head_of",
+    "in_mode",
+    "is_sharded",
+    "text_config",
+    "text_model",
+]
 
 #: What activations can be computed in; quantised weights are stored in something else.
 _COMPUTED_IN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -91,13 +101,16 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 def is_sharded(part: nn.Module | Tensor) -> bool:
     """Whether FSDP (1 or 2), tensor or expert parallelism holds parts of a tensor, or of anything in a module."""
+    return has_shards(part) or (isinstance(part, nn.Module) and has_divided_experts(part))
+
+
+def has_shards(part: nn.Module | Tensor) -> bool:
+    """Whether FSDP (1 or 2) or tensor parallelism does."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
     if isinstance(part, Tensor):
         return isinstance(part, DTensor)
-    if has_divided_experts(part):
-        return True
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in part.modules()) or any(
         isinstance(parameter, DTensor) for parameter in part.parameters()
     )

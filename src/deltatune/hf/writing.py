@@ -70,7 +70,9 @@ class SavedWeights:
         )
         index = None
         if split.is_sharded:
-            metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+            own = {name for name, _ in model.named_parameters()}  # those that are tied once
+            total = sum(tensor.numel() for name, tensor in described.items() if name in own)
+            metadata = {"total_parameters": total, **split.metadata}
             index = json.dumps({"metadata": metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True)
         files = {file: {name: whole[name] for name in names} for file, names in split.filename_to_tensors.items()}
         return cls(groups, model, files, index)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltatune import ops
-from deltatune.cost import Cost
+from deltatune.cost import Cost, ExpertSplit
 from deltatune.hf.cached import in_stock_path, reached
 from deltatune.hf.experts import ExpertsLayout, experts_layout, experts_per_token
 from deltatune.layers.dispatch import ExpertPart, mix_on_ranks
@@ -121,9 +121,21 @@ class Experts(Swapped):
     def cost(self, tokens: int, squares: int) -> Cost:
         """Kept of each expert that a token visits: rows before the gate, and what the gate and the weight leave."""
         del squares
+        return Cost(kept=float(tokens * self._per_token() * self._kept_of_visit()))
+
+    def dispatched(self, split: ExpertSplit) -> tuple[float, float]:
+        """Received are ``P C`` tokens, a rank's experts take R visits where one process has ``t k``: ``ExpertPart``."""
+        up, _, transposed = _weights(self)
+        per_token, held = self._per_token(), up.shape[0] // split.ranks
+        received = split.ranks * min(1.0, split.capacity * per_token / split.ranks)
+        visits = min(split.capacity * per_token, received * min(per_token, held))
+        width = up.shape[1] if transposed else up.shape[2]
+        return received * width, (visits - per_token) * self._kept_of_visit()
+
+    def _kept_of_visit(self) -> int:
         up, down, transposed = _weights(self)
         before, behind = (up.shape[2], down.shape[1]) if transposed else (up.shape[1], down.shape[2])
-        return Cost(kept=float(tokens * self._per_token() * (before + 3 * behind)))
+        return int(before + 3 * behind)
 
     def _per_token(self) -> int:
         return experts_per_token(self.config, self.down_proj.shape[0])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from deltatune.errors import UserError
@@ -24,10 +25,17 @@ from deltatune.hf.experts import PART, experts_layout, other_experts
 from deltatune.layers.dispatch import CAPACITY_STEPS, ExpertPart
 from deltatune.layers.experts import Experts
 from deltatune.lora.parameters import is_parameter_lora
-from deltatune.parallel.mesh import Mesh
-from deltatune.parallel.state import whole_tensor
+from deltatune.parallel.mesh import REPLICATE, Mesh
+from deltatune.parallel.state import Parts, give_storage, whole_tensor
 
-__all__ = ["DividedExperts", "check_expert_size", "divide_experts", "expert_sizes"]
+__all__ = [
+    "DividedExperts",
+    "check_expert_ranks",
+    "check_expert_size",
+    "divide_experts",
+    "expert_sizes",
+    "replicate_beside",
+]
 
 EXPERT: Final = "expert"
 
@@ -44,6 +52,14 @@ class Division(NamedTuple):
             return whole.view(whole.shape[0], -1, self.experts).chunk(size, -1)[rank].flatten(1).clone()
         return whole.chunk(size)[rank].clone()
 
+    def shape(self, part: torch.Size, size: int) -> torch.Size:
+        """Of the whole, where one of ``size`` ranks has a part of this shape."""
+        return torch.Size((part[0], part[1] * size) if self.innermost else (part[0] * size, *part[1:]))
+
+    def by_expert(self, part: Tensor, held: int) -> Tensor:
+        """With a dim of the experts alone: ``[N, r, L]`` where they come last."""
+        return part.view(part.shape[0], -1, held) if self.innermost else part
+
     def whole(self, parts: list[Tensor]) -> Tensor:
         """Of those of all ranks."""
         if self.innermost:
@@ -53,20 +69,27 @@ class Division(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class DividedExperts:
-    """What ``divide_experts`` made of a model.
+class DividedExperts(Parts):
+    """What ``divide_experts`` made of a model, and how its weights lie on ranks: experts, and shards of the others.
 
     Attributes:
+        mesh: of all ranks, ``[replicate, expert]``.
         group: P ranks that hold all experts together.
         capacity: of every layer; see ``ExpertPart``.
         loads: of the layers, by the paths of their experts: ``ExpertPart.load``.
         parameters: weights, biases and adapters of experts, of which this rank holds a part.
     """
 
+    mesh: DeviceMesh
     group: ProcessGroup
     capacity: float
     loads: Mapping[str, Tensor]
     parameters: Mapping[nn.Parameter, Division]
+
+    def shape(self, weight: Tensor) -> torch.Size:
+        """Of a weight of the model before it was divided."""
+        division = self._division(weight)
+        return super().shape(weight) if division is None else division.shape(weight.shape, self.group.size())
 
     def whole(self, weight: Tensor) -> Tensor:
         """A weight of the model before it was divided; every rank calls it with each."""
@@ -79,9 +102,25 @@ class DividedExperts:
         return division.whole(parts)
 
     def part_of(self, whole: Tensor, like: Tensor) -> Tensor:
-        """This rank's experts of a whole tensor, where ``like`` holds experts; else the tensor itself."""
+        """This rank's experts of a whole tensor, where ``like`` holds experts; else its shard, or the tensor itself."""
         division = self._division(like)
-        return whole if division is None else division.part(whole, self.group.rank(), self.group.size())
+        mine = whole if division is None else division.part(whole, self.group.rank(), self.group.size())
+        return super().part_of(mine, like)
+
+    def saved(self, part: Tensor, like: Tensor) -> Tensor:
+        """A part of what belongs to a weight of experts as a DTensor: ``[X, ...]``, or ``[N, r, X]``."""
+        division = self._division(like)
+        if division is None:
+            return part
+        by_expert = division.by_expert(part.detach(), division.experts // self.group.size())
+        dim = by_expert.ndim - 1 if division.innermost else 0
+        return DTensor.from_local(by_expert, self.mesh, [Replicate(), Shard(dim)], run_check=False)
+
+    def read(self, saved: Tensor, like: Tensor) -> Tensor:
+        """What ``saved`` made, or a whole tensor of as many elements, as this rank's part."""
+        if self._division(like) is not None and isinstance(saved, DTensor):
+            return saved.to_local().view(like.shape)
+        return super().read(saved, like)
 
     def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scales gradients down to a norm of ``max_norm``, in which each weight counts once, whoever holds it."""
@@ -96,8 +135,11 @@ class DividedExperts:
             (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
         return norm
 
-    def check(self) -> float:
+    def check(self, setting: str = "expert_capacity") -> float:
         """The capacity that calls so far needed, at most; every rank calls it, and waits for the device.
+
+        Args:
+            setting: what the user calls the capacity.
 
         Raises:
             UserError: it is more than there is, so that visits of tokens to experts were left out; on every rank.
@@ -114,7 +156,7 @@ class DividedExperts:
             raise UserError(
                 f"{[*self.loads][layer]}: rank {rank} needed room for {worst:.3f} times its even share of all visits "
                 f"to experts and has it for {self.capacity:g}, so visits were left out and what was trained since the "
-                f"last check is not right; set expert_capacity to {more}, which is enough whatever routers do"
+                f"last check is not right; set {setting} to {more}, which is enough whatever routers do"
             )
         return worst
 
@@ -123,13 +165,13 @@ class DividedExperts:
 
 
 def expert_sizes(model: nn.Module) -> tuple[int, ...]:
-    """The numbers of ranks P that can hold a prepared model's experts together, ascending, 1 among them."""
-    counts = {_count(module) for _, module in _experts(model)}
+    """The numbers of ranks P that can hold a model's experts together, ascending, 1 among them."""
+    counts = {_count(module) for module in _fused(model)}
     return tuple(size for size in range(1, min(counts, default=1) + 1) if not any(count % size for count in counts))
 
 
 def check_expert_size(model: nn.Module, size: int, capacity: float) -> None:
-    """Checks that so many ranks can hold a prepared model's experts together; no process group is needed.
+    """Checks that so many ranks can hold a model's experts together; neither ``prepare`` nor a process group is needed.
 
     Raises:
         ValueError: a model without experts, or with some that are not known, that is divided already, or whose experts
@@ -138,46 +180,54 @@ def check_expert_size(model: nn.Module, size: int, capacity: float) -> None:
     if hf_model.is_sharded(model):
         raise ValueError("the model is sharded already; divide experts in the same call")
     others = other_experts(hf_model.text_model(model))
-    if others or not any(True for _ in _experts(model)):
+    if others or not any(True for _ in _fused(model)):
         why = f"its experts are in a layout that is not known ({', '.join(others)})" if others else "it has no experts"
         raise ValueError(f"expert={size}: {why}; leave expert out")
     sizes = expert_sizes(model)
     if size not in sizes:
-        counts = " and ".join(sorted({str(_count(module)) for _, module in _experts(model)}))
+        counts = " and ".join(sorted({str(_count(module)) for module in _fused(model)}))
         choices = ", ".join(map(str, sizes))
         raise ValueError(f"expert={size} does not divide {counts} experts; set expert to one of {choices}")
     if capacity < 1:
         raise ValueError(f"expert_capacity={capacity:g}: a rank's even share is 1; set it between 1 and {size}")
 
 
+def check_expert_ranks(model: nn.Module, size: int, processes: int) -> None:
+    """Checks that ``size``, which a model's experts can be divided by, divides the number of processes.
+
+    Raises:
+        ValueError: it does not; with the sizes that do.
+    """
+    if processes % size:
+        sizes = ", ".join(str(choice) for choice in expert_sizes(model) if processes % choice == 0)
+        raise ValueError(f"expert={size} does not divide {processes} processes; set expert to one of {sizes}")
+
+
 def divide_experts(
-    model: nn.Module, mesh: Mesh, size: int, *, capacity: float, dtype: torch.dtype | None = None
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    capacity: float,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> DividedExperts:
     """Leaves each rank its experts of every layer, in place, and makes layers send tokens to the ranks that hold them.
 
-    ``size`` neighbours hold all experts together. Where there are more data ranks, others hold the same experts.
+    ``mesh.expert_size`` neighbours hold all experts together. Where there are more ranks, others hold the same experts.
 
     Gradients of experts come from the tokens of all ranks of a group. They are summed over the groups, and divided by
     D, as the gradients of all other weights are averaged over D ranks.
 
     Args:
-        model: as ``check_expert_size`` takes it, on its device; adapters included.
-        mesh: the data ranks, all processes among them.
-        size: P.
+        model: prepared, adapters included; on its device, or without storage on the meta device.
+        mesh: all processes, data ranks each; the sizes are checked.
         capacity: how many times its even share of tokens' visits a rank has room for.
         dtype: what float32 weights of experts are computed with in.
-
-    Raises:
-        ValueError: a size that does not divide the number of processes.
+        device: where experts lie that have no storage yet, and get some without values.
     """
-    processes = dist.get_world_size()
-    if processes % size:
-        sizes = ", ".join(str(choice) for choice in expert_sizes(model) if processes % choice == 0)
-        raise ValueError(f"expert={size} does not divide {processes} processes; set expert to one of {sizes}")
-    device = hf_model.device_of(model)
-    shape = (processes // size, size)
-    made = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", EXPERT))
-    group, replicas = made.get_group(EXPERT), made.get_group("replicate")
+    size, device = mesh.expert_size, device or hf_model.device_of(model)
+    made = init_device_mesh(device.type, (mesh.size // size, size), mesh_dim_names=(REPLICATE, EXPERT))
+    group, replicas = made.get_group(EXPERT), made.get_group(REPLICATE)
     capacity = math.ceil(capacity * CAPACITY_STEPS) / CAPACITY_STEPS
     loads, parameters = dict[str, Tensor](), dict[nn.Parameter, Division]()
     for path, module in _experts(model):
@@ -193,14 +243,26 @@ def divide_experts(
         wrapper.num_experts = held
     scale = functools.partial(_of_all_ranks, divisor=mesh.size, replicas=replicas)
     for weight, division in parameters.items():
-        weight.data = division.part(weight.data, group.rank(), size)
+        part = division.part(weight.data, group.rank(), size)
+        if weight.is_meta:
+            give_storage(weight, part.shape, device)
+        else:
+            weight.data = part
         if weight.requires_grad:
             hooked: Any = weight
             hooked.register_hook(scale)
     for wrapper in _wrappers(model):
         for down, up in zip(wrapper.lora_A.values(), wrapper.lora_B.values(), strict=True):
             down.out_features = up.in_features = down.weight.shape[0]
-    return DividedExperts(group, capacity, loads, parameters)
+    return DividedExperts(made, group, capacity, loads, parameters)
+
+
+def replicate_beside(model: nn.Module, parameters: Collection[nn.Parameter]) -> bool:
+    """Tells DistributedDataParallel to leave some of a model's weights alone; whether it would train any other."""
+    named = {name: weight for name, weight in model.named_parameters() if weight in parameters}
+    ddp: Any = DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(model, [*named])
+    return any(weight.requires_grad for weight in model.parameters() if weight not in parameters)
 
 
 def _of_all_ranks(grad: Tensor, divisor: int, replicas: ProcessGroup) -> Tensor:
@@ -215,6 +277,11 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, Experts) and experts_layout(module) is not None:
             yield path, module
+
+
+def _fused(model: nn.Module) -> Iterator[Any]:
+    """Experts of known layouts, which ``prepare`` makes ``Experts``."""
+    return (module for module in model.modules() if experts_layout(module) is not None)
 
 
 def _wrappers(model: nn.Module) -> Iterator[Any]:

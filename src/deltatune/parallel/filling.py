@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from deltatune.parallel.state import part_of
+from deltatune.parallel.state import SHARDS, Parts, give_storage
 
 __all__ = ["Piece", "fill", "from_rank_0", "spread", "tensors_of"]
 
@@ -33,33 +33,39 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, pieces: Iterable[Piece] | None, device: torch.device) -> None:
-    """Gives a sharded model on the meta device its storage and its weights; every rank calls it.
+def fill(model: nn.Module, pieces: Iterable[Piece] | None, device: torch.device, parts: Parts = SHARDS) -> None:
+    """Gives a model on the meta device, of which ranks hold parts, its storage and its weights; every rank calls it.
 
     Args:
-        model: as ``shard_model`` left it.
+        model: as ``shard_model`` or ``divide_experts`` left it.
         pieces: on rank 0 what ``tensors_of`` names, in any order; None on the others.
-        device: where the shards lie.
+        device: where the parts lie.
+        parts: how they do.
 
     Raises:
         ValueError: other names or shapes, or weights that cannot be read; on every rank.
     """
     attributes = [(module, name) for _, module, name, _ in _attributes(model)]
+    for weight in model.parameters():
+        if weight.is_meta and not isinstance(weight, DTensor):
+            # shards stay the same Parameters in to_empty, of others it would untie what is tied
+            give_storage(weight, weight.shape, device)
     model.to_empty(device=device)
     for module, name in attributes:
         setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-    spread(tensors_of(model), pieces)
+    spread(tensors_of(model), pieces, parts)
 
 
 @torch.no_grad()
-def spread(targets: Mapping[str, Tensor], pieces: Iterable[Piece] | None) -> None:
-    """Sends whole tensors of rank 0 into those of the same names, sharded or not; every rank calls it.
+def spread(targets: Mapping[str, Tensor], pieces: Iterable[Piece] | None, parts: Parts = SHARDS) -> None:
+    """Sends whole tensors of rank 0 into those of the same names, divided or not; every rank calls it.
 
     One tensor at a time is whole on the device; rank 0 holds what ``pieces`` does.
 
     Args:
         targets: on every rank the same names.
         pieces: on rank 0; None on the others.
+        parts: how the targets lie on ranks.
 
     Raises:
         ValueError: other names or shapes, or pieces that cannot be read; on every rank.
@@ -70,13 +76,13 @@ def spread(targets: Mapping[str, Tensor], pieces: Iterable[Piece] | None) -> Non
         names, shape, dtype = from_rank_0(head)
         if not names:
             break
-        _check(names, shape, targets, left)
+        _check(names, shape, targets, left, parts)
         device = targets[names[0]].device
         sent = torch.empty(shape, dtype=dtype, device=device) if whole is None else whole.to(device).contiguous()
         dist.broadcast(sent, src=0)
         for name in names:
-            target = targets[name].detach()
-            target.copy_(part_of(sent, target) if isinstance(target, DTensor) else sent)
+            target = targets[name]
+            target.copy_(parts.part_of(sent, target))
         left.difference_update(names)
     if isinstance(shape, str):
         raise ValueError(shape)
@@ -95,14 +101,16 @@ def _next(source: Iterator[Piece] | None) -> tuple[tuple[tuple[str, ...], Any, A
     return (names, None if whole is None else whole.shape, None if whole is None else whole.dtype), whole
 
 
-def _check(names: tuple[str, ...], shape: torch.Size, targets: Mapping[str, Tensor], left: set[str]) -> None:
+def _check(
+    names: tuple[str, ...], shape: torch.Size, targets: Mapping[str, Tensor], left: set[str], parts: Parts
+) -> None:
     for name in names:
         if name not in left:
             raise ValueError(
                 f"expected the same names, got {name} {'twice' if name in targets else 'on one side alone'}"
             )
-        if shape != targets[name].shape:
-            raise ValueError(f"{name}: expected {list(targets[name].shape)}, got {list(shape)}")
+        if shape != (expected := parts.shape(targets[name])):
+            raise ValueError(f"{name}: expected {list(expected)}, got {list(shape)}")
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

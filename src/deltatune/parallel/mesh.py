@@ -45,23 +45,25 @@ class Mesh:
     shard_size: int = 1  # ranks that hold one copy of the weights
     sequence_size: int = 1  # ranks that hold one pack
     sequence_rank: int = 0  # which part of it is this one's
+    expert_size: int = 1  # ranks that hold the routed experts together
 
     def __post_init__(self) -> None:
         assert 0 <= self.data_rank < self.data_size
         assert 0 <= self.sequence_rank < self.sequence_size
         assert self.size % self.shard_size == 0
         assert self.shard_size == 1 or self.shard_size % self.sequence_size == 0
+        assert self.size % self.expert_size == 0
 
     @classmethod
-    def of(cls, launched: Launched, *, shard: int = 1, sequence: int = 1) -> Mesh:
+    def of(cls, launched: Launched, *, shard: int = 1, sequence: int = 1, expert: int = 1) -> Mesh:
         """The processes that a launcher started."""
-        return cls.at(launched.world_size, launched.process_index, shard=shard, sequence=sequence)
+        return cls.at(launched.world_size, launched.process_index, shard=shard, sequence=sequence, expert=expert)
 
     @classmethod
-    def at(cls, size: int, rank: int, *, shard: int = 1, sequence: int = 1) -> Mesh:
+    def at(cls, size: int, rank: int, *, shard: int = 1, sequence: int = 1, expert: int = 1) -> Mesh:
         """One of so many processes."""
         assert size % sequence == 0
-        return cls(size // sequence, rank // sequence, shard, sequence, rank % sequence)
+        return cls(size // sequence, rank // sequence, shard, sequence, rank % sequence, expert)
 
     @property
     def size(self) -> int:
@@ -72,6 +74,11 @@ class Mesh:
     def rank(self) -> int:
         """This process among all."""
         return self.data_rank * self.sequence_size + self.sequence_rank
+
+    @property
+    def holds_parts(self) -> bool:
+        """Whether a rank holds parts of weights: shards, or some of the experts."""
+        return self.shard_size > 1 or self.expert_size > 1
 
     @property
     def replicate_size(self) -> int:

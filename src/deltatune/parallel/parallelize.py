@@ -13,7 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.hf.model import device_of, text_config
 from deltatune.packing.group import Recurrent
-from deltatune.parallel.experts import DividedExperts, check_expert_size, divide_experts
+from deltatune.parallel.experts import (
+    DividedExperts,
+    check_expert_ranks,
+    check_expert_size,
+    divide_experts,
+    replicate_beside,
+)
 from deltatune.parallel.heads import check_sequence_size
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sequence import shard_sequence
@@ -71,7 +77,7 @@ class Parallel:
         ``prepared.model.save_pretrained(folder, state_dict=...)`` on rank 0 writes the files of an unsharded model.
         """
         if self.experts is not None:
-            return gathered_state(self.prepared.model, whole_of=self.experts.whole)
+            return gathered_state(self.prepared.model, parts=self.experts)
         if self.mesh.shard_size > 1:
             return gathered_state(self.prepared.model)
         return self.prepared.model.state_dict() if self.mesh.rank == 0 else {}
@@ -82,11 +88,7 @@ class Parallel:
         Raises:
             ValueError: a tensor of another shape.
         """
-        model = self.prepared.model
-        if self.experts is not None:
-            own = model.state_dict(keep_vars=True)
-            state = {name: self.experts.part_of(whole, own[name]) for name, whole in state.items()}
-        copy_parts(model, state)
+        copy_parts(self.prepared.model, state, self.experts)
 
 
 def parallelize(
@@ -143,7 +145,8 @@ def parallelize(
     sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard, sequence=sequence)
     if sequence != 1:
         check_sequence_size(text_config(prepared.model), sequence, recurrent)
-    mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=sequence)
+    check_expert_ranks(prepared.model, expert, dist.get_world_size())
+    mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=sequence, expert=expert)
     model, device = prepared.model, device_of(prepared.model)
     if sizes.shard == 1 and param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
@@ -152,7 +155,7 @@ def parallelize(
     _take_from_rank_0(model)
     experts = None
     if expert != 1:
-        experts = divide_experts(model, mesh, expert, capacity=expert_capacity, dtype=param_dtype)
+        experts = divide_experts(model, mesh, capacity=expert_capacity, dtype=param_dtype)
     apart = set[nn.Parameter]() if experts is None else set(experts.parameters)
     called = model
     if sizes.shard > 1:
@@ -173,11 +176,6 @@ def _take_from_rank_0(model: nn.Module) -> None:
 
 def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> nn.Module:
     """With gradients averaged over all processes, but for those of ``apart``."""
-    ddp: Any = DistributedDataParallel
-    if apart:
-        names = [name for name, weight in model.named_parameters() if weight in apart]
-        ddp._set_params_and_buffers_to_ignore_for_model(model, names)
-        if not any(weight.requires_grad for weight in model.parameters() if weight not in apart):
-            return model
-    replicated: nn.Module = ddp(model, device_ids=None if device.type == "cpu" else [device])
-    return replicated
+    if apart and not replicate_beside(model, apart):
+        return model
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])

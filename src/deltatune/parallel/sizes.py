@@ -9,13 +9,14 @@ __all__ = ["Sizes", "choose_sizes"]
 
 
 class Sizes(NamedTuple):
-    """``replicate * shard`` processes, ``sequence`` neighbours of which share packs."""
+    """``replicate * shard`` processes; ``sequence`` neighbours share packs, ``expert`` neighbours the experts."""
 
     replicate: int  # copies of the weights
     shard: int  # ranks that hold one copy
     reason: str  # why, in words
     sequence: int = 1  # ranks that hold one pack
     sequence_reason: str = ""  # why, where it was chosen
+    expert: int = 1  # ranks that hold the routed experts of a layer together
 
     @property
     def processes(self) -> int:

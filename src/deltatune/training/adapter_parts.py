@@ -1,4 +1,4 @@
-"""Which names of a model are saved with it, and an adapter's file into a model that is sharded."""
+"""Which names of a model are saved with it, and an adapter's file into a model of which ranks hold parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
-from deltatune.parallel.state import copy_parts
+from deltatune.parallel.state import SHARDS, Parts, copy_parts
 
 __all__ = ["load_adapter_parts", "saved_names", "saves_rows_alone", "set_adapter"]
 
@@ -30,27 +30,27 @@ def saved_names(model: nn.Module) -> set[str]:
     return {*_adapter_names(model).values()} if hasattr(model, "peft_config") else {*model.state_dict()}
 
 
-def load_adapter_parts(model: nn.Module, folder: Path) -> None:
+def load_adapter_parts(model: nn.Module, folder: Path, parts: Parts) -> None:
     """Takes up the adapter of a folder; every rank reads its file.
 
     Raises:
         UserError: an adapter of other names or shapes.
     """
     try:
-        set_adapter(model, load_peft_weights(str(folder), device="cpu"))
+        set_adapter(model, load_peft_weights(str(folder), device="cpu"), parts)
     except (KeyError, ValueError) as error:
         raise UserError(f"{folder} holds no adapter of this model: {error}") from error
 
 
-def set_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts an adapter's tensors, by their names in a file, into a model, sharded or not."""
+def set_adapter(model: nn.Module, state: Mapping[str, Tensor], parts: Parts = SHARDS) -> None:
+    """Puts an adapter's tensors, by their names in a file, into a model, divided or not."""
     if not hf_model.is_sharded(model):
         set_peft_model_state_dict(model, dict(state))
         return
     names = _adapter_names(model)
     if names.keys() != state.keys():
         raise KeyError(sorted(names.keys() ^ state.keys())[0])
-    copy_parts(model, {names[key]: tensor for key, tensor in state.items()})
+    copy_parts(model, {names[key]: tensor for key, tensor in state.items()}, parts)
 
 
 def _adapter_names(model: nn.Module) -> dict[str, str]:

@@ -87,11 +87,10 @@ def build(
     loaded = load_by_recipe(recipe, config, mesh)
     model = loaded.model
     data.check_tokens(model, tokenizer)
-    sharded = mesh.shard_size > 1
-    if not sharded:
+    if not mesh.holds_parts:
         model.to(arguments.device)
-    # no device will hold a sharded model, so its shapes decide
-    device = arguments.device if sharded else None
+    # no device will hold a divided model, so its shapes decide
+    device = arguments.device if mesh.holds_parts else None
     prepared = prepare_by_recipe(
         recipe,
         model,
@@ -102,7 +101,7 @@ def build(
     )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
-    said += [*sizes_lines(sizes), *loaded.said]
+    said += [*sizes_lines(recipe, sizes), *loaded.said]
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)

@@ -12,17 +12,20 @@ from deltatune.config.rules import sharding_errors
 from deltatune.config.schema import Recipe
 from deltatune.data.report import counted
 from deltatune.errors import UserError, one_line
+from deltatune.parallel.experts import check_expert_ranks, check_expert_size, divide_experts, expert_sizes
 from deltatune.parallel.filling import fill
 from deltatune.parallel.heads import check_sequence_size, sequence_sizes
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import Sizes, choose_sizes
+from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
+from deltatune.training.checkpoint import empty_model
 from deltatune.training.loading import LoadedModel
-from deltatune.training.planned import estimate_step, prepare_by_recipe
+from deltatune.training.planned import estimate_step, expert_split, prepare_by_recipe
 
-__all__ = ["check_sequence", "mesh_of", "shard_by_recipe", "sizes_lines", "sizes_of"]
+__all__ = ["check_experts", "check_sequence", "mesh_of", "shard_by_recipe", "sizes_lines", "sizes_of"]
 
 #: What a step may take of a device, beside what is not estimated.
 _ROOM = 0.9
@@ -40,8 +43,10 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
     Raises:
         UserError: sizes that are not these processes', or settings that cannot act on sharded weights.
     """
-    given = recipe.parallel
+    given, split = recipe.parallel, expert_split(recipe)
+    count = arguments.world_size if processes is None else processes
     check_sequence(recipe, model.config)
+    check_experts(recipe, count, model)
     numbers = [None if size == "auto" else int(size) for size in (given.replicate, given.shard, given.sequence)]
     available = device_memory(arguments.device) * _ROOM
     checkpointing = "layer" if recipe.checkpointing == "auto" else recipe.checkpointing
@@ -55,13 +60,12 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
             prepared.append(prepare_by_recipe(recipe, model, device=arguments.device))
         return estimate_step(recipe, model, checkpointing, shard=shard, sequence=sequence).total <= available
 
-    count = arguments.world_size if processes is None else processes
     try:
         sizes = choose_sizes(
             count,
             replicate=numbers[0],
             shard=numbers[1],
-            sequence=numbers[2],
+            sequence=1 if split.ranks > 1 else numbers[2],
             sequences=_sequences(recipe, model.config),
             fits=fits,
         )
@@ -70,7 +74,30 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
         raise UserError(f"parallel.{error}{start}") from error
     if sizes.shard > 1 and errors:
         raise UserError(f"parallel.shard: {sizes.shard} ({sizes.reason}): {'; also: '.join(errors)}")
-    return sizes
+    return sizes._replace(expert=split.ranks)
+
+
+def check_experts(recipe: Recipe, processes: int, model: nn.Module | None = None) -> None:
+    """Checks ``parallel.expert`` against the model's experts and the number of processes, before any has met another.
+
+    Args:
+        recipe: the run.
+        processes: those that it has.
+        model: of the recipe, on any device; made on the meta device by default.
+
+    Raises:
+        UserError: a model without experts that can be divided, or a size that divides no layer's or these processes.
+    """
+    split = expert_split(recipe)
+    if split.ranks == 1:
+        return
+    model = empty_model(recipe.model) if model is None else model
+    try:
+        check_expert_size(model, *split)
+        check_expert_ranks(model, split.ranks, processes)
+    except ValueError as error:
+        start = "" if processes > 1 else "; start several with deltatune train RECIPE --nproc N"
+        raise UserError(f"parallel.{error}{start if split.ranks in expert_sizes(model) else ''}") from error
 
 
 def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
@@ -95,10 +122,10 @@ def _sequences(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
 
 def mesh_of(sizes: Sizes, arguments: TrainingArguments) -> Mesh:
     """This process among them."""
-    return Mesh.of(arguments, shard=sizes.shard, sequence=sizes.sequence)
+    return Mesh.of(arguments, shard=sizes.shard, sequence=sizes.sequence, expert=sizes.expert)
 
 
-def sizes_lines(sizes: Sizes) -> list[str]:
+def sizes_lines(recipe: Recipe, sizes: Sizes) -> list[str]:
     """What is said of several processes; nothing of one."""
     if sizes.processes == 1:
         return []
@@ -107,26 +134,49 @@ def sizes_lines(sizes: Sizes) -> list[str]:
         why = f" ({sizes.sequence_reason})" if sizes.sequence_reason else ""
         data_ranks = counted(sizes.processes // sizes.sequence, "data rank")
         lines.append(f"parallel: sequence {sizes.sequence}{why}: {data_ranks}")
+    if sizes.expert > 1:
+        room = f"room for {recipe.parallel.expert_capacity:g} times an even share of visits"
+        lines.append(f"parallel: expert {sizes.expert}: a process holds 1/{sizes.expert} of the experts, with {room}")
     return lines
 
 
-def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: TrainingArguments) -> None:
-    """Shards a prepared model as ``training.bf16`` says and fills it; nothing where every process keeps whole weights.
+def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: TrainingArguments) -> Parts:
+    """Divides a prepared model among the ranks, with the dtypes of ``training.bf16``, and fills it.
+
+    Nothing is done where every process keeps whole weights.
+
+    Returns:
+        How its weights lie on ranks.
 
     Raises:
         UserError: weights of several dtypes that train together, or that cannot be read; on every rank.
     """
-    if mesh.shard_size == 1:
-        return
-    try:
-        dtype = autocast_dtype(recipe.training)
-        shard_model(loaded.model, mesh.weights_mesh(arguments.device.type), param_dtype=dtype)
-    except ValueError as error:
-        raise UserError(f"parallel.shard: {error}") from error
-    with phase("sharding the model"):
+    if not mesh.holds_parts:
+        return SHARDS
+    parts = _divided(recipe, loaded.model, mesh, arguments)
+    with phase("sharding the model" if mesh.shard_size > 1 else "dividing the experts"):
         try:
-            fill(loaded.model, loaded.pieces, arguments.device)
+            fill(loaded.model, loaded.pieces, arguments.device, parts)
         except ValueError as error:
             raise UserError(f"cannot load model {recipe.model.name_or_path}: {one_line(error)}") from error
         gc.collect()  # what the weights came from, on rank 0
     set_seed(arguments.seed)  # rank 0 drew the adapters, and dropout begins alike on all ranks
+    return parts
+
+
+def _divided(recipe: Recipe, model: nn.Module, mesh: Mesh, arguments: TrainingArguments) -> Parts:
+    """The experts, and all other weights in shards where there are some."""
+    device = arguments.device
+    # without shards autocast computes with weights as they are
+    dtype = autocast_dtype(recipe.training) if mesh.shard_size > 1 else None
+    parts, beside = SHARDS, frozenset[nn.Parameter]()
+    if mesh.expert_size > 1:
+        capacity = recipe.parallel.expert_capacity
+        experts = divide_experts(model, mesh, capacity=capacity, dtype=dtype, device=device)
+        parts, beside = experts, frozenset(experts.parameters)
+    if mesh.shard_size > 1:
+        try:
+            shard_model(model, mesh.weights_mesh(device.type), param_dtype=dtype, beside=beside)
+        except ValueError as error:
+            raise UserError(f"parallel.shard: {error}") from error
+    return parts

@@ -33,7 +33,7 @@ __all__ = ["LoadedModel", "host_lines", "load_by_recipe"]
 class LoadedModel:
     """What will train."""
 
-    model: nn.Module  # on the meta device where its weights will be sharded
+    model: nn.Module  # on the meta device where ranks will hold parts of its weights
     origin: Origin
     pieces: Iterator[Piece] | None = None  # on rank 0, the weights of one on the meta device, once
     said: tuple[str, ...] = ()
@@ -50,12 +50,12 @@ class _Source:
 
 
 def load_by_recipe(recipe: Recipe, config: PreTrainedConfig, mesh: Mesh) -> LoadedModel:
-    """Loads and adapts the model; where it will be sharded, rank 0 finds its weights, and the others learn what it is.
+    """Loads and adapts the model; where it will be divided, rank 0 finds its weights, and the others learn what it is.
 
     Raises:
         UserError: weights that cannot be read or adapted; on every rank.
     """
-    if mesh.shard_size == 1:
+    if not mesh.holds_parts:
         return _whole(recipe, config)
     source: _Source | None = None
     about: Any = None
@@ -82,15 +82,14 @@ def load_by_recipe(recipe: Recipe, config: PreTrainedConfig, mesh: Mesh) -> Load
     return LoadedModel(model, source.origin, source.pieces, source.said)
 
 
-def host_lines(recipe: Recipe, model: nn.Module, shard: int) -> list[str]:
-    """What loading takes of the host's memory where weights will be sharded, as far as it is known before.
+def host_lines(recipe: Recipe, model: nn.Module) -> list[str]:
+    """What loading takes of the host's memory where ranks will hold parts of weights, as far as it is known before.
 
     Args:
         recipe: the run.
         model: with its adapters, on the meta device.
-        shard: processes that hold one copy of it.
     """
-    why = _why_whole(recipe, hf_model.base_model(model).config) if shard > 1 else None
+    why = _why_whole(recipe, hf_model.base_model(model).config)
     return [] if why is None else [_whole_line(model, why)]
 
 

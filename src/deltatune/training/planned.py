@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from deltatune.compile.memory import MemoryEstimate, estimate_memory, offloaded_bytes
 from deltatune.compile.offloading import IN_FLIGHT_BYTES
 from deltatune.config.schema import Recipe
+from deltatune.cost import ExpertSplit
 from deltatune.errors import UserError
 from deltatune.options import CompileOptions
 from deltatune.parallel.sequence import shard_sequence
@@ -16,7 +17,14 @@ from deltatune.phases import phase
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.arguments import autocast_dtype
 
-__all__ = ["check_offloading", "compile_options", "estimate_step", "offloading_lines", "prepare_by_recipe"]
+__all__ = [
+    "check_offloading",
+    "compile_options",
+    "estimate_step",
+    "expert_split",
+    "offloading_lines",
+    "prepare_by_recipe",
+]
 
 
 def prepare_by_recipe(
@@ -56,8 +64,15 @@ def prepare_by_recipe(
             device=device,
             shard=shard,
             sequence=sequence,
+            experts=expert_split(recipe),
         )
     return prepared
+
+
+def expert_split(recipe: Recipe) -> ExpertSplit:
+    """How the recipe divides the routed experts."""
+    given = recipe.parallel
+    return ExpertSplit(1 if given.expert == "auto" else given.expert, given.expert_capacity)
 
 
 def compile_options(recipe: Recipe) -> CompileOptions | None:
@@ -78,6 +93,7 @@ def estimate_step(
         in_flight_bytes=IN_FLIGHT_BYTES if recipe.activation_offloading else None,
         shard=shard,
         sequence=sequence,
+        experts=expert_split(recipe),
     )
 
 

@@ -84,6 +84,7 @@ class PreferenceTrainer(PackedTrainer):
         self.train_dataset = self._with_reference(self.train_dataset)
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_reference(self.eval_dataset)
+        self.check_experts()
         self._reference_is_known = True
 
     def _with_reference(self, data: PackedDataset) -> PackedDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sequence import apart
+from deltatune.parallel.state import Parts
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
@@ -40,7 +42,7 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
-from deltatune.training.layout import check_sequence, shard_by_recipe
+from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings
 from deltatune.training.packs import padding_token
@@ -98,6 +100,7 @@ def train(
     preflight_training(recipe)
     if recipe.parallel.sequence not in (1, "auto"):
         check_sequence(recipe, load_config(recipe.model))
+    check_experts(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # a launcher's word, before they meet
     with own_process_group():
         arguments = training_arguments(recipe.training)
         screen = Console(quiet=True) if arguments.process_index else console or Console()
@@ -141,10 +144,10 @@ def _train(
     if checkpoint is not None:
         log.out(f"going on from {checkpoint}", highlight=False)
     records = report_of(run, _verify(run))
-    shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
+    parts = shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
-        return _fit(run, records, checkpoint, changes, during_training, watch)
+        return _fit(run, parts, records, checkpoint, changes, during_training, watch)
 
 
 def _changed_lines(changes: list[Change], checkpoint: Path | None) -> list[str]:
@@ -153,6 +156,7 @@ def _changed_lines(changes: list[Change], checkpoint: Path | None) -> list[str]:
 
 def _fit(
     run: Run,
+    parts: Parts,
     records: dict[str, Any],
     checkpoint: Path | None,
     changes: list[Change],
@@ -161,7 +165,7 @@ def _fit(
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it."""
     otherwise = evaluates_otherwise(changes)
-    trainer, stop, record = _trainer(run, otherwise), StopAfterStep(), None
+    trainer, stop, record = _trainer(run, parts, otherwise), StopAfterStep(), None
     trainer.add_callback(stop)
     step = 0 if checkpoint is None else step_of(checkpoint)
     if run.arguments.should_save:
@@ -261,7 +265,7 @@ def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterS
 
 def _verify(run: Run) -> VerifyReport | None:
     """The independence probe; a leak stops the run before its first step."""
-    if run.mesh.shard_size == 1:
+    if not run.mesh.holds_parts:
         with apart(run.model):
             return probe(run.recipe, run.model, run.console)
     if not run.recipe.verify.enabled:
@@ -270,7 +274,7 @@ def _verify(run: Run) -> VerifyReport | None:
     return probe(run.recipe, first_layers(run.recipe, run.arguments.device), run.console)
 
 
-def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
+def _trainer(run: Run, parts: Parts, forgets_best: bool = False) -> PackedTrainer:
     def recompiles() -> int:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
@@ -300,6 +304,7 @@ def _trainer(run: Run, forgets_best: bool = False) -> PackedTrainer:
         optimizer=OptimizerSettings.of(run.recipe.training),
         offloading=run.arguments.device if run.recipe.activation_offloading else None,
         mesh=run.mesh,
+        parts=parts,
     )
 
 
@@ -332,9 +337,10 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
     """Saves the model and the run's figures, in that order: figures without a model would look like a finished run."""
     metrics = metrics_of(run, trainer, evaluation)
     check_finite(run.model, run.mesh)
-    sharded, whole = run.mesh.shard_size > 1, run.recipe.lora is None
-    state = trainer.whole_state() if sharded and not whole else None
-    weights = partial(save_weights, run.model) if sharded and whole else None
+    trainer.check_experts()
+    divided, whole = run.mesh.holds_parts, run.recipe.lora is None
+    state = trainer.whole_state() if divided and not whole else None
+    weights = partial(save_weights, run.model, parts=trainer.parts) if divided and whole else None
     if run.arguments.should_save:
         with phase("saving the model"):
             card = model_card(read_run(run.output_dir), metrics["saved_step"])

@@ -14,11 +14,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from deltatune.data.stream import Place
-from deltatune.hf.model import is_sharded
+from deltatune.errors import UserError
+from deltatune.hf.model import has_shards
+from deltatune.parallel.experts import DividedExperts, replicate_beside
 from deltatune.parallel.mesh import Mesh
-from deltatune.parallel.state import clip_grad_norm_, gathered_state, reshard
+from deltatune.parallel.state import SHARDS, Parts, gathered_state, reshard
+from deltatune.parallel.stepping import step_kinds_apart
 from deltatune.phases import phase
 from deltatune.training.adapter_parts import load_adapter_parts, saved_names
+from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import count_steps, place_file
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
@@ -43,7 +47,8 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         first: the factors that adapters began with inside the base weights; see ``starts``.
         early_stopping: ends the run when evaluations get no better.
         forgets_best: whether what a checkpoint says of the best evaluation is of other data, and counts for nothing.
-        mesh: the processes; replicas of the model by default. A model that is sharded is so already.
+        mesh: the processes; replicas of the model by default. A model of which ranks hold parts is so already.
+        parts: how they do; in shards by default.
         others: as the Trainer takes them.
     """
 
@@ -58,11 +63,15 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         early_stopping: EarlyStopping | None = None,
         forgets_best: bool = False,
         mesh: Mesh | None = None,
+        parts: Parts = SHARDS,
         model: nn.Module,
         **others: Any,
     ) -> None:
         self._mesh = Mesh.of(args) if mesh is None else mesh
-        self._sharded = is_sharded(model)
+        self.parts = parts
+        self._sharded, experts = has_shards(model), parts if isinstance(parts, DividedExperts) else None
+        self._in_parts = self._sharded or experts is not None
+        self._mixes = self._sharded and experts is not None  # shards beside weights that are none
         self._staging: Path | None = None  # where a checkpoint is written, while one is
         self._about = about or {}
         self._first = first
@@ -71,30 +80,66 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         self.early_stopping = early_stopping
         callbacks = None if early_stopping is None else [early_stopping]
         super().__init__(model=model, args=args, callbacks=callbacks, **others)
-        if self._sharded:
-            # accelerate is to wrap it in nothing, neither DDP nor autocast
+        # accelerate is to wrap it in nothing, neither DDP nor autocast
+        self._unwrapped = self._sharded or (experts is not None and not replicate_beside(model, experts.parameters))
+        if self._unwrapped:
             vars(model)["_is_accelerate_prepared"] = True
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self._sharded:  # shards lie where they train
+        if not self._in_parts:  # parts lie where they train
             super()._move_model_to_device(model, device)
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """The Trainer's autocast; none around shards, which are gathered in the dtype that layers compute in."""
-        return ExitStack() if self._sharded else super().compute_loss_context_manager()
+        """Around a model that accelerate leaves alone its autocast; none around shards, which are gathered narrow."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self._unwrapped and not self._sharded and (dtype := autocast_dtype(self.args)) is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=dtype))
+        return stack
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, over the parameters as they are between steps."""
         reshard(self.model)
-        return super().create_optimizer(*args, **kwargs)
+        made = self.optimizer is None  # the Trainer asks more than once
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self._mixes:
+            step_kinds_apart(optimizer)
+        return optimizer
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """The Trainer's, with its two groups where shards and experts train: it would make more, by how weights lie."""
+        cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+        if not self._mixes:
+            return cls, options
+        decays = {*self.get_decay_parameter_names(self.model)}
+        groups = [
+            {
+                "params": [w for n, w in self.model.named_parameters() if w.requires_grad and (n in decays) == decayed],
+                "weight_decay": args.weight_decay if decayed else 0.0,
+            }
+            for decayed in (True, False)
+        ]
+        return cls, {**options, "params": groups}
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return clip_grad_norm_(model, self.args.max_grad_norm) if self._sharded else super()._clip_grad_norm(model)
+        if not self._in_parts:
+            return super()._clip_grad_norm(model)
+        return self.parts.clip_grad_norm_(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if self._sharded and grad_norm is None:
-            grad_norm = clip_grad_norm_(model, float("inf"))
+        if self._in_parts and grad_norm is None:
+            grad_norm = self.parts.clip_grad_norm_(model, float("inf"))
         return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def check_experts(self) -> float:
+        """How many times their even share of visits ranks needed room for; every rank calls it, and waits.
+
+        Raises:
+            UserError: on every rank, where visits were left out since there was less room.
+        """
+        try:
+            return self.parts.check("parallel.expert_capacity")
+        except UserError as error:
+            raise UserError(f"{error}; nothing after the last checkpoint is saved") from error
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Sees to it that what a run may return to, and where it stops early, is on the disk."""
@@ -124,6 +169,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's files, in a folder beside their place that is sealed and then renamed."""
+        self.check_experts()
         output_dir = Path(self.args.output_dir)
         step = self.state.global_step
         saving = phase(f"saving {CHECKPOINT}{step}")
@@ -157,10 +203,10 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._sharded and not hasattr(self.model, "peft_config"):
+        if self._in_parts and not hasattr(self.model, "peft_config"):
             self._save_whole_model(Path(self.args.output_dir if output_dir is None else output_dir))
             return
-        state_dict = self.whole_state() if self._sharded else state_dict
+        state_dict = self.whole_state() if self._in_parts else state_dict
         if not self.args.should_save:
             return
         with trained_rows_alone(self.model):
@@ -172,20 +218,20 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         writes = self.args.should_save
         if writes:
             super()._save(str(folder), {})  # all but the weights
-        save_weights(self.model, folder if writes else None)
+        save_weights(self.model, folder if writes else None, parts=self.parts)
 
     def whole_state(self) -> dict[str, Tensor]:
-        """What is saved of a sharded model with adapters, by the names of its ``state_dict()``: on rank 0.
+        """What is saved of a divided model with adapters, by the names of its ``state_dict()``: on rank 0.
 
         Every rank calls it.
         """
-        return gathered_state(self.model, saved_names(self.model).__contains__)
+        return gathered_state(self.model, saved_names(self.model).__contains__, self.parts)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._sharded:
+        if not self._in_parts:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_parts(self.model, self.optimizer.optimizer, Path(output_dir))
+        save_parts(self.model, self.optimizer.optimizer, Path(output_dir), self.parts)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -232,15 +278,15 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
     def _reload(self, model: nn.Module, folder: Path) -> bool:
         """Puts a checkpoint's weights into the model; False where the Trainer's own way does."""
         if self._first is not None:
-            load_plain(model, folder, self._first)
+            load_plain(model, folder, self._first, self.parts)
         elif hasattr(model, "peft_config"):
-            if not self._sharded:
+            if not self._in_parts:
                 return False
-            load_adapter_parts(model, folder)
+            load_adapter_parts(model, folder, self.parts)
         else:
             # the stock way loads tensors by the names on disk, which for some families are not the module's names,
             # and goes on without those it cannot place
-            reload_weights(model, folder)
+            reload_weights(model, folder, self.parts)
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -248,7 +294,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         given = [{n: value for n, value in group.items() if n != "params"} for group in self.optimizer.param_groups]
-        load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+        load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint), self.parts)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         self._find_best(Path(checkpoint))
         restore_settings(self.optimizer, self.lr_scheduler, given)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
-from deltatune.parallel.state import part_of, reshard
+from deltatune.parallel.state import SHARDS, Parts, part_of, reshard
 from deltatune.training.adapter_parts import set_adapter
 
 __all__ = ["begins_in_base", "first_factors", "is_variant", "load_plain", "make_plain", "reads_base", "refuse_tied"]
@@ -108,7 +108,7 @@ def make_plain(folder: Path, first: Mapping[str, Tensor]) -> None:
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def load_plain(model: nn.Module, folder: Path, first: dict[str, Tensor]) -> None:
+def load_plain(model: nn.Module, folder: Path, first: dict[str, Tensor], parts: Parts = SHARDS) -> None:
     """Takes up what ``make_plain`` wrote: A and B into the model, A0 and B0 into ``first`` and the base weights.
 
     W0 is another one where this model began with another decomposition, by another seed or on another machine.
@@ -133,7 +133,7 @@ def load_plain(model: nn.Module, folder: Path, first: dict[str, Tensor]) -> None
             wide = weight.detach().float()
             with torch.no_grad():
                 weight.copy_(wide + part_of(layer.scaling[_ADAPTER] * change, wide))
-    set_adapter(model, trained)
+    set_adapter(model, trained, parts)
     first.update(saved)
 
 

@@ -22,6 +22,7 @@ from deltatune.errors import UserError
 from deltatune.hf.model import compute_dtype
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.slice import batch_of_rank
+from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
@@ -67,7 +68,7 @@ class PackedTrainer(SealedTrainer):
         processing_class: the tokenizer, saved with every checkpoint.
         recompiles: counts graphs compiled after the first ones; None where nothing is compiled.
         console: where progress is drawn; the standard output by default.
-        about, first, early_stopping, forgets_best, mesh: as ``SealedTrainer`` takes them.
+        about, first, early_stopping, forgets_best, mesh, parts: as ``SealedTrainer`` takes them.
         optimizer: learning rates by pattern, LoRA+ and Muon.
         on_nonfinite: what becomes of a step whose loss or gradient norm is no number; see the recipe's key.
         offloading: the device whose activations training steps keep in the host's memory; see ``offload_activations``.
@@ -105,6 +106,7 @@ class PackedTrainer(SealedTrainer):
         optimizer: OptimizerSettings = TRANSFORMERS_GROUPS,
         offloading: torch.device | None = None,
         mesh: Mesh | None = None,
+        parts: Parts = SHARDS,
     ) -> None:
         mesh = Mesh.of(args) if mesh is None else mesh
         self._evaluated = torch.zeros(len(self.figures))
@@ -132,6 +134,7 @@ class PackedTrainer(SealedTrainer):
             early_stopping=early_stopping,
             forgets_best=forgets_best,
             mesh=mesh,
+            parts=parts,
         )
         # the loss comes back divided by num_items_in_batch: the Trainer must not divide it by micro-batches as well
         self.model_accepts_loss_kwargs = True
@@ -333,6 +336,7 @@ class PackedTrainer(SealedTrainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        self.check_experts()
         *sums, number = self._summed_over_ranks(self._evaluated, self._num_evaluated)
         for name, value in zip(self.figures, sums, strict=True):
             output.metrics[f"{metric_key_prefix}_{name}"] = value / number if number else float("nan")
@@ -372,6 +376,8 @@ class PackedTrainer(SealedTrainer):
         # the Trainer logs the last step only where logging_steps divides it: a short run would never say its loss
         if self.control.should_training_stop and self.args.logging_strategy != "no":
             self.control.should_log = True
+        if self._waits():
+            self.check_experts()
         found = self._finite.read() if self._waits() else None
         if found is None:
             super()._maybe_log_save_evaluate(*args, **kwargs)
