@@ -132,6 +132,11 @@ ERRORS = {
         "parallel.expert: 2 and parallel.sequence: 2 do not go together; leave one of them out",
         "parallel: {expert: 2, sequence: auto}",
     ),
+    "room_for_experts_needs_divided_ones": (
+        "parallel: {expert_capacity: 2}",
+        "parallel.expert_capacity cannot act with parallel.expert: 1",
+        "parallel: {expert: 2, expert_capacity: 2}",
+    ),
     "experts_are_stepped_element_by_element": (
         "{parallel: {expert: 2}, training: {optim: muon}}",
         "parallel.expert: 2: training.optim: muon needs whole matrices",

@@ -192,6 +192,7 @@ def overflowing() -> dict[str, Any]:
     loss_of(parallel.model, case, dist.get_rank(), padding=False).backward()
     return {
         "message": refusal(parallel.check),
+        "next": parallel.check(),
         "finite": all(p.grad.isfinite().all() for p in parallel.model.parameters()),
     }
 
@@ -255,6 +256,9 @@ def refusals() -> dict[str, str]:
     parallelize(divided, expert=2)
     adapted = prepare(build(Case(lora=BOTH)))
     parallelize(adapted, expert=2)
+    frozen = prepare(build(Case(lora=BOTH)).requires_grad_(False))
+    thawed = parallelize(frozen, expert=2)
+    frozen.model.requires_grad_(True)
     few = prepare(build(Case(model={"num_experts": 3})))
     cached = {"input_ids": torch.ones(1, 4, dtype=torch.long), "use_cache": True}
     return {
@@ -263,6 +267,8 @@ def refusals() -> dict[str, str]:
         "reverted": refusal(divided.revert),
         "cached": refusal(lambda: divided.model.eval()(**cached)),
         "cached, adapters": refusal(lambda: adapted.model.eval()(**cached)),
+        "thawed": refusal(lambda: thawed.clip_grad_norm_(1.0)),
+        "unknown": refusal(lambda: thawed.load_state_dict({"nothing": torch.zeros(1)})),
         "processes": refusal(lambda: parallelize(few, expert=3)),
     }
 
@@ -347,6 +353,7 @@ def test_visits_without_room_are_an_error_on_every_rank(found: Any) -> None:
         assert "mlp.experts: rank 0 needed room for 2.000 times its even share" in rank["overflow"]["message"]
         assert "set expert_capacity to 2, which is enough" in rank["overflow"]["message"]
         assert rank["overflow"]["finite"]
+        assert rank["overflow"]["next"] == 0, "no call since"
     for rank in found(4):
         assert "needed room for 4.000 times its even share" in rank["overflow"]["message"]
 
@@ -376,6 +383,8 @@ def test_no_setting_sends_tokens_again_in_backward(setting: str, found: Any) -> 
         ("reverted", "revert() comes before parallelize(expert=): its experts lie on several ranks already"),
         ("cached", "a call with a key-value cache is one rank's own, and its experts lie on several"),
         ("cached, adapters", "a call with a key-value cache is one rank's own, and its experts lie on several"),
+        ("thawed", "weights of experts train that were frozen when they were divided; unfreeze before"),
+        ("unknown", "the model has no nothing"),
         ("processes", "expert=3 does not divide 2 processes; set expert to one of 1"),
     ],
 )

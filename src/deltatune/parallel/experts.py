@@ -1,12 +1,12 @@
 """Expert parallel: the ranks of a group hold the routed experts of every layer together, each consecutive ones."""
 
-# P ranks of a group, X experts of a layer, L = X / P of a rank, D data ranks, r rank of an adapter, N its output width
+# P ranks of a group, X experts of a layer, L = X / P of a rank, R ranks, r rank of an adapter, N its output width
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +34,7 @@ __all__ = [
     "check_expert_size",
     "divide_experts",
     "expert_sizes",
+    "parameters_of_experts",
     "replicate_beside",
 ]
 
@@ -78,6 +79,7 @@ class DividedExperts(Parts):
         capacity: of every layer; see ``ExpertPart``.
         loads: of the layers, by the paths of their experts: ``ExpertPart.load``.
         parameters: weights, biases and adapters of experts, of which this rank holds a part.
+        trained: those that trained when they were divided.
     """
 
     mesh: DeviceMesh
@@ -85,6 +87,7 @@ class DividedExperts(Parts):
     capacity: float
     loads: Mapping[str, Tensor]
     parameters: Mapping[nn.Parameter, Division]
+    trained: Set[nn.Parameter]
 
     def shape(self, weight: Tensor) -> torch.Size:
         """Of a weight of the model before it was divided."""
@@ -124,6 +127,7 @@ class DividedExperts(Parts):
 
     def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scales gradients down to a norm of ``max_norm``, in which each weight counts once, whoever holds it."""
+        self.refuse_unfrozen()
         own = [p.grad for p in model.parameters() if p.grad is not None and p not in self.parameters]
         experts = [p.grad for p in self.parameters if p.grad is not None]
         device = hf_model.device_of(model)
@@ -136,7 +140,7 @@ class DividedExperts(Parts):
         return norm
 
     def check(self, setting: str = "expert_capacity") -> float:
-        """The capacity that calls so far needed, at most; every rank calls it, and waits for the device.
+        """The capacity that calls since the last check needed, at most; every rank calls it, and waits for the device.
 
         Args:
             setting: what the user calls the capacity.
@@ -147,6 +151,8 @@ class DividedExperts(Parts):
         mine = torch.cat([*self.loads.values()])
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
+        for load in self.loads.values():
+            load.zero_()
         by_rank = torch.stack(every).cpu()
         worst = float(by_rank.max())
         if worst > self.capacity:
@@ -159,6 +165,18 @@ class DividedExperts(Parts):
                 f"last check is not right; set {setting} to {more}, which is enough whatever routers do"
             )
         return worst
+
+    def refuse_unfrozen(self) -> None:
+        """Refuses weights of experts that were frozen when they were divided and train by now.
+
+        Raises:
+            ValueError: with their number; their gradients would lack those of other ranks.
+        """
+        late = sum(weight.requires_grad and weight not in self.trained for weight in self.parameters)
+        if late:
+            raise ValueError(
+                f"{late} weights of experts train that were frozen when they were divided; unfreeze before"
+            )
 
     def _division(self, weight: Tensor) -> Division | None:
         return self.parameters.get(weight) if isinstance(weight, nn.Parameter) else None
@@ -215,8 +233,8 @@ def divide_experts(
 
     ``mesh.expert_size`` neighbours hold all experts together. Where there are more ranks, others hold the same experts.
 
-    Gradients of experts come from the tokens of all ranks of a group. They are summed over the groups, and divided by
-    D, as the gradients of all other weights are averaged over D ranks.
+    Gradients of experts come from the tokens of all ranks of a group. They are summed over the groups in float32, and
+    divided by R, as the gradients of all other weights are averaged over R ranks.
 
     Args:
         model: prepared, adapters included; on its device, or without storage on the meta device.
@@ -254,7 +272,15 @@ def divide_experts(
     for wrapper in _wrappers(model):
         for down, up in zip(wrapper.lora_A.values(), wrapper.lora_B.values(), strict=True):
             down.out_features = up.in_features = down.weight.shape[0]
-    return DividedExperts(made, group, capacity, loads, parameters)
+    trained = {weight for weight in parameters if weight.requires_grad}
+    return DividedExperts(made, group, capacity, loads, parameters, trained)
+
+
+def parameters_of_experts(model: nn.Module) -> set[nn.Parameter]:
+    """What ``divide_experts`` divides: weights and biases of experts, and their adapters."""
+    factors = [pair.values() for wrapper in _wrappers(model) for pair in (wrapper.lora_A, wrapper.lora_B)]
+    own = {weight for _, module in _experts(model) for weight in module.parameters(recurse=False)}
+    return own | {factor.weight for of_wrapper in factors for factor in of_wrapper}
 
 
 def replicate_beside(model: nn.Module, parameters: Collection[nn.Parameter]) -> bool:
@@ -266,10 +292,10 @@ def replicate_beside(model: nn.Module, parameters: Collection[nn.Parameter]) -> 
 
 
 def _of_all_ranks(grad: Tensor, divisor: int, replicas: ProcessGroup) -> Tensor:
-    grad = grad / divisor
+    mine = grad.to(torch.promote_types(grad.dtype, torch.float32)) / divisor
     if replicas.size() > 1:
-        dist.all_reduce(grad, group=replicas)
-    return grad
+        dist.all_reduce(mine, group=replicas)
+    return mine.to(grad.dtype)
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from deltatune.parallel.experts import (
     check_expert_ranks,
     check_expert_size,
     divide_experts,
+    parameters_of_experts,
     replicate_beside,
 )
 from deltatune.parallel.heads import check_sequence_size
@@ -61,7 +62,7 @@ class Parallel:
         return clip_grad_norm_(self.model, max_norm)
 
     def check(self) -> float:
-        """The capacity for experts that the steps so far needed, at most; 1 where each rank has all experts.
+        """The capacity for experts that steps since the last check needed, at most; 1 where each rank has all experts.
 
         Every rank calls it, each time it logs, say: it waits for the device, and a step does not.
 
@@ -76,17 +77,13 @@ class Parallel:
 
         ``prepared.model.save_pretrained(folder, state_dict=...)`` on rank 0 writes the files of an unsharded model.
         """
-        if self.experts is not None:
-            return gathered_state(self.prepared.model, parts=self.experts)
-        if self.mesh.shard_size > 1:
-            return gathered_state(self.prepared.model)
-        return self.prepared.model.state_dict() if self.mesh.rank == 0 else {}
+        return gathered_state(self.prepared.model, parts=self.experts)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies whole tensors into the model, by the names that ``state_dict`` gives; every rank has them all.
 
         Raises:
-            ValueError: a tensor of another shape.
+            ValueError: a name that the model lacks, or a tensor of another shape; nothing is copied then.
         """
         copy_parts(self.prepared.model, state, self.experts)
 
@@ -151,7 +148,7 @@ def parallelize(
     if sizes.shard == 1 and param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
     if sizes.shard > 1:
-        check_shardable(model)
+        check_shardable(model, beside=parameters_of_experts(model) if expert != 1 else set())
     _take_from_rank_0(model)
     experts = None
     if expert != 1:

@@ -69,14 +69,14 @@ def shard_model(
         with_loss_of_its_own(cast("FSDPModule", head))
 
 
-def check_shardable(model: nn.Module) -> None:
-    """Checks that ``shard_model`` takes a model, before anything is done to it.
+def check_shardable(model: nn.Module, beside: AbstractSet[nn.Parameter]) -> None:
+    """Checks that ``shard_model`` takes a model, before anything is done to it; see there.
 
     Raises:
         ValueError: as by ``shard_model``.
     """
     _refuse(hf_model.base_model(model), hf_model.text_model(model), sharded=hf_model.is_sharded(model))
-    _refuse_mixed(model, list(gathered_units(model)), full_precision_parameters(model), frozenset())
+    _refuse_mixed(model, list(gathered_units(model)), full_precision_parameters(model), beside)
 
 
 def full_precision_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -105,8 +105,11 @@ def copy_parts(model: nn.Module, state: Mapping[str, Tensor], parts: Parts | Non
     """Copies whole tensors into a model, by the names of its ``state_dict()``; every rank has them all."""
     own, parts = model.state_dict(keep_vars=True), parts or SHARDS
     for name, whole in state.items():
+        if name not in own:
+            raise ValueError(f"the model has no {name}")
         if whole.shape != (shape := parts.shape(own[name])):
             raise ValueError(f"{name}: expected {list(shape)}, got {list(whole.shape)}")
+    for name, whole in state.items():
         own[name].copy_(parts.part_of(whole, own[name]))
 
 

@@ -15,6 +15,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from deltatune.data.stream import Place
 from deltatune.errors import UserError
+from deltatune.hf.experts import has_divided_experts
 from deltatune.hf.model import has_shards
 from deltatune.parallel.experts import DividedExperts, replicate_beside
 from deltatune.parallel.mesh import Mesh
@@ -70,6 +71,8 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         self._mesh = Mesh.of(args) if mesh is None else mesh
         self.parts = parts
         self._sharded, experts = has_shards(model), parts if isinstance(parts, DividedExperts) else None
+        if experts is None and has_divided_experts(model):
+            raise ValueError("the model's experts are divided; give parts, what parallelize() calls experts")
         self._in_parts = self._sharded or experts is not None
         self._mixes = self._sharded and experts is not None  # shards beside weights that are none
         self._staging: Path | None = None  # where a checkpoint is written, while one is
