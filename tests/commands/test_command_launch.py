@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -185,6 +186,8 @@ def test_a_run_that_sigterm_ends_goes_on_and_equals_one_process(write_recipe, tm
             process.kill()
     assert processes_of(str(recipe)) == []
     (step,) = steps_of(output)
+    (leg,) = json.loads((output / "run.json").read_text())["legs"]
+    assert leg["command"] == f"python -m deltatune train {recipe} --nproc 2"
     said = (tmp_path / "err").read_text()
     assert said.count(f"SIGTERM: stopped after step {step} of 10000, with a checkpoint; go on with --resume\n") == 1
     assert "Traceback" not in said

@@ -13,7 +13,7 @@ from deltatune.parallel.sizes import Sizes, choose_sizes
 @pytest.mark.parametrize(
     ("given", "least", "expected"),
     [
-        ((None, None), 1, (8, 1, "a step with whole weights fits the device: 8 replicas")),
+        ((None, None), 1, (8, 1, "a step with whole weights fits the device: 8 copies")),
         ((None, None), 3, (2, 4, "a step fits the device with 4 shards of the weights")),
         ((None, None), 9, (1, 8, "a step does not fit the device even with 8 shards")),
         ((None, 2), 9, (4, 2, "as the recipe says")),

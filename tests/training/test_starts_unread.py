@@ -50,7 +50,7 @@ def test_a_start_that_reads_weights_has_them(
     reads = start not in (True, False, "gaussian", "orthogonal")
     assert bool(found[1].said) == reads
     if known:
-        (*lines,) = loading.host_lines(recipe, found[0].model, shard=2)
+        (*lines,) = loading.host_lines(recipe, found[0].model)
         assert lines == [*found[1].said]
 
 

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
+from deltatune.runs.command import STARTED_BY, command_line
 from deltatune.training.heartbeat import TOLD
 
 __all__ = ["launch", "run"]
@@ -116,6 +117,7 @@ class _Ranks:
         shared = {
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._nproc)),
             **os.environ,
+            STARTED_BY: command_line(),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",

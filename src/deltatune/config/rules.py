@@ -214,7 +214,7 @@ def sharding_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.activation_offloading:
         yield "activation_offloading would take gathered weights for activations; set it to false"
     if recipe.samples is not None:
-        yield "samples are completed by one process, which has no whole weights; leave the section out"
+        yield "samples are completed by one process, which has no whole weights; leave the section samples out"
     if recipe.compile is not None and recipe.compile.scope == "model":
         yield "compile.scope: model puts all layers into one graph, and weights are gathered between layers; use layer"
 

@@ -86,7 +86,7 @@ def _sizes(
     elif not fitting:
         reason = f"a step does not fit the device even with {shard} shards"
     elif shard == 1:
-        reason = f"a step with whole weights fits the device: {replicate} replicas"
+        reason = f"a step with whole weights fits the device: {replicate} copies"
     else:
         reason = f"a step fits the device with {shard} shards of the weights"
     if given_sequence is not None or ranks == 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deltatune.phases import Advance
+from deltatune.runs.command import command_line
 from deltatune.training.phase_lines import MovingLines, plain_lines
 
 __all__ = ["LOG_FILE", "RunConsole"]
@@ -67,5 +66,5 @@ class RunConsole:
         early, self._early = self._early, []
         self._file = folder / LOG_FILE
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        for text in [f"=== {now} {shlex.join(sys.argv)}", *early]:
+        for text in [f"=== {now} {command_line()}", *early]:
             self.keep(text)

@@ -70,7 +70,7 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
             fits=fits,
         )
     except ValueError as error:
-        start = "" if count > 1 else "; start several with torchrun --nproc-per-node N -m deltatune train RECIPE"
+        start = "" if count > 1 else "; start several with deltatune train RECIPE --nproc N, or torchrun"
         raise UserError(f"parallel.{error}{start}") from error
     if sizes.shard > 1 and errors:
         raise UserError(f"parallel.shard: {sizes.shard} ({sizes.reason}): {'; also: '.join(errors)}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import deltatune
+from deltatune.runs.command import command_line
 from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
 
@@ -67,7 +66,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._legs.append(
             {
                 "status": "running",
-                "command": shlex.join(sys.argv),
+                "command": command_line(),
                 "folder": str(Path.cwd()),
                 "host": platform.node(),
                 "git": _commit(Path.cwd()),

@@ -1,0 +1,25 @@
+"""The command that a run was started with, as it can be typed again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Final
+
+__all__ = ["STARTED_BY", "command_line"]
+
+#: The environment variable in which a launcher tells the processes that it starts its own command.
+STARTED_BY: Final = "DELTATUNE_COMMAND"
+
+
+def command_line() -> str:
+    """What was typed; of a process that ``train --nproc`` started, what its launcher was called with."""
+    told = os.environ.get(STARTED_BY)
+    if told:
+        return told
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return shlex.join(["python", "-m", script.parent.name, *sys.argv[1:]])
+    return shlex.join([script.name if script.name == "deltatune" else sys.argv[0], *sys.argv[1:]])

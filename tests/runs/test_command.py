@@ -1,0 +1,26 @@
+"""The command that a record holds can be typed again."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from deltatune.runs.command import STARTED_BY, command_line
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/opt/venv/bin/deltatune", "train", "my recipe.yaml"], "deltatune train 'my recipe.yaml'"),
+        (["/src/deltatune/__main__.py", "train", "mine.yaml"], "python -m deltatune train mine.yaml"),
+        (["scripts/mine.py", "--steps", "3"], "scripts/mine.py --steps 3"),
+    ],
+)
+def test_what_was_typed(monkeypatch: Any, argv: list[str], expected: str) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv(STARTED_BY, raising=False)
+    assert command_line() == expected
+    monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml --nproc 2")
+    assert command_line() == "deltatune train mine.yaml --nproc 2"
