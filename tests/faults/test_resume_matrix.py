@@ -221,7 +221,7 @@ CHANGES: dict[str, Change] = {
     "parallel.sequence": acts("parallel.sequence=1", shows=same),
     # test_expert_runs.py has more
     "parallel.expert": acts("parallel.expert=auto", shows=same),
-    "parallel.expert_capacity": acts("parallel.expert_capacity=2.0", shows=same),
+    "parallel.expert_capacity": acts("parallel.expert=2", "parallel.expert_capacity=2.0"),  # in one process nothing
     "parallel.timeout_s": acts("parallel.timeout_s=90", shows=same),
     "verify.enabled": acts("verify.enabled=true", shows=says("OK: every document")),
     "verify.lengths": acts("verify.enabled=true", "verify.lengths=[5, 1, 9]", shows=says("OK: every document")),

@@ -27,7 +27,7 @@ from deltatune.data.stream import PackStream
 from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sequence import apart
-from deltatune.parallel.state import Parts
+from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
@@ -274,7 +274,7 @@ def _verify(run: Run) -> VerifyReport | None:
     return probe(run.recipe, first_layers(run.recipe, run.arguments.device), run.console)
 
 
-def _trainer(run: Run, parts: Parts, forgets_best: bool = False) -> PackedTrainer:
+def _trainer(run: Run, parts: Parts = SHARDS, forgets_best: bool = False) -> PackedTrainer:
     def recompiles() -> int:
         report = run.prepared.compile_report
         return 0 if report is None else len(report.recompiles)
