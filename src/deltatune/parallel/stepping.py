@@ -18,7 +18,9 @@ def step_kinds_apart(optimizer: Optimizer) -> None:
     whole: list[list[dict[str, Any]]] = []
 
     def divide(optimizer: Optimizer, *_: Any) -> None:
-        whole[:] = [optimizer.param_groups]
+        if whole:  # the step before raised
+            join(optimizer)
+        whole.append(optimizer.param_groups)
         optimizer.param_groups = [kind for group in optimizer.param_groups for kind in _kinds(group)]
 
     def join(optimizer: Optimizer, *_: Any) -> None:
