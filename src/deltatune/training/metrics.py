@@ -171,6 +171,11 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         """The batches of one optimizer step on this data rank, whole also where several ranks hold each."""
         self._counts += counts
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps since this process began to train, not those before a checkpoint that it resumed from."""
+        return self._steps
+
     def forward(self) -> AbstractContextManager[None]:
         """Within, the forward pass of a micro-batch; several ranks are compared by what theirs take."""
         return nullcontext() if self._mesh.size == 1 else self._times.forward()

@@ -357,11 +357,19 @@ class PackedTrainer(SealedTrainer):
             logs.update(self.meter.window())
             self._leave_skipped_out(logs)
         if "train_loss" in logs:
-            steps = self.state.global_step - self._initial_global_step
-            logs |= _over_taken(logs.pop("train_loss"), steps, len(self.skipped), "train_loss")
+            self._of_this_leg(logs)
         for name in [name for name in logs if name.endswith("_samples_per_second")]:
             del logs[name]
         super().log(logs, start_time)
+
+    def _of_this_leg(self, logs: dict[str, float]) -> None:
+        """Makes the mean loss and the rate those of this process's steps; transformers < 5.19 divides by all legs'."""
+        steps = self.meter.steps
+        mean = self._total_loss_scalar / max(steps, 1)
+        del logs["train_loss"]
+        logs |= _over_taken(mean, steps, len(self.skipped), "train_loss")
+        if "train_steps_per_second" in logs:
+            logs["train_steps_per_second"] = round(steps / logs["train_runtime"], 3)
 
     def _leave_skipped_out(self, logs: dict[str, float]) -> None:
         """Makes the loss, a mean over all steps since the last line, one over those whose update was made."""
