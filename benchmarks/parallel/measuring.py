@@ -191,7 +191,8 @@ def _waits(call: Callable[[], None], device: torch.device) -> list[str]:
             call()
         finally:
             cuda.set_sync_debug_mode("default")
-    return [str(one.message).splitlines()[0][:200] for one in said if "synchroniz" in str(one.message)]
+    # not what the first call in a process says of the mode itself
+    return [str(one.message).splitlines()[0][:200] for one in said if "called a synchronizing" in str(one.message)]
 
 
 def _compiler(trained: Trained) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def on_ranks(case: str) -> dict[str, Any]:
         "steps": steps,
         "report": None if report is None else report.to_dict(),
         "sharded": all(isinstance(weight, DTensor) for weight in model.parameters() if weight.requires_grad),
+        "sends_buffers": getattr(model, "broadcast_buffers", False),
         "saved": gathered_state(model) if settings.get("shard") != 1 else {},
     }
 
@@ -208,6 +209,7 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
 
     for found in ranks:
         assert found[case]["sharded"] == (CASES[case].get("shard") != 1)
+        assert not found[case]["sends_buffers"]
     expected = train(model, step_loss)
     for ours, theirs in zip(ranks[0][case]["steps"], expected, strict=True):
         assert ours.keys() == theirs.keys()

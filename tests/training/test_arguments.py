@@ -28,6 +28,7 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
     arguments = training_arguments(section)
     assert arguments.adam_beta2 == 0.95
     assert arguments.save_on_each_node
+    assert arguments.ddp_broadcast_buffers is False
     assert arguments.report_to == []
     assert not arguments.logging_nan_inf_filter
     assert not arguments.remove_unused_columns
@@ -127,7 +128,7 @@ PASSED = {
     "dataloader_drop_last": True,
     "dataloader_persistent_workers": True,
     "dataloader_prefetch_factor": 3,
-    "ddp_broadcast_buffers": False,
+    "ddp_broadcast_buffers": True,
     "ddp_bucket_cap_mb": 7,
     "ddp_find_unused_parameters": True,
     "ddp_static_graph": True,
