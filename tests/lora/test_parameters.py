@@ -372,9 +372,9 @@ def test_files_of_older_peft_versions_with_the_roles_swapped_are_told_by_their_s
     wrapper.lora_A["default"] = torch.nn.Linear(outer, rank, bias=False)
     wrapper.lora_B["default"] = torch.nn.Linear(rank, inner, bias=False)
     rows = prepare(model).report.lora_rows
-    assert any(row.mode == "stock" and "before 0.19" in row.reason for row in rows)
+    assert any(row.mode == "stock" and "before 0.19.1" in row.reason for row in rows)
     wrapper.lora_A["default"], wrapper.lora_B["default"] = a, b
-    assert not any("before 0.19" in row.reason for row in prepare(model).report.lora_rows)
+    assert not any("before 0.19.1" in row.reason for row in prepare(model).report.lora_rows)
 
 
 def test_what_is_kept_for_backward_is_small_beside_the_experts() -> None:

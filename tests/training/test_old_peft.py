@@ -22,7 +22,7 @@ from deltatune.training.expert_adapters import current_roles
 from deltatune.training.export import export_adapter, merge_adapter
 
 FILES = Path(__file__).parent / "old_peft"
-OLD = sorted(FILES.glob("qwen3_moe-peft-0.18.1*"))
+OLD = sorted([*FILES.glob("qwen3_moe-peft-0.18.1*"), *FILES.glob("*-peft-0.19.0*")])
 ALL = sorted(path for path in FILES.iterdir() if (path / "adapter_config.json").is_file())
 
 
@@ -47,8 +47,8 @@ def added_by(adapter: Path, base: Path) -> dict[str, torch.Tensor]:
 
 
 def test_there_are_files_of_every_version() -> None:
-    assert {path.name.split("-")[2] for path in ALL} == {"0.17.1", "0.18.1", "0.19.1"}
-    assert len(OLD) == 2
+    assert {path.name.split("-")[2] for path in ALL} == {"0.17.1", "0.18.1", "0.19.0", "0.19.1"}
+    assert len(OLD) == 6
 
 
 def test_an_exported_file_adds_what_its_own_version_added(adapter: Path, tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_each_expert_of_an_exported_file_adds_what_its_own_version_added(adapter
 
 
 @pytest.mark.parametrize("old", OLD, ids=lambda path: path.name)
-def test_files_in_the_roles_of_0_18_are_refused_with_the_command_that_turns_them(old: Path, tmp_path: Path) -> None:
+def test_files_in_old_roles_are_refused_with_the_command_that_turns_them(old: Path, tmp_path: Path) -> None:
     base = base_of(old, tmp_path / "base")
-    remedy = f"as PEFT 0.18 wrote them; deltatune export {old} --output NEW --layout peft"
+    remedy = f"as PEFT {old.name.split('-')[2]} wrote them; deltatune export {old} --output NEW --layout peft"
     with pytest.raises(UserError, match=remedy):
         merge_adapter(old, tmp_path / "merged", base=str(base))
     section = LoraSection(name_or_path=str(old))
@@ -110,9 +110,10 @@ def make_square(family: str = "qwen3_moe") -> Any:
     return base
 
 
-def test_square_weights_of_0_18_are_refused_and_of_others_taken() -> None:
-    with pytest.raises(UserError, match="weights are square"):
-        current_roles(*square("0.18.0"))
+def test_square_weights_of_old_versions_are_refused_and_of_others_taken() -> None:
+    for version in ("0.18.0", "0.18.2.dev0", "0.19.0"):
+        with pytest.raises(UserError, match=f"PEFT {version} wrote .* weights are square"):
+            current_roles(*square(version))
     for version in ("0.19.1", "0.21.2", None):
         state, config, model = square(version)
         assert all(torch.equal(current_roles(state, config, model)[name], value) for name, value in state.items())

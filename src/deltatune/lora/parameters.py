@@ -140,8 +140,8 @@ def _stock_reason(wrapper: Any, name: str) -> str | None:
     (down, reads), (writes, up) = (linear.weight.shape for linear in linears)
     if (reads, writes) != (inner, outer) or down != up or (groups and down % groups[0]):
         return (
-            f"A {[down, reads]} and B {[writes, up]} are not those of {[*groups, rows, cols]}; PEFT before 0.19 made "
-            "them the other way round"
+            f"A {[down, reads]} and B {[writes, up]} are not those of {[*groups, rows, cols]}; PEFT before "
+            "0.19.1 made them the other way round"
         )
     return None
 

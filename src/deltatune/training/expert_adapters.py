@@ -1,13 +1,14 @@
 """Adapters of routed experts in PEFT's files: which tensors are of which weight, and in which roles.
 
-PEFT from 0.19 on reads the linear map off the experts' layout. PEFT 0.18 took the first of a weight's two dimensions
+PEFT from 0.19.1 on reads the linear map off the experts' layout. PEFT 0.18 took the first of a weight's two dimensions
 for the input, whatever the layout: with ``[X, F, H]`` it wrote factors of the transposed map, which are today's with A
 and B in each other's place::
 
-    0.18    A [X r, F], B [H, r X]      W_e += s (B_e A_e)^T
-    0.19    A [X r, H], B [F, r X]      W_e += s  B_e A_e
+    0.18      A [X r, F], B [H, r X]      W_e += s (B_e A_e)^T
+    0.19.1    A [X r, H], B [F, r X]      W_e += s  B_e A_e
 
-Transposed weights ``[X, H, F]`` (gpt-oss) have the same files in both, and 0.17 knew no others.
+Transposed weights ``[X, H, F]`` (gpt-oss) have the same files in both, and 0.17 knew no others. PEFT 0.19.0 read the
+layout the wrong way round: its factors are in each other's place with both.
 """
 
 # X experts, H hidden width, F width before the gate, r rank of an expert
@@ -80,16 +81,21 @@ def expert_pairs(state: Mapping[str, Tensor], config: Mapping[str, Any], model: 
 
 
 def may_be_old(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter's config does not say that PEFT 0.19 or newer wrote it; before 0.18 it says nothing."""
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
-    return version is None or (int(version[1]), int(version[2])) < (0, 19)
+    """Whether an adapter's config does not say that PEFT 0.19.1 or newer wrote it; before 0.18 it says nothing."""
+    version = _version(config)
+    return version is None or version < (0, 19, 1)
+
+
+def _version(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version") or ""))
+    return None if found is None else tuple(int(part or 0) for part in found.groups())
 
 
 def current_roles(state: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors as PEFT from 0.19 on reads them.
+    """The tensors as PEFT from 0.19.1 on reads them.
 
     Raises:
-        UserError: a file of PEFT 0.18 whose shapes agree with both.
+        UserError: a file of PEFT 0.18 or 0.19.0 whose shapes agree with both.
     """
     pairs = expert_pairs(state, config, model)
     found = dict(state)
@@ -107,30 +113,34 @@ def refuse_old_roles(state: Mapping[str, Tensor], config: Mapping[str, Any], mod
     """Refuses what PEFT of today would find to have other shapes, with what to do about it.
 
     Raises:
-        UserError: factors of experts in the roles of PEFT 0.18.
+        UserError: factors of experts in the roles of PEFT 0.18 and 0.19.0.
     """
     if _are_old(expert_pairs(state, config, model), state, config):
         raise UserError(
-            f"{folder}: A and B of its experts are in each other's place, as PEFT 0.18 wrote them; deltatune export "
-            f"{folder} --output NEW --layout peft writes them as PEFT reads them since 0.19"
+            f"{folder}: A and B of its experts are in each other's place, as PEFT {config.get('peft_version', '0.18')} "
+            f"wrote them; deltatune export {folder} --output NEW --layout peft writes them as PEFT reads them since "
+            "0.19.1"
         )
 
 
 def _are_old(pairs: list[ExpertPair], state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    """Whether a file is of PEFT 0.18 and holds other roles than today's: one version wrote all of it."""
+    """Whether a file is of PEFT 0.18 or 0.19.0 and holds other roles than today's: one version wrote all of it."""
     if not may_be_old(config):
         return False
+    version = _version(config) or (0, 17, 0)
     fits: set[tuple[bool, bool]] = set()
     for pair in pairs:
         groups, outer, inner = pair.shape
         ends = state[pair.b].shape[0], state[pair.a].shape[1]
         if state[pair.a].shape[0] % groups == 0 and state[pair.a].shape[0] == state[pair.b].shape[1]:
-            # as today's, as those of 0.18; a transposed weight has the same in both
-            fits.add((ends == (outer, inner), ends == (inner, outer) and not pair.layout.transposed))
-    if fits == {(True, True)} and str(config.get("peft_version")).startswith("0.18."):
+            # as today's, as those of the old version; 0.18 gave a transposed weight the same as today's
+            as_old = ends == (inner, outer) and (version >= (0, 19) or not pair.layout.transposed)
+            fits.add((ends == (outer, inner), as_old))
+    if fits == {(True, True)} and version >= (0, 18):
         raise UserError(
-            "PEFT 0.18 wrote this adapter of experts, whose weights are square: whether A and B are in each other's "
-            "place depends on the transformers that it ran with, and nothing in the file tells; merge it there"
+            f"PEFT {config['peft_version']} wrote this adapter of experts, whose weights are square: whether A and B "
+            "are in each other's place depends on the transformers that it ran with, and nothing in the file tells; "
+            "merge it there"
         )
     return bool(fits) and all(old for _, old in fits) and not all(now for now, _ in fits)
 

@@ -85,7 +85,7 @@ def per_expert(
         model: the base model; no storage is needed.
 
     Raises:
-        UserError: no adapters on experts, or such of another shape than PEFT 0.19 and newer write.
+        UserError: no adapters on experts, or such of another shape than PEFT 0.19.1 and newer write.
     """
     pairs, names = expert_pairs(state, config, model), checkpoint_names(model)
     if not pairs:

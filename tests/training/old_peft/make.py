@@ -4,6 +4,7 @@ The files here were made so, by the versions in their names, with torch 2.13.0 (
 
     PYTHONPATH=peft-0.17.1:transformers-4.57.1 python make.py gpt_oss
     PYTHONPATH=peft-0.18.1 python make.py qwen3_moe gpt_oss      # transformers 5.23.0
+    PYTHONPATH=peft-0.19.0 python make.py qwen3_moe gpt_oss
     PYTHONPATH=peft-0.19.1 python make.py qwen3_moe
 
 PEFT 0.17 does not import with transformers 5, and before it the experts of Qwen3-MoE were single linear layers.
