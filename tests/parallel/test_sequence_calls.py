@@ -142,8 +142,9 @@ def test_a_checkpointed_layer_keeps_its_input_and_what_was_exchanged(family: str
     model = build(Case((), family=family, layers=1))
     member(model, compile=TRACED)
     layer, hidden = model.model.layers[0], torch.zeros(1, 64, 32, requires_grad=True)
+    positions = torch.arange(64).expand(*([3] if family == "qwen3_5" else []), 1, 64)
     call = {
-        "position_embeddings": model.model.rotary_emb(hidden, torch.arange(64)[None]),
+        "position_embeddings": model.model.rotary_emb(hidden, positions),
         "sequences": pack(THREE)["sequences"].static(),
     }
     traced = trace_layer(stock_class(layer).forward, layer, (hidden,), call, settings=("layer",), options=TRACED)

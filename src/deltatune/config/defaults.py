@@ -14,5 +14,5 @@ def differs(section: BaseModel, name: str) -> bool:
 
 def default_of(section: BaseModel, name: str) -> object:
     """The default of a field."""
-    default: object = type(section).model_fields[name].get_default(call_default_factory=True)
+    default: object = type(section).model_fields[name].get_default(call_default_factory=True, validated_data={})
     return default

@@ -10,6 +10,7 @@ from typing import Any
 import pydantic
 from pydantic import BaseModel
 
+from deltatune.config.defaults import differs
 from deltatune.config.explain import dotted, explain, known_keys, names_free_mapping, shown
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
@@ -79,8 +80,8 @@ def _telling(section: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]:
     """What a section says, without defaults that say nothing; a null that is no default stays."""
     kept: dict[str, Any] = {}
     for name, value in dumped.items():
-        field, given = type(section).model_fields.get(name), getattr(section, name)
-        if field is not None and value in (None, [], {}) and given == field.get_default(call_default_factory=True):
+        given = getattr(section, name)
+        if name in type(section).model_fields and value in (None, [], {}) and not differs(section, name):
             continue
         if isinstance(given, BaseModel):
             value = _telling(given, value)

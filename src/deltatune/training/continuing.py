@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from deltatune.config.defaults import differs
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
 from deltatune.training.adapter_files import adapter_settings, adapter_weights
@@ -169,11 +170,10 @@ def _check_start(name: str, init: str) -> None:
 
 
 def _check_settings(name: str, config: peft.LoraConfig, section: LoraSection) -> None:
-    for key, field in type(section).model_fields.items():
-        given = getattr(section, key)
-        if key in _OF_THE_RECIPE or given == field.get_default(call_default_factory=True):
+    for key in type(section).model_fields:
+        if key in _OF_THE_RECIPE or not differs(section, key):
             continue
-        saved = getattr(config, key)
+        given, saved = getattr(section, key), getattr(config, key)
         if _plain(given) != _plain(saved):
             raise UserError(
                 f"lora.{key}: {_plain(given)} cannot act on the adapter of {name}, which has {_plain(saved)}; leave it "
