@@ -116,6 +116,14 @@ def test_types_of_models_and_first_rows_are_checked_without_torch(
     assert seconds < BOUND
 
 
+@pytest.fixture(scope="module")
+def of_tokenizers() -> set[str]:
+    """What a tokenizer takes of the same: nothing now, much of it in transformers 5.17."""
+    program = f"import sys; from transformers import AutoTokenizer; print(*sys.modules.keys() & {set(OF_MODELS)})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    return set(done.stdout.split())
+
+
 def _broken_tokenizer(_: Path, folder: Path) -> list[str]:
     (folder / "tokenizer.json").write_text("{}")
     return [f"model.tokenizer={folder}"]
@@ -131,13 +139,18 @@ def _broken_tokenizer(_: Path, folder: Path) -> list[str]:
     ],
 )
 def test_all_rows_and_tokenizers_are_checked_before_models_are_imported(
-    write_recipe: Any, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path, Path], list[str]], message: str
+    write_recipe: Any,
+    checkpoint: Path,
+    tmp_path: Path,
+    of_tokenizers: set[str],
+    spoil: Callable[[Path, Path], list[str]],
+    message: str,
 ) -> None:
     (tmp_path / "spoiled").mkdir()
     status, modules, _, said = run_plan(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said
-    assert modules.isdisjoint(OF_MODELS)
+    assert modules.intersection(OF_MODELS) <= of_tokenizers
 
 
 def test_a_plan_imports_neither_trainer_nor_tables(write_recipe: Any) -> None:
