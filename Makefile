@@ -8,7 +8,7 @@ RUN ?= $(BIN)/python
 # processes that share the tests; each grows to about 2 GB
 WORKERS ?= 2
 
-.PHONY: demo test test-faults lint format docs bench-ops bench-train bench-parallel targets clean setup
+.PHONY: demo test test-faults test-lowest lint format docs bench-ops bench-train bench-parallel targets clean setup
 
 setup: $(STAMP)
 
@@ -28,6 +28,13 @@ test: $(STAMP)
 # every fault at every moment, in one process: half an hour
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --numprocesses 0
+
+# the same tests with the oldest versions that the package allows
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q --constraint constraints/lowest.txt torch
+	.venv-lowest/bin/python -m pip install -q --constraint constraints/lowest.txt --editable '.[train,test]'
+	.venv-lowest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -58,4 +65,4 @@ targets:
 	$(RUN) -m benchmarks.targets
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache

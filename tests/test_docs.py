@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -227,6 +228,18 @@ def test_tested_versions_are_those_of_the_environment() -> None:
         re.findall(r"^(\w+)==(\S+)$", (ROOT / "constraints" / "cpu.txt").read_text(encoding="utf-8"), re.MULTILINE)
     )
     assert rows == {name: pins[name] for name in ("torch", "transformers", "peft", "trl", "triton")}
+
+
+def test_the_lowest_versions_are_those_that_the_package_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    test = [one for one in project["optional-dependencies"]["test"] if one.startswith("trl")]
+    named = [*project["dependencies"], *project["optional-dependencies"]["train"], *test]
+    floors = dict(re.fullmatch(r"(\w+)>=([\d.]+)(?:,.*)?", one).groups() for one in named)
+    lowest = (ROOT / "constraints" / "lowest.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^(\w+)==(\S+)$", lowest, re.MULTILINE))
+    assert pins.keys() == floors.keys()
+    for name in floors.keys() - {"torch"}:  # the lowest of torch runs on a GPU, see Tested versions
+        assert Version(pins[name]) == Version(floors[name]), name
 
 
 def test_every_family_and_its_experimental_features_are_in_the_readme() -> None:
