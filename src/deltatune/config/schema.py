@@ -322,7 +322,11 @@ class SamplesSection(Section):
     """Completions at each evaluation, greedy, kept in `samples.jsonl` of the run's folder."""
 
     prompts: tuple[Text, ...] = ()
-    """Questions, asked through the chat template; plain text where the tokenizer has none."""
+    """Questions: each is a user's turn in the chat template, up to where the answer begins. Plain text where the
+    tokenizer has no template; `plan` and the run say which."""
+
+    chat: bool = True
+    """Whether `prompts` go through the chat template; `false` begins with them as they are, as rows of text begin."""
 
     held_out: Annotated[int, Strict(), Field(ge=0)] = 0
     """How many of the held-out documents are begun, each up to its first answer."""

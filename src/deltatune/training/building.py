@@ -27,6 +27,7 @@ from deltatune.training.loading import LoadedModel, load_by_recipe
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData, load_data
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
+from deltatune.training.prompts import samples_lines
 from deltatune.training.space import check_space
 from deltatune.verification import VerifyReport
 
@@ -70,6 +71,7 @@ def build(
     check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
+    of_samples = samples_lines(recipe, tokenizer)
     # every name and shape is known before the rows are read and the weights are there
     empty = adapt_by_recipe(empty_model(recipe.model), recipe)
     check_space(empty, recipe)
@@ -101,7 +103,7 @@ def build(
     )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
-    said += [*sizes_lines(recipe, sizes), *loaded.said]
+    said += [*sizes_lines(recipe, sizes), *loaded.said, *of_samples]
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)

@@ -50,10 +50,11 @@ from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.probing import first_layers, probe
 from deltatune.training.process_group import own_process_group
+from deltatune.training.prompts import prompts_of
 from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord
 from deltatune.training.resuming import found_by_rank_0, step_of
-from deltatune.training.samples import Samples, prompts_of
+from deltatune.training.samples import Samples
 from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import (
