@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune.errors import UserError
 from deltatune.training import building
+from deltatune.training.console import RunConsole
 from deltatune.training.prompts import Prompt, prompts_of, samples_lines
 from deltatune.training.run import train
 from deltatune.training.samples import Samples
@@ -174,3 +175,14 @@ def test_an_evaluation_that_is_made_again_replaces_its_samples(tmp_path: Path) -
     state, model = SimpleNamespace(global_step=2), torch.nn.Linear(1, 1)
     samples.on_evaluate(None, state, None, model=model)
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_control_characters_are_shown_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    completion = "\x1b[2J\x9b1mgone\x07"
+    monkeypatch.setattr(Samples, "_complete", lambda *_: completion)
+    console = Console(record=True, width=300, file=(tmp_path / "screen.txt").open("w"))
+    given: dict[str, Any] = {"max_new_tokens": 1, "output_dir": tmp_path, "console": RunConsole(console)}
+    samples = Samples([Prompt("a\x1bb\nc", [5])], byte_tokenizer(), **given)
+    samples.on_evaluate(None, SimpleNamespace(global_step=1), None, model=torch.nn.Linear(1, 1))
+    assert console.export_text() == "sample: a\\x1bb c -> \\x1b[2J\\x9b1mgone\\x07\n"
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["completion"] == completion

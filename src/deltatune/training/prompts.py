@@ -14,6 +14,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.template import TEMPLATE_ERRORS
 from deltatune.errors import UserError, one_line
 from deltatune.packing.sample import IGNORE_INDEX, Sample
+from deltatune.visible import visible
 
 __all__ = ["SAMPLES_FILE", "SHOWN", "Prompt", "prompts_of", "samples_lines", "shortened"]
 
@@ -74,8 +75,8 @@ def samples_lines(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 
 def shortened(text: str) -> str:
-    """A text on one line of a terminal."""
-    line = " ".join(text.split())
+    """A text on one line of a terminal, control characters as escapes."""
+    line = visible(" ".join(text.split()))
     return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."
 
 
