@@ -27,6 +27,7 @@ from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
 from deltatune.parallel.mesh import Mesh
+from deltatune.runs.command import STARTED_BY
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
@@ -371,6 +372,37 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     assert f"interrupted: {signal.Signals(number).name}: stopped after step 3" in page([read_run(tmp_path / "parts")])
     resumed = train(recipe, resume="auto", console=QUIET)
     assert losses(resumed) == losses(whole)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_second_ctrl_c_says_what_is_kept(
+    tmp_path: Path, checkpoint: Path, saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"save_strategy": "steps", "save_steps": 2} if saved else {}
+    step = PackedTrainer.training_step
+
+    def stepping(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 5:
+            if saved:  # as a disk that lost it would leave it
+                (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink()
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", stepping)
+    monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    kept = "no whole checkpoint is there to go on from (training.save_steps)"
+    if saved:
+        place = tmp_path / "output" / "checkpoint-2"
+        kept = f"the last whole checkpoint is {place}; go on with deltatune train mine.yaml --resume"
+    assert str(caught.value) == f"interrupted after step 5: {kept}"
+    assert json.loads((tmp_path / "output" / "run.json").read_text())["legs"][0]["reason"] == str(caught.value)
 
 
 def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:
