@@ -188,10 +188,14 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     recipe = make_recipe(tmp_path, checkpoint, training=training)
     first = train(recipe, console=QUIET)
     expected = adapter(tmp_path / "output")
+    record = tmp_path / "output" / "run.json"
+    before = record.read_text()
     if killed:
         for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
             (tmp_path / "output" / name).unlink()
-    again = train(recipe, resume=True, console=QUIET)
+        record.write_text(before.replace('"finished"', '"running"'))
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    again = train(recipe, resume=True, console=console)
     found = adapter(tmp_path / "output")
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert losses(again) == losses(first)
@@ -199,6 +203,22 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     assert again.metrics["leg"]["steps"] == 0
     metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
     assert metrics["leg"]["steps"] == (0 if killed else 5)
+    said = console.export_text()
+    assert "nothing was left to train" in said
+    assert ("the run is finished and nothing was changed, so run.json gets no leg" in said) != killed
+    if killed:  # this leg has saved the model
+        assert [leg["status"] for leg in json.loads(record.read_text())["legs"]] == ["killed", "finished"]
+    else:
+        assert record.read_text() == before
+
+
+def test_a_finished_run_that_was_changed_tells_it_in_a_leg(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    for limit in (None, 1):
+        given = make_recipe(tmp_path, checkpoint, training={**training, "save_total_limit": limit})
+        train(given, resume=limit is not None, console=QUIET)
+    legs = json.loads((tmp_path / "output" / "run.json").read_text())["legs"]
+    assert [leg["changes"] for leg in legs] == [[], ["training.save_total_limit: null -> 1"]]
 
 
 def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:

@@ -18,13 +18,15 @@ from deltatune.runs.command import command_line
 from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
 
-__all__ = ["RUN_FILE", "RunRecord", "mark_failed", "now"]
+__all__ = ["RUN_FILE", "RunRecord", "is_finished", "mark_failed", "now"]
 
 RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 
 
 class RunRecord(TrainerCallback):  # type: ignore[misc]
     """Writes both files as the run goes; a run that goes on adds a leg.
+
+    A finished run that is resumed as it was, with nothing to train, has none of these: nothing happened in it.
 
     ``run.json`` has the ``status`` of the last leg, the base ``model`` and the ``legs``. Of a leg it has
 
@@ -132,6 +134,12 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     def _write(self) -> None:
         status = self._legs[-1]["status"]
         write_json(self._output_dir / RUN_FILE, {"status": status, "model": self._model, "legs": self._legs})
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether the record says that the last leg of a run ended well."""
+    legs = _legs(output_dir / RUN_FILE)
+    return bool(legs) and legs[-1].get("status") == "finished"
 
 
 def mark_failed(output_dir: Path, reason: str, since: str) -> None:
