@@ -173,6 +173,8 @@ def _add_merge(commands: _Commands) -> None:
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the folder of a trained adapter")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the merged checkpoint goes; must be new")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
+    what = "merge into a base with other weights than the adapter was trained on"
+    parser.add_argument("--allow-other-base", action="store_true", help=what)
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the merged weights; the base's by default")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
 

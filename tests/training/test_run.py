@@ -41,6 +41,7 @@ from deltatune.training.probing import verify
 from deltatune.training.run import train
 from deltatune.training.since import place_of
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.weights_digest import digest_of
 
 QUIET = Console(quiet=True)
 
@@ -448,7 +449,8 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
         (logged[2]["loss"], logged[3]["loss"]),
     ]
     assert record["model"] == {
-        "name_or_path": str(checkpoint), "revision": None, "commit": None, "class": "Qwen3_5ForCausalLM"
+        "name_or_path": str(checkpoint), "revision": None, "commit": None, "class": "Qwen3_5ForCausalLM",
+        "digest": digest_of(str(checkpoint)),
     }  # fmt: skip
     assert first["deltatune"]["version"] == deltatune.__version__
     metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())

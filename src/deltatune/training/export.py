@@ -19,6 +19,7 @@ from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
 from deltatune.training.adapter_files import adapter_settings, adapter_weights
+from deltatune.training.base_identity import check_base
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
@@ -135,6 +136,7 @@ def merge_adapter(
     base: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Path:
     """Adds an adapter to its base model's weights and saves a model that needs no PEFT.
@@ -149,15 +151,18 @@ def merge_adapter(
         base: the base model, where it is no longer where the adapter says.
         dtype: of the merged weights: ``auto`` (the base model's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the base model.
+        allow_other_base: merge into other weights than those that the adapter's record has the digest of.
         say: takes lines on what was kept and how far logits differ.
 
     Raises:
-        UserError: a folder that holds no adapter, a base model that cannot be found, an adapter that does not fit it
-            or cannot be merged, logits that differ, or an output folder in use.
+        UserError: a folder that holds no adapter, a base model that cannot be found or is another than it was
+            trained on, an adapter that does not fit it or cannot be merged, logits that differ, or an output folder in
+            use.
     """
     adapter, output = _adapter_and_output(adapter_dir, output_dir)
     refuse_lost_base(adapter)
     section, config = _base_of(adapter, base, dtype=dtype, trust_remote_code=trust_remote_code)
+    known = check_base(adapter.folder, section, trained_on=adapter.base, allow_other=allow_other_base)
     tokenizer = _tokenizer_of(adapter, section)
     model, loaded, loader = load_adapted(section, config, adapter)
     ids = probe_tokens(tokenizer, hf_model.base_model(model).get_input_embeddings().weight.shape[0])
@@ -166,7 +171,7 @@ def merge_adapter(
         effect = difference(logits_of(model, ids), expected)
     with staged(output) as folder:
         origin = Origin(section, loaded.unexpected)
-        said = write_merged(merge(model), tokenizer, folder, origin, config, adapter.folder)
+        said = known + write_merged(merge(model), tokenizer, folder, origin, config, adapter.folder)
         readable(folder)
         del model, loaded  # two models at once may be too much
         written = ModelSection(name_or_path=str(folder), trust_remote_code=trust_remote_code)
