@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on(tmp_path: Pat
     assert not (tmp_path / "merged").exists()
     merge_adapter(tmp_path / adapter, tmp_path / "merged", base=str(other), allow_other_base=True, say=said.append)
     assert said[0].startswith(f"{other} holds other weights")
+
+    record, run = (json.loads((tmp_path / name).read_text()) for name in ("merged/merge.json", "output/run.json"))
+    assert record["model"] == run["model"] | {"name_or_path": str(other), "digest": digest_of(str(other))}
+    weights = tmp_path / adapter / "adapter_model.safetensors"
+    assert record["adapter"] == {
+        "path": str(tmp_path / adapter),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "run": {"folder": str(tmp_path / "output"), "started": run["legs"][0]["started"], "status": "finished"},
+    }
+    leg = run["legs"][0]
+    assert {name: record[name] for name in ("folder", "host", "git", "deltatune", "versions")} == {
+        name: leg[name] for name in ("folder", "host", "git", "deltatune", "versions")
+    }
+    assert leg["ended"] <= record["started"] <= record["ended"]
+    assert record["dtype"] == "auto"
+    assert record["check"]["difference"] <= record["check"]["limit"]
 
     base.rename(tmp_path / "elsewhere")
     merge_adapter(tmp_path / adapter, tmp_path / "again", base=str(tmp_path / "elsewhere"), say=said.append)
