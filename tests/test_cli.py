@@ -126,10 +126,14 @@ def test_a_missing_package_is_one_line_with_its_remedy(package) -> None:
     assert "pip install 'deltatune[train]'" in done.stderr
 
 
-def test_interrupted(monkeypatch, capsys) -> None:
-    command_that_raises(monkeypatch, KeyboardInterrupt())
+@pytest.mark.parametrize(("given", "said"), [((), "interrupted\n"), (("with words",), "with words\n")])
+def test_interrupted(monkeypatch, capsys, given, said) -> None:
+    command_that_raises(monkeypatch, KeyboardInterrupt(*given))
     assert main(["doctor"]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("RANK", "1")
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "", "rank 0 says it"
 
 
 def test_a_locale_that_lacks_a_character_ends_no_command(tmp_path) -> None:

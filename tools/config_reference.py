@@ -52,6 +52,10 @@ Generated from `deltatune.config.schema` by `python -m tools.config_reference`; 
 A recipe is a YAML file. Unknown keys, wrong types, keys given twice and options that cannot act are errors. On the
 command line `--set key=value` changes one key, such as `--set training.max_steps=100` or
 `--set data.train.0.path=mine.jsonl`; the value is YAML.
+
+A relative path begins in the folder that the command is called in, wherever the recipe lies; `~` is the home folder.
+This holds for `name_or_path`, `tokenizer`, `chat_template`, `path`, `cache_dir` and `output_dir`. What exists there is
+taken before a name on the Hub.
 """
 
 

@@ -44,12 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 getattr(importlib.import_module("deltatune.training.preflight"), _PREFLIGHT[args.command])(args.recipe)
         command = importlib.import_module(f"deltatune.commands.{_module(args)}")
         status: int = command.run(args)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+    except KeyboardInterrupt as error:
+        _say_once(str(error) or "interrupted")
         return 130
     except InterruptedRunError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks end so
-            sys.stderr.write(f"{error}\n")
+        _say_once(str(error))
         return error.status
     except (ValueError, OSError, ImportError) as error:
         if not is_users(error):
@@ -61,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {place}{missing if is_missing(error) else one_line(error)}\n")
         return 2
     return status
+
+
+def _say_once(text: str) -> None:
+    """Says how a run ended whose ranks all end so."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{text}\n")
 
 
 def _take_all_characters() -> None:
@@ -168,6 +173,8 @@ def _add_merge(commands: _Commands) -> None:
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the folder of a trained adapter")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the merged checkpoint goes; must be new")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it has moved since training")
+    what = "merge into a base with other weights than the adapter was trained on"
+    parser.add_argument("--allow-other-base", action="store_true", help=what)
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the merged weights; the base's by default")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from deltatune.cli import main
 from deltatune.commands import planning
@@ -29,6 +30,20 @@ def test_plan_says_what_a_run_would_do(capsys, write_recipe, tmp_path) -> None:
     ):
         assert expected in page
     assert not (tmp_path / "output").exists()
+
+
+def test_paths_begin_where_the_command_is_called(capsys, write_recipe, tmp_path, monkeypatch) -> None:
+    recipe = yaml.safe_load(write_recipe().read_text())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(recipe["model"]["name_or_path"])
+    recipe["model"]["name_or_path"], recipe["data"]["train"][0]["path"] = "./base", "rows.jsonl"
+    (elsewhere / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["plan", "elsewhere/recipe.yaml"]) == 0
+    monkeypatch.chdir(elsewhere)
+    assert main(["plan", "recipe.yaml"]) == 2
+    assert "model ./base is no folder" in capsys.readouterr().err
 
 
 def test_plan_offers_a_smaller_optimizer_where_its_state_weighs(capsys, write_recipe, monkeypatch) -> None:

@@ -129,9 +129,16 @@ def _broken_tokenizer(_: Path, folder: Path) -> list[str]:
     return [f"model.tokenizer={folder}"]
 
 
+def _refused_prompt(checkpoint: Path, folder: Path) -> list[str]:
+    refusing = "model.chat_template=\"{{ raise_exception('no') }}\""
+    asked = ["samples={prompts: ['why?']}", "data.val_size=2", "training.eval_strategy=epoch", refusing]
+    return [*asked, *rows(*[GOOD] * 1000, {"messages": 3})(checkpoint, folder)]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_refused_prompt, "the chat template cannot ask 'why?': no; "),
         (_broken_tokenizer, "cannot load a tokenizer"),
         (rows(*[GOOD] * 1000, {"messages": 3}), "line 1001: messages must be a list"),
         (rows({"input_ids": [1, 10**6]}), "the rows are another tokenizer's"),

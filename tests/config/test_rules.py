@@ -165,8 +165,8 @@ ERRORS = {
     "ranks_of_a_pack_hold_equal_parts": (
         "{parallel: {sequence: 3}, packing: {tokens_per_batch: 256}}",
         "packing.tokens_per_batch: 256 is no multiple of parallel.sequence: 3, whose ranks hold equal parts of a pack; "
-        "set it to 258",
-        "{parallel: {sequence: 3}, packing: {tokens_per_batch: 192}}",
+        "set it to 384, the next such multiple that is whole chunks of the delta rule as well, 64 tokens each",
+        "{parallel: {sequence: 3}, packing: {tokens_per_batch: 384}}",
     ),
     "ranks_of_a_pack_lie_within_one_copy_of_the_weights": (
         "parallel: {sequence: 4, shard: 2}",

@@ -36,3 +36,9 @@ def test_the_first_token_never_trains(tokenizer):
 def test_characters_of_several_tokens_stay_whole(tokenizer):
     ids = np.array(tokenizer("a🙂")["input_ids"])
     assert preview(Sample(ids, ids), tokenizer, color=False) == "a«🙂»"
+
+
+def test_control_characters_of_a_row_reach_no_terminal(tokenizer):
+    ids = np.array(tokenizer("a\x1b[31mb\tc\r\nd")["input_ids"])
+    text = preview(Sample(ids, ids), tokenizer)
+    assert re.sub(r"\x1b\[(?:1;32|2|0)m", "", text) == "a\\x1b[31mb\tc\\r\nd"

@@ -213,6 +213,7 @@ CHANGES: dict[str, Change] = {
         *EVALUATES, *BEST, "training.early_stopping_patience=1", "training.early_stopping_threshold=0.5"
     ),
     "samples.prompts": acts(*EVALUATES, "samples={prompts: [hello]}"),
+    "samples.chat": acts(*EVALUATES, "samples={prompts: [hello], chat: false}"),
     "samples.held_out": acts(*EVALUATES, "samples={held_out: 2}"),
     "samples.max_new_tokens": acts(*EVALUATES, "samples={held_out: 2, max_new_tokens: 7}"),
     # of one process; test_sharded_runs.py has other numbers of them

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deltatune.runs.command import STARTED_BY, command_line
+from deltatune.runs.command import STARTED_BY, command_line, resuming_command
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,20 @@ def test_what_was_typed(monkeypatch: Any, argv: list[str], expected: str) -> Non
     assert command_line() == expected
     monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml --nproc 2")
     assert command_line() == "deltatune train mine.yaml --nproc 2"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("deltatune train 'my recipe.yaml' --nproc 2", "deltatune train 'my recipe.yaml' --nproc 2 --resume"),
+        ("deltatune train a.yaml --resume auto --set x=1", "deltatune train a.yaml --set x=1 --resume"),
+        ("deltatune train a.yaml --resume=out/checkpoint-2", "deltatune train a.yaml --resume"),
+        ("deltatune train a.yaml --resume --allow-change", "deltatune train a.yaml --allow-change --resume"),
+        ("python -m deltatune train a.yaml", "python -m deltatune train a.yaml --resume"),
+        ("scripts/train.py train", "--resume"),
+        ("deltatune", "--resume"),
+    ],
+)
+def test_how_a_run_goes_on(monkeypatch: Any, typed: str, expected: str) -> None:
+    monkeypatch.setenv(STARTED_BY, typed)
+    assert resuming_command() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     assert "<img" not in html
     assert "&lt;script&gt;alert(3)" in html
     assert re.findall(r"(?:src|href)=[\"'](?!data:)", html) == []
+
+
+def test_control_characters_are_shown_and_never_raw(tmp_path: Path) -> None:
+    controls = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 160)]))
+    folder = write_run(tmp_path, leg(device=controls), log=f"\x1b[2Jlog{controls}")
+    sample = {"step": 1, "completion": f"a\tb\n\x1b]0;<i>\x07{controls}"}
+    (folder / "samples.jsonl").write_text(json.dumps(sample))
+    html = page_of(folder)
+    assert not set(controls) & set(html)
+    assert r"\x1b[2Jlog" in html
+    assert "a\tb\n\\x1b]0;&lt;i&gt;\\x07" in html
 
 
 def test_recipes_are_compared_by_what_differs() -> None:

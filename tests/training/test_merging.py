@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from export_cases import VOCABULARY, adapter_on, add_to_file, conditional, logits, relative, saved, stock, text, tied
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from deltatune.cli import main
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
+from deltatune.runs.command import command_line
 from deltatune.training import export, merging
 from deltatune.training.export import Origin, merge_adapter, save_trained
 from deltatune.training.run import train
@@ -194,10 +195,18 @@ def test_rounding_that_hides_an_adapter_is_said(tmp_path: Path) -> None:
 
 def test_what_was_checked_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter_on(saved(tmp_path / "base", text()), tmp_path / "adapter")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
     assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("checked on 256 tokens: its logits are those of base and adapter within ")
     assert last == f"merged model in {tmp_path / 'merged'}"
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert (record["command"], record["adapter"]["run"]) == (command_line(), None)
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("transformers", None, "mit")
+    assert f"A LoRA adapter merged into `{tmp_path / 'base'}` with deltatune" in card.text
+    assert f"| adapter | {tmp_path / 'adapter'}, SHA-256 {record['adapter']['sha256']} |" in card.text
+    assert f'Qwen3ForCausalLM.from_pretrained("{tmp_path / "merged"}")' in card.text
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from training_cases import make_recipe, save_checkpoint
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError
 from deltatune.training import weights_digest
+from deltatune.training.export import merge_adapter
 from deltatune.training.run import train
 from deltatune.training.weights_digest import digest_of
 
@@ -72,6 +74,55 @@ def test_a_moved_adapter_is_the_same_start_and_another_is_not(tmp_path: Path) ->
         train(recipe(tmp_path, base, 4, adapter=other), resume=True, console=QUIET)
     result = train(recipe(tmp_path, base, 4, adapter=tmp_path / "moved"), resume=True, console=QUIET)
     assert result.metrics["leg"]["steps"] == 2
+
+
+@pytest.mark.parametrize("adapter", ["output", "output/checkpoint-2"])
+def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on(tmp_path: Path, adapter: str) -> None:
+    torch.set_num_threads(1)
+    base, said = save_checkpoint(tmp_path / "base"), list[str]()
+    train(recipe(tmp_path, base, 2), console=QUIET)
+    other = shutil.copytree(base, tmp_path / "other")
+    change_a_weight(other, "model.safetensors")
+    with pytest.raises(UserError, match=r"other holds other weights, .* or say --allow-other-base") as caught:
+        merge_adapter(tmp_path / adapter, tmp_path / "merged", base=str(other))
+    assert digest_of(str(base))[:12] in str(caught.value)  # type: ignore[index]
+    assert not (tmp_path / "merged").exists()
+    merge_adapter(tmp_path / adapter, tmp_path / "merged", base=str(other), allow_other_base=True, say=said.append)
+    assert said[0].startswith(f"{other} holds other weights")
+
+    record, run = (json.loads((tmp_path / name).read_text()) for name in ("merged/merge.json", "output/run.json"))
+    assert record["model"] == run["model"] | {"name_or_path": str(other), "digest": digest_of(str(other))}
+    weights = tmp_path / adapter / "adapter_model.safetensors"
+    assert record["adapter"] == {
+        "path": str(tmp_path / adapter),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "run": {"folder": str(tmp_path / "output"), "started": run["legs"][0]["started"], "status": "finished"},
+    }
+    leg = run["legs"][0]
+    assert {name: record[name] for name in ("folder", "host", "git", "deltatune", "versions")} == {
+        name: leg[name] for name in ("folder", "host", "git", "deltatune", "versions")
+    }
+    assert leg["ended"] <= record["started"] <= record["ended"]
+    assert record["dtype"] == "auto"
+    assert record["check"]["difference"] <= record["check"]["limit"]
+
+    base.rename(tmp_path / "elsewhere")
+    merge_adapter(tmp_path / adapter, tmp_path / "again", base=str(tmp_path / "elsewhere"), say=said.append)
+    assert f"{tmp_path / 'elsewhere'} is the base model that it was trained on, by the digest of its weights" in said
+
+
+def test_an_adapter_without_a_record_says_that_nothing_tells_its_base(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    base, said = save_checkpoint(tmp_path / "base"), list[str]()
+    train(recipe(tmp_path, base, 2), console=QUIET)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "output" / name, tmp_path / "alone")
+    shutil.copytree(base, tmp_path / "copy")
+    merge_adapter(tmp_path / "alone", tmp_path / "merged", say=said.append)
+    assert not any("no record" in line for line in said), "it is where the adapter says"
+    merge_adapter(tmp_path / "alone", tmp_path / "again", base=str(tmp_path / "copy"), say=said.append)
+    assert any(line.startswith(f"no record of {tmp_path / 'alone'} tells") for line in said)
 
 
 def test_a_digest_is_of_names_sizes_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deltatune.training import record as record_module
+from deltatune.training import provenance
 from deltatune.training.batches import PackCounts
 from deltatune.training.metrics import MeterReading
 from deltatune.training.record import RunRecord
@@ -84,7 +84,7 @@ def test_the_commit_is_that_of_the_package_and_not_of_what_lies_around_it(
     for command in (["init", "-q"], ["add", "." if tracked else "other.txt"], [*identity, "commit", "-qm", "x"]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     named = SimpleNamespace(__file__=str(package / "__init__.py"), __version__="1.2")
-    monkeypatch.setattr(record_module, "deltatune", named)
+    monkeypatch.setattr(provenance, "deltatune", named)
     leg_of(tmp_path)
     commit = legs(tmp_path)[0]["deltatune"]["git"]
     assert (commit is not None and len(commit) == 40) == tracked

@@ -27,6 +27,7 @@ from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
 from deltatune.parallel.mesh import Mesh
+from deltatune.runs.command import STARTED_BY
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 from deltatune.training import packs as packs_module
@@ -40,6 +41,7 @@ from deltatune.training.probing import verify
 from deltatune.training.run import train
 from deltatune.training.since import place_of
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.weights_digest import digest_of
 
 QUIET = Console(quiet=True)
 
@@ -187,10 +189,14 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     recipe = make_recipe(tmp_path, checkpoint, training=training)
     first = train(recipe, console=QUIET)
     expected = adapter(tmp_path / "output")
+    record = tmp_path / "output" / "run.json"
+    before = record.read_text()
     if killed:
         for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
             (tmp_path / "output" / name).unlink()
-    again = train(recipe, resume=True, console=QUIET)
+        record.write_text(before.replace('"finished"', '"running"'))
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    again = train(recipe, resume=True, console=console)
     found = adapter(tmp_path / "output")
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert losses(again) == losses(first)
@@ -198,6 +204,22 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     assert again.metrics["leg"]["steps"] == 0
     metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())
     assert metrics["leg"]["steps"] == (0 if killed else 5)
+    said = console.export_text()
+    assert "nothing was left to train" in said
+    assert ("the run is finished and nothing was changed, so run.json gets no leg" in said) != killed
+    if killed:  # this leg has saved the model
+        assert [leg["status"] for leg in json.loads(record.read_text())["legs"]] == ["killed", "finished"]
+    else:
+        assert record.read_text() == before
+
+
+def test_a_finished_run_that_was_changed_tells_it_in_a_leg(tmp_path: Path, checkpoint: Path) -> None:
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    for limit in (None, 1):
+        given = make_recipe(tmp_path, checkpoint, training={**training, "save_total_limit": limit})
+        train(given, resume=limit is not None, console=QUIET)
+    legs = json.loads((tmp_path / "output" / "run.json").read_text())["legs"]
+    assert [leg["changes"] for leg in legs] == [[], ["training.save_total_limit: null -> 1"]]
 
 
 def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:
@@ -373,6 +395,37 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_second_ctrl_c_says_what_is_kept(
+    tmp_path: Path, checkpoint: Path, saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"save_strategy": "steps", "save_steps": 2} if saved else {}
+    step = PackedTrainer.training_step
+
+    def stepping(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 5:
+            if saved:  # as a disk that lost it would leave it
+                (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink()
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", stepping)
+    monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    kept = "no whole checkpoint is there to go on from (training.save_steps)"
+    if saved:
+        place = tmp_path / "output" / "checkpoint-2"
+        kept = f"the last whole checkpoint is {place}; go on with deltatune train mine.yaml --resume"
+    assert str(caught.value) == f"interrupted after step 5: {kept}"
+    assert json.loads((tmp_path / "output" / "run.json").read_text())["legs"][0]["reason"] == str(caught.value)
+
+
 def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
@@ -396,7 +449,8 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
         (logged[2]["loss"], logged[3]["loss"]),
     ]
     assert record["model"] == {
-        "name_or_path": str(checkpoint), "revision": None, "commit": None, "class": "Qwen3_5ForCausalLM"
+        "name_or_path": str(checkpoint), "revision": None, "commit": None, "class": "Qwen3_5ForCausalLM",
+        "digest": digest_of(str(checkpoint)),
     }  # fmt: skip
     assert first["deltatune"]["version"] == deltatune.__version__
     metrics = json.loads((tmp_path / "output" / "metrics.json").read_text())

@@ -16,8 +16,11 @@ from training_cases import byte_tokenizer, make_recipe, make_trainer, save_check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune.errors import UserError
+from deltatune.training import building
+from deltatune.training.console import RunConsole
+from deltatune.training.prompts import Prompt, prompts_of, samples_lines
 from deltatune.training.run import train
-from deltatune.training.samples import Prompt, Samples, prompts_of, samples_lines
+from deltatune.training.samples import Samples
 from tiny import tiny_model
 
 QUIET = Console(quiet=True)
@@ -57,7 +60,9 @@ def test_samples_are_kept_and_shown_and_change_nothing(tmp_path: Path, checkpoin
     assert lines[1]["prompt"].endswith("<|im_start|>assistant\n")
     assert lines[1]["reference"].endswith("45")
     assert lines[2]["reference"].endswith("48"), "the last of six"
-    assert "sample: 1 + 1? -> " in console.export_text()
+    shown = console.export_text()
+    assert "sample: 1 + 1? -> " in shown
+    assert "samples.prompts go as a user's turn in the chat template" in shown
 
     tokenizer = byte_tokenizer()
     asked = "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
@@ -102,13 +107,52 @@ def test_samples_need_prompts_and_evaluations(
         train(make_recipe(tmp_path, checkpoint, **sections), console=QUIET)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("template", [True, False])
+def test_a_prompt_is_a_turn_of_the_user_or_plain_text_and_it_is_said_which(
+    tmp_path: Path, checkpoint: Path, template: bool, chat: bool
+) -> None:
+    tokenizer = byte_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    asking = recipe(tmp_path, checkpoint, samples={"prompts": ["why?"], "chat": chat})
+    (prompt,) = prompts_of(asking, tokenizer, None)
+    (line,) = samples_lines(asking, tokenizer)
+    assert prompt.text == "why?"
+    if template and chat:
+        assert tokenizer.decode(prompt.ids) == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+        assert line.endswith("; samples.prompts go as a user's turn in the chat template")
+    else:
+        assert tokenizer.decode(prompt.ids) == "why?"
+        why = "the tokenizer has no chat template" if chat else "samples.chat: false"
+        assert line.endswith(f"; samples.prompts go as plain text ({why})")
+
+
+REFUSED = r"samples.prompts: the chat template cannot ask 'why\?': begin with the system; .* samples\.chat: false"
+REFUSING = "{{ raise_exception('begin with the system') }}"
+
+
 def test_a_question_that_the_template_refuses_is_one_line(tmp_path: Path, checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.chat_template = "{{ raise_exception('begin with the system') }}"
+    tokenizer.chat_template = REFUSING
     asking = recipe(tmp_path, checkpoint, samples={"prompts": ["why?"]})
     for ask in (samples_lines, lambda *given: prompts_of(*given, None)):
-        with pytest.raises(UserError, match=r"samples.prompts: the chat template cannot ask 'why\?': begin with the"):
+        with pytest.raises(UserError, match=REFUSED):
             ask(asking, tokenizer)
+    plain = recipe(tmp_path, checkpoint, samples={"prompts": ["why?"], "chat": False})
+    assert samples_lines(plain, tokenizer)
+
+
+def test_a_run_refuses_it_before_rows_are_read(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> Any:
+        raise AssertionError("rows were read")
+
+    monkeypatch.setattr(building, "load_data", read)
+    model = {"name_or_path": str(checkpoint), "chat_template": REFUSING}
+    with pytest.raises(UserError, match=REFUSED):
+        train(recipe(tmp_path, checkpoint, samples={"prompts": ["why?"]}, model=model), console=QUIET)
 
 
 def test_steps_that_are_done_again_have_their_samples_once(tmp_path: Path, checkpoint: Path) -> None:
@@ -131,3 +175,14 @@ def test_an_evaluation_that_is_made_again_replaces_its_samples(tmp_path: Path) -
     state, model = SimpleNamespace(global_step=2), torch.nn.Linear(1, 1)
     samples.on_evaluate(None, state, None, model=model)
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_control_characters_are_shown_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    completion = "\x1b[2J\x9b1mgone\x07"
+    monkeypatch.setattr(Samples, "_complete", lambda *_: completion)
+    console = Console(record=True, width=300, file=(tmp_path / "screen.txt").open("w"))
+    given: dict[str, Any] = {"max_new_tokens": 1, "output_dir": tmp_path, "console": RunConsole(console)}
+    samples = Samples([Prompt("a\x1bb\nc", [5])], byte_tokenizer(), **given)
+    samples.on_evaluate(None, SimpleNamespace(global_step=1), None, model=torch.nn.Linear(1, 1))
+    assert console.export_text() == "sample: a\\x1bb c -> \\x1b[2J\\x9b1mgone\\x07\n"
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["completion"] == completion

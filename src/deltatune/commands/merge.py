@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        allow_other_base=args.allow_other_base,
         say=lambda line: sys.stdout.write(f"{line}\n"),
     )
     sys.stdout.write(f"merged model in {folder}\n")

@@ -35,7 +35,7 @@ from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
 from deltatune.training.preflight import missing_optimizer
-from deltatune.training.samples import samples_lines
+from deltatune.training.prompts import samples_lines
 from deltatune.training.sealed import steps_of
 from deltatune.training.space import check_space
 

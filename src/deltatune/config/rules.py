@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = [
     "sharding_errors",
     "start_errors",
 ]
+
+_CHUNK = 64  # tokens that the delta rule works on at once
 
 _NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
 _STARTS = re.compile(r"(?i:gaussian|mica|olora)|orthogonal|pissa(_niter_\d+)?")
@@ -243,7 +246,8 @@ def _sequence_errors(recipe: Recipe) -> Iterator[str]:
     if tokens % ranks:
         yield (
             f"packing.tokens_per_batch: {tokens} is no multiple of parallel.sequence: {ranks}, whose ranks hold equal "
-            f"parts of a pack; set it to {tokens + -tokens % ranks}"
+            f"parts of a pack; set it to {tokens + -tokens % math.lcm(ranks, _CHUNK)}, the next such multiple that is "
+            f"whole chunks of the delta rule as well, {_CHUNK} tokens each"
         )
     if shard != "auto" and shard > 1 and shard % ranks:
         yield (
@@ -263,9 +267,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     if options.get(several) and not options.get(search):
         yield f"compile.options.{several} changes nothing without {search}"
     tokens = recipe.packing.tokens_per_batch
-    # the delta rule works in chunks of 64 tokens
-    if tokens % 64:
-        yield f"packing.tokens_per_batch: {tokens} is no multiple of 64, so kernels run a partial last chunk"
+    if tokens % _CHUNK:
+        yield f"packing.tokens_per_batch: {tokens} is no multiple of {_CHUNK}, so kernels run a partial last chunk"
     # a step below half a unit in the last place is rounded away
     if recipe.lora is None and recipe.model.dtype in ("bfloat16", "float16"):
         yield (

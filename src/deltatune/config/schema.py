@@ -40,7 +40,7 @@ class ModelSection(Section):
     """The checkpoint to start from."""
 
     name_or_path: Text
-    """A folder with a checkpoint, or a name on the Hugging Face Hub."""
+    """A folder with a checkpoint, as seen from the current folder, or a name on the Hugging Face Hub."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype the weights are loaded in; `auto` takes the checkpoint's own."""
@@ -135,7 +135,8 @@ class Source(Section):
 
     path: Text
     """A file (JSONL, JSON, Parquet, Arrow, CSV, TSV or text; all but tables also compressed), a folder or a pattern of
-    such files, a folder that `save_to_disk` wrote, or the name of a data set on the Hub."""
+    such files, a folder that `save_to_disk` wrote, as seen from the current folder; or the name of a data set on the
+    Hub."""
 
     format: Literal["auto", Format] = "auto"
     """What a row holds: `chosen` and `rejected`, with or without `prompt` (preference); `messages`; `prompt` and
@@ -322,7 +323,11 @@ class SamplesSection(Section):
     """Completions at each evaluation, greedy, kept in `samples.jsonl` of the run's folder."""
 
     prompts: tuple[Text, ...] = ()
-    """Questions, asked through the chat template; plain text where the tokenizer has none."""
+    """Questions: each is a user's turn in the chat template, up to where the answer begins. Plain text where the
+    tokenizer has no template; `plan` and the run say which."""
+
+    chat: bool = True
+    """Whether `prompts` go through the chat template; `false` begins with them as they are, as rows of text begin."""
 
     held_out: Annotated[int, Strict(), Field(ge=0)] = 0
     """How many of the held-out documents are begun, each up to its first answer."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltatune.packing.sample import IGNORE_INDEX, Sample
+from deltatune.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, color: bool =
         tokens = sample.input_ids[start:end].tolist()
         # stretches are decoded whole: a character may be spread over several tokens
         text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = visible(text)  # the escape sequences are ours alone
         if color:
             # a colour that spans lines is lost in pagers
             style = _GREEN if trained[start] else _DIM

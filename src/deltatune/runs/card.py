@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml
 from deltatune.runs.folder import RunFolder, mapping, number
 
-__all__ = ["model_card"]
+__all__ = ["merged_card", "model_card"]
 
 _LOAD_ADAPTER = """\
 ```python
@@ -77,6 +77,41 @@ def model_card(run: RunFolder, saved_step: int | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged_card(record: Mapping[str, Any], folder: Path, *, trust_remote_code: bool = False) -> str:
+    """The card of a merged model, from its ``merge.json``; ``folder`` is where the model will be."""
+    model, adapter = mapping(record.get("model")), mapping(record.get("adapter"))
+    base, commit = str(model.get("name_or_path")), model.get("commit") or model.get("revision")
+    trusted = ", trust_remote_code=True" if trust_remote_code else ""
+    name = "AutoModelForCausalLM" if trusted else model.get("class")
+    run = mapping(adapter.get("run"))
+    facts = {
+        "base model": f"{base}{f' at {commit}' if commit else ''}, {model.get('class')}",
+        "adapter": f"{adapter.get('path')}, SHA-256 {adapter.get('sha256')}",
+        "its run": f"{run.get('folder')}, started {run.get('started')}" if run else "unknown",
+        "command": record.get("command"),
+        "versions": ", ".join(f"{name} {version}" for name, version in mapping(record.get("versions")).items()),
+    }
+    lines = [
+        "---",
+        _metadata(base, model.get("commit"), adapter=False).to_yaml(),
+        "---",
+        "",
+        f"# {folder.name}",
+        "",
+        f"A LoRA adapter merged into {_linked(base)} with deltatune {mapping(record.get('deltatune')).get('version')}; "
+        "`merge.json` has the record.",
+        "",
+        "## How to load it",
+        "",
+        _LOAD_MODEL.format(name=name, folder=json.dumps(str(folder)) + trusted),
+        "",
+        "## How it was made",
+        "",
+        *_table(("", ""), facts.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _adapter(section: dict[str, Any]) -> str:
     if start := section.get("name_or_path"):
         return f"A LoRA adapter that went on from `{start}`,"  # its rank is that one's
@@ -86,20 +121,24 @@ def _adapter(section: dict[str, Any]) -> str:
 
 
 def _front_matter(run: RunFolder, base: str, adapter: bool) -> str:
+    sources = [str(name) for name in mapping(_last_leg(run).get("data"))]
+    data = _metadata(base, mapping(run.record.get("model")).get("commit"), adapter=adapter)
+    data.datasets = [name for name in sources if not _is_local(name)] or None
+    return data.to_yaml()
+
+
+def _metadata(base: str, commit: Any, *, adapter: bool) -> ModelCardData:
     on_hub = not _is_local(base)
     tags = ["deltatune", *(["lora"] if adapter else [])]
     if on_hub:
         tags.append(f"base_model:{'adapter' if adapter else 'finetune'}:{base}")
-    sources = [str(name) for name in mapping(_last_leg(run).get("data"))]
-    data = ModelCardData(
+    return ModelCardData(
         base_model=base if on_hub else None,
-        datasets=[name for name in sources if not _is_local(name)] or None,
         library_name="peft" if adapter else "transformers",
-        license=_license(base, mapping(run.record.get("model")).get("commit")),
+        license=_license(base, commit),
         pipeline_tag="text-generation",
         tags=tags,
     )
-    return data.to_yaml()
 
 
 def _is_local(name: str) -> bool:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STARTED_BY", "command_line"]
+__all__ = ["STARTED_BY", "command_line", "resuming_command"]
 
 #: The environment variable in which a launcher tells the processes that it starts its own command.
 STARTED_BY: Final = "DELTATUNE_COMMAND"
@@ -23,3 +23,17 @@ def command_line() -> str:
     if script.name == "__main__.py":
         return shlex.join(["python", "-m", script.parent.name, *sys.argv[1:]])
     return shlex.join([script.name if script.name == "deltatune" else sys.argv[0], *sys.argv[1:]])
+
+
+def resuming_command() -> str:
+    """What is typed to go on with the run that this command works on; ``--resume`` alone where none was typed."""
+    words = shlex.split(command_line())
+    if "train" not in words or not (words[0] == "deltatune" or words[:3] == ["python", "-m", "deltatune"]):
+        return "--resume"
+    kept, before = [], ""
+    for word in words:
+        is_place = before == "--resume" and not word.startswith("-")
+        if not is_place and word.partition("=")[0] != "--resume":
+            kept.append(word)
+        before = word
+    return shlex.join([*kept, "--resume"])

@@ -13,6 +13,7 @@ from deltatune.runs.chart import HEIGHT, WIDTH, Chart, draw
 from deltatune.runs.compare import differences, status, summary
 from deltatune.runs.folder import RunFolder, labels, number
 from deltatune.runs.sections import sections
+from deltatune.visible import visible
 
 __all__ = ["page"]
 
@@ -33,7 +34,10 @@ _CHARTS = {
 
 
 def page(runs: Sequence[RunFolder]) -> str:
-    """The page of one run, or of several laid over each other. Text from files is escaped, whatever it holds."""
+    """The page of one run, or of several laid over each other. Text from files is escaped, whatever it holds.
+
+    Control characters are shown as escapes that can be read.
+    """
     names = labels(runs)
     return _template().render(
         names=names,
@@ -60,7 +64,12 @@ def _charts(runs: Sequence[RunFolder]) -> list[Chart]:
 
 def _template() -> Template:
     files = {name: (resources.files(__package__) / name).read_text("utf-8") for name in _FILES}
-    return Environment(loader=DictLoader(files), autoescape=True, undefined=StrictUndefined).get_template(_FILES[0])
+    environment = Environment(loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, finalize=_shown)
+    return environment.get_template(_FILES[0])
+
+
+def _shown(value: object) -> object:
+    return visible(value) if type(value) is str else value  # what is markup already is no text from a file
 
 
 _FILES = ("page.html", "page.css", "page.js")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from deltatune.errors import UserError, one_line
 from deltatune.training.sealed import damage_of, steps_of
 
-__all__ = ["adapter_config", "adapter_settings", "adapter_weights"]
+__all__ = ["adapter_config", "adapter_digest", "adapter_settings", "adapter_weights"]
 
 _CONFIG: Final = "adapter_config.json"
 
@@ -88,6 +89,14 @@ def adapter_config(folder: Path) -> peft.PeftConfig:
         raise UserError(
             f"{folder}: its adapter_config.json cannot be read by peft {peft.__version__}: {one_line(error)}"
         ) from error
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of the weights' files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("adapter_model.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def adapter_weights(folder: Path) -> dict[str, Tensor]:

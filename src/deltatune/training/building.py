@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from deltatune import __version__
 from deltatune.config.schema import Recipe
-from deltatune.ops._nvidia import version_of
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
 from deltatune.preparation import Prepared
@@ -27,6 +25,8 @@ from deltatune.training.loading import LoadedModel, load_by_recipe
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData, load_data
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
+from deltatune.training.prompts import samples_lines
+from deltatune.training.provenance import versions
 from deltatune.training.space import check_space
 from deltatune.verification import VerifyReport
 
@@ -70,6 +70,7 @@ def build(
     check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
+    of_samples = samples_lines(recipe, tokenizer)
     # every name and shape is known before the rows are read and the weights are there
     empty = adapt_by_recipe(empty_model(recipe.model), recipe)
     check_space(empty, recipe)
@@ -101,7 +102,7 @@ def build(
     )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
-    said += [*sizes_lines(recipe, sizes), *loaded.said]
+    said += [*sizes_lines(recipe, sizes), *loaded.said, *of_samples]
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
     return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)
@@ -125,11 +126,5 @@ def report_of(run: Run, verified: VerifyReport | None) -> dict[str, Any]:
         "predicted_peak_bytes": None if choice is None else choice.predicted_bytes,
         "verify": None if verified is None else verified.to_dict(),
         "device": name,
-        "versions": _versions(),
+        "versions": versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "accelerate", "datasets", "flash-linear-attention")
-    found = {name: str(version) for name in names if (version := version_of(name)) is not None}
-    return {"python": platform.python_version(), "deltatune": __version__, **found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import nn
 from deltatune.config.defaults import differs
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
-from deltatune.training.adapter_files import adapter_settings, adapter_weights
+from deltatune.training.adapter_files import adapter_digest, adapter_settings, adapter_weights
 from deltatune.training.expert_adapters import refuse_old_roles
 from deltatune.training.hub import silence
 
@@ -122,10 +121,7 @@ def adapter_record(section: LoraSection | None) -> dict[str, str]:
     """What a run's record keeps of the adapter that it began with: its name and the digest of its weights."""
     if section is None or section.name_or_path is None:
         return {}
-    digest = hashlib.sha256()
-    for path in sorted(_folder(section.name_or_path).glob("adapter_model.*")):
-        digest.update(path.read_bytes())
-    return {"name_or_path": section.name_or_path, "sha256": digest.hexdigest()}
+    return {"name_or_path": section.name_or_path, "sha256": adapter_digest(_folder(section.name_or_path))}
 
 
 def _folder(name: str) -> Path:

@@ -18,12 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
+from deltatune.runs.card import merged_card
 from deltatune.training.adapter_files import adapter_settings, adapter_weights
+from deltatune.training.base_identity import base_identity, check_base
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
 from deltatune.training.expert_adapters import current_roles, expert_pairs, may_be_old
+from deltatune.training.merge_record import MERGE_FILE, merge_record
 from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
+from deltatune.training.provenance import now
 from deltatune.training.saving import Origin, write_merged, write_trained
 from deltatune.training.servers import has_scales_of_its_own, one_scale, per_expert
 from deltatune.training.staging import staged
@@ -135,13 +139,14 @@ def merge_adapter(
     base: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Path:
     """Adds an adapter to its base model's weights and saves a model that needs no PEFT.
 
     The result is the base checkpoint with other weights: what the adapter leaves alone stays, tensors that the class
     does not load included. It is loaded again, and its logits on a text are those of base and adapter within rounding,
-    before it gets its name; where they are not, nothing is written.
+    before it gets its name; where they are not, nothing is written. ``merge.json`` and the model card say what made it.
 
     Args:
         adapter_dir: a folder that PEFT's ``save_pretrained`` wrote.
@@ -149,24 +154,29 @@ def merge_adapter(
         base: the base model, where it is no longer where the adapter says.
         dtype: of the merged weights: ``auto`` (the base model's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the base model.
+        allow_other_base: merge into other weights than those that the adapter's record has the digest of.
         say: takes lines on what was kept and how far logits differ.
 
     Raises:
-        UserError: a folder that holds no adapter, a base model that cannot be found, an adapter that does not fit it
-            or cannot be merged, logits that differ, or an output folder in use.
+        UserError: a folder that holds no adapter, a base model that cannot be found or is another than it was
+            trained on, an adapter that does not fit it or cannot be merged, logits that differ, or an output folder in
+            use.
     """
+    started = now()
     adapter, output = _adapter_and_output(adapter_dir, output_dir)
     refuse_lost_base(adapter)
     section, config = _base_of(adapter, base, dtype=dtype, trust_remote_code=trust_remote_code)
+    known = check_base(adapter.folder, section, trained_on=adapter.base, allow_other=allow_other_base)
     tokenizer = _tokenizer_of(adapter, section)
     model, loaded, loader = load_adapted(section, config, adapter)
+    identity = base_identity(section, loaded.model)
     ids = probe_tokens(tokenizer, hf_model.base_model(model).get_input_embeddings().weight.shape[0])
     expected = logits_of(model, ids)
     with model.disable_adapter():
         effect = difference(logits_of(model, ids), expected)
     with staged(output) as folder:
         origin = Origin(section, loaded.unexpected)
-        said = write_merged(merge(model), tokenizer, folder, origin, config, adapter.folder)
+        said = known + write_merged(merge(model), tokenizer, folder, origin, config, adapter.folder)
         readable(folder)
         del model, loaded  # two models at once may be too much
         written = ModelSection(name_or_path=str(folder), trust_remote_code=trust_remote_code)
@@ -174,6 +184,13 @@ def merge_adapter(
         if not compared.ok:
             tokens = {place: tokenizer.decode(ids[0, place]) for place in compared.worst}
             raise UserError(_apart(compared, tokens))
+        check = {
+            "tokens": compared.num_tokens, "difference": compared.difference, "limit": compared.limit, "effect": effect
+        }  # fmt: skip
+        record = merge_record(adapter.folder, identity, started=started, dtype=dtype, check=check)
+        write_json(folder / MERGE_FILE, record)
+        card = merged_card(record, output, trust_remote_code=trust_remote_code)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
     said.append(
         f"checked on {compared.num_tokens} tokens: its logits are those of base and adapter within "
         f"{compared.difference:.1e} (limit {compared.limit:.0e}); the adapter changes them by {effect:.1e}"

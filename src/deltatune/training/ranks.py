@@ -28,7 +28,8 @@ from deltatune.errors import InterruptedRunError, RankFailedError, is_users, one
 from deltatune.training.console import LOG_FILE
 from deltatune.training.heartbeat import BEAT, Failure, Heartbeat, connect, launcher_hosts
 from deltatune.training.processes import Process
-from deltatune.training.record import mark_failed, now
+from deltatune.training.provenance import now
+from deltatune.training.record import mark_failed
 from deltatune.training.sealed import CHECKPOINT, steps_of
 
 __all__ = ["RankWatch", "explained", "watched"]

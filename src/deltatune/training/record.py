@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import deltatune
-from deltatune.runs.command import command_line
 from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
+from deltatune.training.provenance import now, process_identity
 
-__all__ = ["RUN_FILE", "RunRecord", "mark_failed", "now"]
+__all__ = ["RUN_FILE", "RunRecord", "is_finished", "mark_failed"]
 
 RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 
 
 class RunRecord(TrainerCallback):  # type: ignore[misc]
     """Writes both files as the run goes; a run that goes on adds a leg.
+
+    A finished run that is resumed as it was, with nothing to train, has none of these: nothing happened in it.
 
     ``run.json`` has the ``status`` of the last leg, the base ``model`` and the ``legs``. Of a leg it has
 
@@ -66,11 +63,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._legs.append(
             {
                 "status": "running",
-                "command": command_line(),
-                "folder": str(Path.cwd()),
-                "host": platform.node(),
-                "git": _commit(Path.cwd()),
-                "deltatune": {"version": deltatune.__version__, "git": _own_commit()},
+                **process_identity(),
                 "started": now(),
                 "ended": None,
                 "from_step": from_step,
@@ -134,6 +127,12 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         write_json(self._output_dir / RUN_FILE, {"status": status, "model": self._model, "legs": self._legs})
 
 
+def is_finished(output_dir: Path) -> bool:
+    """Whether the record says that the last leg of a run ended well."""
+    legs = _legs(output_dir / RUN_FILE)
+    return bool(legs) and legs[-1].get("status") == "finished"
+
+
 def mark_failed(output_dir: Path, reason: str, since: str) -> None:
     """Closes the leg of a run whose own process cannot: one that began after ``since`` (UTC, ISO 8601) and runs."""
     file = output_dir / RUN_FILE
@@ -160,34 +159,3 @@ def _end_last_line(file: Path) -> None:
     if not content.endswith(b"\n") and content:
         with file.open("r+b") as stream:
             stream.truncate(len(whole + end))
-
-
-def now() -> str:
-    """UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _own_commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed one, wherever that lies."""
-    own = Path(deltatune.__file__)
-    return _commit(own.parent) if _git(own.parent, "ls-files", "--error-unmatch", own.name) else None
-
-
-def _commit(folder: Path) -> str | None:
-    """The commit of a folder, with a mark if it was changed."""
-    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None

@@ -30,6 +30,7 @@ from deltatune.parallel.sequence import apart
 from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
+from deltatune.runs.command import resuming_command
 from deltatune.runs.folder import read_run
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
@@ -50,10 +51,12 @@ from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight_training
 from deltatune.training.probing import first_layers, probe
 from deltatune.training.process_group import own_process_group
+from deltatune.training.prompts import prompts_of
 from deltatune.training.ranks import RankWatch, explained, watched
-from deltatune.training.record import RunRecord
+from deltatune.training.record import RunRecord, is_finished
 from deltatune.training.resuming import found_by_rank_0, step_of
-from deltatune.training.samples import Samples, prompts_of
+from deltatune.training.samples import Samples
+from deltatune.training.sealed import latest
 from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import (
@@ -168,6 +171,7 @@ def _fit(
     trainer, stop, record = _trainer(run, parts, otherwise), StopAfterStep(), None
     trainer.add_callback(stop)
     step = 0 if checkpoint is None else step_of(checkpoint)
+    done = checkpoint if checkpoint is not None and trainer.is_done(checkpoint) else None
     if run.arguments.should_save:
         run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
@@ -178,17 +182,20 @@ def _fit(
             about["adapter"] = started_from
         base = base_identity(run.recipe.model, run.model)
         said = [str(change) for change in changes]
-        record = RunRecord(run.output_dir, about, model=base, changes=said, from_step=step, meter=trainer.meter)
-        trainer.add_callback(record)
-        trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
+        if done is not None and not changes and is_finished(run.output_dir):
+            run.console.out("the run is finished and nothing was changed, so run.json gets no leg", highlight=False)
+        else:
+            record = RunRecord(run.output_dir, about, model=base, changes=said, from_step=step, meter=trainer.meter)
+            trainer.add_callback(record)
+            trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
         if run.recipe.samples is not None:
             trainer.add_callback(_samples(run, trainer, from_step=step))
     status = "failed"
     try:
-        with explained(watch), _told_of_memory(trainer):
+        with explained(watch), _told_of_memory(trainer), _told_what_is_kept(trainer, run.output_dir):
             if run.recipe.compile is not None:
                 run.console.out("the first step compiles, which takes a while", highlight=False)
-            _run_steps(trainer, checkpoint, stop, run.console)
+            _run_steps(trainer, checkpoint, done, stop, run.console)
             evaluation = evaluation_of_weights(trainer, after=step if otherwise else -1)
             during_training.close()
             result = _finish(run, trainer, evaluation, records)
@@ -218,6 +225,21 @@ def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _told_what_is_kept(trainer: PackedTrainer, output_dir: Path) -> Iterator[None]:
+    """Ctrl-C that ends the run at once: the second one, or one after the last step."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        last, state = latest(output_dir), trainer.state
+        kept = (
+            "no whole checkpoint is there to go on from (training.save_steps)"
+            if last is None
+            else f"the last whole checkpoint is {last}; go on with {resuming_command()}"
+        )
+        raise KeyboardInterrupt(f"interrupted after step {state.global_step}: {kept}") from error
+
+
 def _reason(failure: BaseException) -> str:
     """In one line, without the traceback that another rank's failure carries."""
     return first_line(failure) if isinstance(failure, RankFailedError) else one_line(failure)
@@ -231,13 +253,16 @@ def _said_of(failure: BaseException, status: str) -> str:
     return "".join(format_exception(failure)).rstrip()
 
 
-def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, stop: StopAfterStep, console: RunConsole) -> None:
-    """The steps that are left.
+def _run_steps(
+    trainer: PackedTrainer, checkpoint: Path | None, done: Path | None, stop: StopAfterStep, console: RunConsole
+) -> None:
+    """The steps that are left; none after the checkpoint ``done``.
 
     Raises:
         InterruptedRunError: a signal came before the last of them, or reached a compiler that a step waited for.
     """
-    if checkpoint is not None and trainer.take_up_finished(checkpoint):
+    if done is not None:
+        trainer.take_up_finished(done)
         return
     with caught_signals(stop, console.out):
         try:

@@ -19,6 +19,7 @@ __all__ = [
     "clear_leftovers",
     "commit",
     "damage_of",
+    "latest",
     "manifest",
     "next_place",
     "problem_of",
@@ -143,11 +144,21 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
 
 def problem_of(folder: Path) -> str | None:
     """Why a run cannot go on from a folder; None for a whole checkpoint."""
+    return _no_start(folder) or damage_of(folder)
+
+
+def latest(output_dir: Path) -> Path | None:
+    """The checkpoint that was saved last of those that have all of their files, whose content is not read."""
+    found = steps_of(output_dir).values()
+    return next((path for path in found if not (_no_start(path) or size_problem_of(path))), None)
+
+
+def _no_start(folder: Path) -> str | None:
     if problem := _unreadable(folder):
         return problem
     if not any(name.startswith("optimizer") for name in manifest(folder)["files"]):
         return "it holds no optimizer's state (training.save_only_model), so nothing can go on from it"
-    return damage_of(folder)
+    return None
 
 
 def damage_of(folder: Path) -> str | None:

@@ -244,20 +244,22 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         if self._place is not None and self._mesh.sequence_rank == 0:
             self._place.save(place_file(Path(output_dir), self._mesh))
 
-    def take_up_finished(self, checkpoint: Path) -> bool:
-        """Takes up the weights and the state of a checkpoint, if no step of the run is left after it.
-
-        The Trainer itself goes one step further where the last step lies within an epoch.
-        """
+    def is_done(self, checkpoint: Path) -> bool:
+        """Whether no step of the run is left after a checkpoint; every rank calls this."""
         state = state_of(checkpoint)
         _, steps = count_steps(len(self.get_train_dataloader()), self.args)
         stopping = self.early_stopping
         if stopping is not None:
             stopping.restore(state)
         ended = state.global_step >= steps or (stopping is not None and stopping.stops)
-        if not decided_by_rank_0(lambda: ended, self.args):
-            return False
-        self.state = state
+        return decided_by_rank_0(lambda: ended, self.args)
+
+    def take_up_finished(self, checkpoint: Path) -> None:
+        """Takes up the weights and the state of a checkpoint after which no step of the run is left.
+
+        The Trainer itself goes one step further where the last step lies within an epoch.
+        """
+        self.state = state = state_of(checkpoint)
         self._find_best(checkpoint)
         if self.args.should_save:
             # what the run would have removed, had it not been killed before
@@ -265,7 +267,6 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
-        return True
 
     def _find_best(self, checkpoint: Path) -> None:
         """Puts right what the state of a checkpoint says of the best one."""
