@@ -230,6 +230,8 @@ def _expert_errors(recipe: Recipe) -> Iterator[str]:
         return
     if sequence not in (1, "auto"):
         yield f"parallel.expert: {ranks} and parallel.sequence: {sequence} do not go together; leave one of them out"
+    elif recipe.parallel.recurrent == "state":
+        yield f"parallel.recurrent: state needs parallel.sequence, which does not go with parallel.expert: {ranks}"
     yield from (f"parallel.expert: {ranks}: {error}" for error in sharding_errors(recipe))
 
 
@@ -243,6 +245,8 @@ def _sequence_errors(recipe: Recipe) -> Iterator[str]:
     ranks, shard, tokens = recipe.parallel.sequence, recipe.parallel.shard, recipe.packing.tokens_per_batch
     if ranks == "auto":
         return
+    if ranks == 1 and recipe.parallel.recurrent == "state":
+        yield "parallel.recurrent: state cannot act with parallel.sequence: 1, where every process has packs of its own"
     if tokens % ranks:
         yield (
             f"packing.tokens_per_batch: {tokens} is no multiple of parallel.sequence: {ranks}, whose ranks hold equal "

@@ -305,6 +305,11 @@ class ParallelSection(Section):
     read packs of their own. It is the innermost axis: `{shard: 4, sequence: 2}` on 4 processes are 2 data ranks. `auto`
     is 1, unless a step is estimated to fit the device with no number of shards."""
 
+    recurrent: Literal["heads", "state"] = "heads"
+    """What processes with parts of one pack send each other in recurrent layers (Gated DeltaNet): `heads`, tokens for
+    heads, as in attention; `state`, the state of the document that goes on, so that each computes all heads of its own
+    tokens. It acts where `sequence` is above 1."""
+
     expert: Literal["auto"] | Count = 1
     """Processes that hold the routed experts of every layer together, each as many; tokens travel to their experts, and
     all other weights go by `replicate` and `shard`. It divides the experts of a layer and the number of processes, and

@@ -89,13 +89,14 @@ class GatedDeltaNet(Swapped):
 
         Kept: the convolved channels, the rule's output, the norm and the activated gate after it, a row of 64 entries
         of the chunk's triangular matrix a head; float32 decay and write strength. Where ranks pass states on, also the
-        inputs of the two rows of a rank's map, and what its tokens read of the state.
+        inputs of the two rows of a rank's map, their rows of 64 entries, and what its tokens read of the state.
         """
         del squares
         heads, width = self.num_v_heads, self.num_v_heads * self.head_v_dim
         group, of_map = self._deltatune.sequence, 0
         if group is not None and group.recurrent == "state":
-            of_map = 4 * self.key_dim + heads * (2 * max(self.head_k_dim, self.head_v_dim) + self.head_k_dim)
+            a_row = max(self.head_k_dim, self.head_v_dim) + 64
+            of_map = 4 * self.key_dim + heads * (2 * a_row + self.head_k_dim)
         return Cost(
             flops=6.0 * tokens * width * self.head_k_dim,
             kept=float(tokens * (2 * self.key_dim + 4 * width + 64 * heads + of_map)),

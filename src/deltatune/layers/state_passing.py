@@ -52,13 +52,13 @@ def delta_rule_over_ranks(
 
     A token of a document that began on a rank before reads the state S that this rank's tokens begin with through
     ``q_i^T M_1..i S``, in which all but S is known before S is. The rule is linear in what it reads and writes, so the
-    outputs of the documents from zero and this sum up. ``impl`` runs the former; what takes states, ``"auto"``.
+    outputs of the documents from zero and this sum up. ``impl`` runs both.
     """
     own = ops.gated_delta_rule(q, k, v, g, beta, sequences=_part(sequences), qk_l2norm=False, impl=impl)
     positions = group.cut(sequences.positions)
     begins = _places(positions) - positions  # where a token's document begins, below 0 on a rank before
     carried, last = begins < 0, begins == begins[-1]
-    reads, transition, written = _map_of_part(q, k, v, g, beta, carried, last)
+    reads, transition, written = _map_of_part(q, k, v, g, beta, carried, last, impl)
     rows = sequences.positions.view(group.size, -1)
     holds_all = rows[:, -1] >= rows.shape[1]  # one document, which began before, up to the last token
     state = state_before(written, transition, holds_all, group.rank, group.name)
@@ -67,7 +67,7 @@ def delta_rule_over_ranks(
 
 
 def _map_of_part(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, carried: Tensor, last: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, carried: Tensor, last: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``q_i^T M_1..i`` ``[1, t, G, K]``, M ``[G, K, K]`` and N ``[G, K, V]``, in one call of two rows.
 
@@ -82,8 +82,9 @@ def _map_of_part(
     v = F.pad(_where(last, v), (0, width - value_dim))
     identity = torch.eye(key_dim, width, dtype=torch.promote_types(v.dtype, torch.float32), device=v.device)
     initial = torch.stack([torch.zeros_like(identity), identity])[:, None].expand(2, heads, key_dim, width)
+    v = torch.cat([v, torch.zeros_like(v)])
     out, final = ops.gated_delta_rule(
-        q, k, torch.cat([v, torch.zeros_like(v)]), g, beta, qk_l2norm=False, initial_state=initial, return_state=True
+        q, k, v, g, beta, qk_l2norm=False, initial_state=initial, return_state=True, impl=impl
     )
     return out[1:, ..., :key_dim], final[1, ..., :key_dim], final[0, ..., :value_dim]
 

@@ -109,7 +109,7 @@ def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
     size = recipe.parallel.sequence
     if size != "auto":
         try:
-            check_sequence_size(config, size)
+            check_sequence_size(config, size, recipe.parallel.recurrent)
         except UserError as error:
             raise UserError(f"parallel.{error}") from error
 
@@ -117,7 +117,7 @@ def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
 def _sequences(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
     """What ``auto`` may take: sizes by the model's heads that divide the tokens of a pack."""
     whole = recipe.packing.tokens_per_batch
-    return [size for size in sequence_sizes(config) if whole % size == 0]
+    return [size for size in sequence_sizes(config, recipe.parallel.recurrent) if whole % size == 0]
 
 
 def mesh_of(sizes: Sizes, arguments: TrainingArguments) -> Mesh:
@@ -133,7 +133,8 @@ def sizes_lines(recipe: Recipe, sizes: Sizes) -> list[str]:
     if sizes.sequence > 1:
         why = f" ({sizes.sequence_reason})" if sizes.sequence_reason else ""
         data_ranks = counted(sizes.processes // sizes.sequence, "data rank")
-        lines.append(f"parallel: sequence {sizes.sequence}{why}: {data_ranks}")
+        by_state = ", recurrent layers by state" if recipe.parallel.recurrent == "state" else ""
+        lines.append(f"parallel: sequence {sizes.sequence}{why}{by_state}: {data_ranks}")
     if sizes.expert > 1:
         room = f"room for {recipe.parallel.expert_capacity:g} times an even share of visits"
         lines.append(f"parallel: expert {sizes.expert}: a process holds 1/{sizes.expert} of the experts, with {room}")

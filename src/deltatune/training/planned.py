@@ -54,7 +54,7 @@ def prepare_by_recipe(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    shard_sequence(prepared, group)
+    shard_sequence(prepared, group, recurrent=recipe.parallel.recurrent)
     with phase("choosing the activations to keep"):
         prepared.decide_checkpointing(
             recipe.packing.tokens_per_batch // sequence,

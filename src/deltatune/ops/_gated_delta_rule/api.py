@@ -75,8 +75,9 @@ def gated_delta_rule(
 
     Returns:
         ``o`` in the shape and dtype of ``v``; with ``return_state`` also the final state ``[S, G, K, V]`` in fp32 (fp64
-        if q, k or v is fp64), that of a sequence without tokens the initial one. Both states have gradients, and both
-        are the reference's alone: the libraries run without.
+        if q, k or v is fp64), that of a sequence without tokens the initial one. Both states have gradients. What
+        ``impl`` can be does not depend on them; the libraries carry a state in fp32, whatever the dtype of the initial
+        one, and round it to the dtype of v where a product reads it.
 
         Accumulation is in fp32, or fp64 if q, k or v is fp64. Each gradient
         has the dtype of its input; the gradient of a document's output with respect to another document's inputs is
@@ -84,8 +85,8 @@ def gated_delta_rule(
         there a NaN can reach those of neighbours). The libraries take a decay below -100 for -100: 0 all the same.
 
     The reference saves its inputs and runs forward again in backward. The libraries save v, g, beta, the normalised q
-    and k with a number per token and head each, and 64 numbers per token and value head. Backward cannot be
-    differentiated itself (RuntimeError).
+    and k with a number per token and head each, 64 numbers per token and value head, and the initial state. Backward
+    cannot be differentiated itself (RuntimeError).
 
     Raises:
         ValueError: shapes or devices that do not fit, or an implementation that is unknown or cannot run.

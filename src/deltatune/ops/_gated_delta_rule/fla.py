@@ -43,12 +43,12 @@ LIBRARY = Library(
         "forward": Call(
             _INPUTS,
             {"initial_state": None, "output_final_state": False},
-            ("g", "o", "A", *("",) * 3),  # and both states and g
+            ("g", "o", "A", "final_state", *("",) * 2),  # and the initial state and g
         ),
         "backward": Call(
             (*_INPUTS, "A", "do"),
             {"initial_state": None, "dht": None},
-            ("dq", "dk", "dv", "dbeta", "dg", *("",) * 3),  # and gradients of what is not passed
+            ("dq", "dk", "dv", "dbeta", "dg", "dh0", *("",) * 2),  # and gradients of what is not passed
         ),
     },
 )

@@ -56,10 +56,14 @@ LIBRARY = Library(
     calls={
         "forward": Call(
             _INPUTS,
-            {"output_final_state": False, "output_h": False, "auto_cp": False},
-            ("g", "A", "o", *("",) * 3),  # and h, the final state and a cache
+            {"initial_state": None, "output_final_state": False, "output_h": False, "auto_cp": False},
+            ("g", "A", "o", "", "final_state", ""),  # and h and a cache
         ),
-        "backward": Call((*_INPUTS, "A", "do"), {"auto_cp": False}, ("dq", "dk", "dv", "dbeta", "dg", "dh0")),
+        "backward": Call(
+            (*_INPUTS, "A", "do"),
+            {"initial_state": None, "dht": None, "auto_cp": False},
+            ("dq", "dk", "dv", "dbeta", "dg", "dh0"),
+        ),
         "prepare": Call(("cu_seqlens", "cu_seqlens_cpu"), {}, ()),
     },
     describe=_describe,

@@ -42,6 +42,7 @@ class Boundaries:
     cu_seqlens: Tensor  # int32 [S + 1] on the device, strictly growing
     cu_seqlens_cpu: Tensor  # the same on the CPU
     chunk_indices: Tensor  # int32 [n, 2] on the device: the document of each chunk, and its place in the document
+    numbers: Tensor  # int64 [S] on the device: the place of each document among all, the empty ones counted
 
 
 def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Boundaries:
@@ -58,20 +59,22 @@ def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Boundaries:
 @functools.lru_cache(maxsize=16)
 def _documents(boundaries: tuple[int, ...], device: torch.device) -> Boundaries:
     cu_seqlens_cpu = torch.tensor(boundaries, device="cpu")
-    ends = cu_seqlens_cpu[1:][cu_seqlens_cpu.diff() > 0]
+    numbers = cu_seqlens_cpu.diff().nonzero().squeeze(1)
+    ends = cu_seqlens_cpu[1:][numbers]
     compact = torch.cat([ends.new_zeros(1), ends]).int()
     chunks = (compact.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE
     document = torch.arange(chunks.numel(), device="cpu").repeat_interleave(chunks)
     place = torch.arange(document.numel(), device="cpu") - (chunks.cumsum(0) - chunks)[document]
     indices = torch.stack([document, place], dim=1).int()
-    return Boundaries(compact.to(device, non_blocking=True), compact, indices.to(device, non_blocking=True))
+    on_device, indices, numbers = (x.to(device, non_blocking=True) for x in (compact, indices, numbers))
+    return Boundaries(on_device, compact, indices, numbers)
 
 
 class Call(NamedTuple):
     """How a function is called."""
 
     takes: tuple[str, ...]  # the names of the arguments that change from call to call
-    options: Mapping[str, object]  # the others
+    options: Mapping[str, object]  # the others, as they are unless they are given
     returns: tuple[str, ...]  # the names of its results, empty for those that are not used
 
 
@@ -81,6 +84,7 @@ class Library:
 
     Names of arguments and results are the libraries' own: ``g`` as a result is the decay summed inside chunks
     ``[1, N, G]``, which backward takes for ``g``, and ``A`` the inverse of each chunk's system ``[1, N, G, 64]``.
+    ``initial_state``, ``final_state`` and their gradients ``dh0`` and ``dht`` are ``[S, G, K, V]`` in fp32.
     """
 
     name: str  # as messages call it
@@ -92,12 +96,13 @@ class Library:
     describe: Callable[[Boundaries], None] | None = None  # called before either, where it wants to know the documents
 
     def run(self, direction: str, documents: Boundaries, **given: object) -> dict[str, Tensor]:
-        """The named results of ``"forward"`` or ``"backward"``, for the arguments that ``Call.takes`` names."""
+        """The named results of ``"forward"`` or ``"backward"``, for what ``Call.takes`` and the options name."""
         if self.describe is not None:
             self.describe(documents)
         call = self.calls[direction]
         given |= vars(documents)
-        results = self.load()[direction](**{name: given[name] for name in call.takes}, **call.options)
+        options = {name: given.get(name, value) for name, value in call.options.items()}
+        results = self.load()[direction](**{name: given[name] for name in call.takes}, **options)
         if len(results) != len(call.returns):
             raise RuntimeError(
                 f"{self.name} {version_of(self.distribution)} returns {len(results)} results from its {direction} "
@@ -163,11 +168,12 @@ def results_like(inputs: Inputs, *, saves: bool) -> Results:
     return results
 
 
-def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> Results:
-    """Runs the library's forward on the flattened stream."""
-    q, k, v, g, beta = inputs[:5]
+def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[Results, Tensor | None]:
+    """Runs the library's forward on the flattened stream; also the final state where there is an initial one."""
+    q, k, v, g, beta, state = inputs[:6]
+    final = None if state is None else state.to(torch.float32, copy=True)
     if v.numel() == 0:
-        return results_like(inputs, saves=True)
+        return results_like(inputs, saves=True), final
     results = results_like(inputs, saves=False)
     with torch.cuda.device(v.get_device()):
         if inputs.qk_l2norm:
@@ -178,35 +184,73 @@ def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> Results
             q_rstd, k_rstd = (x.view(q.shape[:3]) for x in (q_rstd, k_rstd))
             results = results._replace(q=q, k=k, q_rstd=q_rstd, k_rstd=k_rstd)
         stream = _stream(q=q, k=k, v=v, g=g.float().clamp(min=_STRONGEST), beta=_gate(beta, v))
-        found = library.run("forward", documents_of(cu_seqlens_cpu, v.device), **stream, scale=inputs.scale)
-    return results._replace(o=found["o"].to(v.dtype).view(v.shape), decay=found["g"], solved=found["A"])
+        documents = documents_of(cu_seqlens_cpu, v.device)
+        states = {} if final is None else {"initial_state": _states(final, documents), "output_final_state": True}
+        found = library.run("forward", documents, **stream, **states, scale=inputs.scale)
+        if final is not None:
+            final.index_copy_(0, documents.numbers, found["final_state"])
+    return results._replace(o=found["o"].to(v.dtype).view(v.shape), decay=found["g"], solved=found["A"]), final
 
 
 def backward(
-    library: Library, grad: Tensor, inputs: Inputs, kept: tuple[Tensor, Tensor, Tensor, Tensor], cu_seqlens_cpu: Tensor
+    library: Library,
+    grad: Tensor,
+    inputs: Inputs,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor],
+    cu_seqlens_cpu: Tensor,
+    final_grad: Tensor | None = None,
 ) -> Gradients:
-    """The gradients of the inputs, of which q and k are the normalised ones; ``kept`` are the last of ``Results``."""
-    q, k, v, _, beta = inputs[:5]
+    """The gradients of the inputs, of which q and k are the normalised ones; ``kept`` are the last of ``Results``.
+
+    ``grad`` is that of ``o``, ``final_grad`` that of a final state, zeros if None.
+    """
+    q, k, v, _, beta, state = inputs[:6]
     q_rstd, k_rstd, decay, solved = kept
+    dstate = None if state is None else _state_gradient(state, final_grad)
     if v.numel() == 0:
-        return Gradients(*(x.new_zeros(x.shape) for x in inputs[:5]))
+        return _gradients(inputs, [x.new_zeros(x.shape) for x in inputs[:5]], dstate)
     with torch.cuda.device(v.get_device()):
         stream = _stream(q=q, k=k, v=v, beta=_gate(beta, v), do=grad.to(v.dtype))
         documents = documents_of(cu_seqlens_cpu, v.device)
-        found = library.run("backward", documents, **stream, g=decay, A=solved, scale=inputs.scale)
+        states = {} if state is None else {"initial_state": _states(state, documents)}
+        if dstate is not None and final_grad is not None:
+            states["dht"] = _states(dstate, documents)
+        found = library.run("backward", documents, **stream, **states, g=decay, A=solved, scale=inputs.scale)
+        if dstate is not None:
+            dstate.index_copy_(0, documents.numbers, found["dh0"])
         if inputs.qk_l2norm:
             from deltatune.ops._gated_delta_rule.l2_norm import normalise_backward
 
             for name, rstd in (("q", q_rstd), ("k", k_rstd)):
                 dy = found[f"d{name}"][0].contiguous()
                 found[f"d{name}"] = normalise_backward(dy, stream[name][0], rstd.flatten(0, 1))
-    pairs = ((x, found[f"d{name}"]) for name, x in zip(Inputs._fields[:5], inputs[:5], strict=True))
-    return Gradients(*(dx.to(x.dtype).reshape(x.shape).contiguous() for x, dx in pairs))
+    return _gradients(inputs, [found[f"d{name}"] for name in Inputs._fields[:5]], dstate)
 
 
 def chunk_states_bytes(q: Tensor, v: Tensor) -> int:
     """The states in front of all chunks, ``[N / 64, G, K, V]``, as if no chunk were cut short."""
     return v.numel() * q.shape[-1] * v.itemsize // CHUNK_SIZE
+
+
+def _states(states: Tensor, documents: Boundaries) -> Tensor:
+    """Those of the documents that hold tokens, contiguous and in fp32."""
+    return states.float().index_select(0, documents.numbers)
+
+
+def _state_gradient(state: Tensor, final_grad: Tensor | None) -> Tensor:
+    """The gradient of the initial state as if no document held tokens: that of the final one."""
+    if final_grad is None:
+        return torch.zeros(state.shape, dtype=torch.float32, device=state.device)
+    return final_grad.to(torch.float32, copy=True)
+
+
+def _gradients(inputs: Inputs, grads: list[Tensor], dstate: Tensor | None) -> Gradients:
+    """Each in the shape and dtype of its input."""
+    pairs = zip(inputs[:5], grads, strict=True)
+    found = Gradients(*(dx.to(x.dtype).reshape(x.shape).contiguous() for x, dx in pairs))
+    if dstate is None or inputs.initial_state is None:
+        return found
+    return found._replace(initial_state=dstate.to(inputs.initial_state.dtype))
 
 
 def _stream(**tensors: Tensor) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def gated_delta_rule_backward(
         grads = reference.backward(grad, inputs, boundaries, final_grad)
     else:
         kept = (q_rstd, k_rstd, decay, solved)
-        grads = library.backward(GatedDeltaRuleSpec.load(impl).LIBRARY, grad, inputs, kept, boundaries)
+        grads = library.backward(GatedDeltaRuleSpec.load(impl).LIBRARY, grad, inputs, kept, boundaries, final_grad)
     return *grads[:5], v.new_empty(0) if grads.initial_state is None else grads.initial_state
 
 
@@ -148,7 +148,9 @@ def gated_delta_rule(
     """o, what backward keeps of it, and the final state, which is ``[0]`` without an initial one."""
     inputs = Inputs(q, k, v, g, beta, initial_state, scale, qk_l2norm)
     boundaries = _boundaries(v, cu_seqlens_cpu)
-    if impl != "reference":
-        return *library.forward(GatedDeltaRuleSpec.load(impl).LIBRARY, inputs, boundaries), v.new_empty(0)
-    o, final = reference.forward(inputs, boundaries)
-    return *results_like(inputs, saves=False)._replace(o=o), v.new_empty(0) if final is None else final
+    if impl == "reference":
+        o, final = reference.forward(inputs, boundaries)
+        results = results_like(inputs, saves=False)._replace(o=o)
+    else:
+        results, final = library.forward(GatedDeltaRuleSpec.load(impl).LIBRARY, inputs, boundaries)
+    return *results, v.new_empty(0) if final is None else final

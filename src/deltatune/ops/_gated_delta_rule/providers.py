@@ -16,16 +16,22 @@ __all__ = ["GatedDeltaRuleSpec"]
 
 
 def _flash_qla(spec: GatedDeltaRuleSpec) -> Support:
-    return support("FlashQLA's fused kernels for this GPU, head dims of 128", _refusal("flash_qla", spec))
+    return support(
+        f"FlashQLA's fused kernels for this GPU, head dims of 128{_states(spec)}", _refusal("flash_qla", spec)
+    )
 
 
 def _fla(spec: GatedDeltaRuleSpec) -> Support:
-    return support("FLA's Triton kernels", _refusal("fla", spec))
+    return support(f"FLA's Triton kernels{_states(spec)}", _refusal("fla", spec))
 
 
 def _reference(spec: GatedDeltaRuleSpec) -> Support:
     accumulation = "fp64" if spec.dtype == torch.float64 else "fp32"
-    return Support(True, f"chunked torch on {spec.device.type}, accumulating in {accumulation}")
+    return Support(True, f"chunked torch on {spec.device.type}, accumulating in {accumulation}{_states(spec)}")
+
+
+def _states(spec: GatedDeltaRuleSpec) -> str:
+    return ", states in and out" if spec.state else ""
 
 
 _LIBRARIES: dict[str, ModuleType] = {"flash_qla": flash_qla, "fla": fla}
@@ -33,8 +39,6 @@ _LIBRARIES: dict[str, ModuleType] = {"flash_qla": flash_qla, "fla": fla}
 
 def _refusal(name: str, spec: GatedDeltaRuleSpec) -> str | None:
     refusal = _library_refusal(name, spec.device, spec.dtype)
-    if refusal is None and spec.state:
-        refusal = f"{name} runs without initial and final states here; use impl='reference'"
     if refusal is None and spec.head_dims is not None:
         refusal = _LIBRARIES[name].dim_refusal(*spec.head_dims)
     return refusal
