@@ -175,7 +175,7 @@ def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]
     """With gradients averaged over all processes, but for those of ``apart``."""
     if apart and not replicate_beside(model, apart):
         return model
+    replicated = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
     # no layer writes a buffer: sending them out before each step would be one more time that all ranks wait
-    return DistributedDataParallel(
-        model, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
-    )
+    replicated.broadcast_buffers = False  # an argument of this name warns in torch 2.13, and 2.11 knows no other
+    return replicated
