@@ -112,6 +112,25 @@ def shapes(records: Sequence[Record]) -> list[str]:
     return _markdown(header, sorted(rows))
 
 
+def experts(records: Sequence[Record]) -> list[str]:
+    """Whole mixtures with adapters on all experts, and what would be held with the optimizer's state in 8 bits."""
+    rows, files = {}, {}
+    for steps in steps_of(records):
+        about = steps.config
+        for r in steps.find(OURS, targets="experts"):
+            size = (about["model"], about["layers"], about["tokens"], str(r["checkpointing"]))
+            if size in rows or not steps.full or DEVICE not in steps.record.device:
+                continue
+            # two moments of 4 bytes become two of 1
+            small = (r["peak_bytes"] - 6 * r["trainable_parameters"]) / GIB
+            trained = f"{r['trainable_parameters'] / 1e6:,.0f} M"
+            cells = [about["model"], str(about["layers"]), f"{about['tokens']:,}", f"`{r['checkpointing']}`", trained]
+            rows[size], files[steps.record.path] = [*cells, *_step_cells(r), f"{small:.1f}"], steps.record
+    header = ("model", "layers", "tokens", "checkpointing", "trained", "ms a step", "tokens a second", "peak GiB",
+              "with 8-bit state, by arithmetic")  # fmt: skip
+    return [*_markdown(header, [rows[size] for size in sorted(rows)]), "", _sources(list(files.values()))]
+
+
 def bound(records: Sequence[Record]) -> list[str]:
     """The roofline of a step, part by part, and the step."""
     rows: dict[str, list[str]] = {}
@@ -211,6 +230,7 @@ PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]
         "memory": memory,
         "adapters": adapters,
         "shapes": shapes,
+        "experts": experts,
         "bound": bound,
         "ops": ops,
         "missed": missed,
