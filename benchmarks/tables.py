@@ -213,7 +213,7 @@ def several(records: Sequence[Record]) -> list[str]:
     if not rows:
         return ["No record of several GPUs yet."]
     header = ("model", "system", "tokens", "GPUs", "ms on one", "ms", "tokens a second of each", "against one",
-              "peak GiB", "all-to-all")  # fmt: skip
+              "peak GiB", "exchange")  # fmt: skip
     names = ", ".join(f"`{record.path.name}`" for record in files)
     devices = ", ".join(dict.fromkeys(record.device for record in files))
     return [

@@ -52,7 +52,7 @@ def _measured(args: argparse.Namespace) -> int:
         )
         interrupted = True
         try:
-            session.run(args.systems, gpus, tokens, cold=args.cold_start)
+            session.run(args.systems or _systems_of(spec.model), gpus, tokens, cold=args.cold_start)
             interrupted = False
         finally:  # what has been measured is kept, whatever comes after it
             record = session.record(commit=args.commit, interrupted=interrupted, gpus=gpus)
@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--gpus", nargs="+", type=int, default=[1, 2], metavar="N", help="1 2 by default; each is timed in turn")
-    add("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM",
-        help=f"of {', '.join(SYSTEMS)}; all by default")  # fmt: skip
+    add("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM",
+        help=f"of {', '.join(SYSTEMS)}; by default all that the model has layers for")  # fmt: skip
     add("--model", nargs="+", default=["qwen3.5-2b"], metavar="MODEL[:LAYERS]",
         help=f"shapes of this model, weights random, at full depth or fewer layers: {', '.join(SHAPES)}")  # fmt: skip
     add("--tokens", type=int, nargs="+", default=[16384], metavar="T", help="of a rank's pack; 16384 by default")
@@ -97,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--commit", metavar="HASH", help="of the source, where it lies without its history")
     add("--output", type=Path, default=RECORDS, metavar="DIR", help="where records go; benchmarks/records by default")
     return parser
+
+
+def _systems_of(model: str) -> list[str]:
+    return [name for name, one in SYSTEMS.items() if shape_named(model).hybrid or not one.states]
 
 
 def _specs(args: argparse.Namespace, most: int) -> list[Spec]:
@@ -156,7 +160,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
             rate, one = result["tokens_per_second_per_gpu"], rates.get((result["system"], result["tokens"]))
             scaling = f"{rate / one:9.3f}" if one else f"{'-':>9}"
             peak = f"{result['peak_bytes'] / 2**30:8.1f}" if result["peak_bytes"] else f"{'':8}"
-            more = f"  all-to-all {result['exchange_ms']:.1f} ms" if result.get("exchange_ms") else ""
+            more = f"  exchange {result['exchange_ms']:.1f} ms" if result.get("exchange_ms") else ""
             lines.append(f"{name:32}{times}{rate:11.0f}{scaling}{peak}{first}{more}")
         red = [check for check in config["checks"] if not check["ok"]]
         lines += [f"RED {c['subject']}: {c['name']}: {c['figure']} > {c['limit']} {c['detail']}" for c in red]

@@ -18,14 +18,16 @@ from benchmarks.shapes import shape_named
 from benchmarks.systems import Packs, pinned
 from benchmarks.timing import between_ms, mark, summary, synchronize
 
-__all__ = ["EXCHANGE", "kinds_of", "measured"]
+__all__ = ["EXCHANGE", "STATES", "kinds_of", "measured"]
 
 #: Name of what Ulysses does -> in the names of kernels that do it.
 EXCHANGE: Final = "all-to-all"
+#: Name of what hands states round.
+STATES: Final = "all-gather"
 _KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     EXCHANGE: ("SendRecv", "AllToAll", "all_to_all", "alltoall"),
     "all-reduce": ("AllReduce", "all_reduce", "allreduce"),
-    "all-gather": ("AllGather", "all_gather", "allgather"),
+    STATES: ("AllGather", "all_gather", "allgather"),
     "reduce-scatter": ("ReduceScatter", "reduce_scatter"),
     "broadcast": ("Broadcast", "broadcast"),
 }
@@ -166,7 +168,8 @@ def _communication(trained: Trained, packs: Packs, gathered: Any) -> dict[str, A
         if not cuda or "Kernel" in event.key
     }
     by_rank = gathered(kinds_of(rows))
-    exchange = [kinds.get(EXCHANGE, 0.0) for kinds in by_rank]
+    exchanges = (EXCHANGE, STATES) if trained.system.states else (EXCHANGE,)
+    exchange = [sum(kinds.get(kind, 0.0) for kind in exchanges) for kinds in by_rank]
     longest = max(gathered(between_ms(begin, end)))
     waited = gathered(waits)
     return {

@@ -29,9 +29,9 @@ METHOD: Final = (
     "gradients set to None; the first of them dropped, but of long steps; one GPU is rank 0 while the others wait on "
     "the host, in the same processes where a record has both; tokens_per_second_per_gpu over that on one GPU is the "
     "scaling; peak_bytes is all that a process holds at its peak, of the rank that holds most; exchange_ms is the mean "
-    "over ranks of all-to-all kernels in a profiled step, waiting for others included; first steps with label cold "
-    "have every compiler's cache empty, and count from the start of the processes (since_start_seconds) and from that "
-    "of building the model (first_step_seconds)"
+    "over ranks of all-to-all kernels in a profiled step, and of all-gather kernels where these hand states round, "
+    "waiting for others included; first steps with label cold have every compiler's cache empty, and count from the "
+    "start of the processes (since_start_seconds) and from that of building the model (first_step_seconds)"
 )
 CHECKED: Final = (
     "; timed after four layers' losses and gradients on all ranks were held to one process and to float32, and where "

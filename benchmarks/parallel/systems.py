@@ -34,6 +34,7 @@ class System:
         checkpointing: of both.
         shares_pack: ranks hold one document together; else each has a pack of its own.
         how: what the ranks do, and what the one GPU does, in words.
+        states: ranks hand states of recurrent layers round, by all-gathers; a model needs such layers.
     """
 
     name: str
@@ -43,6 +44,7 @@ class System:
     checkpointing: str
     shares_pack: bool
     how: str
+    states: bool = False
 
     def part(self, batch: Batch, rank: int, size: int) -> Batch:
         """What a rank takes of a batch that it has whole."""
@@ -78,6 +80,10 @@ def _in_sequence(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
     return parallelize(prepared, sequence=dist.get_world_size()).model
 
 
+def _by_states(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
+    return parallelize(prepared, sequence=dist.get_world_size(), recurrent="state").model
+
+
 _ONE_SHARD: Final = "one GPU: FSDP2 on a mesh of one, the same units, casts and optimizer without communication"
 
 SYSTEMS: Final[Mapping[str, System]] = {
@@ -102,6 +108,13 @@ SYSTEMS: Final[Mapping[str, System]] = {
                 "one GPU: the same document, whose attention costs a token as much; where it does not fit, half of it, "
                 "a quarter and so on (one_gpu_tokens), whose attention costs less: the ratio is then below what it "
                 "would be"
+            ),
+        ),
+        System(
+            "sequence-state", _by_states, _whole, full=False, checkpointing="layer", shares_pack=True, states=True,
+            how=(
+                "as sequence, but Gated DeltaNet layers keep a rank's tokens and all heads and hand states round; "
+                "attention by heads (Ulysses); one GPU: the same as of sequence"
             ),
         ),
     )

@@ -24,7 +24,7 @@ from benchmarks.records import Record
 from forked import FORKED
 
 CPU = torch.device("cpu")
-SYSTEMS = ("ddp-lora", "fsdp-full", "fsdp-lora", "sequence")
+SYSTEMS = ("ddp-lora", "fsdp-full", "fsdp-lora", "sequence", "sequence-state")
 
 
 class Forked:
@@ -106,7 +106,7 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
     assert several.main(small(tmp_path, "--gpus", "1", "2")) == 0
     record = record_in(tmp_path)
     results = results_of(record)
-    sizes = {name: 256 if name == "sequence" else 128 for name in SYSTEMS}
+    sizes = {name: 256 if name.startswith("sequence") else 128 for name in SYSTEMS}
     assert list(results) == [f"{name} {sizes[name]} on {gpus}" for name in SYSTEMS for gpus in (1, 2)]
     config = record["configs"][0]
     names = [check["name"] for check in config["checks"]]
@@ -120,10 +120,23 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
     assert "all-reduce" in told["ddp-lora"]
     assert "all-gather" not in told["ddp-lora"]
     assert {"all-gather", "reduce-scatter"} <= told["fsdp-full"] & told["fsdp-lora"]
-    assert {"all-to-all", "all-reduce"} <= told["sequence"]
+    assert {"all-to-all", "all-reduce"} <= told["sequence"] & told["sequence-state"]
+    assert "all-gather" in told["sequence-state"]
+    assert "all-gather" not in told["sequence"]
+    # what moves a pack is the exchange, what gathers weights is not
+    moves = {"sequence": ("all-to-all",), "sequence-state": ("all-to-all", "all-gather")}
+    for name in SYSTEMS:
+        r = results[f"{name} {sizes[name]} on 2"]
+        by_rank = [sum(ms[kind] for kind in moves.get(name, ())) for ms in r["communication_ms_by_rank"]]
+        assert r["exchange_ms"] == sum(by_rank) / 2, name
     assert results["sequence 256 on 2"]["tokens_per_step"] == 256
     assert results["ddp-lora 128 on 2"]["tokens_per_step"] == 256
     assert "sequence 256 on 2" in capsys.readouterr().out
+
+
+def test_states_are_handed_round_where_a_model_has_some() -> None:
+    assert several._systems_of("tiny") == list(SYSTEMS)
+    assert several._systems_of("qwen3-8b") == [name for name in SYSTEMS if name != "sequence-state"]
 
 
 @pytest.mark.parametrize(
