@@ -64,6 +64,19 @@ def test_files_of_the_base_come_out_of_a_run_as_they_are(base: Path, tmp_path: P
         assert same(merged, base, (*TOKENIZER, *PROCESSORS, "generation_config.json"))
 
 
+@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["adapter", "full"])
+def test_settings_without_effect_end_no_run_whose_tokens_are_aligned(base: Path, tmp_path: Path, lora: Any) -> None:
+    """transformers warns of them when it loads a model, and refuses to save them once one of them has changed."""
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 5}')
+    training = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(tmp_path, base, lora=lora, training=training), console=Console(quiet=True))
+    saved = [tmp_path / "output"] if lora else [tmp_path / "output", tmp_path / "output" / "checkpoint-1"]
+    for folder in saved:
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert (written["temperature"], written["pad_token_id"]) == (0.6, 0)
+        assert "do_sample" not in written
+
+
 def test_a_template_of_ones_own_is_saved_and_the_rest_stays(base: Path, tmp_path: Path) -> None:
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "the base's"}))

@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
+from deltatune.hf.generation import keep_settings
 from deltatune.hf.reading import Pieces, load_described
 from deltatune.phases import phase
 from deltatune.training.hub import silence
@@ -155,6 +156,7 @@ def _loaded(
             f"such as {missing[0]}; they would start at random"
         )
     assert isinstance(model, nn.Module)
+    keep_settings(model)
     return Loaded(model, frozenset(info["unexpected_keys"]))
 
 

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deltatune.hf.generation import PublishedSettings
 
 __all__ = ["BESIDE_WEIGHTS", "copy_generation_config", "copy_processors", "write_tokenizer"]
 
@@ -69,10 +71,17 @@ def copy_generation_config(source: Path, folder: Path) -> None:
     target = folder / _GENERATION
     if target.is_file():
         with tempfile.TemporaryDirectory() as again:
-            GenerationConfig.from_pretrained(str(source)).save_pretrained(again)
-            if _content(Path(again) / _GENERATION) != _content(target):
+            PublishedSettings.from_pretrained(str(source)).save_pretrained(again)
+            if _settings(Path(again) / _GENERATION) != _settings(target):
                 return
     shutil.copyfile(source / _GENERATION, target)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Of generation, with the tokens that end a text as a set: transformers 5.17 puts the tokenizer's in once more."""
+    content = _content(file) or {}
+    ends = content.get("eos_token_id")
+    return {**content, "eos_token_id": set(ends) if isinstance(ends, list) else {ends}}
 
 
 def _changed(folder: Path, written: set[str], source: Path, *, trust_remote_code: bool) -> set[str] | None:
