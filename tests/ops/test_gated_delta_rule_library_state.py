@@ -219,7 +219,7 @@ def test_functions_get_states_and_their_results_are_named(module: Any, forward: 
     functions = {"forward": function(forward), "backward": function(backward)}
     called = replace(module.LIBRARY, load=lambda: functions, describe=None)
     documents = library.documents_of(torch.tensor([0, 5, 5, 12]), torch.device("cpu"))
-    assert documents.numbers.tolist() == [0, 2]
+    assert documents.document_indices.tolist() == [0, 2]
     inputs = dict.fromkeys(("q", "k", "v", "g", "beta", "scale"), 1)
     found = called.run("forward", documents, **inputs, initial_state=2, output_final_state=True)
     assert found == {name: name for name in ("g", "o", "A", "final_state")}

@@ -42,7 +42,7 @@ class Boundaries:
     cu_seqlens: Tensor  # int32 [S + 1] on the device, strictly growing
     cu_seqlens_cpu: Tensor  # the same on the CPU
     chunk_indices: Tensor  # int32 [n, 2] on the device: the document of each chunk, and its place in the document
-    numbers: Tensor  # int64 [S] on the device: the place of each document among all, the empty ones counted
+    document_indices: Tensor  # int64 [S] on the device: the place of each document among all, the empty ones counted
 
 
 def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Boundaries:
@@ -188,7 +188,7 @@ def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[R
         states = {} if final is None else {"initial_state": _states(final, documents), "output_final_state": True}
         found = library.run("forward", documents, **stream, **states, scale=inputs.scale)
         if final is not None:
-            final.index_copy_(0, documents.numbers, found["final_state"])
+            final.index_copy_(0, documents.document_indices, found["final_state"])
     return results._replace(o=found["o"].to(v.dtype).view(v.shape), decay=found["g"], solved=found["A"]), final
 
 
@@ -217,7 +217,7 @@ def backward(
             states["dht"] = _states(dstate, documents)
         found = library.run("backward", documents, **stream, **states, g=decay, A=solved, scale=inputs.scale)
         if dstate is not None:
-            dstate.index_copy_(0, documents.numbers, found["dh0"])
+            dstate.index_copy_(0, documents.document_indices, found["dh0"])
         if inputs.qk_l2norm:
             from deltatune.ops._gated_delta_rule.l2_norm import normalise_backward
 
@@ -234,7 +234,7 @@ def chunk_states_bytes(q: Tensor, v: Tensor) -> int:
 
 def _states(states: Tensor, documents: Boundaries) -> Tensor:
     """Those of the documents that hold tokens, contiguous and in fp32."""
-    return states.float().index_select(0, documents.numbers)
+    return states.float().index_select(0, documents.document_indices)
 
 
 def _state_gradient(state: Tensor, final_grad: Tensor | None) -> Tensor:
