@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.planned import estimate_step, prepare_by_recipe
 from tiny import tiny_model
+
+
+def test_states_need_recurrent_layers_whatever_auto_would_take(tmp_path: Path) -> None:
+    for family, refused in (("qwen3", True), ("qwen3_5", False)):
+        model = tiny_model(family)
+        recipe = make_recipe(tmp_path, save_checkpoint(tmp_path / family, model), parallel={"recurrent": "state"})
+        with pytest.raises(UserError) if refused else nullcontext() as raised:
+            layout.sizes_of(recipe, model, training_arguments(recipe.training), 2)
+        if refused:
+            line = "parallel.recurrent: state cannot act: qwen3 has no recurrent layer whose state could be passed on"
+            assert str(raised.value) == f"{line}; leave it out"
 
 
 @pytest.mark.parametrize("sizes", [{"shard": 2, "sequence": 2}, {"shard": 1, "sequence": 2}])
