@@ -28,6 +28,7 @@ from deltatune.models.refusals import attention_dropout
 from deltatune.models.registry import family_of
 from deltatune.ops import LoraGatedSpec, choose
 from deltatune.options import CompileOptions, Options, validate_checkpointing
+from deltatune.packing.group import Recurrent
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
 from deltatune.state import AutoCheckpointing, CheckpointingChoice, Facts, State
 from deltatune.subclass import is_covered, restore, stock_class, swap
@@ -73,6 +74,7 @@ class Prepared:
         device: torch.device | None = None,
         shard: int = 1,
         sequence: int = 1,
+        recurrent: Recurrent = "heads",
         experts: ExpertSplit = WHOLE,
     ) -> CheckpointingChoice | None:
         """Decides ``checkpointing="auto"`` now, for batches of one row; None where the setting was given.
@@ -86,11 +88,14 @@ class Prepared:
                 nothing runs. None decides from the graphs of the layers, where the model is.
             shard: ranks among which the weights will be divided.
             sequence: ranks that will hold a pack together.
+            recurrent: how they will divide recurrent layers; see ``shard_sequence``.
             experts: how the routed experts will be divided.
         """
         if self._state.facts.auto is None:
             return None
-        self._state.facts.auto = AutoCheckpointing(optimizer, accumulates, compute_dtype, shard, sequence, experts)
+        self._state.facts.auto = AutoCheckpointing(
+            optimizer, accumulates, compute_dtype, shard, sequence, recurrent, experts
+        )
         decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
 

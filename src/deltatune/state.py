@@ -13,7 +13,7 @@ import torch
 
 from deltatune.cost import WHOLE, ExpertSplit
 from deltatune.options import Options
-from deltatune.packing.group import SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup
 
 if TYPE_CHECKING:
     from deltatune.compile.graphs import Graphs
@@ -50,6 +50,7 @@ class AutoCheckpointing:
     compute_dtype: torch.dtype | None = None  # of activations under autocast; None for the weights' own
     shard: int = 1  # ranks among which the weights are divided
     sequence: int = 1  # ranks that hold a pack together
+    recurrent: Recurrent = "heads"  # how they divide recurrent layers
     experts: ExpertSplit = WHOLE  # how the routed experts are divided
     tokens: int = 0  # of the batch it was decided for; a larger one is decided for again
     choice: CheckpointingChoice | None = None  # None before the first training forward

@@ -18,6 +18,7 @@ from torch import nn
 
 from deltatune.cost import Cost, ExpertSplit
 from deltatune.ops import Spec
+from deltatune.packing.group import Recurrent
 from deltatune.state import State
 
 __all__ = ["Swapped", "is_bound", "is_covered", "restore", "stock_class", "swap"]
@@ -55,14 +56,17 @@ class Swapped(nn.Module):
         del module, device, dtype
         return ()
 
-    def cost(self, tokens: int, squares: int) -> Cost:
-        """Of a pack of so many tokens, whose documents have lengths that sum to ``squares`` when squared."""
-        del tokens, squares
+    def cost(self, tokens: int, squares: int, *, recurrent: Recurrent = "heads") -> Cost:
+        """Of a pack of so many tokens, whose documents have lengths that sum to ``squares`` when squared.
+
+        ``recurrent`` is how ranks that hold it together divide recurrent layers; one process is counted as ``"heads"``.
+        """
+        del tokens, squares, recurrent
         return Cost()
 
-    def exchanged(self, size: int) -> float:
+    def exchanged(self, size: int, *, recurrent: Recurrent = "heads") -> float:
         """Elements for each token that a rank sends and gets where ``size`` ranks hold a pack together."""
-        del size
+        del size, recurrent
         return 0.0
 
     def dispatched(self, split: ExpertSplit) -> tuple[float, float]:

@@ -198,6 +198,11 @@ def test_plan_counts_packs_and_memory_by_the_ranks_that_hold_a_pack(capsys, writ
     assert "of 2 packs" in cut
     assert estimated(cut, "activations") == pytest.approx(estimated(alone, "activations") / 2, rel=0.01)
     assert "of 1 pack (" in plan("parallel.sequence=2"), "two ranks with whole weights"
+    idle = "parallel: sequence 1, so recurrent: state does nothing\n"
+    assert idle in plan("parallel.recurrent=state")
+    assert idle in plan("parallel.recurrent=state", "parallel.replicate=2")
+    assert idle not in plan("parallel.recurrent=state", "parallel.sequence=2")
+    assert idle not in alone
 
 
 def test_plan_names_the_ranks_among_which_the_heads_divide(capsys, write_recipe) -> None:

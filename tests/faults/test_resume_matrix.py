@@ -220,7 +220,7 @@ CHANGES: dict[str, Change] = {
     "parallel.replicate": acts("parallel.replicate=1", shows=same),
     "parallel.shard": acts("parallel.shard=1", shows=same),
     "parallel.sequence": acts("parallel.sequence=1", shows=same),
-    "parallel.recurrent": acts("parallel.recurrent=state", shows=same),  # test_state_runs.py has more
+    "parallel.recurrent": acts("parallel.recurrent=state"),  # in one process nothing
     # test_expert_runs.py has more
     "parallel.expert": acts("parallel.expert=auto", shows=same),
     "parallel.expert_capacity": acts("parallel.expert=2", "parallel.expert_capacity=2.0"),  # in one process nothing

@@ -173,6 +173,16 @@ def test_opcheck(fake: FakeLibrary, qk_l2norm: bool) -> None:
         torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
 
 
+def test_opcheck_of_states_in_other_strides(fake: FakeLibrary) -> None:
+    *rule, state = inputs = [x.detach() for x in make_inputs(13, 4)]
+    transposed = state.mT.contiguous().mT
+    options = (0.5, False, Sequences.from_lengths([5, 1, 0, 7]).cu_seqlens_cpu, "fla")
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*rule, transposed, *options))
+    o, _, _, *kept, _ = torch.ops.deltatune.gated_delta_rule(*inputs, *options)
+    arguments = (*inputs, *options, torch.ones_like(o), transposed, *kept)
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
+
+
 def test_one_whole_graph_for_any_boundaries(fake: FakeLibrary) -> None:
     torch._dynamo.reset()
     inputs = make_inputs(12, 4)
@@ -209,7 +219,7 @@ def test_functions_get_states_and_their_results_are_named(module: Any, forward: 
     functions = {"forward": function(forward), "backward": function(backward)}
     called = replace(module.LIBRARY, load=lambda: functions, describe=None)
     documents = library.documents_of(torch.tensor([0, 5, 5, 12]), torch.device("cpu"))
-    assert documents.numbers.tolist() == [0, 2]
+    assert documents.document_indices.tolist() == [0, 2]
     inputs = dict.fromkeys(("q", "k", "v", "g", "beta", "scale"), 1)
     found = called.run("forward", documents, **inputs, initial_state=2, output_final_state=True)
     assert found == {name: name for name in ("g", "o", "A", "final_state")}

@@ -115,6 +115,18 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*inputs, *options))
 
 
+def test_opcheck_of_states_in_other_strides():
+    """The results are contiguous, as their fakes say, where a state or a gradient is dense and transposed."""
+    *rule, _ = inputs = [x.detach() for x in (*make_inputs(12), make_state(3))]
+    transposed = torch.randn(3, G, V, K, dtype=torch.float64).mT
+    options = (0.5, True, Sequences.from_lengths([5, 0, 7]).cu_seqlens_cpu, "reference")
+    torch.library.opcheck(torch.ops.deltatune.gated_delta_rule.default, (*rule, transposed, *options))
+    o, *_ = torch.ops.deltatune.gated_delta_rule(*inputs, *options)
+    for state, final_grad in ((transposed, None), (inputs[5], transposed)):
+        arguments = (*rule, state, *options, torch.ones_like(o), final_grad, *[o.new_empty(0)] * 4)
+        torch.library.opcheck(torch.ops.deltatune.gated_delta_rule_backward.default, arguments)
+
+
 def test_one_graph_for_any_boundaries():
     inputs, initial = make_inputs(12), make_state(4)
 

@@ -15,17 +15,17 @@ from deltatune import Prepared, Sequences, prepare
 from deltatune.compile.memory import estimate_memory
 from deltatune.compile.trace import trace_layer
 from deltatune.errors import UserError
-from deltatune.packing.group import SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
 from deltatune.subclass import Swapped, stock_class
 from tiny import tiny_conditional, tiny_model
 
 
-def member(model: Any, rank: int = 1, size: int = 2, **options: Any) -> Prepared:
+def member(model: Any, rank: int = 1, size: int = 2, recurrent: Recurrent = "heads", **options: Any) -> Prepared:
     """A model that one rank of a group holds, of which no other rank is there: calls that exchange nothing."""
     prepared = prepare(model, **options)
-    prepared._state.sequence = SequenceGroup("nobody", size, rank)
+    prepared._state.sequence = SequenceGroup("nobody", size, rank, recurrent)
     return prepared
 
 
@@ -141,15 +141,52 @@ def test_a_model_that_is_not_prepared_is_refused() -> None:
 def test_a_checkpointed_layer_keeps_its_input_and_what_was_exchanged(family: str, exchanged: int) -> None:
     model = build(Case((), family=family, layers=1))
     member(model, compile=TRACED)
-    layer, hidden = model.model.layers[0], torch.zeros(1, 64, 32, requires_grad=True)
-    positions = torch.arange(64).expand(*([3] if family == "qwen3_5" else []), 1, 64)
-    call = {
-        "position_embeddings": model.model.rotary_emb(hidden, positions),
-        "sequences": pack(THREE)["sequences"].static(),
-    }
-    traced = trace_layer(stock_class(layer).forward, layer, (hidden,), call, settings=("layer",), options=TRACED)
-    assert traced["layer"].kept == 4 * (64 * 32 + exchanged)
+    layer = model.model.layers[0]
+    assert kept_bytes(model, pack(THREE)["sequences"]) == 4 * (64 * 32 + exchanged)
     assert sum(part.exchanged(2) for part in layer.modules() if isinstance(part, Swapped)) * 64 == exchanged
+
+
+def kept_bytes(model: Any, sequences: Sequences) -> int:
+    """Of the first layer, checkpointed, on one of two ranks."""
+    layer, tokens = model.model.layers[0], sequences.total // 2
+    hidden = torch.zeros(1, tokens, 32, requires_grad=True)
+    positions = torch.arange(tokens).expand(*([3] if "qwen3_5" in model.config.model_type else []), 1, tokens)
+    shared = {**vars(sequences), "part": SequenceGroup("nobody", 2, 1).part(sequences)}
+    call = {"position_embeddings": model.model.rotary_emb(hidden, positions), "sequences": Sequences(**shared).static()}
+    traced = trace_layer(stock_class(layer).forward, layer, (hidden,), call, settings=("layer",), options=TRACED)
+    return traced["layer"].kept
+
+
+def test_what_passes_states_on_keeps_as_much_whatever_the_number_of_tokens() -> None:
+    model = build(Case((), layers=1))
+    member(model, recurrent="state", compile=TRACED)
+    few, many = (kept_bytes(model, Sequences.from_lengths([2 * tokens])) for tokens in (64, 128))
+    assert many - few == 4 * 64 * 32
+    parts = [part for part in model.model.layers[0].modules() if isinstance(part, Swapped)]
+    assert sum(part.exchanged(2, recurrent="state") for part in parts) == 0
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_memory_estimate_knows_how_recurrent_layers_will_be_divided(*, attached: bool) -> None:
+    model = build(Case((), layers=1))
+    if attached:
+        member(model, recurrent="state")
+    else:
+        prepare(model)
+
+    def activations(recurrent: Recurrent, checkpointing: str = "none", sequence: int = 2) -> int:
+        given: Any = {"checkpointing": checkpointing, "sequence": sequence, "recurrent": recurrent}
+        return estimate_memory(model, tokens_per_batch=64, **given).activations
+
+    layer = model.model.layers[0].linear_attn
+    heads, keys, values = layer.num_v_heads, layer.head_k_dim, layer.head_v_dim
+    # the inputs of two rows with values as wide as keys, their rows of 64 entries, and what is read of the state
+    rows = 4 * layer.key_dim + heads * (2 * (max(keys, values) + 64) + keys)
+    gates = 2 * 2 * heads
+    assert activations("state") - activations("heads") == 64 * 4 * (rows + gates)
+    assert activations("state", sequence=1) == activations("heads", sequence=1)
+    # one layer is computed again whole, and what is exchanged is there in any case
+    assert activations("state", "layer") == activations("state")
 
 
 def test_what_was_exchanged_is_a_part_of_the_memory_estimate() -> None:

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from training_cases import TOKENS, Packs, make_trainer
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
@@ -18,8 +20,10 @@ from deltatune.config.refused import PASSED_TRAINING_NAMES
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import RecipeKeyError, UserError
 from deltatune.training import arguments as module
+from deltatune.training import trainer as trainer_module
 from deltatune.training.arguments import training_arguments
 from deltatune.training.names import check_names
+from deltatune.training.sealed_trainer import SealedTrainer
 from tiny import tiny_model
 
 
@@ -28,7 +32,7 @@ def test_names_are_transformers_own_and_defaults_suit_packs(tmp_path: Path) -> N
     arguments = training_arguments(section)
     assert arguments.adam_beta2 == 0.95
     assert arguments.save_on_each_node
-    assert arguments.ddp_broadcast_buffers is False
+    assert arguments.ddp_broadcast_buffers is None  # the trainer sees to it: an argument of DDP of this name warns
     assert arguments.report_to == []
     assert not arguments.logging_nan_inf_filter
     assert not arguments.remove_unused_columns
@@ -208,3 +212,19 @@ def test_what_is_passed_on_acts(tmp_path: Path) -> None:
     assert packs.seen == [0, 1, 0, 1]
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
     assert "train_mem_cpu_alloc_delta" in history[-1]
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_replicas_send_buffers_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None
+) -> None:
+    class Replicated(nn.Module):
+        broadcast_buffers = True
+
+    monkeypatch.setattr(trainer_module, "DistributedDataParallel", Replicated)
+    monkeypatch.setattr(SealedTrainer, "training_step", lambda *_: torch.zeros(()))
+    trainer = make_trainer(tmp_path, ddp_broadcast_buffers=asked)
+    trainer._finite.begin(1, [])
+    replicated = Replicated()
+    trainer.training_step(replicated, {})
+    assert replicated.broadcast_buffers is (asked is True)

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_cases import make_recipe, save_checkpoint
 
+from deltatune.compile.memory import estimate_memory
 from deltatune.errors import UserError
 from deltatune.training import layout
-from deltatune.training.arguments import training_arguments
+from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.planned import estimate_step, prepare_by_recipe
+from tiny import tiny_model
+
+
+def test_states_need_recurrent_layers_whatever_auto_would_take(tmp_path: Path) -> None:
+    for family, refused in (("qwen3", True), ("qwen3_5", False)):
+        model = tiny_model(family)
+        recipe = make_recipe(tmp_path, save_checkpoint(tmp_path / family, model), parallel={"recurrent": "state"})
+        with pytest.raises(UserError) if refused else nullcontext() as raised:
+            layout.sizes_of(recipe, model, training_arguments(recipe.training), 2)
+        if refused:
+            line = "parallel.recurrent: state cannot act: qwen3 has no recurrent layer whose state could be passed on"
+            assert str(raised.value) == f"{line}; leave it out"
+
+
+@pytest.mark.parametrize("sizes", [{"shard": 2, "sequence": 2}, {"shard": 1, "sequence": 2}])
+def test_a_step_that_passes_states_on_is_estimated_before_ranks_meet(tmp_path: Path, sizes: dict[str, int]) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", tiny_model("qwen3_5"))
+    total = {}
+    for recurrent in ("heads", "state"):
+        recipe = make_recipe(tmp_path, checkpoint, parallel={"sequence": 2, "recurrent": recurrent})
+        model = empty_model(recipe.model)
+        prepare_by_recipe(recipe, model, device=torch.device("cpu"), **sizes)
+        part = recipe.packing.tokens_per_batch // 2
+        given: Any = {"tokens_per_batch": part, "compute_dtype": autocast_dtype(recipe.training), **sizes}
+        given |= {"optimizer": recipe.training.optim, "recurrent": recurrent}
+        total[recurrent] = estimate_step(recipe, model, "none", **sizes).total
+        assert total[recurrent] == estimate_memory(model, **given).total
+    assert total["heads"] < total["state"]
 
 
 @pytest.mark.parametrize(

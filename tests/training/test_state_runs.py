@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_sequence_runs import assert_figures_equal, meet, run_case
 from test_sharded_runs import assert_equal, files, saved
+from torch.nn.parallel import DistributedDataParallel
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint, write_conversations
 
 from deltatune.errors import UserError
@@ -36,7 +38,18 @@ def recipe_of(folder: Path, name: str, **parallel: Any) -> Any:
 def rank_main(rank: int, folder: str, port: int) -> None:
     meet(rank, 2, port)
     recipe = recipe_of(Path(folder), "two", sequence=2, recurrent="state")
-    torch.save(run_case(recipe), Path(folder) / f"rank{rank}.pt")
+    sends_buffers, forward = set(), DistributedDataParallel.forward
+
+    def watched(replicated: Any, *args: Any, **kwargs: Any) -> Any:
+        sends_buffers.add(replicated.broadcast_buffers)
+        return forward(replicated, *args, **kwargs)
+
+    DistributedDataParallel.forward = watched  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*broadcast_buffers")
+        figures = run_case(recipe)
+    assert sends_buffers == {False}
+    torch.save(figures, Path(folder) / f"rank{rank}.pt")
 
 
 def test_two_ranks_that_pass_states_on_train_what_one_process_does(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def _decide(model: Any, tokens: int, predicted: dict[Setting, int], device: torc
 
 def _from_shapes(model: Any, auto: AutoCheckpointing, tokens: int) -> dict[Setting, int]:
     """Peaks of a model that has no storage yet, is sharded, or is not compiled layer by layer."""
+    group = model._deltatune.sequence
+    sequence, recurrent = (auto.sequence, auto.recurrent) if group is None else (group.size, group.recurrent)
     return {
         setting: estimate_memory(
             model,
@@ -99,7 +101,8 @@ def _from_shapes(model: Any, auto: AutoCheckpointing, tokens: int) -> dict[Setti
             checkpointing=setting,
             compute_dtype=auto.compute_dtype,
             shard=auto.shard,
-            sequence=auto.sequence,
+            sequence=sequence,
+            recurrent=recurrent,
             experts=auto.experts,
         ).total
         for setting in candidate_settings(compiled=model._deltatune.options.compile is not None)

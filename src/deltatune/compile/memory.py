@@ -21,6 +21,7 @@ from deltatune.hf.units import gathered_units
 from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
+from deltatune.packing.group import Recurrent
 from deltatune.state import CheckpointingChoice
 from deltatune.subclass import Swapped
 
@@ -95,6 +96,7 @@ def estimate_memory(
     in_flight_bytes: int | None = None,
     shard: int = 1,
     sequence: int = 1,
+    recurrent: Recurrent = "heads",
     experts: ExpertSplit = WHOLE,
 ) -> MemoryEstimate:
     """Memory of a training step, from a model with its adapters, on any device, ``meta`` included.
@@ -130,6 +132,7 @@ def estimate_memory(
         in_flight_bytes: the most that offloading has on its way; None without offloading.
         shard: ranks among which the weights will be divided, or are.
         sequence: ranks that will hold a pack together, or do.
+        recurrent: how they divide recurrent layers; see ``shard_sequence``.
         experts: how experts, whole in this model, will be divided.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
@@ -146,7 +149,7 @@ def estimate_memory(
         optimizer=_state_bytes(trained - routed, optimizer) // shard
         + _state_bytes(trained & routed, optimizer) // experts.ranks,
         activations=_activation_bytes(
-            model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes, sequence, experts
+            model, tokens_per_batch, width_bytes, checkpointing, in_flight_bytes, sequence, recurrent, experts
         ),
         logits=_loss_bytes(model, tokens_per_batch, width_bytes),
     )
@@ -246,13 +249,14 @@ def offloaded_bytes(
     checkpointing: str | float,
     compute_dtype: torch.dtype | None = None,
     sequence: int = 1,
+    recurrent: Recurrent = "heads",
 ) -> int:
     """Bytes of a step that lie in the host's memory where activations are offloaded; arguments of ``estimate_memory``.
 
     What all layers keep, and the input of the final norm.
     """
     width_bytes = (compute_dtype or hf_model.compute_dtype(model)).itemsize
-    kept, _ = _kept_and_recomputed(model, width_bytes, checkpointing, sequence)
+    kept, _ = _kept_and_recomputed(model, width_bytes, checkpointing, sequence, recurrent)
     return int(tokens_per_batch * (sum(kept) + hf_model.text_config(model).hidden_size * width_bytes))
 
 
@@ -263,9 +267,10 @@ def _activation_bytes(
     checkpointing: str | float,
     in_flight: int | None,
     sequence: int,
+    recurrent: Recurrent,
     experts: ExpertSplit,
 ) -> int:
-    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing, sequence, experts)
+    kept, recomputed = _kept_and_recomputed(model, width_bytes, checkpointing, sequence, recurrent, experts)
     held = tokens * sum(kept)
     if in_flight is not None:
         held = min(held, tokens * max(kept, default=0) + in_flight)
@@ -275,7 +280,12 @@ def _activation_bytes(
 
 
 def _kept_and_recomputed(
-    model: nn.Module, width_bytes: int, checkpointing: str | float, sequence: int, experts: ExpertSplit = WHOLE
+    model: nn.Module,
+    width_bytes: int,
+    checkpointing: str | float,
+    sequence: int,
+    recurrent: Recurrent,
+    experts: ExpertSplit = WHOLE,
 ) -> tuple[list[float], list[float]]:
     """For each layer the bytes of a token that it keeps, and that it computes again."""
     text = hf_model.text_config(model)
@@ -285,11 +295,11 @@ def _kept_and_recomputed(
     layers = hf_model.text_model(model).layers
     sent = [_dispatched(layer, experts) for layer in layers]
     always = [
-        boundary + (_exchanged(layer, sequence) + got) * width_bytes
+        boundary + (_exchanged(layer, sequence, recurrent) + got) * width_bytes
         for layer, (got, _) in zip(layers, sent, strict=True)
     ]
     whole = [
-        _layer_bytes(layer, text, width_bytes) + (got + more) * width_bytes
+        _layer_bytes(layer, text, width_bytes, recurrent if sequence > 1 else "heads") + (got + more) * width_bytes
         for layer, (got, more) in zip(layers, sent, strict=True)
     ]
     beyond = [max(size - kept, 0.0) for size, kept in zip(whole, always, strict=True)]
@@ -297,11 +307,12 @@ def _kept_and_recomputed(
     return kept, [(1 - share) * more for more in beyond]
 
 
-def _exchanged(layer: nn.Module, sequence: int) -> float:
+def _exchanged(layer: nn.Module, sequence: int, recurrent: Recurrent) -> float:
     """Elements for each token that are kept for what ranks of a pack exchange."""
     if sequence == 1:
         return 0.0
-    return sum(module.exchanged(sequence) for module in layer.modules() if isinstance(module, Swapped))
+    parts = (module for module in layer.modules() if isinstance(module, Swapped))
+    return sum(part.exchanged(sequence, recurrent=recurrent) for part in parts)
 
 
 def _dispatched(layer: nn.Module, experts: ExpertSplit) -> tuple[float, float]:
@@ -313,7 +324,7 @@ def _dispatched(layer: nn.Module, experts: ExpertSplit) -> tuple[float, float]:
     return received, more
 
 
-def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
+def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int, recurrent: Recurrent) -> float:
     """Bytes a decoder layer keeps for each token: around its projections, and what each of its parts says."""
     width = config.hidden_size
     norms_train = any("layernorm" in name and weight.requires_grad for name, weight in layer.named_parameters())
@@ -329,13 +340,14 @@ def _layer_bytes(layer: nn.Module, config: Any, width_bytes: int) -> float:
             elements += module.in_features if module.out_features == width else module.out_features
             # silu(gate), and the gate itself
             elements += module.out_features if "gate_proj" in name else 0
-    own = layer_cost(layer, tokens=1)
+    own = layer_cost(layer, tokens=1, recurrent=recurrent)
     return float((elements + own.kept) * width_bytes + extra + own.kept_bytes)
 
 
-def layer_cost(layer: nn.Module, *, tokens: int = 0, squares: int = 0) -> Cost:
+def layer_cost(layer: nn.Module, *, tokens: int = 0, squares: int = 0, recurrent: Recurrent = "heads") -> Cost:
     """The sum of ``Swapped.cost`` over a prepared module and all under it."""
-    costs = [module.cost(tokens, squares) for module in layer.modules() if isinstance(module, Swapped)]
+    parts = (module for module in layer.modules() if isinstance(module, Swapped))
+    costs = [part.cost(tokens, squares, recurrent=recurrent) for part in parts]
     return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
 
 

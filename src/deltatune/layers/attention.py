@@ -18,7 +18,7 @@ from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
 from deltatune.ops._rms_norm_rope.reference import rotate
-from deltatune.packing.group import SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
@@ -93,12 +93,14 @@ class Attention(Swapped):
         """Of both norms and of attention."""
         return ops.RmsNormRopeSpec(device, dtype), attention_spec(module, device, dtype)
 
-    def cost(self, tokens: int, squares: int) -> Cost:
+    def cost(self, tokens: int, squares: int, *, recurrent: Recurrent = "heads") -> Cost:
         """Causal attention; see ``attention_cost``."""
+        del recurrent
         return attention_cost(self.config, tokens, squares)
 
-    def exchanged(self, size: int) -> float:
+    def exchanged(self, size: int, *, recurrent: Recurrent = "heads") -> float:
         """q, k and v of all heads, of which fewer than ranks go to several, and the output."""
+        del recurrent
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         return float(2 * (heads + max(kv_heads, size)) * self.head_dim)
 

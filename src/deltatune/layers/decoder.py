@@ -27,7 +27,7 @@ from deltatune.layers.exchange import exchange
 from deltatune.layers.router import Router, has_router, recorded_routers, recording, run_recorded
 from deltatune.layers.state_passing import state_before, tokens_before
 from deltatune.ops import Spec
-from deltatune.packing.group import SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup
 from deltatune.packing.metadata import METADATA, Resolved, resolve_metadata
 from deltatune.packing.sequences import Sequences
 from deltatune.state import bound
@@ -83,8 +83,9 @@ class DecoderLayer(Swapped):
         attention = getattr(module, "self_attn", None)
         return () if attention is None else (attention_spec(attention, device, dtype),)
 
-    def cost(self, tokens: int, squares: int) -> Cost:
+    def cost(self, tokens: int, squares: int, *, recurrent: Recurrent = "heads") -> Cost:
         """Of stock attention, which has no layer class of ours; nothing where every part of the layer has its own."""
+        del recurrent
         attention: Any = getattr(self, "self_attn", None)
         if attention is None or isinstance(attention, Swapped):
             return Cost()

@@ -14,6 +14,7 @@ from deltatune.hf.cached import in_stock_path, reached
 from deltatune.hf.experts import ExpertsLayout, experts_layout, experts_per_token
 from deltatune.layers.dispatch import ExpertPart, mix_on_ranks
 from deltatune.ops import Adapter, ExpertLinear, Spec
+from deltatune.packing.group import Recurrent
 from deltatune.subclass import Swapped
 
 __all__ = ["Experts"]
@@ -118,9 +119,9 @@ class Experts(Swapped):
         """The share of the experts' weights, and of their adapters, that a token meets."""
         return self._per_token() / self.down_proj.shape[0]
 
-    def cost(self, tokens: int, squares: int) -> Cost:
+    def cost(self, tokens: int, squares: int, *, recurrent: Recurrent = "heads") -> Cost:
         """Kept of each expert that a token visits: rows before the gate, and what the gate and the weight leave."""
-        del squares
+        del squares, recurrent
         return Cost(kept=float(tokens * self._per_token() * self._kept_of_visit()))
 
     def dispatched(self, split: ExpertSplit) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from deltatune.layers.exchange import all_tokens, heads_of_rank, own_heads, own_
 from deltatune.layers.state_passing import delta_rule_over_ranks, with_tokens_before
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
-from deltatune.packing.group import SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
@@ -84,7 +84,7 @@ class GatedDeltaNet(Swapped):
             ops.GatedRmsNormSpec(device, dtype),
         )
 
-    def cost(self, tokens: int, squares: int) -> Cost:
+    def cost(self, tokens: int, squares: int, *, recurrent: Recurrent = "heads") -> Cost:
         """``6 G K V`` FLOPs a token in the recurrent form: decay and read, write, output.
 
         Kept: the convolved channels, the rule's output, the norm and the activated gate after it, a row of 64 entries
@@ -92,9 +92,8 @@ class GatedDeltaNet(Swapped):
         inputs of the two rows of a rank's map, their rows of 64 entries, and what its tokens read of the state.
         """
         del squares
-        heads, width = self.num_v_heads, self.num_v_heads * self.head_v_dim
-        group, of_map = self._deltatune.sequence, 0
-        if group is not None and group.recurrent == "state":
+        heads, width, of_map = self.num_v_heads, self.num_v_heads * self.head_v_dim, 0
+        if recurrent == "state":
             a_row = max(self.head_k_dim, self.head_v_dim) + 64
             of_map = 4 * self.key_dim + heads * (2 * a_row + self.head_k_dim)
         return Cost(
@@ -103,8 +102,13 @@ class GatedDeltaNet(Swapped):
             kept_bytes=2.0 * 4 * tokens * heads * (3 if of_map else 1),
         )
 
-    def exchanged(self, size: int) -> float:
-        """q, k, v, write strength and decay of all heads, of which fewer than ranks go to several, and the output."""
+    def exchanged(self, size: int, *, recurrent: Recurrent = "heads") -> float:
+        """q, k, v, write strength and decay of all heads, of which fewer than ranks go to several, and the output.
+
+        Nothing where states are passed on: what is sent does not grow with the tokens.
+        """
+        if recurrent == "state":
+            return 0.0
         keys = max(self.num_k_heads, size) * self.head_k_dim
         return float(2 * keys + 2 * self.num_v_heads * (1 + self.head_v_dim))
 

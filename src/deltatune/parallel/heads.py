@@ -11,7 +11,7 @@ from deltatune.layers.rotary import depends_on_length
 from deltatune.models.registry import FAMILIES
 from deltatune.packing.group import Recurrent
 
-__all__ = ["check_sequence_size", "sequence_sizes"]
+__all__ = ["check_sequence_size", "sequence_sizes", "stateless"]
 
 
 def sequence_sizes(config: Any, recurrent: Recurrent = "heads") -> tuple[int, ...]:
@@ -52,6 +52,14 @@ def check_sequence_size(config: Any, size: int, recurrent: Recurrent = "heads") 
         raise UserError(f"sequence={size} does not divide {heads} evenly among ranks; set sequence to one of {choices}")
 
 
+def stateless(config: Any) -> str | None:
+    """Why a model has no state that ranks could pass on; None where it has one."""
+    text = config.get_text_config()
+    if _is_recurrent(text):
+        return None
+    return f"{text.model_type} has no recurrent layer whose state could be passed on"
+
+
 def _fits(size: int, readers: int, read: int) -> bool:
     return readers % size == 0 and (read % size == 0 or size % read == 0)
 
@@ -76,8 +84,8 @@ def _refusal(text: Any, recurrent: Recurrent) -> str | None:
             f"{text.model_type} runs on attention of its own, which sees the tokens of one rank alone (families that "
             f"can: {known}); set sequence to 1"
         )
-    if recurrent == "state" and not _is_recurrent(text):
-        return f"{text.model_type} has no recurrent layer whose state could be passed on; leave recurrent='state' out"
+    if recurrent == "state" and (why := stateless(text)) is not None:
+        return f"{why}; leave recurrent='state' out"
     kind = next(filter(depends_on_length, _rope_types(text)), None)
     if kind is None:
         return None

@@ -45,9 +45,8 @@ def training_arguments(section: TrainingSection, *, nproc: int | None = None) ->
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     check_training_names(section, known)
     check_values(section)
-    # every trained parameter takes part in every step: looking for others costs a walk of the graph; no layer writes
-    # a buffer: sending them out before each step would be one more time that all ranks wait
-    values = {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False, **section.arguments(), **_FIXED}
+    # every trained parameter takes part in every step: looking for others costs a walk of the graph
+    values = {"ddp_find_unused_parameters": False, **section.arguments(), **_FIXED}
     if section.eval_strategy != "no":  # so that the best checkpoint is known
         values.setdefault("metric_for_best_model", "eval_loss")
     if section.optim == MUON:  # which the trainer makes

@@ -14,7 +14,7 @@ from deltatune.data.report import counted
 from deltatune.errors import UserError, one_line
 from deltatune.parallel.experts import check_expert_ranks, check_expert_size, divide_experts, expert_sizes
 from deltatune.parallel.filling import fill
-from deltatune.parallel.heads import check_sequence_size, sequence_sizes
+from deltatune.parallel.heads import check_sequence_size, sequence_sizes, stateless
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import Sizes, choose_sizes
@@ -101,17 +101,20 @@ def check_experts(recipe: Recipe, processes: int, model: nn.Module | None = None
 
 
 def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Checks ``parallel.sequence`` against the model's heads, from its config alone.
+    """Checks ``parallel.sequence`` and ``parallel.recurrent`` against the model's layers, from its config alone.
 
     Raises:
-        UserError: a size that the model cannot take, with those that it can.
+        UserError: a size that the model cannot take, with those that it can; or states of a model that has none.
     """
-    size = recipe.parallel.sequence
-    if size != "auto":
-        try:
-            check_sequence_size(config, size, recipe.parallel.recurrent)
-        except UserError as error:
-            raise UserError(f"parallel.{error}") from error
+    size, recurrent = recipe.parallel.sequence, recipe.parallel.recurrent
+    if size == "auto":
+        if recurrent == "state" and (why := stateless(config)) is not None:
+            raise UserError(f"parallel.recurrent: state cannot act: {why}; leave it out")
+        return
+    try:
+        check_sequence_size(config, size, recurrent)
+    except UserError as error:
+        raise UserError(f"parallel.{error}") from error
 
 
 def _sequences(recipe: Recipe, config: PreTrainedConfig) -> list[int]:
@@ -126,19 +129,21 @@ def mesh_of(sizes: Sizes, arguments: TrainingArguments) -> Mesh:
 
 
 def sizes_lines(recipe: Recipe, sizes: Sizes) -> list[str]:
-    """What is said of several processes; nothing of one."""
+    """What is said of several processes; of one, what does nothing there."""
+    by_state = recipe.parallel.recurrent == "state"
+    idle = ["parallel: sequence 1, so recurrent: state does nothing"] if by_state and sizes.sequence == 1 else []
     if sizes.processes == 1:
-        return []
+        return idle
     lines = [f"parallel: replicate {sizes.replicate}, shard {sizes.shard} ({sizes.reason})"]
     if sizes.sequence > 1:
         why = f" ({sizes.sequence_reason})" if sizes.sequence_reason else ""
         data_ranks = counted(sizes.processes // sizes.sequence, "data rank")
-        by_state = ", recurrent layers by state" if recipe.parallel.recurrent == "state" else ""
-        lines.append(f"parallel: sequence {sizes.sequence}{why}{by_state}: {data_ranks}")
+        how = ", recurrent layers by state" if by_state else ""
+        lines.append(f"parallel: sequence {sizes.sequence}{why}{how}: {data_ranks}")
     if sizes.expert > 1:
         room = f"room for {recipe.parallel.expert_capacity:g} times an even share of visits"
         lines.append(f"parallel: expert {sizes.expert}: a process holds 1/{sizes.expert} of the experts, with {room}")
-    return lines
+    return lines + idle
 
 
 def shard_by_recipe(recipe: Recipe, loaded: LoadedModel, mesh: Mesh, arguments: TrainingArguments) -> Parts:

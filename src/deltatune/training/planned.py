@@ -64,6 +64,7 @@ def prepare_by_recipe(
             device=device,
             shard=shard,
             sequence=sequence,
+            recurrent=recipe.parallel.recurrent,
             experts=expert_split(recipe),
         )
     return prepared
@@ -93,6 +94,7 @@ def estimate_step(
         in_flight_bytes=IN_FLIGHT_BYTES if recipe.activation_offloading else None,
         shard=shard,
         sequence=sequence,
+        recurrent=recipe.parallel.recurrent,
         experts=expert_split(recipe),
     )
 
@@ -120,5 +122,6 @@ def offloading_lines(recipe: Recipe, model: nn.Module, checkpointing: str | floa
         checkpointing=checkpointing,
         compute_dtype=autocast_dtype(recipe.training),
         sequence=sequence,
+        recurrent=recipe.parallel.recurrent,
     )
     return [f"activation offloading: about {size / 2**30:.1f} GiB of a step lie in pinned host memory, for each GPU"]

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments
 
@@ -259,6 +260,9 @@ class PackedTrainer(SealedTrainer):
         if self._sharded and isinstance(model, FSDPModule):
             # parts are summed at once, which keeps them small; between replicas, with the last micro-batch
             model.set_requires_all_reduce(self.accelerator.sync_gradients)
+        if isinstance(model, DistributedDataParallel) and not self.args.ddp_broadcast_buffers:
+            # no layer writes a buffer: sending them out before each step would be one more time that all ranks wait
+            model.broadcast_buffers = False  # an argument of this name warns in torch 2.13, and 2.11 knows no other
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._finite.add_loss(loss)
         return loss

@@ -42,7 +42,7 @@ class Boundaries:
     cu_seqlens: Tensor  # int32 [S + 1] on the device, strictly growing
     cu_seqlens_cpu: Tensor  # the same on the CPU
     chunk_indices: Tensor  # int32 [n, 2] on the device: the document of each chunk, and its place in the document
-    numbers: Tensor  # int64 [S] on the device: the place of each document among all, the empty ones counted
+    document_indices: Tensor  # int64 [S] on the device: the place of each document among all, the empty ones counted
 
 
 def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Boundaries:
@@ -59,15 +59,15 @@ def documents_of(cu_seqlens_cpu: Tensor, device: torch.device) -> Boundaries:
 @functools.lru_cache(maxsize=16)
 def _documents(boundaries: tuple[int, ...], device: torch.device) -> Boundaries:
     cu_seqlens_cpu = torch.tensor(boundaries, device="cpu")
-    numbers = cu_seqlens_cpu.diff().nonzero().squeeze(1)
-    ends = cu_seqlens_cpu[1:][numbers]
+    documents = cu_seqlens_cpu.diff().nonzero().squeeze(1)
+    ends = cu_seqlens_cpu[1:][documents]
     compact = torch.cat([ends.new_zeros(1), ends]).int()
     chunks = (compact.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE
     document = torch.arange(chunks.numel(), device="cpu").repeat_interleave(chunks)
     place = torch.arange(document.numel(), device="cpu") - (chunks.cumsum(0) - chunks)[document]
     indices = torch.stack([document, place], dim=1).int()
-    on_device, indices, numbers = (x.to(device, non_blocking=True) for x in (compact, indices, numbers))
-    return Boundaries(on_device, compact, indices, numbers)
+    on_device, indices, documents = (x.to(device, non_blocking=True) for x in (compact, indices, documents))
+    return Boundaries(on_device, compact, indices, documents)
 
 
 class Call(NamedTuple):
@@ -171,7 +171,7 @@ def results_like(inputs: Inputs, *, saves: bool) -> Results:
 def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[Results, Tensor | None]:
     """Runs the library's forward on the flattened stream; also the final state where there is an initial one."""
     q, k, v, g, beta, state = inputs[:6]
-    final = None if state is None else state.to(torch.float32, copy=True)
+    final = None if state is None else state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if v.numel() == 0:
         return results_like(inputs, saves=True), final
     results = results_like(inputs, saves=False)
@@ -188,7 +188,7 @@ def forward(library: Library, inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[R
         states = {} if final is None else {"initial_state": _states(final, documents), "output_final_state": True}
         found = library.run("forward", documents, **stream, **states, scale=inputs.scale)
         if final is not None:
-            final.index_copy_(0, documents.numbers, found["final_state"])
+            final.index_copy_(0, documents.document_indices, found["final_state"])
     return results._replace(o=found["o"].to(v.dtype).view(v.shape), decay=found["g"], solved=found["A"]), final
 
 
@@ -217,7 +217,7 @@ def backward(
             states["dht"] = _states(dstate, documents)
         found = library.run("backward", documents, **stream, **states, g=decay, A=solved, scale=inputs.scale)
         if dstate is not None:
-            dstate.index_copy_(0, documents.numbers, found["dh0"])
+            dstate.index_copy_(0, documents.document_indices, found["dh0"])
         if inputs.qk_l2norm:
             from deltatune.ops._gated_delta_rule.l2_norm import normalise_backward
 
@@ -234,14 +234,14 @@ def chunk_states_bytes(q: Tensor, v: Tensor) -> int:
 
 def _states(states: Tensor, documents: Boundaries) -> Tensor:
     """Those of the documents that hold tokens, contiguous and in fp32."""
-    return states.float().index_select(0, documents.numbers)
+    return states.float().index_select(0, documents.document_indices)
 
 
 def _state_gradient(state: Tensor, final_grad: Tensor | None) -> Tensor:
     """The gradient of the initial state as if no document held tokens: that of the final one."""
     if final_grad is None:
         return torch.zeros(state.shape, dtype=torch.float32, device=state.device)
-    return final_grad.to(torch.float32, copy=True)
+    return final_grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _gradients(inputs: Inputs, grads: list[Tensor], dstate: Tensor | None) -> Gradients:

@@ -58,7 +58,7 @@ def forward(inputs: Inputs, cu_seqlens_cpu: Tensor) -> tuple[Tensor, Tensor | No
     """``o`` like ``v``, and the final state where there is an initial one; see ``deltatune.ops.gated_delta_rule``."""
     initial_state, dtype = inputs.initial_state, accumulation_dtype(*inputs[:3])
     out = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
-    final = None if initial_state is None else initial_state.to(dtype, copy=True)
+    final = None if initial_state is None else _copy(initial_state, dtype)
     for chunks in cut_into_chunks(cu_seqlens_cpu, out.device):
         c = _prepare(chunks, inputs)
         initial = None if final is None else final[chunks.documents]
@@ -88,7 +88,7 @@ def backward(grad: Tensor, inputs: Inputs, cu_seqlens_cpu: Tensor, final_grad: T
     if initial_state is not None:
         # of a sequence without tokens the final state is the initial one
         final_grad = torch.zeros_like(initial_state) if final_grad is None else final_grad
-        dinitial = final_grad.to(accumulation_dtype(q, k, v), copy=True)
+        dinitial = _copy(final_grad, accumulation_dtype(q, k, v))
     for chunks in cut_into_chunks(cu_seqlens_cpu, v.device):
         c = _prepare(chunks, inputs)
         initial = dfinal = None
@@ -107,6 +107,11 @@ def backward(grad: Tensor, inputs: Inputs, cu_seqlens_cpu: Tensor, final_grad: T
     if initial_state is None or dinitial is None:
         return found
     return found._replace(initial_state=dinitial.to(initial_state.dtype))
+
+
+def _copy(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous whatever the strides, as the op's fakes say."""
+    return states.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _chunk_gradients(
