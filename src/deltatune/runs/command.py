@@ -26,7 +26,12 @@ def command_line() -> str:
 
 
 def resuming_command() -> str:
-    """What is typed to go on with the run that this command works on; ``--resume`` alone where none was typed."""
+    """What is typed to go on with the run that this command works on; ``--resume`` alone where that is not known.
+
+    A launcher that does not tell its own command, such as torchrun, starts one for each rank.
+    """
+    if "RANK" in os.environ and not os.environ.get(STARTED_BY):
+        return "--resume"
     words = shlex.split(command_line())
     if "train" not in words or not (words[0] == "deltatune" or words[:3] == ["python", "-m", "deltatune"]):
         return "--resume"
