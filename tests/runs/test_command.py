@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ def test_what_was_typed(monkeypatch: Any, argv: list[str], expected: str) -> Non
 def test_how_a_run_goes_on(monkeypatch: Any, typed: str, expected: str) -> None:
     monkeypatch.setenv(STARTED_BY, typed)
     assert resuming_command() == expected
+    assert resuming_command(Path("/my runs/checkpoint-2")) == f"{expected} '/my runs/checkpoint-2'"
 
 
 def test_a_launcher_that_does_not_tell_its_command_has_none_to_type_again(monkeypatch: Any) -> None:

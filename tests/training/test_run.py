@@ -30,8 +30,8 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.runs.command import STARTED_BY
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
+from deltatune.training import interruption, planned, probing
 from deltatune.training import packs as packs_module
-from deltatune.training import planned, probing
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
 from deltatune.training.console import RunConsole
@@ -395,35 +395,85 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     assert losses(resumed) == losses(whole)
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_the_second_ctrl_c_says_what_is_kept(
-    tmp_path: Path, checkpoint: Path, saved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = {"save_strategy": "steps", "save_steps": 2} if saved else {}
+def interrupted_twice(recipe: Any, after: int, resume: Any = None, then: Any = None) -> str:
+    """What is said where two Ctrl-C come in the step after ``after``, and ``then`` was called before them."""
     step = PackedTrainer.training_step
 
     def stepping(self: Any, *args: Any) -> Any:
-        if self.state.global_step == 5:
-            if saved:  # as a disk that lost it would leave it
-                (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink()
+        if self.state.global_step == after:
+            if then is not None:
+                then()
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args)
 
-    monkeypatch.setattr(PackedTrainer, "training_step", stepping)
-    monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt) as caught:
-            train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    kept = "no whole checkpoint is there to go on from (training.save_steps)"
-    if saved:
-        place = tmp_path / "output" / "checkpoint-2"
-        kept = f"the last whole checkpoint is {place}; go on with deltatune train mine.yaml --resume"
-    assert str(caught.value) == f"interrupted after step 5: {kept}"
-    assert json.loads((tmp_path / "output" / "run.json").read_text())["legs"][0]["reason"] == str(caught.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedTrainer, "training_step", stepping)
+        patch.setenv(STARTED_BY, "deltatune train mine.yaml")
+        try:
+            with pytest.raises(KeyboardInterrupt) as caught:
+                train(recipe, resume=resume, console=QUIET)
+        finally:
+            signal.signal(signal.SIGINT, before)
+    said, kept = str(caught.value).split(": ", 1)
+    assert said == f"interrupted after step {after}"
+    record = json.loads((Path(recipe.training.output_dir) / "run.json").read_text())
+    assert record["legs"][-1]["reason"] == str(caught.value)
+    return kept
+
+
+GO_ON = "go on with deltatune train mine.yaml --resume"
+
+
+def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, checkpoint: Path) -> None:
+    recipe = make_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
+    # as a disk that lost it would leave it
+    loses = (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink
+    place = tmp_path / "output" / "checkpoint-2"
+    assert interrupted_twice(recipe, 5, then=loses) == f"the last whole checkpoint is {place}; {GO_ON}"
+
+
+@pytest.mark.parametrize(
+    ("training", "setting"),
+    [
+        ({}, "training.save_strategy: no"),
+        ({"save_strategy": "epoch"}, "training.save_strategy: epoch"),
+        ({"save_strategy": "steps", "save_steps": 5}, "training.save_steps"),
+        ({"save_strategy": "steps", "save_steps": 1, "save_only_model": True}, "training.save_only_model"),
+    ],
+)
+def test_the_second_ctrl_c_says_which_setting_left_nothing(
+    tmp_path: Path, checkpoint: Path, training: dict[str, Any], setting: str
+) -> None:
+    kept = interrupted_twice(make_recipe(tmp_path, checkpoint, training=training), 1)
+    assert kept == f"no whole checkpoint is there to go on from ({setting})"
+
+
+def test_the_second_ctrl_c_names_what_the_run_began_from_until_it_has_saved(tmp_path: Path, checkpoint: Path) -> None:
+    """Neither a folder of its own that is empty, nor later checkpoints of the run before, say where it was."""
+    training = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    first = tmp_path / "output" / "checkpoint-1"
+    said = f"the last whole checkpoint is {first}; {GO_ON} {first}"
+    elsewhere = make_recipe(tmp_path, checkpoint, training={**training, "output_dir": str(tmp_path / "elsewhere")})
+    assert interrupted_twice(elsewhere, 1, first) == said
+    same = make_recipe(tmp_path, checkpoint, training=training)
+    assert interrupted_twice(same, 1, first) == said
+    own = tmp_path / "output" / "checkpoint-2"
+    assert interrupted_twice(same, 2, first) == f"the last whole checkpoint is {own}; {GO_ON}"
+    assert interrupted_twice(same, 2, own) == f"the last whole checkpoint is {own}; {GO_ON}"
+
+
+def test_a_checkpoint_that_goes_as_it_is_looked_at_does_not_replace_an_interrupt(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: Path) -> Any:
+        raise FileNotFoundError("rotated")
+
+    monkeypatch.setattr(interruption, "latest", gone)
+    recipe = make_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 1})
+    assert interrupted_twice(recipe, 2) == "no whole checkpoint is there to go on from (training.save_steps)"
 
 
 def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:

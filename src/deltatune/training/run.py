@@ -30,7 +30,6 @@ from deltatune.parallel.sequence import apart
 from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
-from deltatune.runs.command import resuming_command
 from deltatune.runs.folder import read_run
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
@@ -43,6 +42,7 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
+from deltatune.training.interruption import told_what_is_kept
 from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings
@@ -56,7 +56,6 @@ from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord, is_finished
 from deltatune.training.resuming import found_by_rank_0, step_of
 from deltatune.training.samples import Samples
-from deltatune.training.sealed import latest
 from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import (
@@ -192,7 +191,7 @@ def _fit(
             trainer.add_callback(_samples(run, trainer, from_step=step))
     status = "failed"
     try:
-        with explained(watch), _told_of_memory(trainer), _told_what_is_kept(trainer, run.output_dir):
+        with explained(watch), _told_of_memory(trainer), told_what_is_kept(trainer, run.output_dir, checkpoint):
             if run.recipe.compile is not None:
                 run.console.out("the first step compiles, which takes a while", highlight=False)
             _run_steps(trainer, checkpoint, done, stop, run.console)
@@ -223,21 +222,6 @@ def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
             "estimates them); a run with "
             "checkpoints goes on from the last with --resume"
         ) from error
-
-
-@contextmanager
-def _told_what_is_kept(trainer: PackedTrainer, output_dir: Path) -> Iterator[None]:
-    """Ctrl-C that ends the run at once: the second one, or one after the last step."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        last, state = latest(output_dir), trainer.state
-        kept = (
-            "no whole checkpoint is there to go on from (training.save_steps)"
-            if last is None
-            else f"the last whole checkpoint is {last}; go on with {resuming_command()}"
-        )
-        raise KeyboardInterrupt(f"interrupted after step {state.global_step}: {kept}") from error
 
 
 def _reason(failure: BaseException) -> str:
