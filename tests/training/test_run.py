@@ -41,6 +41,7 @@ from deltatune.training.probing import verify
 from deltatune.training.run import train
 from deltatune.training.since import place_of
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.untouched import final_metrics
 from deltatune.training.weights_digest import digest_of
 
 QUIET = Console(quiet=True)
@@ -182,19 +183,82 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed in the final save"])
+FIVE_STEPS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
+FINISHED = "the run is finished and nothing was changed, so its files stay as they are"
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["adapter", "full"])
+def test_a_finished_run_that_is_resumed_as_it_was_writes_nothing(tmp_path: Path, checkpoint: Path, lora: Any) -> None:
+    data = {"eval": [{"path": str(write_conversations(tmp_path / "eval.jsonl", 4, first=50))}]}
+    recipe = make_recipe(tmp_path, checkpoint, training=FIVE_STEPS, lora=lora, data=data)
+    first = train(recipe, console=QUIET)
+    before = files_of(tmp_path / "output")
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedTrainer, "evaluate", None)  # which would be one evaluation more
+        again = train(recipe, resume=True, console=console)
+    assert files_of(tmp_path / "output") == before
+    assert losses(again) == losses(first)
+    assert again.metrics["leg"]["steps"] == 0
+    assert {**again.metrics, "leg": first.metrics["leg"]} == first.metrics
+    said = console.export_text()
+    assert FINISHED in said
+    assert "nothing was left to train" in said
+    figures = f"loss {first.metrics['loss']:.4f}, eval_loss {first.metrics['eval_loss']:.4f}"
+    assert f"the weights of step 5 are in {tmp_path / 'output'}, {figures}\n" in said
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("adapter_model.safetensors", Path.unlink),
+        ("adapter_model.safetensors", cut_off),
+        ("adapter_config.json", Path.unlink),
+        ("metrics.json", cut_off),
+        ("report.json", Path.unlink),
+        ("README.md", Path.unlink),
+        ("tokenizer_config.json", Path.unlink),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given.__name__,
+)
+def test_only_whole_final_files_stay_as_they_are(tmp_path: Path, finished: Path, name: str, spoil: Any) -> None:
+    shutil.copytree(finished, tmp_path / "output")
+    given = {"recipe": (finished / "config.yaml").read_text(), "step": 5, "adapter": True}
+    assert final_metrics(tmp_path / "output", **given) == json.loads((finished / "metrics.json").read_text())
+    for other in ({"recipe": "seed: 1\n"}, {"step": 4}, {"adapter": False}):
+        assert final_metrics(tmp_path / "output", **{**given, **other}) is None
+    spoil(tmp_path / "output" / name)
+    assert final_metrics(tmp_path / "output", **given) is None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    train(make_recipe(folder, checkpoint, training=FIVE_STEPS), console=QUIET)
+    return folder / "output"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["lost a file", "killed in the final save"])
 def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: Path, killed: bool) -> None:
     """Its last step lies within an epoch, where the Trainer would go one further."""
-    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
-    recipe = make_recipe(tmp_path, checkpoint, training=training)
+    recipe = make_recipe(tmp_path, checkpoint, training=FIVE_STEPS)
     first = train(recipe, console=QUIET)
     expected = adapter(tmp_path / "output")
     record = tmp_path / "output" / "run.json"
-    before = record.read_text()
+    names = ("adapter_model.safetensors", "adapter_config.json", "metrics.json")
+    for name in names if killed else names[:1]:
+        (tmp_path / "output" / name).unlink()
     if killed:
-        for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
-            (tmp_path / "output" / name).unlink()
-        record.write_text(before.replace('"finished"', '"running"'))
+        record.write_text(record.read_text().replace('"finished"', '"running"'))
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
     again = train(recipe, resume=True, console=console)
     found = adapter(tmp_path / "output")
@@ -206,11 +270,10 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     assert metrics["leg"]["steps"] == (0 if killed else 5)
     said = console.export_text()
     assert "nothing was left to train" in said
-    assert ("the run is finished and nothing was changed, so run.json gets no leg" in said) != killed
-    if killed:  # this leg has saved the model
-        assert [leg["status"] for leg in json.loads(record.read_text())["legs"]] == ["killed", "finished"]
-    else:
-        assert record.read_text() == before
+    assert FINISHED not in said
+    # this leg has saved the model
+    legs = [leg["status"] for leg in json.loads(record.read_text())["legs"]]
+    assert legs == ["killed" if killed else "finished", "finished"]
 
 
 def test_a_finished_run_that_was_changed_tells_it_in_a_leg(tmp_path: Path, checkpoint: Path) -> None:
