@@ -29,7 +29,7 @@ test: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --numprocesses 0
 
-# the same tests with the oldest versions that the package allows
+# the same tests with the oldest versions that the package allows, but for torch, whose oldest has no CPU build on PyPI
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q --constraint constraints/lowest.txt torch

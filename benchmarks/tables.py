@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -119,7 +119,7 @@ def experts(records: Sequence[Record]) -> list[str]:
         about = steps.config
         for r in steps.find(OURS, targets="experts"):
             size = (about["model"], about["layers"], about["tokens"], str(r["checkpointing"]))
-            if size in rows or not steps.full or DEVICE not in steps.record.device:
+            if size in rows or not steps.full or DEVICE not in steps.record.device or not _has_wide_moments(about):
                 continue
             # two moments of 4 bytes become two of 1
             small = (r["peak_bytes"] - 6 * r["trainable_parameters"]) / GIB
@@ -128,7 +128,8 @@ def experts(records: Sequence[Record]) -> list[str]:
             rows[size], files[steps.record.path] = [*cells, *_step_cells(r), f"{small:.1f}"], steps.record
     header = ("model", "layers", "tokens", "checkpointing", "trained", "ms a step", "tokens a second", "peak GiB",
               "with 8-bit state, by arithmetic")  # fmt: skip
-    return [*_markdown(header, [rows[size] for size in sorted(rows)]), "", _sources(list(files.values()))]
+    sources = _sources(list(files.values()), [tokens for _, _, tokens, _ in rows])
+    return [*_markdown(header, [rows[size] for size in sorted(rows)]), "", sources]
 
 
 def bound(records: Sequence[Record]) -> list[str]:
@@ -193,7 +194,9 @@ def changes(records: Sequence[Record]) -> list[str]:
                 found = (f"{r['ratio']:.3f}", each, inside)
                 rows.append([about["model"], str(about["layers"]), record.device, r["name"], *found])
     header = ("model", "layers", "device", "setting", "after / before", "by round", "inside kernels")
-    return [*_markdown(header, rows), "", _sources(files)] if rows else ["No record has whole turns of both trees yet."]
+    if not rows:
+        return ["No record has whole turns of both trees yet."]
+    return [*_markdown(header, rows), "", _sources(files, [tokens for _, _, tokens, _ in seen])]
 
 
 def several(records: Sequence[Record]) -> list[str]:
@@ -305,6 +308,11 @@ def _with_stock(records: Sequence[Record], model: str) -> Steps | None:
     return None
 
 
+def _has_wide_moments(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is torch's AdamW, whose moments have the dtype of the weights, on float32."""
+    return str(config["optimizer"]).startswith("torch.optim.AdamW(") and config["adapter_dtype"] == "float32"
+
+
 def _step_cells(result: Mapping[str, Any]) -> list[str]:
     return [f"{result['median_ms']:.0f}", f"{result['tokens_per_second']:,.0f}", _gib(result)]
 
@@ -327,10 +335,12 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def _sources(records: Sequence[Record]) -> str:
+def _sources(records: Sequence[Record], tokens: Collection[int] = (16384,)) -> str:
+    """Where a table is from; ``tokens``: the sizes of its packs."""
+    packs = " or ".join(str(size) for size in sorted(set(tokens)))
     names = ", ".join(f"`{record.path.name}`" for record in records)
     devices = ", ".join(dict.fromkeys(record.device for record in records))
-    return f"{devices}, packs of 16384 tokens; {names} in `benchmarks/records`."
+    return f"{devices}, packs of {packs} tokens; {names} in `benchmarks/records`."
 
 
 if __name__ == "__main__":

@@ -90,6 +90,26 @@ def test_an_interrupted_record_shows_nothing() -> None:
     assert list(figures.steps_of([cut])) == []
 
 
+def mixture(**config) -> Record:
+    """A record of a whole mixture, with another configuration."""
+    path = RECORDS / "train-qwen3.5-35b-a3b-h200-2026-11-30.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["configs"][0]["config"].update(config)
+    return Record(Path("made-up-2026-12-01.json"), data)
+
+
+def test_sizes_of_packs_are_those_of_the_rows() -> None:
+    rows = tables.experts([mixture(), mixture(tokens=32768)])
+    assert "| 32,768 |" in rows[3]
+    assert rows[-1] == "NVIDIA H200, packs of 16384 or 32768 tokens; `made-up-2026-12-01.json` in `benchmarks/records`."
+    assert ", packs of 32768 tokens; " in tables.experts([mixture(tokens=32768)])[-1]
+
+
+@pytest.mark.parametrize("other", [{"optimizer": "bitsandbytes.optim.AdamW8bit()"}, {"adapter_dtype": "bfloat16"}])
+def test_moments_are_narrowed_where_they_are_float32(other) -> None:
+    assert len(tables.experts([mixture()])) == len(tables.experts([mixture(**other)])) + 1
+
+
 def test_tables_stand_between_their_marks() -> None:
     page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n"
     made = tables.with_table(page, "new", "x")
@@ -107,6 +127,8 @@ def test_a_comparison_is_shown() -> None:
         data["configs"][0]["ratios"] = [ratio | {"ratio_of_kernels": kernels}]
         lines = tables.changes([Record(Path("compare-2026-11-22.json"), data)])
         assert f"| qwen3.5-2b | 24 | NVIDIA H200 | {name} | 0.988 | 0.980, 0.990 | {shown} |" in lines
+    data["configs"][0]["config"]["tokens"] = 8192
+    assert ", packs of 8192 tokens; " in tables.changes([Record(Path("compare-2026-11-22.json"), data)])[-1]
 
 
 def test_targets_of_the_committed_records() -> None:

@@ -162,6 +162,11 @@ ERRORS = {
         "parallel.shard: 2: training.fp16 scales losses by what one process finds",
         "{parallel: {shard: 2}, training: {bf16: true}}",
     ),
+    "samples_have_prompts_to_ask": (
+        "{samples: {held_out: 1, chat: false}, data: {train: [{path: x}], val_size: 1}}",
+        "samples.chat cannot act without samples.prompts",
+        "{samples: {held_out: 1, prompts: [why], chat: false}, data: {train: [{path: x}], val_size: 1}}",
+    ),
     "samples_need_whole_weights": (
         "{parallel: {shard: 2}, samples: {held_out: 1}, data: {train: [{path: x}], val_size: 1}}",
         "parallel.shard: 2: samples are completed by one process",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,3 +42,16 @@ def test_what_was_typed(monkeypatch: Any, argv: list[str], expected: str) -> Non
 def test_how_a_run_goes_on(monkeypatch: Any, typed: str, expected: str) -> None:
     monkeypatch.setenv(STARTED_BY, typed)
     assert resuming_command() == expected
+    assert resuming_command(Path("/my runs/checkpoint-2")) == f"{expected} '/my runs/checkpoint-2'"
+
+
+def test_a_launcher_that_does_not_tell_its_command_has_none_to_type_again(monkeypatch: Any) -> None:
+    """Arguments of a rank of torchrun would start one process."""
+    monkeypatch.setattr(sys, "argv", ["/opt/venv/bin/deltatune", "train", "mine.yaml"])
+    monkeypatch.delenv(STARTED_BY, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert resuming_command() == "deltatune train mine.yaml --resume"
+    monkeypatch.setenv("RANK", "0")
+    assert resuming_command() == "--resume"
+    monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml --nproc 2")
+    assert resuming_command() == "deltatune train mine.yaml --nproc 2 --resume"

@@ -69,14 +69,18 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     assert re.findall(r"(?:src|href)=[\"'](?!data:)", html) == []
 
 
+DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+
+
 def test_control_characters_are_shown_and_never_raw(tmp_path: Path) -> None:
-    controls = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 160)]))
+    controls = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 160), *DIRECTIONS]))
     folder = write_run(tmp_path, leg(device=controls), log=f"\x1b[2Jlog{controls}")
     sample = {"step": 1, "completion": f"a\tb\n\x1b]0;<i>\x07{controls}"}
     (folder / "samples.jsonl").write_text(json.dumps(sample))
     html = page_of(folder)
     assert not set(controls) & set(html)
     assert r"\x1b[2Jlog" in html
+    assert r"\u202e" in html
     assert "a\tb\n\\x1b]0;&lt;i&gt;\\x07" in html
 
 

@@ -24,7 +24,9 @@ from deltatune.errors import UserError
 from deltatune.runs.command import command_line
 from deltatune.training import export, merging
 from deltatune.training.export import Origin, merge_adapter, save_trained
+from deltatune.training.merge_record import merge_record
 from deltatune.training.run import train
+from deltatune.training.sealed import seal
 
 #: dtype: how far 16-bit logits are from those of the unmerged adapter, whose sums round elsewhere
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -207,6 +209,25 @@ def test_what_was_checked_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"A LoRA adapter merged into `{tmp_path / 'base'}` with deltatune" in card.text
     assert f"| adapter | {tmp_path / 'adapter'}, SHA-256 {record['adapter']['sha256']} |" in card.text
     assert f'Qwen3ForCausalLM.from_pretrained("{tmp_path / "merged"}")' in card.text
+
+
+def test_the_record_names_the_run_around_a_checkpoint_and_no_other(tmp_path: Path) -> None:
+    run = {"status": "finished", "legs": [{"started": "2026-01-01T00:00:00+00:00"}]}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+
+    def run_of(adapter: Path) -> Any:
+        return merge_record(adapter, {}, started="", dtype="auto", check=None)["adapter"]["run"]
+
+    for name in ("checkpoint-2", "checkpoint-best", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")
+        assert run_of(tmp_path / name) is None, "no manifest: a run did not write it"
+        seal(tmp_path / name, {})
+    found = {"folder": str(tmp_path), "started": "2026-01-01T00:00:00+00:00", "status": "finished"}
+    assert run_of(tmp_path / "checkpoint-2") == found
+    assert run_of(tmp_path / "checkpoint-best") is run_of(tmp_path / "mine") is None
+    (tmp_path / "mine" / "run.json").write_text(json.dumps(run))
+    assert run_of(tmp_path / "mine") == {**found, "folder": str(tmp_path / "mine")}
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.runs.command import STARTED_BY
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
+from deltatune.training import interruption, planned, probing
 from deltatune.training import packs as packs_module
-from deltatune.training import planned, probing
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
 from deltatune.training.console import RunConsole
@@ -41,6 +41,7 @@ from deltatune.training.probing import verify
 from deltatune.training.run import train
 from deltatune.training.since import place_of
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.untouched import final_metrics
 from deltatune.training.weights_digest import digest_of
 
 QUIET = Console(quiet=True)
@@ -182,19 +183,82 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed in the final save"])
+FIVE_STEPS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
+FINISHED = "the run is finished and nothing was changed, so its files stay as they are"
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["adapter", "full"])
+def test_a_finished_run_that_is_resumed_as_it_was_writes_nothing(tmp_path: Path, checkpoint: Path, lora: Any) -> None:
+    data = {"eval": [{"path": str(write_conversations(tmp_path / "eval.jsonl", 4, first=50))}]}
+    recipe = make_recipe(tmp_path, checkpoint, training=FIVE_STEPS, lora=lora, data=data)
+    first = train(recipe, console=QUIET)
+    before = files_of(tmp_path / "output")
+    console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedTrainer, "evaluate", None)  # which would be one evaluation more
+        again = train(recipe, resume=True, console=console)
+    assert files_of(tmp_path / "output") == before
+    assert losses(again) == losses(first)
+    assert again.metrics["leg"]["steps"] == 0
+    assert {**again.metrics, "leg": first.metrics["leg"]} == first.metrics
+    said = console.export_text()
+    assert FINISHED in said
+    assert "nothing was left to train" in said
+    figures = f"loss {first.metrics['loss']:.4f}, eval_loss {first.metrics['eval_loss']:.4f}"
+    assert f"the weights of step 5 are in {tmp_path / 'output'}, {figures}\n" in said
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("adapter_model.safetensors", Path.unlink),
+        ("adapter_model.safetensors", cut_off),
+        ("adapter_config.json", Path.unlink),
+        ("metrics.json", cut_off),
+        ("report.json", Path.unlink),
+        ("README.md", Path.unlink),
+        ("tokenizer_config.json", Path.unlink),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given.__name__,
+)
+def test_only_whole_final_files_stay_as_they_are(tmp_path: Path, finished: Path, name: str, spoil: Any) -> None:
+    shutil.copytree(finished, tmp_path / "output")
+    given = {"recipe": (finished / "config.yaml").read_text(), "step": 5, "adapter": True}
+    assert final_metrics(tmp_path / "output", **given) == json.loads((finished / "metrics.json").read_text())
+    for other in ({"recipe": "seed: 1\n"}, {"step": 4}, {"adapter": False}):
+        assert final_metrics(tmp_path / "output", **{**given, **other}) is None
+    spoil(tmp_path / "output" / name)
+    assert final_metrics(tmp_path / "output", **given) is None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    train(make_recipe(folder, checkpoint, training=FIVE_STEPS), console=QUIET)
+    return folder / "output"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["lost a file", "killed in the final save"])
 def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: Path, killed: bool) -> None:
     """Its last step lies within an epoch, where the Trainer would go one further."""
-    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
-    recipe = make_recipe(tmp_path, checkpoint, training=training)
+    recipe = make_recipe(tmp_path, checkpoint, training=FIVE_STEPS)
     first = train(recipe, console=QUIET)
     expected = adapter(tmp_path / "output")
     record = tmp_path / "output" / "run.json"
-    before = record.read_text()
+    names = ("adapter_model.safetensors", "adapter_config.json", "metrics.json")
+    for name in names if killed else names[:1]:
+        (tmp_path / "output" / name).unlink()
     if killed:
-        for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
-            (tmp_path / "output" / name).unlink()
-        record.write_text(before.replace('"finished"', '"running"'))
+        record.write_text(record.read_text().replace('"finished"', '"running"'))
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
     again = train(recipe, resume=True, console=console)
     found = adapter(tmp_path / "output")
@@ -206,11 +270,10 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
     assert metrics["leg"]["steps"] == (0 if killed else 5)
     said = console.export_text()
     assert "nothing was left to train" in said
-    assert ("the run is finished and nothing was changed, so run.json gets no leg" in said) != killed
-    if killed:  # this leg has saved the model
-        assert [leg["status"] for leg in json.loads(record.read_text())["legs"]] == ["killed", "finished"]
-    else:
-        assert record.read_text() == before
+    assert FINISHED not in said
+    # this leg has saved the model
+    legs = [leg["status"] for leg in json.loads(record.read_text())["legs"]]
+    assert legs == ["killed" if killed else "finished", "finished"]
 
 
 def test_a_finished_run_that_was_changed_tells_it_in_a_leg(tmp_path: Path, checkpoint: Path) -> None:
@@ -395,35 +458,85 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     assert losses(resumed) == losses(whole)
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_the_second_ctrl_c_says_what_is_kept(
-    tmp_path: Path, checkpoint: Path, saved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = {"save_strategy": "steps", "save_steps": 2} if saved else {}
+def interrupted_twice(recipe: Any, after: int, resume: Any = None, then: Any = None) -> str:
+    """What is said where two Ctrl-C come in the step after ``after``, and ``then`` was called before them."""
     step = PackedTrainer.training_step
 
     def stepping(self: Any, *args: Any) -> Any:
-        if self.state.global_step == 5:
-            if saved:  # as a disk that lost it would leave it
-                (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink()
+        if self.state.global_step == after:
+            if then is not None:
+                then()
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args)
 
-    monkeypatch.setattr(PackedTrainer, "training_step", stepping)
-    monkeypatch.setenv(STARTED_BY, "deltatune train mine.yaml")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt) as caught:
-            train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    kept = "no whole checkpoint is there to go on from (training.save_steps)"
-    if saved:
-        place = tmp_path / "output" / "checkpoint-2"
-        kept = f"the last whole checkpoint is {place}; go on with deltatune train mine.yaml --resume"
-    assert str(caught.value) == f"interrupted after step 5: {kept}"
-    assert json.loads((tmp_path / "output" / "run.json").read_text())["legs"][0]["reason"] == str(caught.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedTrainer, "training_step", stepping)
+        patch.setenv(STARTED_BY, "deltatune train mine.yaml")
+        try:
+            with pytest.raises(KeyboardInterrupt) as caught:
+                train(recipe, resume=resume, console=QUIET)
+        finally:
+            signal.signal(signal.SIGINT, before)
+    said, kept = str(caught.value).split(": ", 1)
+    assert said == f"interrupted after step {after}"
+    record = json.loads((Path(recipe.training.output_dir) / "run.json").read_text())
+    assert record["legs"][-1]["reason"] == str(caught.value)
+    return kept
+
+
+GO_ON = "go on with deltatune train mine.yaml --resume"
+
+
+def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, checkpoint: Path) -> None:
+    recipe = make_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
+    # as a disk that lost it would leave it
+    loses = (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink
+    place = tmp_path / "output" / "checkpoint-2"
+    assert interrupted_twice(recipe, 5, then=loses) == f"the last whole checkpoint is {place}; {GO_ON}"
+
+
+@pytest.mark.parametrize(
+    ("training", "setting"),
+    [
+        ({}, "training.save_strategy: no"),
+        ({"save_strategy": "epoch"}, "training.save_strategy: epoch"),
+        ({"save_strategy": "steps", "save_steps": 5}, "training.save_steps"),
+        ({"save_strategy": "steps", "save_steps": 1, "save_only_model": True}, "training.save_only_model"),
+    ],
+)
+def test_the_second_ctrl_c_says_which_setting_left_nothing(
+    tmp_path: Path, checkpoint: Path, training: dict[str, Any], setting: str
+) -> None:
+    kept = interrupted_twice(make_recipe(tmp_path, checkpoint, training=training), 1)
+    assert kept == f"no whole checkpoint is there to go on from ({setting})"
+
+
+def test_the_second_ctrl_c_names_what_the_run_began_from_until_it_has_saved(tmp_path: Path, checkpoint: Path) -> None:
+    """Neither a folder of its own that is empty, nor later checkpoints of the run before, say where it was."""
+    training = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    first = tmp_path / "output" / "checkpoint-1"
+    said = f"the last whole checkpoint is {first}; {GO_ON} {first}"
+    elsewhere = make_recipe(tmp_path, checkpoint, training={**training, "output_dir": str(tmp_path / "elsewhere")})
+    assert interrupted_twice(elsewhere, 1, first) == said
+    same = make_recipe(tmp_path, checkpoint, training=training)
+    assert interrupted_twice(same, 1, first) == said
+    own = tmp_path / "output" / "checkpoint-2"
+    assert interrupted_twice(same, 2, first) == f"the last whole checkpoint is {own}; {GO_ON}"
+    assert interrupted_twice(same, 2, own) == f"the last whole checkpoint is {own}; {GO_ON}"
+
+
+def test_a_checkpoint_that_goes_as_it_is_looked_at_does_not_replace_an_interrupt(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: Path) -> Any:
+        raise FileNotFoundError("rotated")
+
+    monkeypatch.setattr(interruption, "latest", gone)
+    recipe = make_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 1})
+    assert interrupted_twice(recipe, 2) == "no whole checkpoint is there to go on from (training.save_steps)"
 
 
 def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:

@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from training_cases import byte_tokenizer, make_recipe, make_trainer, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltatune.errors import UserError
 from deltatune.training import building
 from deltatune.training.console import RunConsole
-from deltatune.training.prompts import Prompt, prompts_of, samples_lines
+from deltatune.training.prompts import SHOWN, Prompt, prompts_of, samples_lines, shortened
 from deltatune.training.run import train
 from deltatune.training.samples import Samples
 from tiny import tiny_model
@@ -126,6 +127,31 @@ def test_a_prompt_is_a_turn_of_the_user_or_plain_text_and_it_is_said_which(
         assert tokenizer.decode(prompt.ids) == "why?"
         why = "the tokenizer has no chat template" if chat else "samples.chat: false"
         assert line.endswith(f"; samples.prompts go as plain text ({why})")
+
+
+@pytest.mark.parametrize(
+    ("ends", "prompt", "expected"),
+    [(True, "why?", "why?"), (False, "why?", "why?"), (False, "<|im_end|>", "<|im_end|>")],
+    ids=["ended", "not ended", "nothing else"],
+)
+def test_a_plain_prompt_does_not_end_where_a_tokenizer_ends_every_text(
+    tmp_path: Path, checkpoint: Path, ends: bool, prompt: str, expected: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    if ends:
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+        )
+        assert tokenizer(prompt)["input_ids"][-1] == tokenizer.eos_token_id
+    asking = recipe(tmp_path, checkpoint, samples={"prompts": [prompt], "chat": False})
+    (found,) = prompts_of(asking, tokenizer, None)
+    assert tokenizer.decode(found.ids) == expected
+
+
+def test_a_text_is_cut_between_its_escapes() -> None:
+    assert shortened("\x1b" * SHOWN) == "\\x1b" * SHOWN
+    assert shortened("\x1b" * (SHOWN + 1)) == "\\x1b" * (SHOWN - 3) + "..."
+    assert shortened("a" * (SHOWN - 1) + "\x1b") == "a" * (SHOWN - 1) + "\\x1b"
 
 
 REFUSED = r"samples.prompts: the chat template cannot ask 'why\?': begin with the system; .* samples\.chat: false"

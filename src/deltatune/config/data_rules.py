@@ -110,6 +110,8 @@ def _samples_errors(recipe: Recipe) -> Iterator[str]:
         return
     if not section.prompts and not section.held_out:
         yield "samples has nothing to complete: give prompts, or held_out, or leave the section out"
+    if differs(section, "chat") and not section.prompts:
+        yield "samples.chat cannot act without samples.prompts: held-out documents begin as their rows do; leave it out"
     if not recipe.data.eval and recipe.data.val_size is None:
         yield "samples are made at evaluations, and there are none: add data.eval or data.val_size"
 

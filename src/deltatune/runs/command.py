@@ -25,15 +25,24 @@ def command_line() -> str:
     return shlex.join([script.name if script.name == "deltatune" else sys.argv[0], *sys.argv[1:]])
 
 
-def resuming_command() -> str:
-    """What is typed to go on with the run that this command works on; ``--resume`` alone where none was typed."""
+def resuming_command(checkpoint: Path | None = None) -> str:
+    """What is typed to go on with the run that this command works on; its option alone where that is not known.
+
+    A launcher that does not tell its own command, such as torchrun, starts one for each rank.
+
+    Args:
+        checkpoint: what to go on from, if not the last one in ``training.output_dir``.
+    """
+    option = ["--resume"] if checkpoint is None else ["--resume", str(checkpoint)]
+    if "RANK" in os.environ and not os.environ.get(STARTED_BY):
+        return shlex.join(option)
     words = shlex.split(command_line())
     if "train" not in words or not (words[0] == "deltatune" or words[:3] == ["python", "-m", "deltatune"]):
-        return "--resume"
+        return shlex.join(option)
     kept, before = [], ""
     for word in words:
         is_place = before == "--resume" and not word.startswith("-")
         if not is_place and word.partition("=")[0] != "--resume":
             kept.append(word)
         before = word
-    return shlex.join([*kept, "--resume"])
+    return shlex.join([*kept, *option])

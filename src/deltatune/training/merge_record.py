@@ -9,6 +9,7 @@ from typing import Any, Final
 from deltatune.runs.folder import mapping, read_run
 from deltatune.training.adapter_files import adapter_digest
 from deltatune.training.provenance import now, process_identity, versions
+from deltatune.training.sealed import MANIFEST, steps_of
 
 __all__ = ["MERGE_FILE", "merge_record"]
 
@@ -20,7 +21,7 @@ def merge_record(adapter: Path, model: Mapping[str, Any], *, started: str, dtype
 
     - ``command``, ``folder``, ``host``, ``git``, ``deltatune``, ``started``, ``ended`` and ``versions``, as a leg has
     - ``adapter``: its folder, the SHA-256 of its weights, and the ``run`` that trained it (its folder, when it started,
-      and how it ended), None where no record of one lies there
+      and how it ended), None where no record of one lies there, or around it if it is a checkpoint
     - ``model``: the base, as a run's record says it
     - ``dtype`` as it was asked for, and ``check``: how its logits were held against those of base and adapter
 
@@ -44,8 +45,9 @@ def merge_record(adapter: Path, model: Mapping[str, Any], *, started: str, dtype
 
 
 def _run_of(adapter: Path) -> dict[str, Any] | None:
-    # a checkpoint lies in the folder of its run
-    folders = (adapter.resolve(), adapter.resolve().parent)
+    place = adapter.resolve()
+    is_checkpoint = place in steps_of(place.parent).values() and (place / MANIFEST).is_file()
+    folders = (place, place.parent) if is_checkpoint else (place,)  # a checkpoint lies in the folder of its run
     folder = next((folder for folder in folders if (folder / "run.json").is_file()), None)
     if folder is None:
         return None

@@ -75,9 +75,9 @@ def samples_lines(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 
 def shortened(text: str) -> str:
-    """A text on one line of a terminal, control characters as escapes."""
-    line = visible(" ".join(text.split()))
-    return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."
+    """The first ``SHOWN`` characters of a text, on one line of a terminal; control characters as escapes."""
+    line = " ".join(text.split())
+    return visible(line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}...")
 
 
 def _asks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -85,7 +85,9 @@ def _asks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _plain(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(prompt, tokenizer(prompt)["input_ids"])
+    ids = tokenizer(prompt)["input_ids"]
+    # a tokenizer may end every text, and nothing follows an end
+    return Prompt(prompt, ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids)
 
 
 def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> Prompt:

@@ -21,7 +21,7 @@ RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 class RunRecord(TrainerCallback):  # type: ignore[misc]
     """Writes both files as the run goes; a run that goes on adds a leg.
 
-    A finished run that is resumed as it was, with nothing to train, has none of these: nothing happened in it.
+    A finished run that is resumed as it was, and lacks no file, has no leg: nothing happened in it.
 
     ``run.json`` has the ``status`` of the last leg, the base ``model`` and the ``legs``. Of a leg it has
 

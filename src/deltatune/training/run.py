@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -30,7 +29,6 @@ from deltatune.parallel.sequence import apart
 from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
-from deltatune.runs.command import resuming_command
 from deltatune.runs.folder import read_run
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
@@ -43,6 +41,7 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
+from deltatune.training.interruption import told_what_is_kept
 from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings
@@ -53,10 +52,9 @@ from deltatune.training.probing import first_layers, probe
 from deltatune.training.process_group import own_process_group
 from deltatune.training.prompts import prompts_of
 from deltatune.training.ranks import RankWatch, explained, watched
-from deltatune.training.record import RunRecord, is_finished
-from deltatune.training.resuming import found_by_rank_0, step_of
+from deltatune.training.record import RunRecord
+from deltatune.training.resuming import decided_by_rank_0, found_by_rank_0, state_of, step_of
 from deltatune.training.samples import Samples
-from deltatune.training.sealed import latest
 from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import (
@@ -68,10 +66,13 @@ from deltatune.training.since import (
     place_of,
 )
 from deltatune.training.trainer import PackedTrainer
+from deltatune.training.untouched import final_metrics, read_metrics
 from deltatune.training.weights_digest import digests_of
 from deltatune.verification import VerifyReport
 
 __all__ = ["Run", "TrainResult", "build", "train"]
+
+_NOTHING_LEFT = "nothing was left to train; training.max_steps or num_train_epochs say how far to go"
 
 
 def train(
@@ -172,6 +173,8 @@ def _fit(
     trainer.add_callback(stop)
     step = 0 if checkpoint is None else step_of(checkpoint)
     done = checkpoint if checkpoint is not None and trainer.is_done(checkpoint) else None
+    if done is not None and (recorded := _recorded(run, done, changes)) is not None:
+        return _untouched(run, trainer, done, recorded)
     if run.arguments.should_save:
         run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
@@ -182,17 +185,14 @@ def _fit(
             about["adapter"] = started_from
         base = base_identity(run.recipe.model, run.model)
         said = [str(change) for change in changes]
-        if done is not None and not changes and is_finished(run.output_dir):
-            run.console.out("the run is finished and nothing was changed, so run.json gets no leg", highlight=False)
-        else:
-            record = RunRecord(run.output_dir, about, model=base, changes=said, from_step=step, meter=trainer.meter)
-            trainer.add_callback(record)
-            trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
+        record = RunRecord(run.output_dir, about, model=base, changes=said, from_step=step, meter=trainer.meter)
+        trainer.add_callback(record)
+        trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
         if run.recipe.samples is not None:
             trainer.add_callback(_samples(run, trainer, from_step=step))
     status = "failed"
     try:
-        with explained(watch), _told_of_memory(trainer), _told_what_is_kept(trainer, run.output_dir):
+        with explained(watch), _told_of_memory(trainer), told_what_is_kept(trainer, run.output_dir, checkpoint):
             if run.recipe.compile is not None:
                 run.console.out("the first step compiles, which takes a while", highlight=False)
             _run_steps(trainer, checkpoint, done, stop, run.console)
@@ -212,6 +212,33 @@ def _fit(
     return result
 
 
+def _recorded(run: Run, done: Path, changes: list[Change]) -> dict[str, Any] | None:
+    """The metrics of a run that finished at ``done`` and lacks nothing, so that it stays as it is; on every rank."""
+
+    def find() -> dict[str, Any] | None:
+        if changes or done.resolve().parent != run.output_dir.resolve():
+            return None
+        text, adapter = dump_recipe(run.recipe), run.recipe.lora is not None
+        return final_metrics(run.output_dir, recipe=text, step=step_of(done), adapter=adapter)
+
+    return decided_by_rank_0(find, run.arguments)
+
+
+def _untouched(run: Run, trainer: PackedTrainer, done: Path, recorded: Mapping[str, Any]) -> TrainResult:
+    """What there is of a finished run; no file is written."""
+    trainer.state = state_of(done)
+    figures = [f"{name} {recorded[name]:.4f}" for name in ("loss", "eval_loss") if type(recorded.get(name)) is float]
+    there = f"the weights of step {recorded.get('saved_step')} are in {run.output_dir}"
+    for line in (
+        "the run is finished and nothing was changed, so its files stay as they are",
+        _NOTHING_LEFT,
+        ", ".join([there, *figures]),
+    ):
+        run.console.out(line, highlight=False)
+    leg = metrics_of(run, trainer, {})["leg"]
+    return TrainResult(run.output_dir, {**recorded, "leg": leg}, trainer.state.log_history)
+
+
 @contextmanager
 def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
     try:
@@ -223,21 +250,6 @@ def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
             "estimates them); a run with "
             "checkpoints goes on from the last with --resume"
         ) from error
-
-
-@contextmanager
-def _told_what_is_kept(trainer: PackedTrainer, output_dir: Path) -> Iterator[None]:
-    """Ctrl-C that ends the run at once: the second one, or one after the last step."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        last, state = latest(output_dir), trainer.state
-        kept = (
-            "no whole checkpoint is there to go on from (training.save_steps)"
-            if last is None
-            else f"the last whole checkpoint is {last}; go on with {resuming_command()}"
-        )
-        raise KeyboardInterrupt(f"interrupted after step {state.global_step}: {kept}") from error
 
 
 def _reason(failure: BaseException) -> str:
@@ -375,23 +387,15 @@ def _finish(run: Run, trainer: PackedTrainer, evaluation: Mapping[str, Any], rec
         # the compiler's account is complete only now
         write_json(run.output_dir / REPORT_FILE, {**records, "prepare": run.prepared.report.to_dict()})
         # a finished run that is resumed has nothing to measure: the figures of its training stay
-        before = {} if metrics["leg"]["steps"] else _read(run.output_dir / METRICS_FILE)
+        before = {} if metrics["leg"]["steps"] else read_metrics(run.output_dir)
         write_json(run.output_dir / METRICS_FILE, {**metrics, "leg": before.get("leg", metrics["leg"])})
     elif weights is not None:
         weights(None)
     if not metrics["leg"]["steps"]:
-        run.console.out("nothing was left to train; training.max_steps or num_train_epochs say how far to go")
+        run.console.out(_NOTHING_LEFT)
     if trainer.skipped:
         steps = ", ".join(str(found.step) for found in trainer.skipped)
         run.console.out(f"updates that were left out, since a loss or gradient norm was no number: steps {steps}")
     for line in [*ending_lines(trainer), f"saved to {run.output_dir}"]:
         run.console.out(line, highlight=False)
     return TrainResult(run.output_dir, metrics, trainer.state.log_history)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -16,6 +16,7 @@ from deltatune.training.disk import writing
 
 __all__ = [
     "CHECKPOINT",
+    "MANIFEST",
     "clear_leftovers",
     "commit",
     "damage_of",
