@@ -113,7 +113,7 @@ def shapes(records: Sequence[Record]) -> list[str]:
 
 
 def experts(records: Sequence[Record]) -> list[str]:
-    """Whole mixtures with adapters on all experts, and what would be held with the optimizer's state in 8 bits."""
+    """Mixtures with adapters on all experts, stock with PEFT beside them, and what 8-bit optimizer state would hold."""
     rows, files = {}, {}
     for steps in steps_of(records):
         about = steps.config
@@ -125,9 +125,10 @@ def experts(records: Sequence[Record]) -> list[str]:
             small = (r["peak_bytes"] - 6 * r["trainable_parameters"]) / GIB
             trained = f"{r['trainable_parameters'] / 1e6:,.0f} M"
             cells = [about["model"], str(about["layers"]), f"{about['tokens']:,}", f"`{r['checkpointing']}`", trained]
-            rows[size], files[steps.record.path] = [*cells, *_step_cells(r), f"{small:.1f}"], steps.record
+            stock = _of(steps.find("stock", r["checkpointing"], targets="experts"))
+            rows[size], files[steps.record.path] = [*cells, *_step_cells(r), f"{small:.1f}", stock], steps.record
     header = ("model", "layers", "tokens", "checkpointing", "trained", "ms a step", "tokens a second", "peak GiB",
-              "with 8-bit state, by arithmetic")  # fmt: skip
+              "with 8-bit state, by arithmetic", "stock with PEFT")  # fmt: skip
     sources = _sources(list(files.values()), [tokens for _, _, tokens, _ in rows])
     return [*_markdown(header, [rows[size] for size in sorted(rows)]), "", sources]
 
