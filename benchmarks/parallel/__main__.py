@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _systems_of(model: str) -> list[str]:
-    return [name for name, one in SYSTEMS.items() if shape_named(model).hybrid or not one.states]
+    shape = shape_named(model)
+    mixture = "num_experts" in shape.values or "num_local_experts" in shape.values
+    return [name for name, one in SYSTEMS.items() if (shape.hybrid or not one.states) and (mixture or not one.experts)]
 
 
 def _specs(args: argparse.Namespace, most: int) -> list[Spec]:

@@ -63,6 +63,8 @@ def measured(spec: Spec, item: Item, device: torch.device, meeting: Meeting, say
         say(f"{item.name}: {found['median_ms']:.1f} ms a step")
         if not alone:
             found |= _communication(trained, packs, gathered)
+            # raises where tokens did not fit: they were left out of what was timed
+            found |= {"expert_capacity_needed": trained.parts.check()} if system.experts else {}
     return found | _compiler(trained)
 
 

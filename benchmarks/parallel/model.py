@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from benchmarks.parallel.spec import Spec
 from benchmarks.parallel.systems import System
@@ -19,7 +18,7 @@ from benchmarks.shapes import Shape, adapters, build_model, shape_named, with_lo
 from benchmarks.systems import Batch, Packs, draw_lengths, moved
 from deltatune import CompileOptions, Prepared, prepare
 from deltatune.parallel.sharding import full_precision_parameters
-from deltatune.parallel.state import clip_grad_norm_
+from deltatune.parallel.state import whole_tensor
 
 __all__ = ["Trained", "built", "num_targets", "packs_of", "shallow_shape", "through"]
 
@@ -43,7 +42,8 @@ def built(spec: Spec, system: System, device: torch.device, *, shape: Shape | No
     dtype = getattr(torch, spec.dtype)
     model = build_model(shape or shape_named(spec.model), device, layers=layers, dtype=dtype, seed=spec.seed)
     if not system.full:
-        return with_lora(model, "qkvo", rank=spec.rank, alpha=2 * spec.rank, seed=spec.seed)
+        targets = "experts" if system.experts else "qkvo"
+        return with_lora(model, targets, rank=spec.rank, alpha=2 * spec.rank, seed=spec.seed)
     return model.float()
 
 
@@ -83,7 +83,9 @@ class Trained:
         dtype = getattr(torch, spec.dtype)
         param_dtype = dtype if system.full and dtype != torch.float32 else None
         divide = system.divide if size > 1 else system.alone
-        self.model: nn.Module = divide(self.prepared, param_dtype)
+        divided = divide(self.prepared, param_dtype)
+        self.model: nn.Module = divided.model
+        self.parts = divided.parts
         self.trained = adapters(self.prepared.model)
         self.optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=0.0, fused=True)
 
@@ -118,15 +120,15 @@ class Trained:
 
     def gradient_norm(self) -> float:
         """Over all ranks, whole; gradients stay as they are."""
-        return float(clip_grad_norm_(self.prepared.model, math.inf))
+        return float(self.parts.clip_grad_norm_(self.prepared.model, math.inf))
 
     def gradients(self) -> Mapping[str, Tensor]:
         """Whole ones by name, float32, on the device; every rank calls it. Zero where there is none."""
         found = {}
         for name, parameter in self.trained:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            found[name] = whole.detach().float()
+            whole = whole_tensor(self.parts.saved(gradient, parameter))
+            found[name] = whole.detach().float().view(self.parts.shape(parameter))
         return found
 
 

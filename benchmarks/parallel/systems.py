@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,20 @@ from benchmarks.systems import Batch
 from deltatune import Prepared, parallelize
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.slice import cut_batch
+from deltatune.parallel.state import SHARDS, Parts
 
-__all__ = ["SYSTEMS", "System", "part_of_pack"]
+__all__ = ["SYSTEMS", "Divided", "System", "part_of_pack"]
 
-Divide = Callable[[Prepared, torch.dtype | None], nn.Module]
-"""A prepared model, and the dtype that float32 weights are computed with in -> what to call."""
+
+class Divided(NamedTuple):
+    """What to call, and how the weights of the prepared model lie on ranks."""
+
+    model: nn.Module
+    parts: Parts = SHARDS
+
+
+Divide = Callable[[Prepared, torch.dtype | None], Divided]
+"""A prepared model, and the dtype that float32 weights are computed with in -> the model, divided."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class System:
         shares_pack: ranks hold one document together; else each has a pack of its own.
         how: what the ranks do, and what the one GPU does, in words.
         states: ranks hand states of recurrent layers round, by all-gathers; a model needs such layers.
+        experts: adapters on all routed experts as well; a model needs some.
     """
 
     name: str
@@ -45,6 +55,7 @@ class System:
     shares_pack: bool
     how: str
     states: bool = False
+    experts: bool = False
 
     def part(self, batch: Batch, rank: int, size: int) -> Batch:
         """What a rank takes of a batch that it has whole."""
@@ -56,32 +67,37 @@ def part_of_pack(batch: Batch, rank: int, size: int) -> dict[str, Any]:
     return cut_batch(batch, rank=rank, size=size)
 
 
-def _whole(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
-    return prepared.model
+def _whole(prepared: Prepared, _: torch.dtype | None) -> Divided:
+    return Divided(prepared.model)
 
 
-def _replicated(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
-    return parallelize(prepared).model
+def _replicated(prepared: Prepared, _: torch.dtype | None) -> Divided:
+    return Divided(parallelize(prepared).model)
 
 
-def _sharded(prepared: Prepared, param_dtype: torch.dtype | None) -> nn.Module:
-    return parallelize(prepared, shard=dist.get_world_size(), param_dtype=param_dtype).model
+def _sharded(prepared: Prepared, param_dtype: torch.dtype | None) -> Divided:
+    return Divided(parallelize(prepared, shard=dist.get_world_size(), param_dtype=param_dtype).model)
 
 
-def _one_shard(prepared: Prepared, param_dtype: torch.dtype | None) -> nn.Module:
+def _one_shard(prepared: Prepared, param_dtype: torch.dtype | None) -> Divided:
     """FSDP2 over this process alone; no other is asked."""
     group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     device = next(prepared.model.parameters()).device
     shard_model(prepared.model, DeviceMesh.from_group(group, device.type), param_dtype=param_dtype)
-    return prepared.model
+    return Divided(prepared.model)
 
 
-def _in_sequence(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
-    return parallelize(prepared, sequence=dist.get_world_size()).model
+def _in_sequence(prepared: Prepared, _: torch.dtype | None) -> Divided:
+    return Divided(parallelize(prepared, sequence=dist.get_world_size()).model)
 
 
-def _by_states(prepared: Prepared, _: torch.dtype | None) -> nn.Module:
-    return parallelize(prepared, sequence=dist.get_world_size(), recurrent="state").model
+def _by_states(prepared: Prepared, _: torch.dtype | None) -> Divided:
+    return Divided(parallelize(prepared, sequence=dist.get_world_size(), recurrent="state").model)
+
+
+def _by_experts(prepared: Prepared, _: torch.dtype | None) -> Divided:
+    parallel = parallelize(prepared, expert=dist.get_world_size())
+    return Divided(parallel.model, parallel.experts or SHARDS)
 
 
 _ONE_SHARD: Final = "one GPU: FSDP2 on a mesh of one, the same units, casts and optimizer without communication"
@@ -115,6 +131,20 @@ SYSTEMS: Final[Mapping[str, System]] = {
             how=(
                 "as sequence, but Gated DeltaNet layers keep a rank's tokens and all heads and hand states round; "
                 "attention by heads (Ulysses); one GPU: the same as of sequence"
+            ),
+        ),
+        System(
+            "fsdp-experts", _sharded, _one_shard, full=False, checkpointing="layer", shares_pack=False, experts=True,
+            how=(
+                "FSDP2, LoRA on q, k, v and o and on all routed experts, base in the activations' dtype, each layer's "
+                f"experts gathered, a pack for each rank; {_ONE_SHARD}"
+            ),
+        ),
+        System(
+            "expert", _by_experts, _whole, full=False, checkpointing="layer", shares_pack=False, experts=True,
+            how=(
+                "a rank holds its part of the experts of each layer and tokens travel to them, all other weights "
+                "whole, adapters as of fsdp-experts, a pack for each rank; one GPU: the model as prepared"
             ),
         ),
     )

@@ -25,6 +25,7 @@ from forked import FORKED
 
 CPU = torch.device("cpu")
 SYSTEMS = ("ddp-lora", "fsdp-full", "fsdp-lora", "sequence", "sequence-state")
+OF_EXPERTS = ("fsdp-experts", "expert")
 
 
 class Forked:
@@ -134,9 +135,25 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
     assert "sequence 256 on 2" in capsys.readouterr().out
 
 
-def test_states_are_handed_round_where_a_model_has_some() -> None:
+def test_experts_in_shards_and_on_ranks_of_their_own(forked: type[Forked], tmp_path: Path) -> None:
+    sizes = ["--model", "tiny-moe", "--tokens", "64", "--check-tokens", "64"]
+    assert several.main(small(tmp_path, *sizes, "--gpus", "1", "2", "--systems", *OF_EXPERTS)) == 0
+    results = results_of(record_in(tmp_path))
+    told = {name: results[f"{name} 64 on 2"]["communication_ms_by_rank"][0].keys() for name in OF_EXPERTS}
+    assert "all-gather" in told["fsdp-experts"]
+    assert "all-to-all" not in told["fsdp-experts"]
+    assert {"all-to-all", "all-reduce"} <= told["expert"]
+    assert results["fsdp-experts 64 on 2"]["expert_capacity_needed"] == 1.0
+    assert 1.0 < results["expert 64 on 2"]["expert_capacity_needed"] <= 1.5
+    trained = {name: results[f"{name} 64 on 1"]["trainable_parameters"] for name in OF_EXPERTS}
+    assert trained["expert"] == trained["fsdp-experts"]
+
+
+def test_systems_are_those_that_a_model_has_layers_for() -> None:
     assert several._systems_of("tiny") == list(SYSTEMS)
     assert several._systems_of("qwen3-8b") == [name for name in SYSTEMS if name != "sequence-state"]
+    assert several._systems_of("tiny-moe") == [*SYSTEMS, *OF_EXPERTS]
+    assert several._systems_of("gpt-oss-20b")[-2:] == [*OF_EXPERTS]
 
 
 @pytest.mark.parametrize(

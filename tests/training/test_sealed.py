@@ -35,7 +35,7 @@ def checkpoint(output_dir: Path, step: int, content: bytes = b"", *, saved_as: i
         folder.mkdir(parents=True)
         for name, given in FILES.items():
             (folder / name).write_bytes(given + content)
-        seal(folder, {"step": step, **({} if saved_as is None else {ORDER: saved_as})})
+        seal(folder, {"step": step, ORDER: next_place(output_dir) if saved_as is None else saved_as})
         commit(folder, output_dir / folder.name)
         staging.rmdir()
     return output_dir / f"checkpoint-{step}"

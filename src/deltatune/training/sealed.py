@@ -130,12 +130,17 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
         if problem := problem_of(folder):
             raise UserError(f"{folder} is no whole checkpoint: {problem}; take another one")
         return folder, []
+    whole: Path | None = None
     broken: list[str] = []
     for path in found.values():
-        problem = problem_of(path)
-        if problem is None:
-            return path, broken
-        broken.append(f"{path} is passed over: {problem}")
+        # what comes behind a whole one is older, or nothing says how old it is
+        problem = problem_of(path) if whole is None else _unreadable(path)
+        if problem:
+            broken.append(f"{path} is passed over: {problem}")
+        elif whole is None:
+            whole = path
+    if whole is not None:
+        return whole, broken
     if broken:
         raise UserError(f"{output_dir} holds no whole checkpoint; {broken[0]}; remove the checkpoints to start again")
     if resume == "auto":
