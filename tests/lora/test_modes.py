@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltatune import CompileOptions, prepare
 from deltatune.layers.lora import lora_modes
 from deltatune.layers.mlp import GatedMLP, is_gated_mlp
+from deltatune.lora import linear as lora_linear
 from deltatune.lora.linear import LoRALinear
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, is_lora_linear, mode_of
 from deltatune.options import Options
@@ -448,6 +449,20 @@ def test_autocast_over_16_bit_weights_stays_fused() -> None:
     assert fused_layers(fused) == 15
 
 
+def modes_of_calls(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """How layers with adapters run in a forward."""
+    seen: list[Any] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(mode_of(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(lora_linear, "mode_of", noted)
+    model(**packed_call())
+    monkeypatch.undo()
+    return seen
+
+
 @pytest.fixture
 def one_process() -> Any:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -457,19 +472,24 @@ def one_process() -> Any:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("ran", [False, True])
-def test_sharded_layers_run_unfused(one_process: Any, ran: bool, compiled: bool) -> None:
+def test_layers_that_fsdp2_gathers_run_fused(
+    one_process: Any, monkeypatch: pytest.MonkeyPatch, ran: bool, compiled: bool
+) -> None:
     model = adapted("qwen3", target_modules=FEW) if compiled else adapted("qwen3_5")
     stock = reference_of(model)
     prepare(model, lora="fused", compile=CompileOptions(backend="aot_eager") if compiled else None)
     if ran:
         logits(model)
+    whole = fused_layers(model)
     for block in model.get_base_model().model.layers:
         fully_shard(block)
     fully_shard(model)
     for each in (model, stock):
         for _ in range(2):
             each(**packed_call()).loss.backward()
-    assert fused_layers(model) == 0
+    assert fused_layers(model) == whole > 0
+    if not compiled:
+        assert {mode.name for mode in modes_of_calls(model, monkeypatch)} == {FUSED}
     for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
         if theirs.grad is not None:
             assert relative(ours.grad.full_tensor(), theirs.grad) < 1e-5, name

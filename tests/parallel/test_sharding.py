@@ -34,7 +34,8 @@ EXPERTS = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.expe
 CASES: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied": True},
-    "adapters": {"lora": EVERY, "tied": True},
+    "adapters": {"lora": EVERY, "tied": True, "impl": "fused"},
+    "compiled_adapters": {"lora": EVERY, "impl": "fused", "compile": TRACED, "checkpointing": "layer"},
     "adapters_and_head": {"lora": {**EVERY, "modules_to_save": ["lm_head"]}},
     "adapters_and_tied_embedding": {"lora": {**EVERY, "modules_to_save": ["embed_tokens"]}, "tied": True},
     "wide_adapters": {"lora": EVERY, "dtype": torch.bfloat16},
@@ -85,7 +86,8 @@ def train(model: nn.Module, step_loss: Callable[[int], torch.Tensor]) -> list[di
 
 def on_ranks(case: str) -> dict[str, Any]:
     settings = CASES[case]
-    prepared = prepare(build(**settings), compile=settings.get("compile"))
+    asked = {name: settings[name] for name in ("compile", "checkpointing") if name in settings}
+    prepared = prepare(build(**settings), lora=settings.get("impl", "auto"), **asked)
     if dist.get_rank() == 1:
         another_draw(prepared.model)
     first = settings.get("group_first", False)

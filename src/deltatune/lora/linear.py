@@ -22,8 +22,8 @@ class LoRALinear(Merging):
     """``y = x W^T + s (x A^T) B^T``, as PEFT's LoRA layers; what it computes with is read from the layer at the call.
 
     Fused, base and adapters are one sum of products; unfused, the base layer is called and the adapters' product is
-    added in the dtype of the input (dropout; a sharded, quantised or trained base); PEFT's own forward computes all
-    else: merged or disabled adapters, variants, per-row adapters, cached calls.
+    added in the dtype of the input (dropout; a quantised or trained base; shards that FSDP2 does not gather for the
+    call); PEFT's own forward computes all else: merged or disabled adapters, variants, per-row adapters, cached calls.
     """
 
     base_layer: Any
@@ -42,7 +42,7 @@ class LoRALinear(Merging):
         """How this call runs."""
         if args or kwargs or in_stock_path(self):
             return STOCK
-        return mode_of(self, self._deltatune.options.lora, dtype=_compute_dtype(x)).name
+        return mode_of(self, self._deltatune.options.lora, dtype=_compute_dtype(x), called=True).name
 
     def adapters(self) -> list[Adapter]:
         """The active ones, as they are now."""

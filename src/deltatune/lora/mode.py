@@ -60,7 +60,14 @@ def active_adapters(layer: Any) -> tuple[str, ...]:
     return tuple([name for name in names if name in known])
 
 
-def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Mode:
+def mode_of(
+    layer: Any,
+    setting: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    called: bool = False,
+) -> Mode:
     """The mode of one of PEFT's LoRA layers, from what it is now; called by the layer itself and by the report.
 
     Args:
@@ -68,6 +75,7 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
         setting: ``prepare``'s ``lora``.
         dtype: what a call computes in; the base weight's own by default.
         device: where the layer will run, for a report ahead of time on one without storage.
+        called: in a call, before which FSDP2 gathers the weights that it shards; else they are taken as gathered.
     """
     if setting == "stock":
         return Mode(STOCK, "asked for")
@@ -80,7 +88,7 @@ def mode_of(layer: Any, setting: str, *, dtype: torch.dtype | None = None, devic
     plain = UNFUSED if hasattr(layer, "parameter_name") else STOCK
     if setting == "auto" and (device or linears[0].weight.device).type == "cpu":
         return Mode(plain, "on a CPU; lora fused (lora.impl in a recipe) makes adapters part of the products there too")
-    reason = _unfused_reason(layer, names, linears)
+    reason = _unfused_reason(layer, names, linears, called=called)
     if reason is not None:
         return Mode(UNFUSED, reason)
     weight = layer.base_layer.weight
@@ -131,7 +139,7 @@ def _adapter_reason(module: nn.Module, base: torch.Tensor | None) -> str | None:
     return None
 
 
-def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any]) -> str | None:
+def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any], *, called: bool) -> str | None:
     """Why the base layer is called."""
     base = layer.base_layer
     for name in names:
@@ -145,18 +153,24 @@ def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any]) -> s
     if is_hooked(base):
         return "hooks on the base layer (offload, or a tool's own)"
     weight = base.weight
-    if getattr(base, "_is_fsdp_managed_module", False):
-        return "the base weight is sharded"
-    if type(weight) is not nn.Parameter:
-        return "the base weight is sharded" if is_sharded(weight) else f"the base weight is a {type(weight).__name__}"
+    if not _is_read_whole(base, called=called):
+        shards = is_sharded(weight) or type(weight) is nn.Parameter
+        return "the base weight is sharded" if shards else f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in _DTYPES:
         return f"the base weight is {_name(weight.dtype)}"
     if weight.requires_grad:
         return "the base weight trains"
-    for linear in linears:
-        if type(linear.weight) is not nn.Parameter:
-            return "the adapters are sharded"
+    if not all(_is_read_whole(linear, called=called) for linear in linears):
+        return "the adapters are sharded"
     return None
+
+
+def _is_read_whole(linear: Any, *, called: bool) -> bool:
+    """Whether a call reads a plain Parameter. Outside of calls FSDP2's is a DTensor, FSDP1's a part of a flat one."""
+    plain = type(linear.weight) is nn.Parameter
+    if called or not getattr(linear, "_is_fsdp_managed_module", False):
+        return plain
+    return not plain and is_sharded(linear.weight)
 
 
 def _name(dtype: torch.dtype) -> str:
