@@ -455,8 +455,7 @@ def one_process() -> Any:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize(("ran", "compiled"), [(False, False), (True, False), (True, True)])
 def test_sharded_layers_run_unfused(one_process: Any, ran: bool, compiled: bool) -> None:
     model = adapted("qwen3", target_modules=FEW) if compiled else adapted("qwen3_5")
     stock = reference_of(model)
