@@ -16,7 +16,7 @@ import transformers
 from deltatune import CompileOptions, Sequences, prepare
 from deltatune.compile.graphs import FROZEN, GraphBreakError, Graphs, graphs_of
 from deltatune.config.inductor import INDUCTOR_OPTIONS
-from tiny import FAMILIES, HYBRIDS, documents, tiny_model
+from tiny import HYBRIDS, documents, tiny_model
 
 TOTAL = 96
 TYPES = {"qwen3": 1, "qwen3_moe": 1, "qwen3_next": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "gpt_oss": 2}
@@ -57,7 +57,15 @@ def assert_same_training(model: Any, reference: Any, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [*((family, "none") for family in FAMILIES), ("qwen3_moe", "layer"), ("qwen3_5", 0.5)]
+    ("family", "checkpointing"),
+    [
+        ("qwen3", "none"),
+        ("qwen3_moe", "layer"),
+        ("qwen3_next", "none"),
+        ("qwen3_5", 0.5),
+        ("qwen3_5_moe", "none"),
+        ("gpt_oss", "none"),
+    ],
 )
 def test_one_graph_a_layer_type(family: str, checkpointing: str | float) -> None:
     model = tiny_model(family, layers=2 * TYPES[family]).train()
@@ -78,13 +86,7 @@ def test_one_graph_a_layer_type(family: str, checkpointing: str | float) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "when", "checkpointing"),
-    [
-        ("qwen3", "before", "none"),
-        ("qwen3_next", "before", "layer"),
-        ("qwen3_5", "after", "layer"),
-        ("qwen3_5_moe", "after", "none"),
-    ],
+    ("family", "when", "checkpointing"), [("qwen3", "before", "none"), ("qwen3_5_moe", "after", "layer")]
 )
 def test_one_graph_a_layer_type_with_adapters(family: str, when: str, checkpointing: str) -> None:
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
@@ -107,16 +109,20 @@ def test_one_graph_a_layer_type_with_adapters(family: str, when: str, checkpoint
     assert report.breaks == []
 
 
+#: Two types of a dense layer.
+WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+
+
 @pytest.mark.parametrize(
-    ("family", "layers", "checkpointing", "kinds"),
-    [("qwen3_5", 4, "none", ("full", "linear")), ("qwen3", 2, "layer", ("full",))],
+    ("layers", "checkpointing", "windows", "kinds"),
+    [(3, "none", WINDOWS, ("full", "sliding")), (2, "layer", {}, ("full",))],
 )
 def test_layers_before_anything_that_trains_have_no_backward(
-    family: str, layers: int, checkpointing: str, kinds: tuple[str, ...]
+    layers: int, checkpointing: str, windows: dict[str, Any], kinds: tuple[str, ...]
 ) -> None:
     targets = rf".*layers\.{layers - 1}\..*q_proj"
     config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-    model = peft.get_peft_model(tiny_model(family, layers=layers), config).train()
+    model = peft.get_peft_model(tiny_model("qwen3", layers=layers, **windows), config).train()
     reference = copy.deepcopy(model)
     prepare(reference)
     prepared = prepare(model, compile=TRACED, checkpointing=checkpointing)
@@ -133,9 +139,8 @@ def test_layers_before_anything_that_trains_have_no_backward(
     assert report.recompiles == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_whole_text_model_is_one_graph(family: str) -> None:
-    checkpointing = "layer" if family == "qwen3_5" else "none"
+@pytest.mark.parametrize(("family", "checkpointing"), [("qwen3", "none"), ("qwen3_5", "layer"), ("gpt_oss", "none")])
+def test_the_whole_text_model_is_one_graph(family: str, checkpointing: str) -> None:
     model = tiny_model(family, layers=1 + (family in HYBRIDS)).train()
     reference = copy.deepcopy(model)
     prepare(reference)
@@ -181,7 +186,9 @@ def test_hidden_states_with_compiled_layers() -> None:
     ("family", "checkpointing"), [("qwen3_moe", "none"), ("gpt_oss", "layer"), ("qwen3_5_moe", 0.5)]
 )
 def test_router_logits_leave_the_compiled_layers(family: str, checkpointing: str | float) -> None:
-    model = tiny_model(family).train()
+    # layers of one type: windows are another test's
+    kinds = {"layer_types": ["full_attention"]} if family == "gpt_oss" else {}
+    model = tiny_model(family, **kinds).train()
     model.router_aux_loss_coef = 0.5
     reference = copy.deepcopy(model)
     prepare(reference)
@@ -267,7 +274,7 @@ def test_evaluation_has_a_graph_of_its_own() -> None:
 
 
 def test_windows_and_full_attention_are_types_of_their_own() -> None:
-    model = tiny_model("qwen3", layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    model = tiny_model("qwen3", layers=3, **WINDOWS)
     prepared = prepare(model, compile=TRACED)
     train(model, 3)
     report = prepared.compile_report

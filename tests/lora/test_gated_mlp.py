@@ -65,7 +65,7 @@ def test_auto_takes_products_that_add_to_their_adapters(family, act, calls) -> N
 @pytest.mark.usefixtures("kernels_may_run")
 @pytest.mark.parametrize(
     ("act", "checkpointing", "compiled"),
-    [("silu", "none", False), ("gelu_pytorch_tanh", "layer", False), ("silu", "none", True), ("silu", "layer", True)],
+    [("silu", "none", False), ("gelu_pytorch_tanh", "layer", False), ("silu", "layer", True)],
 )
 def test_a_named_kernel_is_at_most_twice_as_far_from_float64_as_peft(act, checkpointing, compiled) -> None:
     stock = adapted("qwen3", dtype=torch.bfloat16, autocast_adapter_dtype=False)

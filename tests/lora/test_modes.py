@@ -470,8 +470,7 @@ def one_process() -> Any:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize(("ran", "compiled"), [(False, False), (True, False), (True, True)])
 def test_layers_that_fsdp2_gathers_run_fused(
     one_process: Any, monkeypatch: pytest.MonkeyPatch, ran: bool, compiled: bool
 ) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deltatune import CompileOptions, prepare
+from deltatune.compile import auto
 from lora_cases import FEW, adapted, assert_gradients_close, assert_same_gradients, logits, packed_call, pair, relative
 
 TRACED = CompileOptions(backend="aot_eager")
@@ -26,10 +27,9 @@ def scaled(*models: Any) -> None:
                     parameter.mul_(1.5)
 
 
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@pytest.mark.parametrize("ours", [None, TRACED])
-def test_a_graph_that_another_compiles_sees_every_step(scope: str, ours: CompileOptions | None) -> None:
-    fused, stock = pair("qwen3", target_modules=FEW)
+@pytest.mark.parametrize(("ours", "scope"), [(None, "model"), (TRACED, "layer")])
+def test_a_graph_that_another_compiles_sees_every_step(ours: CompileOptions | None, scope: str) -> None:
+    fused, stock = pair("qwen3", target_modules=FEW, layers=1)
     prepare(fused, lora="fused", compile=ours)
     with torch.no_grad():
         logits(fused)
@@ -111,13 +111,7 @@ def test_what_hangs_on_any_part_acts_whenever_it_came(kind: str, place: str, ran
     assert_gradients_close(fused, stock)
 
 
-COMPILED = [
-    ("forward hook", "the layer", True),
-    ("forward hook", "lora_A", True),
-    ("own forward", "base_layer", True),
-    ("own forward", "lora_dropout", True),
-    ("forward hook", "lora_B", False),
-]
+COMPILED = [("forward hook", "the layer", True), ("own forward", "base_layer", True), ("forward hook", "lora_B", False)]
 
 
 @pytest.mark.parametrize(("kind", "place", "ran"), COMPILED)
@@ -143,7 +137,8 @@ def test_parametrised_bases_are_called() -> None:
     assert_same_gradients(fused, stock)
 
 
-def test_the_trace_that_auto_reads_is_that_of_the_fused_layer() -> None:
+def test_the_trace_that_auto_reads_is_that_of_the_fused_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "candidate_settings", lambda *, compiled: ("none",))
     predicted = []
     for setting in ("fused", "stock"):
         model = adapted("qwen3", dtype=torch.bfloat16, target_modules=FEW)
