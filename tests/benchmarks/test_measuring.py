@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -178,7 +179,7 @@ def small(*more: str, output) -> list[str]:
 
 
 class Forked:
-    """``subprocess.Popen`` of a worker that has its imports; ``test_two_trees_take_turns`` starts them as they are."""
+    """``subprocess.Popen`` of a worker that has its imports; ``test_two_trees_take_turns`` starts one as it is."""
 
     def __init__(self, command, *, stdout, stderr, env) -> None:
         assert command[:3] == [sys.executable, "-m", "benchmarks.worker"]
@@ -242,12 +243,21 @@ def test_when_time_is_up_what_was_measured_is_kept(forked, tmp_path) -> None:
     assert {(r["status"], r["reason"]) for r in results} == {("not run", "time was up")}
 
 
-def test_two_trees_take_turns(tmp_path, capsys) -> None:
+def test_two_trees_take_turns(tmp_path, capsys, monkeypatch) -> None:
+    """The first worker and what measures rates are started as they are."""
     src = str(compare.Path(compare.__file__).parents[1] / "src")
+    first_on_path = []
+
+    def start(*args, env, **options):
+        first_on_path.append(env["PYTHONPATH"].split(os.pathsep)[0])
+        return (subprocess.Popen if len(first_on_path) == 1 else Forked)(*args, env=env, **options)
+
+    monkeypatch.setattr(session, "subprocess", types.SimpleNamespace(Popen=start, run=subprocess.run))
     options = ["--before", src, "--after", src, "--no-checks", "--checkpointing", "none", "--rounds", "1", "--profile"]
     assert compare.main(small(*options, output=tmp_path)) == 0
     record = only_record(tmp_path)
     config = record["configs"][0]
+    assert first_on_path == [src, src]
     assert record["method"].endswith(session.UNCHECKED)
     assert [r["label"] for r in config["results"]] == ["before", "after"]
     assert [len(r["samples_ms"]) for r in config["results"]] == [2, 2]
