@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -178,7 +179,7 @@ def small(*more: str, output) -> list[str]:
 
 
 class Forked:
-    """``subprocess.Popen`` of a worker that has its imports; ``test_two_trees_take_turns`` starts them as they are."""
+    """``subprocess.Popen`` of a worker that has its imports; ``test_two_trees_take_turns`` starts one as it is."""
 
     def __init__(self, command, *, stdout, stderr, env) -> None:
         assert command[:3] == [sys.executable, "-m", "benchmarks.worker"]
@@ -242,12 +243,21 @@ def test_when_time_is_up_what_was_measured_is_kept(forked, tmp_path) -> None:
     assert {(r["status"], r["reason"]) for r in results} == {("not run", "time was up")}
 
 
-def test_two_trees_take_turns(tmp_path, capsys) -> None:
+def test_two_trees_take_turns(tmp_path, capsys, monkeypatch) -> None:
+    """The first worker and what measures rates are started as they are."""
     src = str(compare.Path(compare.__file__).parents[1] / "src")
+    first_on_path = []
+
+    def start(*args, env, **options):
+        first_on_path.append(env["PYTHONPATH"].split(os.pathsep)[0])
+        return (subprocess.Popen if len(first_on_path) == 1 else Forked)(*args, env=env, **options)
+
+    monkeypatch.setattr(session, "subprocess", types.SimpleNamespace(Popen=start, run=subprocess.run))
     options = ["--before", src, "--after", src, "--no-checks", "--checkpointing", "none", "--rounds", "1", "--profile"]
     assert compare.main(small(*options, output=tmp_path)) == 0
     record = only_record(tmp_path)
     config = record["configs"][0]
+    assert first_on_path == [src, src]
     assert record["method"].endswith(session.UNCHECKED)
     assert [r["label"] for r in config["results"]] == ["before", "after"]
     assert [len(r["samples_ms"]) for r in config["results"]] == [2, 2]
@@ -278,9 +288,14 @@ def test_what_cannot_be_measured_ends_at_once(more, named, tmp_path) -> None:
 RUN = op_cases.Run(CPU)
 
 
+@pytest.fixture
+def traced(monkeypatch) -> None:
+    """What is compiled is traced and differentiated, without C++."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 @pytest.mark.parametrize("op", ["gated_delta_rule", "linear_cross_entropy"])
-def test_an_op_makes_a_record(op, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++
+def test_an_op_makes_a_record(op, traced, tmp_path) -> None:
     options = ["--op", op, "--shape", "tiny", "--tokens", "130", "--seconds", "0.01", "--device", "cpu"]
     assert ops.main([*options, "--output", str(tmp_path)]) == 0
     record = only_record(tmp_path)
@@ -319,7 +334,7 @@ def test_a_round_that_time_did_not_reach_loses_no_other() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "gpt_oss"])
-def test_experts_of_a_mixture_are_measured_beside_the_stock_ones(model_type) -> None:
+def test_experts_of_a_mixture_are_measured_beside_the_stock_ones(model_type, traced) -> None:
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 8}
     values = {**SHAPES["tiny"].values, **experts, "shared_expert_intermediate_size": 8, "intermediate_size": 32}
     if model_type == "gpt_oss":
@@ -336,7 +351,7 @@ def test_experts_of_a_mixture_are_measured_beside_the_stock_ones(model_type) -> 
     assert "stock grouped_mm, compiled" in op_cases.moe_experts(shape, 50, RUN).variants
 
 
-def test_the_gate_of_an_mlp_with_adapters_is_measured_beside_pefts() -> None:
+def test_the_gate_of_an_mlp_with_adapters_is_measured_beside_pefts(traced) -> None:
     case = op_cases.gated_activation_lora(SHAPES["tiny"], 50, RUN, rank=8)
     found = ops.measure_case(case, RUN, seconds=0.01)
     status = {r["impl"]: r["status"] for r in found["results"]}

@@ -6,18 +6,38 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+#: Imports, tells the modules there are, and answers each line by what a fork of it does.
 PROGRAM = """\
-import json, resource, sys
+import json, os, resource, sys
 from deltatune.cli import main
-status = main(sys.argv[1:])
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([status, list(sys.modules), used.ru_utime + used.ru_stime]))
+exec(sys.argv[1])
+
+def seconds():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+before = seconds()
+print(json.dumps(list(sys.modules)), flush=True)
+for line in sys.stdin:
+    arguments, said, told = json.loads(line)
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(2, 1)
+        try:
+            status = main(arguments)
+            with open(told, "w") as file:
+                json.dump([status, list(sys.modules), before + seconds()], file)
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+    print(flush=True)
 """
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 #: What a model takes, and rows and tokenizers do not.
@@ -29,13 +49,50 @@ OF_MODELS = (
 BOUND = 4.0
 
 
-def run_plan(recipe: Path, *settings: str) -> tuple[int, set[str], float, str]:
-    """The status, the modules that were imported, the seconds of CPU and what went to stderr."""
-    given = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-c", PROGRAM, "plan", str(recipe), *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    status, modules, seconds = json.loads(done.stdout.splitlines()[-1])
-    return status, set(modules), seconds, done.stderr
+class Plans:
+    """``deltatune plan``, each in a process forked from one that has done nothing but imports."""
+
+    def __init__(self, imports: str) -> None:
+        command = [sys.executable, "-c", PROGRAM, imports]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.imported: set[str] = set(self._answer())
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline() or "null")
+
+    def run(self, recipe: Path, *settings: str) -> tuple[int, set[str], float, str]:
+        """The status, the modules that were imported, the seconds of CPU and what it said."""
+        given = [part for setting in settings for part in ("--set", setting)]
+        said, told = recipe.parent / "said", recipe.parent / "told"
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([["plan", str(recipe), *given], str(said), str(told)]) + "\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+        assert told.exists(), said.read_text()
+        status, modules, seconds = json.loads(told.read_text())
+        return status, set(modules), seconds, said.read_text()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def plans() -> Iterator[Plans]:
+    found = Plans("")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def plans_with_tokenizers() -> Iterator[Plans]:
+    """What a tokenizer takes of a model's modules is there: nothing now, much of it in transformers 5.17."""
+    found = Plans("import torch; from transformers import AutoTokenizer")
+    yield found
+    found.close()
 
 
 @pytest.mark.parametrize(
@@ -57,8 +114,8 @@ def run_plan(recipe: Path, *settings: str) -> tuple[int, set[str], float, str]:
         ("data.train.0.path=no/rows.jsonl", "no/rows.jsonl does not exist"),
     ],
 )
-def test_names_and_paths_are_checked_without_torch(write_recipe: Any, setting: str, message: str) -> None:
-    status, modules, seconds, said = run_plan(write_recipe(), setting)
+def test_names_and_paths_are_checked_without_torch(plans: Plans, write_recipe: Any, setting: str, message: str) -> None:
+    status, modules, seconds, said = plans.run(write_recipe(), setting)
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said
     assert modules.isdisjoint(HEAVY)
@@ -106,22 +163,19 @@ GOOD = said("user", "assistant")
     ],
 )
 def test_types_of_models_and_first_rows_are_checked_without_torch(
-    write_recipe: Any, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path, Path], list[str]], message: str
+    plans: Plans,
+    write_recipe: Any,
+    checkpoint: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path, Path], list[str]],
+    message: str,
 ) -> None:
     (tmp_path / "spoiled").mkdir()
-    status, modules, seconds, said = run_plan(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
+    status, modules, seconds, said = plans.run(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said
     assert modules.isdisjoint(HEAVY)
     assert seconds < BOUND
-
-
-@pytest.fixture(scope="module")
-def of_tokenizers() -> set[str]:
-    """What a tokenizer takes of the same: nothing now, much of it in transformers 5.17."""
-    program = f"import sys; from transformers import AutoTokenizer; print(*sys.modules.keys() & {set(OF_MODELS)})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
-    return set(done.stdout.split())
 
 
 def _broken_tokenizer(_: Path, folder: Path) -> list[str]:
@@ -146,21 +200,21 @@ def _refused_prompt(checkpoint: Path, folder: Path) -> list[str]:
     ],
 )
 def test_all_rows_and_tokenizers_are_checked_before_models_are_imported(
+    plans_with_tokenizers: Plans,
     write_recipe: Any,
     checkpoint: Path,
     tmp_path: Path,
-    of_tokenizers: set[str],
     spoil: Callable[[Path, Path], list[str]],
     message: str,
 ) -> None:
     (tmp_path / "spoiled").mkdir()
-    status, modules, _, said = run_plan(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
+    status, modules, _, said = plans_with_tokenizers.run(write_recipe(), *spoil(checkpoint, tmp_path / "spoiled"))
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said
-    assert modules.intersection(OF_MODELS) <= of_tokenizers
+    assert modules.intersection(OF_MODELS) <= plans_with_tokenizers.imported
 
 
-def test_a_plan_imports_neither_trainer_nor_tables(write_recipe: Any) -> None:
-    status, modules, _, _ = run_plan(write_recipe())
+def test_a_plan_imports_neither_trainer_nor_tables(plans_with_tokenizers: Plans, write_recipe: Any) -> None:
+    status, modules, _, _ = plans_with_tokenizers.run(write_recipe())
     assert status == 0
     assert modules.isdisjoint({"datasets", "pandas", "trl", "transformers.trainer", "torch._inductor.compile_fx"})

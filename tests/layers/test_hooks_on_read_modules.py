@@ -90,7 +90,7 @@ def test_a_hook_acts_from_when_it_comes_until_it_goes(read: str, compile: Compil
     pick = (READ | {"mlp": lambda m: m.model.layers[0].mlp, "act": lambda m: m.model.layers[0].mlp.act_fn})[read]
     stock = tiny_model("qwen3_5").train()
     if compile is not None:  # one layer to trace
-        stock = tiny_model("qwen3" if read == "q_norm" else "qwen3_5", layers=1).train()
+        stock = tiny_model("qwen3_5" if read == "gated norm" else "qwen3", layers=1).train()
     model = copy.deepcopy(stock)
     prepare(model, compile=compile)
     without = packed(model)

@@ -201,7 +201,7 @@ def test_heads_are_normalised_before_the_only_rounding():
 @pytest.fixture(scope="module")
 def compiled():
     torch._dynamo.reset()
-    return torch.compile(causal_conv, fullgraph=True)
+    return torch.compile(causal_conv, fullgraph=True, backend="aot_eager")
 
 
 def test_compiles_whole_and_only_once_for_any_documents(compiled):

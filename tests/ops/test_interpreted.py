@@ -13,12 +13,12 @@ import pytest
 
 # two processes, of about the same time
 TESTS = {
-    "convolution and delta rule": (
+    "convolution, delta rule and gated norm": (
         "test_causal_conv_interpreted.py",
+        "test_gated_rms_norm_kernel.py",
         "test_gated_delta_rule_libraries.py::test_interpreted_normalisation",
     ),
-    "norms, adapters, experts and loss": (
-        "test_gated_rms_norm_kernel.py",
+    "norm with rope, adapters, experts and loss": (
         "test_grouped_kernels.py",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels",
         "test_linear_cross_entropy_blocks.py::test_interpreted_kernels_without_tokens",

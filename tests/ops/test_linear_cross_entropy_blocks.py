@@ -78,7 +78,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 @pytest.mark.parametrize(
     ("tokens", "width", "vocabulary", "blocks"),
-    [(5, 8, 1, Blocks(3, 16)), (5, 8, 7, Blocks(5, 16)), (20, 24, 200, Blocks(17, 80))],
+    [(5, 8, 1, Blocks(3, 16)), (5, 8, 7, Blocks(5, 16)), (20, 24, 100, Blocks(17, 40))],
     ids=["one entry", "one block", "several chunks and blocks, neither of whole tiles"],
 )
 def test_interpreted_kernels(two_tiles_at_once, tokens, width, vocabulary, blocks, scale):

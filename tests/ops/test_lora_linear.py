@@ -175,7 +175,7 @@ def test_one_graph_whatever_the_values():
         return gate[..., :16] * up
 
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    compiled = torch.compile(block, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):
             x = inputs(2, 9, dtype=torch.float32)

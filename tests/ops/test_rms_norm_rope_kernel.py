@@ -249,7 +249,7 @@ def test_backward_repeats_and_writes_into_nothing_it_is_given():
     "given", ["q and k", "q without weight"] if INTERPRETED else ["q", "q and k", "q without weight"]
 )
 def test_opcheck(given):
-    (q, k, q_weight, k_weight), angles, options = make_pair(tokens=2)
+    (q, k, q_weight, k_weight), angles, options = make_pair(tokens=1)
     k, k_weight = (k, k_weight) if given == "q and k" else (None, None)
     q_weight = None if given == "q without weight" else q_weight
     arguments = (q, k, q_weight, k_weight, *angles, *options.values())

@@ -49,10 +49,24 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
-@pytest.mark.parametrize("name", BASES)
-def test_stock_libraries_compute_what_was_trained(name: str, lora: dict[str, Any], tmp_path: Path) -> None:
-    base = saved(tmp_path / "base", BASES[name]())
+#: Every adapter on a text model and on one of images whose embeddings are its head; on the others what they decide.
+MERGED = [
+    *((name, kind) for name in ("text", "images, tied") for kind in ADAPTERS),
+    ("images", "linear"),
+    ("text, tied", "embedding trained"),
+    ("text, tied", "head adapted"),
+    ("images, mixture", "linear"),
+    ("images, mixture", "rslora with biases"),
+    ("mixture", "linear"),
+    ("mixture", "weight_decomposed"),
+    ("bfloat16", "weight_decomposed"),
+    ("float16", "rslora with biases"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), MERGED)
+def test_stock_libraries_compute_what_was_trained(name: str, kind: str, tmp_path: Path) -> None:
+    base, lora = saved(tmp_path / "base", BASES[name]()), ADAPTERS[kind]
     if "mixture" in name and not lora:
         lora = {"target_parameters": "all-experts"}
     trained = adapter_on(base, tmp_path / "adapter", **lora)

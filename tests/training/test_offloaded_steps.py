@@ -23,6 +23,7 @@ from tiny import tiny_model
 CPU = torch.device("cpu")
 WIDTH = 256  # a layer's input of 1024 tokens is 1 MiB
 TOKENS = 1024
+VOCABULARY = len(byte_tokenizer())
 
 
 def watched(model: Any) -> list[Offloading | None]:
@@ -72,14 +73,14 @@ def test_accumulated_steps_and_evaluations_are_the_same(tmp_path: Path, family: 
 
 def test_preferences_with_a_reference_are_the_same(tmp_path: Path) -> None:
     """The reference, the model without its adapter, runs in every step, without gradients."""
-    checkpoint = save_checkpoint(tmp_path / "base")
+    checkpoint = save_checkpoint(tmp_path / "base", tiny_model("qwen3", vocab_size=VOCABULARY, hidden_size=WIDTH))
     recipe = make_recipe(
         tmp_path,
         checkpoint,
         data={"train": [{"path": str(write_pairs(tmp_path / "pairs.jsonl", 8))}]},
         lora={"r": 4, "target_modules": ["q_proj", "down_proj"]},
         preference={},
-        packing={"tokens_per_batch": 8192},
+        packing={"tokens_per_batch": TOKENS},
         training={"output_dir": str(tmp_path / "output"), "max_steps": 2, "logging_steps": 1},
         checkpointing="layer",
     )

@@ -53,6 +53,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "base")
 
 
+def unprobed(folder: Path, checkpoint: Path, **sections: Any) -> Any:
+    """A run of few adapters without the probe at its start, which is a third of a small one."""
+    few = {"lora": {"target_modules": ["q_proj", "in_proj_qkv"]}}
+    return make_recipe(folder, checkpoint, verify={"enabled": False, "lengths": None}, **{**few, **sections})
+
+
 def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -195,7 +201,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["adapter", "full"])
 def test_a_finished_run_that_is_resumed_as_it_was_writes_nothing(tmp_path: Path, checkpoint: Path, lora: Any) -> None:
     data = {"eval": [{"path": str(write_conversations(tmp_path / "eval.jsonl", 4, first=50))}]}
-    recipe = make_recipe(tmp_path, checkpoint, training=FIVE_STEPS, lora=lora, data=data)
+    recipe = unprobed(tmp_path, checkpoint, training=FIVE_STEPS, lora=lora, data=data)
     first = train(recipe, console=QUIET)
     before = files_of(tmp_path / "output")
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
@@ -243,14 +249,14 @@ def test_only_whole_final_files_stay_as_they_are(tmp_path: Path, finished: Path,
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    train(make_recipe(folder, checkpoint, training=FIVE_STEPS), console=QUIET)
+    train(unprobed(folder, checkpoint, training=FIVE_STEPS), console=QUIET)
     return folder / "output"
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["lost a file", "killed in the final save"])
 def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: Path, killed: bool) -> None:
     """Its last step lies within an epoch, where the Trainer would go one further."""
-    recipe = make_recipe(tmp_path, checkpoint, training=FIVE_STEPS)
+    recipe = unprobed(tmp_path, checkpoint, training=FIVE_STEPS)
     first = train(recipe, console=QUIET)
     expected = adapter(tmp_path / "output")
     record = tmp_path / "output" / "run.json"
@@ -279,7 +285,7 @@ def test_a_run_whose_steps_are_done_trains_no_more(tmp_path: Path, checkpoint: P
 def test_a_finished_run_that_was_changed_tells_it_in_a_leg(tmp_path: Path, checkpoint: Path) -> None:
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     for limit in (None, 1):
-        given = make_recipe(tmp_path, checkpoint, training={**training, "save_total_limit": limit})
+        given = unprobed(tmp_path, checkpoint, training={**training, "save_total_limit": limit})
         train(given, resume=limit is not None, console=QUIET)
     legs = json.loads((tmp_path / "output" / "run.json").read_text())["legs"]
     assert [leg["changes"] for leg in legs] == [[], ["training.save_total_limit: null -> 1"]]
@@ -287,11 +293,11 @@ def test_a_finished_run_that_was_changed_tells_it_in_a_leg(tmp_path: Path, check
 
 def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint: Path) -> None:
     training = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, training=training), console=QUIET)
     before = adapter(tmp_path / "output")
     console = Console(record=True, width=120, file=(tmp_path / "screen.txt").open("w"))
     changed = {**training, "max_steps": 5, "learning_rate": 0.0}
-    result = train(make_recipe(tmp_path, checkpoint, training=changed), resume=True, console=console)
+    result = train(unprobed(tmp_path, checkpoint, training=changed), resume=True, console=console)
     assert "changed since checkpoint-3: training.learning_rate: 0.01 -> 0.0" in console.export_text()
     assert [entry["learning_rate"] for entry in result.log_history if "loss" in entry][3:] == [0.0, 0.0]
     after = adapter(tmp_path / "output")
@@ -301,9 +307,9 @@ def test_settings_that_are_changed_act_from_there_on(tmp_path: Path, checkpoint:
 def test_a_run_that_goes_on_logs_and_saves_as_its_recipe_says_now(tmp_path: Path, checkpoint: Path) -> None:
     """The Trainer's state would bring back when the run before did."""
     saving = {"save_strategy": "steps", "save_steps": 1}
-    train(make_recipe(tmp_path, checkpoint, training={"max_steps": 2, **saving}), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, training={"max_steps": 2, **saving}), console=QUIET)
     now = {"max_steps": 6, **saving, "logging_steps": 2, "save_steps": 3}
-    result = train(make_recipe(tmp_path, checkpoint, training=now), resume=True, console=QUIET)
+    result = train(unprobed(tmp_path, checkpoint, training=now), resume=True, console=QUIET)
     assert [entry["step"] for entry in result.log_history if "loss" in entry] == [1, 2, 4, 6]
     assert {path.name for path in (tmp_path / "output").glob("checkpoint-*")} == {
         f"checkpoint-{step}" for step in (1, 2, 3, 6)
@@ -312,8 +318,8 @@ def test_a_run_that_goes_on_logs_and_saves_as_its_recipe_says_now(tmp_path: Path
 
 def test_a_finished_run_removes_what_it_was_killed_before_it_removed(tmp_path: Path, checkpoint: Path) -> None:
     saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    train(make_recipe(tmp_path, checkpoint, training=saving), console=QUIET)
-    train(make_recipe(tmp_path, checkpoint, training={**saving, "save_total_limit": 1}), resume=True, console=QUIET)
+    train(unprobed(tmp_path, checkpoint, training=saving), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, training={**saving, "save_total_limit": 1}), resume=True, console=QUIET)
     assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -328,9 +334,9 @@ def test_settings_that_cannot_act_stop_a_run_that_goes_on(
     tmp_path: Path, checkpoint: Path, sections: dict[str, Any], message: str
 ) -> None:
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, training=training), console=QUIET)
     longer = {**training, "max_steps": 4}
-    other = make_recipe(tmp_path, checkpoint, training=longer, **sections)
+    other = unprobed(tmp_path, checkpoint, training=longer, **sections)
     with pytest.raises(UserError, match=message):
         train(other, resume=True, console=QUIET)
     if "packing" in sections:
@@ -341,13 +347,13 @@ def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     rows = write_conversations(tmp_path / "rows.jsonl", 24)
     data = {"train": [{"path": str(rows), "format": "chat"}]}
-    train(make_recipe(tmp_path, checkpoint, data=data, training=training), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, data=data, training=training), console=QUIET)
     assert stat.S_IMODE((tmp_path / "output" / "adapter_model.safetensors").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "output" / "config.yaml").stat().st_mode
     )
     with rows.open("a") as stream:
         stream.write(rows.read_text().splitlines()[0] + "\n")
-    recipe = make_recipe(tmp_path, checkpoint, data=data, training={**training, "max_steps": 4})
+    recipe = unprobed(tmp_path, checkpoint, data=data, training={**training, "max_steps": 4})
     with pytest.raises(UserError, match=r"rows of .*rows\.jsonl: .* --allow-change"):
         train(recipe, resume=True, console=QUIET)
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
@@ -356,7 +362,7 @@ def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
 
 
 def test_a_finished_model_is_not_replaced(tmp_path: Path, checkpoint: Path) -> None:
-    recipe = make_recipe(tmp_path, checkpoint, training={"max_steps": 1})
+    recipe = unprobed(tmp_path, checkpoint, training={"max_steps": 1})
     train(recipe, console=QUIET)
     files = {path: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()}
     for resume in (None, "auto"):
@@ -380,7 +386,7 @@ def test_the_best_checkpoint_is_named_by_its_place(
         "save_total_limit": 1,
         "max_steps": 4,
     }
-    train(make_recipe(tmp_path, checkpoint, data={"eval": [{"path": str(held_out)}]}, training=training), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, data={"eval": [{"path": str(held_out)}]}, training=training), console=QUIET)
     (place,) = (tmp_path / "output").glob("checkpoint-*")
     state = json.loads((place / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(place)
@@ -400,7 +406,7 @@ def test_a_signal_that_a_compiler_gets_too_is_no_fault(
     monkeypatch.setattr(PackedTrainer, "training_step", step)
     expected = InterruptedRunError if signalled else InductorError
     with pytest.raises(expected, match="stopped within step 1 of 6, as it compiled" if signalled else "C") as caught:
-        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+        train(unprobed(tmp_path, checkpoint), console=QUIET)
     assert getattr(caught.value, "status", None) == (130 if signalled else None)
     found = json.loads((tmp_path / "output" / "run.json").read_text())["status"]
     assert found == ("interrupted" if signalled else "failed")
@@ -422,7 +428,7 @@ def test_a_signal_in_the_last_step_ends_nothing(
         return trainer
 
     monkeypatch.setattr(run_module, "_trainer", building)
-    assert len(losses(train(make_recipe(tmp_path, checkpoint, training={"max_steps": 2}), console=QUIET))) == 2
+    assert len(losses(train(unprobed(tmp_path, checkpoint, training={"max_steps": 2}), console=QUIET))) == 2
     assert json.loads((tmp_path / "output" / "run.json").read_text())["status"] == "finished"
 
 
@@ -430,8 +436,8 @@ def test_a_signal_in_the_last_step_ends_nothing(
 def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
     tmp_path: Path, checkpoint: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(make_recipe(tmp_path, checkpoint), console=QUIET)
-    recipe = make_recipe(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "parts")})
+    whole = train(unprobed(tmp_path, checkpoint), console=QUIET)
+    recipe = unprobed(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "parts")})
 
     class Signalled(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -490,7 +496,7 @@ GO_ON = "go on with deltatune train mine.yaml --resume"
 
 
 def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, checkpoint: Path) -> None:
-    recipe = make_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
+    recipe = unprobed(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
     # as a disk that lost it would leave it
     loses = (tmp_path / "output" / "checkpoint-4" / "optimizer.pt").unlink
     place = tmp_path / "output" / "checkpoint-2"
@@ -509,19 +515,19 @@ def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, checkpoint: Path) -
 def test_the_second_ctrl_c_says_which_setting_left_nothing(
     tmp_path: Path, checkpoint: Path, training: dict[str, Any], setting: str
 ) -> None:
-    kept = interrupted_twice(make_recipe(tmp_path, checkpoint, training=training), 1)
+    kept = interrupted_twice(unprobed(tmp_path, checkpoint, training=training), 1)
     assert kept == f"no whole checkpoint is there to go on from ({setting})"
 
 
 def test_the_second_ctrl_c_names_what_the_run_began_from_until_it_has_saved(tmp_path: Path, checkpoint: Path) -> None:
     """Neither a folder of its own that is empty, nor later checkpoints of the run before, say where it was."""
     training = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
-    train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
+    train(unprobed(tmp_path, checkpoint, training=training), console=QUIET)
     first = tmp_path / "output" / "checkpoint-1"
     said = f"the last whole checkpoint is {first}; {GO_ON} {first}"
-    elsewhere = make_recipe(tmp_path, checkpoint, training={**training, "output_dir": str(tmp_path / "elsewhere")})
+    elsewhere = unprobed(tmp_path, checkpoint, training={**training, "output_dir": str(tmp_path / "elsewhere")})
     assert interrupted_twice(elsewhere, 1, first) == said
-    same = make_recipe(tmp_path, checkpoint, training=training)
+    same = unprobed(tmp_path, checkpoint, training=training)
     assert interrupted_twice(same, 1, first) == said
     own = tmp_path / "output" / "checkpoint-2"
     assert interrupted_twice(same, 2, first) == f"the last whole checkpoint is {own}; {GO_ON}"
@@ -535,7 +541,7 @@ def test_a_checkpoint_that_goes_as_it_is_looked_at_does_not_replace_an_interrupt
         raise FileNotFoundError("rotated")
 
     monkeypatch.setattr(interruption, "latest", gone)
-    recipe = make_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 1})
+    recipe = unprobed(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 1})
     assert interrupted_twice(recipe, 2) == "no whole checkpoint is there to go on from (training.save_steps)"
 
 
@@ -590,7 +596,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
     with pytest.raises(UserError, match=r"the loss is nan at step 2 \(.*train\.jsonl, line \d+; .*\); nothing after"):
-        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+        train(unprobed(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
     record = json.loads((tmp_path / "output" / "run.json").read_text())
     assert record["legs"][0]["status"] == "failed"
@@ -611,7 +617,7 @@ def test_a_skipped_update_is_kept_in_the_record(
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", poisoned)
     console = Console(record=True, width=400, file=(tmp_path / "screen.txt").open("w"))
-    result = train(make_recipe(tmp_path, checkpoint, training={"on_nonfinite": "skip"}), console=console)
+    result = train(unprobed(tmp_path, checkpoint, training={"on_nonfinite": "skip"}), console=console)
     assert result.metrics["leg"]["skipped_steps"] == 1
     assert len(losses(result)) == 5
     screen = console.export_text()
@@ -636,7 +642,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
 
     monkeypatch.setattr(run_module, "evaluation_of_weights", poisoned)
     with pytest.raises(UserError, match="some trained weights are not finite, so they are not saved"):
-        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+        train(unprobed(tmp_path, checkpoint), console=QUIET)
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
 
 
@@ -646,7 +652,7 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path, checkpoint: Path, mon
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", full)
     with pytest.raises(UserError, match=r"out of memory at step 1: .* 2\.00 GiB\.; lower packing\.tokens_per_batch"):
-        train(make_recipe(tmp_path, checkpoint), console=QUIET)
+        train(unprobed(tmp_path, checkpoint), console=QUIET)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, checkpoint: Path) -> None:
@@ -671,8 +677,8 @@ def test_a_stream_goes_on_in_its_middle_bit_for_bit(
         "dataloader_num_workers": workers,
     }
     data = {"streaming": True}
-    uninterrupted = train(make_recipe(tmp_path, checkpoint, data=data, training=training), console=QUIET)
-    parts = make_recipe(tmp_path, checkpoint, data=data, training={**training, "output_dir": str(tmp_path / "parts")})
+    uninterrupted = train(unprobed(tmp_path, checkpoint, data=data, training=training), console=QUIET)
+    parts = unprobed(tmp_path, checkpoint, data=data, training={**training, "output_dir": str(tmp_path / "parts")})
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_trainer", stopping_after(7, run_module._trainer))
         train(parts, console=QUIET)

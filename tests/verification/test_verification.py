@@ -30,7 +30,7 @@ LENGTHS = (1, 66, 3)
 def test_prepared_models_are_independent(family: str) -> None:
     model = tiny_model(family)
     prepare(model)
-    report = verify(model)
+    report = verify(model) if family == "gpt_oss" else verify(model, lengths=LENGTHS)
     assert report.ok, str(report)
     assert report.prepared
     assert report.exact
@@ -537,7 +537,7 @@ def test_a_leak_without_a_gradient_hides_in_no_limit(tolerance: float, monkeypat
     model = tiny_model("qwen3")
     prepare(model)
     monkeypatch.setattr(ops, "varlen_attention", longer_packs_are_louder)
-    report = verify(model, tolerance=tolerance)
+    report = verify(model, lengths=LENGTHS, tolerance=tolerance)
     row = _rows(report)["full_attention"]
     assert row.cross_document_gradient == row.perturbation == 0
     assert not row.ok
@@ -694,7 +694,11 @@ def test_another_function_is_found_in_16_bits(family: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("family", "seed", "dtype"),
-    [*((family, seed, torch.bfloat16) for family in FAMILIES for seed in (1, 2)), ("qwen3_5", 1, torch.float16)],
+    [
+        *((family, 1, torch.bfloat16) for family in FAMILIES),
+        ("qwen3_5_moe", 2, torch.bfloat16),
+        ("qwen3_5", 1, torch.float16),
+    ],
 )
 def test_rounding_in_16_bits_is_no_other_function(family: str, seed: int, dtype: torch.dtype) -> None:
     model = tiny_model(family, seed=seed, dtype=dtype)
