@@ -38,9 +38,14 @@ def run_ranks(main: Callable[..., None], *args: Any, count: int) -> None:
     torch.multiprocessing.start_processes(_rank, (main, *args), nprocs=count, start_method="forkserver")
 
 
-def _rank(rank: int, main: Callable[..., None], *args: Any) -> None:
+def settle() -> None:
+    """First in a process of ``FORKED``."""
     gc.freeze()  # what was imported is not searched again
     torch.set_num_threads(1)
+
+
+def _rank(rank: int, main: Callable[..., None], *args: Any) -> None:
+    settle()
     main(rank, *args)
     # A DDP model that outlives the process group frees it with the GIL held and joins gloo's thread, which may
     # itself wait for the GIL to drop a tensor.

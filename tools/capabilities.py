@@ -260,6 +260,7 @@ def _config(need: Need, axes: Sequence[Axis]) -> Any:
     if need.config.keys() >= _SMALL.keys():
         return AutoConfig.for_model(need.shape, **need.config)
     config = shape_named(need.shape or ("tiny-moe" if _EXPERT in axes else "tiny")).config()
+    config.num_hidden_layers, config.layer_types = 2, ["linear_attention", "full_attention"]
     for name, value in need.config.items():
         setattr(config, name, value)
     if not need.images:

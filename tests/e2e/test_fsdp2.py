@@ -29,7 +29,6 @@ PACKS = [[[30, 1, 9, 20], [7, 40, 3]], [[64], [5, 5, 5, 5, 12, 12]]]
 PREPARATIONS: dict[str, dict[str, Any]] = {
     "eager": {},
     "sharded_head": {},
-    "compiled": {"compile": TRACED},
     "adapter": {"compile": TRACED, "checkpointing": "layer"},
     "replicated": {"compile": TRACED},
 }
@@ -37,10 +36,10 @@ PREPARATIONS: dict[str, dict[str, Any]] = {
 
 def build(case: str) -> Any:
     torch.manual_seed(0)
-    # a graph of each type of layer is traced once: recurrent where "compiled", else attention
-    family, layers = ("qwen3", 2) if case in ("replicated", "adapter") else ("qwen3_5", 1 if case == "compiled" else 2)
+    # a graph of each type of layer is traced once: recurrent where there is an adapter, else attention
+    family, layers = {"adapter": ("qwen3_5", 1), "replicated": ("qwen3", 2)}.get(case, ("qwen3_5", 2))
     model = tiny_model(family, layers=layers)
-    return (peft.get_peft_model(model, lora(target_modules=["q_proj"])) if case == "adapter" else model).train()
+    return (peft.get_peft_model(model, lora(target_modules=["in_proj_qkv"])) if case == "adapter" else model).train()
 
 
 def pack(step: int, rank: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import peft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from deltatune import CompileOptions, Sequences, prepare
 from deltatune.packing.group import Recurrent
@@ -19,6 +20,7 @@ from deltatune.parallel.slice import cut_batch
 from tiny import documents, tiny_conditional, tiny_model
 
 TRACED = CompileOptions(backend="aot_eager")
+COLLECTIVES = {"_c10d_functional::all_to_all_single", "_c10d_functional::all_gather_into_tensor"}
 #: of Qwen3.5's layers, wide enough to be cut at 513
 THREE, ODD = [37, 51, 40], [13, 1, 2, 3, 70]
 
@@ -40,6 +42,7 @@ class Case:
     counted: bool = True  # the call says how many targets there are
     recurrent: Recurrent = "heads"
     wrapped: bool = False  # another tool put a forward on the instance that calls ours, as accelerate does
+    exchanges: bool = False  # how often it exchanges is counted
 
 
 def pack(lengths: list[int], total: int | None = None, seed: int = 0) -> dict[str, Any]:
@@ -105,8 +108,8 @@ def alone(case: Case) -> list[dict[str, torch.Tensor]]:
     return [step(model, case, index) for index in range(len(case.packs))]
 
 
-def together(case: Case, rank: int, size: int) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
-    """Every pack on all ranks, and what the compiler did."""
+def together(case: Case, rank: int, size: int) -> dict[str, Any]:
+    """Every pack on all ranks, how often they exchange in one, and what the compiler did."""
     model = build(case)
     prepared = prepare(model, **case.prepared)
     shard_sequence(prepared, dist.group.WORLD, recurrent=case.recurrent)
@@ -114,7 +117,21 @@ def together(case: Case, rank: int, size: int) -> tuple[list[dict[str, torch.Ten
         model.forward = passing_on(model.forward)
     found = [step(model, case, index, (rank, size)) for index in range(len(case.packs))]
     report = prepared.compile_report
-    return found, {} if report is None else report.to_dict()
+    return {
+        "steps": found,
+        "exchanges": exchanges(model, case, rank, size) if case.exchanges else [],
+        "report": {} if report is None else report.to_dict(),
+    }
+
+
+def exchanges(model: Any, case: Case, rank: int, size: int) -> list[int]:
+    """The collectives of a forward and of its backward."""
+    part = cut_batch(pack(case.packs[0], case.total), rank=rank, size=size)
+    with profile(activities=[ProfilerActivity.CPU]) as forward:
+        loss = model(**part, num_items_in_batch=100).loss
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        loss.backward()
+    return [sum(event.count for event in run.key_averages() if event.key in COLLECTIVES) for run in (forward, backward)]
 
 
 def passing_on(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from sequence_cases import ODD, THREE, TRACED, Case, alone, build, join, pack, step, targets_of, together
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 
 from deltatune import CompileOptions, prepare
 from deltatune.layers.exchange import exchange
@@ -25,6 +24,11 @@ WHOLE = CompileOptions(scope="model", backend="aot_eager")
 THREE_HEADS = {"linear_num_value_heads": 3, "linear_num_key_heads": 3}
 FEW = {"num_key_value_heads": 1, "linear_num_key_heads": 1}
 
+
+def traced(checkpointing: str | float) -> dict[str, Any]:
+    return {"compile": TRACED, "checkpointing": checkpointing}
+
+
 CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "documents of any length": (
         (2, 4),
@@ -35,22 +39,25 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "labels of a wrapped model": ((2,), Case((THREE,), family="qwen3", labels=True, wrapped=True)),
     "fewer heads": ((2,), Case((THREE,), model=FEW, labels=True)),
     "text of a model with images": ((2,), Case((THREE,), images=True)),
-    "tied": ((2,), Case((THREE,), model={"tie_word_embeddings": True})),
+    "tied": ((2,), Case((THREE,), model={"tie_word_embeddings": True}, exchanges=True)),
     "adapters": ((4,), Case((THREE,), lora=True)),
-    "checkpointed": ((2,), Case((THREE,), prepared={"checkpointing": "layer"})),
+    "checkpointed": ((2,), Case((THREE,), prepared={"checkpointing": "layer"}, exchanges=True)),
     "dense": ((2, 4), Case((THREE, ODD), family="qwen3")),
     "windows and sinks": ((2,), Case((THREE,), family="gpt_oss", call=ROUTED)),
     "experts": ((2, 4), Case((THREE,), family="qwen3_5_moe", call=ROUTED)),
     # padding counts in the router's loss, so it is there on one process too
     "interleaved": ((2, 4), Case((ODD,), family="qwen3_next", total=92, call=ROUTED)),
     # the other boundaries in a pack of as many tokens take the same graphs
-    "traced": ((2,), Case((THREE, [13, 1, 2, 3, 109], [128]), prepared={"compile": TRACED})),
+    "traced": ((2,), Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared=traced(0.0), exchanges=True)),
     "traced, routed": (
         (2,),
-        Case((THREE,), family="qwen3_moe", layers=1, call=ROUTED, prepared={"compile": TRACED, "checkpointing": 0.0}),
+        Case((THREE,), family="qwen3_moe", layers=1, call=ROUTED, prepared=traced(0.5), exchanges=True),
     ),
     "traced, whole": ((2,), Case((THREE,), family="qwen3", layers=1, prepared={"compile": WHOLE})),
-    "adapters, traced": ((4,), Case((THREE,), family="qwen3", layers=1, lora=True, prepared={"compile": TRACED})),
+    "traced, adapters": (
+        (2,),
+        Case((THREE,), family="qwen3", layers=1, lora=True, prepared=traced("layer"), exchanges=True),
+    ),
     "states": (
         (2, 4),
         Case((THREE, ODD, [513, 511], [514, 510], [257, 255, 257, 255], [401], [7], [1, 1, 1]), recurrent="state"),
@@ -58,10 +65,13 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "states, ranks of padding alone": ((2, 4), Case(([30, 2],), total=128, recurrent="state")),
     "states of heads that do not divide": ((2, 4), Case((THREE,), model=THREE_HEADS, recurrent="state")),
     "states, interleaved": ((2, 4), Case((ODD,), family="qwen3_next", total=92, call=ROUTED, recurrent="state")),
-    "states, adapters": ((4,), Case((THREE,), lora=True, prepared={"checkpointing": "layer"}, recurrent="state")),
+    "states, adapters": (
+        (2, 4),
+        Case((THREE,), lora=True, prepared={"checkpointing": "layer"}, recurrent="state", exchanges=True),
+    ),
     "states, traced": (
         (2,),
-        Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared={"compile": TRACED}, recurrent="state"),
+        Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared=traced(0.0), recurrent="state", exchanges=True),
     ),
     "compiled": ((2,), Case((THREE,), layers=1, prepared={"compile": CompileOptions(), "checkpointing": "layer"})),
 }
@@ -90,7 +100,6 @@ def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
         made |= {
             "documents, heads": documents_main(rank, "heads"),
             "documents, state": documents_main(rank, "state"),
-            "exchanges": exchanges_main(rank),
             "sharded": sharded_main(rank),
             "undone": undone_main(rank),
             "exchange": exchange_main(rank),
@@ -101,8 +110,9 @@ def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
 
 @pytest.mark.parametrize(("name", "ranks"), BY_RANKS)
 def test_losses_and_gradients_are_those_of_one_process(name: str, ranks: int, found: Any) -> None:
-    steps, report = found(ranks)[name]
-    for ours, theirs in zip(steps, alone(CASES[name][1]), strict=True):
+    made = found(ranks)[name]
+    report = made["report"]
+    for ours, theirs in zip(made["steps"], alone(CASES[name][1]), strict=True):
         assert ours.keys() == theirs.keys()
         for key, expected in theirs.items():
             assert (ours[key] - expected).norm() <= 1e-5 * expected.norm() + 1e-12, key
@@ -158,44 +168,10 @@ def test_no_document_reaches_another(recurrent: str, found: Any) -> None:
     assert (gradient[37:87] > 0).all(), "the document lies on both ranks"
 
 
-EXCHANGES: dict[str, Case] = {
-    "eager": Case(()),
-    "eager, layer": Case((), prepared={"checkpointing": "layer"}),
-    "layer": Case((), family="qwen3", layers=1, prepared={"compile": TRACED, "checkpointing": "layer"}),
-    "a share": Case((), family="qwen3", layers=1, prepared={"compile": TRACED, "checkpointing": 0.5}),
-    "nothing may stay": Case((), layers=1, prepared={"compile": TRACED, "checkpointing": 0.0}),
-    "states, layer": Case((), layers=1, prepared={"checkpointing": "layer"}, recurrent="state"),
-    "states, nothing may stay": Case(
-        (), layers=1, prepared={"compile": TRACED, "checkpointing": 0.0}, recurrent="state"
-    ),
-}
-
-
-COLLECTIVES = {"_c10d_functional::all_to_all_single", "_c10d_functional::all_gather_into_tensor"}
-
-
-def exchanges_main(rank: int) -> dict[str, list[int]]:
-    """The collectives of a forward and of its backward, in each setting."""
-    counts = {}
-    for name, case in EXCHANGES.items():
-        model = build(case)
-        shard_sequence(prepare(model, **case.prepared), dist.group.WORLD, recurrent=case.recurrent)
-        part = cut_batch(pack(THREE), rank=rank, size=2)
-        model(**part).loss.backward()
-        with profile(activities=[ProfilerActivity.CPU]) as forward:
-            loss = model(**part, num_items_in_batch=100).loss
-        with profile(activities=[ProfilerActivity.CPU]) as backward:
-            loss.backward()
-        counts[name] = [
-            sum(event.count for event in run.key_averages() if event.key in COLLECTIVES) for run in (forward, backward)
-        ]
-    return counts
-
-
-@pytest.mark.parametrize("setting", EXCHANGES)
+@pytest.mark.parametrize("setting", [name for name, (_, case) in CASES.items() if case.exchanges])
 def test_no_setting_exchanges_again_in_backward(setting: str, found: Any) -> None:
-    twice = 2 * EXCHANGES[setting].layers
-    assert found(2)["exchanges"][setting] == [twice, twice]
+    twice = 2 * CASES[setting][1].layers
+    assert found(2)[setting]["exchanges"] == [twice, twice]
 
 
 def exchange_main(rank: int) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ TRACED = CompileOptions(backend="aot_eager")
 EVERY = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 EXPERTS = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
 
-#: family, whether the head is tied, adapters, dtype, the dtype of the policy, compile
+#: family, layers, whether the head is tied, adapters, dtype, the dtype of the policy, compile
 CASES: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied": True},
@@ -40,16 +40,18 @@ CASES: dict[str, dict[str, Any]] = {
     "adapters_and_tied_embedding": {"lora": {**EVERY, "modules_to_save": ["embed_tokens"]}, "tied": True},
     "wide_adapters": {"lora": EVERY, "dtype": torch.bfloat16},
     "experts": {"family": "qwen3_moe", "lora": EXPERTS},
-    "compiled": {"tied": True, "compile": TRACED},
+    "compiled": {"family": "qwen3", "tied": True, "compile": TRACED},
     "replicas": {"tied": True, "shard": 1},
     "shared_packs": {"shard": 1, "sequence": 2, "lora": EVERY},
-    "shared_packs_in_shards": {"tied": True, "sequence": 2, "compile": TRACED},
+    "shared_packs_in_shards": {"layers": 1, "tied": True, "sequence": 2, "compile": TRACED},
     "packs_shared_before": {"group_first": True, "lora": EVERY},
 }
 
 
-def build(family: str = "qwen3_5", tied: bool = False, lora: Any = None, dtype: Any = torch.float32, **_: Any) -> Any:
-    model = tiny_model(family, layers=2, vocab_size=97, tie_word_embeddings=tied, dtype=dtype)
+def build(
+    family: str = "qwen3_5", layers: int = 2, tied: bool = False, lora: Any = None, dtype: Any = torch.float32, **_: Any
+) -> Any:
+    model = tiny_model(family, layers=layers, vocab_size=97, tie_word_embeddings=tied, dtype=dtype)
     if tied:
         model.tie_weights()
     if lora is not None:

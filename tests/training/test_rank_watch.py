@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from test_ranks import join
 from training_cases import make_recipe, save_checkpoint
@@ -24,7 +23,7 @@ from deltatune.training.heartbeat import Heartbeat
 from deltatune.training.ranks import RankWatch
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
-from forked import FORKED, free_port
+from forked import FORKED, free_port, settle
 
 TIMEOUT_S = 10
 
@@ -44,11 +43,19 @@ def recipe(folder: Path, **training: Any) -> Recipe:
 
 def ranks_of(folder: Path, at_step_2: Callable[[int], None]) -> list[tuple[int, str]]:
     """Exit codes and error outputs of two ranks of three steps; either may do something before its second."""
+    return ended(folder, started(folder, at_step_2))
+
+
+def started(folder: Path, at_step_2: Callable[[int], None]) -> list[Any]:
     (folder / "recipe.json").write_text(recipe(folder, max_steps=3).model_dump_json(exclude_unset=True))
     port = free_port()
     ranks = [FORKED.Process(target=rank_main, args=(rank, str(folder), port, at_step_2)) for rank in (0, 1)]
     for process in ranks:
         process.start()
+    return ranks
+
+
+def ended(folder: Path, ranks: list[Any]) -> list[tuple[int, str]]:
     end = time.monotonic() + 60
     for process in ranks:
         process.join(max(0.0, end - time.monotonic()))
@@ -57,7 +64,7 @@ def ranks_of(folder: Path, at_step_2: Callable[[int], None]) -> list[tuple[int, 
 
 
 def rank_main(rank: int, folder: str, port: int, at_step_2: Callable[[int], None]) -> None:
-    torch.set_num_threads(1)
+    settle()
     join(rank, 2, port)
     begin = PackedTrainer.get_batch_samples
 
@@ -151,16 +158,26 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, act: Callable[[int]
     assert line.removeprefix("error: ") in (tmp_path / "output" / "train.log").read_text()
 
 
-def test_a_stopped_rank_is_missed_and_ended(tmp_path: Path) -> None:
-    (status, said), (stopped, _) = ranks_of(tmp_path, stop_rank_1)
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[tuple[int, str]]]]:
+    """Ranks of which one says nothing for longer than others wait: two groups at a time, which do little but wait."""
+    acts = {"stopped": stop_rank_1, "slow": be_slow_on_rank_1}
+    folders = {name: tmp_path_factory.mktemp(name) for name in acts}
+    groups = {name: started(folder, acts[name]) for name, folder in folders.items()}
+    return {name: (folder, ended(folder, groups[name])) for name, folder in folders.items()}
+
+
+def test_a_stopped_rank_is_missed_and_ended(silent: Any) -> None:
+    folder, ((status, said), (stopped, _)) = silent["stopped"]
     assert (status, stopped) == (1, -signal.SIGKILL)
     assert f"was lost: nothing was heard of it for {TIMEOUT_S} s" in said
-    assert leg_of(tmp_path)["status"] == "failed"
+    assert leg_of(folder)["status"] == "failed"
 
 
-def test_a_rank_that_works_for_long_is_waited_for(tmp_path: Path) -> None:
-    assert ranks_of(tmp_path, be_slow_on_rank_1) == [(0, ""), (0, "")]
-    assert leg_of(tmp_path)["status"] == "finished"
+def test_a_rank_that_works_for_long_is_waited_for(silent: Any) -> None:
+    folder, found = silent["slow"]
+    assert found == [(0, ""), (0, "")]
+    assert leg_of(folder)["status"] == "finished"
 
 
 def test_a_run_of_several_ranks_leaves_no_process_group_and_another_may_follow(tmp_path: Path) -> None:
@@ -175,7 +192,7 @@ def test_a_run_of_several_ranks_leaves_no_process_group_and_another_may_follow(t
 
 
 def twice_main(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+    settle()
     join(rank, 2, port)
     told = Recipe.model_validate_json(Path(folder, "recipe.json").read_text())
     for steps in (2, 3):
