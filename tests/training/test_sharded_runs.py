@@ -57,7 +57,7 @@ WHOLE = ("pissa", "dora")
 RESUMED = {
     "one_to_two": ("adapter", "full_tied", "pissa"),
     "two_to_two": ("adapter",),
-    "two_to_one": ("adapter", "full_tied"),
+    "two_to_one": ("adapter", "full_tied", "pissa"),
 }
 SAVED = {case for cases in RESUMED.values() for case in cases}
 WAYS = [(way, case) for way, cases in RESUMED.items() for case in cases]
