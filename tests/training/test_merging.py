@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -22,7 +23,7 @@ from deltatune.cli import main
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.runs.command import command_line
-from deltatune.training import export, merging
+from deltatune.training import export, merging, saving
 from deltatune.training.export import Origin, merge_adapter, save_trained
 from deltatune.training.merge_record import merge_record
 from deltatune.training.run import train
@@ -298,6 +299,18 @@ def test_the_base_may_be_lost_while_it_trains(tmp_path: Path) -> None:
     assert "belong beside the model are missing" in said
     assert relative(logits(stock(tmp_path / "out")), logits(model)) < 1e-6
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_full_disk_is_not_taken_for_a_lost_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended well would never write what is missing."""
+    base = saved(tmp_path / "base", text())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "copy_generation_config", full)
+    with pytest.raises(UserError, match="cannot be written to: .*No space left on device; make room"):
+        save_trained(stock(base), byte_tokenizer(), tmp_path / "out", Origin(ModelSection(name_or_path=str(base))))
 
 
 def test_a_link_and_the_folder_itself_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

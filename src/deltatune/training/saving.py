@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from deltatune.training.kept import add_tensors, not_loaded, other_dtypes, weigh
 from deltatune.training.starts import make_plain
 
 __all__ = ["Origin", "trained_rows_alone", "write_merged", "write_trained"]
+
+#: What a disk says that is written to, and no base that is read.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def _write_beside(
     try:
         return _add_origin(model, tokenizer, folder, origin)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         return [f"files of {origin.section.name_or_path} that belong beside the model are missing: {one_line(error)}"]
