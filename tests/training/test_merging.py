@@ -309,7 +309,7 @@ def test_a_full_disk_is_not_taken_for_a_lost_base(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(saving, "copy_generation_config", full)
-    with pytest.raises(UserError, match="cannot be written to: .*No space left on device; make room"):
+    with pytest.raises(UserError, match=r"cannot be written to: .*No space left on device; make room"):
         save_trained(stock(base), byte_tokenizer(), tmp_path / "out", Origin(ModelSection(name_or_path=str(base))))
 
 
