@@ -47,7 +47,7 @@ def measured(spec: Spec, item: Item, device: torch.device, meeting: Meeting, say
     found: dict[str, Any] = {
         "tokens_per_step": item.tokens * (1 if system.shares_pack else size),
         "checkpointing": trained.checkpointing,
-        "trainable_parameters": sum(p.numel() for _, p in trained.trained),
+        "trainable_parameters": sum(trained.parts.shape(p).numel() for _, p in trained.trained),
     }
     found |= _first(spec, trained, packs, began, spec.packs if alone and not system.shares_pack else 1)
     say(f"{item.name}: first step {found['first_step_seconds']:.1f} s after building began")

@@ -145,8 +145,7 @@ def test_experts_in_shards_and_on_ranks_of_their_own(forked: type[Forked], tmp_p
     assert {"all-to-all", "all-reduce"} <= told["expert"]
     assert results["fsdp-experts 64 on 2"]["expert_capacity_needed"] == 1.0
     assert 1.0 < results["expert 64 on 2"]["expert_capacity_needed"] <= 1.5
-    trained = {name: results[f"{name} 64 on 1"]["trainable_parameters"] for name in OF_EXPERTS}
-    assert trained["expert"] == trained["fsdp-experts"]
+    assert len({result["trainable_parameters"] for result in results.values()}) == 1
 
 
 def test_systems_are_those_that_a_model_has_layers_for() -> None:

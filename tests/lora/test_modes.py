@@ -494,6 +494,20 @@ def test_layers_that_fsdp2_gathers_run_fused(
             assert relative(ours.grad.full_tensor(), theirs.grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("reshard", [True, False])
+def test_the_report_takes_what_fsdp2_shards_as_gathered(one_process: Any, reshard: bool) -> None:
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapted("qwen3_moe", target_modules=["q_proj"], target_parameters=experts)
+    prepared = prepare(model, lora="fused")
+    rows = prepared.report.lora_rows
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, reshard_after_forward=reshard)
+    assert prepared.report.lora_rows == rows
+    model(**packed_call())
+    assert prepared.report.lora_rows == rows
+    assert {row.mode for row in rows} == {FUSED}
+
+
 def test_a_model_without_adapters_is_left_alone() -> None:
     model = tiny_model("qwen3_5")
     classes = [type(module) for module in model.modules() if isinstance(module, nn.Linear)]

@@ -15,6 +15,7 @@ from export_cases import VOCABULARY, adapter_on, add_to_file, conditional, logit
 from huggingface_hub import ModelCard, constants
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from training_cases import byte_tokenizer, make_recipe
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -301,16 +302,39 @@ def test_the_base_may_be_lost_while_it_trains(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_a_full_disk_is_not_taken_for_a_lost_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("writes", "error"),
+    [
+        ("copy_generation_config", OSError(errno.ENOSPC, "No space left on device", "{folder}/generation_config.json")),
+        ("_keep", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_is_not_taken_for_a_lost_base(
+    tmp_path: Path, writes: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that ended well would never write what is missing."""
     base = saved(tmp_path / "base", text())
 
+    def full(_: Path, folder: Path, *__: Any) -> None:
+        if isinstance(error, OSError):
+            error.filename = str(error.filename).format(folder=folder)
+        raise error
+
+    monkeypatch.setattr(saving, writes, full)
+    with pytest.raises(UserError, match=r"cannot be written to: .*No space left on device.*; make room"):
+        save_trained(stock(base), byte_tokenizer(), tmp_path / "out", Origin(ModelSection(name_or_path=str(base))))
+
+
+def test_another_disk_that_is_full_costs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved(tmp_path / "base", text())
+
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/else/tokenizer.json")
 
     monkeypatch.setattr(saving, "copy_generation_config", full)
-    with pytest.raises(UserError, match=r"cannot be written to: .*No space left on device; make room"):
-        save_trained(stock(base), byte_tokenizer(), tmp_path / "out", Origin(ModelSection(name_or_path=str(base))))
+    (said,) = save_trained(stock(base), None, tmp_path / "out", Origin(ModelSection(name_or_path=str(base))))
+    assert "belong beside the model are missing" in said
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_link_and_the_folder_itself_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

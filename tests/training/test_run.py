@@ -432,12 +432,24 @@ def test_a_signal_in_the_last_step_ends_nothing(
     assert json.loads((tmp_path / "output" / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+#: Of weights alone, from which nothing goes on.
+WEIGHTS = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "training"),
+    [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, {}), (signal.SIGINT, 130, WEIGHTS)],
+)
 def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(
-    tmp_path: Path, checkpoint: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    checkpoint: Path,
+    number: int,
+    status: int,
+    training: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = train(unprobed(tmp_path, checkpoint), console=QUIET)
-    recipe = unprobed(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "parts")})
+    recipe = unprobed(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "parts"), **training})
 
     class Signalled(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -646,12 +658,47 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert not (tmp_path / "output" / "adapter_model.safetensors").exists()
 
 
-def test_out_of_memory_says_what_to_change(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("training", "kept"),
+    [
+        (
+            {"save_strategy": "steps", "save_steps": 2},
+            "the last whole checkpoint is {output}/checkpoint-2; go on with --resume",
+        ),
+        ({}, "no whole checkpoint is there to go on from (training.save_strategy: no)"),
+        (
+            {"save_strategy": "steps", "save_steps": 2, "save_only_model": True},
+            "no whole checkpoint is there to go on from (training.save_only_model)",
+        ),
+    ],
+)
+def test_out_of_memory_says_what_to_change_and_what_is_kept(
+    tmp_path: Path, checkpoint: Path, training: dict[str, Any], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = PackedTrainer.compute_loss
+
     def full(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        if self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return compute(self, *args, **kwargs)
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", full)
-    with pytest.raises(UserError, match=r"out of memory at step 1: .* 2\.00 GiB\.; lower packing\.tokens_per_batch"):
+    with pytest.raises(UserError) as told:
+        train(unprobed(tmp_path, checkpoint, training=training), console=QUIET)
+    start = "out of memory at step 4: CUDA out of memory. Tried to allocate 2.00 GiB.; lower packing.tokens_per_batch"
+    assert str(told.value).startswith(start)
+    assert str(told.value).endswith(f"; {kept.format(output=tmp_path / 'output')}")
+
+
+def test_out_of_memory_before_the_first_step_says_what_to_change(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(run_module, "_verify", full)
+    said = r"out of memory before the first step: .* 2\.00 GiB\.; see with deltatune plan .*parallel\.shard$"
+    with pytest.raises(UserError, match=said):
         train(unprobed(tmp_path, checkpoint), console=QUIET)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from deltatune.training.signals import StopAfterStep, caught_signals
 
 def step_ends(stop: StopAfterStep) -> TrainerControl:
     control = TrainerControl()
-    stop.on_step_end(None, None, control)  # type: ignore[arg-type]
+    stop.on_step_end(SimpleNamespace(), None, control)  # type: ignore[arg-type]
     return control
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from deltatune.hf.hooks import is_hooked
 from deltatune.hf.model import is_sharded
 
-__all__ = ["FUSED", "STOCK", "UNFUSED", "Mode", "active_adapters", "is_lora_linear", "mode_of"]
+__all__ = ["FUSED", "STOCK", "UNFUSED", "Mode", "active_adapters", "is_lora_linear", "is_read_whole", "mode_of"]
 
 FUSED = "fused"
 UNFUSED = "unfused"
@@ -153,24 +153,27 @@ def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any], *, c
     if is_hooked(base):
         return "hooks on the base layer (offload, or a tool's own)"
     weight = base.weight
-    if not _is_read_whole(base, called=called):
+    if not is_read_whole(base, called=called):
         shards = is_sharded(weight) or type(weight) is nn.Parameter
         return "the base weight is sharded" if shards else f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in _DTYPES:
         return f"the base weight is {_name(weight.dtype)}"
     if weight.requires_grad:
         return "the base weight trains"
-    if not all(_is_read_whole(linear, called=called) for linear in linears):
+    if not all(is_read_whole(linear, called=called) for linear in linears):
         return "the adapters are sharded"
     return None
 
 
-def _is_read_whole(linear: Any, *, called: bool) -> bool:
-    """Whether a call reads a plain Parameter. Outside of calls FSDP2's is a DTensor, FSDP1's a part of a flat one."""
+def is_read_whole(linear: Any, *, called: bool) -> bool:
+    """Whether a call reads a plain Parameter. Outside of calls FSDP2's may be a DTensor, FSDP1's a part of a flat one.
+
+    FSDP1's part has one dimension.
+    """
     plain = type(linear.weight) is nn.Parameter
     if called or not getattr(linear, "_is_fsdp_managed_module", False):
         return plain
-    return not plain and is_sharded(linear.weight)
+    return linear.weight.ndim > 1 if plain else is_sharded(linear.weight)
 
 
 def _name(dtype: torch.dtype) -> str:

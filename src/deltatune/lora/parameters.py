@@ -21,7 +21,7 @@ from deltatune.hf.experts import experts_layout
 from deltatune.hf.forwards import replaced_since
 from deltatune.hf.hooks import ON_INSTANCE, is_hooked
 from deltatune.lora.merging import Merging
-from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters, is_lora_linear
+from deltatune.lora.mode import FUSED, STOCK, UNFUSED, Mode, active_adapters, is_lora_linear, is_read_whole
 from deltatune.ops import Adapter
 from deltatune.subclass import Swapped
 
@@ -56,7 +56,9 @@ class LoRAParameters(Merging):
         return self._computed(mode, x, args, kwargs)
 
     def _mode(self, kwargs: Mapping[str, Any]) -> str:
-        return STOCK if "adapter_names" in kwargs else parameters_mode(self, self._deltatune.options.lora).name
+        if "adapter_names" in kwargs:
+            return STOCK
+        return parameters_mode(self, self._deltatune.options.lora, called=True).name
 
     def _computed(self, mode: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reached(self)
@@ -96,8 +98,8 @@ def is_parameter_lora(module: nn.Module) -> bool:
     return wraps and not is_lora_linear(module)
 
 
-def parameters_mode(outermost: Any, setting: str) -> Mode:
-    """How PEFT's wrappers around one module run, from what they are now."""
+def parameters_mode(outermost: Any, setting: str, *, called: bool = False) -> Mode:
+    """How PEFT's wrappers around one module run, from what they are now; ``called`` as of ``mode_of``."""
     if setting == "stock":
         return Mode(STOCK, "asked for")
     *wrappers, inside = _chain(outermost)
@@ -112,7 +114,7 @@ def parameters_mode(outermost: Any, setting: str) -> Mode:
         if not names:
             return Mode(STOCK, "no active adapter")
         for name in names:
-            reason = _stock_reason(wrapper, name)
+            reason = _stock_reason(wrapper, name, called=called)
             if reason is not None:
                 return Mode(STOCK, reason)
     layout = experts_layout(inside)
@@ -123,7 +125,7 @@ def parameters_mode(outermost: Any, setting: str) -> Mode:
     return _ONE_PRODUCT if known else _ADDED
 
 
-def _stock_reason(wrapper: Any, name: str) -> str | None:
+def _stock_reason(wrapper: Any, name: str, *, called: bool) -> str | None:
     if name in wrapper.lora_variant:
         return f"a variant of LoRA ({type(wrapper.lora_variant[name]).__name__})"
     linears: tuple[Any, Any] = wrapper.lora_A[name], wrapper.lora_B[name]
@@ -132,7 +134,7 @@ def _stock_reason(wrapper: Any, name: str) -> str | None:
             return f"an adapter is a {type(linear).__name__}"
         if is_hooked(linear):
             return "hooks on the adapters (offload, or a tool's own)"
-        if type(linear.weight) is not nn.Parameter or hasattr(linear.weight, "ds_id"):
+        if hasattr(linear.weight, "ds_id") or not is_read_whole(linear, called=called):
             return "the adapters are sharded"
     *groups, rows, cols = getattr(wrapper.get_base_layer(), wrapper.parameter_name).shape
     # of one Parameter in two dimensions, and of experts that are stored as linear layers are

@@ -1,24 +1,32 @@
-"""What Ctrl-C that ends a run at once leaves of it, and how the run goes on."""
+"""What is left of a run that ends at once, by Ctrl-C or for lack of memory, and how it goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from deltatune.errors import UserError, first_line
 from deltatune.runs.command import resuming_command
 from deltatune.training.sealed import ORDER, latest, manifest, next_place, size_problem_of
 from deltatune.training.trainer import PackedTrainer
 
-__all__ = ["told_what_is_kept"]
+__all__ = ["told_of_memory", "told_what_is_kept"]
+
+_SMALLER: Final = (
+    "lower packing.tokens_per_batch, or set checkpointing: layer, then activation_offloading: true (deltatune plan "
+    "estimates them)"
+)
 
 
 @contextmanager
 def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path | None) -> Iterator[None]:
-    """Says it where Ctrl-C ends the run at once: the second one, or one after the last step.
+    """Says it where Ctrl-C ends the run at once (the second one, or one after the last step), or too little memory.
 
     Args:
         trainer: of the run.
@@ -27,18 +35,40 @@ def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path
 
     Raises:
         KeyboardInterrupt: again, with the last whole checkpoint of this run and the command that goes on from it.
+        UserError: a device's memory was full; with the same, and what to change.
     """
     first_own = next_place(output_dir)
+
+    def kept() -> str:
+        found = _kept(output_dir, began_from, first_own)
+        if found is None:
+            return f"no whole checkpoint is there to go on from ({_why_none(trainer.args)})"
+        last, command = found
+        return f"the last whole checkpoint is {last}; go on with {command}"
+
     try:
         yield
     except KeyboardInterrupt as error:
-        kept = _kept(output_dir, began_from, first_own)
-        if kept is None:
-            said = f"no whole checkpoint is there to go on from ({_why_none(trainer.args)})"
-        else:
-            last, command = kept
-            said = f"the last whole checkpoint is {last}; go on with {command}"
-        raise KeyboardInterrupt(f"interrupted after step {trainer.state.global_step}: {said}") from error
+        raise KeyboardInterrupt(f"interrupted after step {trainer.state.global_step}: {kept()}") from error
+    except torch.OutOfMemoryError as error:
+        where = f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}"
+        raise UserError(f"{where}; {_SMALLER}; {kept()}") from error
+
+
+@contextmanager
+def told_of_memory() -> Iterator[None]:
+    """Says what to change where a model, or its probe, does not fit before the first step.
+
+    Raises:
+        UserError: a device's memory was full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory before the first step: {first_line(error)}; see with deltatune plan what the weights take, "
+            "set model.dtype: bfloat16 where they are wider, or divide them among more GPUs with parallel.shard"
+        ) from error
 
 
 def _kept(output_dir: Path, began_from: Path | None, first_own: int) -> tuple[Path, str] | None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
@@ -41,7 +40,7 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
-from deltatune.training.interruption import told_what_is_kept
+from deltatune.training.interruption import told_of_memory, told_what_is_kept
 from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
 from deltatune.training.lock import check_free, locked
 from deltatune.training.optimizers import OptimizerSettings
@@ -141,14 +140,15 @@ def _train(
             log.out(line, highlight=False)
         changes.extend(of_steps)
 
-    run = build(recipe, arguments, log, before_data)
-    if checkpoint is not None and isinstance(run.data.train, PackStream):
-        run.data.train.start = place_of(checkpoint, run.mesh)
-    changes += changed_data(run.data, checkpoint, allow=allow_change)
-    if checkpoint is not None:
-        log.out(f"going on from {checkpoint}", highlight=False)
-    records = report_of(run, _verify(run))
-    parts = shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
+    with told_of_memory():
+        run = build(recipe, arguments, log, before_data)
+        if checkpoint is not None and isinstance(run.data.train, PackStream):
+            run.data.train.start = place_of(checkpoint, run.mesh)
+        changes += changed_data(run.data, checkpoint, allow=allow_change)
+        if checkpoint is not None:
+            log.out(f"going on from {checkpoint}", highlight=False)
+        records = report_of(run, _verify(run))
+        parts = shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, parts, records, checkpoint, changes, during_training, watch)
@@ -192,7 +192,7 @@ def _fit(
             trainer.add_callback(_samples(run, trainer, from_step=step))
     status = "failed"
     try:
-        with explained(watch), _told_of_memory(trainer), told_what_is_kept(trainer, run.output_dir, checkpoint):
+        with explained(watch), told_what_is_kept(trainer, run.output_dir, checkpoint):
             if run.recipe.compile is not None:
                 run.console.out("the first step compiles, which takes a while", highlight=False)
             _run_steps(trainer, checkpoint, done, stop, run.console)
@@ -237,19 +237,6 @@ def _untouched(run: Run, trainer: PackedTrainer, done: Path, recorded: Mapping[s
         run.console.out(line, highlight=False)
     leg = metrics_of(run, trainer, {})["leg"]
     return TrainResult(run.output_dir, {**recorded, "leg": leg}, trainer.state.log_history)
-
-
-@contextmanager
-def _told_of_memory(trainer: PackedTrainer) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}; lower "
-            "packing.tokens_per_batch, or set checkpointing: layer, then activation_offloading: true (deltatune plan "
-            "estimates them); a run with "
-            "checkpoints goes on from the last with --resume"
-        ) from error
 
 
 def _reason(failure: BaseException) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import errno
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -23,13 +22,11 @@ from deltatune.subclass import stock_class
 from deltatune.training.adapter_parts import saves_rows_alone
 from deltatune.training.checkpoint import folder_of
 from deltatune.training.companions import BESIDE_WEIGHTS, copy_generation_config, copy_processors, write_tokenizer
+from deltatune.training.disk import has_filled
 from deltatune.training.kept import add_tensors, not_loaded, other_dtypes, weight_files
 from deltatune.training.starts import make_plain
 
 __all__ = ["Origin", "trained_rows_alone", "write_merged", "write_trained"]
-
-#: What a disk says that is written to, and no base that is read.
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def _write_beside(
     try:
         return _add_origin(model, tokenizer, folder, origin)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if has_filled(folder, error):
             raise
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))

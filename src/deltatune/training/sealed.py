@@ -133,6 +133,8 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
     whole: Path | None = None
     broken: list[str] = []
     for path in found.values():
+        if whole is not None and not path.is_dir():
+            continue
         # what comes behind a whole one is older, or nothing says how old it is
         problem = problem_of(path) if whole is None else _unreadable(path)
         if problem:

@@ -43,7 +43,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end, if a signal came."""
-        del args, state, kwargs
+        del state, kwargs
         agreed = self.received
         if self._ranks is not None:
             largest = torch.tensor(agreed or 0)
@@ -52,6 +52,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
         if agreed is not None:  # one that came meanwhile ends the next step
             self.received, self._stops = agreed, True
             control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # nothing goes on from a model alone
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
