@@ -92,6 +92,11 @@ ERRORS = {
         "cannot act without training.dataloader_num_workers above 0",
         "training: {dataloader_persistent_workers: true, dataloader_num_workers: 1}",
     ),
+    "checkpoints_are_there_to_be_pushed": (
+        "training: {push_to_hub: true, save_strategy: 'no'}",
+        "training.push_to_hub: true cannot act without checkpoints",
+        "training: {push_to_hub: true, save_strategy: steps}",
+    ),
     "something_is_pushed": (
         "training: {hub_model_id: me/mine}",
         'training.hub_model_id: "me/mine" cannot act without training.push_to_hub',

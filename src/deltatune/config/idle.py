@@ -34,6 +34,10 @@ def _evaluates(recipe: Recipe, _: dict[str, Any]) -> bool:
     return recipe.training.eval_strategy != "no"
 
 
+def _saves(recipe: Recipe, _: dict[str, Any]) -> bool:
+    return recipe.training.save_strategy != "no"
+
+
 def _chooses(recipe: Recipe, extra: dict[str, Any]) -> bool:
     best = recipe.training.load_best_model_at_end or recipe.training.save_strategy == "best"
     return best or recipe.training.lr_scheduler_type in BY_PLATEAU or "metric_for_best_model" in extra
@@ -54,6 +58,7 @@ def _tracks(recipe: Recipe, _: dict[str, Any]) -> bool:
 
 _NEEDS: Final = (
     _Need("eval_delay metric_for_best_model", _evaluates, "evaluations; set training.eval_strategy"),
+    _Need("push_to_hub", _saves, "checkpoints, which are what is pushed; set training.save_strategy"),
     _Need("greater_is_better", _chooses, "a best checkpoint; set training.load_best_model_at_end"),
     _Need(
         "eval_on_start",
