@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
 import signal
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -557,7 +559,14 @@ def test_a_checkpoint_that_goes_as_it_is_looked_at_does_not_replace_an_interrupt
     assert interrupted_twice(recipe, 2) == "no whole checkpoint is there to go on from (training.save_steps)"
 
 
-def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> None:
+def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (work / "notes").write_text("mine")
+    who = ("-c", "user.name=me", "-c", "user.email=me@here")
+    for command in (("init", "--quiet"), ("add", "notes"), (*who, "commit", "--quiet", "--message", "notes")):
+        subprocess.run(["git", *command], check=True)
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     train(make_recipe(tmp_path, checkpoint, training=training), console=QUIET)
     longer = {**training, "max_steps": 4, "weight_decay": 0.1}
@@ -572,6 +581,9 @@ def test_the_folder_tells_what_happened(tmp_path: Path, checkpoint: Path) -> Non
     assert list(first["data"].values()) == list(second["data"].values())
     assert len(next(iter(first["data"].values()))) >= 32, "a digest of the rows"
     assert first["versions"]["torch"] == torch.__version__
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    for leg in (first, second):
+        assert (leg["host"], leg["folder"], leg["git"]) == (platform.node(), str(work), commit)
     lines = [json.loads(line) for line in (tmp_path / "output" / "run.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert [(line["leg"], line["step"]) for line in logged] == [(1, 1), (1, 2), (2, 3), (2, 4)]
