@@ -34,7 +34,8 @@ def test_rows_have_names_of_their_own() -> None:
     ("need", "axis", "text", "reason"),
     [
         ("LoRA", "`shard`", "yes", None),
-        ("LoRA, `impl: fused`", "`shard`", "yes", "unfused: the base weight is sharded"),
+        ("LoRA, `impl: fused`", "`shard`", "yes", None),
+        ("LoRA with `use_dora`", "`shard`", "yes", "rank 0 loads the whole model"),
         ("`optim: muon`", "`shard`", "no", "training.optim needs whole matrices"),
         ("`optim: muon`", "`replicate`", "yes", None),
         ("images in a call", "`sequence`, heads", "no", "holds text alone"),
