@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import quack_experts
 from benchmarks.shapes import Shape
 from deltatune import ops
 from deltatune.ops import Adapter, ExpertLinear
@@ -111,11 +112,7 @@ def ours(impl: str, sizes: Sizes, rank: int) -> Callable[[Any], Tensor]:
     """``ops.moe_experts``."""
 
     def adapters(t: Any, name: str) -> list[Adapter]:
-        if not rank:
-            return []
-        down, up = t[f"{name}_A"], t[f"{name}_B"]
-        a, b = down.view(sizes.experts, rank, -1), up.view(up.shape[0], rank, sizes.experts).permute(2, 0, 1)
-        return [Adapter(a, b, _SCALE)]
+        return [Adapter(*_by_expert(sizes, rank, t, name), _SCALE)] if rank else []
 
     def run(t: Any) -> Tensor:
         up, down = (
@@ -168,14 +165,30 @@ def baselines(
         apply = LigerFusedMoEFunction.apply
         return lambda t: apply(t["x"], t["up"], t["down"], t["index"].int(), t["weights"].to(t["x"].dtype))
 
+    def quack() -> Callable[[Any], Tensor]:
+        if sizes.gpt_oss:
+            raise ValueError("quack's gates have no clamps")
+        if not rank:
+            run = quack_experts.frozen()
+            return lambda t: run(t["x"], t["index"], t["weights"], t["up"], t["down"])
+        run = quack_experts.adapted(_SCALE)
+
+        def with_factors(t: Any) -> Tensor:
+            factors = [factor for name in ("up", "down") for factor in _by_expert(sizes, rank, t, name)]
+            return run(t["x"], t["index"], t["weights"], t["up"], t["down"], *factors)
+
+        return with_factors
+
     if rank:
         yield "stock + PEFT target_parameters", "stock", peft
         yield "separate grouped products, compiled", "library", separate
+        yield "quack's products", "library", quack
     else:
         yield FLOOR, "library", lambda: torch.compile(functools.partial(_moves_and_products, sizes), dynamic=False)
         yield "stock grouped_mm", "stock", functools.partial(stock, compiled=False)
         yield "stock grouped_mm, compiled", "stock", functools.partial(stock, compiled=True)
         yield "Liger", "library", liger
+        yield "quack, gather and gate inside its products", "library", quack
 
 
 def _stock_experts(shape: Shape, sizes: Sizes, weights: Any, device: torch.device) -> nn.Module:
@@ -197,10 +210,16 @@ def _stock_experts(shape: Shape, sizes: Sizes, weights: Any, device: torch.devic
     return moved
 
 
+def _by_expert(sizes: Sizes, rank: int, t: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A ``[X, r, K]`` and B ``[X, N, r]``, views."""
+    a, b = t[f"{name}_A"], t[f"{name}_B"]
+    return a.view(sizes.experts, rank, -1), b.view(b.shape[0], rank, sizes.experts).permute(2, 0, 1)
+
+
 def _factors(sizes: Sizes, rank: int, t: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A ``[X, r, K]`` and B ``[X, N, r]`` in the dtype of x; not compiled, which would take another order of dims."""
-    a, b = (t[f"{name}_{factor}"].to(t["x"].dtype) for factor in "AB")
-    return a.view(sizes.experts, rank, -1), b.view(-1, rank, sizes.experts).permute(2, 0, 1).contiguous()
+    """The same, dense and in the dtype of x; not compiled, which would take another order of dims."""
+    a, b = (factor.to(t["x"].dtype) for factor in _by_expert(sizes, rank, t, name))
+    return a, b.contiguous()
 
 
 def _moves_and_products(sizes: Sizes, t: Any) -> Tensor:
