@@ -1,8 +1,8 @@
 """Records: immutable JSON files of what was measured, on what, of which source. Written once, read for ever.
 
 A record is ``{schema, kind, subject, device, versions, commit, date, argv, method, ok, configs}``. ``kind`` is
-``train``, ``frontier``, ``compare``, ``parallel`` or ``ops/<op>``; a config has ``config`` (what was asked),
-``checks``, ``results`` and, but for several GPUs, ``ceilings``.
+``train``, ``frontier``, ``compare``, ``parallel``, ``products`` or ``ops/<op>``; a config has ``config`` (what was
+asked), ``results`` and, but for single products, ``checks`` and, but for several GPUs, ``ceilings``.
 Records of schema 1 call checks gates, and one of the first lacks a few keys.
 """
 
@@ -29,6 +29,7 @@ RECORDS: Final = Path(__file__).parent / "records"
 OURS: Final = "deltatune"
 _DISTRIBUTIONS: Final = (
     "triton", "transformers", "peft", "fla-core", "flash-qla", "tilelang", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels",
 )  # fmt: skip
 # kind-subject-device-date.json, and -2, -3, ... for what was measured later on the same day
 _NUMBER: Final = re.compile(r"\d{4}-\d\d-\d\d(?:-(\d+))?$")
@@ -43,7 +44,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """``"train"``, ``"frontier"``, ``"compare"``, ``"parallel"`` or ``"ops/<op>"``."""
+        """``"train"``, ``"frontier"``, ``"compare"``, ``"parallel"``, ``"products"`` or ``"ops/<op>"``."""
         return str(self.data["kind"])
 
     @property

@@ -2,10 +2,12 @@
 
     python -m benchmarks.tune_grouped                                # experts of Qwen3.5-35B-A3B
     python -m benchmarks.tune_grouped --model qwen3-next-80b-a3b --tokens 8192 --skewed
+    python -m benchmarks.tune_grouped --no-tiles --output out        # torch's, quack's and ours as it is
 
 The four products of a layer's experts (up and down, forward and input gradient), alone and with adapters' narrow rows,
-and the sums of their gradients; by torch's own product and, where it is installed, quack's. Constants in
-``ops/_grouped_mm/triton_grouped.py`` come from here.
+the first of them with the gather of its rows, and the sums of adapters' gradients; by torch's own product and, where it
+is installed, quack's. Constants in ``ops/_grouped_mm/triton_grouped.py`` come from here. Of a model's products a record
+is made; exit status 1 where one of them is not exact enough.
 """
 
 from __future__ import annotations
@@ -13,23 +15,35 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import deltatune
 from benchmarks.moe_cases import BALANCED, RANK, SKEWED, Sizes, draw_inputs, draw_weights, sizes_of
 from benchmarks.op_cases import Run
+from benchmarks.records import RECORDS, head, source_of, write_record
 from benchmarks.shapes import shape_named
-from benchmarks.timing import measure
-from benchmarks.worker import failures
-from deltatune.ops._grouped_mm.routing import route
+from benchmarks.timing import measure, summary
+from benchmarks.worker import failures, outcome_of
+from deltatune.ops._grouped_mm.routing import Routing, route
 
 __all__ = ["main", "problems", "tiles", "timed"]
+
+_METHOD: Final = (
+    "device time between CUDA events, the queue kept full by a wait on the device before each turn; calls interleaved, "
+    "each on the same inputs every time; quack's with the tile that its own tuner takes; errors are relative L2 "
+    "against float32 products of the same inputs; sums are float32, but torch's bfloat16; flops are those of the rows"
+)
+#: What a record keeps by name; of the tiles it keeps the fastest.
+_NAMED: Final = ("torch", "quack", "default")
 
 _ALLOWED: Final = 1e-2
 _TILES: Final = (
@@ -41,7 +55,7 @@ _SUMS: Final = ((64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 4), (256, 64, 8, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table for every product."""
+    """Prints a table for every product and writes a record of all."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune_grouped", description=(__doc__ or "").split("\n")[0]
     )
@@ -51,26 +65,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--skewed", action="store_true", help="the busiest expert has 16 times the mean's rows")
     add("--rounds", type=int, default=3)
     add("--best", type=int, default=6, metavar="N", help="tiles to print of each product")
+    add("--no-tiles", action="store_true", help="ours with its default tile alone")
+    add("--device", default="cuda")
+    add("--commit", metavar="HASH", help="of the source, where it lies without its history")
+    add("--output", type=Path, default=RECORDS, metavar="DIR", help="benchmarks/records by default")
     args = parser.parse_args(argv)
-    run = Run(torch.device("cuda"))
-    ok = True
+    run, busiest = Run(torch.device(args.device)), SKEWED if args.skewed else BALANCED
+    sizes = sizes_of(shape_named(args.model))
+    configs: list[dict[str, Any]] = []
     for tokens in args.tokens:
-        found = problems(sizes_of(shape_named(args.model)), tokens, run, busiest=SKEWED if args.skewed else BALANCED)
-        for name, flops, calls, expected in found:
-            rows = list(timed(calls, expected, run.device, args.rounds))
-            ok = ok and all(error <= _ALLOWED for *_, error in rows)
-            sys.stdout.write(f"{name}, T={tokens}\n")
-            for what, ms, error in sorted(rows, key=lambda row: row[1])[: args.best]:
-                sys.stdout.write(f"  {what:44}{ms:8.3f} ms {flops / ms / 1e9:7.0f} TFLOP/s  error {error:.1e}\n")
+        about = {"model": args.model, "T": tokens, **sizes._asdict(), "busiest": busiest, "dtype": "bfloat16"}
+        for name, flops, calls, expected in problems(sizes, tokens, run, busiest=busiest, tiled=not args.no_tiles):
+            results = _results(calls, expected, run.device, args.rounds, flops)
+            configs.append({"config": {"product": name, **about}, "flops": flops, "results": _kept(results)})
+            sys.stdout.write("\n".join([f"{name}, T={tokens}", *_lines(results, args.best), ""]))
             sys.stdout.flush()
+    ok = all(result["status"] != "red check" for config in configs for result in config["results"])
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    source = source_of(Path(deltatune.__file__).parent, args.commit)
+    record = head("products", args.model, _METHOD, device=device, source=source) | {"ok": ok, "configs": configs}
+    sys.stdout.write(f"{write_record(record, args.output)}\n")
     return 0 if ok else 1
+
+
+def _results(
+    calls: Mapping[str, Callable[[int], Tensor]], expected: Tensor, device: torch.device, rounds: int, flops: float
+) -> list[dict[str, Any]]:
+    """Of every call, the fastest first; those that do not run come last, with the reason."""
+    errors, failed = _errors(calls, expected)
+    found = []
+    for name, samples in measure({name: calls[name] for name in errors}, device, rounds=rounds, warmup=1).items():
+        error, times = errors[name], summary(samples)
+        close = error <= _ALLOWED  # NaN compares as False
+        red = None if close else f"relative error of {error:.1e}, allowed {_ALLOWED:.1e}"
+        result = {"impl": name, "status": "ok" if close else "red check", "reason": red, **times}
+        rate = flops / times["median_ms"] / 1e9
+        found.append({**result, "tflops": rate, "error": error if math.isfinite(error) else None})
+    found.sort(key=lambda result: float(result["median_ms"]))
+    return found + [{"impl": name, "status": status, "reason": why} for name, (status, why) in failed.items()]
+
+
+def _kept(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What has a name, and the fastest of the tiles; every one whose answer is wrong."""
+    named = [result for result in results if result["impl"] in _NAMED]
+    tiled = [result for result in results if result["impl"] not in _NAMED]
+    exact = [result for result in tiled if result["status"] == "ok"]
+    return named + exact[:1] + [result for result in tiled if result["status"] == "red check"]
+
+
+def _lines(results: Iterable[Mapping[str, Any]], best: int) -> list[str]:
+    """A table for a terminal: the fastest, and all that have a name."""
+    found = []
+    for number, result in enumerate(results):
+        what = f"  {result['impl']:44}"
+        if "median_ms" not in result:
+            found += [f"{what}{result['status']}: {result['reason']}"] if result["impl"] in _NAMED else []
+        elif number < best or result["impl"] in _NAMED:
+            error = "-" if result["error"] is None else f"{result['error']:.1e}"
+            found.append(f"{what}{result['median_ms']:8.3f} ms {result['tflops']:7.0f} TFLOP/s  error {error}")
+    return found
 
 
 Problem = tuple[str, float, dict[str, Callable[[int], Tensor]], Tensor]
 
 
-def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[Problem]:
-    """Name, FLOPs, what computes it by name, and what torch's own product makes of it."""
+def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int, tiled: bool = True) -> Iterator[Problem]:
+    """Name, FLOPs, what computes it by name, and the result in float32; without tiles ours has its default."""
     from deltatune.ops._grouped_mm.triton_grouped import Tile, gram, product
 
     experts, top_k, hidden, inner, _ = sizes
@@ -102,12 +162,17 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[P
             return y
 
         calls: dict[str, Any] = {"torch": torchs, "quack": quacks, "default": ours}
-        for shape in tiles(matrix.shape[1]):
+        for shape in tiles(matrix.shape[1]) if tiled else ():
             tile = Tile(*shape)
             calls[str(shape)] = lambda i, ours=ours, tile=tile: ours(i, tile)
         label = f"{name} {'gradient' if backward else 'forward'}{' with adapters' if adapted else ''}"
         flops = 2.0 * rows * matrix.shape[1] * (matrix.shape[2] + (RANK if adapted else 0))
-        yield label, flops, calls, torchs(0).float()
+        exact = _exact(x, matrix, offsets)
+        if low is not None and up is not None:
+            exact += _exact(low, up, offsets)
+        yield label, flops, calls, exact
+    matrix = weights["up"].mT if sizes.gpt_oss else weights["up"]
+    yield _gathered(normal(tokens, hidden), matrix, routing, starts, top_k, tiled=tiled)
     sides = {"dA up": (RANK, hidden), "dB up": (2 * inner, RANK), "dA down": (RANK, inner), "dB down": (hidden, RANK)}
     for label, (high, wide) in sides.items():
         left, right = normal(rows, high), normal(rows, wide)
@@ -122,11 +187,50 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int) -> Iterator[P
             found: Tensor = library.gemm(a.mT, b, out_dtype=torch.float32, cu_seqlens_k=starts)
             return found
 
-        calls = {"quack": quacks_sums, "default": sums}
-        for own, *rest in _SUMS:
+        def torchs_sums(_: int, given: Any = (left, right)) -> Tensor:
+            a, b = given
+            return F.grouped_mm(a.mT, b, offs=offsets)
+
+        calls = {"torch": torchs_sums, "quack": quacks_sums, "default": sums}
+        for own, *rest in _SUMS if tiled else ():
             tile = Tile(*((RANK, own) if high == RANK else (own, RANK)), *rest)
             calls[str(tuple(tile))] = lambda i, sums=sums, tile=tile: sums(i, tile)
-        yield label, 2.0 * rows * high * wide, calls, F.grouped_mm(left.mT, right, offs=offsets).float()
+        exact = torch.stack([left[span].float().mT @ right[span].float() for span in _spans(offsets)])
+        yield label, 2.0 * rows * high * wide, calls, exact
+
+
+def _gathered(x: Tensor, matrix: Tensor, routing: Routing, starts: Tensor, top_k: int, *, tiled: bool) -> Problem:
+    """The first product of a layer with the gather of its rows, which quack's kernel does while it loads them."""
+    from deltatune.ops._grouped_mm.triton_grouped import Tile, product
+
+    source, offsets = routing.order // top_k, routing.offsets
+    narrow = source.int()
+
+    def ours(_: int, tile: Tile | None = None) -> Tensor:
+        return product(x[source], matrix, offsets, None, None, tile)
+
+    def torchs(_: int) -> Tensor:
+        return F.grouped_mm(x[source], matrix.mT, offs=offsets)
+
+    def quacks(_: int) -> Tensor:
+        library: Any = importlib.import_module("quack.gemm_interface")
+        y: Tensor = library.gemm(x, matrix.mT, cu_seqlens_m=starts, A_idx=narrow)
+        return y
+
+    calls: dict[str, Any] = {"torch": torchs, "quack": quacks, "default": ours}
+    for shape in tiles(matrix.shape[1]) if tiled else ():
+        tile = Tile(*shape)
+        calls[str(shape)] = lambda i, tile=tile: ours(i, tile)
+    flops = 2.0 * len(source) * matrix.shape[1] * matrix.shape[2]
+    return "up forward, rows gathered", flops, calls, _exact(x[source], matrix, offsets)
+
+
+def _exact(x: Tensor, matrix: Tensor, offsets: Tensor) -> Tensor:
+    return torch.cat([x[span].float() @ matrix[i].float().mT for i, span in enumerate(_spans(offsets))])
+
+
+def _spans(offsets: Tensor) -> list[slice]:
+    return [slice(*span) for span in itertools.pairwise([0, *offsets.tolist()])]
 
 
 def tiles(outer: int) -> Iterator[tuple[int, int, int, int, int]]:
@@ -137,18 +241,28 @@ def tiles(outer: int) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def timed(
-    calls: dict[str, Callable[[int], Tensor]], expected: Tensor, device: torch.device, rounds: int
+    calls: Mapping[str, Callable[[int], Tensor]], expected: Tensor, device: torch.device, rounds: int
 ) -> Iterator[tuple[str, float, float]]:
     """Name, median ms and relative error of all that run; one that does not is left out."""
+    errors, _ = _errors(calls, expected)
+    samples = measure({name: calls[name] for name in errors}, device, rounds=rounds, warmup=1)
+    for name, taken in samples.items():
+        yield name, statistics.median(taken), errors[name]
+
+
+def _errors(
+    calls: Mapping[str, Callable[[int], Tensor]], expected: Tensor
+) -> tuple[dict[str, float], dict[str, tuple[str, str]]]:
+    """Relative errors by name; of what does not run the status and the reason, which are printed too."""
     errors: dict[str, float] = {}
+    failed: dict[str, tuple[str, str]] = {}
     for name, call in calls.items():
         try:
             errors[name] = float((call(0).float() - expected).norm() / expected.norm())
         except failures() as error:  # a tile that a kernel cannot have: too much shared memory, or registers
-            sys.stderr.write(f"{name}: {str(error).splitlines()[0][:100]}\n")
-    samples = measure({name: calls[name] for name in errors}, device, rounds=rounds, warmup=1)
-    for name, taken in samples.items():
-        yield name, statistics.median(taken), errors[name]
+            failed[name] = outcome_of(error)
+            sys.stderr.write(f"{name}: {failed[name][1][:100]}\n")
+    return errors, failed
 
 
 if __name__ == "__main__":

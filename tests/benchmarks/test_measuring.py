@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, compare, op_cases, ops, session, timing, train, worker
+from benchmarks import checks, compare, op_cases, ops, session, tables, timing, train, tune_grouped, worker
 from benchmarks.checks import Seen
 from benchmarks.shapes import SHAPES, adapters, build_model
 from benchmarks.systems import Packs, Setting, System, draw_lengths
@@ -349,6 +350,43 @@ def test_experts_of_a_mixture_are_measured_beside_the_stock_ones(model_type, tra
     assert set(status.values()) == {"ok"}, found["results"]
     assert {"reference", "stock + PEFT target_parameters", "separate grouped products, compiled"} == set(status)
     assert "stock grouped_mm, compiled" in op_cases.moe_experts(shape, 50, RUN).variants
+
+
+def test_products_of_experts_make_a_record(monkeypatch, tmp_path, capsys) -> None:
+    """Of tiles the fastest is kept; what is not installed is said, and a wrong answer is red."""
+    one = torch.ones(8, 8)
+
+    def absent(_: int) -> torch.Tensor:
+        raise ImportError("No module named 'quack'")
+
+    calls = {"torch": lambda _: one, "quack": absent, "default": lambda _: one, "(64, 64)": lambda _: one.clone()}
+    calls["(64, 128)"] = lambda _: (time.sleep(0.01), one)[1]
+    shown: list[bool] = []
+
+    def problems(sizes, tokens, run, *, busiest, tiled):
+        shown.append(tiled)
+        yield "up forward", 1e6, calls, one
+
+    monkeypatch.setattr(tune_grouped, "problems", problems)
+    options = ["--model", "qwen3.5-35b-a3b", "--tokens", "64", "--device", "cpu", "--output", str(tmp_path)]
+    assert tune_grouped.main([*options, "--commit", "abc"]) == 0
+    (path,) = tmp_path.glob("products-qwen3.5-35b-a3b-cpu-*.json")
+    (config,) = json.loads(path.read_text(encoding="utf-8"))["configs"]
+    assert config["config"]["product"] == "up forward"
+    found = {result["impl"]: result for result in config["results"]}
+    assert set(found) == {"torch", "quack", "default", "(64, 64)"}
+    assert (found["quack"]["status"], found["quack"]["reason"]) == (
+        "unavailable",
+        "ImportError: No module named 'quack'",
+    )
+    assert found["default"]["error"] == 0
+    assert found["default"]["tflops"] == pytest.approx(1e6 / found["default"]["median_ms"] / 1e9)
+    assert "unavailable: ImportError" in capsys.readouterr().out
+    assert tables.main([str(path)]) == 0
+    assert "up forward" in capsys.readouterr().out
+    calls["default"] = lambda _: one * 2
+    assert tune_grouped.main([*options, "--no-tiles"]) == 1
+    assert shown == [True, False]
 
 
 def test_the_gate_of_an_mlp_with_adapters_is_measured_beside_pefts(traced) -> None:
