@@ -18,8 +18,9 @@ from benchmarks.parallel.spec import Spec
 from benchmarks.parallel.systems import System
 from benchmarks.systems import Packs, draw_lengths, moved
 from deltatune import prepare
+from deltatune.errors import UserError
 
-__all__ = ["check", "whole_step"]
+__all__ = ["check", "room_for_experts", "whole_step"]
 
 #: Rounding of float32 through some layers, forward and backward.
 LEAST: Final = 1e-5
@@ -54,9 +55,20 @@ def check(spec: Spec, system: System, device: torch.device, meeting: Meeting) ->
     loss = trained.backward(trained.batch(packs, 0), trained.targets(packs))
     gradients = trained.gradients()
     losses = meeting.gather(float(loss))
+    room = [room_for_experts(trained)] if system.experts else []
     if meeting.rank:
         return []
-    return _compared(system.name, (sum(losses), gradients), one, true, spec.dtype)
+    return [*room, *_compared(system.name, (sum(losses), gradients), one, true, spec.dtype)]
+
+
+def room_for_experts(trained: Trained) -> Check:
+    """Whether every visit of a token to an expert had room since the last check; every rank calls it and has it."""
+    name = "room for every visit to experts"
+    try:
+        needed = trained.parts.check()
+    except UserError as error:
+        return Check(name, trained.system.name, ok=False, detail=str(error))
+    return Check(name, trained.system.name, ok=True, detail=f"{needed:.3f} of an even share was needed")
 
 
 def _lengths(spec: Spec, system: System, world: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from benchmarks.parallel.systems import SYSTEMS
 from benchmarks.shapes import shape_named
 from benchmarks.systems import Packs, pinned
 from benchmarks.timing import between_ms, mark, summary, synchronize
+from deltatune.errors import UserError
 
 __all__ = ["EXCHANGE", "STATES", "kinds_of", "measured"]
 
@@ -63,9 +64,16 @@ def measured(spec: Spec, item: Item, device: torch.device, meeting: Meeting, say
         say(f"{item.name}: {found['median_ms']:.1f} ms a step")
         if not alone:
             found |= _communication(trained, packs, gathered)
-            # raises where tokens did not fit: they were left out of what was timed
-            found |= {"expert_capacity_needed": trained.parts.check()} if system.experts else {}
+            found |= _room(trained) if system.experts else {}
     return found | _compiler(trained)
+
+
+def _room(trained: Trained) -> dict[str, Any]:
+    try:
+        return {"expert_capacity_needed": trained.parts.check()}
+    except UserError as error:
+        # a fault of what was timed, not a setting that is refused
+        raise RuntimeError(f"visits to experts were left out of what was timed: {error}") from error
 
 
 def _first(spec: Spec, trained: Trained, packs: Packs, began: float, count: int) -> dict[str, Any]:

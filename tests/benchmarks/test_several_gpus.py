@@ -64,6 +64,9 @@ def run_rank(arguments: list[str], log: str, environment: dict[str, str], fault:
         object.__setattr__(alone, "divide", alone.alone)
     if fault in ("raises", "dies"):
         worker.measured = failing(worker.measured, fault)
+    if fault == "little room":
+        divided_with = systems.parallelize
+        systems.parallelize = lambda *args, **kwargs: divided_with(*args, **kwargs, expert_capacity=1.0)
     sys.exit(worker.main(arguments))
 
 
@@ -153,6 +156,25 @@ def test_systems_are_those_that_a_model_has_layers_for() -> None:
     assert several._systems_of("qwen3-8b") == [name for name in SYSTEMS if name != "sequence-state"]
     assert several._systems_of("tiny-moe") == [*SYSTEMS, *OF_EXPERTS]
     assert several._systems_of("gpt-oss-20b")[-2:] == [*OF_EXPERTS]
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_visits_to_experts_without_room_are_what_is_named(
+    forked: type[Forked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: bool
+) -> None:
+    monkeypatch.setattr(forked, "fault", "little room")
+    options = ["--model", "tiny-moe", "--tokens", "64", "--check-tokens", "64", "--systems", "expert", "--gpus", "2"]
+    assert several.main(small(tmp_path, *options, *(() if checks else ("--no-checks",)))) == 1
+    record = record_in(tmp_path)
+    (result,) = record["configs"][0]["results"]
+    assert "median_ms" not in result
+    if checks:
+        room = next(check for check in record["configs"][0]["checks"] if check["name"].startswith("room"))
+        assert not room["ok"]
+        assert "visits were left out" in room["detail"]
+    else:
+        assert result["status"] == "failed"
+        assert "visits were left out" in result["reason"]
 
 
 @pytest.mark.parametrize(
