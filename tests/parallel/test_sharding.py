@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from deltatune import CompileOptions, Sequences, parallelize, prepare
 from deltatune.errors import UserError
 from deltatune.layers.gated_delta_net import GatedDeltaNet
+from deltatune.ops._opaque import kernel_of
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.parallel.slice import cut_batch
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
@@ -105,15 +107,32 @@ def on_ranks(case: str) -> dict[str, Any]:
         dist.all_reduce(loss := loss.detach())
         return loss / RANKS
 
-    steps = train(model, step_loss)
+    with fused_products() as calls:
+        steps = train(model, step_loss)
     report = prepared.compile_report
     return {
         "steps": steps,
         "report": None if report is None else report.to_dict(),
         "sharded": all(isinstance(weight, DTensor) for weight in model.parameters() if weight.requires_grad),
+        "fused": len(calls) > 0,
         "sends_buffers": getattr(model, "broadcast_buffers", False),
         "saved": gathered_state(model) if settings.get("shard") != 1 else {},
     }
+
+
+@contextlib.contextmanager
+def fused_products() -> Iterator[list[None]]:
+    """An entry for each product of a base and its adapters, those inside graphs too."""
+    calls: list[None] = []
+
+    def accumulate(narrow: torch.Tensor, up: torch.Tensor, inputs: Any, weights: Any) -> torch.Tensor:
+        calls.append(None)
+        return narrow @ up + sum(x @ weight for x, weight in zip(inputs, weights, strict=True))
+
+    with torch.library._scoped_library("deltatune", "IMPL") as library:
+        library.impl("lora_accumulate", accumulate, "CPU")
+        library.impl(kernel_of(torch.ops.deltatune.lora_accumulate.default).name(), accumulate, "CPU")
+        yield calls
 
 
 def another_draw(model: nn.Module) -> None:
@@ -230,6 +249,12 @@ def test_rank_0_gathers_every_name_and_tied_ones_once(case: str, ranks: list[dic
     assert {name: value.shape for name, value in first.items()} == {n: v.shape for n, v in model.state_dict().items()}
     if case == "tied":
         assert first["lm_head.weight"] is first["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "lora" in CASES[case]])
+def test_adapters_in_shards_are_part_of_the_products(case: str, ranks: list[dict[str, Any]]) -> None:
+    # auto keeps them apart on a CPU
+    assert {found[case]["fused"] for found in ranks} == {CASES[case].get("impl") == "fused"}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "compile" in CASES[case]])
