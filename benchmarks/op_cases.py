@@ -562,7 +562,7 @@ def moe_experts(shape: Shape, tokens: int, run: Run, *, rank: int = 0, busiest: 
         outputs=("y",),
         trained=("x", *(f"{name}_{factor}" for name in ("up", "down") for factor in "AB" if rank)),
         variants={
-            **_ours(make, "torch", "triton", compile_reference=False),
+            **_ours(make, "torch", "triton", "quack", compile_reference=False),
             "reference": Variant("deltatune", functools.partial(make, "reference"), timed=False),
             **{name: Variant(by, build) for name, by, build in stock},
         },

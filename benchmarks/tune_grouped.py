@@ -13,6 +13,7 @@ is made; exit status 1 where one of them is not exact enough.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import math
@@ -43,7 +44,7 @@ _METHOD: Final = (
     "against float32 products of the same inputs; sums are float32, but torch's bfloat16; flops are those of the rows"
 )
 #: What a record keeps by name; of the tiles it keeps the fastest.
-_NAMED: Final = ("torch", "quack", "default")
+_NAMED: Final = ("torch", "quack", "quack, not tuned", "default")
 
 _ALLOWED: Final = 1e-2
 _TILES: Final = (
@@ -153,15 +154,16 @@ def problems(sizes: Sizes, tokens: int, run: Run, *, busiest: int, tiled: bool =
             y = F.grouped_mm(a, b.mT, offs=offsets)
             return y if narrow is None else y.add_(F.grouped_mm(narrow, wide.mT, offs=offsets))
 
-        def quacks(_: int, given: Any = (x, matrix, low, up)) -> Tensor:
+        def quacks(_: int, tuned: bool = True, given: Any = (x, matrix, low, up)) -> Tensor:
             library: Any = importlib.import_module("quack.gemm_interface")
             a, b, narrow, wide = given
-            y: Tensor = library.gemm(a, b.mT, cu_seqlens_m=starts)
+            y: Tensor = library.gemm(a, b.mT, cu_seqlens_m=starts, tuned=tuned)
             if narrow is not None:
-                library.gemm_add_inplace(narrow, wide.mT, y, cu_seqlens_m=starts)
+                library.gemm_add_inplace(narrow, wide.mT, y, cu_seqlens_m=starts, tuned=tuned)
             return y
 
         calls: dict[str, Any] = {"torch": torchs, "quack": quacks, "default": ours}
+        calls["quack, not tuned"] = functools.partial(quacks, tuned=False)
         for shape in tiles(matrix.shape[1]) if tiled else ():
             tile = Tile(*shape)
             calls[str(shape)] = lambda i, ours=ours, tile=tile: ours(i, tile)

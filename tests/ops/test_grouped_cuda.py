@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from deltatune.ops import Adapter, ExpertLinear, moe_experts
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+NO_QUACK = pytest.mark.skipif(find_spec("quack") is None, reason="quack is not installed")
+IMPLS = ["torch", "triton", pytest.param("quack", marks=NO_QUACK)]
 T, K, X, H, WIDTH, RANK = 700, 4, 16, 256, 128, 16
 
 
@@ -94,7 +97,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_errors_are_within_twice_those_of_plain_products(layout: str, impl: str, compiled: bool) -> None:
     function: Any = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
@@ -113,7 +116,7 @@ def test_errors_are_within_twice_those_of_plain_products(layout: str, impl: str,
         assert not found[((index < 0) | (index >= X)).all(1)].any()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_waits_for_the_device(impl: str, compiled: bool) -> None:
     function: Any = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run

@@ -1,12 +1,16 @@
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import quack_stand_in
+from deltatune.ops._grouped_mm import quack_grouped
 from deltatune.ops._grouped_mm.api import grouped_linear
 from deltatune.ops._grouped_mm.experts import ExpertLinear, moe_experts
 from deltatune.ops._grouped_mm.providers import GroupedMmSpec
@@ -237,8 +241,10 @@ def test_experts_that_do_not_fit():
         experts_of(x, index[1:], weights, gate_up, down)
 
 
-@pytest.mark.parametrize("impl", [pytest.param(i, marks=CUDA) for i in ("torch", "reference")])
+@pytest.mark.parametrize("impl", [pytest.param(i, marks=CUDA) for i in ("torch", "quack", "reference")])
 def test_cuda_grouped_mm(impl):
+    if impl == "quack":
+        pytest.importorskip("quack")
     sizes = [5, 1, 0, 70, 7, 300]
     x, weight, offsets = (t.detach().cuda() for t in inputs(sizes, 64, 128, dtype=torch.bfloat16))
     x.requires_grad_()
@@ -253,6 +259,43 @@ def test_cuda_grouped_mm(impl):
     found = grouped_linear(x, weight, offsets, impl=impl)
     found.sum().backward()  # an expanded gradient
     assert not weight.grad[2].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_quack_multiplies_frozen_weights(monkeypatch, transposed):
+    """By a stand-in that leaves NaN where quack writes nothing."""
+    quack_stand_in.install(monkeypatch)
+    quack = next(provider for provider in GroupedMmSpec.providers if provider.name == "quack")
+    runs = replace(quack, supports=lambda _: Support(True, "a stand-in"))
+    monkeypatch.setattr(GroupedMmSpec, "providers", (runs,))
+    x, weight, offsets = inputs([5, 0, 70, 7], 16, 24)
+    weight = weight.detach().mT.contiguous().mT if transposed else weight.detach()
+    rows = torch.cat([x, torch.full((3, 16), float("nan"))])  # absent ones
+    found, expected = grouped_linear(rows, weight, offsets, impl="quack"), oracle(x, weight, offsets)
+    assert_close(found[:-3], expected, 1e-6)
+    assert not found[-3:].any()
+    (grad,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (found, expected))
+    assert_close(grad, wanted, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "shape", "version", "message"),
+    [
+        ((9, 0), torch.bfloat16, (4, 16, 8), "0.6.5", None),
+        ((9, 0), torch.float16, (4, 16, 8), "0.7", None),
+        ((8, 0), torch.bfloat16, (4, 16, 8), "0.6.5", "needs compute capability 9.0, this GPU has 8.0"),
+        ((9, 0), torch.float32, (4, 16, 8), "0.6.5", "takes bfloat16 and float16, not torch.float32"),
+        ((9, 0), torch.bfloat16, (4, 16, 12), "0.6.5", r"multiples of 8, got a weight \[4, 16, 12\]"),
+        ((9, 0), torch.bfloat16, (4, 16, 8), "0.6.4", "0.6.4 is older than 0.6.5: pip install"),
+        ((9, 0), torch.bfloat16, (4, 16, 8), None, "is not installed: pip install"),
+    ],
+)
+def test_what_quack_takes(monkeypatch, capability, dtype, shape, version, message):
+    monkeypatch.setattr(quack_grouped, "gpu_refusal", lambda *_: None)
+    monkeypatch.setattr(quack_grouped, "capability_of", lambda _: capability)
+    monkeypatch.setattr(quack_grouped, "version_of", lambda _: version and Version(version))
+    found = quack_grouped.refusal(torch.device("cuda"), dtype, torch.Size(shape))
+    assert found is None if message is None else re.search(message, found)
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(c, marks=CUDA) for c in (False, True)])

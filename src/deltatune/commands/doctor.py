@@ -35,6 +35,7 @@ _PACKAGES = {
     "fla": ("flash-linear-attention", "fla-core"),
     "flash_qla": ("flash-qla", "flash_qla"),
     "tilelang": ("tilelang",),
+    "quack": ("quack-kernels",),
     "causal-conv1d": ("causal-conv1d",),
     "bitsandbytes": ("bitsandbytes",),
 }

@@ -32,9 +32,11 @@ def grouped_linear(
         adapters: ``A [G, r, K]``, ``B [G, N, r]`` and a scale each; in any floating dtype, cast to that of ``x`` for
             the products.
         impl: ``"torch"``: ``torch.nn.functional.grouped_mm``, bf16 on Hopper and datacenter Blackwell, widths multiples
-            of 8. ``"triton"``: bf16, fp16 and fp32 on NVIDIA GPUs; nothing waits for ``offsets``. ``"reference"``:
-            anywhere; on a CPU a row's result and gradient do not depend on the other rows or on its place among them by
-            a single bit, on a GPU it waits for ``offsets``. ``"auto"``: the first that can run.
+            of 8. ``"triton"``: bf16, fp16 and fp32 on NVIDIA GPUs; nothing waits for ``offsets``. ``"quack"``:
+            quack-kernels, bf16 and fp16 on compute capability 9.0, widths multiples of 8; with adapters as
+            ``"triton"``. ``"reference"``: anywhere; on a CPU a row's result and gradient do not depend on the other
+            rows or on its place among them by a single bit, on a GPU it waits for ``offsets``. ``"auto"``: the first
+            that can run.
 
     Returns:
         ``[R, N]`` in the dtype of ``x``. Sums are fp32 inside a product (fp64 for fp64); ``A x`` and ``B^T dy`` are

@@ -26,7 +26,7 @@ __all__ = ["Copies", "apply_grouped_linear", "live_rows"]
 #: What tensor cores multiply at once.
 _MULTIPLE: Final = 16
 #: Implementations that leave the rows past the last group as they find them.
-_LEAVES_ROWS: Final = ("torch",)
+_LEAVES_ROWS: Final = ("torch", "quack")
 
 
 class Copies(NamedTuple):

@@ -41,7 +41,7 @@ def grouped_mm(
 ) -> Tensor:
     """``weight_g x_r (+ up_g narrow_r)`` ``[R, N]`` for x ``[R, K]``, weight ``[G, N, K]``, up ``[G, N, W]``.
 
-    Rows past the last group are zero, or with ``impl="torch"`` whatever was there.
+    Rows past the last group are zero, or with ``impl="torch"`` or ``"quack"`` whatever was there.
     """
     y: Tensor = GroupedMmSpec.load(impl).product(x, weight, offsets, narrow, up)
     return y

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltatune.ops._grouped_mm import torch_grouped
+from deltatune.ops._grouped_mm import quack_grouped, torch_grouped
 from deltatune.ops._nvidia import triton_refusal
 from deltatune.ops._registry import Provider, Spec, Support, otherwise, support
 
@@ -29,6 +29,12 @@ def _triton(spec: GroupedMmSpec) -> Support:
     return support("a grouped product that waits for nothing", refusal)
 
 
+def _quack(spec: GroupedMmSpec) -> Support:
+    refusal = quack_grouped.refusal(spec.device, spec.dtype, spec.weight_shape)
+    # rows of adapters, and sums in fp32, are Triton's
+    return support("quack's product runs on this device", refusal or triton_refusal(spec.device, spec.dtype))
+
+
 @dataclass(frozen=True)
 class GroupedMmSpec(Spec):
     """What the choice for grouped products goes by; ``weight_shape`` is ``[G, N, K]``."""
@@ -37,6 +43,7 @@ class GroupedMmSpec(Spec):
     providers = (
         Provider("torch", _torch, "deltatune.ops._grouped_mm.torch_grouped"),
         Provider("triton", _triton, "deltatune.ops._grouped_mm.triton_grouped"),
+        Provider("quack", _quack, "deltatune.ops._grouped_mm.quack_grouped"),
         Provider("reference", otherwise(_triton), "deltatune.ops._grouped_mm.reference"),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
 
-__all__ = ["gram", "product", "refusal"]
+__all__ = ["dense", "gram", "product", "refusal"]
 
 #: Elsewhere it copies the offsets to the host and launches one product a group.
 _FUSED = (9, 10)
@@ -45,10 +45,10 @@ def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, u
         from deltatune.ops._grouped_mm import triton_grouped
 
         return triton_grouped.product(x, weight, offsets, narrow, up)
-    return F.grouped_mm(x.contiguous(), _dense(weight).mT, offs=offsets)
+    return F.grouped_mm(x.contiguous(), dense(weight).mT, offs=offsets)
 
 
-def _dense(matrices: Tensor) -> Tensor:
+def dense(matrices: Tensor) -> Tensor:
     """With rows or columns next to each other."""
     return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
 

@@ -1,0 +1,63 @@
+"""Quack's grouped product of frozen experts: the one place that knows its calls.
+
+Adapters' narrow rows stay with the Triton kernel, which adds them in the same sum, and so do sums in fp32.
+"""
+
+# R rows, G groups, K input width, N output width, W width of the narrow rows
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from torch import Tensor
+
+from deltatune.ops._grouped_mm.torch_grouped import dense, gram
+from deltatune.ops._nvidia import capability_of, constant, dotted, gpu_refusal, version_of
+
+__all__ = ["gram", "product", "refusal"]
+
+_OLDEST: Final = Version("0.6.5")
+_CAPABILITY: Final = (9, 0)  # what it was measured on
+_DTYPES: Final = (torch.bfloat16, torch.float16)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) -> str | None:
+    """Why this implementation cannot run for a weight ``[G, N, K]`` here; None where it can."""
+    missing = gpu_refusal("quack", device)
+    if missing is not None:
+        return missing
+    capability = capability_of(device)
+    if capability is not None and capability != _CAPABILITY:
+        return f"quack's product needs compute capability {dotted(_CAPABILITY)}, this GPU has {dotted(capability)}"
+    if dtype not in _DTYPES:
+        return f"quack's product takes bfloat16 and float16, not {dtype}; cast"
+    if shape is not None and (shape[1] % 8 or shape[2] % 8):
+        return f"quack's product takes widths that are multiples of 8, got a weight {list(shape)}"
+    return _not_installed()
+
+
+@constant
+def _not_installed() -> str | None:
+    version = version_of("quack-kernels")
+    if version is not None and version >= _OLDEST:
+        return None
+    found = "is not installed" if version is None else f"{version} is older than {_OLDEST}"
+    return f"quack {found}: pip install 'quack-kernels[cu13]>={_OLDEST}'"
+
+
+def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, up: Tensor | None) -> Tensor:
+    """``[R, N]``, accumulated in fp32; without narrow rows those past the last group stay unwritten."""
+    if narrow is not None:
+        from deltatune.ops._grouped_mm import triton_grouped
+
+        return triton_grouped.product(x, weight, offsets, narrow, up)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    if y.numel():
+        library: Any = importlib.import_module("quack.gemm_interface")
+        # its tuner would build some twenty kernels for each shape before the first step
+        library.gemm(x.contiguous(), dense(weight).mT, out=y, cu_seqlens_m=F.pad(offsets, (1, 0)), tuned=False)
+    return y
