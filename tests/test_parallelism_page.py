@@ -41,7 +41,7 @@ def test_rows_have_names_of_their_own() -> None:
         ("images in a call", "`sequence`, heads", "no", "holds text alone"),
         ("dense hybrids (Qwen3.5)", "`expert`", "no", "it has no experts"),
         ("families of attention alone (Qwen3)", "`sequence`, states", "no", "no recurrent layer"),
-        ("beside `expert`", "`sequence`, heads", "no", "do not go together"),
+        ("beside `expert`", "`sequence`, heads", "yes", None),
     ],
 )
 def test_what_is_refused_is_known_from_what_refuses_it(need: str, axis: str, text: str, reason: str | None) -> None:

@@ -247,7 +247,6 @@ def test_plan_counts_the_memory_of_the_experts_of_one_process(capsys, write_reci
     [
         (["expert=3"], "parallel.expert=3 does not divide 4 experts; set expert to one of 1, 2, 4"),
         (["expert=2", "replicate=3", "shard=1"], "parallel.replicate: 3 times shard: 1 is 3, and 6 processes run"),
-        (["expert=2", "sequence=2"], "parallel.expert: 2 and parallel.sequence: 2 do not go together"),
     ],
 )
 def test_plan_names_the_processes_among_which_experts_divide(capsys, write_recipe, mixture, settings, message) -> None:

@@ -132,20 +132,10 @@ ERRORS = {
         "cannot act here; use parallel.shard",
         "parallel: {shard: auto}",
     ),
-    "experts_and_packs_are_not_divided_together": (
-        "parallel: {expert: 2, sequence: 2}",
-        "parallel.expert: 2 and parallel.sequence: 2 do not go together; leave one of them out",
-        "parallel: {expert: 2, sequence: auto}",
-    ),
     "states_are_passed_between_ranks_of_a_pack": (
         "parallel: {recurrent: state, sequence: 1}",
         "parallel.recurrent: state cannot act with parallel.sequence: 1, where every process has packs of its own",
         "parallel: {recurrent: state, sequence: 2}",
-    ),
-    "states_and_experts": (
-        "parallel: {recurrent: state, expert: 2}",
-        "parallel.recurrent: state needs parallel.sequence, which does not go with parallel.expert: 2",
-        "parallel: {recurrent: heads, expert: 2}",
     ),
     "room_for_experts_needs_divided_ones": (
         "parallel: {expert_capacity: 2}",

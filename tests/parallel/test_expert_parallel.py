@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ TRACED = CompileOptions(backend="aot_eager")
 ADAPTERS = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
 BOTH = {**ADAPTERS, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 SHALLOW = {"layers": 1}
+IN_SEQUENCE = {"sequence": 2, "expert": 2, "expert_capacity": 2.0}
 ONE = {"num_experts_per_tok": 1, "num_experts": 8}
 
 
@@ -72,6 +73,18 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "sharded, adapters": ((2,), Case(lora=BOTH, sizes={"expert": 2, "shard": 2, "expert_capacity": 2.0})),
     "two groups": ((4,), Case(sizes={"expert": 2, "expert_capacity": 2.0})),
     "two groups, sharded": ((4,), Case(sizes={"expert": 2, "shard": 2, "expert_capacity": 2.0})),
+    "shared packs": (
+        (2, 4),
+        Case(family="qwen3_5_moe", sizes=IN_SEQUENCE, lora=BOTH, call={"output_router_logits": True}),
+    ),
+    "shared packs, states": ((2,), Case(family="qwen3_5_moe", sizes={**IN_SEQUENCE, "recurrent": "state"})),
+    "shared packs, sharded": ((4,), Case(family="qwen3_5_moe", sizes={**IN_SEQUENCE, "shard": 4}, lora=BOTH)),
+    "packs shared by fewer than hold experts": ((4,), Case(sizes={**IN_SEQUENCE, "expert": 4})),
+    "packs shared by more than hold experts": ((4,), Case(sizes={**IN_SEQUENCE, "sequence": 4})),
+    "shared packs, compiled": (
+        (2,),
+        Case(model=SHALLOW, lora=BOTH, sizes=IN_SEQUENCE, prepared={"compile": TRACED, "checkpointing": "layer"}),
+    ),
     # fewer places than tokens on the way
     "four ranks, one expert a token": ((4,), Case(model=ONE, sizes={"expert": 4, "expert_capacity": 3.5})),
 }
@@ -92,16 +105,18 @@ def build(case: Case) -> Any:
     return model.train()
 
 
-def loss_of(model: Any, case: Case, rank: int, *, padding: bool) -> torch.Tensor:
+def loss_of(
+    model: Any, case: Case, rank: int, *, padding: bool, part: Callable[..., Mapping[str, Any]] = dict
+) -> torch.Tensor:
+    """Of the pack of a data rank, or of a part of it."""
     lengths = [20, 12, 32]
     tokens = torch.cat(documents(lengths, seed=rank))[None]
     labels = tokens
     if padding:
         lengths, tokens = [64], torch.zeros_like(tokens)
         labels = tokens - 100
-    loss: torch.Tensor = model(
-        input_ids=tokens, labels=labels, sequences=Sequences.from_lengths(lengths), num_items_in_batch=100, **case.call
-    ).loss
+    batch = {"input_ids": tokens, "labels": labels, "sequences": Sequences.from_lengths(lengths)}
+    loss: torch.Tensor = model(**part(batch), num_items_in_batch=100, **case.call).loss
     return loss
 
 
@@ -124,15 +139,16 @@ def whole_gradients(parallel: Parallel) -> dict[str, torch.Tensor]:
 def together(case: Case, rank: int, ranks: int) -> dict[str, Any]:
     prepared = prepare(build(case), **case.prepared)
     parallel = parallelize(prepared, **case.sizes)
+    mesh = parallel.mesh
+    padding = case.padding and mesh.data_rank == mesh.data_size - 1
     for _ in range(case.passes):
-        loss = loss_of(parallel.model, case, rank, padding=case.padding and rank == ranks - 1)
-        loss = loss * parallel.mesh.data_size
+        loss = loss_of(parallel.model, case, mesh.data_rank, padding=padding, part=parallel.part) * mesh.size
         loss.backward()
     found = whole_gradients(parallel)
     dist.all_reduce(loss := loss.detach())
     report = prepared.compile_report
     return {
-        "loss": loss / parallel.mesh.data_size,
+        "loss": loss / mesh.size,
         **found,
         "norm": parallel.clip_grad_norm_(0.01).detach(),
         "clipped": {name: grad.norm() for name, grad in whole_gradients(parallel).items()},
@@ -157,7 +173,8 @@ def exchanges(model: Any, case: Case) -> list[int]:
 def alone(case: Case, ranks: int) -> dict[str, Any]:
     model = build(case)
     prepare(model)
-    losses = [loss_of(model, case, rank, padding=case.padding and rank == ranks - 1) for rank in range(ranks)]
+    packs = ranks // case.sizes.get("sequence", 1)
+    losses = [loss_of(model, case, rank, padding=case.padding and rank == packs - 1) for rank in range(packs)]
     loss = sum(losses, torch.zeros(()))
     (loss * case.passes).backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}

@@ -175,7 +175,6 @@ def refusals() -> dict[str, str]:
         "sizes": lambda: parallelize(prepare(build()), replicate=2, shard=2),
         "sequence": lambda: parallelize(prepare(build()), sequence=3),
         "heads": lambda: parallelize(prepare(tiny_model("qwen3", num_attention_heads=3)), sequence=2),
-        "both": lambda: parallelize(prepare(build()), sequence=2, expert=2),
     }
     return {name: refusal(attempt) for name, attempt in attempts.items()}
 
@@ -285,7 +284,6 @@ def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks:
         ("sizes", "replicate: 2 times shard: 2 is 4, and 2 processes run"),
         ("sequence", "sequence: 3 does not divide 2 processes; choose one of 1, 2"),
         ("heads", "sequence=2 does not divide 3 heads that read"),
-        ("both", "sequence=2 and expert=2 are not there together yet"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(what: str, message: str, ranks: list[dict[str, Any]]) -> None:

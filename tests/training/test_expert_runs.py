@@ -46,14 +46,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             },
         },
     ),
+    "shared_packs": (1, {"lora": EXPERTS_TOO, "training": {**SAVES, "max_grad_norm": 0.05}}),
+    "shared_packs_in_shards": (2, {"lora": None, "training": {**SAVES, "learning_rate": 1e-3}}),
     "preference": (1, {"lora": EXPERTS_TOO, "preference": {}, "data": {"overlong": "drop"}}),
 }  # fmt: skip
+SHARED_PACKS = {"shared_packs": 2, "shared_packs_in_shards": 2}
 #: resumed in the middle, by how the experts lay before and how they lie after
 RESUMED = {
     "one_to_two": ("adapter", "sharded_full"),
     "two_to_two": ("sharded_adapter",),
     "two_to_shards": ("adapter", "sharded_full"),
-    "two_to_one": ("sharded_adapter", "sharded_full"),
+    "two_to_one": ("sharded_adapter", "sharded_full", *SHARED_PACKS),
 }
 SAVED = {case for cases in RESUMED.values() for case in cases}
 WAYS = [(way, case) for way, cases in RESUMED.items() for case in cases]
@@ -64,11 +67,11 @@ FIGURES = ("loss", "grad_norm", "eval_loss", "rewards/margins", "learning_rate")
 def recipe_of(case: str, folder: Path, shared: Path, *, parallel: dict[str, Any], **more: Any) -> Any:
     _, given = CASES[case]
     sections = {name: dict(section) if isinstance(section, dict) else section for name, section in given.items()}
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    data_ranks = int(os.environ.get("WORLD_SIZE", "1")) // parallel.get("sequence", 1)
     rows = shared / ("pairs.jsonl" if case == "preference" else "train.jsonl")
     training = {
         "output_dir": str(folder / case), "max_steps": 4 if case in SAVED else 2,
-        "gradient_accumulation_steps": 4 // ranks, **sections.pop("training", {}),
+        "gradient_accumulation_steps": 4 // data_ranks, **sections.pop("training", {}),
     }  # fmt: skip
     scratch = folder / f"scratch-{os.environ.get('RANK', 'alone')}"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,8 @@ def recipe_of(case: str, folder: Path, shared: Path, *, parallel: dict[str, Any]
 
 
 def divided(case: str, **more: Any) -> dict[str, Any]:
-    return {"shard": CASES[case][0], "expert": 2, "expert_capacity": 2.0, **more}
+    sequence = SHARED_PACKS.get(case, 1)
+    return {"shard": CASES[case][0], "sequence": sequence, "expert": 2, "expert_capacity": 2.0, **more}
 
 
 class Seen(TrainerCallback):

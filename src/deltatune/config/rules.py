@@ -223,15 +223,11 @@ def sharding_errors(recipe: Recipe) -> Iterator[str]:
 
 
 def _expert_errors(recipe: Recipe) -> Iterator[str]:
-    ranks, sequence = recipe.parallel.expert, recipe.parallel.sequence
+    ranks = recipe.parallel.expert
     if ranks in (1, "auto"):
         if recipe.parallel.expert_capacity != type(recipe.parallel).model_fields["expert_capacity"].default:
             yield "parallel.expert_capacity cannot act with parallel.expert: 1, where every process has all experts"
         return
-    if sequence not in (1, "auto"):
-        yield f"parallel.expert: {ranks} and parallel.sequence: {sequence} do not go together; leave one of them out"
-    elif recipe.parallel.recurrent == "state":
-        yield f"parallel.recurrent: state needs parallel.sequence, which does not go with parallel.expert: {ranks}"
     yield from (f"parallel.expert: {ranks}: {error}" for error in sharding_errors(recipe))
 
 

@@ -238,7 +238,7 @@ def divide_experts(
 
     Args:
         model: prepared, adapters included; on its device, or without storage on the meta device.
-        mesh: all processes, data ranks each; the sizes are checked.
+        mesh: all processes; the sizes are checked. Those that share a pack have as many tokens each.
         capacity: how many times its even share of tokens' visits a rank has room for.
         dtype: what float32 weights of experts are computed with in.
         device: where experts lie that have no storage yet, and get some without values.

@@ -130,11 +130,9 @@ def parallelize(
 
     Raises:
         ValueError: sizes that are not the number of processes, an axis that is not there, a model that is sharded
-            already, compiled as a whole, or of several dtypes that train together; ``sequence`` and ``expert`` at once.
+            already, compiled as a whole, or of several dtypes that train together.
         UserError: sizes that the model's heads or experts cannot be divided by, with those that they can.
     """
-    if sequence != 1 and expert != 1:
-        raise ValueError(f"sequence={sequence} and expert={expert} are not there together yet; leave one of them out")
     if expert != 1:
         check_expert_size(prepared.model, expert, expert_capacity)
     if not dist.is_initialized():

@@ -65,7 +65,7 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
             count,
             replicate=numbers[0],
             shard=numbers[1],
-            sequence=1 if split.ranks > 1 else numbers[2],
+            sequence=numbers[2],
             sequences=_sequences(recipe, model.config),
             fits=fits,
         )
