@@ -65,6 +65,8 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "states, ranks of padding alone": ((2, 4), Case(([30, 2],), total=128, recurrent="state")),
     "states of heads that do not divide": ((2, 4), Case((THREE,), model=THREE_HEADS, recurrent="state")),
     "states, interleaved": ((2, 4), Case((ODD,), family="qwen3_next", total=92, call=ROUTED, recurrent="state")),
+    "states, experts": ((2,), Case((THREE,), family="qwen3_5_moe", call=ROUTED, recurrent="state")),
+    "states, text of a model with images": ((2,), Case((THREE,), images=True, recurrent="state")),
     "states, adapters": (
         (2, 4),
         Case((THREE,), lora=True, prepared={"checkpointing": "layer"}, recurrent="state", exchanges=True),

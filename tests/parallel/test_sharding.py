@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "replicas": {"tied": True, "shard": 1},
     "shared_packs": {"shard": 1, "sequence": 2, "lora": EVERY},
     "shared_packs_in_shards": {"layers": 1, "tied": True, "sequence": 2, "compile": TRACED},
+    "states_in_shards": {"tied": True, "sequence": 2, "recurrent": "state", "checkpointing": "layer"},
     "packs_shared_before": {"group_first": True, "lora": EVERY},
 }
 
@@ -97,7 +98,8 @@ def on_ranks(case: str) -> dict[str, Any]:
     first = settings.get("group_first", False)
     if first:
         shard_sequence(prepared, dist.group.WORLD)
-    parallel = parallelize(prepared, shard=settings.get("shard", RANKS), sequence=settings.get("sequence", 1))
+    axes = {name: settings[name] for name in ("sequence", "recurrent") if name in settings}
+    parallel = parallelize(prepared, shard=settings.get("shard", RANKS), **axes)
     model, mesh = parallel.model, parallel.mesh
     part = functools.partial(cut_batch, rank=dist.get_rank(), size=RANKS) if first else parallel.part
 
