@@ -285,6 +285,8 @@ def refusals() -> dict[str, str]:
         "cached": refusal(lambda: divided.model.eval()(**cached)),
         "cached, adapters": refusal(lambda: adapted.model.eval()(**cached)),
         "thawed": refusal(lambda: thawed.clip_grad_norm_(1.0)),
+        "saved alone": refusal(lambda: divided.model.save_pretrained("unwritten")),
+        "saved alone, adapters": refusal(lambda: adapted.model.save_pretrained("unwritten")),
         "unknown": refusal(lambda: thawed.load_state_dict({"nothing": torch.zeros(1)})),
         "processes": refusal(lambda: parallelize(few, expert=3)),
     }
@@ -401,6 +403,8 @@ def test_no_setting_sends_tokens_again_in_backward(setting: str, found: Any) -> 
         ("cached", "a call with a key-value cache is one rank's own, and its experts lie on several"),
         ("cached, adapters", "a call with a key-value cache is one rank's own, and its experts lie on several"),
         ("thawed", "weights of experts train that were frozen when they were divided; unfreeze before"),
+        ("saved alone", "model.layers.0.mlp.experts lie on several ranks, so state_dict() would hold one rank's part"),
+        ("saved alone, adapters", "lie on several ranks, so state_dict() would hold one rank's part of them; use"),
         ("unknown", "the model has no nothing"),
         ("processes", "expert=3 does not divide 2 processes; set expert to one of 1"),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltatune import ops
 from deltatune.cost import Cost, ExpertSplit
+from deltatune.errors import UserError
 from deltatune.hf.cached import in_stock_path, reached
 from deltatune.hf.experts import ExpertsLayout, experts_layout, experts_per_token
 from deltatune.layers.dispatch import ExpertPart, mix_on_ranks
@@ -96,6 +97,15 @@ class Experts(Swapped):
                 "a call with a key-value cache is one rank's own, and its experts lie on several; generate with "
                 "the saved model, or leave the cache out (use_cache=False) and call the model on every rank"
             )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # who asks for the Parameters themselves gathers them
+        if self._deltatune_part is not None and not keep_vars:
+            raise UserError(
+                f"{prefix.removesuffix('.')} lie on several ranks, so state_dict() would hold one rank's part of them; "
+                "use Parallel.state_dict(), and save_pretrained(folder, state_dict=...) with what it gives"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _linear(
         self, layout: ExpertsLayout, name: str, adapters: Mapping[str, Sequence[Adapter]], part: ExpertPart | None

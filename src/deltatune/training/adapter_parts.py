@@ -27,7 +27,7 @@ def saves_rows_alone(model: nn.Module) -> bool:
 
 def saved_names(model: nn.Module) -> set[str]:
     """The names in ``model.state_dict()`` that ``save_pretrained`` writes: all, or an adapter's."""
-    return {*_adapter_names(model).values()} if hasattr(model, "peft_config") else {*model.state_dict()}
+    return {*_adapter_names(model).values()} if hasattr(model, "peft_config") else {*model.state_dict(keep_vars=True)}
 
 
 def load_adapter_parts(model: nn.Module, folder: Path, parts: Parts) -> None:
@@ -55,7 +55,7 @@ def set_adapter(model: nn.Module, state: Mapping[str, Tensor], parts: Parts = SH
 
 def _adapter_names(model: nn.Module) -> dict[str, str]:
     """Name in an adapter's file -> name in the model; PEFT renames numbers in place of the tensors."""
-    names = list(model.state_dict())
+    names = list(model.state_dict(keep_vars=True))
     numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
     whole = False if saves_rows_alone(model) else "auto"
     found = get_peft_model_state_dict(model, state_dict=numbered, save_embedding_layers=whole)
