@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltatune.config.data_rules import DATA_ERRORS
 from deltatune.config.defaults import default_of, differs
-from deltatune.config.idle import idle_settings
+from deltatune.config.idle import idle_settings, is_off_on_purpose
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.moments import moment_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
@@ -98,7 +98,8 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         )
     for kind in ("eval", "save"):
         strategy = getattr(training, f"{kind}_strategy")
-        if differs(training, f"{kind}_steps") and strategy != "steps":
+        off = is_off_on_purpose(training, f"{kind}_strategy")
+        if differs(training, f"{kind}_steps") and strategy != "steps" and not off:
             yield (
                 f"training.{kind}_steps cannot act with training.{kind}_strategy: {strategy}; "
                 f"set {kind}_strategy to steps, or leave {kind}_steps out"
