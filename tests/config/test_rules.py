@@ -380,6 +380,32 @@ ERRORS = {
         "training.fp16 needs a GPU",
         "training: {fp16: true}",
     ),
+    "batches_are_made_ahead_by_whole_numbers": (
+        "training: {dataloader_prefetch_factor: 0, dataloader_num_workers: 1}",
+        "training.dataloader_prefetch_factor must be a whole number above 0; got 0",
+        "training: {dataloader_prefetch_factor: 1, dataloader_num_workers: 1}",
+    ),
+    **{
+        f"{key}_is_an_expression": (
+            yaml.safe_dump({section: {name: broken}}),
+            f"{key}: '(' is no regular expression: missing )",
+            yaml.safe_dump({section: {name: mended}}),
+        )
+        for key, broken, mended in (
+            ("training.learning_rates", {"(": 1e-4}, {"()": 1e-4}),
+            ("training.unfrozen_parameters", ["("], ["()"]),
+            ("lora.rank_pattern", {"(": 2}, {"()": 2}),
+            ("lora.alpha_pattern", {"(": 2}, {"()": 2}),
+            ("lora.target_modules", "(", ["("]),
+            ("lora.exclude_modules", "(", ["("]),
+        )
+        for section, name in (key.split("."),)
+    },
+    "one_product_drops_nothing_out": (
+        "lora: {lora_dropout: 0.1, impl: fused}",
+        "lora.lora_dropout cannot run in lora.impl: fused; set lora.impl to auto or stock",
+        "lora: {lora_dropout: 0.1, impl: stock}",
+    ),
     "dora_runs_on_stock_layers": (
         "lora: {use_dora: true, impl: fused}",
         "lora.impl",

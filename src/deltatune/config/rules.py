@@ -161,8 +161,9 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.training.fp16 and recipe.model.dtype == "float16" and recipe.lora is None:
         yield "training.fp16 scales the gradients of float32 weights; set model.dtype to float32 (or training.bf16)"
     # DoRA rescales the sum of base and adapter, which one product cannot do
-    if recipe.lora is not None and recipe.lora.use_dora and recipe.lora.impl == "fused":
-        yield "lora.use_dora cannot run in lora.impl: fused; set lora.impl to auto or stock"
+    if recipe.lora is not None and recipe.lora.impl == "fused":
+        for name in (name for name in ("use_dora", "lora_dropout") if getattr(recipe.lora, name)):
+            yield f"lora.{name} cannot run in lora.impl: fused; set lora.impl to auto or stock"
     if recipe.lora is not None:
         yield from adapter_errors(recipe.lora)
         start = recipe.lora.name_or_path
@@ -171,6 +172,26 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     given = [name for name in ("lengths", "tolerance") if differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
+
+
+def _pattern_errors(recipe: Recipe) -> Iterator[str]:
+    training, lora = recipe.training, recipe.lora
+    given = {
+        "training.learning_rates": tuple(training.learning_rates),
+        "training.unfrozen_parameters": training.unfrozen_parameters,
+    }
+    if lora is not None:
+        given |= {f"lora.{name}": tuple(getattr(lora, name)) for name in ("rank_pattern", "alpha_pattern")}
+        # of a list, each is the end of a name
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(lora, name)
+            given[f"lora.{name}"] = (value,) if isinstance(value, str) else None
+    for key, patterns in given.items():
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{key}: {pattern!r} is no regular expression: {error}"
 
 
 def _takes_steps_itself(training: TrainingSection) -> Iterator[tuple[str, str]]:
@@ -294,6 +315,7 @@ _ERRORS = (
     moment_errors,
     _optimizer_errors,
     _model_errors,
+    _pattern_errors,
     *DATA_ERRORS,
     _shard_errors,
     _sequence_errors,
