@@ -129,6 +129,7 @@ def plans_with_tokenizers() -> Iterator[Plans]:
         ("training.learning_rates={'(': 1e-4}", "is no regular expression"),
         ("training.unfrozen_parameters=['(']", "is no regular expression"),
         ("lora.rank_pattern={'(': 2}", "is no regular expression"),
+        ("lora.layers_to_transform=[0, 9]", "lora.layers_to_transform: 9 is no layer; the model has layers 0 to 1"),
         ("lora.impl=fused lora.lora_dropout=0.1", "lora.lora_dropout cannot run in lora.impl: fused"),
         ("model.added_tokens=[a]", "a is in the vocabulary already"),
         ("model.special_tokens={eos_token: <no>}", "<no> is not in the vocabulary"),

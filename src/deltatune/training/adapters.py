@@ -17,7 +17,7 @@ from deltatune.hf.peft import taken_for_experts
 from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
-from deltatune.training.layer_names import NAMED_EXPERTS, nearest_layers
+from deltatune.training.layer_names import NAMED_EXPERTS, check_layer_numbers, nearest_layers
 from deltatune.training.starts import begins_in_base, is_variant, refuse_tied
 from deltatune.training.tokenizer_files import grows
 from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
@@ -249,10 +249,7 @@ def _check_names(model: nn.Module, section: LoraSection) -> None:
             if not any(name == ending or name.endswith(f".{ending}") for name in weights):
                 close = nearest(ending, {".".join(name.split(".")[-n:]) for name in weights for n in (2, 3)})
                 raise UserError(f"lora.target_parameters: {ending!r} matches no parameter{close}")
-    count = int(hf_model.text_config(model).num_hidden_layers)
-    for index in section.layers_to_transform or ():
-        if not 0 <= index < count:
-            raise UserError(f"lora.layers_to_transform: {index} is no layer; the model has layers 0 to {count - 1}")
+    check_layer_numbers(section, int(hf_model.text_config(model).num_hidden_layers))
 
 
 def _each_matches(

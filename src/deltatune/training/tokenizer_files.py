@@ -8,7 +8,7 @@ from typing import Any
 
 from deltatune.config.schema import ModelSection, Recipe
 from deltatune.errors import UserError, nearest
-from deltatune.training.layer_names import json_of
+from deltatune.training.layer_names import json_of, text_settings
 
 __all__ = ["beyond_embeddings", "check_new_tokens", "check_padding", "grows", "rows_of_files", "vocabulary_of_files"]
 
@@ -20,12 +20,8 @@ def grows(recipe: Recipe) -> bool:
 
 def rows_of_files(recipe: Recipe) -> int | None:
     """The rows of the embedding as a checkpoint's config.json says them; None where they grow, or it does not."""
-    config = json_of(Path(recipe.model.name_or_path).expanduser() / "config.json")
-    if not isinstance(config, dict) or recipe.model.trust_remote_code or "auto_map" in config or grows(recipe):
-        return None
-    text = config.get("text_config", config)
-    size = text.get("vocab_size") if isinstance(text, dict) else None
-    return size if type(size) is int else None
+    size = text_settings(recipe.model).get("vocab_size")
+    return size if type(size) is int and not grows(recipe) else None
 
 
 def vocabulary_of_files(section: ModelSection) -> Mapping[str, int] | None:
