@@ -22,8 +22,8 @@ __all__ = ["main"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# what is looked up for a command before torch is imported
-_PREFLIGHT = {"plan": "preflight", "train": "preflight_training"}
+# those for which the machine is looked at before torch is imported
+_PREFLIGHT = ("plan", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
             if args.command in _PREFLIGHT:
                 # nor does a missing file or package
-                getattr(importlib.import_module("deltatune.training.preflight"), _PREFLIGHT[args.command])(args.recipe)
+                importlib.import_module("deltatune.training.preflight").preflight(args.recipe, args.resume)
         command = importlib.import_module(f"deltatune.commands.{_module(args)}")
         status: int = command.run(args)
     except KeyboardInterrupt as error:
@@ -77,7 +77,7 @@ def _take_all_characters() -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Options that act only beside another one."""
-    if args.command == "train" and args.allow_change and args.resume is None:
+    if args.command in _PREFLIGHT and args.allow_change and args.resume is None:
         raise UserError("--allow-change cannot act without --resume: a new run trains as its recipe says")
     if args.command == "train" and args.nproc is not None:
         launched = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
@@ -137,10 +137,13 @@ def _add_commands_of_recipes(commands: _Commands) -> None:
         what = "change one key, such as training.max_steps=100 or data.train.0.path=mine.jsonl; may be repeated"
         settings = parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
         settings.type, settings.help = _setting, what
-    what = "go on from the last whole checkpoint of training.output_dir, or from DIR; auto: or start if there is none"
-    train.add_argument("--resume", nargs="?", const=True, metavar="DIR|auto", help=what)
-    what = "with --resume: go on with other data, packs or seeds than the checkpoint was trained with"
-    train.add_argument("--allow-change", action="store_true", help=what)
+    for parser in (train, plan):
+        what = (
+            "go on from the last whole checkpoint of training.output_dir, or from DIR; auto: or start if there is none"
+        )
+        parser.add_argument("--resume", nargs="?", const=True, metavar="DIR|auto", help=what)
+        what = "with --resume: go on with other data, packs or seeds than the checkpoint was trained with"
+        parser.add_argument("--allow-change", action="store_true", help=what)
     what = "train in N processes of this machine, one for each GPU"
     train.add_argument("--nproc", type=_processes, metavar="N", help=what)
     what = "say what a run in N processes would do"

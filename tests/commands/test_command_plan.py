@@ -122,15 +122,13 @@ def test_plan_counts_pairs(capsys, write_recipe, pairs) -> None:
     assert "train: 12 rows -> 12 pairs" in capsys.readouterr().out
 
 
-def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, write_rows) -> None:
-    """On a machine without an accelerator, for a run that wants one, a missing package is no error."""
-    recipe = str(write_recipe(training={"max_steps": 2, "optim": "adamw_8bit"}, kernels={"gated_delta_rule": "fla"}))
+def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe) -> None:
+    """On a machine without an accelerator, for a run that wants one, a kernel of a GPU is no error; a package is."""
+    recipe = str(write_recipe(training={"max_steps": 2}, kernels={"gated_delta_rule": "fla"}))
     assert main(["plan", recipe]) == 0
-    page = capsys.readouterr().out
+    assert re.search(r"warning: .*fla.*; what follows is for kernels: auto\n", capsys.readouterr().out)
+    assert main(["plan", recipe, "--set", "training.optim=adamw_8bit"]) == 2
     remedy = "adamw_8bit needs the package bitsandbytes; pip install 'deltatune[optimizers]'"
-    assert f"warning: training.optim: {remedy} where" in page
-    assert re.search(r"warning: .*fla.*; what follows is for kernels: auto\n", page)
-    assert main(["plan", recipe, "--set", "training.use_cpu=true"]) == 2
     assert f"{remedy}\n" in capsys.readouterr().err
 
 
@@ -146,24 +144,36 @@ def test_plan_says_what_of_a_step_lies_in_the_hosts_memory(capsys, write_recipe)
     assert "activation_offloading: true cannot act with training.use_cpu" in capsys.readouterr().err
 
 
-def test_plan_says_what_is_saved_and_what_is_there(capsys, write_recipe, tmp_path, monkeypatch) -> None:
-    (tmp_path / "output" / "checkpoint-1").mkdir(parents=True)
+def test_plan_says_what_is_saved(capsys, write_recipe, tmp_path, monkeypatch) -> None:
     training = {"output_dir": str(tmp_path / "output"), "save_total_limit": 2, "use_cpu": True}
     recipe = str(write_recipe(training=training))
     assert main(["plan", recipe]) == 0
-    page = capsys.readouterr().out
-    assert "a checkpoint is 12.8 KiB, 3 of them at once; " in page
-    assert "output holds checkpoints of an earlier run: train takes --resume" in page
+    assert "a checkpoint is 12.8 KiB, 3 of them at once; " in capsys.readouterr().out
     monkeypatch.setattr(space, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000)))
     assert main(["plan", recipe]) == 2
     assert "the first save needs 12.8 KiB, and " in capsys.readouterr().err
 
 
-def test_plan_says_that_a_finished_run_is_not_replaced(capsys, write_recipe, tmp_path) -> None:
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "adapter_config.json").write_text("{}")
-    assert main(["plan", str(write_recipe())]) == 0
-    assert "output holds the model of an earlier run: train takes another" in capsys.readouterr().out
+def test_plan_of_a_run_that_goes_on(capsys, write_recipe, tmp_path) -> None:
+    recipe, output = str(write_recipe()), tmp_path / "output"
+    assert main(["train", recipe, "--set", "training.save_strategy=steps", "--set", "training.save_steps=1"]) == 0
+    (output / ".saving-3").mkdir()
+    last, capsys_out = output / "checkpoint-2", capsys.readouterr
+    capsys_out()
+    going_on = ["plan", recipe, "--resume", "--set", "training.max_steps=3"]
+    assert main(going_on) == 0
+    page = capsys_out().out
+    assert f"goes on from {last}\n" in page
+    assert "changed since checkpoint-2: training.max_steps: 2 -> 3\n" in page
+    assert (output / ".saving-3").exists(), "a plan writes nothing"
+    for settings, message in {
+        "lora.r=2": "lora.r: 4 -> 2 cannot act on a run that goes on",
+        "training.gradient_accumulation_steps=2": "packs of an optimizer step: 1 -> 2 makes the run go on with other",
+        "packing.tokens_per_batch=64": "packing.tokens_per_batch: 128 -> 64 makes the run go on with other packs",
+    }.items():
+        assert main([*going_on, "--set", settings]) == 2
+        assert message in capsys_out().err
+    assert main([*going_on, "--set", "packing.tokens_per_batch=64", "--allow-change"]) == 0
 
 
 def test_plan_is_for_the_processes_that_the_recipe_asks_for(capsys, write_recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -112,10 +113,33 @@ def plans_with_tokenizers() -> Iterator[Plans]:
         ("lora.rank=4", "lora.rank"),
         ("model.dtype=bf17", "model.dtype"),
         ("data.train.0.path=no/rows.jsonl", "no/rows.jsonl does not exist"),
+        ("training.tf32=true", "tf32 needs a GPU"),
+        ("training.optim=adamw_8bit", "needs the package bitsandbytes"),
+        ("training.report_to=flyte", "package of flyte is not installed"),
+        ("training.optim_args=momentum training.optim=sgd", "optim_args: expected name=value"),
+        ("training.adam_beta1=0.8 training.optim=sgd", "has no effect with training.optim: sgd"),
+        ("training.accelerator_config={split: true}", "accelerator_config: split is unknown"),
+        ("training.push_to_hub=true training.save_strategy=steps", "push_to_hub: HF_HUB_OFFLINE"),
+        ("training.lr_scheduler_type=cosine_with_min_lr", "needs one of min_lr, min_lr_rate"),
+        (
+            "training.lr_scheduler_type=polynomial training.lr_scheduler_kwargs={power: high}",
+            "power: expected a number",
+        ),
+        ("training.lr_scheduler_type=polynomial training.lr_scheduler_kwargs={lr_end: 1.0}", "must be below"),
+        ("training.learning_rates={'(': 1e-4}", "is no regular expression"),
+        ("training.unfrozen_parameters=['(']", "is no regular expression"),
+        ("lora.rank_pattern={'(': 2}", "is no regular expression"),
+        ("lora.layers_to_transform=[0, 9]", "lora.layers_to_transform: 9 is no layer; the model has layers 0 to 1"),
+        ("lora.impl=fused lora.lora_dropout=0.1", "lora.lora_dropout cannot run in lora.impl: fused"),
+        ("model.added_tokens=[a]", "a is in the vocabulary already"),
+        ("model.special_tokens={eos_token: <no>}", "<no> is not in the vocabulary"),
+        ("model.chat_template=chatmll", "did you mean chatml?"),
+        ("model.chat_template=no/such.jinja", "cannot read no/such.jinja"),
     ],
 )
 def test_names_and_paths_are_checked_without_torch(plans: Plans, write_recipe: Any, setting: str, message: str) -> None:
-    status, modules, seconds, said = plans.run(write_recipe(), setting)
+    settings = re.split(r" (?=\w+\.\w+=)", setting)
+    status, modules, seconds, said = plans.run(write_recipe(), *settings)
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said
     assert modules.isdisjoint(HEAVY)
@@ -141,6 +165,46 @@ def rows(*given: Any) -> Callable[[Path, Path], list[str]]:
     return write
 
 
+def _few_embeddings(checkpoint: Path, folder: Path) -> None:
+    """A checkpoint whose configuration has 200 embeddings, with a tokenizer of 259 tokens."""
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config)["vocab_size"] = 200
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _padding_beyond(checkpoint: Path, folder: Path) -> list[str]:
+    _few_embeddings(checkpoint, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "\u0120"}))
+    return [f"model.name_or_path={folder}"]
+
+
+def _ids_beyond(checkpoint: Path, folder: Path) -> list[str]:
+    _few_embeddings(checkpoint, folder)
+    return [f"model.name_or_path={folder}", *rows({"input_ids": [1, 210]})(checkpoint, folder)]
+
+
+def _text_beyond(checkpoint: Path, folder: Path) -> list[str]:
+    _few_embeddings(checkpoint, folder)
+    return [f"model.name_or_path={folder}"]
+
+
+def _no_adapter(_: Path, folder: Path) -> list[str]:
+    return [f"lora.name_or_path={folder}"]
+
+
+def _other_adapter(_: Path, folder: Path) -> list[str]:
+    (folder / "adapter_model.safetensors").touch()
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    return [f"lora.name_or_path={folder}"]
+
+
+def _earlier_run(_: Path, folder: Path) -> list[str]:
+    (folder / "checkpoint-1").mkdir()
+    return [f"training.output_dir={folder}"]
+
+
 def said(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
@@ -160,6 +224,12 @@ GOOD = said("user", "assistant")
         (rows({"question": "x", "answer": "y"}), "rows.jsonl fits no format"),
         (rows({"prompt": "x", "chosen": "y", "rejected": "z"}), "add preference: {}"),
         (rows({"input_ids": [1, -5]}), "line 1: input_ids holds -5"),
+        (rows({"input_ids": [1, 10**6]}), "the rows are another tokenizer's"),
+        (_ids_beyond, "line 1 holds token 210, and the model has 200 embeddings"),
+        (_padding_beyond, "packs are filled with token 223 ('\u0120'), and the model has 200 embeddings"),
+        (_no_adapter, "is no adapter: it holds no adapter_config.json"),
+        (_other_adapter, "is an adapter of type IA3"),
+        (_earlier_run, "holds checkpoints of an earlier run"),
     ],
 )
 def test_types_of_models_and_first_rows_are_checked_without_torch(
@@ -195,7 +265,7 @@ def _refused_prompt(checkpoint: Path, folder: Path) -> list[str]:
         (_refused_prompt, "the chat template cannot ask 'why?': no; "),
         (_broken_tokenizer, "cannot load a tokenizer"),
         (rows(*[GOOD] * 1000, {"messages": 3}), "line 1001: messages must be a list"),
-        (rows({"input_ids": [1, 10**6]}), "the rows are another tokenizer's"),
+        (_text_beyond, "the data holds token 223 ('\u0120'), and the model has 200 embeddings"),
         (lambda *_: ["data.chat_template_kwargs={enable_thinkin: false}"], "enable_thinkin"),
     ],
 )

@@ -80,7 +80,8 @@ def test_two_faults_are_both_named(load) -> None:
 
 
 def test_words_and_numbers_mean_what_people_mean(load) -> None:
-    training = load(MINIMAL + "training: {eval_strategy: no, learning_rate: 1e-4, run_name: off, seed: 010}\n").training
+    given = "{eval_strategy: no, learning_rate: 1e-4, report_to: none, run_name: off, seed: 010}"
+    training = load(MINIMAL + f"training: {given}\n").training
     assert (training.eval_strategy, training.learning_rate, training.run_name, training.seed) == ("no", 1e-4, "off", 10)
 
 
@@ -173,12 +174,12 @@ def test_a_bad_override_is_one_line(load, override, named) -> None:
 
 def test_a_resolved_recipe_is_read_back_as_itself(load) -> None:
     recipe = load(
-        MINIMAL + "training: {max_steps: 7, learning_rate: 1e-5, run_name: '1e-4', torch_empty_cache_steps: 3}\n"
+        MINIMAL + "training: {max_steps: 7, learning_rate: 1e-5, output_dir: '1e-4', torch_empty_cache_steps: 3}\n"
         "compile: {options: {shape_padding: true}}\nlora: {target_modules: [q_proj]}\nverify: {lengths: [3, 1]}\n"
         "checkpointing: 0.5\nkernels: {causal_conv: reference}\n"
     )
     assert load(dump_recipe(recipe)) == recipe
-    assert recipe.training.run_name == "1e-4"
+    assert recipe.training.output_dir == "1e-4"
 
 
 def test_a_resolved_recipe_says_nothing_that_says_nothing(load) -> None:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from deltatune.config.explain import known_keys
-from deltatune.config.load import load_recipe
+from deltatune.config.idle import BESIDE
+from deltatune.config.load import dump_recipe, load_recipe
 from deltatune.config.refused import MOVED_TRAINING_NAMES, PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.rules import check_training_names
 from deltatune.config.training_section import OWN_TRAINING_NAMES as OURS
@@ -188,6 +189,56 @@ ERRORS = {
         "cannot act without training.report_to: trackio",
         "training: {trackio_space_id: me/space, report_to: [wandb, trackio]}",
     ),
+    "a_tracker_names_runs": (
+        "training: {run_name: mine}",
+        'training.run_name: "mine" cannot act without a tracker that names runs; set training.report_to to one of',
+        "training: {run_name: mine, report_to: [tensorboard, wandb]}",
+    ),
+    "not_every_tracker_names_runs": (
+        "training: {run_name: mine, report_to: tensorboard}",
+        "cannot act without a tracker that names runs",
+        "training: {run_name: mine, report_to: all}",
+    ),
+    "the_optimizer_has_two_moments": (
+        "training: {adam_beta1: 0.8, optim: sgd}",
+        "training.adam_beta1: 0.8 has no effect with training.optim: sgd; leave one of them out",
+        "training: {adam_beta1: 0.8, optim: lion_8bit}",
+    ),
+    "the_optimizer_has_a_second_moment": (
+        "training: {adam_beta2: 0.95, optim: adafactor}",
+        "training.adam_beta2: 0.95 has no effect with training.optim: adafactor",
+        "training: {adam_beta2: 0.999, optim: adafactor}",
+    ),
+    "the_optimizer_divides_by_it": (
+        "training: {adam_epsilon: 1.0e-6, optim: lion_8bit}",
+        "training.adam_epsilon: 1e-06 has no effect with training.optim: lion_8bit",
+        "training: {adam_epsilon: 1.0e-6, optim: muon}",
+    ),
+    "the_schedule_warms_up": (
+        "training: {warmup_steps: 5, lr_scheduler_type: constant}",
+        "training.warmup_steps: 5 has no effect with training.lr_scheduler_type: constant; leave one of them out",
+        "training: {warmup_steps: 5, lr_scheduler_type: constant_with_warmup}",
+    ),
+    "a_schedule_by_evaluations_does_not_warm_up": (
+        f"{{training: {{warmup_steps: 0.1, lr_scheduler_type: greedy, eval_strategy: epoch}}, {EVALUATED}}}",
+        "training.warmup_steps: 0.1 has no effect with training.lr_scheduler_type: greedy",
+        "training: {warmup_steps: 0.1, lr_scheduler_type: constant, optim: schedule_free_adamw}",
+    ),
+    "log_lines_come_at_steps": (
+        "training: {logging_steps: 5, logging_strategy: epoch}",
+        "training.logging_steps: 5 has no effect with training.logging_strategy: epoch; leave one of them out",
+        f"{{training: {{logging_steps: 5, logging_strategy: epoch, eval_strategy: steps}}, {EVALUATED}}}",
+    ),
+    "log_lines_come": (
+        f"{{training: {{logging_steps: 5, logging_strategy: 'no', eval_strategy: steps, eval_steps: 2}}, {EVALUATED}}}",
+        "training.logging_steps: 5 has no effect with training.logging_strategy: no",
+        "training: {logging_first_step: true, logging_strategy: 'no'}",
+    ),
+    "the_order_has_a_seed": (
+        "training: {data_seed: 3, train_sampling_strategy: sequential}",
+        "training.data_seed: 3 has no effect with training.train_sampling_strategy: sequential",
+        "training: {data_seed: 3, train_sampling_strategy: random}",
+    ),
     "a_loss_scaler_skips_by_itself": (
         "training: {on_nonfinite: skip, fp16: true}",
         "training.on_nonfinite: skip cannot act with training.fp16",
@@ -318,6 +369,32 @@ ERRORS = {
         "training: {fp16: true, use_cpu: true}",
         "training.fp16 needs a GPU",
         "training: {fp16: true}",
+    ),
+    "batches_are_made_ahead_by_whole_numbers": (
+        "training: {dataloader_prefetch_factor: 0, dataloader_num_workers: 1}",
+        "training.dataloader_prefetch_factor must be a whole number above 0; got 0",
+        "training: {dataloader_prefetch_factor: 1, dataloader_num_workers: 1}",
+    ),
+    **{
+        f"{key}_is_an_expression": (
+            yaml.safe_dump({section: {name: broken}}),
+            f"{key}: '(' is no regular expression: missing )",
+            yaml.safe_dump({section: {name: mended}}),
+        )
+        for key, broken, mended in (
+            ("training.learning_rates", {"(": 1e-4}, {"()": 1e-4}),
+            ("training.unfrozen_parameters", ["("], ["()"]),
+            ("lora.rank_pattern", {"(": 2}, {"()": 2}),
+            ("lora.alpha_pattern", {"(": 2}, {"()": 2}),
+            ("lora.target_modules", "(", ["("]),
+            ("lora.exclude_modules", "(", ["("]),
+        )
+        for section, name in (key.split("."),)
+    },
+    "one_product_drops_nothing_out": (
+        "lora: {lora_dropout: 0.1, impl: fused}",
+        "lora.lora_dropout cannot run in lora.impl: fused; set lora.impl to auto or stock",
+        "lora: {lora_dropout: 0.1, impl: stock}",
     ),
     "dora_runs_on_stock_layers": (
         "lora: {use_dora: true, impl: fused}",
@@ -508,6 +585,48 @@ def test_every_name_of_transformers_is_in_one_class(transformers_names) -> None:
 def names_a_setting(key: str) -> bool:
     section, _, name = key.partition(".")
     return name in known_keys([section]) if name else section in known_keys([])
+
+
+# in rules of config.rules and config.moments, or they act whatever the others say
+BESIDE_ELSEWHERE = {"eval_steps", "save_steps", "max_steps", "num_train_epochs", "load_best_model_at_end"}
+# of one process or device; recipes are for any number of them
+OF_MACHINES = {
+    "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph",
+    "ddp_timeout", "log_level_replica", "log_on_each_node", "save_on_each_node", "use_cpu", "dataloader_pin_memory",
+    "tf32", "torch_empty_cache_steps", "accelerator_config",
+}  # fmt: skip
+# what a short run turns off (save_strategy: no) leaves these on purpose
+SWITCHED_OFF = {"save_total_limit", "save_only_model"}
+BY_THEMSELVES = {
+    "bf16", "dataloader_drop_last", "dataloader_num_workers", "disable_tqdm", "eval_strategy", "fp16",
+    "full_determinism", "gradient_accumulation_steps", "include_num_input_tokens_seen", "learning_rate", "log_level",
+    "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "optim",
+    "output_dir", "report_to", "save_strategy", "seed", "skip_memory_metrics", "train_sampling_strategy",
+    "weight_decay",
+}  # fmt: skip
+
+
+def test_every_name_that_is_passed_on_acts_by_itself_or_is_held_against_another() -> None:
+    classes = [BESIDE, BESIDE_ELSEWHERE, OF_MACHINES, SWITCHED_OFF, BY_THEMSELVES]
+    for name in sorted((set(TrainingSection.model_fields) - OURS) | PASSED_TRAINING_NAMES):
+        assert sum(name in names for names in classes) == 1, name
+
+
+SHORT_RUN = {
+    "save_strategy=no": "save_steps: 5, save_total_limit: 2, save_only_model: true",
+    "eval_strategy=no": "eval_strategy: steps, eval_steps: 5, eval_delay: 2, metric_for_best_model: loss",
+    "report_to=none": "report_to: trackio, run_name: mine, project: ours, trackio_space_id: me/space",
+    "push_to_hub=false": "push_to_hub: true, hub_model_id: me/mine, hub_private_repo: true",
+    "dataloader_num_workers=0": "dataloader_num_workers: 2, dataloader_prefetch_factor: 3",
+}
+
+
+@pytest.mark.parametrize(("switch", "settings"), SHORT_RUN.items(), ids=SHORT_RUN)
+def test_a_short_run_turns_things_off_on_purpose(switch, settings, tmp_path) -> None:
+    path = recipe_file(tmp_path, f"{{training: {{{settings}}}, {EVALUATED}}}")
+    recipe = load_recipe(path, [f"training.{switch}"]).recipe
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path).recipe == recipe
 
 
 def test_a_name_of_a_newer_transformers_is_not_passed_on_unseen(transformers_names) -> None:

@@ -182,7 +182,7 @@ CHANGES: dict[str, Change] = {
     "training.logging_steps": acts("training.logging_steps=3", shows=lambda output, _: steps(output, "loss") == [6]),
     "training.logging_first_step": acts("training.logging_first_step=true", shows=same),  # that step is done
     "training.report_to": acts("training.report_to=tensorboard", shows=lambda output, _: any(output.rglob("events.*"))),
-    "training.run_name": acts("training.run_name=other", shows=same),
+    "training.run_name": acts("training.run_name=other", "training.report_to=none", shows=same),
     "training.disable_tqdm": acts("training.disable_tqdm=false", shows=says("step 5/6")),
     "training.eval_strategy": acts(*EVALUATES, shows=lambda output, _: steps(output, "eval_loss") == [5, 6]),
     "training.eval_steps": acts(*EVALUATES, shows=lambda output, _: steps(output, "eval_loss") == [5, 6]),

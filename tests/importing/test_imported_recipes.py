@@ -245,6 +245,17 @@ def test_what_is_not_supported(imported, name, text, keys):
     assert {row.key for row in rows if row.outcome.verdict == "not supported"} == keys
 
 
+def test_what_another_key_leaves_without_effect_is_taken_out(imported):
+    settings = {"optimizer": "adafactor", "adam_beta2": 0.95, "lr_scheduler": "constant", "warmup_steps": 10}
+    changed = yaml.safe_dump(yaml.safe_load(AXOLOTL) | settings)
+    given = imported("a.yml", changed)
+    found = {row.key: row.outcome for row in given.rows}
+    for key, beside in (("adam_beta2", "optim: adafactor"), ("warmup_steps", "lr_scheduler_type: constant")):
+        assert found[key].verdict == "no effect here"
+        assert f"has no effect with training.{beside}" in found[key].why
+        assert key not in yaml.safe_load(given.text)["training"]
+
+
 def test_every_key_has_a_row(imported):
     rows = [row.key for row in imported("a.yml", AXOLOTL).rows if row.given]
     settings = yaml.safe_load(AXOLOTL)

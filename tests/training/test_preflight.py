@@ -14,9 +14,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from deltatune.config.schema import Recipe
+from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
+from deltatune.training import devices as devices_module
 from deltatune.training import preflight as module
-from deltatune.training.preflight import missing_optimizer, preflight, preflight_training
+from deltatune.training.devices import surely_on_cpu
+from deltatune.training.preflight import missing_optimizer, preflight
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def recipe(tmp_path: Path) -> Any:
 
 
 def test_what_is_there_passes(recipe: Any, tmp_path: Path) -> None:
-    preflight_training(recipe(training={"output_dir": str(tmp_path / "not" / "there" / "yet")}))
+    preflight(recipe(training={"output_dir": str(tmp_path / "not" / "there" / "yet")}))
     assert not (tmp_path / "not").exists()
 
 
@@ -53,10 +56,9 @@ def test_what_is_there_passes(recipe: Any, tmp_path: Path) -> None:
 )
 def test_what_is_not_there_is_one_line(recipe: Any, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     found = recipe(**filled(sections, str(tmp_path)))
-    for check in (preflight, preflight_training):
-        with pytest.raises(UserError, match=message) as caught:
-            check(found)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message) as caught:
+        preflight(found)
+    assert "\n" not in str(caught.value)
 
 
 def filled(value: Any, folder: str) -> Any:
@@ -84,11 +86,31 @@ def test_a_folder_without_permission_to_write(recipe: Any, tmp_path: Path, monke
         ("stable_adamw", "torch-optimi"),
     ],
 )
-def test_a_plan_can_do_without_the_optimizers_package(recipe: Any, optimizer: str, remedy: str) -> None:
+def test_an_optimizer_needs_its_package(recipe: Any, optimizer: str, remedy: str) -> None:
     found = recipe(training={"optim": optimizer})
-    preflight(found)
     with pytest.raises(UserError, match=rf"optim: {optimizer} needs the package .*; pip install {remedy}$"):
-        preflight_training(found)
+        preflight(found)
+
+
+def test_pushing_needs_a_token(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "silence", lambda: None)
+    monkeypatch.setattr(module, "huggingface_hub", SimpleNamespace(get_token=lambda: None))
+    found = recipe(training={"push_to_hub": True, "save_strategy": "steps"})
+    with pytest.raises(UserError, match="needs a token; run hf auth login, or set HF_TOKEN"):
+        preflight(found)
+
+
+@pytest.mark.parametrize(("devices", "cpu"), [((), True), (("nvidia*",), False), (("kfd",), False)])
+def test_files_of_devices_tell_that_there_is_none(monkeypatch: pytest.MonkeyPatch, devices: Any, *, cpu: bool) -> None:
+    class Folder:
+        def __init__(self, _: str) -> None: ...
+
+        def glob(self, name: str) -> list[str]:
+            return [name] if name in devices else []
+
+    monkeypatch.setattr(devices_module, "Path", Folder)
+    assert surely_on_cpu(TrainingSection(use_cpu=False)) is (cpu and sys.platform == "linux")
+    assert surely_on_cpu(TrainingSection(use_cpu=True))
 
 
 @pytest.mark.parametrize("optimizer", [name.value for name in OptimizerNames])

@@ -32,7 +32,7 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.runs.command import STARTED_BY
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
-from deltatune.training import interruption, planned, probing
+from deltatune.training import building, interruption, planned, probing
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
@@ -788,7 +788,10 @@ def stopping_after(step: int, build: Any) -> Any:
         ({"training": {"optim": "schedule_free_adamw"}}, r"needs the package schedulefree; pip install schedulefree"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
         ({"training": {"report_to": "wand"}}, r"report_to: wand is unknown \(did you mean wandb\?\)"),
-        ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, r"kwargs: \{\} does not suit .*min_lr"),
+        (
+            {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            r"cosine_with_min_lr needs one of min_lr, min_lr_rate",
+        ),
         ({"training": {"lr_scheduler_kwargs": {"foo": 1}}}, r"lr_scheduler_kwargs: .*linear takes no foo"),
     ],
 )
@@ -800,10 +803,19 @@ def test_a_run_that_cannot_start_writes_nothing(
     assert not (tmp_path / "output").exists()
 
 
-def test_tokens_beyond_the_embeddings_stop_the_run(tmp_path: Path, checkpoint: Path) -> None:
-    rows = tmp_path / "tokens.jsonl"
-    rows.write_text(json.dumps({"input_ids": [1, 2, 258]}) + "\n")
-    data = {"train": [{"path": str(rows), "format": "tokens"}]}
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2, 258]}, r"line 1 holds token 258, and the model has 200 embeddings; take the token"),
+        ({"text": "a b"}, r"the data holds token 2\d\d \(.*\), and the model has 200 embeddings; take the token"),
+    ],
+)
+def test_tokens_beyond_the_embeddings_stop_the_run(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], message: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    data = {"train": [{"path": str(rows)}]}
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["vocab_size"] == 259
     small = shutil.copytree(checkpoint, tmp_path / "small")
@@ -811,7 +823,8 @@ def test_tokens_beyond_the_embeddings_stop_the_run(tmp_path: Path, checkpoint: P
     weights = load_file(small / "model.safetensors")
     cut = {name: weight[:200].clone() if weight.shape[0] == 259 else weight for name, weight in weights.items()}
     save_file(cut, small / "model.safetensors")
-    with pytest.raises(UserError, match=r"data holds token 258 .*, and the model has 200 embeddings; take the token"):
+    monkeypatch.setattr(building, "load_by_recipe", None)  # no weights are read before
+    with pytest.raises(UserError, match=message):
         train(make_recipe(tmp_path, small, data=data), console=QUIET)
     assert not (tmp_path / "output").exists()
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from deltatune.training.layout import shard_by_recipe
 from deltatune.training.loading import load_by_recipe
 from deltatune.training.planned import prepare_by_recipe
 from deltatune.training.resuming import best_beside, found_by_rank_0
-from deltatune.training.sealed import seal
+from deltatune.training.sealed import resume_point, seal
 from deltatune.training.sharded_files import save_weights
 from forked import free_port, run_ranks
 from tiny import tiny_conditional, tiny_model
@@ -145,16 +146,16 @@ def resumed(folder: Path) -> dict[str, Any]:
     sealed._crc32 = lambda path: read.append(path) or crc(path)  # type: ignore[func-returns-value]
     last = folder / "run" / "checkpoint-4"
     try:
-        found = found_by_rank_0(folder / "run", True, Launched())
+        found = found_by_rank_0(partial(resume_point, folder / "run", True), Launched())
         best, damaged = best_beside(last, Launched()), best_beside(folder / "damaged" / "checkpoint-4", Launched())
-        of_none = said_by(lambda: found_by_rank_0(folder / "none", True, Launched()))
+        of_none = said_by(lambda: found_by_rank_0(partial(resume_point, folder / "none", True), Launched()))
         broken = said_by(lambda: best_beside(folder / "none", Launched()))
         if dist.get_rank() == 1:
             resuming.size_problem_of = lambda _: "state is missing"
         unseen = [
             said_by(call)
             for call in (
-                lambda: found_by_rank_0(folder / "run", True, Launched()),
+                lambda: found_by_rank_0(partial(resume_point, folder / "run", True), Launched()),
                 lambda: best_beside(last, Launched()),
             )
         ]

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from deltatune.data.dataset import PackedDataset
 from deltatune.data.report import counted
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
+from deltatune.hf import model as hf_model
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sizes import Sizes
 from deltatune.preparation import Prepared
@@ -28,22 +30,41 @@ from deltatune.training.arguments import training_arguments
 from deltatune.training.batches import PackOrder, count_steps
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.continuing import load_adapter, start_lines
-from deltatune.training.export import check_kind, holds_model
 from deltatune.training.layout import sizes_lines, sizes_of
 from deltatune.training.loading import host_lines
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData
 from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
-from deltatune.training.preflight import missing_optimizer
 from deltatune.training.prompts import samples_lines
-from deltatune.training.sealed import steps_of
+from deltatune.training.since import change_lines, changed_data, changed_steps, place_of
 from deltatune.training.space import check_space
 
-__all__ = ["show"]
+__all__ = ["GoingOn", "show"]
 
 _EIGHT_BIT: Final = "adamw_8bit"
 #: Bytes worth a line.
 _WEIGHS: Final = 2**28
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """Where a run begins."""
+
+    checkpoint: Path | None
+    allow_change: bool
+    said: Sequence[str]  # of it, line by line
+
+    def lines(self, recipe: Recipe, data: RecipeData, mesh: Mesh) -> list[str]:
+        """What is said of it, and of packs and rows that are others since.
+
+        Raises:
+            UserError: other ones, and that has to be allowed; or a stream that was left by other ranks.
+        """
+        changes = changed_steps(recipe, self.checkpoint, mesh, allow=self.allow_change)
+        changes += changed_data(data, self.checkpoint, allow=self.allow_change)
+        if self.checkpoint is not None and isinstance(data.train, PackStream):
+            place_of(self.checkpoint, mesh)
+        return [*self.said, *change_lines(changes, self.checkpoint)]
 
 
 def show(
@@ -52,6 +73,7 @@ def show(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     data: RecipeData,
+    going_on: GoingOn,
     *,
     nproc: int | None = None,
 ) -> None:
@@ -61,22 +83,24 @@ def show(
         UserError: what the run would stop at.
     """
     arguments = training_arguments(recipe.training, nproc=nproc)
-    warnings = [*warnings, *_missing_here(recipe, arguments.device), *_held(recipe)]
+    warnings = [*warnings, *_missing_here(recipe, arguments.device)]
     model = adapt_by_recipe(empty_model(recipe.model, config), recipe)
     load_adapter(model, recipe.lora)
     room = check_space(model, recipe)
     sizes = sizes_of(recipe, model, arguments, nproc or _processes(recipe, arguments))
     prepared, unavailable = _prepared(recipe, model, arguments.device, sizes)
-    data.check_tokens(model, tokenizer)
+    data.check_tokens(hf_model.base_model(model).get_input_embeddings().weight.shape[0], tokenizer)
     report = prepared.report
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
     lines += [*sizes_lines(recipe, sizes), *(host_lines(recipe, model) if max(sizes.shard, sizes.expert) > 1 else [])]
+    mesh = Mesh.at(sizes.processes, arguments.process_index, shard=sizes.shard, sequence=sizes.sequence)
     lines += [
+        *going_on.lines(recipe, data, mesh),
         "",
         *data.lines(),
-        *_steps(data.train, arguments, sizes),
+        *_steps(data.train, arguments, mesh),
         *samples_lines(recipe, tokenizer),
         *room.lines(),
     ]
@@ -99,21 +123,17 @@ def _is_elsewhere(recipe: Recipe, device: torch.device) -> bool:
 
 
 def _missing_here(recipe: Recipe, device: torch.device) -> list[str]:
-    """The optimizer's package and the GPU whose activations move, which a run on another machine may find there.
+    """The GPU whose activations move, which a run on another machine may find there.
 
     Raises:
-        UserError: one is missing where the run will train.
+        UserError: it is missing where the run will train.
     """
-    missing = missing_optimizer(recipe.training.optim)
     if not _is_elsewhere(recipe, device):
-        if missing is not None:
-            raise UserError(missing)
         check_offloading(recipe, device)
         return []
-    lacking = [] if missing is None else [f"{missing} where the run will train"]
-    if recipe.activation_offloading:
-        lacking.append(f"activation_offloading: true needs a GPU where the run will train; here it would be {device}")
-    return lacking
+    if not recipe.activation_offloading:
+        return []
+    return [f"activation_offloading: true needs a GPU where the run will train; here it would be {device}"]
 
 
 def _processes(recipe: Recipe, arguments: TrainingArguments) -> int:
@@ -142,23 +162,6 @@ def _prepared(recipe: Recipe, model: nn.Module, device: torch.device, sizes: Siz
         return prepared, [f"{error}; what follows is for kernels: auto"]
 
 
-def _held(recipe: Recipe) -> list[str]:
-    """What an earlier run left in the folder, which a run has to be told about.
-
-    Raises:
-        UserError: a model of the other kind.
-    """
-    output_dir = Path(recipe.training.output_dir).expanduser()
-    check_kind(output_dir, adapter=recipe.lora is not None)
-    if steps_of(output_dir):
-        return [
-            f"{output_dir} holds checkpoints of an earlier run: train takes --resume, or another training.output_dir"
-        ]
-    if holds_model(output_dir):
-        return [f"{output_dir} holds the model of an earlier run: train takes another training.output_dir"]
-    return []
-
-
 def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -> list[str]:
     """The same optimizer in 8 bits, where its state weighs: of adapters on experts it often dominates."""
     if not recipe.training.optim.startswith("adamw") or "8bit" in recipe.training.optim:
@@ -172,9 +175,8 @@ def _smaller_state(recipe: Recipe, model: nn.Module, estimate: MemoryEstimate) -
     ]
 
 
-def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments, sizes: Sizes) -> list[str]:
+def _steps(packs: PackedDataset | PackStream, arguments: TrainingArguments, mesh: Mesh) -> list[str]:
     """What a run takes of the packs: a short last accumulation is a step as well."""
-    mesh = Mesh.at(sizes.processes, arguments.process_index, shard=sizes.shard, sequence=sizes.sequence)
     order = PackOrder(len(packs), mesh=mesh, drop_last=arguments.dataloader_drop_last)
     per_epoch, total = count_steps(len(order), arguments)
     per_step = mesh.data_size * arguments.gradient_accumulation_steps

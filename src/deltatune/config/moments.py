@@ -23,9 +23,10 @@ def moment_errors(recipe: Recipe) -> Iterator[str]:
     # without evaluations at all there is nothing to agree with
     if training.load_best_model_at_end and training.eval_strategy != "no" and training.save_strategy != "best":
         yield from _best_errors(training)
-    every = extra.get("torch_empty_cache_steps")
-    if every is not None and not (isinstance(every, int) and every > 0):
-        yield f"training.torch_empty_cache_steps must be a whole number above 0; got {every}"
+    for name in ("torch_empty_cache_steps", "dataloader_prefetch_factor"):
+        count = extra.get(name)
+        if count is not None and not (isinstance(count, int) and count > 0):
+            yield f"training.{name} must be a whole number above 0; got {count}"
 
 
 def _best_errors(training: TrainingSection) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltatune.config.data_rules import DATA_ERRORS
 from deltatune.config.defaults import default_of, differs
-from deltatune.config.idle import idle_settings
+from deltatune.config.idle import idle_settings, is_off_on_purpose
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.moments import moment_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
@@ -98,7 +98,8 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
         )
     for kind in ("eval", "save"):
         strategy = getattr(training, f"{kind}_strategy")
-        if differs(training, f"{kind}_steps") and strategy != "steps":
+        off = is_off_on_purpose(training, f"{kind}_strategy")
+        if differs(training, f"{kind}_steps") and strategy != "steps" and not off:
             yield (
                 f"training.{kind}_steps cannot act with training.{kind}_strategy: {strategy}; "
                 f"set {kind}_strategy to steps, or leave {kind}_steps out"
@@ -160,8 +161,9 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.training.fp16 and recipe.model.dtype == "float16" and recipe.lora is None:
         yield "training.fp16 scales the gradients of float32 weights; set model.dtype to float32 (or training.bf16)"
     # DoRA rescales the sum of base and adapter, which one product cannot do
-    if recipe.lora is not None and recipe.lora.use_dora and recipe.lora.impl == "fused":
-        yield "lora.use_dora cannot run in lora.impl: fused; set lora.impl to auto or stock"
+    if recipe.lora is not None and recipe.lora.impl == "fused":
+        for name in (name for name in ("use_dora", "lora_dropout") if getattr(recipe.lora, name)):
+            yield f"lora.{name} cannot run in lora.impl: fused; set lora.impl to auto or stock"
     if recipe.lora is not None:
         yield from adapter_errors(recipe.lora)
         start = recipe.lora.name_or_path
@@ -170,6 +172,26 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     given = [name for name in ("lengths", "tolerance") if differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
         yield f"verify.{given[0]} cannot act while verify.enabled is false; leave one of them out"
+
+
+def _pattern_errors(recipe: Recipe) -> Iterator[str]:
+    training, lora = recipe.training, recipe.lora
+    given = {
+        "training.learning_rates": tuple(training.learning_rates),
+        "training.unfrozen_parameters": training.unfrozen_parameters,
+    }
+    if lora is not None:
+        given |= {f"lora.{name}": tuple(getattr(lora, name)) for name in ("rank_pattern", "alpha_pattern")}
+        # of a list, each is the end of a name
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(lora, name)
+            given[f"lora.{name}"] = (value,) if isinstance(value, str) else None
+    for key, patterns in given.items():
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{key}: {pattern!r} is no regular expression: {error}"
 
 
 def _takes_steps_itself(training: TrainingSection) -> Iterator[tuple[str, str]]:
@@ -289,6 +311,7 @@ _ERRORS = (
     moment_errors,
     _optimizer_errors,
     _model_errors,
+    _pattern_errors,
     *DATA_ERRORS,
     _shard_errors,
     _sequence_errors,

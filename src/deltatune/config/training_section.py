@@ -28,7 +28,9 @@ class TrainingSection(Section):
     """The training loop, in the names of `transformers.TrainingArguments` and a few of ours.
 
     The fields below are the usual ones; any other TrainingArguments name may be given as well. Names that have no
-    effect here, or another home in the recipe, are refused.
+    effect here, or another home in the recipe, are refused, and so is a value that another one leaves without effect,
+    such as `adam_beta2` of `sgd` or `warmup_steps` of a `constant` schedule. What a short run turns off by its own key
+    (`save_strategy: no`, `eval_strategy: no`, `report_to: none`, `push_to_hub: false`) may keep its settings.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -115,7 +117,7 @@ class TrainingSection(Section):
     """Trackers to log to, such as `wandb` or `tensorboard`."""
 
     run_name: Text | None = None
-    """The run's name in a tracker."""
+    """The run's name in `wandb`, `trackio`, `mlflow`, `comet_ml` and `swanlab`."""
 
     disable_tqdm: Flag | None = None
     """Show no progress bars; log entries are printed anyway."""

@@ -11,7 +11,7 @@ from deltatune.errors import UserError, near_files, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["WELL_KNOWN", "WellKnown", "read_template"]
+__all__ = ["WELL_KNOWN", "WellKnown", "find_template", "read_template"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,21 @@ def read_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         UserError: an unknown name, a file that cannot be read, or a tokenizer without the control tokens of the format.
     """
+    found = find_template(setting)
+    _check_tokens(setting, found, tokenizer)
+    return found.source
+
+
+def find_template(setting: str) -> WellKnown:
+    """What ``model.chat_template`` stands for, whatever the tokenizer is.
+
+    Raises:
+        UserError: an unknown name, or a file that cannot be read.
+    """
     if "{{" in setting or "{%" in setting:
-        return setting
+        return WellKnown(setting)
     if setting in WELL_KNOWN:
-        found = WELL_KNOWN[setting]
-        _check_tokens(setting, found, tokenizer)
-        return found.source
+        return WELL_KNOWN[setting]
     path = Path(setting).expanduser()
     if not path.exists() and path.name == setting and not path.suffix:
         names = ", ".join(WELL_KNOWN)
@@ -43,7 +52,7 @@ def read_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
             f"expected one of {names}, a Jinja file, or Jinja text"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        return WellKnown(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         missing = near_files(path) if isinstance(error, FileNotFoundError) else ""

@@ -23,8 +23,8 @@ from deltatune.demo.speed import compare
 from deltatune.errors import UserError
 from deltatune.preparation import prepare
 from deltatune.report import table
+from deltatune.training.beginning import MARKERS
 from deltatune.training.checkpoint import load_tokenizer
-from deltatune.training.export import MARKERS
 from deltatune.training.packs import load_data, padding_token
 from deltatune.training.planned import prepare_by_recipe
 from deltatune.training.run import train

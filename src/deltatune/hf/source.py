@@ -50,8 +50,9 @@ def mapping_keys(file: str, name: str) -> tuple[str, ...] | None:
     return tuple(key.value for key in mapping.keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
 
 
-def schedule_arguments(schedule: str) -> tuple[list[str], list[str]] | None:
-    """What a learning-rate schedule takes beside the optimizer and numbers of steps: all of it, and what it must have.
+def schedule_arguments(schedule: str) -> tuple[dict[str, str], list[str]] | None:
+    """What a learning-rate schedule takes beside the optimizer and numbers of steps: all of it with its type
+    (an empty text where none is known), and what it must have.
 
     None for one that hands everything on to torch.
     """
@@ -70,7 +71,21 @@ def schedule_arguments(schedule: str) -> tuple[list[str], list[str]] | None:
     given = ("optimizer", "num_warmup_steps", "num_training_steps")
     names = [argument.arg for argument in maker.args.args]
     required = names[: len(names) - len(maker.args.defaults)]
-    return [name for name in names if name not in given], [name for name in required if name not in given]
+    defaults = dict(zip(names[len(required) :], maker.args.defaults, strict=True))
+    taken = {
+        argument.arg: _type_of(argument.annotation, defaults.get(argument.arg))
+        for argument in maker.args.args
+        if argument.arg not in given
+    }
+    return taken, [name for name in required if name not in given]
+
+
+def _type_of(annotation: ast.expr | None, default: ast.expr | None) -> str:
+    """As annotated, or as a number's default is; an empty text where neither says it."""
+    if annotation is not None:
+        return ast.unparse(annotation)
+    value = default.value if isinstance(default, ast.Constant) else None
+    return type(value).__name__ if isinstance(value, int | float) else ""
 
 
 def modeling_text(model_type: str) -> str | None:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from deltatune.config.idle import has_no_effect
 from deltatune.config.load import parse_recipe
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml
 from deltatune.errors import UserError, nearest
 from deltatune.importing.read import Foreign
-from deltatune.importing.rules import Outcome, Row
+from deltatune.importing.rules import Outcome, Row, Verdict
 from deltatune.importing.values import NotLiteral
 
 __all__ = ["DATA", "MODEL", "Imported", "convert"]
@@ -174,6 +175,7 @@ def _without(rows: list[Row], message: str) -> list[Row]:
     for row in rows:
         if at_fault in row.outcome.writes:
             writes = {key: value for key, value in row.outcome.writes.items() if key != at_fault}
-            row = replace(row, outcome=Outcome("not supported", writes, f"taken out: {reason}"))
+            verdict: Verdict = "no effect here" if has_no_effect(finding) else "not supported"
+            row = replace(row, outcome=Outcome(verdict, writes, f"taken out: {reason}"))
         kept.append(row)
     return kept

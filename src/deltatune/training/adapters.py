@@ -17,8 +17,9 @@ from deltatune.hf.peft import taken_for_experts
 from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
-from deltatune.training.layer_names import NAMED_EXPERTS, nearest_layers
+from deltatune.training.layer_names import NAMED_EXPERTS, check_layer_numbers, nearest_layers
 from deltatune.training.starts import begins_in_base, is_variant, refuse_tied
+from deltatune.training.tokenizer_files import grows
 from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
 from deltatune.training.unfrozen import freeze_others, whole_modules
 
@@ -27,13 +28,12 @@ __all__ = ["adapt", "adapt_by_recipe"]
 
 def adapt_by_recipe(model: nn.Module, recipe: Recipe, *, revision: str | None = None) -> nn.Module:
     """``adapt`` with all that a recipe says of what trains, after embeddings have grown for its tokens."""
-    added, lora = recipe.model.added_tokens, recipe.lora
     new_tokens: Sequence[int] = ()
-    if added is not None or (lora is not None and lora.name_or_path is not None):
+    if grows(recipe):
         tokenizer = load_tokenizer(recipe.model)
         resize_embeddings(model, tokenizer)
-        new_tokens = tokenizer.convert_tokens_to_ids(list(added or ()))
-    return adapt(model, lora, recipe.training.unfrozen_parameters, new_tokens, revision=revision)
+        new_tokens = tokenizer.convert_tokens_to_ids(list(recipe.model.added_tokens or ()))
+    return adapt(model, recipe.lora, recipe.training.unfrozen_parameters, new_tokens, revision=revision)
 
 
 def adapt(
@@ -249,10 +249,7 @@ def _check_names(model: nn.Module, section: LoraSection) -> None:
             if not any(name == ending or name.endswith(f".{ending}") for name in weights):
                 close = nearest(ending, {".".join(name.split(".")[-n:]) for name in weights for n in (2, 3)})
                 raise UserError(f"lora.target_parameters: {ending!r} matches no parameter{close}")
-    count = int(hf_model.text_config(model).num_hidden_layers)
-    for index in section.layers_to_transform or ():
-        if not 0 <= index < count:
-            raise UserError(f"lora.layers_to_transform: {index} is no layer; the model has layers 0 to {count - 1}")
+    check_layer_numbers(section, int(hf_model.text_config(model).num_hidden_layers))
 
 
 def _each_matches(

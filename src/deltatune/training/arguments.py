@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from os import environ
 from typing import Final
 
-import huggingface_hub
 import torch
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from deltatune.config.idle import BY_PLATEAU
 from deltatune.config.rules import check_training_names
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError, one_line
-from deltatune.training.hub import silence
+from deltatune.training.devices import check_precision
 from deltatune.training.names import MUON, check_values
 
 __all__ = ["autocast_dtype", "training_arguments"]
@@ -53,35 +51,20 @@ def training_arguments(section: TrainingSection, *, nproc: int | None = None) ->
         values["optim"] = "adamw_torch"
     if "RANK" not in environ:  # one process has none, or is not started yet
         values.pop("ddp_backend", None)
-    if values.get("use_cpu") or not torch.accelerator.is_available():
+    if section.use_cpu or not torch.accelerator.is_available():
+        check_precision(section)
         values["dataloader_pin_memory"] = False
     try:
         arguments = TrainingArguments(**{name: value for name, value in values.items() if name in known})
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {one_line(error)}") from error
-    _check_trackers(arguments)
     _check_schedule(arguments)
-    if arguments.fp16 and arguments.device.type == "cpu":
-        raise UserError("training.fp16 needs a GPU, and this run would train on the CPU; set training.bf16, or neither")
-    if arguments.push_to_hub:
-        _check_push()
     if arguments.n_gpu > 1 and nproc is None:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process; start a process for each with "
             f"--nproc {arguments.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
     return arguments
-
-
-def _check_trackers(arguments: TrainingArguments) -> None:
-    """Trackers that are not there are found by the Trainer only when model and data are."""
-    available = get_available_reporting_integrations()
-    for name in arguments.report_to or []:
-        if name not in available and name != "flyte":
-            raise UserError(
-                f"training.report_to: the package of {name} is not installed; pip install {name.replace('_', '-')}, or "
-                "set report_to: none"
-            )
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
@@ -104,14 +87,6 @@ def _check_schedule(arguments: TrainingArguments) -> None:
             f"lr_scheduler_type: {getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}: "
             f"{one_line(error)}"
         ) from error
-
-
-def _check_push() -> None:
-    """What is pushed goes when checkpoints are saved, and the repository is made before."""
-    if why := silence():
-        raise UserError(f"training.push_to_hub: {why}; leave it out, or mend the connection")
-    if huggingface_hub.get_token() is None:
-        raise UserError("training.push_to_hub needs a token; run hf auth login, or set HF_TOKEN")
 
 
 def autocast_dtype(arguments: TrainingArguments | TrainingSection) -> torch.dtype | None:

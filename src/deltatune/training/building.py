@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune.config.schema import Recipe
+from deltatune.hf import model as hf_model
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
 from deltatune.preparation import Prepared
@@ -82,12 +83,12 @@ def build(
     # one process tokenises, the others then read its cache
     with arguments.main_process_first(desc="tokenising"):
         data = load_data(recipe, tokenizer, mesh)
+    data.check_tokens(hf_model.base_model(empty).get_input_embeddings().weight.shape[0], tokenizer)
     for line in data.lines():
         console.out(line, highlight=False)
     set_seed(arguments.seed)
     loaded = load_by_recipe(recipe, config, mesh)
     model = loaded.model
-    data.check_tokens(model, tokenizer)
     if not mesh.holds_parts:
         model.to(arguments.device)
     # no device will hold a divided model, so its shapes decide

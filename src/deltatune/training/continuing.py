@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import nn
 from deltatune.config.defaults import differs
 from deltatune.config.schema import LoraSection
 from deltatune.errors import UserError, first_line, near_files, one_line
-from deltatune.training.adapter_files import adapter_digest, adapter_settings, adapter_weights
+from deltatune.training.adapter_files import adapter_digest, adapter_weights
+from deltatune.training.adapter_settings import adapter_settings, start_settings
 from deltatune.training.expert_adapters import refuse_old_roles
 from deltatune.training.hub import silence
 
@@ -26,7 +26,6 @@ _KEY = "lora.name_or_path"
 #: Of the recipe; everything else is the adapter's.
 _OF_THE_RECIPE = ("name_or_path", "lora_dropout", "adapter_dtype", "impl")
 #: Initialisations that change the base weights, which a file of PEFT's own does not hold.
-_CHANGE_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|lora_ga")
 
 
 def continued(model: nn.Module, section: LoraSection, new_tokens: Sequence[int] = ()) -> nn.Module:
@@ -142,27 +141,13 @@ def _folder(name: str) -> Path:
 
 def _config(name: str) -> peft.LoraConfig:
     folder = _folder(name)
+    start_settings(name, folder)  # before PEFT asks for packages that some starts need
     try:
-        saved = adapter_settings(folder)
-    except UserError as error:
-        raise UserError(f"{_KEY}: {error}") from error
-    kind, init = saved.get("peft_type"), str(saved.get("init_lora_weights"))
-    _check_start(name, init)  # before PEFT asks for packages that some of them need
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder)) if kind == "LORA" else None
+        config = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
         raise UserError(f"{_KEY}: {name}: its adapter_config.json cannot be read: {one_line(error)}") from error
-    if not isinstance(config, peft.LoraConfig):
-        raise UserError(f"{_KEY}: {name} is an adapter of type {kind}; LoRA is the one that a recipe trains")
+    assert isinstance(config, peft.LoraConfig)
     return config
-
-
-def _check_start(name: str, init: str) -> None:
-    if _CHANGE_BASE.match(init):
-        raise UserError(
-            f"{_KEY}: {name} is an adapter of other base weights than those on disk ({init}); merge it (deltatune "
-            "merge) and begin with the result, or save it again by PEFT's path_initial_model_for_weight_conversion"
-        )
 
 
 def _check_settings(name: str, config: peft.LoraConfig, section: LoraSection) -> None:

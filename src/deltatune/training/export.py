@@ -19,8 +19,10 @@ from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
 from deltatune.runs.card import merged_card
-from deltatune.training.adapter_files import adapter_settings, adapter_weights
+from deltatune.training.adapter_files import adapter_weights
+from deltatune.training.adapter_settings import adapter_settings
 from deltatune.training.base_identity import base_identity, check_base
+from deltatune.training.beginning import MARKERS
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
@@ -33,25 +35,9 @@ from deltatune.training.servers import has_scales_of_its_own, one_scale, per_exp
 from deltatune.training.staging import staged
 from deltatune.training.starts import begins_in_base
 
-__all__ = [
-    "CARD_FILE",
-    "MARKERS",
-    "Origin",
-    "check_kind",
-    "export_adapter",
-    "finite",
-    "holds_model",
-    "merge_adapter",
-    "readable",
-    "refuse_to_replace",
-    "save_trained",
-    "write_json",
-]
+__all__ = ["CARD_FILE", "Origin", "export_adapter", "finite", "merge_adapter", "readable", "save_trained", "write_json"]
 
 CARD_FILE = "README.md"
-
-# Readers tell an adapter or a model by these files, so they are moved into place last.
-MARKERS = ("adapter_config.json", "config.json")
 
 
 def save_trained(
@@ -88,39 +74,6 @@ def save_trained(
                 shutil.rmtree(target)
             path.replace(target)
     return said
-
-
-def check_kind(output_dir: Path, *, adapter: bool) -> None:
-    """Refuses a folder that holds what a run of the other kind left: loaders would read a mixture of both.
-
-    Raises:
-        UserError: an adapter where a model will be saved, or a model where an adapter will.
-    """
-    other = MARKERS[1] if adapter else MARKERS[0]
-    if (output_dir / other).is_file():
-        kinds = ("a model", "an adapter") if adapter else ("an adapter", "a model")
-        raise UserError(
-            f"training.output_dir: {output_dir} holds {kinds[0]} ({other}), and this run saves {kinds[1]}; choose "
-            "another folder"
-        )
-
-
-def refuse_to_replace(output_dir: Path) -> None:
-    """Refuses a run from the beginning in a folder that holds what another one made.
-
-    Raises:
-        UserError: an adapter or a model is there.
-    """
-    if holds_model(output_dir):
-        raise UserError(
-            f"training.output_dir: {output_dir} holds the model of an earlier run, and no checkpoint that --resume "
-            "could go on from; choose another folder, or remove that model"
-        )
-
-
-def holds_model(output_dir: Path) -> bool:
-    """Whether a folder holds an adapter or a model."""
-    return any((output_dir / name).is_file() for name in MARKERS)
 
 
 def readable(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from deltatune.config.schema import Recipe
 from deltatune.data.contents import read_row, wanted_turns
@@ -19,12 +19,21 @@ from deltatune.data.messages import Conversation
 from deltatune.data.rows import BadRowError, Rows, read_on
 from deltatune.data.sources import load_rows
 from deltatune.data.tokens import read_tokens
+from deltatune.errors import DataError
 from deltatune.training.recipe_rows import check_kind, layout_of, reading_of
+from deltatune.training.tokenizer_files import beyond_embeddings, rows_of_files, vocabulary_of_files
 
 __all__ = ["check_first_rows"]
 
 _LINES: Final = (".jsonl", ".ndjson")
 _LARGEST_LIST_BYTES: Final = 2**26  # a list is read as a whole, and again when it is tokenised
+
+
+class _Sizes(NamedTuple):
+    """What token ids lie below, where that is known."""
+
+    tokenizer: int | None
+    embedding: int | None
 
 
 def check_first_rows(recipe: Recipe) -> None:
@@ -34,6 +43,9 @@ def check_first_rows(recipe: Recipe) -> None:
         DataError: columns that fit no format; the first row that is broken, unless such rows are dropped.
         UserError: pairs without a section ``preference``, or other rows with one.
     """
+    known = vocabulary_of_files(recipe.model)
+    tokens = None if known is None else len(known) + len(recipe.model.added_tokens or ())
+    sizes = _Sizes(tokens, rows_of_files(recipe))
     for source in (*recipe.data.train, *recipe.data.eval):
         if source.split is not None or not _is_quick(Path(source.path).expanduser()):
             continue
@@ -45,7 +57,7 @@ def check_first_rows(recipe: Recipe) -> None:
         check_kind(source, layout, recipe)
         if recipe.data.on_bad_row == "error":
             for where, row in _numbered(rows):
-                _check(row, layout, recipe, where)
+                _check(row, layout, recipe, where, sizes)
 
 
 def _is_quick(file: Path) -> bool:
@@ -62,10 +74,12 @@ def _numbered(rows: Rows) -> Iterator[tuple[str, Row]]:
         yield rows.where(index), row
 
 
-def _check(row: Row, layout: Layout, recipe: Recipe, where: str) -> None:
+def _check(row: Row, layout: Layout, recipe: Recipe, where: str, sizes: _Sizes) -> None:
     if layout.format == "tokens":
         check_row(row, layout, where)
-        read_tokens(row, layout, sys.maxsize, where)
+        largest = int(read_tokens(row, layout, sizes.tokenizer or sys.maxsize, where).input_ids.max())
+        if sizes.embedding is not None and largest >= sizes.embedding:
+            raise DataError(beyond_embeddings(f"{where} holds", largest, sizes.embedding))
         return
     content = read_row(row, layout, where)
     if isinstance(content, Conversation) and recipe.data.train_on != "all":

@@ -13,7 +13,7 @@ from deltatune.config.schema import LoraSection, ModelSection
 from deltatune.errors import UserError
 from deltatune.hf.source import conversion_text, modeling_text
 
-__all__ = ["NAMED_EXPERTS", "check_layer_names", "json_of", "nearest_layers"]
+__all__ = ["NAMED_EXPERTS", "check_layer_names", "check_layer_numbers", "json_of", "nearest_layers", "text_settings"]
 
 #: Names of the projections of routed experts, which are no modules.
 NAMED_EXPERTS: Final = re.compile(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b")
@@ -23,17 +23,21 @@ _HEADER_BYTES: Final = 100 * 2**20  # the most that the format allows
 def check_layer_names(model: ModelSection, lora: LoraSection) -> None:
     """Refuses a name in ``target_modules`` or ``modules_to_save`` that neither weights nor source of a model mention.
 
+    Nor does it take a number in ``layers_to_transform`` of no layer.
     What is mentioned may still match no module, as what a pattern matches is not known here: the model itself says so
     once it is built. A model that is not on this disk, or brings its own code, is not looked at.
 
     Raises:
-        UserError: such a name, with the nearest layers of the checkpoint.
+        UserError: such a name, with the nearest layers of the checkpoint; or such a number.
     """
     folder = Path(model.name_or_path).expanduser()
     given = [(f"lora.{field}", getattr(lora, field)) for field in ("target_modules", "modules_to_save")]
     entries = [(field, entry) for field, names in given if isinstance(names, tuple) for entry in names]
     source = None if model.trust_remote_code or not entries else _source(folder)
     tensors = None if source is None else _tensors(folder)
+    count = text_settings(model).get("num_hidden_layers")
+    if type(count) is int:
+        check_layer_numbers(lora, count)
     if source is None or tensors is None:
         return
     known = set(re.findall(r"\w+", " ".join((source, *tensors))))
@@ -42,6 +46,26 @@ def check_layer_names(model: ModelSection, lora: LoraSection) -> None:
         if leaf not in known and entry != "all-linear" and not NAMED_EXPERTS.search(entry):
             layers = [name.removesuffix(".weight") for name, rank in tensors.items() if rank == 2]
             raise UserError(f"{field}: {entry!r} matches no module{nearest_layers(entry, layers)}")
+
+
+def check_layer_numbers(lora: LoraSection, count: int) -> None:
+    """``layers_to_transform`` against the number of layers.
+
+    Raises:
+        UserError: a number of no layer.
+    """
+    for index in lora.layers_to_transform or ():
+        if not 0 <= index < count:
+            raise UserError(f"lora.layers_to_transform: {index} is no layer; the model has layers 0 to {count - 1}")
+
+
+def text_settings(model: ModelSection) -> dict[str, Any]:
+    """What a checkpoint's config.json says of its text model; nothing where it is not here, or has code of its own."""
+    config = json_of(Path(model.name_or_path).expanduser() / "config.json")
+    if not isinstance(config, dict) or model.trust_remote_code or "auto_map" in config:
+        return {}
+    text = config.get("text_config", config)
+    return text if isinstance(text, dict) else {}
 
 
 def nearest_layers(entry: str, layers: Sequence[str]) -> str:

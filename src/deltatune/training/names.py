@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"),
 }
+# where a schedule ends, in two ways
+_ENDS: Final = ("min_lr", "min_lr_rate")
 # parts of annotations -> what they are in words, and in Python
 _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "bool": ("true or false", (bool,)),
@@ -62,20 +65,37 @@ def check_values(section: TrainingSection) -> None:
                 f"training.{key}: {value} is unknown{nearest(str(value), known)}; known: {', '.join(known)}",
             )
     _check_schedule_arguments(section)
+    _check_optim_args(section)
 
 
 def _check_types(section: TrainingSection, fields: Mapping[str, str]) -> None:
     """What TrainingArguments takes as it is, and is no number or no truth value where it is used."""
     for name, value in (section.model_extra or {}).items():
-        parts = [_TYPES.get(part) for part in fields[name].split(" | ")]
-        known = [part for part in parts if part is not None]
-        truths = any(bool in types for _, types in known)
-        fits = any(isinstance(value, types) and (truths or not isinstance(value, bool)) for _, types in known)
-        if len(known) == len(parts) and not fits:
-            expected = " or ".join(words for words, _ in known)
+        if (expected := _misfit(value, fields[name])) is not None:
+            raise RecipeKeyError(("training", name), f"training.{name}: expected {expected}, got {_shown(value)}")
+    given = (section.model_extra or {}).get("accelerator_config")
+    known = annotated_fields("trainer_pt_utils.py", "AcceleratorConfig")
+    if not isinstance(given, dict) or known is None:
+        return
+    for name in given:
+        if name not in known:
             raise RecipeKeyError(
-                ("training", name), f"training.{name}: expected {expected}, got {json.dumps(value, default=str)}"
+                ("training", "accelerator_config"),
+                f"training.accelerator_config: {name} is unknown{nearest(name, known)}; known: {', '.join(known)}",
             )
+
+
+def _misfit(value: Any, annotation: str) -> str | None:
+    """What a value should be that its annotation does not fit; None for one that fits, or where nothing says so."""
+    parts = [_TYPES.get(part) for part in annotation.split(" | ")]
+    known = [part for part in parts if part is not None]
+    truths = any(bool in types for _, types in known)
+    fits = any(isinstance(value, types) and (truths or not isinstance(value, bool)) for _, types in known)
+    return " or ".join(words for words, _ in known) if len(known) == len(parts) and not fits else None
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def _named(section: TrainingSection) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
@@ -108,5 +128,26 @@ def _check_schedule_arguments(section: TrainingSection) -> None:
                 f"training.lr_scheduler_kwargs: {schedule} takes no {name}{nearest(name, taken)}; it takes "
                 f"{', '.join(taken)}",
             )
+        if (expected := _misfit(given[name], taken[name])) is not None:
+            raise RecipeKeyError(
+                key, f"training.lr_scheduler_kwargs.{name}: expected {expected}, got {_shown(given[name])}"
+            )
     if lacking := [name for name in required if name not in given]:
         raise RecipeKeyError(key, f"training.lr_scheduler_kwargs: {schedule} needs {', '.join(lacking)}")
+    ends = [name for name in _ENDS if name in taken]
+    if len(ends) > 1 and len([name for name in ends if given.get(name) is not None]) != 1:
+        raise RecipeKeyError(key, f"training.lr_scheduler_kwargs: {schedule} needs one of {', '.join(ends)}")
+    end = given.get("lr_end", 0.0)
+    if isinstance(end, int | float) and end >= section.learning_rate > 0:
+        raise RecipeKeyError(
+            key,
+            f"training.lr_scheduler_kwargs.lr_end: {end} must be below training.learning_rate: {section.learning_rate}",
+        )
+
+
+def _check_optim_args(section: TrainingSection) -> None:
+    given = (section.model_extra or {}).get("optim_args")
+    if given and not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in str(given).split(",")):
+        raise RecipeKeyError(
+            ("training", "optim_args"), f"training.optim_args: expected name=value,name=value, got {_shown(given)}"
+        )

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from deltatune.errors import UserError
 from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.phases import phase
 from deltatune.training.recipe_rows import cache_folder, check_kind, layout_of, reading_of
+from deltatune.training.tokenizer_files import beyond_embeddings
 
 __all__ = ["RecipeData", "load_data", "padding_token"]
 
@@ -45,8 +45,8 @@ class RecipeData:
         read = {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
         return {source.rows.name: "streamed" for source in streams} | read
 
-    def check_tokens(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuses data with tokens that the model has no embedding for; of a stream, a tokenizer that has such tokens.
+    def check_tokens(self, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses tokens that an embedding of so many rows lacks: of the data, or of a stream the tokenizer's; padding.
 
         Raises:
             UserError: the largest of them, and what to change.
@@ -54,13 +54,9 @@ class RecipeData:
         packed = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
         ids = [documents.largest_token for data in packed for documents in data.documents]
         largest = max([*ids, len(tokenizer) - 1] if isinstance(self.train, PackStream) else ids)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if largest >= rows:
-            name = tokenizer.convert_ids_to_tokens(largest)
-            raise UserError(
-                f"the data holds token {largest} ({name!r}), and the model has {rows} embeddings; take the tokenizer "
-                "that belongs to it (model.tokenizer), or a checkpoint whose embeddings were resized"
-            )
+        for what, token in (("the data holds", largest), ("packs are filled with", padding_token(tokenizer))):
+            if token >= rows:
+                raise UserError(beyond_embeddings(what, token, rows, tokenizer.convert_ids_to_tokens(token)))
 
     def lines(self) -> list[str]:
         """What became of the rows, for people."""

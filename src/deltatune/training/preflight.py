@@ -12,14 +12,22 @@ from os import environ
 from pathlib import Path
 from typing import Final
 
+import huggingface_hub
+
 from deltatune.config.schema import LoraSection, ModelSection, Recipe
 from deltatune.data.sources import check_source
+from deltatune.data.well_known import find_template
 from deltatune.errors import DataError, UserError, near_files, nearest
 from deltatune.hf.source import model_types
+from deltatune.training.adapter_settings import start_settings
+from deltatune.training.beginning import Resume, begin
+from deltatune.training.devices import check_precision, surely_on_cpu
 from deltatune.training.first_rows import check_first_rows
+from deltatune.training.hub import silence
 from deltatune.training.layer_names import check_layer_names, json_of
 from deltatune.training.names import check_names
 from deltatune.training.sealed import steps_of
+from deltatune.training.tokenizer_files import check_new_tokens, check_padding, rows_of_files, vocabulary_of_files
 
 __all__ = [
     "check_model_path",
@@ -28,7 +36,6 @@ __all__ = [
     "existing_parent",
     "missing_optimizer",
     "preflight",
-    "preflight_training",
 ]
 
 # What optimizers need besides torch, by a part of their name; the first part that fits counts.
@@ -64,6 +71,7 @@ _LAUNCHED_WITH: Final = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACC
 # trackers -> packages, one of which is enough; of others transformers knows
 _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
+    "flyte": ("flytekit",),
     **{
         name: (name,)
         for name in ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
@@ -71,53 +79,76 @@ _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def preflight(recipe: Recipe) -> None:
-    """Names in ``training``, paths (model, data, folders that are written to), type of model, trackers, first rows.
+def preflight(recipe: Recipe, resume: Resume = None) -> None:
+    """What of a run can be found wrong without torch, by ``plan`` and ``train`` alike.
+
+    Names and values in ``training``, packages of trackers and the optimizer, the device, paths (model, adapter, data,
+    folders that are written to), what an earlier run left, the type of model, names of layers, tokens, first rows.
 
     Raises:
         UserError: what is unknown, is not there, is not what it should be, or cannot be written to; or a launcher's
             sharding.
         DataError: a source that is not there, or the first of its rows that is broken.
     """
-    check_names(recipe.training)
+    training = recipe.training
+    check_names(training)
+    for missing in (missing_optimizer(training.optim), _missing_tracker(training.report_to)):
+        if missing is not None:
+            raise UserError(missing)
+    if surely_on_cpu(training):
+        check_precision(training)
     for name in _LAUNCHED_WITH:
         if environ.get(name, "").lower() in ("1", "true", "yes", "on"):
             raise UserError(
                 f"{name}={environ[name]} asks accelerate to divide the model; start the processes with torchrun, or "
                 "accelerate launch --multi_gpu, and use parallel.shard"
             )
-    try:
-        check_model_path(recipe.model)
-        _check_adapter_path(recipe.lora)
-    except UserError as error:
-        raise UserError(f"{error}{_goes_on(recipe)}") from error
-    check_model_type(recipe.model)
-    check_tokenizer_path(recipe.model)
-    if recipe.lora is not None:
-        check_layer_names(recipe.model, recipe.lora)
+    _check_model(recipe)
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources):
             try:
                 check_source(source.path, source.name)
             except DataError as error:
                 raise DataError(f"data.{part}.{index}: {error}") from error
-    _check_writable("training.output_dir", recipe.training.output_dir)
+    _check_writable("training.output_dir", training.output_dir)
     if recipe.data.cache_dir is not None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
-    if missing := _missing_tracker(recipe.training.report_to):
-        raise UserError(missing)
+    if environ.get("RANK", "0") == "0":  # the others may not see its folder
+        begin(recipe, resume, clears=False)
     check_first_rows(recipe)
+    if (training.model_extra or {}).get("push_to_hub"):
+        _check_push()  # asks the Hub, so it comes last
 
 
-def preflight_training(recipe: Recipe) -> None:
-    """``preflight``, and what a plan can do without: the package of the optimizer.
+def _check_model(recipe: Recipe) -> None:
+    """The model, its tokenizer, and what begins as an adapter."""
+    section, lora = recipe.model, recipe.lora
+    try:
+        check_model_path(section)
+        _check_adapter_path(lora)
+    except UserError as error:
+        raise UserError(f"{error}{_goes_on(recipe)}") from error
+    check_model_type(section)
+    check_tokenizer_path(section)
+    if section.chat_template is not None:
+        find_template(section.chat_template)
+    if lora is not None:
+        if lora.name_or_path is not None and (folder := Path(lora.name_or_path).expanduser()).is_dir():
+            start_settings(lora.name_or_path, folder)
+        check_layer_names(section, lora)
+    known, rows = vocabulary_of_files(section), rows_of_files(recipe)
+    if known is not None:
+        check_new_tokens(section, known)
+        if rows is not None:
+            check_padding(section, known, rows)
 
-    Raises:
-        UserError: as ``preflight``, or that package is missing.
-    """
-    preflight(recipe)
-    if missing := missing_optimizer(recipe.training.optim):
-        raise UserError(missing)
+
+def _check_push() -> None:
+    """What is pushed goes when checkpoints are saved, and the repository is made before."""
+    if why := silence():
+        raise UserError(f"training.push_to_hub: {why}; leave it out, or mend the connection")
+    if huggingface_hub.get_token() is None:
+        raise UserError("training.push_to_hub needs a token; run hf auth login, or set HF_TOKEN")
 
 
 def check_model_path(section: ModelSection) -> None:

@@ -13,13 +13,12 @@ import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from deltatune.errors import UserError, one_line
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Launched
 from deltatune.training.export import write_json
-from deltatune.training.sealed import damage_of, resume_point, size_problem_of
+from deltatune.training.sealed import damage_of, size_problem_of
 
 __all__ = [
     "best_beside",
@@ -33,6 +32,8 @@ __all__ = [
 
 _Answer = TypeVar("_Answer")
 
+_STATE = "trainer_state.json"  # as transformers.trainer has it, which imports datasets and pandas
+
 
 def state_of(checkpoint: Path) -> TrainerState:
     """The Trainer's state in a checkpoint.
@@ -40,7 +41,7 @@ def state_of(checkpoint: Path) -> TrainerState:
     Raises:
         UserError: another version of transformers wrote fields that this one does not have.
     """
-    file = checkpoint / TRAINER_STATE_NAME
+    file = checkpoint / _STATE
     try:
         return TrainerState.load_from_json(str(file))
     except (TypeError, ValueError, RecursionError) as error:
@@ -61,15 +62,13 @@ def make_valid_json(file: Path) -> None:
     write_json(file, found)
 
 
-def found_by_rank_0(
-    output_dir: Path, resume: str | Path | bool | None, mesh: Launched
-) -> tuple[Path | None, list[str]]:
-    """``resume_point``, which reads every byte of a checkpoint, on rank 0; the others look at names and sizes.
+def found_by_rank_0(find: Callable[[], tuple[Path | None, list[str]]], mesh: Launched) -> tuple[Path | None, list[str]]:
+    """What ``find`` answers, which reads every byte of a checkpoint, on rank 0; the others look at names and sizes.
 
     Raises:
-        UserError: as by ``resume_point``, or a rank that does not see the same checkpoint; on every rank.
+        UserError: as by ``find``, or a rank that does not see the same checkpoint; on every rank.
     """
-    checkpoint, passed_over = decided_by_rank_0(lambda: resume_point(output_dir, resume), mesh)
+    checkpoint, passed_over = decided_by_rank_0(find, mesh)
     _check_seen(checkpoint, mesh)
     return checkpoint, passed_over
 

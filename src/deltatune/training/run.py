@@ -31,6 +31,7 @@ from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
+from deltatune.training.beginning import begin
 from deltatune.training.building import Run, build, report_of
 from deltatune.training.changes import Change
 from deltatune.training.checkpoint import load_config
@@ -38,15 +39,15 @@ from deltatune.training.console import RunConsole
 from deltatune.training.continuing import adapter_record
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
-from deltatune.training.export import check_kind, refuse_to_replace, save_trained, write_json, write_text
+from deltatune.training.export import save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
 from deltatune.training.interruption import told_of_memory, told_what_is_kept
 from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
-from deltatune.training.lock import check_free, locked
+from deltatune.training.lock import locked
 from deltatune.training.optimizers import OptimizerSettings
 from deltatune.training.packs import padding_token
 from deltatune.training.preference_trainer import trainer_for
-from deltatune.training.preflight import preflight_training
+from deltatune.training.preflight import preflight
 from deltatune.training.probing import first_layers, probe
 from deltatune.training.process_group import own_process_group
 from deltatune.training.prompts import prompts_of
@@ -58,6 +59,7 @@ from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
 from deltatune.training.since import (
     PACKS_PER_STEP,
+    change_lines,
     changed_data,
     changed_settings,
     changed_steps,
@@ -100,7 +102,7 @@ def train(
         DataError: data that cannot be trained on, with the place.
     """
     warnings = check_recipe(recipe)
-    preflight_training(recipe)
+    preflight(recipe, resume)
     if recipe.parallel.sequence not in (1, "auto"):
         check_sequence(recipe, load_config(recipe.model))
     check_experts(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # a launcher's word, before they meet
@@ -123,20 +125,14 @@ def _train(
 ) -> TrainResult:
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
-    # what another run is writing there looks like what a killed one left
-    if arguments.should_save:
-        check_free(Path(recipe.training.output_dir).expanduser())
-    checkpoint, passed_over = found_by_rank_0(Path(recipe.training.output_dir).expanduser(), resume, arguments)
-    check_kind(Path(recipe.training.output_dir).expanduser(), adapter=recipe.lora is not None)
-    if checkpoint is None:
-        refuse_to_replace(Path(recipe.training.output_dir).expanduser())
+    checkpoint, passed_over = found_by_rank_0(lambda: begin(recipe, resume, clears=True), arguments)
     changes = changed_settings(recipe, checkpoint, allow=allow_change)
-    for line in [*passed_over, *_changed_lines(changes, checkpoint)]:
+    for line in [*passed_over, *change_lines(changes, checkpoint)]:
         log.out(line, highlight=False)
 
     def before_data(mesh: Mesh) -> None:
         of_steps = changed_steps(recipe, checkpoint, mesh, allow=allow_change)
-        for line in _changed_lines(of_steps, checkpoint):
+        for line in change_lines(of_steps, checkpoint):
             log.out(line, highlight=False)
         changes.extend(of_steps)
 
@@ -152,10 +148,6 @@ def _train(
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, parts, records, checkpoint, changes, during_training, watch)
-
-
-def _changed_lines(changes: list[Change], checkpoint: Path | None) -> list[str]:
-    return [] if checkpoint is None else [f"changed since {checkpoint.name}: {change}" for change in changes]
 
 
 def _fit(

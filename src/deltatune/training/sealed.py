@@ -20,6 +20,7 @@ __all__ = [
     "clear_leftovers",
     "commit",
     "damage_of",
+    "has_replaced",
     "latest",
     "manifest",
     "next_place",
@@ -104,11 +105,19 @@ def clear_leftovers(output_dir: Path) -> None:
             _remove(path)
 
 
-def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Path | None, list[str]]:
+def has_replaced(output_dir: Path) -> bool:
+    """Whether a killed run left a checkpoint whose place another was about to take."""
+    return any(output_dir.glob(f"{_REPLACED}{CHECKPOINT}*"))
+
+
+def resume_point(
+    output_dir: Path, resume: str | Path | bool | None, *, clears: bool = True
+) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, and what should be said of those that were passed over.
 
     A given folder, for ``True`` the last whole one of ``output_dir``, and for ``"auto"`` the same if there is one. What
-    a killed run left beside its checkpoints is cleared.
+    a killed run left beside its checkpoints is cleared, unless ``clears`` is false: then nothing is written, and of a
+    checkpoint's files names and sizes are looked at.
 
     Raises:
         UserError: nothing there to resume from, or a given folder that is not whole; or, for a run from the beginning,
@@ -116,7 +125,8 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"training.output_dir: {output_dir} is a file; choose a folder")
-    clear_leftovers(output_dir)
+    if clears:
+        clear_leftovers(output_dir)
     found = steps_of(output_dir)
     if resume is None or resume is False:
         if found:
@@ -127,7 +137,7 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
         return None, []
     if resume is not True and resume != "auto":
         folder = Path(resume).expanduser().resolve()  # a link's place says what lies beside it
-        if problem := problem_of(folder):
+        if problem := problem_of(folder, reads=clears):
             raise UserError(f"{folder} is no whole checkpoint: {problem}; take another one")
         return folder, []
     whole: Path | None = None
@@ -136,7 +146,7 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
         if whole is not None and not path.is_dir():
             continue
         # what comes behind a whole one is older, or nothing says how old it is
-        problem = problem_of(path) if whole is None else _unreadable(path)
+        problem = problem_of(path, reads=clears) if whole is None else _unreadable(path)
         if problem:
             broken.append(f"{path} is passed over: {problem}")
         elif whole is None:
@@ -150,9 +160,9 @@ def resume_point(output_dir: Path, resume: str | Path | bool | None) -> tuple[Pa
     raise UserError(f"{output_dir} holds no checkpoint to resume from; start without --resume, or say --resume auto")
 
 
-def problem_of(folder: Path) -> str | None:
-    """Why a run cannot go on from a folder; None for a whole checkpoint."""
-    return _no_start(folder) or damage_of(folder)
+def problem_of(folder: Path, *, reads: bool = True) -> str | None:
+    """Why a run cannot go on from a folder; None for a whole checkpoint, whose content is read if ``reads``."""
+    return _no_start(folder) or (damage_of if reads else size_problem_of)(folder)
 
 
 def latest(output_dir: Path) -> Path | None:

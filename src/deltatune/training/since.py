@@ -17,7 +17,15 @@ from deltatune.training.resuming import state_of
 from deltatune.training.sealed import manifest
 from deltatune.training.weights_digest import STARTS, digest_of
 
-__all__ = ["PACKS_PER_STEP", "changed_data", "changed_settings", "changed_steps", "evaluates_otherwise", "place_of"]
+__all__ = [
+    "PACKS_PER_STEP",
+    "change_lines",
+    "changed_data",
+    "changed_settings",
+    "changed_steps",
+    "evaluates_otherwise",
+    "place_of",
+]
 
 PACKS_PER_STEP = "packs_per_step"
 """What a checkpoint's manifest calls the packs of an optimizer step, on all ranks."""
@@ -46,6 +54,11 @@ def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) ->
         changes = [replace(change, verdict="acts") if change.key == _ACCUMULATION else change for change in changes]
     check_changes(changes, allow=allow)
     return changes
+
+
+def change_lines(changes: Iterable[Change], checkpoint: Path | None) -> list[str]:
+    """What is said of them."""
+    return [] if checkpoint is None else [f"changed since {checkpoint.name}: {change}" for change in changes]
 
 
 def changed_steps(recipe: Recipe, checkpoint: Path | None, mesh: Mesh, *, allow: bool) -> list[Change]:

@@ -7,13 +7,14 @@ from typing import Any
 
 from tokenizers import AddedToken
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from deltatune.config.schema import LoraSection, ModelSection
-from deltatune.errors import UserError, nearest
+from deltatune.config.schema import LoraSection, ModelSection, Recipe
+from deltatune.errors import UserError
 from deltatune.hf.model import head_of
+from deltatune.training.tokenizer_files import check_new_tokens, grows
 
-__all__ = ["add_tokens", "check_new_rows_train", "resize_embeddings", "token_rows"]
+__all__ = ["add_tokens", "check_new_rows_train", "embedding_rows", "resize_embeddings", "token_rows"]
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> None:
@@ -22,19 +23,18 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> Non
     Raises:
         UserError: an added token that is in the vocabulary, or a special one that is not.
     """
-    known = tokenizer.get_vocab()
-    for token in section.added_tokens or ():
-        if token in known:
-            raise UserError(f"model.added_tokens: {token} is in the vocabulary already ({known[token]}); leave it out")
+    check_new_tokens(section, tokenizer.get_vocab())
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.added_tokens or ()])
-    known = tokenizer.get_vocab()
     for role, token in (section.special_tokens or {}).items():
-        if token not in known:
-            raise UserError(
-                f"model.special_tokens.{role}: {token} is not in the vocabulary{nearest(token, known)}; name one that "
-                "is, or add it to model.added_tokens"
-            )
         tokenizer.add_special_tokens({role: token})
+
+
+def embedding_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> int | None:
+    """The rows of the embedding as a recipe trains it, from the configuration; None where that does not say it."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(rows, int) or recipe.model.trust_remote_code:
+        return None
+    return max(rows, len(tokenizer)) if grows(recipe) else rows
 
 
 def resize_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

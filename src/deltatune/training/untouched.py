@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from deltatune.training.export import CARD_FILE, MARKERS
+from deltatune.training.beginning import MARKERS
+from deltatune.training.export import CARD_FILE
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE
 from deltatune.training.record import is_finished
 

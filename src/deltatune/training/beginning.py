@@ -1,0 +1,60 @@
+"""Where a run begins in its folder: what an earlier run left there, looked at without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
+from deltatune.training.lock import check_free
+from deltatune.training.sealed import has_replaced, resume_point
+
+__all__ = ["MARKERS", "Resume", "begin", "holds_model"]
+
+Resume = str | Path | bool | None
+
+# Readers tell an adapter or a model by these files, so they are moved into place last.
+MARKERS = ("adapter_config.json", "config.json")
+
+
+def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None, list[str]]:
+    """``resume_point`` of a recipe's folder, after what stands in the way of a run there.
+
+    Args:
+        recipe: the run.
+        resume: as ``deltatune train --resume``.
+        clears: remove what a killed run left, and read every byte of a checkpoint; False looks at names and sizes.
+
+    Raises:
+        UserError: another run that goes on, what a run of the other kind left, a model that no checkpoint goes on to,
+            or as ``resume_point``.
+    """
+    output_dir = Path(recipe.training.output_dir).expanduser()
+    # what another run is writing there looks like what a killed one left
+    check_free(output_dir)
+    if not clears and has_replaced(output_dir):
+        return None, []  # what goes on is known once it is put back
+    found = resume_point(output_dir, resume, clears=clears)
+    _check_kind(output_dir, adapter=recipe.lora is not None)
+    if found[0] is None and holds_model(output_dir):
+        raise UserError(
+            f"training.output_dir: {output_dir} holds the model of an earlier run, and no checkpoint that --resume "
+            "could go on from; choose another folder, or remove that model"
+        )
+    return found
+
+
+def holds_model(output_dir: Path) -> bool:
+    """Whether a folder holds an adapter or a model."""
+    return any((output_dir / name).is_file() for name in MARKERS)
+
+
+def _check_kind(output_dir: Path, *, adapter: bool) -> None:
+    """Refuses a folder that holds what a run of the other kind left: loaders would read a mixture of both."""
+    other = MARKERS[1] if adapter else MARKERS[0]
+    if (output_dir / other).is_file():
+        kinds = ("a model", "an adapter") if adapter else ("an adapter", "a model")
+        raise UserError(
+            f"training.output_dir: {output_dir} holds {kinds[0]} ({other}), and this run saves {kinds[1]}; choose "
+            "another folder"
+        )
