@@ -285,8 +285,8 @@ def refusals() -> dict[str, str]:
         "cached": refusal(lambda: divided.model.eval()(**cached)),
         "cached, adapters": refusal(lambda: adapted.model.eval()(**cached)),
         "thawed": refusal(lambda: thawed.clip_grad_norm_(1.0)),
-        "saved alone": refusal(lambda: divided.model.save_pretrained("unwritten")),
-        "saved alone, adapters": refusal(lambda: adapted.model.save_pretrained("unwritten")),
+        "saved alone": refusal(divided.model.state_dict),
+        "saved alone, adapters": refusal(lambda: peft.get_peft_model_state_dict(adapted.model)),
         "unknown": refusal(lambda: thawed.load_state_dict({"nothing": torch.zeros(1)})),
         "processes": refusal(lambda: parallelize(few, expert=3)),
     }
