@@ -1,7 +1,7 @@
 """The command line: parses arguments, loads the one command that was asked for, and turns errors into one line.
 
 Exit status: 0 done; 1 a leak was found, or the program failed (with a traceback); 2 the user's input is at fault (one
-line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM.
+line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM (one line).
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import keyword
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn, TypeAlias
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NoReturn, TypeAlias
 
 from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, is_missing, is_users, one_line
+from deltatune.phases import phase, shown_by
+from deltatune.signals import Interruption, done_with, interruptible, kept_by
 
 __all__ = ["main"]
 
@@ -25,28 +28,41 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # those for which the machine is looked at before torch is imported
 _PREFLIGHT = ("plan", "train")
 
+# what an interrupted command leaves, where nobody knows more
+_KEPT = {"preprocess": "what is tokenised is kept", "train": "this command has trained nothing"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
-    debug, places = False, {}
+    """Runs a command and returns its exit status.
+
+    Args:
+        argv: its words; None for those of this process, which ends with the command.
+    """
+    with interruptible():
+        status = _main(argv)
+    if argv is None:
+        with suppress(OSError):  # Python says it as it ends
+            sys.stdout.flush()
+        done_with(status)
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    debug = False
+    places: dict[tuple[str | int, ...], str] = {}
     _take_all_characters()
     try:
         args = _parser().parse_args(argv)
         debug = args.debug
         _check(args)
-        if "recipe" in args:
-            # before the command, and with it torch, is imported: a typo costs no seconds
-            args.file = args.recipe
-            loaded = importlib.import_module("deltatune.config.load").load_recipe(args.file, args.overrides)
-            args.recipe, args.warnings, places = loaded.recipe, loaded.warnings, loaded.places
-            if args.command in _PREFLIGHT:
-                # nor does a missing file or package
-                importlib.import_module("deltatune.training.preflight").preflight(args.recipe, args.resume)
-        command = importlib.import_module(f"deltatune.commands.{_module(args)}")
-        status: int = command.run(args)
+        with kept_by(lambda: _kept(args.command)):
+            if "recipe" in args:
+                with phase("reading the recipe"):
+                    places.update(_read_recipe(args))
+            status: int = _command(args).run(args)
     except KeyboardInterrupt as error:
         _say_once(str(error) or "interrupted")
-        return 130
+        return error.status if isinstance(error, Interruption) else 130
     except InterruptedRunError as error:
         _say_once(str(error))
         return error.status
@@ -60,6 +76,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {place}{missing if is_missing(error) else one_line(error)}\n")
         return 2
     return status
+
+
+def _read_recipe(args: argparse.Namespace) -> Mapping[tuple[str | int, ...], str]:
+    """Puts the recipe in the place of its file; returns where its keys are.
+
+    That is before the command, and with it torch, is imported: a typo costs no seconds.
+    """
+    args.file = args.recipe
+    loaded = importlib.import_module("deltatune.config.load").load_recipe(args.file, args.overrides)
+    args.recipe, args.warnings = loaded.recipe, loaded.warnings
+    if args.command in _PREFLIGHT:
+        # nor does a missing file or package
+        importlib.import_module("deltatune.training.preflight").preflight(args.recipe, args.resume)
+    places: Mapping[tuple[str | int, ...], str] = loaded.places
+    return places
+
+
+def _command(args: argparse.Namespace) -> Any:
+    """The module of a command; importing torch and transformers takes seconds, and a terminal is told."""
+    shown: AbstractContextManager[None] = nullcontext()
+    if sys.stderr.isatty():
+        console = importlib.import_module("rich.console").Console(stderr=True)
+        shown = shown_by(importlib.import_module("deltatune.training.console").RunConsole(console).phase)
+    with shown, phase("importing the libraries"):
+        return importlib.import_module(f"deltatune.commands.{_module(args)}")
+
+
+def _kept(command: str) -> str:
+    from deltatune.runs.command import starting_again
+
+    return f"{_KEPT.get(command, 'nothing was written')}; {starting_again()}"
 
 
 def _say_once(text: str) -> None:

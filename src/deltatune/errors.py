@@ -67,6 +67,11 @@ class RankFailedError(Exception):
         super().__init__(message)
         self.status = status
 
+    @property
+    def is_interruption(self) -> bool:
+        """Whether a signal has ended the other rank."""
+        return self.status > 128
+
 
 def is_users(error: BaseException) -> bool:
     """Whether an error is about the input rather than a fault of this program.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeAlias
+
+from deltatune.signals import told
 
 __all__ = ["Advance", "Display", "phase", "shown_by"]
 
@@ -20,12 +22,12 @@ _display: ContextVar[Display | None] = ContextVar("deltatune_phases", default=No
 
 @contextmanager
 def phase(name: str, total: int | None = None) -> Iterator[Advance]:
-    """Around work that may take longer than two seconds; shown only inside ``shown_by``, in the same thread or task."""
-    display = _display.get()
-    if display is None:
-        yield _nowhere
-        return
-    with display(name, total) as advance:
+    """Around work that may take longer than two seconds; shown only inside ``shown_by``, in the same thread or task.
+
+    An ``Interruption`` that leaves the block has the name of the innermost phase.
+    """
+    naming = told(lambda error: setattr(error, "phase", error.phase or name))
+    with naming, (_display.get() or _nobody)(name, total) as advance:
         yield advance
 
 
@@ -39,5 +41,6 @@ def shown_by(display: Display) -> Iterator[None]:
         _display.reset(token)
 
 
-def _nowhere(_done: int) -> None:
+def _nobody(_name: str, _total: int | None) -> AbstractContextManager[Advance]:
     """Where nobody watches."""
+    return nullcontext(lambda _done: None)

@@ -19,13 +19,16 @@ import yaml
 from safetensors.torch import load_file
 from training_cases import byte_tokenizer, write_conversations
 
+from deltatune import phases
 from deltatune.cli import main as deltatune
+from deltatune.training.console import RunConsole
 from deltatune.training.sealed import problem_of, steps_of
 from forked import FORKED
 from tiny import tiny_model
 
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "pause": signal.SIGSTOP}
 Action = Literal["kill", "full", "term", "int", "pause", "count"]
+At = int | str | None
 STEPS = 6
 
 
@@ -56,35 +59,63 @@ def make_case(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def run(recipe: Path, output_dir: Path, *words: str, at: int | None = None, action: Action = "count") -> int:
+def run(recipe: Path, output_dir: Path, *words: str, at: At = None, action: Action = "count") -> int:
     """``deltatune train`` in a process of its own; its exit status, negative for the signal that ended it.
 
-    ``at``: the write, counted from 1, at which ``action`` happens. What is written to the screen is in ``screen.txt``
-    beside the folder, and the writes in ``writes.txt``.
+    ``at``: the write, counted from 1, or the phase, by its first words, at which ``action`` happens. What is written to
+    the screen is in ``screen.txt`` beside the folder, and the writes in ``writes.txt``.
     """
     arguments = ["train", str(recipe), "--set", f"training.output_dir={output_dir}", *words]
+    return ended(arguments, output_dir, at, action)
+
+
+def ended(arguments: list[str], output_dir: Path, at: At = None, action: Action = "count") -> int:
+    """The same of any command."""
     process = start(arguments, output_dir, at, action)
     process.join(300)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
 
-def start(arguments: list[str], output_dir: Path, at: int | None = None, action: Action = "count") -> Any:
+def start(arguments: list[str], output_dir: Path, at: At = None, action: Action = "count") -> Any:
     """The process of a run, started."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    process = FORKED.Process(target=_child, args=(arguments, output_dir, at, action))
+    process = FORKED.Process(target=child, args=(arguments, output_dir, at, action))
     process.start()
     return process
 
 
-def _child(arguments: list[str], output_dir: Path, at: int | None, action: Action) -> None:
+def child(arguments: list[str], output_dir: Path, at: At, action: Action) -> None:
+    """The main function of such a process."""
     torch.set_num_threads(1)
     screen = os.open(output_dir.parent / "screen.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(screen, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    watch_writes(output_dir, at, action)
+    if isinstance(at, str):
+        act_in_phase(at, action)
+    watch_writes(output_dir, None if isinstance(at, str) else at, action)
     sys.exit(deltatune(arguments))
+
+
+def act_in_phase(name: str, action: Action) -> None:
+    """Sends the group of this process a signal, as a terminal does, as it enters a phase whose name begins so."""
+    os.setsid()
+    shown, nobody = RunConsole.phase, phases._nobody
+
+    def act(entered: str) -> None:
+        if entered.startswith(name):
+            os.killpg(0, _SIGNALS[action])
+
+    def phase(self: RunConsole, entered: str, total: int | None = None) -> Any:
+        act(entered)
+        return shown(self, entered, total)
+
+    def unseen(entered: str, total: int | None) -> Any:
+        act(entered)
+        return nobody(entered, total)
+
+    RunConsole.phase, phases._nobody = phase, unseen  # type: ignore[method-assign]
 
 
 def watch_writes(folder: Path, at: int | None, action: Action) -> None:

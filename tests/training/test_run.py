@@ -110,12 +110,20 @@ def test_an_adapter_is_trained_compiled_and_loads_in_stock_peft(
     assert screen.index("family qwen3_5") < screen.index("OK: every document") < screen.index("step 1/6")
     assert losses(result)[-1] < losses(result)[0]
     assert phases == [
+        "loading the tokenizer",
+        "describing the model",
         f"reading {tmp_path / 'train.jsonl'}",
+        "reading what is tokenised",
         "tokenising",
         "packing",
         "loading the model",
+        "adapting the model",
+        "moving the model to cpu",
+        "preparing the model",
         "choosing the activations to keep",
         "probing the model",
+        "computing the digest of the weights",
+        "computing the digest of the weights",
         "compiling linear_attention_Qwen3_5MLP, graph 1 of 2",
         "compiling full_attention_Qwen3_5MLP, graph 2 of 2",
         "saving the model",
@@ -499,7 +507,7 @@ def interrupted_twice(recipe: Any, after: int, resume: Any = None, then: Any = N
                 train(recipe, resume=resume, console=QUIET)
         finally:
             signal.signal(signal.SIGINT, before)
-    said, kept = str(caught.value).split(": ", 1)
+    said, kept = str(caught.value).removeprefix("SIGINT: ").split(": ", 1)
     assert said == f"interrupted after step {after}"
     record = json.loads((Path(recipe.training.output_dir) / "run.json").read_text())
     assert record["legs"][-1]["reason"] == str(caught.value)

@@ -11,6 +11,7 @@ from deltatune.errors import UserError
 from deltatune.importing.read import read_foreign
 from deltatune.importing.recipe import convert
 from deltatune.importing.table import table_lines
+from deltatune.whole import whole
 
 __all__ = ["run"]
 
@@ -31,10 +32,9 @@ def run(args: argparse.Namespace) -> int:
         stream.write(table)
         return 0
     output = Path(args.output)
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(head + imported.text)
-    except FileExistsError as error:
-        raise UserError(f"{output} exists: --output expects a new file") from error
+    if output.exists():
+        raise UserError(f"{output} exists: --output expects a new file")
+    with whole(output) as part:
+        part.write_text(head + imported.text, encoding="utf-8")
     stream.write(f"{table}\nthe recipe is in {output}\n")
     return 0

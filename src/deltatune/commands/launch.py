@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import TCPStore
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.runs.command import STARTED_BY, command_line
+from deltatune.signals import unwatched
 from deltatune.training.heartbeat import TOLD
 
 __all__ = ["launch", "run"]
@@ -45,7 +46,7 @@ def launch(command: list[str], nproc: int) -> int:
     """Runs a command in N processes that find each other as torch.distributed's do; none is left when it returns."""
     with tempfile.TemporaryDirectory(prefix="deltatune-") as folder:
         ranks = _Ranks(command, nproc, Path(folder))
-        with ranks.signals_passed_on():
+        with unwatched(), ranks.signals_passed_on():
             try:
                 ranks.start()
                 ranks.wait()

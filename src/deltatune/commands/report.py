@@ -9,6 +9,7 @@ from pathlib import Path
 from deltatune.errors import UserError
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
+from deltatune.whole import whole
 
 __all__ = ["run"]
 
@@ -23,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     html = page(runs)
     try:
-        output.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of files may hold any bytes
+        with whole(output) as part:
+            part.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of files may hold any bytes
     except IsADirectoryError as error:
         raise UserError(f"--output {output} is a folder; name a file, such as {output / _PAGE}") from error
     except OSError as error:

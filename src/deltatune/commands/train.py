@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.compile.graphs import GraphBreakError
 from deltatune.errors import RankFailedError, one_line
+from deltatune.signals import Interruption
 from deltatune.training.run import train
 
 __all__ = ["run"]
@@ -26,8 +28,21 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 1
     except RankFailedError as error:
-        # all is said and written down; as Python ends, libraries would wait for ranks that never answer
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.status)
+        _leave(error.status)
+    except Interruption as error:
+        if "RANK" not in os.environ:
+            raise
+        if os.environ["RANK"] == "0":
+            sys.stderr.write(f"{error}\n")
+        _leave(error.status)
     return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends one of several ranks where all is said and written down.
+
+    As Python ends, libraries would wait for ranks that never answer.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -155,7 +155,11 @@ def tokenize(
     """
     folder = None if cache_dir is None else cache_dir / _key(rows, layout, renderer, on_bad_row)
     task = _Task(rows, layout, renderer, on_bad_row, folder)
-    shards = [task.kept(number) for number in range(task.num_shards)]
+    with phase("reading what is tokenised", task.num_shards) as advance:
+        shards = []
+        for number in range(task.num_shards):
+            advance(number)
+            shards.append(task.kept(number))
     missing = [number for number, shard in enumerate(shards) if shard is None]
     for number, shard in zip(missing, _made(task, missing, num_proc or num_cores()), strict=True):
         shards[number] = shard

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STARTED_BY", "command_line", "resuming_command"]
+__all__ = ["STARTED_BY", "command_line", "resuming_command", "starting_again"]
 
 #: The environment variable in which a launcher tells the processes that it starts its own command.
 STARTED_BY: Final = "DELTATUNE_COMMAND"
@@ -25,6 +25,11 @@ def command_line() -> str:
     return shlex.join([script.name if script.name == "deltatune" else sys.argv[0], *sys.argv[1:]])
 
 
+def starting_again() -> str:
+    """That the command is started again, as a clause; of a launcher that does not tell its own, none is named."""
+    return "start it again" if _launched_by_another() else f"start it again with {command_line()}"
+
+
 def resuming_command(checkpoint: Path | None = None) -> str:
     """What is typed to go on with the run that this command works on; its option alone where that is not known.
 
@@ -34,7 +39,7 @@ def resuming_command(checkpoint: Path | None = None) -> str:
         checkpoint: what to go on from, if not the last one in ``training.output_dir``.
     """
     option = ["--resume"] if checkpoint is None else ["--resume", str(checkpoint)]
-    if "RANK" in os.environ and not os.environ.get(STARTED_BY):
+    if _launched_by_another():
         return shlex.join(option)
     words = shlex.split(command_line())
     if "train" not in words or not (words[0] == "deltatune" or words[:3] == ["python", "-m", "deltatune"]):
@@ -46,3 +51,7 @@ def resuming_command(checkpoint: Path | None = None) -> str:
             kept.append(word)
         before = word
     return shlex.join([*kept, *option])
+
+
+def _launched_by_another() -> bool:
+    return "RANK" in os.environ and not os.environ.get(STARTED_BY)

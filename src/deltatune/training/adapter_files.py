@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deltatune.errors import UserError, one_line
+from deltatune.phases import phase
 
 __all__ = ["adapter_config", "adapter_digest", "adapter_weights"]
 
@@ -33,8 +34,9 @@ def adapter_config(folder: Path) -> peft.PeftConfig:
 def adapter_digest(folder: Path) -> str:
     """SHA-256 of the weights' files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("adapter_model.*")):
-        digest.update(path.read_bytes())
+    with phase("computing the digest of the adapter"):
+        for path in sorted(folder.glob("adapter_model.*")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

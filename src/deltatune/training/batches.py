@@ -22,6 +22,7 @@ from deltatune.data.stream import PackStream, StreamedPack
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.parallel.mesh import ALONE, Mesh
+from deltatune.signals import leave_signals_to_parent
 from deltatune.training.rounds import steps_of_like_cost
 
 __all__ = [
@@ -195,6 +196,7 @@ def pack_loader(
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers and workers > 0,
         prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
+        worker_init_fn=leave_signals_to_parent,
     )
     prepared: DataLoader[Any] = prepare_data_loader(
         loader,

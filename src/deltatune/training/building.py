@@ -16,6 +16,7 @@ from deltatune.config.schema import Recipe
 from deltatune.hf import model as hf_model
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
+from deltatune.phases import phase
 from deltatune.preparation import Prepared
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.checkpoint import empty_model, load_config, load_tokenizer
@@ -73,9 +74,10 @@ def build(
     tokenizer = load_tokenizer(recipe.model)
     of_samples = samples_lines(recipe, tokenizer)
     # every name and shape is known before the rows are read and the weights are there
-    empty = adapt_by_recipe(empty_model(recipe.model), recipe)
-    check_space(empty, recipe)
-    sizes = sizes_of(recipe, empty, arguments)
+    with phase("describing the model"):  # which imports its code
+        empty = adapt_by_recipe(empty_model(recipe.model), recipe)
+        check_space(empty, recipe)
+        sizes = sizes_of(recipe, empty, arguments)
     if arguments.world_size > 1:  # whose devices may differ
         sizes = from_rank_0(sizes)
     mesh = mesh_of(sizes, arguments)
@@ -90,17 +92,19 @@ def build(
     loaded = load_by_recipe(recipe, config, mesh)
     model = loaded.model
     if not mesh.holds_parts:
-        model.to(arguments.device)
+        with phase(f"moving the model to {arguments.device}"):
+            model.to(arguments.device)
     # no device will hold a divided model, so its shapes decide
     device = arguments.device if mesh.holds_parts else None
-    prepared = prepare_by_recipe(
-        recipe,
-        model,
-        device=device,
-        shard=mesh.shard_size,
-        sequence=mesh.sequence_size,
-        group=mesh.sequence_group(arguments.device.type),
-    )
+    with phase("preparing the model"):
+        prepared = prepare_by_recipe(
+            recipe,
+            model,
+            device=device,
+            shard=mesh.shard_size,
+            sequence=mesh.sequence_size,
+            group=mesh.sequence_group(arguments.device.type),
+        )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
     said += [*sizes_lines(recipe, sizes), *loaded.said, *of_samples]

@@ -42,6 +42,7 @@ __all__ = [
     "origin_of",
 ]
 
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 
 
@@ -142,7 +143,7 @@ def _loaded(
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     origin = origin_of(section, section.name_or_path)
     # a download has bars of its own
-    loading = phase("loading the model") if _is_here(section) else nullcontext()
+    loading = phase("loading the model") if _is_here(section, section.name_or_path, *_WEIGHTS) else nullcontext()
     try:
         with loading:
             model, info = load(loader, config=config, dtype=dtype, **origin)
@@ -184,8 +185,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """
     name = section.tokenizer or section.name_or_path
     check_tokenizer_path(section)
+    loading = phase("loading the tokenizer") if _is_here(section, name, "tokenizer.json") else nullcontext()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**origin_of(section, name))
+        with loading:
+            tokenizer = AutoTokenizer.from_pretrained(**origin_of(section, name))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {name}: {_why(error, name)}; set model.tokenizer") from error
     if not tokenizer.get_vocab():
@@ -236,13 +239,12 @@ def origin_of(section: ModelSection, name: str) -> dict[str, Any]:
     return origin
 
 
-def _is_here(section: ModelSection) -> bool:
-    """Whether the weights are on this machine."""
-    name = section.name_or_path
+def _is_here(section: ModelSection, name: str, *files: str) -> bool:
+    """Whether a folder, or one of the files of a model on the Hub, is on this machine."""
     if Path(name).expanduser().exists():
         return True
-    files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    return any(isinstance(try_to_load_from_cache(name, file, revision=section.revision), str) for file in files)
+    revision = section.revision if name == section.name_or_path else None
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
 
 
 def _silence_about(name: str) -> str | None:

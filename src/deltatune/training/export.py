@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
+from deltatune.phases import phase
 from deltatune.runs.card import merged_card
 from deltatune.training.adapter_files import adapter_weights
 from deltatune.training.adapter_settings import adapter_settings
@@ -34,6 +35,7 @@ from deltatune.training.saving import Origin, write_merged, write_trained
 from deltatune.training.servers import has_scales_of_its_own, one_scale, per_expert
 from deltatune.training.staging import staged
 from deltatune.training.starts import begins_in_base
+from deltatune.whole import whole
 
 __all__ = ["CARD_FILE", "Origin", "export_adapter", "finite", "merge_adapter", "readable", "save_trained", "write_json"]
 
@@ -124,16 +126,22 @@ def merge_adapter(
     model, loaded, loader = load_adapted(section, config, adapter)
     identity = base_identity(section, loaded.model)
     ids = probe_tokens(tokenizer, hf_model.base_model(model).get_input_embeddings().weight.shape[0])
-    expected = logits_of(model, ids)
-    with model.disable_adapter():
-        effect = difference(logits_of(model, ids), expected)
+    with phase("computing with the adapter"):
+        expected = logits_of(model, ids)
+        with model.disable_adapter():
+            effect = difference(logits_of(model, ids), expected)
     with staged(output) as folder:
         origin = Origin(section, loaded.unexpected)
-        said = known + write_merged(merge(model), tokenizer, folder, origin, config, adapter.folder)
-        readable(folder)
-        del model, loaded  # two models at once may be too much
+        with phase("merging"):
+            merged = merge(model)
+        with phase("writing the model"):
+            said = known + write_merged(merged, tokenizer, folder, origin, config, adapter.folder)
+            readable(folder)
+        del model, merged, loaded  # two models at once may be too much
         written = ModelSection(name_or_path=str(folder), trust_remote_code=trust_remote_code)
-        compared = compare(load_checkpoint(written, loader=loader).model.eval(), ids, expected)
+        reloaded = load_checkpoint(written, loader=loader).model.eval()
+        with phase("comparing the merged model"):
+            compared = compare(reloaded, ids, expected)
         if not compared.ok:
             tokens = {place: tokenizer.decode(ids[0, place]) for place in compared.worst}
             raise UserError(_apart(compared, tokens))
@@ -195,19 +203,21 @@ def export_adapter(
             f"{adapter.folder} is an adapter of other base weights ({init}), which no server makes; merge it "
             "(deltatune merge), or train it again, since it is now saved as a plain adapter"
         )
-    state = adapter_weights(adapter.folder)
+    with phase("reading the adapter"):
+        state = adapter_weights(adapter.folder)
     config = adapter.config
     named = bool(config.get("target_parameters")) and (may_be_old(config) or has_scales_of_its_own(config))
     if layout == "per-expert" or named:
         section, _ = _base_of(adapter, base, trust_remote_code=trust_remote_code)
-        model = empty_model(section)
-        state = current_roles(state, config, model)
-        state, config = one_scale(state, config, expert_pairs(state, config, model))
-        if layout == "per-expert":
-            state, config = per_expert(state, config, model)
+        with phase("dividing the adapter"):
+            model = empty_model(section)
+            state = current_roles(state, config, model)
+            state, config = one_scale(state, config, expert_pairs(state, config, model))
+            if layout == "per-expert":
+                state, config = per_expert(state, config, model)
     else:
         state, config = one_scale(state, config, [])
-    with staged(output) as folder:
+    with staged(output) as folder, phase("writing the adapter"):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
         write_json(folder / MARKERS[0], config)
         for path in adapter.folder.iterdir():
@@ -266,6 +276,5 @@ def finite(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Text, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -43,6 +43,11 @@ class Failure:
     is_users: bool = False  # the user's input is at fault
 
     @property
+    def is_interruption(self) -> bool:
+        """Whether a signal has ended the rank."""
+        return self.status > 128
+
+    @property
     def who(self) -> str:
         """The rank and where it ran."""
         name = "the launcher" if self.rank is None else f"rank {self.rank}"

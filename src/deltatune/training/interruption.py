@@ -1,9 +1,10 @@
-"""What is left of a run that ends at once, by Ctrl-C or for lack of memory, and how it goes on."""
+"""What is left of a run that ends at once, by a signal or for lack of memory, and how it goes on."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -12,11 +13,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from deltatune.errors import UserError, first_line
-from deltatune.runs.command import resuming_command
+from deltatune.runs.command import resuming_command, starting_again
+from deltatune.signals import Interruption, kept_by
 from deltatune.training.sealed import ORDER, latest, manifest, next_place, size_problem_of
 from deltatune.training.trainer import PackedTrainer
 
-__all__ = ["told_of_memory", "told_what_is_kept"]
+__all__ = ["told_before_training", "told_of_memory", "told_what_is_kept"]
 
 _SMALLER: Final = (
     "lower packing.tokens_per_batch, or set checkpointing: layer, then activation_offloading: true (deltatune plan "
@@ -26,7 +28,7 @@ _SMALLER: Final = (
 
 @contextmanager
 def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path | None) -> Iterator[None]:
-    """Says it where Ctrl-C ends the run at once (the second one, or one after the last step), or too little memory.
+    """Says it where a signal ends the run at once (the second one, or one outside of its steps), or too little memory.
 
     Args:
         trainer: of the run.
@@ -34,25 +36,40 @@ def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path
         began_from: the checkpoint that it went on from.
 
     Raises:
-        KeyboardInterrupt: again, with the last whole checkpoint of this run and the command that goes on from it.
+        Interruption: again, with the last whole checkpoint of this run and the command that goes on from it; also in
+            the place of a KeyboardInterrupt.
         UserError: a device's memory was full; with the same, and what to change.
     """
     first_own = next_place(output_dir)
 
     def kept() -> str:
         found = _kept(output_dir, began_from, first_own)
+        if found is None and not trainer.state.global_step:
+            return _nothing_trained()
         if found is None:
             return f"no whole checkpoint is there to go on from ({_why_none(trainer.args)})"
         last, command = found
         return f"the last whole checkpoint is {last}; go on with {command}"
 
     try:
-        yield
+        with kept_by(kept):
+            yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted after step {trainer.state.global_step}: {kept()}") from error
+        interruption = error if isinstance(error, Interruption) else Interruption(signal.SIGINT)
+        interruption.after, interruption.kept = f"after step {trainer.state.global_step}", interruption.kept or kept()
+        raise interruption from error.__cause__
     except torch.OutOfMemoryError as error:
         where = f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}"
         raise UserError(f"{where}; {_SMALLER}; {kept()}") from error
+
+
+def told_before_training(checkpoint: Path | None = None) -> AbstractContextManager[None]:
+    """Says what is kept where a signal comes before a run has trained.
+
+    Args:
+        checkpoint: what it goes on from, where that is known to be whole.
+    """
+    return kept_by(lambda: _nothing_trained(checkpoint))
 
 
 @contextmanager
@@ -69,6 +86,11 @@ def told_of_memory() -> Iterator[None]:
             f"out of memory before the first step: {first_line(error)}; see with deltatune plan what the weights take, "
             "set model.dtype: bfloat16 where they are wider, or divide them among more GPUs with parallel.shard"
         ) from error
+
+
+def _nothing_trained(checkpoint: Path | None = None) -> str:
+    whole = "" if checkpoint is None else f", and {checkpoint} is whole"
+    return f"this command has trained nothing{whole}; {starting_again()}"
 
 
 def _kept(output_dir: Path, began_from: Path | None, first_own: int) -> tuple[Path, str] | None:

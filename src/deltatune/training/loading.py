@@ -18,6 +18,7 @@ from deltatune.hf import model as hf_model
 from deltatune.hf.reading import NotInPiecesError
 from deltatune.parallel.filling import Piece, from_rank_0, tensors_of
 from deltatune.parallel.mesh import Mesh
+from deltatune.phases import phase
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.checkpoint import commit_of, describe_checkpoint, empty_model, load_checkpoint
 from deltatune.training.continuing import load_adapter
@@ -152,8 +153,9 @@ def _vocabulary(model: Any) -> set[str]:
 
 def _whole(recipe: Recipe, config: PreTrainedConfig) -> LoadedModel:
     loaded = load_checkpoint(recipe.model, config)
-    model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(recipe.model))
-    load_adapter(model, recipe.lora)
+    with phase("adapting the model"):
+        model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(recipe.model))
+        load_adapter(model, recipe.lora)
     return LoadedModel(model, Origin(recipe.model, loaded.unexpected, first_factors(model)))
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, one_line
 from deltatune.hf import model as hf_model
+from deltatune.phases import phase
 from deltatune.training.adapter_files import adapter_config, adapter_weights
 from deltatune.training.checkpoint import Loaded, empty_model, load_checkpoint, model_class
 from deltatune.training.expert_adapters import refuse_old_roles
@@ -89,8 +90,9 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
         with warnings.catch_warnings():
             # what PEFT says of tied weights, this module sees to
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-            adapted = peft.PeftModel(loaded.model, given)
-            result = adapted.load_adapter(str(adapter.folder), "default")
+            with phase("adding the adapter"):
+                adapted = peft.PeftModel(loaded.model, given)
+                result = adapted.load_adapter(str(adapter.folder), "default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{adapter.folder} does not fit its base model: {one_line(error)[:300]}") from error
     for what, names in (("lacks", result.missing_keys), ("has no place for", result.unexpected_keys)):

@@ -25,11 +25,12 @@ import torch.distributed as dist
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import InterruptedRunError, RankFailedError, is_users, one_line
+from deltatune.signals import Interruption
 from deltatune.training.console import LOG_FILE
 from deltatune.training.heartbeat import BEAT, Failure, Heartbeat, connect, launcher_hosts
 from deltatune.training.processes import Process
 from deltatune.training.provenance import now
-from deltatune.training.record import mark_failed
+from deltatune.training.record import mark_ended
 from deltatune.training.sealed import CHECKPOINT, steps_of
 
 __all__ = ["RankWatch", "explained", "watched"]
@@ -53,7 +54,7 @@ def explained(watch: RankWatch | None) -> Iterator[None]:
     """Within, an error that another rank's failure led to becomes that failure, and this rank's own is told to all."""
     try:
         yield
-    except Exception as error:
+    except (Exception, Interruption) as error:
         cause = error if watch is None else watch.explain(error)
         if cause is error:
             raise
@@ -71,7 +72,7 @@ def _running(watch: RankWatch) -> Iterator[RankWatch]:
     except RankFailedError as error:
         watch.show(str(error))
         raise
-    except Exception:
+    except (Exception, Interruption):
         watch.linger()
         raise
     finally:
@@ -103,7 +104,7 @@ class RankWatch:
         self._heart, self._rank, self._size, self._timeout_s = heart, rank, size, timeout_s
         self._output_dir, self._began = output_dir, now()
         self._failure: Failure | None = None
-        self._explained: Exception | None = None  # this rank's own error, once it was told
+        self._explained: BaseException | None = None  # this rank's own error, once it was told
         self._sigterm: Any = None  # what SIGTERM did before
         # one of the two threads ends the run
         self._deciding, self._watch_ends = threading.Lock(), False
@@ -125,7 +126,7 @@ class RankWatch:
 
     # The main thread
 
-    def explain(self, error: Exception) -> Exception:
+    def explain(self, error: BaseException) -> BaseException:
         """The error to go on with: the failure of another rank where that came first, else this one, told to all."""
         if error is self._explained or isinstance(error, InterruptedRunError | RankFailedError):
             return error
@@ -136,10 +137,13 @@ class RankWatch:
         self._take_over()
         if self._failure is None:
             self._heart.report(self._own(error))
+            if self._rank == 0 and isinstance(error, Interruption):
+                self._heart.tell(str(error))  # which is said as this rank ends
             self._heart.wait_for_turn(_TELLING)
         self._failure = failure = self._failure or self._heart.failure
-        # rank 0 speaks for itself, also where another met with the same before
-        if failure is None or (self._rank == 0 and (failure.rank == 0 or failure.summary == self._own(error).summary)):
+        # rank 0 speaks for itself, also where another met with the same before; a signal mostly comes to all
+        same = failure is not None and (failure.rank == 0 or failure.summary == self._own(error).summary)
+        if failure is None or (self._rank == 0 and same) or isinstance(error, Interruption):
             self._explained = error
             return error
         return self._failed(failure)
@@ -263,7 +267,9 @@ class RankWatch:
 
     # What is said
 
-    def _own(self, error: Exception) -> Failure:
+    def _own(self, error: BaseException) -> Failure:
+        if isinstance(error, Interruption):
+            return Failure(self._rank, Process.this(), one_line(error), status=error.status, is_users=True)
         if is_users(error):
             return Failure(self._rank, Process.this(), one_line(error), status=2, is_users=True)
         text = "".join(traceback.format_exception(error)).rstrip()
@@ -291,10 +297,12 @@ class RankWatch:
 
     def _write_down(self, text: str) -> None:
         """In the run's folder, which is else for rank 0's main thread to do."""
-        mark_failed(self._output_dir, text.partition("\n")[0], self._began)
+        failure = self._failure
+        status = "interrupted" if failure is not None and failure.is_interruption else "failed"
+        mark_ended(self._output_dir, status, text.partition("\n")[0], self._began)
         if (self._output_dir / LOG_FILE).is_file():
             with (self._output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(f"failed: {text}\n")
+                stream.write(f"{status}: {text}\n")
 
 
 def _is_of_a_connection(error: BaseException | None) -> bool:

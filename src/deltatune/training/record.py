@@ -13,7 +13,7 @@ from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
 from deltatune.training.provenance import now, process_identity
 
-__all__ = ["RUN_FILE", "RunRecord", "is_finished", "mark_failed"]
+__all__ = ["RUN_FILE", "RunRecord", "is_finished", "mark_ended"]
 
 RUN_FILE, LOG_FILE = "run.json", "run.jsonl"
 
@@ -133,14 +133,14 @@ def is_finished(output_dir: Path) -> bool:
     return bool(legs) and legs[-1].get("status") == "finished"
 
 
-def mark_failed(output_dir: Path, reason: str, since: str) -> None:
+def mark_ended(output_dir: Path, status: str, reason: str, since: str) -> None:
     """Closes the leg of a run whose own process cannot: one that began after ``since`` (UTC, ISO 8601) and runs."""
     file = output_dir / RUN_FILE
     legs = _legs(file)
     if not legs or legs[-1].get("status") != "running" or str(legs[-1].get("started")) < since:
         return
-    legs[-1].update(status="failed", ended=now(), reason=reason)
-    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "status": "failed", "legs": legs})
+    legs[-1].update(status=status, ended=now(), reason=reason)
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "status": status, "legs": legs})
 
 
 def _legs(file: Path) -> list[dict[str, Any]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from traceback import format_exception
@@ -29,6 +28,7 @@ from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase, shown_by
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
+from deltatune.signals import noted
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
 from deltatune.training.beginning import begin
@@ -41,7 +41,7 @@ from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
 from deltatune.training.export import save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
-from deltatune.training.interruption import told_of_memory, told_what_is_kept
+from deltatune.training.interruption import told_before_training, told_of_memory, told_what_is_kept
 from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
 from deltatune.training.lock import locked
 from deltatune.training.optimizers import OptimizerSettings
@@ -106,11 +106,12 @@ def train(
     if recipe.parallel.sequence not in (1, "auto"):
         check_sequence(recipe, load_config(recipe.model))
     check_experts(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # a launcher's word, before they meet
-    with own_process_group():
+    with told_before_training(), own_process_group():
         arguments = training_arguments(recipe.training)
         screen = Console(quiet=True) if arguments.process_index else console or Console()
         log = RunConsole(screen, moving=not arguments.disable_tqdm)
-        with shown_by(log.phase), watched(recipe, arguments.process_index, arguments.world_size) as watch:
+        watching = watched(recipe, arguments.process_index, arguments.world_size)
+        with shown_by(log.phase), watching as watch, told_before_training():
             return _train(recipe, arguments, log, warnings, resume, allow_change, watch)
 
 
@@ -136,7 +137,7 @@ def _train(
             log.out(line, highlight=False)
         changes.extend(of_steps)
 
-    with told_of_memory():
+    with told_before_training(checkpoint), told_of_memory():
         run = build(recipe, arguments, log, before_data)
         if checkpoint is not None and isinstance(run.data.train, PackStream):
             run.data.train.start = place_of(checkpoint, run.mesh)
@@ -161,8 +162,7 @@ def _fit(
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it."""
     otherwise = evaluates_otherwise(changes)
-    trainer, stop, record = _trainer(run, parts, otherwise), StopAfterStep(), None
-    trainer.add_callback(stop)
+    trainer, record = _trainer(run, parts, otherwise), None
     step = 0 if checkpoint is None else step_of(checkpoint)
     done = checkpoint if checkpoint is not None and trainer.is_done(checkpoint) else None
     if done is not None and (recorded := _recorded(run, done, changes)) is not None:
@@ -180,28 +180,43 @@ def _fit(
         record = RunRecord(run.output_dir, about, model=base, changes=said, from_step=step, meter=trainer.meter)
         trainer.add_callback(record)
         trainer.on_skip = lambda found: record.add({"step": found.step, "skipped": str(found), "rows": found.rows})
-        if run.recipe.samples is not None:
-            trainer.add_callback(_samples(run, trainer, from_step=step))
-    status = "failed"
     try:
-        with explained(watch), told_what_is_kept(trainer, run.output_dir, checkpoint):
+        with explained(watch), told_what_is_kept(trainer, run.output_dir, checkpoint), ExitStack() as at_the_end:
+            if record is not None and run.recipe.samples is not None:
+                trainer.add_callback(_samples(run, trainer, from_step=step))
             if run.recipe.compile is not None:
                 run.console.out("the first step compiles, which takes a while", highlight=False)
-            _run_steps(trainer, checkpoint, done, stop, run.console)
+            _run_steps(trainer, checkpoint, done, run.console)
             evaluation = evaluation_of_weights(trainer, after=step if otherwise else -1)
             during_training.close()
+            # the run is finished or it is not: files and records of both would be a mixture
+            at_the_end.enter_context(_comes_to_its_end(run.console))
             result = _finish(run, trainer, evaluation, records)
-        status = "finished"
-    finally:
-        failure = sys.exception()
-        if isinstance(failure, InterruptedRunError | KeyboardInterrupt):
-            status = "interrupted"
-        if failure is not None:
-            run.console.keep(_said_of(failure, status))
+            if record is not None:
+                record.end("finished", trainer.state.global_step, None, ending(trainer))
+    except BaseException as failure:
+        status = "interrupted" if _is_interruption(failure) else "failed"
+        run.console.keep(_said_of(failure, status))
         if record is not None:
-            reason = None if failure is None else _reason(failure)
-            record.end(status, trainer.state.global_step, reason, ending(trainer) if status == "finished" else {})
+            record.end(status, trainer.state.global_step, _reason(failure))
+        raise
     return result
+
+
+def _comes_to_its_end(console: RunConsole) -> AbstractContextManager[None]:
+    """Within, the first signal ends nothing."""
+
+    def say(number: int) -> None:
+        name = signal.Signals(number).name
+        console.out(f"{name}: the model is being saved, which ends the run; once more ends it at once")
+
+    return noted(say)
+
+
+def _is_interruption(failure: BaseException) -> bool:
+    """Whether a signal has ended this run, also where it came to another rank."""
+    of_rank = isinstance(failure, RankFailedError) and failure.is_interruption
+    return of_rank or isinstance(failure, InterruptedRunError | KeyboardInterrupt)
 
 
 def _recorded(run: Run, done: Path, changes: list[Change]) -> dict[str, Any] | None:
@@ -244,9 +259,7 @@ def _said_of(failure: BaseException, status: str) -> str:
     return "".join(format_exception(failure)).rstrip()
 
 
-def _run_steps(
-    trainer: PackedTrainer, checkpoint: Path | None, done: Path | None, stop: StopAfterStep, console: RunConsole
-) -> None:
+def _run_steps(trainer: PackedTrainer, checkpoint: Path | None, done: Path | None, console: RunConsole) -> None:
     """The steps that are left; none after the checkpoint ``done``.
 
     Raises:
@@ -255,7 +268,9 @@ def _run_steps(
     if done is not None:
         trainer.take_up_finished(done)
         return
-    with caught_signals(stop, console.out):
+    with ExitStack() as steps:
+        stop = StopAfterStep(lambda: steps.enter_context(caught_signals(stop, console.out)))
+        trainer.add_callback(stop)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except TorchDynamoException as error:

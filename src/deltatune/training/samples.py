@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from deltatune.hf.model import in_mode
+from deltatune.phases import phase
 from deltatune.training.console import RunConsole
 from deltatune.training.export import write_text
 from deltatune.training.packs import padding_token
@@ -57,8 +58,10 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         """Completes, keeps and shows."""
         del args, control, kwargs
         self._drop_from(state.global_step)  # of an evaluation before, of the same step
-        with torch.no_grad(), in_mode(model, training=False):
-            for prompt in self._prompts:
+        generating = phase("generating samples", len(self._prompts))
+        with torch.no_grad(), in_mode(model, training=False), generating as advance:
+            for done, prompt in enumerate(self._prompts):
+                advance(done)
                 completion = self._complete(model, prompt.ids)
                 self._keep({"step": state.global_step, **_entry(prompt, completion)})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.errors import UserError
+from deltatune.phases import phase
 from deltatune.training.disk import writing
 
 __all__ = [
@@ -183,9 +184,10 @@ def damage_of(folder: Path) -> str | None:
     """What of a checkpoint's files is not as it was written; None where all are."""
     if problem := size_problem_of(folder):
         return problem
-    for name, expected in manifest(folder)["files"].items():
-        if _crc32(folder / name) != expected["crc32"]:
-            return f"{name} is not what was written"
+    with phase(f"checking {folder.name}"):
+        for name, expected in manifest(folder)["files"].items():
+            if _crc32(folder / name) != expected["crc32"]:
+                return f"{name} is not what was written"
     return None
 
 

@@ -275,9 +275,10 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
             self.state.best_metric = self.state.best_global_step = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if not self._reload(target, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        target, folder = self.model if model is None else model, Path(resume_from_checkpoint)
+        with phase(f"restoring {folder.name}"):
+            if not self._reload(target, folder):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _reload(self, model: nn.Module, folder: Path) -> bool:
         """Puts a checkpoint's weights into the model; False where the Trainer's own way does."""
@@ -298,13 +299,16 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         given = [{n: value for n, value in group.items() if n != "params"} for group in self.optimizer.param_groups]
-        load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint), self.parts)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        with phase(f"restoring the optimizer of {Path(checkpoint).name}"):
+            load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint), self.parts)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         self._find_best(Path(checkpoint))
         restore_settings(self.optimizer, self.lr_scheduler, given)
         # the state brings back when the run before logged, saved and evaluated
         self.state.compute_steps(self.args, self.state.max_steps)
 
     def _load_best_model(self) -> None:
-        if not self._reload(self.model, Path(self.state.best_model_checkpoint)):
-            super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        with phase(f"restoring {best.name}, the best"):
+            if not self._reload(self.model, best):
+                super()._load_best_model()

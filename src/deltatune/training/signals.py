@@ -7,28 +7,31 @@ agree after every step, by a number that goes over gloo and makes no device wait
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["StopAfterStep", "caught_signals"]
+from deltatune.signals import noted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+__all__ = ["StopAfterStep", "caught_signals"]
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     """Ends training after the step in which a signal came to any rank, with a checkpoint.
 
+    Args:
+        began: called before the first step, with the checkpoint that a run goes on from restored.
+
     Attributes:
         received: the signal, once it came; of all ranks the largest, once they agreed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, began: Callable[[], object] = lambda: None) -> None:
+        self._began = began
         self.received: int | None = None
         self._stops = False
         self._ranks: dist.ProcessGroup | None = None
@@ -36,10 +39,11 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Opens the way by which ranks agree."""
+        """Opens the way by which ranks agree, and tells that steps begin."""
         del state, control, kwargs
         if args.world_size > 1:
             self._ranks = dist.new_group(backend="gloo")
+        self._began()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end, if a signal came."""
@@ -77,30 +81,15 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
             self._ranks = None
 
 
-@contextmanager
-def caught_signals(stop: StopAfterStep, say: Callable[[str], None]) -> Iterator[None]:
+def caught_signals(stop: StopAfterStep, say: Callable[[str], None]) -> AbstractContextManager[None]:
     """Within, the first SIGTERM or SIGINT is noted in ``stop``; a second one acts as if nothing caught it.
 
     Outside the main thread, where Python takes no handlers, signals act as ever.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _frame: object) -> None:
+    def note(number: int) -> None:
         stop.received = number
-        restore()
         name = signal.Signals(number).name
         say(f"{name}: the run ends after this step, with a checkpoint; once more ends it at once")
 
-    for number in _SIGNALS:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        restore()
+    return noted(note)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from deltatune.phases import phase
 from deltatune.training.disk import writing
 from deltatune.training.lock import locked
 
@@ -32,7 +33,8 @@ def staged(path: Path) -> Iterator[Path]:
             try:
                 with writing(path, "written", "nothing is left of it"):
                     yield folder
-                _sync(folder)
+                with phase(f"writing {path.name} to the disk"):
+                    _sync(folder)
                 if path.is_dir():
                     path.rmdir()
                 folder.replace(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from deltatune.config.schema import Recipe
+from deltatune.phases import phase
 
 __all__ = ["STARTS", "digest_of", "digests_of"]
 
@@ -36,14 +37,15 @@ def digest_of(name: str | None) -> str | None:
     if folder is None or not folder.is_dir():
         return None
     found = hashlib.sha256()
-    for path in sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as stream:
-            if size <= _WHOLE:
-                found.update(stream.read())
-                continue
-            for block in range(_BLOCKS):
-                stream.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
-                found.update(stream.read(_BLOCK))
+    with phase("computing the digest of the weights"):
+        for path in sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}):
+            size = path.stat().st_size
+            found.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as stream:
+                if size <= _WHOLE:
+                    found.update(stream.read())
+                    continue
+                for block in range(_BLOCKS):
+                    stream.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
+                    found.update(stream.read(_BLOCK))
     return found.hexdigest()

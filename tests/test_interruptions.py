@@ -1,0 +1,165 @@
+"""The scope of SIGTERM and Ctrl-C around a command, in processes that import nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BEGIN = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+from deltatune import signals
+from deltatune.phases import phase
+from deltatune.signals import Interruption, interruptible, kept_by, noted
+def kill(number=signal.SIGTERM): os.kill(os.getpid(), number)
+"""
+# a mutex that this thread holds: no signal wakes it
+STUCK = """
+import ctypes
+mutex = ctypes.create_string_buffer(64)
+wait = lambda: ctypes.CDLL(None).pthread_mutex_lock(mutex)
+wait()
+def later(*seconds):
+    import threading
+    for each in seconds: threading.Timer(each, kill).start()
+"""
+
+
+def ended(code: str) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, timeout=30, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_becomes_one_line_with_the_innermost_phase_and_what_is_kept(name: str, status: int) -> None:
+    code = f"""
+try:
+    with interruptible(), kept_by(lambda: "outer"), kept_by(lambda: "nothing; start again"), phase("loading"):
+        with phase("reading"): kill(signal.{name})
+except Interruption as error:
+    print(error, error.status)
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+"""
+    expected = f"{name}: interrupted while reading: nothing; start again {status}\n"
+    assert ended(code) == (0, expected, "")
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    code = """
+with interruptible():
+    try: kill()
+    finally:
+        kill()
+        print("never")
+"""
+    assert ended(code) == (143, "", "SIGTERM: ended at once\n")
+
+
+def test_what_notes_the_first_leaves_the_second() -> None:
+    code = """
+with interruptible():
+    try:
+        with noted(print):
+            kill()
+            print("goes on")
+            kill(signal.SIGINT)
+    except Interruption as error: print(error)
+"""
+    assert ended(code) == (0, "15\ngoes on\nSIGINT: interrupted\n", "")
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    code = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with interruptible(), noted(print): kill(signal.SIGINT)
+"""
+    assert ended(code) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("around", "seconds", "settings"),
+    [("interruptible()", "0.3", "_WAITING"), ("interruptible(), noted(print)", "0.3, 0.5", "_LEAVING")],
+)
+def test_a_process_that_takes_up_no_signal_is_ended(around: str, seconds: str, settings: str) -> None:
+    code = f"{STUCK}\nsignals.{settings} = 0.3\nwith {around}:\n    later({seconds})\n    wait()"
+    began = time.monotonic()
+    assert ended(code) == (143, "", "SIGTERM: ended at once\n")
+    assert time.monotonic() - began < 5
+
+
+def test_work_that_notes_the_first_signal_has_time() -> None:
+    code = f"{STUCK}\nsignals._WAITING = 0.1\nwith interruptible(), noted(print):\n    later(0.2)\n    time.sleep(1)"
+    assert ended(code) == (0, "15\n", "")
+
+
+def test_one_that_python_drops_in_a_destructor_comes_again() -> None:
+    code = """
+class Dies:
+    def __del__(self): kill()
+try:
+    with interruptible():
+        Dies()
+        print("dropped", flush=True)
+        time.sleep(20)
+except Interruption as error: print(error)
+"""
+    assert ended(code) == (0, "dropped\nSIGTERM: interrupted\n", "")
+
+
+def test_forked_processes_leave_ctrl_c_and_end_without_a_word() -> None:
+    code = """
+with interruptible():
+    child = os.fork()
+    if child == 0:
+        kill(signal.SIGINT)
+        print("lives on", flush=True)
+        kill()
+    print(os.waitpid(child, 0)[1])
+    time.sleep(0.2)
+"""
+    assert ended(code) == (0, "lives on\n15\n", "")
+
+
+def test_what_a_process_forked_goes_with_it() -> None:
+    code = """
+import multiprocessing
+with interruptible():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    print(child.pid, flush=True)
+    try: kill()
+    finally: kill()
+"""
+    status, out, _ = ended(code)
+    assert status == 143
+    until, child = time.monotonic() + 5, Path("/proc", out.strip(), "stat")
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "it still runs"
+
+
+def test_an_error_that_python_makes_of_it_is_it() -> None:
+    """What a class is told of its attributes raises a RuntimeError of Python's, as imports see it."""
+    code = """
+class Named:
+    def __set_name__(self, owner, name): kill()
+try:
+    with interruptible(), kept_by(lambda: "nothing"), phase("importing"):
+        class Owner: field = Named()
+except Interruption as error: print(error)
+"""
+    assert ended(code) == (0, "SIGTERM: interrupted while importing: nothing\n", "")
+
+
+def test_a_signal_after_the_command_changes_nothing() -> None:
+    code = """
+import atexit
+from deltatune import cli
+atexit.register(lambda: (kill(), time.sleep(20)))
+cli._main = lambda _: print("done") or 2
+sys.exit(cli.main())
+"""
+    assert ended(code) == (2, "done\n", "")
