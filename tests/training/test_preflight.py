@@ -84,7 +84,10 @@ def test_a_folder_without_permission_to_write(recipe: Any, tmp_path: Path, monke
         ("stable_adamw", "torch-optimi"),
     ],
 )
-def test_a_plan_can_do_without_the_optimizers_package(recipe: Any, optimizer: str, remedy: str) -> None:
+def test_a_plan_can_do_without_the_optimizers_package(
+    recipe: Any, optimizer: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
     found = recipe(training={"optim": optimizer})
     preflight(found)
     with pytest.raises(UserError, match=rf"optim: {optimizer} needs the package .*; pip install {remedy}$"):
