@@ -1,10 +1,12 @@
-"""One case for all faults, and the run that nothing happens to."""
+"""A case for each kind of run, and what its run leaves where nothing happens to it."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,26 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("case")
-    recipe = make_case(folder)
-    for name in ("cached", "whole"):  # the first fills the cache of tokenised data, and starts the processes' parent
-        began = time.monotonic()
-        assert run(recipe, folder / name / "output") == 0
-    whole = folder / "whole" / "output"
-    return Case(recipe, whole, writes(whole), time.monotonic() - began)
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """The case of a kind of ``KINDS``."""
+
+    @cache
+    def made(kind: str) -> Case:
+        folder = tmp_path_factory.mktemp(kind)
+        recipe = make_case(folder, kind)
+        for name in (
+            "cached",
+            "whole",
+        ):  # the first fills the cache of tokenised data, and starts the processes' parent
+            began = time.monotonic()
+            assert run(recipe, folder / name / "output") == 0
+        whole = folder / "whole" / "output"
+        return Case(recipe, whole, writes(whole), time.monotonic() - began)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def case(cases: Callable[[str], Case]) -> Case:
+    """The case of adapters."""
+    return cases("lora")

@@ -160,7 +160,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def needs(package: str) -> Any:
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}, as make test-optimizers has it")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"needs {package}, as make test-optimizers has it"
+    )
 
 
 def narrow(state: Any) -> bool:
