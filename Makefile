@@ -25,7 +25,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-# every fault at every moment, in one process: half an hour
+# every fault at every moment, in one process: most of an hour
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --numprocesses 0
 

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from training_cases import byte_tokenizer, write_conversations, write_pairs
 
 from deltatune.cli import main as deltatune
+from deltatune.config.load import dump_recipe, parse_recipe
 from deltatune.training import packs
 from deltatune.training.sealed import problem_of, steps_of
 from forked import FORKED
@@ -39,13 +40,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_case(folder: Path, kind: str = "lora") -> Path:
-    """A checkpoint, rows and a recipe that saves at every second of its six steps; the data is in the cache."""
+def make_case(folder: Path, kind: str, words: Sequence[str] = ()) -> Path:
+    """A checkpoint, rows and a recipe that saves at every second of its six steps; ``words`` are laid over it."""
     tokenizer = byte_tokenizer()
     tiny_model("qwen3", layers=1, vocab_size=len(tokenizer)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     write = write_pairs if kind == "preference" else write_conversations
     rows = write(folder / "train.jsonl", 60)
+    write(folder / "eval.jsonl", 12, first=60)
     recipe: dict[str, Any] = {
         "model": {"name_or_path": str(folder / "base")},
         "data": {"train": [{"path": str(rows)}], "cache_dir": str(folder / "cache"), "num_proc": 1},
@@ -65,7 +67,10 @@ def make_case(folder: Path, kind: str = "lora") -> Path:
     }
     for name, section in KINDS[kind].items():
         recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    given = parse_recipe(
+        yaml.safe_dump(recipe), "recipe.yaml", [word.replace("{folder}", str(folder)) for word in words]
+    )
+    (folder / "recipe.yaml").write_text(dump_recipe(given.recipe), encoding="utf-8")
     return folder / "recipe.yaml"
 
 
