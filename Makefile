@@ -8,7 +8,7 @@ RUN ?= $(BIN)/python
 # processes that share the tests; each grows to about 2 GB
 WORKERS ?= 2
 
-.PHONY: demo test test-faults test-lowest lint format docs bench-ops bench-train bench-parallel targets clean setup
+.PHONY: demo test test-faults test-lowest test-optimizers lint format docs bench-ops bench-train bench-parallel targets clean setup
 
 setup: $(STAMP)
 
@@ -25,9 +25,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-# every fault at every moment, in one process: half an hour
+# every fault at every moment, in one process: most of an hour
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --numprocesses 0
+
+# what steps with the libraries of state in 8 and 4 bits, which run on a CPU too. They are not in the tests' own
+# environment: PEFT imports both where they are there, some seconds in every process
+OPTIMIZERS := $(VENV)/optimizers
+test-optimizers: $(STAMP)
+	$(BIN)/python -m pip install -q --constraint constraints/cpu.txt --no-deps --upgrade --target $(OPTIMIZERS) bitsandbytes torchao
+	PYTHONPATH=$(OPTIMIZERS) $(BIN)/python -m pytest tests/training/test_optimizers.py tests/compile/test_memory.py \
+	  tests/training/test_preflight.py
 
 # the same tests with the oldest versions that the package allows, but for torch, whose oldest has no CPU build on PyPI
 test-lowest:

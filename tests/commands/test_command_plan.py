@@ -10,8 +10,8 @@ from deltatune.cli import main
 from deltatune.commands import planning
 from deltatune.config.load import load_recipe
 from deltatune.errors import UserError
+from deltatune.training import preflight, space
 from deltatune.training import run as run_module
-from deltatune.training import space
 from deltatune.training.run import train
 
 
@@ -122,8 +122,9 @@ def test_plan_counts_pairs(capsys, write_recipe, pairs) -> None:
     assert "train: 12 rows -> 12 pairs" in capsys.readouterr().out
 
 
-def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe) -> None:
+def test_plan_says_what_a_run_elsewhere_will_need(capsys, write_recipe, monkeypatch) -> None:
     """On a machine without an accelerator, for a run that wants one, a kernel of a GPU is no error; a package is."""
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
     recipe = str(write_recipe(training={"max_steps": 2}, kernels={"gated_delta_rule": "fla"}))
     assert main(["plan", recipe]) == 0
     assert re.search(r"warning: .*fla.*; what follows is for kernels: auto\n", capsys.readouterr().out)

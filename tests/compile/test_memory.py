@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from deltatune import CompileOptions, prepare
 from deltatune.compile import memory
@@ -15,6 +17,7 @@ from deltatune.config.schema import LoraSection
 from deltatune.ops import Choice
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.training.adapters import adapt
+from deltatune.training.preflight import missing_optimizer
 from tiny import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
@@ -51,6 +54,35 @@ def test_weights_gradients_and_optimizer_are_exact(name: str, make: Any, dtype: 
     assert estimate.weights == sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
     assert estimate.gradients == sum(p.grad.numel() * p.grad.dtype.itemsize for p in trained)
     assert estimate.optimizer == state_bytes(optimizer)
+
+
+def held_bytes(state: Any) -> int:
+    """What an optimizer of a library keeps, without the table of codes that bitsandbytes' parameters share."""
+    if isinstance(state, dict):
+        return sum(held_bytes(value) for name, value in state.items() if not str(name).startswith("qmap"))
+    inner = getattr(state, "tensor_attrs", ())  # of torchao's narrow tensors
+    if inner:
+        return sum(held_bytes(getattr(state, name)) for name in inner)
+    return state.numel() * state.dtype.itemsize if isinstance(state, torch.Tensor) else 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*memory._BITSANDBYTES, *memory._TORCHAO])
+def test_state_of_other_libraries_is_exact(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    if (missing := missing_optimizer(name)) is not None:
+        pytest.skip(missing)
+    # above and below the smallest narrow tensor, and no whole number of blocks
+    weights = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((64, 96), (96, 43), (20, 96), (96,))]
+    arguments = TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
+    make, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = make(weights, **settings)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        optimizer.step()
+    assert [held_bytes(optimizer.state[weight]) for weight in weights] == [
+        optimizer_bytes(weight, name) for weight in weights
+    ]
 
 
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adafactor"])

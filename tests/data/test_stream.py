@@ -229,7 +229,7 @@ class TestFetched:
         def generate():
             yield from ({"text": f"row {i}"} for i in range(count))
 
-        return Fetched("hub/name", IterableDataset.from_generator(generate))
+        return Fetched("hub/name", IterableDataset.from_generator(generate), "commit")
 
     def texts(self, rows, start, end):
         return [row["text"] for _, row in rows.read(start, end)]
@@ -262,7 +262,7 @@ class TestFetched:
                 return [{"text": text} for text in self.passes.pop(0)[number:]]
 
         with pytest.raises(DataError, match="hub/name ended after fewer than 2 rows"):
-            self.texts(Fetched("hub/name", Vanishing()), 0, 5)
+            self.texts(Fetched("hub/name", Vanishing(), "commit"), 0, 5)
 
     def test_no_rows_at_all_is_an_error(self):
         with pytest.raises(DataError, match="hub/name holds no rows"):
@@ -272,13 +272,20 @@ class TestFetched:
 def test_rows_of_the_hub_are_fetched_as_they_are_read(monkeypatch):
     asked = []
 
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return IterableDataset.from_generator(lambda: ({"text": f"row {i}"} for i in range(9)))
+    class Builder:
+        hash = "0123abcd"
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def __init__(self, *args, **kwargs):
+            asked.append((args, kwargs))
+
+        def as_streaming_dataset(self, split):
+            asked.append(split)
+            return IterableDataset.from_generator(lambda: ({"text": f"row {i}"} for i in range(9)))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     rows = open_stream("owner/data", split="test", revision="v1", limit=4)
-    assert asked == [(("owner/data", None), {"split": "test", "revision": "v1", "streaming": True})]
+    assert asked == [(("owner/data", None), {"revision": "v1"}), "test"]
+    assert rows.identity == "0123abcd", "the commit, since the rows are not read for a digest"
     assert [row["text"][-1] for _, row in rows.read(0, 6)] == ["0", "1", "2", "3", "0", "1"]
 
 

@@ -123,7 +123,7 @@ def test_the_hub_is_asked_for_what_the_recipe_says(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = hub_rows("someone/some-data", "test[:10%]", "small", "v1")
-    settings = {"split": "test[:10%]", "revision": "v1", "streaming": False}
+    settings = {"split": "test[:10%]", "revision": "v1"}
     assert asked == [(("someone/some-data", "small"), settings)]
     assert rows.where(0) == "someone/some-data (small, split test[:10%]), row 1"
 

@@ -1,10 +1,12 @@
-"""One case for all faults, and the run that nothing happens to."""
+"""A case for each kind of run, and what its run leaves where nothing happens to it."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,33 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("case")
-    recipe = make_case(folder)
-    for name in ("cached", "whole"):  # the first fills the cache of tokenised data, and starts the processes' parent
-        began = time.monotonic()
-        assert run(recipe, folder / name / "output") == 0
-    whole = folder / "whole" / "output"
-    return Case(recipe, whole, writes(whole), time.monotonic() - began)
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The recipe of a kind of ``KINDS``, with settings laid over it, in a folder of its own with all that it names."""
+
+    @cache
+    def made(kind: str, *words: str) -> Path:
+        return make_case(tmp_path_factory.mktemp(kind), kind, words)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def cases(recipes: Callable[..., Path]) -> Callable[..., Case]:
+    """The case of such a recipe."""
+
+    @cache
+    def made(kind: str, *words: str) -> Case:
+        recipe = recipes(kind, *words)
+        for name in ("cached", "whole"):  # the first caches the tokenised data, and starts the processes' parent
+            began = time.monotonic()
+            assert run(recipe, recipe.parent / name / "output") == 0
+        whole = recipe.parent / "whole" / "output"
+        return Case(recipe, whole, writes(whole), time.monotonic() - began)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def case(cases: Callable[..., Case]) -> Case:
+    """The case of adapters."""
+    return cases("lora")

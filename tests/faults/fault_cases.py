@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ import safetensors.torch
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_cases import byte_tokenizer, write_conversations
+from training_cases import byte_tokenizer, write_conversations, write_pairs
 
 from deltatune import phases
 from deltatune.cli import main as deltatune
+from deltatune.config.load import dump_recipe, parse_recipe
+from deltatune.training import packs
 from deltatune.training.console import RunConsole
 from deltatune.training.sealed import problem_of, steps_of
 from forked import FORKED
@@ -30,15 +32,26 @@ _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT
 Action = Literal["kill", "full", "term", "int", "pause", "count"]
 At = int | str | None
 STEPS = 6
+BLOCK_ROWS = 24  # of a stream: it is in its second block where a checkpoint is saved
+
+#: What of a recipe makes its checkpoints hold other files, or its steps read other state.
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"lora": None},
+    "streamed": {"data": {"streaming": True}},
+    "preference": {"preference": {}},
+}
 
 
-def make_case(folder: Path) -> Path:
-    """A checkpoint, rows and a recipe that saves at every second of its six steps; the data is in the cache."""
+def make_case(folder: Path, kind: str, words: Sequence[str] = ()) -> Path:
+    """A checkpoint, rows and a recipe that saves at every second of its six steps; ``words`` are laid over it."""
     tokenizer = byte_tokenizer()
     tiny_model("qwen3", layers=1, vocab_size=len(tokenizer)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    rows = write_conversations(folder / "train.jsonl", 60)
-    recipe = {
+    write = write_pairs if kind == "preference" else write_conversations
+    rows = write(folder / "train.jsonl", 60)
+    write(folder / "eval.jsonl", 12, first=60)
+    recipe: dict[str, Any] = {
         "model": {"name_or_path": str(folder / "base")},
         "data": {"train": [{"path": str(rows)}], "cache_dir": str(folder / "cache"), "num_proc": 1},
         "packing": {"tokens_per_batch": 192},
@@ -55,7 +68,12 @@ def make_case(folder: Path) -> Path:
         },
         "verify": {"enabled": False},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for name, section in KINDS[kind].items():
+        recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
+    given = parse_recipe(
+        yaml.safe_dump(recipe), "recipe.yaml", [word.replace("{folder}", str(folder)) for word in words]
+    )
+    (folder / "recipe.yaml").write_text(dump_recipe(given.recipe), encoding="utf-8")
     return folder / "recipe.yaml"
 
 
@@ -92,6 +110,7 @@ def child(arguments: list[str], output_dir: Path, at: At, action: Action) -> Non
     for stream in (1, 2):
         os.dup2(screen, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    packs.BLOCK_ROWS = BLOCK_ROWS
     if isinstance(at, str):
         act_in_phase(at, action)
     watch_writes(output_dir, None if isinstance(at, str) else at, action)
@@ -193,9 +212,16 @@ def screen(output_dir: Path) -> str:
     return (output_dir.parent / "screen.txt").read_text()
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Of an adapter, or of a whole model."""
+    files = [*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")]
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
 def check_same(found: Path, expected: Path) -> None:
-    """A finished run's adapter, last checkpoint and losses are those of another, to the bit; nothing else is left."""
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (found, expected))
+    """A finished run's weights, last checkpoint and losses are those of another, to the bit; nothing else is left."""
+    ours, theirs = (weights_of(folder) for folder in (found, expected))
+    assert theirs
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     last = [folder / f"checkpoint-{STEPS}" for folder in (found, expected)]

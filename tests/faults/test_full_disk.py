@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_cases import check_same, run, screen
+from fault_cases import KINDS, check_same, run, screen
 
-EVERY = 7
+EVERY = {kind: 7 if kind == "lora" else 21 for kind in KINDS}
 MOST = 330
+MOMENTS = [(kind, number) for kind in KINDS for number in range(2, MOST, EVERY[kind])]
 
 
 def filled_and_resumed(case: Any, output: Path, number: int) -> None:
@@ -27,15 +28,19 @@ def filled_and_resumed(case: Any, output: Path, number: int) -> None:
     check_same(output, case.whole)
 
 
-def test_a_full_disk_within_a_save(case: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "lora" else pytest.mark.faults) for kind in KINDS]
+)
+def test_a_full_disk_within_a_save(cases: Any, tmp_path: Path, kind: str) -> None:
+    case = cases(kind)
     filled_and_resumed(case, tmp_path / "output", case.first("before", ".saving-4", "optimizer.pt"))
     assert "checkpoint" in screen(tmp_path / "output")
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", range(2, MOST, EVERY))
-def test_a_full_disk_at_every_seventh_write(case: Any, tmp_path: Path, number: int) -> None:
-    filled_and_resumed(case, tmp_path / "output", number)
+@pytest.mark.parametrize(("kind", "number"), MOMENTS)
+def test_a_full_disk_at_many_writes(cases: Any, tmp_path: Path, kind: str, number: int) -> None:
+    filled_and_resumed(cases(kind), tmp_path / "output", number)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_cases import check_same, run, screen, start, writes
+from fault_cases import KINDS, check_same, run, screen, start, writes
 
-EVERY = 3
+EVERY = {kind: 3 if kind == "lora" else 9 for kind in KINDS}
 MOST = 330  # more than a run writes; what is beyond its last write happens to a finished run
 
 
@@ -36,6 +36,18 @@ def test_killed_within_a_save(case: Any, tmp_path: Path, words: tuple[str, ...])
     killed_and_resumed(case, tmp_path / "output", case.first(*words))
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("full", ("os.rename", "model.safetensors")),
+        ("streamed", ("opened", ".saving-4", "stream-00000-of-00001.npz")),
+        ("preference", ("half of", ".saving-4", "adapter_model.safetensors")),
+    ],
+)
+def test_other_kinds_of_run_killed_within_a_save(cases: Any, tmp_path: Path, kind: str, words: tuple[str, ...]) -> None:
+    killed_and_resumed(cases(kind), tmp_path / "output", cases(kind).first(*words))
+
+
 def test_killed_after_it_went_on_from_an_earlier_checkpoint(case: Any, tmp_path: Path) -> None:
     """A later checkpoint of the run before is there still, with other weights, and at its end."""
     words = ("--set", "training.learning_rate=0.03", "--set", "training.save_steps=1")
@@ -53,9 +65,11 @@ def test_killed_after_it_went_on_from_an_earlier_checkpoint(case: Any, tmp_path:
     check_same(outputs[1], outputs[0])
 
 
-def test_the_writes_are_those_of_a_run(case: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_writes_are_those_of_a_run(cases: Any, kind: str) -> None:
     """What is counted covers every file that a run leaves."""
-    assert len(case.writes) < MOST - EVERY
+    case = cases(kind)
+    assert len(case.writes) < MOST - EVERY[kind]
     written = {line.rpartition("/")[2].rpartition(" ")[2] for line in case.writes}
     left = {path.name for path in case.whole.rglob("*") if path.is_file()} - {"tokenizer.json"}  # by another language
     assert {name for name in left if name not in written and f".{name}.part" not in written} == set()
@@ -67,9 +81,11 @@ def test_killed_while_it_takes_the_lock(case: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", range(1, MOST, EVERY))
-def test_killed_at_every_third_write(case: Any, tmp_path: Path, number: int) -> None:
-    killed_and_resumed(case, tmp_path / "output", number)
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, number) for kind in KINDS for number in range(1, MOST, EVERY[kind])]
+)
+def test_killed_at_many_writes(cases: Any, tmp_path: Path, kind: str, number: int) -> None:
+    killed_and_resumed(cases(kind), tmp_path / "output", number)
 
 
 @pytest.mark.faults

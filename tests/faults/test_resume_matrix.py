@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from deltatune.config.explain import known_keys
 from deltatune.config.load import parse_recipe
-from deltatune.config.schema import Source
+from deltatune.config.refused import PASSED_TRAINING_NAMES
+from deltatune.config.schema import Recipe, Source
+from deltatune.errors import UserError
+from deltatune.training.arguments import training_arguments
 from deltatune.training.changes import Verdict, find_changes
 
 Check = Callable[[Path, Any], bool]  # the folder of the second leg, and the case
@@ -26,11 +30,21 @@ Check = Callable[[Path, Any], bool]  # the folder of the second leg, and the cas
 
 @dataclass(frozen=True)
 class Change:
-    """Values that a second leg has, and what shows that they act; None where nothing of a small run does."""
+    """Values that a second leg has, and what shows that they act.
+
+    Attributes:
+        shows: of the second leg; None where the words are refused, or only handed on to others.
+        refused: what is said of them where a small run on a CPU cannot have them.
+        base: settings that both legs have.
+        kind: of the run, of ``KINDS``.
+    """
 
     verdict: Verdict
     words: tuple[str, ...]
     shows: Check | None = None
+    refused: str | None = None
+    base: tuple[str, ...] = ()
+    kind: str = "lora"
 
 
 def entries(output: Path) -> list[dict[str, Any]]:
@@ -78,20 +92,47 @@ def checkpoints(*numbers: int) -> Check:
     return lambda output, _: {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in numbers}
 
 
-def acts(*words: str, shows: Check | None = None) -> Change:
-    return Change("acts", words, shows)
+def acts(*words: str, **more: Any) -> Change:
+    return Change("acts", words, **more)
 
 
-def asks(*words: str) -> Change:
-    return Change("asks", words)
+def asks(*words: str, **more: Any) -> Change:
+    return Change("asks", words, **more)
 
 
-def cannot(*words: str) -> Change:
-    return Change("cannot", words)
+def cannot(*words: str, **more: Any) -> Change:
+    return Change("cannot", words, **more)
+
+
+def evaluated(*numbers: int) -> Check:
+    return lambda output, _: steps(output, "eval_loss") == [*numbers]
+
+
+def samples(output: Path) -> list[dict[str, Any]]:
+    """Of the evaluation after step 5."""
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["step"] == 5]
+
+
+def completions(output: Path) -> list[str]:
+    return [sample["completion"] for sample in samples(output)]
+
+
+def embedding_rates(output: Path) -> set[float]:
+    groups = torch.load(output / "checkpoint-6" / "optimizer.pt")["param_groups"]
+    return {group["initial_lr"] for group in groups if group["label"] == "LoRA+ of embeddings"}
 
 
 EVALUATES = ("data.eval.0.path={folder}/eval.jsonl", "training.eval_strategy=steps", "training.eval_steps=1")
 BEST = ("training.load_best_model_at_end=true",)
+PATIENT = (*EVALUATES, *BEST, "training.early_stopping_patience=50", "training.early_stopping_threshold=100.0")
+IMPATIENT = (*EVALUATES, *BEST, "training.early_stopping_patience=1")
+COMPILED = ("compile={scope: layer}",)
+SAMPLED = (*EVALUATES, "samples={prompts: [hello], held_out: 1, max_new_tokens: 4}")
+LORA_PLUS = ("training.loraplus_lr_ratio=2.0", "lora.target_modules=[q_proj, embed_tokens]")
+WORKER = ("training.dataloader_num_workers=1",)
+PUSHED: dict[str, Any] = {"refused": "training.push_to_hub: "}  # it takes a token and a network
+TRACKED = ("training.report_to=trackio",)
 
 CHANGES: dict[str, Change] = {
     "model.name_or_path": cannot("model.name_or_path={folder}/other"),
@@ -103,8 +144,8 @@ CHANGES: dict[str, Change] = {
     "data.train.path": asks("data.train.0.path={folder}/eval.jsonl"),
     "data.train.format": asks("data.train.0.format=chat"),
     "data.train.split": asks("data.train.0.split=train[:90%]"),
-    "data.train.name": asks("data.train.0.name=other"),
-    "data.train.revision": asks("data.train.0.revision=other"),
+    "data.train.name": asks("data.train.0.name=other", base=("data.train.0.path=owner/data",)),
+    "data.train.revision": asks("data.train.0.revision=other", base=("data.train.0.path=owner/data",)),
     "data.train.columns": asks("data.train.0.columns={messages: messages}"),
     "data.train.message_fields": asks("data.train.0.message_fields={content: content}"),
     "data.train.limit": asks("data.train.0.limit=50"),
@@ -139,12 +180,15 @@ CHANGES: dict[str, Change] = {
     "lora.init_lora_weights": cannot("lora.init_lora_weights=gaussian"),
     "lora.adapter_dtype": cannot("lora.adapter_dtype=model"),
     "lora.impl": acts("lora.impl=stock", shows=same),  # what auto takes on a CPU
-    # they compile, which takes long; tests of compile show what they do
-    "compile.scope": acts("compile={scope: model}"),
-    "compile.strict": acts("compile={strict: false}"),
-    "compile.options": acts("compile={options: {shape_padding: true}}"),
+    "compile.scope": acts(
+        "compile.scope=model", base=COMPILED,
+        shows=lambda output, _: json.loads((output / "report.json").read_text())["prepare"]["compile"]["scope"]
+        == "model",
+    ),
+    "compile.strict": acts("compile.strict=false", base=COMPILED, shows=same),  # nothing breaks a graph
+    "compile.options": acts("compile.options={shape_padding: true}", base=COMPILED, shows=same),
     "checkpointing": acts("checkpointing=layer", shows=says("checkpointing layer")),
-    "activation_offloading": acts("activation_offloading=true", "training.use_cpu=false"),  # needs a GPU
+    "activation_offloading": acts("activation_offloading=true", "training.use_cpu=false", refused="a GPU"),
     "kernels": acts(
         "kernels={linear_cross_entropy: reference}",
         shows=lambda output, _: re.search(r"\nlinear_cross_entropy +reference ", screen(output)) is not None,
@@ -177,7 +221,7 @@ CHANGES: dict[str, Change] = {
     "training.seed": asks("training.seed=7"),
     "training.data_seed": asks("training.data_seed=7"),
     "training.bf16": acts("training.bf16=true", shows=other_losses),
-    "training.fp16": acts("training.fp16=true", "training.use_cpu=false"),  # needs a GPU
+    "training.fp16": acts("training.fp16=true", "training.use_cpu=false", refused="training.fp16 needs a GPU"),
     "training.use_cpu": acts("training.use_cpu=false", shows=same),  # where there is nothing else
     "training.logging_steps": acts("training.logging_steps=3", shows=lambda output, _: steps(output, "loss") == [6]),
     "training.logging_first_step": acts("training.logging_first_step=true", shows=same),  # that step is done
@@ -200,37 +244,122 @@ CHANGES: dict[str, Change] = {
     "training.dataloader_num_workers": acts("training.dataloader_num_workers=1", shows=same),
     "training.dataloader_pin_memory": acts("training.dataloader_pin_memory=false", shows=same),
     "training.on_nonfinite": acts("training.on_nonfinite=skip", shows=same),
-    # the tests of each feature show what they do
     "model.added_tokens": cannot("model.added_tokens=[<x>]"),
     "model.special_tokens": cannot("model.special_tokens={unk_token: <|endoftext|>}"),
     "lora.name_or_path": cannot("lora.name_or_path={folder}/adapter"),
     "training.unfrozen_parameters": cannot("training.unfrozen_parameters=[norm]", "lora=null"),
     "training.learning_rates": cannot("training.learning_rates={q_proj: 0.5}"),
     "training.loraplus_lr_ratio": cannot("training.loraplus_lr_ratio=2.0"),
-    "training.loraplus_lr_embedding": acts("training.loraplus_lr_ratio=2.0", "training.loraplus_lr_embedding=1e-3"),
-    "training.early_stopping_patience": acts(*EVALUATES, *BEST, "training.early_stopping_patience=1"),
-    "training.early_stopping_threshold": acts(
-        *EVALUATES, *BEST, "training.early_stopping_patience=1", "training.early_stopping_threshold=0.5"
+    "training.loraplus_lr_embedding": acts(
+        "training.loraplus_lr_embedding=0.125", base=LORA_PLUS,
+        shows=lambda output, _: embedding_rates(output) == {0.125},
     ),
-    "samples.prompts": acts(*EVALUATES, "samples={prompts: [hello]}"),
-    "samples.chat": acts(*EVALUATES, "samples={prompts: [hello], chat: false}"),
-    "samples.held_out": acts(*EVALUATES, "samples={held_out: 2}"),
-    "samples.max_new_tokens": acts(*EVALUATES, "samples={held_out: 2, max_new_tokens: 7}"),
+    "training.early_stopping_patience": acts(
+        "training.early_stopping_patience=4", base=PATIENT, shows=lambda output, _: steps(output, "loss") == [5]
+    ),
+    "training.early_stopping_threshold": acts(
+        "training.early_stopping_threshold=100.0", base=IMPATIENT, shows=lambda output, _: steps(output, "loss") == [5]
+    ),
+    "samples.prompts": acts(
+        "samples.prompts=[bye]", base=SAMPLED, shows=lambda output, _: samples(output)[0]["prompt"] == "bye"
+    ),
+    "samples.chat": acts(
+        "samples.chat=false", base=SAMPLED,
+        shows=lambda output, case: completions(output)[0] != completions(case.whole)[0],
+    ),
+    "samples.held_out": acts("samples.held_out=2", base=SAMPLED, shows=lambda output, _: len(samples(output)) == 3),
+    "samples.max_new_tokens": acts(
+        "samples.max_new_tokens=9", base=SAMPLED,
+        shows=lambda output, case: len(completions(output)[1]) > len(completions(case.whole)[1]),
+    ),
+    "preference.loss": acts("preference.loss=ipo", kind="preference", shows=other_losses),
+    "preference.beta": acts("preference.beta=0.5", kind="preference", shows=other_losses),
+    "preference.gamma": acts(
+        "preference.gamma=2.0", kind="preference", base=("preference.loss=simpo",), shows=other_losses
+    ),
+    "preference.label_smoothing": acts("preference.label_smoothing=0.25", kind="preference", shows=other_losses),
     # of one process; test_sharded_runs.py has other numbers of them
     "parallel.replicate": acts("parallel.replicate=1", shows=same),
     "parallel.shard": acts("parallel.shard=1", shows=same),
     "parallel.sequence": acts("parallel.sequence=1", shows=same),
-    "parallel.recurrent": acts("parallel.recurrent=state"),  # in one process nothing
+    "parallel.recurrent": acts("parallel.recurrent=state", refused="parallel.recurrent: state cannot act"),
     # test_expert_runs.py has more
     "parallel.expert": acts("parallel.expert=auto", shows=same),
-    "parallel.expert_capacity": acts("parallel.expert=2", "parallel.expert_capacity=2.0"),  # in one process nothing
+    "parallel.expert_capacity": acts(
+        "parallel.expert=2", "parallel.expert_capacity=2.0", refused="parallel.expert=2: it has no experts"
+    ),
     "parallel.timeout_s": acts("parallel.timeout_s=90", shows=same),
     "verify.enabled": acts("verify.enabled=true", shows=says("OK: every document")),
     "verify.lengths": acts("verify.enabled=true", "verify.lengths=[5, 1, 9]", shows=says("OK: every document")),
     "verify.tolerance": acts("verify.enabled=true", "verify.tolerance=0.5", shows=says("OK: every document")),
+    # names of TrainingArguments beyond the schema's
+    "training.accelerator_config": acts(
+        "training.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: true}}", shows=same
+    ),
+    "training.dataloader_drop_last": asks("training.dataloader_drop_last=true"),
+    "training.dataloader_persistent_workers": acts(
+        "training.dataloader_persistent_workers=true", base=WORKER, shows=same
+    ),
+    "training.dataloader_prefetch_factor": acts("training.dataloader_prefetch_factor=3", base=WORKER, shows=same),
+    # of several processes
+    "training.ddp_backend": acts("training.ddp_backend=gloo", shows=same),
+    "training.ddp_broadcast_buffers": acts("training.ddp_broadcast_buffers=true", shows=same),
+    "training.ddp_bucket_cap_mb": acts("training.ddp_bucket_cap_mb=13", shows=same),
+    "training.ddp_find_unused_parameters": acts("training.ddp_find_unused_parameters=true", shows=same),
+    "training.ddp_static_graph": acts("training.ddp_static_graph=true", shows=same),
+    "training.ddp_timeout": acts("training.ddp_timeout=99", shows=same),
+    "training.eval_delay": acts("training.eval_delay=6", base=EVALUATES, shows=evaluated(6)),
+    "training.eval_on_start": acts("training.eval_on_start=true", base=EVALUATES, shows=evaluated(4, 5, 6)),
+    "training.full_determinism": acts("training.full_determinism=true", shows=same),  # as a CPU is anyway
+    "training.greater_is_better": cannot("training.greater_is_better=true", base=(*EVALUATES, *BEST)),
+    "training.hub_always_push": acts("training.push_to_hub=true", "training.hub_always_push=true", **PUSHED),
+    "training.hub_model_id": acts("training.push_to_hub=true", "training.hub_model_id=owner/other", **PUSHED),
+    "training.hub_private_repo": acts("training.push_to_hub=true", "training.hub_private_repo=true", **PUSHED),
+    "training.hub_revision": acts("training.push_to_hub=true", "training.hub_revision=other", **PUSHED),
+    "training.hub_strategy": acts("training.push_to_hub=true", "training.hub_strategy=checkpoint", **PUSHED),
+    "training.push_to_hub": acts("training.push_to_hub=true", **PUSHED),
+    "training.include_num_input_tokens_seen": acts(
+        "training.include_num_input_tokens_seen=all",
+        shows=lambda output, _: all(line["num_input_tokens_seen"] > 0 for line in entries(output) if "loss" in line),
+    ),
+    "training.log_level": acts("training.log_level=error", shows=same),
+    "training.log_level_replica": acts("training.log_level_replica=error", shows=same),
+    "training.log_on_each_node": acts("training.log_on_each_node=false", shows=same),
+    "training.logging_strategy": acts(
+        "training.logging_strategy=epoch", shows=lambda output, _: steps(output, "loss") == [6]
+    ),
+    "training.metric_for_best_model": cannot("training.metric_for_best_model=eval_loss", base=EVALUATES),
+    "training.optim_args": cannot("training.optim_args='momentum=0.9'", base=("training.optim=sgd",)),
+    "training.optim_target_modules": cannot(
+        "training.optim_target_modules=[q_proj]", base=("training.optim=galore_adamw",)
+    ),
+    "training.project": acts("training.project=other", base=TRACKED),
+    "training.trackio_bucket_id": acts("training.trackio_bucket_id=other", base=TRACKED),
+    "training.trackio_space_id": acts("training.trackio_space_id=other", base=TRACKED),
+    "training.trackio_static_space_id": acts("training.trackio_static_space_id=other", base=TRACKED),
+    "training.save_on_each_node": acts("training.save_on_each_node=true", shows=same),
+    "training.skip_memory_metrics": acts("training.skip_memory_metrics=false", shows=same),
+    "training.tf32": acts("training.tf32=true", refused="training: "),  # as transformers says it
+    "training.torch_empty_cache_steps": acts("training.torch_empty_cache_steps=1", shows=same),
+    "training.train_sampling_strategy": asks("training.train_sampling_strategy=sequential"),
+}  # fmt: skip
+CHANGES |= {  # of held-out data every key acts; of those that choose rows evaluations show it
+    key.replace("train", "eval"): acts(
+        *(word.replace("train.0", "eval.0").replace("eval.jsonl", "train.jsonl") for word in change.words),
+        base=(*EVALUATES, *(word.replace("train.0", "eval.0") for word in change.base)), shows=evaluated(5, 6),
+    )
+    for key, change in CHANGES.items()
+    if key.startswith("data.train.") and key not in ("data.train.weight", "data.train.repeat")
 }  # fmt: skip
 NO_SETTING = {"training.output_dir"}  # where a run is; --resume looks there
-NOT_HERE = {"data.train.name", "data.train.revision"}  # of the Hub
+NEVER = {"data.eval.weight", "data.eval.repeat"}
+# of the Hub, or of a package that is no requirement of the tests
+NOT_HERE = {f"data.{part}.{name}" for part in ("train", "eval") for name in ("name", "revision")}
+NOT_HERE |= {"training.optim_target_modules"}
+# by transformers; of one process, or of what a CPU cannot have, not by this run
+HANDED_ON = {f"training.{name}" for name in PASSED_TRAINING_NAMES if f"training.{name}" in CHANGES}
+HANDED_ON -= {key for key, change in CHANGES.items() if change.refused or change.verdict != "acts"}
+HANDED_ON -= {"training.ddp_backend"}  # without a launcher left out
 REFUSED_ELSEWHERE = {"data.chat_template_kwargs", "data.streaming"}
 
 
@@ -240,70 +369,116 @@ def all_keys() -> Iterator[str]:
         if not inner:
             yield section
         for key in inner:
-            if (section, key) == ("data", "train"):
-                yield from (f"data.train.{name}" for name in Source.model_fields)
-            else:
+            if (section, key) in (("data", "train"), ("data", "eval")):
+                yield from (f"data.{key}.{name}" for name in Source.model_fields)
+            if (section, key) != ("data", "train"):
                 yield f"{section}.{key}"
+    yield from (f"training.{name}" for name in PASSED_TRAINING_NAMES)
 
 
 def test_every_key_is_tried() -> None:
-    pairs = {f"preference.{name}" for name in known_keys(("preference",))}  # of other data; test_changes.py has them
-    assert set(CHANGES) | NO_SETTING | pairs == set(all_keys())
+    assert set(CHANGES) | NO_SETTING | NEVER == set(all_keys())
 
 
-def words_of(change: Change, case: Any) -> list[str]:
-    return [word.replace("{folder}", str(case.recipe.parent)) for word in change.words]
+@pytest.mark.parametrize("key", sorted(NEVER))
+def test_what_no_recipe_may_say_is_no_change(recipes: Any, key: str) -> None:
+    word = f"{key.replace('eval', 'eval.0')}=2"
+    with pytest.raises(UserError, match="an evaluation sees every document once"):
+        loaded(recipes("lora", *EVALUATES), [word if key.endswith("repeat") else f"{word}.0"])
 
 
-def loaded(case: Any, words: list[str]) -> Any:
-    return parse_recipe(case.recipe.read_text(), "recipe.yaml", words).recipe.model_dump(mode="json")
+def test_what_shows_a_key_is_said_of_each_that_acts() -> None:
+    acting = {key: change for key, change in CHANGES.items() if change.verdict == "acts"}
+    assert {key for key, change in acting.items() if not (change.shows or change.refused)} <= HANDED_ON
 
 
-@pytest.mark.parametrize("key", sorted(set(CHANGES) - NOT_HERE - {"data.streaming"}))
-def test_every_key_has_its_verdict(case: Any, key: str) -> None:
-    found = find_changes(loaded(case, []), loaded(case, words_of(CHANGES[key], case)))
-    place = key.replace("data.train.", "data.train.0.")
+def words_of(change: Change, recipe: Path) -> list[str]:
+    return [word.replace("{folder}", str(recipe.parent)) for word in change.words]
+
+
+def loaded(recipe: Path, words: Sequence[str] = ()) -> Recipe:
+    return parse_recipe(recipe.read_text(), "recipe.yaml", words).recipe
+
+
+@pytest.mark.parametrize("key", sorted(set(CHANGES) - {"data.streaming"}))
+def test_every_key_has_its_verdict(recipes: Any, key: str) -> None:
+    recipe = recipes(CHANGES[key].kind, *CHANGES[key].base)
+    before, now = (loaded(recipe, words).model_dump(mode="json") for words in ((), words_of(CHANGES[key], recipe)))
+    found = find_changes(before, now)
+    place = re.sub(r"^data\.(train|eval)\.", r"data.\1.0.", key)
     here = [change for change in found if place in change.key or change.key in key]
     assert {change.verdict for change in here} == {CHANGES[key].verdict}, found
 
 
+@pytest.mark.parametrize("key", sorted(HANDED_ON))
+def test_what_transformers_takes_gets_there(recipes: Any, key: str) -> None:
+    change, name = CHANGES[key], key.removeprefix("training.")
+    recipe = recipes(change.kind, *change.base)
+    before, now = (
+        getattr(training_arguments(loaded(recipe, words).training), name) for words in ((), words_of(change, recipe))
+    )
+    assert before != now
+
+
 @pytest.fixture(scope="module")
-def stopped(case: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run was killed after its second checkpoint."""
-    from training_cases import write_conversations
+def stopped(cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Change], tuple[Any, Path]]:
+    """The case of a change's first leg, and a folder whose run was killed after its second checkpoint."""
 
-    write_conversations(case.recipe.parent / "eval.jsonl", 12, first=60)
-    other = shutil.copytree(case.recipe.parent / "base", case.recipe.parent / "other") / "model.safetensors"
-    save_file({name: weight + 1 for name, weight in load_file(other).items()}, other, metadata={"format": "pt"})
-    shutil.copytree(case.whole / "checkpoint-6", case.recipe.parent / "adapter")
-    output = tmp_path_factory.mktemp("stopped") / "output"
-    assert run(case.recipe, output, at=case.first("os.rmdir .saving-4"), action="kill") == -signal.SIGKILL
-    return output
+    @cache
+    def killed(kind: str, *base: str) -> tuple[Any, Path]:
+        case, output = cases(kind, *base), tmp_path_factory.mktemp("stopped") / "output"
+        folder = case.recipe.parent
+        other = shutil.copytree(folder / "base", folder / "other") / "model.safetensors"
+        save_file({name: weight + 1 for name, weight in load_file(other).items()}, other, metadata={"format": "pt"})
+        shutil.copytree(case.whole / "checkpoint-6", folder / "adapter")
+        assert run(case.recipe, output, at=case.first("os.rmdir .saving-4"), action="kill") == -signal.SIGKILL
+        return case, output
+
+    return lambda change: killed(change.kind, *change.base)
 
 
-def second_leg(case: Any, stopped: Path, output: Path, change: Change, *more: str) -> int:
-    shutil.copytree(stopped, output, dirs_exist_ok=True)
-    words = [part for word in words_of(change, case) for part in ("--set", word)]
+def second_leg(stopped: Any, output: Path, change: Change, *more: str) -> int:
+    case, folder = stopped(change)
+    shutil.copytree(folder, output, dirs_exist_ok=True)
+    words = [part for word in words_of(change, case.recipe) for part in ("--set", word)]
     return run(case.recipe, output, "--resume", *words, *more)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("key", sorted(key for key, change in CHANGES.items() if change.shows is not None))
-def test_what_acts_is_recorded_and_acts(case: Any, stopped: Path, tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", sorted(key for key, change in CHANGES.items() if change.shows is not None and key not in NOT_HERE)
+)
+def test_what_acts_is_recorded_and_acts(stopped: Any, tmp_path: Path, key: str) -> None:
     change, output = CHANGES[key], tmp_path / "output"
-    assert second_leg(case, stopped, output, change) == 0, screen(output)
+    assert second_leg(stopped, output, change) == 0, screen(output)
     recorded = json.loads((output / "run.json").read_text())["legs"][-1]["changes"]
-    assert any(line.startswith((f"{key}:", f"{key}.")) for line in recorded), recorded
-    assert f"changed since checkpoint-4: {key}" in screen(output).replace("\n", "")
+    place = re.sub(r"^data\.eval\.", "data.eval.0.", key)
+    assert any(line.startswith((f"{place}:", f"{place}.")) for line in recorded), recorded
+    assert f"changed since checkpoint-4: {place}" in screen(output).replace("\n", "")
     assert change.shows is not None
-    assert change.shows(output, case), entries(output)
+    assert change.shows(output, stopped(change)[0]), entries(output)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("key", sorted(key for key, change in CHANGES.items() if change.verdict == "cannot"))
-def test_what_cannot_act_is_refused(case: Any, stopped: Path, tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("key", sorted(key for key, change in CHANGES.items() if change.refused is not None))
+def test_what_no_small_run_has_is_refused_in_words(stopped: Any, tmp_path: Path, key: str) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("needs a machine without an accelerator")
+    change, output = CHANGES[key], tmp_path / "output"
+    assert second_leg(stopped, output, change) == 2
+    said = " ".join(screen(output).split())
+    assert change.refused is not None
+    assert change.refused in said
+    assert "cannot act on a run that goes on" not in said
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "key", sorted(key for key, change in CHANGES.items() if change.verdict == "cannot" and key not in NOT_HERE)
+)
+def test_what_cannot_act_is_refused(stopped: Any, tmp_path: Path, key: str) -> None:
     output = tmp_path / "output"
-    assert second_leg(case, stopped, output, CHANGES[key], "--allow-change") == 2
+    assert second_leg(stopped, output, CHANGES[key], "--allow-change") == 2
     assert "cannot act on a run that goes on" in screen(output), screen(output)
 
 
@@ -312,9 +487,9 @@ ASKS = sorted(key for key, change in CHANGES.items() if change.verdict == "asks"
 
 @pytest.mark.faults
 @pytest.mark.parametrize("key", ASKS)
-def test_what_needs_a_word_goes_on_with_it(case: Any, stopped: Path, tmp_path: Path, key: str) -> None:
+def test_what_needs_a_word_goes_on_with_it(stopped: Any, tmp_path: Path, key: str) -> None:
     output = tmp_path / "output"
-    assert second_leg(case, stopped, output, CHANGES[key]) == 2
+    assert second_leg(stopped, output, CHANGES[key]) == 2
     assert "say --allow-change" in screen(output), screen(output)
-    status = second_leg(case, stopped, output, CHANGES[key], "--allow-change")
+    status = second_leg(stopped, output, CHANGES[key], "--allow-change")
     assert status == (2 if key in REFUSED_ELSEWHERE else 0), screen(output)

@@ -79,3 +79,42 @@ def write_run(
     (folder / "report.json").write_text(json.dumps(files.get("report", {})))
     (folder / "train.log").write_text(files.get("log", "=== then deltatune train\n"))
     return folder
+
+
+#: What a model or a recipe may say: markup, characters that steer a terminal or turn a line around, lines, indents.
+MARKUP = """"></script></td></style><script>console.log('x')</script><img src="https://x.example/a" onerror=alert(1)>"""
+STEERING, STEERING_SHOWN = "\x1b[2J\x07\u202eend", r"\x1b[2J\x07\u202eend"
+SAMPLES = [
+    {"step": 2, "prompt": "write f", "completion": "def f(x):\n    return x < 1 & x > 0", "reference": MARKUP},
+    {"step": 2, "prompt": STEERING, "completion": MARKUP},
+    {"step": 4, "prompt": "go on", "completion": "word" * 200},
+]
+SAMPLES_SHOWN = [
+    ["step", "prompt", "completion", "reference"],
+    ["2", "write f", "def f(x):\n    return x < 1 & x > 0", MARKUP],
+    ["2", STEERING_SHOWN, MARKUP, "-"],
+    ["4", "go on", "word" * 200, "-"],
+]
+DIFFERENCES_SHOWN = [
+    ["", "one", "two", "three"],
+    ["lora.r", "4", "4", "8"],
+    ["training.learning_rate", "0.1", "0.5", "0.1"],
+    ["training.run_name", MARKUP, STEERING_SHOWN, "-"],
+    ["data.train.1.path", "-", "-", "more.jsonl"],
+]
+
+
+def write_unlike_runs(folder: Path) -> list[Path]:
+    """Three runs of other recipes, the first with samples: on a page ``DIFFERENCES_SHOWN`` and ``SAMPLES_SHOWN``."""
+    third = recipe(learning_rate=0.1)
+    third["lora"], third["data"]["train"] = {"r": 8}, [*third["data"]["train"], {"path": "more.jsonl"}]
+    recipes = [
+        recipe(learning_rate=0.1, run_name=MARKUP, output_dir="a"),
+        recipe(learning_rate=0.5, run_name=STEERING, output_dir="b"),
+        third,
+    ]
+    folders = [
+        write_run(folder / name, recipe=each) for name, each in zip(("one", "two", "three"), recipes, strict=True)
+    ]
+    (folders[0] / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in SAMPLES))
+    return folders

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_cases import entry, leg, recipe, write_run
+from run_cases import DIFFERENCES_SHOWN, SAMPLES_SHOWN, entry, leg, recipe, write_run, write_unlike_runs
 
 from deltatune.config.rewards import REWARDS
 from deltatune.runs.compare import differences
@@ -16,6 +17,33 @@ from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 
 HOSTILE = """</script></style><script>alert(1)</script><img src="https://x.example/a.png" onerror='alert(2)'>"""
+
+
+class Tables(HTMLParser):
+    """The tables of a page, by the heading before each, as rows of texts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: dict[str, list[list[str]]] = {}
+        self._heading, self._text = "", ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag in ("h1", "h2", "h3", "th", "td"):
+            self._text = ""
+        if tag == "table":
+            self.found[self._heading] = []
+        if tag == "tr":
+            self.found[self._heading].append([])
+
+    def handle_data(self, data: str) -> None:
+        self._text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("h1", "h2", "h3"):
+            self._heading = self._text
+        if tag in ("th", "td"):
+            self.found[self._heading][-1].append(self._text.strip() if tag == "th" else self._text)
 
 
 def page_of(*folders: Path) -> str:
@@ -90,6 +118,16 @@ def test_recipes_are_compared_by_what_differs() -> None:
     second["training"]["output_dir"] = "elsewhere"
     assert differences([first, second]) == [("training.learning_rate", "0.1", "0.2"), ("compile.scope", "-", "layer")]
     assert differences([first, first]) == []
+
+
+def test_what_differs_and_samples_are_tables_of_text(tmp_path: Path) -> None:
+    """As test_page_in_browser.py sees them."""
+    html = page_of(*write_unlike_runs(tmp_path))
+    tables = Tables(html).found
+    assert tables["Recipes: what differs"] == DIFFERENCES_SHOWN
+    assert tables["Samples"] == SAMPLES_SHOWN
+    assert html.count("<script>") == 1
+    assert "<img" not in html
 
 
 def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_cases import entry, leg, recipe, write_run
+from run_cases import DIFFERENCES_SHOWN, MARKUP, SAMPLES_SHOWN, entry, leg, recipe, write_run, write_unlike_runs
 
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-HOSTILE = """"></script><script>console.log('x')</script><img src="https://x.example/a.png" onerror=alert(1)>"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -24,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 def browser() -> Iterator[Any]:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip("needs Chromium or Chrome")
+        pytest.skip("needs Chromium or Chrome; test_page.py has what the page says, not how it looks")
     flags = ["--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     # root has no sandbox
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -75,7 +74,7 @@ def test_runs_of_every_fate_are_drawn_over_each_other(tmp_path: Path, look: Any)
         write_run(tmp_path / "resumed", leg("killed"), leg(from_step=3), entries=[entry(4, 3.0), entry(5, 1.0, leg=2)]),
         write_run(tmp_path / "running", leg("running"), tail='{"leg": 1, "ste'),
         write_run(tmp_path / "empty", leg("failed"), entries=[]),
-        write_run(tmp_path / "<script>alert(1)", leg(command=HOSTILE), recipe=recipe(run_name=HOSTILE), log=HOSTILE),
+        write_run(tmp_path / "<script>alert(1)", leg(command=MARKUP), recipe=recipe(run_name=MARKUP), log=MARKUP),
     ]
     tab = look(*folders)
     drawn = sizes(tab, "svg")
@@ -117,3 +116,29 @@ def test_it_reads_in_light_and_dark_and_fits_the_window(tmp_path: Path, look: An
         ink = luminance(tab.eval_on_selector(selector, "e => getComputedStyle(e).color"))
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 4.5, selector
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def cells_shown(table: Any) -> list[list[str]]:
+    """The text of a table's rows as a reader sees it, each of them with room of its own."""
+    rows = [row.locator("th, td").all() for row in table.locator("tr").all()]
+    assert all(cell.is_visible() for row in rows for cell in row if cell.inner_text())
+    return [[cell.inner_text().lstrip() for cell in row] for row in rows]  # a header begins with its run's colour
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_what_differs_and_samples_are_seen_as_text(tmp_path: Path, look: Any, width: int) -> None:
+    tab = look(*write_unlike_runs(tmp_path), viewport={"width": width, "height": 800})
+    differs = tab.locator("section", has=tab.get_by_role("heading", name="Recipes: what differs"))
+    assert cells_shown(differs.locator("table")) == DIFFERENCES_SHOWN
+    heading = tab.get_by_role("heading", name="Samples")
+    assert not heading.is_visible(), "of several runs the details open on a click"
+    tab.locator("details.run > summary").first.click()
+    assert heading.is_visible()
+    assert cells_shown(heading.locator("xpath=following-sibling::div[1]//table")) == SAMPLES_SHOWN
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    # what is wider than the window can be scrolled to, and no cell lies over its neighbour
+    for box in tab.locator(".scroll:visible").all():
+        inner, outer = box.evaluate("e => [e.scrollWidth, e.clientWidth]")
+        assert inner <= outer or box.evaluate("e => getComputedStyle(e).overflowX") == "auto"
+        over = "cells => cells.filter(cell => cell.scrollWidth > cell.clientWidth + 1).length"
+        assert box.locator("td").evaluate_all(over) == 0

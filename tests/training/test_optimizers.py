@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def needs(package: str) -> Any:
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"needs {package}, as make test-optimizers has it"
+    )
 
 
-def eight_bit(state: Any) -> bool:
-    """Whether anything in it is kept in bytes."""
+def narrow(state: Any) -> bool:
+    """Whether anything in it is kept in bytes, or halves of them."""
     if isinstance(state, dict):
-        return any(map(eight_bit, state.values()))
-    return "8bit" in type(state).__name__ or getattr(state, "dtype", None) is torch.uint8
+        return any(map(narrow, state.values()))
+    return "bit" in type(state).__name__ or getattr(state, "dtype", None) is torch.uint8
 
 
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """torchao compiles its step, for each shape of a parameter."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(
     "training",
     [
@@ -177,6 +188,7 @@ def eight_bit(state: Any) -> bool:
         pytest.param({"optim": "adamw_8bit", "learning_rates": {"q_proj": 1e-3}}, marks=needs("bitsandbytes")),
         pytest.param({"optim": "paged_adamw_8bit"}, marks=needs("bitsandbytes")),
         pytest.param({"optim": "adamw_torch_8bit"}, marks=needs("torchao")),
+        pytest.param({"optim": "adamw_torch_4bit"}, marks=needs("torchao")),
     ],
     ids=lambda training: "-".join(map(str, training.values())),
 )
@@ -194,7 +206,7 @@ def test_a_run_goes_on_bit_for_bit(
         patch.setattr(run_module, "_trainer", stopping_after(2, run_module._trainer))
         train(parts, console=QUIET)
     saved = torch.load(tmp_path / "parts" / "checkpoint-2" / "optimizer.pt", weights_only=False)
-    assert eight_bit(saved["state"]) == ("8bit" in training.get("optim", ""))
+    assert narrow(saved["state"]) == ("bit" in training.get("optim", ""))
     resumed = train(parts, resume=True, console=QUIET)
     losses = [[entry["loss"] for entry in result.log_history if "loss" in entry] for result in (whole, resumed)]
     assert losses[0] == losses[1]

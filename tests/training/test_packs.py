@@ -3,12 +3,16 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
+from datasets import IterableDataset
 from training_cases import byte_tokenizer, make_recipe
 
 from deltatune.data.preview import preview
+from deltatune.data.sources import load_rows
 from deltatune.data.stream import PackStream
 from deltatune.errors import UserError
 from deltatune.parallel.mesh import Mesh
@@ -136,11 +140,39 @@ def test_a_tokenizer_without_a_token_to_pad_with_is_said_before_rows_are_read(tm
         load_data(make_recipe(tmp_path, tmp_path, data={"train": [{"path": "nowhere.jsonl"}]}), tokenizer)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_have_the_same_digest_however_they_are_read(tmp_path: Path, streaming: bool) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+
+    def digest(*limits: int | None) -> str:
+        sources = [{"path": str(rows), **({} if limit is None else {"limit": limit})} for limit in limits]
+        data = {"train": sources, "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+        recipe = make_recipe(tmp_path, tmp_path, data=data, training={"max_steps": 2})
+        return load_data(recipe, byte_tokenizer()).identities()[str(rows)]
+
+    assert digest(None) == load_rows(str(rows)).identity
+    assert digest(2, None) == f"{digest(2)}, {digest(None)}", "of both that go by one name"
+    rows.write_text(rows.read_text().replace("three", "four"))
+    assert digest(None) == load_rows(str(rows)).identity
+
+
+def test_the_digest_of_a_stream_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset_builder(path: str, name: str | None, **asked: Any) -> Any:
+        return SimpleNamespace(hash=f"commit of {asked['revision']}", as_streaming_dataset=lambda split: rows)
+
+    rows = IterableDataset.from_generator(lambda: ({"text": f"row {i}"} for i in range(9)))
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    data = {"train": [{"path": "owner/data", "revision": "v1"}], "streaming": True}
+    found = load_data(make_recipe(tmp_path, tmp_path, data=data, training={"max_steps": 2}), byte_tokenizer())
+    assert found.identities() == {"owner/data (split train)": "commit of v1"}
+
+
 def test_a_stream_is_named_and_its_bad_rows_once(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
     data = {"train": [{"path": str(rows)}], "streaming": True, "on_bad_row": "drop"}
     loaded = load_data(make_recipe(tmp_path, tmp_path, data=data, training={"max_steps": 2}), byte_tokenizer())
-    assert loaded.identities() == {str(rows): "streamed"}
+    assert loaded.identities() == {str(rows): load_rows(str(rows)).identity}
     remarks = loaded.train.report.remarks
     assert len([line for line in remarks if "line 2: text is empty" in line]) == 1

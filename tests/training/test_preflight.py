@@ -86,7 +86,10 @@ def test_a_folder_without_permission_to_write(recipe: Any, tmp_path: Path, monke
         ("stable_adamw", "torch-optimi"),
     ],
 )
-def test_an_optimizer_needs_its_package(recipe: Any, optimizer: str, remedy: str) -> None:
+def test_an_optimizer_needs_its_package(
+    recipe: Any, optimizer: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
     found = recipe(training={"optim": optimizer})
     with pytest.raises(UserError, match=rf"optim: {optimizer} needs the package .*; pip install {remedy}$"):
         preflight(found)

@@ -353,11 +353,17 @@ def test_settings_that_cannot_act_stop_a_run_that_goes_on(
         assert train(other, resume=True, allow_change=True, console=QUIET).metrics["global_step"] == 4
 
 
-def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_rows_need_a_word(
+    tmp_path: Path, checkpoint: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs_module, "BLOCK_ROWS", 24)
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     rows = write_conversations(tmp_path / "rows.jsonl", 24)
-    data = {"train": [{"path": str(rows), "format": "chat"}]}
+    data = {"train": [{"path": str(rows), "format": "chat"}], "streaming": streaming}
     train(unprobed(tmp_path, checkpoint, data=data, training=training), console=QUIET)
+    before = json.loads((tmp_path / "output" / "run.json").read_text())["legs"][0]["data"]
+    assert re.fullmatch(r"[0-9a-f]{32}", before[str(rows)])
     assert stat.S_IMODE((tmp_path / "output" / "adapter_model.safetensors").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "output" / "config.yaml").stat().st_mode
     )
@@ -369,6 +375,8 @@ def test_other_rows_need_a_word(tmp_path: Path, checkpoint: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
     train(recipe, resume=True, allow_change=True, console=console)
     assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in console.export_text()
+    leg = json.loads((tmp_path / "output" / "run.json").read_text())["legs"][1]
+    assert leg["changes"][-1] == f'rows of {rows}: "{before[str(rows)]}" -> "{leg["data"][str(rows)]}"'
 
 
 def test_a_finished_model_is_not_replaced(tmp_path: Path, checkpoint: Path) -> None:
@@ -792,7 +800,7 @@ def stopping_after(step: int, build: Any) -> Any:
         ({"checkpointing": 0.5}, r"checkpointing: 0.5 .* compile: true"),
         ({"training": {"learning_rat": 0.1}}, r"training.learning_rat: unknown \(did you mean learning_rate\?\)"),
         ({"training": {"optim": "adam"}}, r"training\.optim: adam is unknown \(did you mean adamw_torch\?\)"),
-        ({"training": {"optim": "paged_adamw_8bit"}}, r"needs the package bitsandbytes; pip install 'deltatune\[opt"),
+        ({"training": {"optim": "galore_adamw_8bit"}}, r"needs the package galore-torch; pip install galore-torch"),
         ({"training": {"optim": "schedule_free_adamw"}}, r"needs the package schedulefree; pip install schedulefree"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
         ({"training": {"report_to": "wand"}}, r"report_to: wand is unknown \(did you mean wandb\?\)"),

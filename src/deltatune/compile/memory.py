@@ -40,14 +40,21 @@ __all__ = [
 
 # Optimizer state per trained element, in copies of the parameter's own dtype, where it is not AdamW's two; every tensor
 # also has a step count.
-_STATE_COPIES: Final = {"adagrad": 1, "rmsprop": 1, "sgd": 0, "lion_32bit": 1}
+_STATE_COPIES: Final = {"adagrad": 1, "rmsprop": 1, "sgd": 0}
 _STEP_BYTES: Final = 4
-# bitsandbytes and torchao keep a byte an element and a float32 scale a block of 256 (small tensors stay in float32)
-_EIGHT_BIT: Final = {
-    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2),
-    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
+# bitsandbytes keeps so many states: in float32, or (8bit) a byte an element and a float32 scale a block. Small tensors
+# stay in float32.
+_BITSANDBYTES: Final = {
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"), 2),
+    **dict.fromkeys(("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"), 1),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), 1),
+    **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"), 3),
 }
-_EIGHT_BIT_SMALLEST: Final = 4096
+# Bits an element of both states of torchao's AdamW, which have a float32 scale a block and a table of their codes.
+# Tensors that are small, or not whole blocks, stay in the parameter's dtype.
+_TORCHAO: Final = {"adamw_torch_8bit": 8, "adamw_torch_4bit": 4}
+_NARROW_SMALLEST: Final = 4096
+_BLOCK: Final = 256
 
 # What allocator and kernels' workspaces take beyond the tensors counted here.
 _HEADROOM: Final = 0.9
@@ -61,7 +68,8 @@ class MemoryEstimate:
     Attributes:
         weights: parameters and buffers; exact.
         gradients: of trained parameters, in their own dtype; exact.
-        optimizer: its state; exact for AdamW, SGD and the others torch itself has.
+        optimizer: its state; exact for AdamW, SGD, the others torch itself has, and
+            those of bitsandbytes and torchao.
         activations: what backward keeps and computes: eager and without fusion, an upper bound under ``compile``; or
             read off the compiled layers' graphs.
         logits: what the loss holds at once, and the gradients it has computed.
@@ -198,14 +206,19 @@ def _state_bytes(parameters: Iterable[nn.Parameter], optimizer: str) -> int:
 def optimizer_bytes(parameter: torch.Tensor, optimizer: str) -> int:
     """State an optimizer keeps for one parameter.
 
-    ``copies * bytes + 4`` for torch's own (plain SGD: 0); ``copies * (1 + 4/256)`` an element for the 8-bit ones;
-    Adafactor keeps float32 row and column sums of a matrix.
+    ``copies * bytes + 4`` for torch's own (plain SGD: 0); an element ``states * (1 + 4 / 256)`` for bitsandbytes' in 8
+    bits, without the table of codes that all share, and ``4 * states`` for its others; ``2 * (bits / 8 + 4 / 256)`` for
+    torchao's; Adafactor keeps float32 row and column sums of a matrix.
     """
     elements = parameter.numel()
-    if optimizer in _EIGHT_BIT:
-        small = elements < _EIGHT_BIT_SMALLEST
-        per_state = 4 * elements if small else elements + 4 * -(-elements // 256)
-        return _EIGHT_BIT[optimizer] * per_state
+    if states := _BITSANDBYTES.get(optimizer):
+        narrow = optimizer.endswith("8bit") and elements >= _NARROW_SMALLEST
+        return states * (elements + 4 * -(-elements // _BLOCK) if narrow else 4 * elements)
+    if optimizer in _TORCHAO:
+        bits = _TORCHAO[optimizer]
+        narrow = elements >= _NARROW_SMALLEST and elements % _BLOCK == 0
+        codes = elements * bits // 8 + 4 * elements // _BLOCK + 4 * 2**bits
+        return 2 * (codes if narrow else _bytes(parameter)) + _STEP_BYTES
     if optimizer == "adafactor":
         sums = elements if parameter.ndim < 2 else elements // parameter.shape[-1] + elements // parameter.shape[-2]
         return 4 * sums

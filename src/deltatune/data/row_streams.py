@@ -9,7 +9,7 @@ from typing import Any
 from deltatune.data.formats import Row
 from deltatune.data.rows import Rows
 from deltatune.data.sources import is_local, load_rows
-from deltatune.data.table_rows import hub_data_set
+from deltatune.data.table_rows import hub_stream
 from deltatune.errors import DataError
 
 __all__ = ["Fetched", "Repeated", "open_stream"]
@@ -34,15 +34,16 @@ def open_stream(
         return Repeated(
             load_rows(path, split=split, name=name, revision=revision, limit=limit, needed=needed, cache_dir=cache_dir)
         )
-    where, rows = hub_data_set(path, split or "train", name, revision, streaming=True)
-    return Fetched(where, rows if limit is None else rows.take(limit))
+    where, rows, commit = hub_stream(path, split or "train", name, revision)
+    return Fetched(where, rows if limit is None else rows.take(limit), commit)
 
 
 class Repeated:
     """Local rows, over and over."""
 
     def __init__(self, rows: Rows) -> None:
-        self.name, self.columns, self.columnar, self._rows = rows.name, rows.columns, rows.columnar, rows
+        self.name, self.identity, self._rows = rows.name, rows.identity, rows
+        self.columns, self.columnar = rows.columns, rows.columnar
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,12 +65,13 @@ class Fetched:
     Args:
         name: for errors.
         rows: a ``datasets.IterableDataset``: iterable from the first row, and ``skip(n)``.
+        identity: the commit that they are fetched from, since a digest would take all of them.
     """
 
     columnar = True
 
-    def __init__(self, name: str, rows: Any) -> None:
-        self.name, self._rows = name, rows
+    def __init__(self, name: str, rows: Any, identity: str) -> None:
+        self.name, self.identity, self._rows = name, identity, rows
         names = rows.column_names
         self.columns = tuple(names if names is not None else next(iter(rows), {}))
         self._iterator: Iterator[Row] = iter(())

@@ -34,6 +34,7 @@ class RowStream(Protocol):
     """Rows without an end: after the last comes the first."""
 
     name: str
+    identity: str  # equal for equal rows
     columns: tuple[str, ...]
     columnar: bool
 

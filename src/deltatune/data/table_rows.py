@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deltatune.data.rows import BadRowError, Rows, digest
 from deltatune.data.unpacked import file_digest, open_data
 from deltatune.errors import DataError, near_files, nearest, one_line
 
-__all__ = ["arrow_rows", "hub_rows", "import_datasets", "parquet_rows", "saved_rows"]
+__all__ = ["arrow_rows", "hub_rows", "hub_stream", "import_datasets", "parquet_rows", "saved_rows"]
 
 _ROWS_AT_ONCE = 256
 # pyarrow's errors are each one of these as well; the last two are also those of a state.json that is none
@@ -112,22 +113,29 @@ def _has_footer(file: Path) -> bool:
 
 def hub_rows(path: str, split: str, name: str | None, revision: str | None) -> Rows:
     """Rows of a data set on the Hub, or of what was downloaded of it before."""
-    where, table = hub_data_set(path, split, name, revision)
+    with _loading(path, split, name) as (library, where):
+        table = library.load_dataset(path, name, split=split, revision=revision)
     return _TableRows(where, table, str(table._fingerprint))
 
 
-def hub_data_set(
-    path: str, split: str, name: str | None, revision: str | None, *, streaming: bool = False
-) -> tuple[str, Any]:
-    """A data set on the Hub, whole or as a stream, and its name in errors.
+def hub_stream(path: str, split: str, name: str | None, revision: str | None) -> tuple[str, Any, str]:
+    """A data set on the Hub as an iterable one: its name in errors, its rows, and the commit that they are of.
 
     Raises:
         DataError: there is none, or it cannot be loaded.
     """
+    with _loading(path, split, name) as (library, where):
+        builder = library.load_dataset_builder(path, name, revision=revision)
+        return where, builder.as_streaming_dataset(split=split), str(builder.hash)
+
+
+@contextmanager
+def _loading(path: str, split: str, name: str | None) -> Iterator[tuple[Any, str]]:
+    """The library, and what errors call a data set on the Hub; what goes wrong within is a DataError."""
     library = import_datasets()
     where = f"{path} (split {split})" if name is None else f"{path} ({name}, split {split})"
     try:
-        return where, library.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
+        yield library, where
     except (OSError, ValueError, AssertionError, RuntimeError, library.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, library.exceptions.DatasetGenerationError) else None
         missing = isinstance(error, library.exceptions.DatasetNotFoundError)

@@ -39,11 +39,18 @@ class RecipeData:
     eval: PackedDataset | None  # of data.eval, or of what data.val_size keeps from data.train
 
     def identities(self) -> dict[str, str]:
-        """The sources by name, with the digest of the rows that were read, which is not known of a stream."""
+        """The sources by name, with the digest of their rows; of a stream of the Hub, the commit that they are of.
+
+        A name that stands for several, such as those of other limits, has all of theirs.
+        """
         streams = self.train.sources if isinstance(self.train, PackStream) else []
         sets = [data for data in (self.train, self.eval) if isinstance(data, PackedDataset)]
-        read = {documents.source.name: documents.source.identity for data in sets for documents in data.documents}
-        return {source.rows.name: "streamed" for source in streams} | read
+        read = [(source.rows.name, source.rows.identity) for source in streams]
+        read += [(each.source.name, each.source.identity) for data in sets for each in data.documents]
+        found: dict[str, dict[str, None]] = {}
+        for name, digest in read:
+            found.setdefault(name, {})[digest] = None
+        return {name: ", ".join(digests) for name, digests in found.items()}
 
     def check_tokens(self, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuses tokens that an embedding of so many rows lacks: of the data, or of a stream the tokenizer's; padding.
