@@ -13,7 +13,7 @@ import keyword
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NoReturn, TypeAlias
 
@@ -58,7 +58,7 @@ def _main(argv: Sequence[str] | None) -> int:
         with kept_by(lambda: _kept(args.command)):
             if "recipe" in args:
                 with phase("reading the recipe"):
-                    places.update(_read_recipe(args))
+                    _read_recipe(args, places)
             status: int = _command(args).run(args)
     except KeyboardInterrupt as error:
         _say_once(str(error) or "interrupted")
@@ -78,19 +78,18 @@ def _main(argv: Sequence[str] | None) -> int:
     return status
 
 
-def _read_recipe(args: argparse.Namespace) -> Mapping[tuple[str | int, ...], str]:
-    """Puts the recipe in the place of its file; returns where its keys are.
+def _read_recipe(args: argparse.Namespace, places: dict[tuple[str | int, ...], str]) -> None:
+    """Puts the recipe in the place of its file, and into ``places`` where its keys are.
 
     That is before the command, and with it torch, is imported: a typo costs no seconds.
     """
     args.file = args.recipe
     loaded = importlib.import_module("deltatune.config.load").load_recipe(args.file, args.overrides)
     args.recipe, args.warnings = loaded.recipe, loaded.warnings
+    places.update(loaded.places)
     if args.command in _PREFLIGHT:
         # nor does a missing file or package
         importlib.import_module("deltatune.training.preflight").preflight(args.recipe, args.resume)
-    places: Mapping[tuple[str | int, ...], str] = loaded.places
-    return places
 
 
 def _command(args: argparse.Namespace) -> Any:

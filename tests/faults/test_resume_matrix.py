@@ -326,7 +326,8 @@ CHANGES: dict[str, Change] = {
     "training.log_level_replica": acts("training.log_level_replica=error", shows=same),
     "training.log_on_each_node": acts("training.log_on_each_node=false", shows=same),
     "training.logging_strategy": acts(
-        "training.logging_strategy=epoch", shows=lambda output, _: steps(output, "loss") == [6]
+        "training.logging_strategy=epoch", "training.logging_steps=10",
+        shows=lambda output, _: steps(output, "loss") == [6]
     ),
     "training.metric_for_best_model": cannot("training.metric_for_best_model=eval_loss", base=EVALUATES),
     "training.optim_args": cannot("training.optim_args='momentum=0.9'", base=("training.optim=sgd",)),
