@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 from benchmarks.shapes import shape_named
 from deltatune.config import rules
 from deltatune.config.schema import ParallelSection
+from deltatune.hf.model import base_model
+from deltatune.hf.units import gathered_units
+from deltatune.parallel import sharding
 from deltatune.training import layout
 from tools import scale
 from tools.capabilities import AXES, NEEDS, Axis, Need, cell
@@ -38,7 +42,9 @@ def test_rows_have_names_of_their_own() -> None:
         ("LoRA with `use_dora`", "`shard`", "yes", "rank 0 loads the whole model"),
         ("`optim: muon`", "`shard`", "no", "training.optim needs whole matrices"),
         ("`optim: muon`", "`replicate`", "yes", None),
-        ("images in a call", "`sequence`, heads", "no", "holds text alone"),
+        ("images in some ranks' calls, for a frozen tower", "`sequence`, heads", "no", "holds text alone"),
+        ("images in some ranks' calls, for a frozen tower", "`shard`", "library", None),
+        ("images in some ranks' calls, for a tower that trains", "`shard`", "no", "trains outside of the text model"),
         ("dense hybrids (Qwen3.5)", "`expert`", "no", "it has no experts"),
         ("families of attention alone (Qwen3)", "`sequence`, states", "no", "no recurrent layer"),
         ("beside `expert`", "`sequence`, heads", "yes", None),
@@ -48,6 +54,16 @@ def test_what_is_refused_is_known_from_what_refuses_it(need: str, axis: str, tex
     found, why = cell(NAMES[need], COLUMNS[axis])
     assert found == text
     assert (why is None) if reason is None else (why is not None and reason in why)
+
+
+def test_a_unit_that_images_alone_gather_changes_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_tower(model: Any) -> Iterator[Any]:
+        yield from gathered_units(model)
+        yield base_model(model).model.visual
+
+    monkeypatch.setattr(sharding, "gathered_units", with_tower)
+    found, why = cell(NAMES["images in some ranks' calls, for a frozen tower"], COLUMNS["`shard`"])
+    assert (found, why) == ("no", "a rank whose call brings images waits for the others, whose calls bring none")
 
 
 def test_a_rule_that_changes_changes_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

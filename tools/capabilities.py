@@ -11,19 +11,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from benchmarks.shapes import shape_named
 from deltatune import parallelize
 from deltatune.config.rules import SHARDED_OPTIMIZERS, check_recipe
 from deltatune.config.schema import DataSection, ParallelSection, Recipe
+from deltatune.hf.model import base_model
 from deltatune.lora.mode import is_lora_linear, mode_of
 from deltatune.packing.sequences import Sequences
 from deltatune.parallel.sequence import sequence_group_of, shard_sequence
+from deltatune.parallel.state import reshard
 from deltatune.preparation import Prepared
 from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.changes import find_changes
@@ -86,7 +90,7 @@ class Need:
         config: what the model's config says otherwise.
         of_run: what only recipes have, such as an optimizer by name; a loop of one's own does it in its own way.
         beside: another axis.
-        images: a call brings them.
+        images: some ranks' calls bring them, and the tower that reads them ...
         resumed: a run goes on from another size of the axis.
     """
 
@@ -96,7 +100,7 @@ class Need:
     config: Mapping[str, Any] = field(default_factory=dict)
     of_run: bool = False
     beside: Axis | None = None
-    images: bool = False
+    images: Literal["frozen", "trained"] | None = None
     resumed: bool = False
 
 
@@ -129,7 +133,8 @@ NEEDS: Final[Sequence[Need]] = (
     Need("a router's auxiliary loss", _FULL, "tiny-moe", {"output_router_logits": True}),
     Need("families of attention alone (Qwen3)", shape="qwen3", config=_SMALL),
     Need("other decoders (Llama, Mistral and so on)", shape="llama", config=_SMALL),
-    Need("images in a call", images=True),
+    Need("images in some ranks' calls, for a frozen tower", images="frozen"),
+    Need("images in some ranks' calls, for a tower that trains", images="trained"),
     Need("`compile.scope: layer`", {"compile": True}),
     Need("`compile.scope: model`", {"compile": {"scope": "model"}}),
     Need("`checkpointing: layer`", {"checkpointing": "layer"}),
@@ -186,7 +191,8 @@ def cell(need: Need, axis: Axis) -> tuple[str, str | None]:
     axes = [axis] if need.beside is None else [axis, need.beside]
     if need.beside is not None and need.beside.sizes.keys() == axis.sizes.keys():
         return _NOT_ASKED, None
-    in_recipes = all(each.in_recipes for each in axes) and (not need.images or "image_root" in DataSection.model_fields)
+    sees = need.images is None or "image_root" in DataSection.model_fields
+    in_recipes = sees and all(each.in_recipes for each in axes)
     if not in_recipes and need.of_run:
         return _NOT_ASKED, None
     if need.resumed:
@@ -216,13 +222,13 @@ def _asked(need: Need, axes: Sequence[Axis], *, in_recipes: bool) -> str | None:
         empty = adapt_by_recipe(empty_model(recipe.model, config), recipe)
         sizes_of(recipe, empty, planning, _SIZE ** len(axes))
     model = adapt_by_recipe(new_model(recipe.model, config), recipe)
+    if need.images is not None:
+        base_model(model).model.visual.requires_grad_(need.images == "trained")
     prepared = prepare_by_recipe(recipe, model)
     sizes = {name: size for axis in axes for name, size in axis.sizes.items()}
     _divide(prepared, sizes, states=any(axis.states for axis in axes))
-    if need.images and sequence_group_of(model) is not None:
-        # what would be refused is so before anything is computed
-        model(input_ids=torch.zeros(1, 8, dtype=torch.long), pixel_values=torch.zeros(4, 16),
-              sequences=Sequences.from_lengths([8 * _SIZE]))  # fmt: skip
+    if need.images is not None:
+        _check_images(model)
     divided = max(sizes.get("shard", 1), sizes.get("expert", 1)) > 1
     return _unfused(recipe, model) or "; ".join(host_lines(recipe, model) if divided else []) or None
 
@@ -232,6 +238,30 @@ def _divide(prepared: Prepared, sizes: Mapping[str, int], *, states: bool) -> No
     mesh = parallelize(prepared, **asked).mesh
     if states:
         shard_sequence(prepared, mesh.sequence_group("cpu"), recurrent="state")
+
+
+def _check_images(model: nn.Module) -> None:
+    """Checks that a rank sends the same with images as without."""
+    config = base_model(model).config
+    group, tower = sequence_group_of(model), config.vision_config
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
+    text = {"input_ids": tokens, "sequences": Sequences.from_lengths([_TOKENS * (1 if group is None else group.size)])}
+    shown = tokens.clone()
+    shown[0, :4] = config.image_token_id
+    image = {
+        "input_ids": shown,
+        "mm_token_type_ids": (shown == config.image_token_id).long(),
+        "pixel_values": torch.zeros(16, tower.in_channels * tower.temporal_patch_size * tower.patch_size**2),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    sent = []
+    for call in ({**text, **image}, text):
+        with profile(activities=[ProfilerActivity.CPU]) as run, torch.no_grad():
+            model(**call)
+        reshard(model)
+        sent.append({event.key: event.count for event in run.key_averages() if "c10d" in event.key})
+    if sent[0] != sent[1]:
+        raise ValueError("a rank whose call brings images waits for the others, whose calls bring none")
 
 
 def _unfused(recipe: Recipe, model: nn.Module) -> str:
@@ -263,10 +293,12 @@ def _config(need: Need, axes: Sequence[Axis]) -> Any:
     config.num_hidden_layers, config.layer_types = 2, ["linear_attention", "full_attention"]
     for name, value in need.config.items():
         setattr(config, name, value)
-    if not need.images:
+    if need.images is None:
         return config
     whole = config.model_type.removesuffix("_text")
-    return AutoConfig.for_model(whole, text_config=config.to_dict(), vision_config=_TOWER)
+    made = AutoConfig.for_model(whole, text_config=config.to_dict(), vision_config=_TOWER, image_token_id=1)
+    made.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[whole]]
+    return made
 
 
 def _plain(reason: str | None, need: Need) -> str | None:

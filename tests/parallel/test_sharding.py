@@ -25,7 +25,7 @@ from deltatune.parallel.slice import cut_batch
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
 from deltatune.training.finishing import check_finite
 from forked import free_port, run_ranks
-from tiny import documents, tiny_model
+from tiny import documents, tiny_conditional, tiny_model
 
 RANKS, STEPS, RATE = 2, 3, 0.02
 TRACED = CompileOptions(backend="aot_eager")
@@ -49,6 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
     "states_in_shards": {"tied": True, "sequence": 2, "recurrent": "state", "checkpointing": "layer"},
     "packs_shared_before": {"group_first": True, "lora": EVERY},
 }
+#: how a model with a vision tower is divided, and whether the tower trains
+TOWERS: dict[str, tuple[dict[str, int], bool]] = {"replicas": ({}, True), "shards": ({"shard": RANKS}, False)}
+IMAGE = 60  # the token in whose places images go
 
 
 def build(
@@ -67,6 +70,29 @@ def loss_of(model: nn.Module, seed: int, part: Callable[..., Any] = dict) -> tor
     tokens = torch.cat(documents(lengths, seed=seed))[None]
     batch = {"input_ids": tokens, "labels": tokens, "sequences": Sequences.from_lengths(lengths)}
     loss: torch.Tensor = model(**part(batch), num_items_in_batch=100).loss
+    return loss
+
+
+def build_with_tower(*, trains: bool) -> Any:
+    model = tiny_conditional(layers=1).train()
+    model.config.image_token_id = IMAGE
+    model.model.visual.requires_grad_(trains)
+    return model
+
+
+def loss_with_images(model: Any, step: int, rank: int) -> torch.Tensor:
+    """Text alone, but for one image on the first rank in every second step."""
+    config = model.config if hasattr(model, "config") else model.module.config
+    tokens = torch.cat(documents([20, 12], seed=10 * step + rank))[None].clamp(max=IMAGE - 1)
+    batch: dict[str, Any] = {"labels": tokens.clone(), "sequences": Sequences.from_lengths([20, 12])}
+    if rank == 0 and step % 2:
+        vision = config.vision_config
+        tokens[0, 4:8] = IMAGE
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.randn(16, width, generator=torch.Generator().manual_seed(step))
+        batch |= {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        batch["mm_token_type_ids"] = (tokens == IMAGE).long()
+    loss: torch.Tensor = model(input_ids=tokens, **batch, num_items_in_batch=60).loss
     return loss
 
 
@@ -118,6 +144,7 @@ def on_ranks(case: str) -> dict[str, Any]:
         "sharded": all(isinstance(weight, DTensor) for weight in model.parameters() if weight.requires_grad),
         "fused": len(calls) > 0,
         "sends_buffers": getattr(model, "broadcast_buffers", False),
+        "searches": getattr(model, "find_unused_parameters", False),
         "saved": gathered_state(model) if settings.get("shard") != 1 else {},
     }
 
@@ -143,6 +170,19 @@ def another_draw(model: nn.Module) -> None:
         for name, weight in model.named_parameters():
             if "lora_" in name:
                 weight.add_(1.0)
+
+
+def images_of_one_rank(rank: int, case: str) -> dict[str, Any]:
+    sizes, trains = TOWERS[case]
+    parallel = parallelize(prepare(build_with_tower(trains=trains)), **sizes)
+
+    def step_loss(step: int) -> torch.Tensor:
+        loss = loss_with_images(parallel.model, step, rank) * RANKS
+        loss.backward()
+        return parallel.mesh.sum_over_ranks(loss.detach()) / RANKS
+
+    searches = getattr(parallel.model, "find_unused_parameters", False)
+    return {"steps": train(parallel.model, step_loss), "searches": searches}
 
 
 def narrowed(tied: bool) -> dict[str, Any]:
@@ -176,6 +216,7 @@ def refusals() -> dict[str, str]:
         "twice": lambda: parallelize(twice, shard=RANKS),
         "sizes": lambda: parallelize(prepare(build()), replicate=2, shard=2),
         "sequence": lambda: parallelize(prepare(build()), sequence=3),
+        "tower": lambda: parallelize(prepare(build_with_tower(trains=True)), shard=RANKS),
         "heads": lambda: parallelize(prepare(tiny_model("qwen3", num_attention_heads=3)), sequence=2),
     }
     return {name: refusal(attempt) for name, attempt in attempts.items()}
@@ -207,6 +248,7 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     found = {case: on_ranks(case) for case in CASES}
     found["narrowed"] = {tied: narrowed(tied) for tied in (True, False)}
+    found["images"] = {case: images_of_one_rank(rank, case) for case in TOWERS}
     found["refusals"] = refusals()
     found["nan"] = nan_of_one_rank(rank)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
@@ -234,12 +276,34 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
     for found in ranks:
         assert found[case]["sharded"] == (CASES[case].get("shard") != 1)
         assert not found[case]["sends_buffers"]
+        assert not found[case]["searches"], "each weight is used in every call"
+    assert_same(ranks[0][case]["steps"], train(model, step_loss))
+    assert [step["norm"] for step in ranks[0][case]["steps"]] == [step["norm"] for step in ranks[1][case]["steps"]]
+
+
+@pytest.mark.parametrize("case", TOWERS)
+def test_images_of_one_rank_train_as_in_one_process(case: str, ranks: list[dict[str, Any]]) -> None:
+    trains = TOWERS[case][1]
+    model = build_with_tower(trains=trains)
+    prepare(model)
+
+    def step_loss(step: int) -> torch.Tensor:
+        loss = sum((loss_with_images(model, step, rank) for rank in range(RANKS)), torch.zeros(()))
+        loss.backward()
+        return loss.detach()
+
     expected = train(model, step_loss)
-    for ours, theirs in zip(ranks[0][case]["steps"], expected, strict=True):
+    assert [any("visual" in name for name in step) for step in expected] == [False, trains, False]
+    for found in ranks:
+        assert_same(found["images"][case]["steps"], expected)
+        assert found["images"][case]["searches"] == trains
+
+
+def assert_same(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for ours, theirs in zip(steps, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert (ours[name] - value).norm() <= 1e-5 * value.norm(), name
-    assert [step["norm"] for step in ranks[0][case]["steps"]] == [step["norm"] for step in ranks[1][case]["steps"]]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("shard") != 1])
@@ -285,6 +349,7 @@ def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks:
         ("twice", "the model is sharded already"),
         ("sizes", "replicate: 2 times shard: 2 is 4, and 2 processes run"),
         ("sequence", "sequence: 3 does not divide 2 processes; choose one of 1, 2"),
+        ("tower", "model.visual.patch_embed.proj.weight trains outside of the text model and the head, where a rank"),
         ("heads", "sequence=2 does not divide 3 heads that read"),
     ],
 )

@@ -50,6 +50,19 @@ def test_all_linear_leaves_towers_and_the_head_alone() -> None:
     assert not any("visual" in name or "lm_head" in name for name in adapted)
 
 
+def test_targets_are_the_text_model_s() -> None:
+    model = adapt(tiny_conditional(), LoraSection(target_modules=("q_proj", "qkv")))
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert adapted
+    assert all("self_attn.q_proj" in name for name in adapted)
+
+
+@pytest.mark.parametrize("values", [{"modules_to_save": ("merger",)}, {"exclude_modules": ("down_proj",)}])
+def test_a_tower_that_would_train_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"lora: model\.visual\..* would train, of a tower that text gives no gradient"):
+        adapt(tiny_conditional(), LoraSection(**values))
+
+
 def test_full_training_freezes_what_text_never_reaches() -> None:
     model = tiny_conditional()
     adapt(model, None)

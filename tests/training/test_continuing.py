@@ -19,7 +19,7 @@ from deltatune.errors import UserError
 from deltatune.training.adapters import adapt
 from deltatune.training.continuing import load_adapter
 from deltatune.training.run import train
-from tiny import VOCAB, tiny_model
+from tiny import VOCAB, tiny_conditional, tiny_model
 
 QUIET = Console(quiet=True)
 
@@ -77,6 +77,17 @@ def begun(source: Path, model: Any = None, **lora: Any) -> Any:
     adapted = adapt(tiny_model("qwen3") if model is None else model, section)
     load_adapter(adapted, section)
     return adapted
+
+
+def test_adapters_of_a_tower_stay_as_they_are(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False)
+    peft.get_peft_model(tiny_conditional(), config).save_pretrained(str(tmp_path / "source"))
+    trained = {
+        "visual" in name: parameter.requires_grad
+        for name, parameter in begun(tmp_path / "source", tiny_conditional()).named_parameters()
+        if "lora_" in name
+    }
+    assert trained == {False: True, True: False}
 
 
 def change(source: Path, **config: Any) -> None:

@@ -92,7 +92,8 @@ class LoraSection(Section):
     `false` or `gaussian` says."""
 
     exclude_modules: Text | tuple[Text, ...] | None = None
-    """Names, or one regular expression, that `target_modules` shall not match."""
+    """Names, or one regular expression, that `target_modules` shall not match; by default all of a tower for images or
+    sound, which text gives no gradient."""
 
     modules_to_save: tuple[Text, ...] | None = None
     """Modules trained fully and saved with the adapter, such as `lm_head`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
@@ -11,11 +10,14 @@ from deltatune.hf import model as hf_model
 from deltatune.hf.hooks import plain_linear
 from deltatune.hf.peft import trained_copy
 
-__all__ = ["gathered_units", "head_unit"]
+__all__ = ["gathered_units", "head_unit", "trained_beside_text"]
 
 
 def gathered_units(model: nn.Module) -> Iterator[nn.Module]:
-    """Each decoder layer, an embedding and a head that share no weight, a vision tower; the rest is the model's own."""
+    """Each decoder layer, an embedding and a head that share no weight; the rest is the model's own.
+
+    So is a vision tower: as a unit it would be gathered where a call brings images, by some ranks and not by others.
+    """
     base, text = hf_model.base_model(model), hf_model.text_model(model)
     yield from text.layers
     embedding, head = base.get_input_embeddings(), hf_model.head_of(model)
@@ -23,10 +25,6 @@ def gathered_units(model: nn.Module) -> Iterator[nn.Module]:
         yield embedding
     if (unit := head_unit(model)) is not None:
         yield unit
-    holder: Any = getattr(base, "model", None)
-    tower = getattr(holder, "visual", None)
-    if tower is not None:
-        yield tower
 
 
 def head_unit(model: nn.Module) -> nn.Module | None:
@@ -39,3 +37,13 @@ def head_unit(model: nn.Module) -> nn.Module | None:
         return None
     embedding = hf_model.base_model(model).get_input_embeddings()
     return None if {*embedding.parameters()} & {*head.parameters()} else head
+
+
+def trained_beside_text(model: nn.Module) -> list[str]:
+    """Names of weights that train outside of the text model and the head, such as a vision tower's.
+
+    A call with text alone gives them no gradient.
+    """
+    head = hf_model.head_of(model)
+    text = {*hf_model.text_model(model).parameters(), *(() if head is None else head.parameters())}
+    return [name for name, weight in model.named_parameters() if weight.requires_grad and weight not in text]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.hf.model import device_of, text_config
+from deltatune.hf.units import trained_beside_text
 from deltatune.packing.group import Recurrent
 from deltatune.parallel.experts import (
     DividedExperts,
@@ -130,7 +131,8 @@ def parallelize(
 
     Raises:
         ValueError: sizes that are not the number of processes, an axis that is not there, a model that is sharded
-            already, compiled as a whole, or of several dtypes that train together.
+            already; with ``shard``, one that is compiled as a whole, that trains outside of the text model and the head
+            (a vision tower), or whose weights that train together have several dtypes.
         UserError: sizes that the model's heads or experts cannot be divided by, with those that they can.
     """
     if expert != 1:
@@ -170,10 +172,17 @@ def _take_from_rank_0(model: nn.Module) -> None:
 
 
 def _replicated(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> nn.Module:
-    """With gradients averaged over all processes, but for those of ``apart``."""
+    """With gradients averaged over all processes, but for those of ``apart``.
+
+    Weights that a call with text alone leaves out are looked for in each call's graph, where some train.
+    """
     if apart and not replicate_beside(model, apart):
         return model
-    replicated = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    replicated = DistributedDataParallel(
+        model,
+        device_ids=None if device.type == "cpu" else [device],
+        find_unused_parameters=bool(trained_beside_text(model)),
+    )
     # no layer writes a buffer: sending them out before each step would be one more time that all ranks wait
     replicated.broadcast_buffers = False  # an argument of this name warns in torch 2.13, and 2.11 knows no other
     return replicated

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from deltatune.hf import model as hf_model
-from deltatune.hf.units import gathered_units, head_unit
+from deltatune.hf.units import gathered_units, head_unit, trained_beside_text
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.head_loss import with_loss_of_its_own
 from deltatune.subclass import Swapped
@@ -29,9 +29,10 @@ def shard_model(
     """Applies ``fully_shard`` to a prepared model, in place: rank ``r`` of ``S`` keeps the r-th part of every weight.
 
     A unit is gathered before its forward and freed after it, again in backward, and its gradients are then averaged
-    over all ranks and scattered. Units are each decoder layer, an embedding and a head that share no weight, and a
-    vision tower. What is left (a tied embedding with its head, the final norm) belongs to the model itself, which holds
-    it whole from its forward to the end of its backward: then all gradients of a tied weight are there.
+    over all ranks and scattered. Units are each decoder layer, and an embedding and a head that share no weight. What
+    is left (a tied embedding with its head, the final norm, a vision tower) belongs to the model itself, which holds it
+    whole from its forward to the end of its backward: then all gradients of a tied weight are there, and every rank
+    gathers a tower, whether its call brings images or not.
 
     Weights are gathered in ``param_dtype``, those that a layer names in ``full_precision`` in their own: they are one
     unit of the text model. Gradients are averaged in float32, and no output is cast: the loss stays float32.
@@ -44,11 +45,12 @@ def shard_model(
         beside: weights that stay as they are, being divided already.
 
     Raises:
-        ValueError: a model that is not prepared or already sharded, one compiled as a whole, or weights of several
-            dtypes that train in one unit.
+        ValueError: a model that is not prepared or already sharded, one compiled as a whole, weights that train outside
+            of the text model and the head, or of several dtypes that train in one unit.
     """
     base, text = hf_model.base_model(model), hf_model.text_model(model)
     _refuse(base, text, sharded=not beside and hf_model.is_sharded(model))
+    _refuse_unused(model)
     in_full = full_precision_parameters(model)
     units, head = list(gathered_units(model)), head_unit(model)
     _refuse_mixed(model, units, in_full, beside)
@@ -76,6 +78,7 @@ def check_shardable(model: nn.Module, beside: AbstractSet[nn.Parameter]) -> None
         ValueError: as by ``shard_model``.
     """
     _refuse(hf_model.base_model(model), hf_model.text_model(model), sharded=hf_model.is_sharded(model))
+    _refuse_unused(model)
     _refuse_mixed(model, list(gathered_units(model)), full_precision_parameters(model), beside)
 
 
@@ -99,6 +102,15 @@ def _refuse(base: nn.Module, text: nn.Module, *, sharded: bool) -> None:
         raise ValueError(
             "compile scope 'model' puts all layers into one graph, and sharded weights are gathered between layers; "
             "use CompileOptions(scope='layer')"
+        )
+
+
+def _refuse_unused(model: nn.Module) -> None:
+    """Ranks scatter the gradients of a unit together, so each needs as many."""
+    if names := trained_beside_text(model):
+        raise ValueError(
+            f"{names[0]} trains outside of the text model and the head, where a rank whose call is text alone has no "
+            "gradient for the others; freeze that part before (requires_grad_(False)), or leave shard out"
         )
 
 

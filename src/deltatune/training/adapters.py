@@ -14,6 +14,7 @@ from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.peft import taken_for_experts
+from deltatune.hf.units import trained_beside_text
 from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
@@ -50,13 +51,14 @@ def adapt(
     rows of ``new_tokens`` train in any case.
 
     Towers for images and sound are frozen: text gives them no gradient, and a report should not say they train. So
-    ``all-linear`` means the text model's linear layers. Adapters are kept in float32, or in the base weights' dtype
-    with ``adapter_dtype: model``. With ``name_or_path`` they are built as that adapter's, for ``load_adapter``.
-    ``revision`` of the base model is recorded with them.
+    ``all-linear`` and other targets mean modules of the text model, unless ``exclude_modules`` says which do not. With
+    ``name_or_path`` adapters are built as that one's, for ``load_adapter``, and those of a tower stay as they are.
+    Adapters are kept in float32, or in the base weights' dtype with ``adapter_dtype: model``. ``revision`` of the base
+    model is recorded with them.
 
     Raises:
-        UserError: a target, a pattern or a module to save that matches nothing (with the nearest names), a layer index
-            out of range, or a combination that PEFT refuses.
+        UserError: a target, a pattern or a module to save that matches nothing (with the nearest names) or is a
+            tower's, a layer index out of range, or a combination that PEFT refuses.
     """
     towers = _towers(model)
     for name in towers:
@@ -70,7 +72,10 @@ def adapt(
     if errors := list(adapter_errors(section)):
         raise UserError("; also: ".join(errors))
     if section.name_or_path is not None:
-        return continued(model, section, new_tokens)
+        as_before = continued(model, section, new_tokens)
+        for name in trained_beside_text(as_before):
+            as_before.get_parameter(name).requires_grad_(False)
+        return as_before
     import peft
 
     arguments = section.peft_arguments() | _targets(model, section, towers)
@@ -100,6 +105,11 @@ def adapt(
         refuse_tied(adapted)
     if added := set(config.target_parameters or ()) - set(arguments["target_parameters"] or ()):
         raise UserError(_taken(model, section.target_modules, added))
+    if names := trained_beside_text(adapted):
+        raise UserError(
+            f"lora: {names[0].removeprefix('base_model.model.')} would train, of a tower that text gives no gradient; "
+            "leave it out of target_modules and modules_to_save, or name it in exclude_modules"
+        )
     return adapted
 
 
@@ -141,16 +151,15 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
         parameters = _expert_weights(model, decoder, excluded)
     else:
         parameters = list(section.target_parameters or ())
-    if modules == "all-linear":
-        if towers and excluded is None:
-            excluded = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
-        if taken or section.layers_to_transform:  # PEFT takes layers with names alone
-            kept = [name for name in linear if not _excluded(name, excluded)]
-            endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in kept)
-            modules = [name for name in endings if name.rpartition(".")[2] not in taken]
-            # PEFT excludes no Parameters
-            named = endings if section.exclude_modules is None else kept
-            parameters += [f"{name}.weight" for name in named if name.rpartition(".")[2] in taken]
+    if modules is not None and towers and excluded is None:
+        excluded = rf"(?:{'|'.join(map(re.escape, towers))})\..*"
+    if modules == "all-linear" and (taken or section.layers_to_transform):  # PEFT takes layers with names alone
+        kept = [name for name in linear if not _excluded(name, excluded)]
+        endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in kept)
+        modules = [name for name in endings if name.rpartition(".")[2] not in taken]
+        # PEFT excludes no Parameters
+        named = endings if section.exclude_modules is None else kept
+        parameters += [f"{name}.weight" for name in named if name.rpartition(".")[2] in taken]
     _check_parameters(section, parameters)
     if parameters and (towers or section.layers_to_transform):
         parameters = _full_names(model, decoder, parameters, section.layers_to_transform)
