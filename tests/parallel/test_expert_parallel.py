@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune import CompileOptions, Sequences, parallelize, prepare
 from deltatune.layers.experts import Experts
+from deltatune.parallel.experts import norm_of
 from deltatune.parallel.parallelize import Parallel
 from forked import free_port, run_ranks
 from tiny import documents, tiny_model
@@ -387,6 +388,14 @@ def test_a_step_waits_for_nothing(found: Any) -> None:
         names = rank["operators"]["names"]
         assert "deltatune.exchange.default" in names
         assert not {name for name in names if "_local_scalar_dense" in name or "nonzero" in name or "item" in name}
+
+
+def test_a_norm_of_nothing_is_made_on_the_device() -> None:
+    device = torch.device("meta")  # a copy to it is an operator, as it is to a GPU
+    for grads in ([], [torch.ones(3, device=device)]):
+        with _Names() as names:
+            assert norm_of(grads, device).device == device
+        assert not {name for name in names.seen if "copy" in name}
 
 
 @pytest.mark.parametrize("setting", [name for name, (_, case) in CASES.items() if case.counted])

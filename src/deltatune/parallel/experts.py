@@ -34,6 +34,7 @@ __all__ = [
     "check_expert_size",
     "divide_experts",
     "expert_sizes",
+    "norm_of",
     "parameters_of_experts",
     "replicate_beside",
 ]
@@ -131,9 +132,9 @@ class DividedExperts(Parts):
         own = [p.grad for p in model.parameters() if p.grad is not None and p not in self.parameters]
         experts = [p.grad for p in self.parameters if p.grad is not None]
         device = hf_model.device_of(model)
-        square = get_total_norm(experts).to(device).square()
+        square = norm_of(experts, device).square()
         dist.all_reduce(square, group=self.group)
-        norm = (whole_tensor(get_total_norm(own)).to(device).square() + square).sqrt()
+        norm = (norm_of(own, device).square() + square).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in (*own, *experts):
             (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
@@ -289,6 +290,11 @@ def replicate_beside(model: nn.Module, parameters: Collection[nn.Parameter]) -> 
     ddp: Any = DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(model, [*named])
     return any(weight.requires_grad for weight in model.parameters() if weight not in parameters)
+
+
+def norm_of(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Of gradients on a device, whole; of none a zero that is made there, as a copy of one would wait for the device."""
+    return whole_tensor(get_total_norm(grads)) if grads else torch.zeros((), device=device)
 
 
 def _of_all_ranks(grad: Tensor, divisor: int, replicas: ProcessGroup) -> Tensor:
