@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune import Sequences
+from deltatune.packing.group import SequenceGroup
+from deltatune.packing.metadata import resolve_metadata
+from deltatune.parallel.slice import cut_batch
 
 
 def _positions(lengths: list[int]) -> list[int]:
@@ -213,3 +219,64 @@ def test_hundreds_of_documents(constructor: str) -> None:
         "from_cu_seqlens": reference.cu_seqlens,
     }[constructor]
     _check(getattr(Sequences, constructor)(source), lengths)
+
+
+class Copies(TorchDispatchMode):
+    """Of tensors of the CPU to another device: where each lies, and whether it is left to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = func is torch.ops.aten._to_copy.default and args[0].is_cpu
+        if leaves and kwargs.get("device", args[0].device) != args[0].device:
+            self.seen.append((args[0].data_ptr(), kwargs.get("non_blocking", False)))
+        return func(*args, **kwargs)
+
+
+META = torch.device("meta")
+
+
+def in_group(sequences: Sequences, recurrent: Any) -> None:
+    group = SequenceGroup("ranks", 2, 1, recurrent)
+    resolve_metadata({"sequences": sequences}, rows=1, tokens=4, device=META, group=group)
+
+
+def cut(sequences: Sequences, size: int) -> None:
+    tokens = torch.zeros(1, 8, dtype=torch.long, device=META)
+    cut_batch({"input_ids": tokens, "labels": tokens, "sequences": sequences}, rank=0, size=size)
+
+
+@pytest.mark.parametrize(
+    ("use", "copies"),
+    [
+        (lambda sequences: sequences.to(META, non_blocking=True), 2),
+        (lambda _: Sequences.from_lengths([3, 5], device=META), 2),
+        (lambda sequences: resolve_metadata({"sequences": sequences}, rows=1, tokens=8, device=META), 2),
+        (lambda sequences: in_group(sequences, "heads"), 2),
+        (lambda sequences: in_group(sequences, "state"), 4),
+        (lambda sequences: in_group(sequences.to(META, non_blocking=True), "state"), 4),
+        (lambda sequences: cut(sequences, 2), 2),
+        (lambda sequences: cut(sequences, 3), 2),
+        (lambda sequences: cut(sequences.to(META, non_blocking=True), 3), 4),
+    ],
+)
+def test_boundaries_reach_a_device_without_waiting_for_it(
+    use: Callable[[Sequences], object], copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[Tensor] = []
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: META)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    sequences = Sequences.from_lengths([3, 5])
+    with Copies() as found:
+        use(sequences)
+    assert found.seen == [(tensor.data_ptr(), True) for tensor in pinned]
+    assert len(pinned) == copies

@@ -44,4 +44,4 @@ class SequenceGroup:
         """The documents of a pack as this rank's tokens hold them ``[t]``: those it has a part of, cut to that part."""
         tokens = whole.total // self.size
         ends = torch.unique_consecutive((whole.cu_seqlens_cpu - self.rank * tokens).clamp(0, tokens))
-        return Sequences.from_cu_seqlens(ends).to(whole.cu_seqlens.device)
+        return Sequences.from_cu_seqlens(ends).to(whole.cu_seqlens.device, non_blocking=True)

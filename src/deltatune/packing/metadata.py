@@ -75,7 +75,7 @@ def resolve_metadata(
         )
     if source != "sequences" or device.type == "cpu":
         batch.check_agreement(source, starts)
-    sequences = sequences.to(device)
+    sequences = sequences.to(device, non_blocking=True)
     position_ids = batch.position_ids
     if position_ids is None:
         position_ids = sequences.positions.view(rows, tokens).long()
@@ -104,7 +104,7 @@ def _resolve_part(
             f"sequences describes {sequences.total} tokens, but {tokens} tokens on each rank of {ranks} are "
             f"{group.size * tokens}; pass the boundaries of the whole pack and an equal part of it on every rank"
         )
-    sequences = sequences.to(device)
+    sequences = sequences.to(device, non_blocking=True)
     if group.recurrent == "state":
         sequences = replace(sequences, part=group.part(sequences))
     expected = group.cut(sequences.positions)[None].long()

@@ -163,9 +163,9 @@ class Sequences:
         cu_seqlens[: num_sequences + 1] = boundaries
         positions = torch.arange(total, device="cpu") - boundaries[:-1].repeat_interleave(lengths)
         return cls(
-            cu_seqlens=cu_seqlens.to(device),
+            cu_seqlens=_moved(cu_seqlens, device),
             cu_seqlens_cpu=cu_seqlens,
-            positions=positions.int().to(device),
+            positions=_moved(positions.int(), device),
             max_length=int(lengths.max()) if num_sequences else 0,
             num_sequences=num_sequences,
         )
@@ -198,7 +198,8 @@ class Sequences:
     ) -> Sequences:
         """Moves to a device; ``cu_seqlens_cpu`` stays, and a dtype is ignored: boundaries are integers.
 
-        Takes what ``Tensor.to`` takes, so loaders that move batches move it too.
+        Takes what ``Tensor.to`` takes, so loaders that move batches move it too. With ``non_blocking`` nothing waits
+        for the device, whether the tensors are pinned or not.
         """
         if isinstance(device, Tensor):
             device = device.device
@@ -206,8 +207,8 @@ class Sequences:
             return self
         return replace(
             self,
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            positions=self.positions.to(device, non_blocking=non_blocking),
+            cu_seqlens=_moved(self.cu_seqlens, device, non_blocking),
+            positions=_moved(self.positions, device, non_blocking),
             part=None if self.part is None else self.part.to(device, non_blocking=non_blocking),
         )
 
@@ -225,6 +226,15 @@ class Sequences:
             f"Sequences(num_sequences={self.num_sequences}, total={self.total}, max_length={self.max_length}, "
             f"device={self.cu_seqlens.device})"
         )
+
+
+def _moved(values: Tensor, device: torch.device | str | int, non_blocking: bool = True) -> Tensor:
+    """A copy on a device; from memory that is not pinned one waits for the device, whatever ``non_blocking`` says."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    reached = accelerator is not None and torch.device(device).type == accelerator.type
+    if non_blocking and reached and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=non_blocking)
 
 
 def row_starts(values: Tensor, *, step: int) -> Tensor:

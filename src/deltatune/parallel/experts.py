@@ -293,7 +293,7 @@ def replicate_beside(model: nn.Module, parameters: Collection[nn.Parameter]) -> 
 
 
 def norm_of(grads: list[Tensor], device: torch.device) -> Tensor:
-    """Of gradients on a device, whole; of none a zero that is made there, as a copy of one would wait for the device."""
+    """Of gradients on a device, whole; of none a zero that is made there: a copy of one would wait for the device."""
     return whole_tensor(get_total_norm(grads)) if grads else torch.zeros((), device=device)
 
 

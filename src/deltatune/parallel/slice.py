@@ -69,7 +69,7 @@ def cut_batch(batch: Mapping[str, Any], *, rank: int, size: int, pad_token_id: i
     found["position_ids"] = whole.positions[None, part].long()
     found["sequences"] = whole
     if batch.get("labels") is not None:
-        first = (whole.positions == 0).to(batch["labels"].device)
+        first = whole.to(batch["labels"].device, non_blocking=True).positions == 0
         labels = _row(batch["labels"], whole.total, IGNORE_INDEX).masked_fill(first, IGNORE_INDEX)
         found["labels"] = labels[:, part]
         found["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, part]
@@ -90,7 +90,7 @@ def _padded(sequences: Sequences, total: int) -> Sequences:
         return sequences
     ends = sequences.cu_seqlens_cpu[: sequences.num_sequences + 1]
     whole = Sequences.from_cu_seqlens(torch.cat([ends, ends.new_tensor([total])]))
-    return whole.to(sequences.cu_seqlens.device)
+    return whole.to(sequences.cu_seqlens.device, non_blocking=True)
 
 
 def _row(values: Tensor, total: int, padding: int) -> Tensor:
