@@ -13,7 +13,8 @@ from deltatune.parallel.slice import cut_batch, padded_total
 
 def collated(lengths: list[int], total: int) -> dict[str, Any]:
     samples = [{"input_ids": list(range(10 * i + 1, 10 * i + 1 + n))} for i, n in enumerate(lengths)]
-    return PackedCollator(tokens_per_batch=total, pad_token_id=0, allow_unlabelled=True)(samples) | {"kept": "as it is"}
+    batch = PackedCollator(tokens_per_batch=total, pad_token_id=0, allow_unlabelled=True)(samples)
+    return batch | {"kept": "as it is", "pixels": torch.zeros(4, total)}
 
 
 @pytest.mark.parametrize(("lengths", "total"), [([3, 2, 4], 9), ([3, 2], 6), ([7, 1], 8), ([1, 1, 1], 12)])
@@ -37,7 +38,8 @@ def test_the_parts_are_the_pack(lengths: list[int], total: int, size: int) -> No
         assert part["sequences"].total == padded
         assert part["sequences"].lengths[: len(lengths)] == lengths
         assert part["kept"] == "as it is"
-        assert part.keys() == {*whole, "sequences", "kept"}
+        assert part["pixels"] is batch["pixels"]
+        assert part.keys() == {*whole, "sequences", "kept", "pixels"}
 
 
 def test_the_target_of_a_rank_s_last_token_is_the_next_rank_s_first() -> None:
@@ -58,7 +60,7 @@ def test_no_target_lies_across_a_cut_between_documents() -> None:
 def test_a_batch_without_labels_has_none() -> None:
     batch = collated([5], 8)
     del batch["labels"]
-    assert cut_batch(batch, rank=0, size=2).keys() == {"input_ids", "position_ids", "sequences", "kept"}
+    assert cut_batch(batch, rank=0, size=2).keys() == {"input_ids", "position_ids", "sequences", "kept", "pixels"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,8 @@ def test_a_batch_without_labels_has_none() -> None:
         ({"input_ids": torch.zeros(2, 4), "sequences": Sequences.from_lengths([4, 4])}, 0, r"\[1, 8\].*got \[2, 4\]"),
         ({"input_ids": torch.zeros(1, 8), "sequences": Sequences.from_lengths([4])}, 0, r"\[1, 4\].*got \[1, 8\]"),
         ({"input_ids": torch.zeros(1, 8), "sequences": Sequences.from_lengths([8])}, 2, "rank must be from 0 to 1"),
+        (collated([5], 8) | {"token_type_ids": torch.zeros(1, 8)}, 0, r"token_type_ids \[1, 8\] has an entry for each"),
+        (collated([5], 8) | {"inputs_embeds": torch.zeros(1, 8, 4)}, 0, r"leave inputs_embeds out of the batch"),
     ],
 )
 def test_what_cannot_be_cut_is_named(batch: dict[str, Any], rank: int, message: str) -> None:

@@ -51,7 +51,8 @@ def cut_batch(batch: Mapping[str, Any], *, rank: int, size: int, pad_token_id: i
         Whatever else the batch holds about documents is left out, and the rest handed on.
 
     Raises:
-        ValueError: more rows than one, no ``Sequences``, or one of another number of tokens.
+        ValueError: more rows than one, no ``Sequences``, or one of another number of tokens; a tensor ``[1, T, ...]`` of
+            another name.
     """
     sequences, tokens = batch.get("sequences"), batch["input_ids"]
     if not isinstance(sequences, Sequences):
@@ -62,6 +63,12 @@ def cut_batch(batch: Mapping[str, Any], *, rank: int, size: int, pad_token_id: i
         )
     if not 0 <= rank < size:
         raise ValueError(f"rank must be from 0 to {size - 1} in a group of {size} ranks, got {rank}")
+    for name, value in batch.items():
+        if size > 1 and name not in _REPLACED and isinstance(value, Tensor) and value.shape[:2] == tokens.shape:
+            raise ValueError(
+                f"{name} {list(value.shape)} has an entry for each token of the pack, and a rank gets a part of "
+                f"{', '.join(_CUT)} alone; leave {name} out of the batch"
+            )
     whole = _padded(sequences, padded_total(sequences.total, size))
     part = slice(rank * whole.total // size, (rank + 1) * whole.total // size)
     found = {name: value for name, value in batch.items() if name not in _REPLACED}
@@ -76,10 +83,13 @@ def cut_batch(batch: Mapping[str, Any], *, rank: int, size: int, pad_token_id: i
     return found
 
 
+#: What a rank gets its part of.
+_CUT = ("input_ids", "labels", "shift_labels", "position_ids")
+
 #: What a batch may say of documents besides ``sequences``, and what is cut.
 _REPLACED = frozenset(
     {
-        "input_ids", "labels", "shift_labels", "position_ids", "sequences", "attention_mask", "seq_idx",
+        *_CUT, "sequences", "attention_mask", "seq_idx",
         "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
     }
 )  # fmt: skip
