@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +20,11 @@ from deltatune.errors import UserError
 from deltatune.layers.gated_delta_net import GatedDeltaNet
 from deltatune.ops._opaque import kernel_of
 from deltatune.parallel.sequence import shard_sequence
-from deltatune.parallel.slice import cut_batch
 from deltatune.parallel.state import clip_grad_norm_, gathered_state
 from deltatune.training.finishing import check_finite
 from forked import free_port, run_ranks
 from tiny import documents, tiny_conditional, tiny_model
+from tools.processes import as_rank
 
 RANKS, STEPS, RATE = 2, 3, 0.02
 TRACED = CompileOptions(backend="aot_eager")
@@ -121,16 +120,14 @@ def on_ranks(case: str) -> dict[str, Any]:
     prepared = prepare(build(**settings), lora=settings.get("impl", "auto"), **asked)
     if dist.get_rank() == 1:
         another_draw(prepared.model)
-    first = settings.get("group_first", False)
-    if first:
+    if settings.get("group_first", False):
         shard_sequence(prepared, dist.group.WORLD)
     axes = {name: settings[name] for name in ("sequence", "recurrent") if name in settings}
     parallel = parallelize(prepared, shard=settings.get("shard", RANKS), **axes)
     model, mesh = parallel.model, parallel.mesh
-    part = functools.partial(cut_batch, rank=dist.get_rank(), size=RANKS) if first else parallel.part
 
     def step_loss(step: int) -> torch.Tensor:
-        loss = loss_of(model, 10 * step + (0 if first else mesh.data_rank), part) * mesh.size
+        loss = loss_of(model, 10 * step + mesh.data_rank, parallel.part) * mesh.size
         loss.backward()
         dist.all_reduce(loss := loss.detach())
         return loss / RANKS
@@ -145,6 +142,7 @@ def on_ranks(case: str) -> dict[str, Any]:
         "fused": len(calls) > 0,
         "sends_buffers": getattr(model, "broadcast_buffers", False),
         "searches": getattr(model, "find_unused_parameters", False),
+        "packs": mesh.sum_over_data(torch.ones(1)),
         "saved": gathered_state(model) if settings.get("shard") != 1 else {},
     }
 
@@ -267,8 +265,9 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
     model = build(**CASES[case])
     prepare(model)
 
+    data_ranks = 1 if "group_first" in CASES[case] else RANKS // CASES[case].get("sequence", 1)
+
     def step_loss(step: int) -> torch.Tensor:
-        data_ranks = 1 if "group_first" in CASES[case] else RANKS // CASES[case].get("sequence", 1)
         loss = sum((loss_of(model, 10 * step + rank) for rank in range(data_ranks)), torch.zeros(()))
         loss.backward()
         return loss.detach()
@@ -277,6 +276,7 @@ def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]
         assert found[case]["sharded"] == (CASES[case].get("shard") != 1)
         assert not found[case]["sends_buffers"]
         assert not found[case]["searches"], "each weight is used in every call"
+        assert found[case]["packs"] == data_ranks
     assert_same(ranks[0][case]["steps"], train(model, step_loss))
     assert [step["norm"] for step in ranks[0][case]["steps"]] == [step["norm"] for step in ranks[1][case]["steps"]]
 
@@ -355,6 +355,14 @@ def test_decay_stays_float32_where_layers_compute_in_bfloat16(tied: bool, ranks:
 )
 def test_what_cannot_be_sharded_is_refused(what: str, message: str, ranks: list[dict[str, Any]]) -> None:
     assert message in ranks[0]["refusals"][what]
+
+
+def test_a_group_of_ranks_that_are_no_neighbours_is_refused() -> None:
+    with as_rank(0, 4):
+        prepared = prepare(build(layers=1))
+        shard_sequence(prepared, dist.new_group([0, 2]))
+        with pytest.raises(ValueError, match=r"group of ranks \[0, 2\], and .* neighbours; give sequence=2 in place"):
+            parallelize(prepared, shard=4)
 
 
 def test_every_rank_refuses_to_save_what_one_finds(ranks: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltatune.hf.model import device_of, text_config
 from deltatune.hf.units import trained_beside_text
-from deltatune.packing.group import Recurrent
+from deltatune.packing.group import Recurrent, SequenceGroup
 from deltatune.parallel.experts import (
     DividedExperts,
     check_expert_ranks,
@@ -24,7 +24,7 @@ from deltatune.parallel.experts import (
 )
 from deltatune.parallel.heads import check_sequence_size
 from deltatune.parallel.mesh import Mesh
-from deltatune.parallel.sequence import shard_sequence
+from deltatune.parallel.sequence import sequence_group_of, shard_sequence
 from deltatune.parallel.sharding import check_shardable, shard_model
 from deltatune.parallel.sizes import choose_sizes
 from deltatune.parallel.slice import batch_of_rank
@@ -117,8 +117,8 @@ def parallelize(
         prepared: what ``prepare`` returned, on the device where it will train, adapters included.
         replicate: copies of the weights; None for as many as the processes make.
         shard: processes that hold one copy.
-        sequence: processes that hold a pack together, each an equal part of its tokens; 1 leaves a group that
-            ``shard_sequence`` has put the model into as it is.
+        sequence: processes that hold a pack together, each an equal part of its tokens; 1 takes the group that
+            ``shard_sequence`` has put the model into, if any, as it is.
         recurrent: how they divide recurrent layers; see ``shard_sequence``.
         expert: processes that hold the routed experts of a mixture together, neighbours too, each as many of a layer;
             the rest of the weights goes by ``replicate`` and ``shard``. Tokens travel to their experts, so the
@@ -130,20 +130,25 @@ def parallelize(
             weights' own dtype.
 
     Raises:
-        ValueError: sizes that are not the number of processes, an axis that is not there, a model that is sharded
-            already; with ``shard``, one that is compiled as a whole, that trains outside of the text model and the head
-            (a vision tower), or whose weights that train together have several dtypes.
+        ValueError: sizes that are not the number of processes, a group whose ranks are no neighbours, an axis that is
+            not there, a model that is sharded already; with ``shard``, one that is compiled as a whole, that trains
+            outside of the text model and the head (a vision tower), or whose weights that train together have several
+            dtypes.
         UserError: sizes that the model's heads or experts cannot be divided by, with those that they can.
     """
     if expert != 1:
         check_expert_size(prepared.model, expert, expert_capacity)
     if not dist.is_initialized():
         raise ValueError("several processes must have met: call torch.distributed.init_process_group() first")
-    sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard, sequence=sequence)
+    group = sequence_group_of(prepared.model) if sequence == 1 else None
+    ranks_of_a_pack = sequence if group is None else group.size
+    sizes = choose_sizes(dist.get_world_size(), replicate=replicate, shard=shard, sequence=ranks_of_a_pack)
     if sequence != 1:
         check_sequence_size(text_config(prepared.model), sequence, recurrent)
     check_expert_ranks(prepared.model, expert, dist.get_world_size())
-    mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=sequence, expert=expert)
+    mesh = Mesh.at(dist.get_world_size(), dist.get_rank(), shard=sizes.shard, sequence=ranks_of_a_pack, expert=expert)
+    if group is not None:
+        _check_neighbours(group, mesh)
     model, device = prepared.model, device_of(prepared.model)
     if sizes.shard == 1 and param_dtype is not None:
         raise ValueError(f"param_dtype={param_dtype} acts on sharded weights; give shard, or use torch.autocast")
@@ -162,6 +167,17 @@ def parallelize(
     if sequence != 1:
         shard_sequence(prepared, mesh.sequence_group(device.type), recurrent=recurrent)
     return Parallel(called, mesh, prepared, experts)
+
+
+def _check_neighbours(group: SequenceGroup, mesh: Mesh) -> None:
+    named: Any = dist.distributed_c10d
+    ranks = dist.get_process_group_ranks(named._resolve_process_group(group.name))
+    first = mesh.data_rank * group.size
+    if ranks != [*range(first, first + group.size)]:
+        raise ValueError(
+            f"the model is in a sequence group of ranks {ranks}, and ranks that hold packs together are neighbours; "
+            f"give sequence={group.size} in place of shard_sequence"
+        )
 
 
 def _take_from_rank_0(model: nn.Module) -> None:

@@ -51,8 +51,8 @@ def cut_batch(batch: Mapping[str, Any], *, rank: int, size: int, pad_token_id: i
         Whatever else the batch holds about documents is left out, and the rest handed on.
 
     Raises:
-        ValueError: more rows than one, no ``Sequences``, or one of another number of tokens; a tensor ``[1, T, ...]`` of
-            another name.
+        ValueError: more rows than one, no ``Sequences``, or one of another number of tokens; a tensor ``[1, T, ...]``
+            of another name.
     """
     sequences, tokens = batch.get("sequences"), batch["input_ids"]
     if not isinstance(sequences, Sequences):
