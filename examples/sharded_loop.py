@@ -1,8 +1,9 @@
 """A training loop of one's own on several processes that hold one copy of the weights among them.
 
-torchrun --nproc-per-node 2 examples/sharded_loop.py CHECKPOINT [--steps 20] [--sequence 2]
+torchrun --nproc-per-node 2 examples/sharded_loop.py CHECKPOINT [--steps 20] [--sequence 2] [--expert 2]
 
-With --sequence so many neighbours also hold each pack together, for documents that one device has no memory for.
+With --sequence so many neighbours also hold each pack together, for documents that one device has no memory for; with
+--expert they hold the experts of a mixture together, and tokens travel to them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/sharded_loop")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequence", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--expert-capacity", type=float, default=1.5)
     options = parser.parse_args()
 
     on_gpu = torch.cuda.is_available()
@@ -35,7 +38,13 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(options.checkpoint).to(device).train()
-    parallel = parallelize(prepare(model), shard=dist.get_world_size(), sequence=options.sequence)
+    parallel = parallelize(
+        prepare(model),
+        shard=dist.get_world_size(),
+        sequence=options.sequence,
+        expert=options.expert,
+        expert_capacity=options.expert_capacity,
+    )
     mesh = parallel.mesh
 
     samples = []
@@ -56,9 +65,11 @@ def main() -> None:
         parallel.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss = mesh.sum_over_ranks(loss.detach())
-        if mesh.rank == 0:
-            print(f"step {step}: loss {loss.item():.3f}")
+        if step % 10 == 0 or step == options.steps - 1:
+            parallel.check()  # that no visit to an expert was left out; it waits for the device
+            loss = mesh.sum_over_ranks(loss.detach())
+            if mesh.rank == 0:
+                print(f"step {step}: loss {loss.item():.3f}")
     state = parallel.state_dict()
     if mesh.rank == 0:
         model.save_pretrained(options.output, state_dict=state)
