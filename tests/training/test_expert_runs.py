@@ -49,14 +49,18 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "shared_packs": (1, {"lora": EXPERTS_TOO, "training": {**SAVES, "max_grad_norm": 0.05}}),
     "shared_packs_in_shards": (2, {"lora": None, "training": {**SAVES, "learning_rate": 1e-3}}),
     "preference": (1, {"lora": EXPERTS_TOO, "preference": {}, "data": {"overlong": "drop"}}),
+    "preference_in_shared_packs": (
+        1,
+        {"lora": EXPERTS_TOO, "preference": {"loss": "orpo"}, "data": {"overlong": "drop"}},
+    ),
 }  # fmt: skip
-SHARED_PACKS = {"shared_packs": 2, "shared_packs_in_shards": 2}
+SHARED_PACKS = {"shared_packs": 2, "shared_packs_in_shards": 2, "preference_in_shared_packs": 2}
 #: resumed in the middle, by how the experts lay before and how they lie after
 RESUMED = {
     "one_to_two": ("adapter", "sharded_full"),
     "two_to_two": ("sharded_adapter",),
     "two_to_shards": ("adapter", "sharded_full"),
-    "two_to_one": ("sharded_adapter", "sharded_full", *SHARED_PACKS),
+    "two_to_one": ("sharded_adapter", "sharded_full", "shared_packs", "shared_packs_in_shards"),
 }
 SAVED = {case for cases in RESUMED.values() for case in cases}
 WAYS = [(way, case) for way, cases in RESUMED.items() for case in cases]
@@ -68,7 +72,7 @@ def recipe_of(case: str, folder: Path, shared: Path, *, parallel: dict[str, Any]
     _, given = CASES[case]
     sections = {name: dict(section) if isinstance(section, dict) else section for name, section in given.items()}
     data_ranks = int(os.environ.get("WORLD_SIZE", "1")) // parallel.get("sequence", 1)
-    rows = shared / ("pairs.jsonl" if case == "preference" else "train.jsonl")
+    rows = shared / ("pairs.jsonl" if "preference" in CASES[case][1] else "train.jsonl")
     training = {
         "output_dir": str(folder / case), "max_steps": 4 if case in SAVED else 2,
         "gradient_accumulation_steps": 4 // data_ranks, **sections.pop("training", {}),
@@ -170,7 +174,7 @@ def narrow(shared: Path) -> bool:
 def overflow(shared: Path, rank: int) -> dict[str, str]:
     """All tokens go to the one expert of rank 0; it is seen where the run logs or saves."""
     found = {}
-    for when, training in {"logged": {"logging_steps": 1}, "saved": {"logging_strategy": "no", **SAVES}}.items():
+    for when, training in {"logged": {"logging_steps": 1}, "saved": {"logging_steps": 100, **SAVES}}.items():
         recipe = recipe_of("full_tied", shared / f"overflow_{when}", shared, parallel={"expert": 2}, model="one_expert")
         changed = recipe.training.model_copy(update=training)
         with pytest.raises((UserError, RankFailedError)) as caught:

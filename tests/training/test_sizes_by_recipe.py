@@ -46,6 +46,26 @@ def test_a_step_that_passes_states_on_is_estimated_before_ranks_meet(tmp_path: P
     assert total["heads"] < total["state"]
 
 
+def test_a_pack_is_divided_beside_experts_where_a_step_fits_so_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    """Two processes that hold experts together, and whole weights of all else."""
+    recipe = make_recipe(
+        tmp_path,
+        save_checkpoint(tmp_path / "checkpoint", tiny_model("qwen3_moe")),
+        packing={"tokens_per_batch": 2048},
+        parallel={"shard": 1, "expert": 2},
+        checkpointing="layer",
+    )
+    arguments = training_arguments(recipe.training)
+    prepared = empty_model(recipe.model)
+    prepare_by_recipe(recipe, prepared, device=arguments.device)
+    whole, half = (estimate_step(recipe, prepared, "layer", sequence=size).total for size in (1, 2))
+    assert half < whole
+    for room, sequence in ((whole + 1, 1), (whole - 1, 2)):
+        monkeypatch.setattr(layout, "device_memory", lambda _, room=room: room / layout._ROOM)
+        found = layout.sizes_of(recipe, empty_model(recipe.model), arguments, 2)
+        assert (found.shard, found.sequence, found.expert) == (1, sequence, 2)
+
+
 @pytest.mark.parametrize(
     ("optim", "sizes", "expected"), [("adamw_torch", {}, (2, 1)), ("muon", {}, (1, 2)), ("muon", {"sequence": 1}, None)]
 )
