@@ -154,6 +154,16 @@ except Interruption as error: print(error)
     assert ended(code) == (0, "SIGTERM: interrupted while importing: nothing\n", "")
 
 
+def test_a_signal_as_the_scope_ends_changes_nothing() -> None:
+    code = """
+import threading
+join = threading.Thread.join
+threading.Thread.join = lambda self, *rest: (kill(), time.sleep(0.1), join(self, *rest))
+with interruptible(): print("done")
+"""
+    assert ended(code) == (0, "done\n", "")
+
+
 def test_a_signal_after_the_command_changes_nothing() -> None:
     code = """
 import atexit

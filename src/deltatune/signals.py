@@ -193,11 +193,13 @@ class _Scope:
 
     def __init__(self) -> None:
         self._count, self._number = 0, 0  # of signals so far; the last one
-        self._raised = self._patient = False
+        self._raised = self._patient = self._over = False
         self._read = self._write = -1
 
     def interrupt(self, number: int, _restore: Callable[[], None]) -> None:
         """The handler."""
+        if self._over:
+            return
         if self._raised:
             _end_at_once(number)
         self._raised, self._number = True, number
@@ -227,6 +229,7 @@ class _Scope:
         try:
             yield
         finally:
+            self._over = True  # what comes now, or comes again, finds nothing to end
             _active.remove(self)
             sys.unraisablehook = hook
             signal.set_wakeup_fd(wakeup)
