@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.card import card
 from benchmarks.figures import GIB, Steps, newest_full, newest_ops, of_bound, roofline_of, steps_of
 from benchmarks.op_cases import CASES
 from benchmarks.parallel.figures import scalings
@@ -235,6 +236,7 @@ PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]
         "adapters": adapters,
         "shapes": shapes,
         "experts": experts,
+        "card": card,
         "bound": bound,
         "ops": ops,
         "missed": missed,

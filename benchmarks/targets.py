@@ -303,19 +303,27 @@ def _ops() -> Iterator[Target]:
         yield Target(f"{name}, {fastest}", speed, 1.0, at_least=False, form=ratio)
 
 
-def _of_experts(op: str, value: Callable[[OpCase, float], Figure | None], choose: Callable[..., Any]) -> Any:
-    """Of what auto takes, forward and backward: the worst of balanced and skewed routing, 8192 and 16384 tokens."""
+#: Experts of a layer, routings and tokens that each figure is the worst of; of gpt-oss one case is recorded.
+_EXPERT_CASES: Final = {"35B-A3B": (256, ("", "_skewed"), (8192, 16384)), "gpt-oss-20b": (32, ("",), (16384,))}
+
+
+def _of_experts(
+    model: str, op: str, value: Callable[[OpCase, float], Figure | None], choose: Callable[..., Any]
+) -> Any:
+    """Of what auto takes, forward and backward: the worst of a model's cases."""
+    experts, routings, lengths = _EXPERT_CASES[model]
+    wanted = [(f"{op}{routing}", tokens) for routing in routings for tokens in lengths]
 
     def figure(records: Sequence[Record]) -> Iterator[tuple[Record, Figure]]:
         found: dict[tuple[str, int], tuple[Record, Figure]] = {}
-        for kind, tokens in itertools.product((op, f"{op}_skewed"), (8192, 16384)):
+        for kind, tokens in wanted:
             for case in op_cases(records, kind):
                 auto = case.auto(_BOTH[1])
-                if case.config["T"] == tokens and case.config["experts"] == 256 and auto is not None:
+                if case.config["T"] == tokens and case.config["experts"] == experts and auto is not None:
                     one = value(case, auto["median_ms"]) if auto["status"] == "ok" else (math.nan, "red check")
                     if one is not None:
                         found.setdefault((kind, tokens), (case.record, (one[0], f"{kind}, T {tokens}, {one[1]}")))
-        if len(found) == 4:
+        if len(found) == len(wanted):
             yield choose(found.values(), key=lambda pair: pair[1][0])
 
     return figure
@@ -331,31 +339,40 @@ def _against(name: str) -> Callable[[OpCase, float], Figure | None]:
 
 
 def _over_frozen(case: OpCase, ours_ms: float) -> Figure | None:
-    """Over the block without adapters, in a record of the same device next to this one."""
-    op = case.record.kind.removeprefix("ops/").replace("_lora", "")
-    for frozen in op_cases(load_records(case.record.path.parent), op):
+    """Over the block without adapters, in another record of the same device and commit, next to this one."""
+    op, ours = case.record.kind.removeprefix("ops/").replace("_lora", ""), case.record
+    for frozen in op_cases(load_records(ours.path.parent), op):
         sizes = all(frozen.config[name] == case.config[name] for name in ("T", "experts"))
-        same = sizes and frozen.record.device == case.record.device
+        same = sizes and all(frozen.record.data[name] == ours.data[name] for name in ("device", "commit"))
         auto = frozen.auto(_BOTH[1])
         if same and auto is not None and auto["status"] == "ok":
-            return ours_ms / auto["median_ms"], frozen.record.path.name
+            return ours_ms / auto["median_ms"], f"another record of the same commit, {frozen.record.path.name}"
     return None
 
 
 def _experts() -> Iterator[Target]:
-    ratio, of = "{:.3f}x", "experts of 35B-A3B"
-    alone, adapted = "moe_experts", "moe_experts_lora"
-    floor = _of_experts(alone, _against("moves and grouped products alone"), min)
-    yield Target(f"frozen {of}: of products and moves alone", floor, 0.80)
+    ratio, alone, adapted = "{:.3f}x", "moe_experts", "moe_experts_lora"
+    floor = _of_experts("35B-A3B", alone, _against("moves and grouped products alone"), min)
+    yield Target("frozen experts of 35B-A3B: of products and moves alone", floor, 0.80)
     # products and moves alone take more than 1 / 1.3 of the compiled stock block's time
-    for name, limit in (("stock grouped_mm", 1.3), ("stock grouped_mm, compiled", 1.0)):
-        yield Target(f"frozen {of}: against {name}", _of_experts(alone, _against(name), min), limit, form=ratio)
-    over = _of_experts(adapted, _over_frozen, max)
-    yield Target(f"{of} with adapters: over frozen", over, 1.35, at_least=False, form=ratio)
-    for name, limit in (("stock + PEFT target_parameters", 2.5), ("separate grouped products, compiled", 1.0)):
-        yield Target(
-            f"{of} with adapters: against {name}", _of_experts(adapted, _against(name), min), limit, form=ratio
-        )
+    for model, frozen, trained in (
+        (
+            "35B-A3B",
+            {"stock grouped_mm": 1.3, "stock grouped_mm, compiled": 1.0},
+            {"stock + PEFT target_parameters": 2.5, "separate grouped products, compiled": 1.0},
+        ),
+        ("gpt-oss-20b", {"stock grouped_mm": 1.3}, {"stock + PEFT target_parameters": 2.5}),
+    ):
+        of = f"experts of {model}"
+        for name, limit in frozen.items():
+            yield Target(
+                f"frozen {of}: against {name}", _of_experts(model, alone, _against(name), min), limit, form=ratio
+            )
+        over = _of_experts(model, adapted, _over_frozen, max)
+        yield Target(f"{of} with adapters: over frozen", over, 1.35, at_least=False, form=ratio)
+        for name, limit in trained.items():
+            figure = _of_experts(model, adapted, _against(name), min)
+            yield Target(f"{of} with adapters: against {name}", figure, limit, form=ratio)
 
 
 def _scaling(**wanted: Any) -> Any:

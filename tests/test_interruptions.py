@@ -154,6 +154,16 @@ except Interruption as error: print(error)
     assert ended(code) == (0, "SIGTERM: interrupted while importing: nothing\n", "")
 
 
+def test_a_signal_as_the_scope_ends_changes_nothing() -> None:
+    code = """
+import threading
+join = threading.Thread.join
+threading.Thread.join = lambda self, *rest: (kill(), time.sleep(0.1), join(self, *rest))
+with interruptible(): print("done")
+"""
+    assert ended(code) == (0, "done\n", "")
+
+
 def test_a_signal_after_the_command_changes_nothing() -> None:
     code = """
 import atexit
@@ -163,3 +173,22 @@ cli._main = lambda _: print("done") or 2
 sys.exit(cli.main())
 """
     assert ended(code) == (2, "done\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's end")
+def test_a_process_that_loads_data_does_not_outlive_a_killed_parent() -> None:
+    program = """
+import os, signal, time
+from deltatune.signals import leave_signals_to_parent
+
+read, write = os.pipe()
+if os.fork() == 0:
+    leave_signals_to_parent(0)
+    os.write(write, b".")
+    time.sleep(60)
+os.read(read, 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # what is printed ends with the last process that could print: the worker
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=30, check=False)
+    assert ended.returncode == -9

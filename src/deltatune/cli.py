@@ -38,8 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: its words; None for those of this process, which ends with the command.
     """
-    with interruptible():
-        status = _main(argv)
+    status: int | None = None
+    try:
+        with interruptible():
+            status = _main(argv)
+    except Interruption as error:  # before the command, or as it was over
+        if status is None:
+            _say_once(str(error))
+            status = error.status
     if argv is None:
         with suppress(OSError):  # Python says it as it ends
             sys.stdout.flush()

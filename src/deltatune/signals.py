@@ -11,6 +11,7 @@ after the second.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import select
@@ -37,6 +38,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _WAITING: Final = 10.0  # seconds in which the main thread has to take up a signal
 _LEAVING: Final = 4.0  # seconds that it has after a second one
 _AGAIN: Final = 0.05  # seconds until an Interruption that was lost comes again
+_DIES_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG of Linux
 # what the scope says to its thread, where the system writes numbers of signals
 _END, _LOST = 0, 255
 
@@ -115,6 +117,9 @@ def leave_signals_to_parent(_worker: int) -> None:
     """In a process that loads data, which ends with its parent: the step that waits for it comes to its end."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # where the parent is killed, torch's own watch leaves a worker that waits for someone to read what it loaded
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
 
 
 @contextmanager
@@ -188,11 +193,13 @@ class _Scope:
 
     def __init__(self) -> None:
         self._count, self._number = 0, 0  # of signals so far; the last one
-        self._raised = self._patient = False
+        self._raised = self._patient = self._over = False
         self._read = self._write = -1
 
     def interrupt(self, number: int, _restore: Callable[[], None]) -> None:
         """The handler."""
+        if self._over:
+            return
         if self._raised:
             _end_at_once(number)
         self._raised, self._number = True, number
@@ -222,6 +229,7 @@ class _Scope:
         try:
             yield
         finally:
+            self._over = True  # what comes now, or comes again, finds nothing to end
             _active.remove(self)
             sys.unraisablehook = hook
             signal.set_wakeup_fd(wakeup)

@@ -238,26 +238,34 @@ def test_the_modules_run_as_commands() -> None:
     assert "2 missed" in done.stdout
 
 
-def test_targets_of_experts_are_the_worst_of_four_cases(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("model", "experts", "lengths", "skews", "figures"),
+    [
+        ("35B-A3B", 256, (8192, 16384), ("", "_skewed"), [0.8, 2.0, 6 / 4.5, 5 / 4, 20 / 5.4, 7 / 5.4]),
+        ("gpt-oss-20b", 32, (16384,), ("",), [2.0, 5.4 / 4.5, 20 / 5.4]),
+    ],
+)
+def test_targets_of_experts_are_the_worst_of_their_cases(model, experts, lengths, skews, figures, tmp_path) -> None:
     def result(impl: str, ms: float) -> dict[str, object]:
         return {"impl": impl, "what": "forward+backward", "median_ms": ms, "status": "ok", "by": "library"}
 
-    def write(op: str, by_case: dict[str, float], others: dict[str, float], *, last: float) -> None:
-        for skew in ("", "_skewed"):
+    def write(op: str, ours: float, others: dict[str, float], *, last: float, commit: str = "a") -> None:
+        for skew in skews:
             configs = []
-            for tokens in (8192, 16384):
-                ours = last if (skew, tokens) == ("_skewed", 16384) else by_case["triton"]
-                results = [result("triton", ours), *(result(name, ms) for name, ms in others.items())]
-                configs.append({"config": {"T": tokens, "experts": 256}, "auto": "triton", "results": results})
+            for tokens in lengths:
+                ms = last if (skew, tokens) == (skews[-1], lengths[-1]) else ours
+                results = [result("triton", ms), *(result(name, other) for name, other in others.items())]
+                configs.append({"config": {"T": tokens, "experts": experts}, "auto": "triton", "results": results})
             kind = f"ops/{op}{skew}"
-            record = head(kind, op, "how", device="NVIDIA H200", source={"commit": "a"}) | {"configs": configs}
+            record = head(kind, op, "how", device="NVIDIA H200", source={"commit": commit}) | {"configs": configs}
             write_record(record, tmp_path)
 
     stock = {"stock grouped_mm": 9.0, "stock grouped_mm, compiled": 6.0, "moves and grouped products alone": 3.6}
-    write("moe_experts", {"triton": 4.0}, stock, last=4.5)
+    write("moe_experts", 4.0, stock, last=4.5)
     others = {"stock + PEFT target_parameters": 20.0, "separate grouped products, compiled": 7.0}
-    write("moe_experts_lora", {"triton": 5.0}, others, last=5.4)
-    found = {o.target.name: o for o in targets.evaluate(load_records(tmp_path)) if "35B-A3B" in o.target.name}
-    figures = [round(o.figure[0], 4) for o in found.values()]
-    assert figures == [0.8, 2.0, round(6 / 4.5, 4), round(5 / 4, 4), round(20 / 5.4, 4), round(7 / 5.4, 4)]
-    assert {o.verdict for o in found.values()} == {"met"}
+    write("moe_experts_lora", 5.0, others, last=5.4)
+    # of another commit, which "over frozen" leaves alone
+    write("moe_experts", 1.0, {}, last=1.0, commit="b")
+    found = [o for o in targets.evaluate(load_records(tmp_path)) if f"experts of {model}" in o.target.name]
+    assert [round(o.figure[0], 4) for o in found] == [round(figure, 4) for figure in figures]
+    assert {o.verdict for o in found} == {"met"}

@@ -18,7 +18,8 @@ from deltatune.ops import Adapter, ExpertLinear, moe_experts
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 NO_QUACK = pytest.mark.skipif(find_spec("quack") is None, reason="quack is not installed")
-IMPLS = ["torch", "triton", pytest.param("quack", marks=NO_QUACK)]
+#: who multiplies, and whether experts have adapters, which train then
+WAYS = [("torch", True), ("triton", True), *(pytest.param("quack", a, marks=NO_QUACK) for a in (True, False))]
 T, K, X, H, WIDTH, RANK = 700, 4, 16, 256, 128, 16
 
 
@@ -54,9 +55,18 @@ def inputs(layout: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor
 
 
 def linear(of: dict[str, Tensor], name: str, layout: str) -> ExpertLinear:
-    a, b = of[f"{name}_A"].view(X, RANK, -1), of[f"{name}_B"].view(-1, RANK, X).permute(2, 0, 1)
     weight = of[name].mT if LAYOUTS[layout][1] else of[name]
+    if f"{name}_A" not in of:
+        return ExpertLinear(weight, of.get(f"{name}_bias"), [])
+    a, b = of[f"{name}_A"].view(X, RANK, -1), of[f"{name}_B"].view(-1, RANK, X).permute(2, 0, 1)
     return ExpertLinear(weight, of.get(f"{name}_bias"), [Adapter(a, b, 0.5)])
+
+
+def taken(of: dict[str, Tensor], *, adapted: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The inputs of experts with adapters or frozen ones, and the names of those that train."""
+    of = {name: tensor for name, tensor in of.items() if adapted or not name.endswith(("_A", "_B"))}
+    trained = [name for name in of if adapted or name in ("x", "weights")]
+    return {name: tensor.requires_grad_(name in trained) for name, tensor in of.items()}, trained
 
 
 def run(of: dict[str, Tensor], index: Tensor, layout: str, impl: str) -> Tensor:
@@ -72,8 +82,10 @@ def plain(of: dict[str, Tensor], index: Tensor, layout: str, dtype: torch.dtype)
         rows = of["x"]
         for name in ("up", "down"):
             layer = linear(of, name, layout)
-            (a, b, s), bias = layer.adapters[0], layer.bias
-            rows = rows @ layer.weight[expert].T + s * ((rows @ a[expert].T) @ b[expert].T)
+            bias, narrow = layer.bias, rows
+            rows = rows @ layer.weight[expert].T
+            for a, b, s in layer.adapters:
+                rows = rows + s * ((narrow @ a[expert].T) @ b[expert].T)
             rows = rows if bias is None else rows + bias[expert]
             rows = LAYOUTS[layout][0](rows) if name == "up" else rows
         y = y + (of["weights"] * (index == expert)).sum(-1, keepdim=True) * rows
@@ -97,12 +109,12 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "adapted"), WAYS)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_errors_are_within_twice_those_of_plain_products(layout: str, impl: str, compiled: bool) -> None:
+def test_errors_are_within_twice_those_of_plain_products(layout: str, impl: str, adapted: bool, compiled: bool) -> None:
     function: Any = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
-    of = {name: tensor.requires_grad_() for name, tensor in inputs(layout).items()}
-    leaves = list(of.values())
+    of, trained = taken(inputs(layout), adapted=adapted)
+    leaves = [of[name] for name in trained]
     grad = torch.randn(T, H, generator=torch.Generator("cuda").manual_seed(2), device="cuda").bfloat16()
     for name, index in routings():
         exact = plain(of, index, layout, torch.float64)
@@ -111,16 +123,18 @@ def test_errors_are_within_twice_those_of_plain_products(layout: str, impl: str,
         budget = errors([simple, *torch.autograd.grad(simple, leaves, grad)], exact)
         found = function(of, index, layout, impl)
         got = errors([found, *torch.autograd.grad(found, leaves, grad)], exact)
-        over = {n: (e, b) for n, e, b in zip(["y", *of], got, budget, strict=True) if not e <= 2 * b}
+        over = {n: (e, b) for n, e, b in zip(["y", *trained], got, budget, strict=True) if not e <= 2 * b}
         assert not over, (name, over)
         assert not found[((index < 0) | (index >= X)).all(1)].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "adapted"), WAYS)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_waits_for_the_device(impl: str, compiled: bool) -> None:
+def test_nothing_waits_for_the_device(impl: str, adapted: bool, compiled: bool) -> None:
     function: Any = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
-    of = {name: tensor.requires_grad_("_" in name or name == "x") for name, tensor in inputs("gated").items()}
+    of, _ = taken(inputs("gated"), adapted=adapted)
+    for name in ("up", "down", "weights"):
+        of[name].requires_grad_(False)
     trained = [tensor for tensor in of.values() if tensor.requires_grad]
 
     def step(index: Tensor) -> None:
@@ -137,11 +151,14 @@ def test_nothing_waits_for_the_device(impl: str, compiled: bool) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "impl"),
+    [(torch.float16, "auto"), (torch.float32, "auto"), pytest.param(torch.float16, "quack", marks=NO_QUACK)],
+)
+def test_other_dtypes(dtype: torch.dtype, impl: str) -> None:
     of = {name: tensor.requires_grad_() for name, tensor in inputs("gated", dtype).items()}
     (_, index), *_ = routings()
-    exact, found = plain(of, index, "gated", torch.float64), run(of, index, "gated", "auto")
+    exact, found = plain(of, index, "gated", torch.float64), run(of, index, "gated", impl)
     assert found.dtype == dtype
     bound = 2e-3 if dtype == torch.float16 else 2e-6
     grads = [torch.autograd.grad(y.double().sum(), list(of.values())) for y in (found, exact)]

@@ -261,6 +261,32 @@ def test_cuda_grouped_mm(impl):
     assert not weight.grad[2].any()
 
 
+@pytest.mark.parametrize("sizes", [pytest.param(s, marks=CUDA) for s in ([0, 0, 0], [300], [0, 1, 0, 2], [129, 127])])
+@pytest.mark.parametrize(("width", "out"), [(72, 64), (64, 136)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cuda_quack_multiplies_groups_of_any_size(sizes, width, out, transposed):
+    """The last rows belong to no group; the stream is not the default one."""
+    pytest.importorskip("quack")
+    x, weight, offsets = (t.detach().cuda() for t in inputs([*sizes, 5], width, out, dtype=torch.bfloat16))
+    weight, offsets = weight[:-1], offsets[:-1]
+    weight = weight.mT.contiguous().mT if transposed else weight
+    x[-5:] = float("nan")
+    x.requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = grouped_linear(x, weight, offsets, impl="quack")
+        (grad,) = torch.autograd.grad(found.square().sum(), x)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert not found[-5:].any()
+    assert not grad[-5:].any()
+    if sum(sizes):
+        expected = oracle(x[:-5], weight, offsets)
+        assert_close(found[:-5], expected, 4e-3)
+        (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+        assert_close(grad[:-5], wanted[:-5], 1e-2)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_quack_multiplies_frozen_weights(monkeypatch, transposed):
     """By a stand-in that leaves NaN where quack writes nothing."""
@@ -268,9 +294,9 @@ def test_quack_multiplies_frozen_weights(monkeypatch, transposed):
     quack = next(provider for provider in GroupedMmSpec.providers if provider.name == "quack")
     runs = replace(quack, supports=lambda _: Support(True, "a stand-in"))
     monkeypatch.setattr(GroupedMmSpec, "providers", (runs,))
-    x, weight, offsets = inputs([5, 0, 70, 7], 16, 24)
+    x, weight, offsets = inputs([5, 0, 70, 7], 64, 72)
     weight = weight.detach().mT.contiguous().mT if transposed else weight.detach()
-    rows = torch.cat([x, torch.full((3, 16), float("nan"))])  # absent ones
+    rows = torch.cat([x, torch.full((3, 64), float("nan"))])  # absent ones
     found, expected = grouped_linear(rows, weight, offsets, impl="quack"), oracle(x, weight, offsets)
     assert_close(found[:-3], expected, 1e-6)
     assert not found[-3:].any()

@@ -23,8 +23,10 @@ from tiny import tiny_conditional, tiny_model
         ({"target_modules": r".*\.w_pack"}, r"target_modules: .* matches no module"),
         ({"target_modules": "("}, r"target_modules: '\(' is no regular expression"),
         ({"modules_to_save": ("lm_heads",)}, r"modules_to_save: 'lm_heads' matches no module.*lm_head"),
-        ({"rank_pattern": {"qproj": 8}}, r"rank_pattern: 'qproj' matches no module.*q_proj"),
-        ({"alpha_pattern": {"qproj": 8}}, r"alpha_pattern: 'qproj' matches no module"),
+        ({"rank_pattern": {"qproj": 8}}, r"rank_pattern: 'qproj' matches nothing that is adapted: q_proj"),
+        ({"target_modules": ("k_proj",), "rank_pattern": {"q_proj": 8}}, r"'q_proj' .* that is adapted: k_proj$"),
+        ({"layers_to_transform": (1,), "rank_pattern": {r"layers\.0\..*": 8}}, r"matches nothing that is adapted"),
+        ({"alpha_pattern": {"qproj": 8}}, r"alpha_pattern: 'qproj' matches nothing that is adapted"),
         ({"exclude_modules": ("k_prj",)}, r"exclude_modules: 'k_prj' matches no module"),
         ({"layers_to_transform": (0, 2)}, r"layers_to_transform: 2 is no layer; the model has layers 0 to 1"),
     ],
@@ -157,8 +159,33 @@ def test_exclusions_and_patterns_act_on_parameters_too() -> None:
     assert shared.scaling["default"] == 3
 
 
+@pytest.mark.parametrize("also", [None, ("o_proj",)], ids=["alone", "with a layer"])
+@pytest.mark.parametrize("name", ["mlp.{}", "mlp.{}.weight", r"layers\.\d\.mlp\.{}", r".*\.{}\.weight"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss"])
+def test_patterns_act_on_weights_that_are_named_as_parameters(
+    family: str, name: str, also: tuple[str, ...] | None
+) -> None:
+    router = "router" if family == "gpt_oss" else "gate"
+    pattern = {name.format(router): 8}
+    targets = {"target_modules": also, "target_parameters": (f"mlp.{router}.weight",)}
+    model = adapt(tiny_model(family), LoraSection(r=4, **targets, rank_pattern=pattern, alpha_pattern=pattern))
+    layers = [module for path, module in model.named_modules() if path.endswith(f"mlp.{router}")]
+    assert {(m.r["default"], m.scaling["default"]) for m in layers} == {(8, 1.0)}
+    others = {m.r["default"] for path, m in model.named_modules() if path.endswith("o_proj")} if also else {4}
+    assert others == {4}
+
+
+def test_the_first_pattern_of_a_weight_acts_under_either_name() -> None:
+    ranks = {"gate": 2, "mlp.gate.weight": 8}
+    for expected in ranks.values():
+        section = LoraSection(target_modules=None, target_parameters=("mlp.gate.weight",), rank_pattern=ranks)
+        model = adapt(tiny_model("qwen3_5_moe"), section)
+        assert {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name} == {expected}
+        ranks = dict(reversed(ranks.items()))
+
+
 def test_a_pattern_that_acts_on_no_expert_weight_is_an_error() -> None:
-    with pytest.raises(UserError, match="rank_pattern: 'experts' matches no module"):
+    with pytest.raises(UserError, match=r"rank_pattern: 'experts' matches nothing .*experts\.down_proj"):
         adapt(tiny_model("qwen3_moe"), LoraSection(target_parameters="all-experts", rank_pattern={"experts": 2}))
 
 

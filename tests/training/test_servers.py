@@ -25,6 +25,15 @@ SCALES: dict[str, dict[str, Any]] = {
     "root and ranks": {"use_rslora": True, "rank_pattern": {"down_proj": 3, "o_proj": 1}},
     "of a linear layer": {"rank_pattern": {"o_proj": 1}, "alpha_pattern": {"layers.1.self_attn.o_proj": 5}},
 }
+# a layer's weight that is named as a Parameter: PEFT holds patterns against the name of the Parameter
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "alpha": {"alpha_pattern": {"mlp.gate.weight": 12}},
+    "rank": {"rank_pattern": {"mlp.gate.weight": 4}},
+    "both": {"rank_pattern": {r"layers\.1\.mlp\.gate\.weight": 4}, "alpha_pattern": {"gate.weight": 1}},
+    "root and rank": {"use_rslora": True, "rank_pattern": {"gate.weight": 4, "down_proj": 3}},
+    "of the layer's name, which PEFT matches with nothing": {"rank_pattern": {"mlp.gate": 4}, "use_rslora": True},
+}
 LAST = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -67,6 +76,14 @@ def products(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def assert_stock_peft_adds(folder: Path, tmp_path: Path, added: dict[str, torch.Tensor]) -> None:
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(folder))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    merged = loaded.merge_and_unload().state_dict()
+    for name, change in added.items():
+        torch.testing.assert_close(merged[name] - plain[name], change, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("targets", [NAMES, NAMES[:1], NAMES[1:]], ids=["both", "gate_up", "down"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_every_expert_has_all_three_projections(family: str, targets: list[str], tmp_path: Path) -> None:
@@ -97,11 +114,7 @@ def test_experts_have_the_names_of_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", [NAMES, NAMES[:1], NAMES[1:]], ids=["both", "gate_up", "down"])
 def test_stock_peft_reads_it(family: str, targets: list[str], tmp_path: Path) -> None:
     folder, added = exported(family, "per-expert", tmp_path, target_parameters=targets, use_rslora=True)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(folder))
-    plain, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict(),
-                     loaded.merge_and_unload().state_dict())  # fmt: skip
-    for name, change in added.items():
-        torch.testing.assert_close(merged[name] - plain[name], change, rtol=1e-4, atol=1e-5)
+    assert_stock_peft_adds(folder, tmp_path, added)
 
 
 @pytest.mark.parametrize("scales", SCALES)
@@ -117,11 +130,20 @@ def test_one_scale_serves_all(layout: str, scales: str, tmp_path: Path) -> None:
             for e in range(4):
                 one = found[f"model.layers.{layer}.mlp.experts.{e}.down_proj"]
                 torch.testing.assert_close(one, down[e], rtol=1e-4, atol=1e-6)
-    if layout == "peft":
-        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(folder))
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
-        for name, weight in loaded.merge_and_unload().state_dict().items():
-            torch.testing.assert_close(weight - plain[name], added[name], rtol=1e-4, atol=1e-5)
+    assert_stock_peft_adds(folder, tmp_path, added)
+
+
+@pytest.mark.parametrize("scales", WEIGHTS)
+@pytest.mark.parametrize("layout", ["peft", "per-expert"])
+def test_one_scale_serves_weights_that_are_named_as_parameters(layout: str, scales: str, tmp_path: Path) -> None:
+    folder, added = exported(
+        "qwen3_moe", layout, tmp_path, target_parameters=[*NAMES, "mlp.gate.weight"], **WEIGHTS[scales]
+    )
+    found = products(folder)
+    for layer in range(2):
+        for path in (f"model.layers.{layer}.mlp.gate", f"model.layers.{layer}.self_attn.o_proj"):
+            torch.testing.assert_close(found[path], added[f"{path}.weight"], rtol=1e-4, atol=1e-6)
+    assert_stock_peft_adds(folder, tmp_path, added)
 
 
 def test_an_adapter_of_one_scale_keeps_its_bits(tmp_path: Path) -> None:

@@ -102,10 +102,11 @@ class LoraSection(Section):
     """Indices of the decoder layers that get adapters; all by default."""
 
     rank_pattern: dict[Text, Count] = Field(default_factory=dict)
-    """Ranks that differ from `r`, by module name or regular expression."""
+    """Ranks that differ from `r`, by name endings or regular expressions of layers and of Parameters such as
+    `experts.down_proj`; the first that matches acts, and one that matches nothing adapted is an error."""
 
     alpha_pattern: dict[Text, Count] = Field(default_factory=dict)
-    """Alphas that differ from `lora_alpha`, by module name or regular expression."""
+    """Alphas that differ from `lora_alpha`, by names as in `rank_pattern`."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train as well."""

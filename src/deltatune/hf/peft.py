@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ __all__ = [
     "refuse_prompt_learning",
     "refuse_virtual_tokens",
     "taken_for_experts",
+    "targeted_parameters",
     "trained_copy",
 ]
 
@@ -134,3 +135,17 @@ def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
     given = set(config.target_modules or ())
     conversion.convert_peft_config_for_transformers(config, model, None)
     return given - set(config.target_modules or ())
+
+
+def targeted_parameters(model: nn.Module, targets: Collection[str]) -> dict[str, list[str]]:
+    """Names of the Parameters that ``target_parameters`` select, by the paths of their modules, as PEFT finds them.
+
+    They are in the order of registration, in which PEFT nests its wrappers: the last is outermost. PEFT holds the keys
+    of ``rank_pattern`` and ``alpha_pattern`` against path and name together, also where the name is ``weight``.
+    """
+    endings = tuple(f".{target}" for target in targets)
+    found = {
+        path: [name for name, _ in module.named_parameters(recurse=False) if f".{path}.{name}".endswith(endings)]
+        for path, module in model.named_modules()
+    }
+    return {path: names for path, names in found.items() if names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -13,7 +13,7 @@ from deltatune.config.schema import LoraSection, Recipe
 from deltatune.errors import UserError, nearest, one_line
 from deltatune.hf import model as hf_model
 from deltatune.hf.experts import experts_layout
-from deltatune.hf.peft import taken_for_experts
+from deltatune.hf.peft import taken_for_experts, targeted_parameters
 from deltatune.hf.units import trained_beside_text
 from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
@@ -103,6 +103,7 @@ def adapt(
         raise UserError(f"lora: {one_line(error)}") from error
     if begins_in_base(section.init_lora_weights):
         refuse_tied(adapted)
+    _check_patterns(section, cast("Any", adapted).base_model)
     if added := set(config.target_parameters or ()) - set(arguments["target_parameters"] or ()):
         raise UserError(_taken(model, section.target_modules, added))
     if names := trained_beside_text(adapted):
@@ -167,13 +168,28 @@ def _targets(model: nn.Module, section: LoraSection, towers: list[str]) -> dict[
         "target_modules": [] if modules is None else modules,
         "target_parameters": parameters or None,
         "exclude_modules": excluded,
-        # of a layer whose weight is named as a Parameter PEFT matches that name
-        **{
-            field: {name: value for p, value in given_by.items() for name in (p, rf"({p})\.weight")}
-            for field, given_by in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern))
-            if taken
-        },
+        "rank_pattern": _patterns(model, section.rank_pattern, parameters),
+        "alpha_pattern": _patterns(model, section.alpha_pattern, parameters),
     }
+
+
+def _patterns(model: nn.Module, given: Mapping[str, int], parameters: list[str]) -> dict[str, int]:
+    """Patterns as PEFT reads them, with the name of a layer's weight where that is named as a Parameter.
+
+    PEFT holds them against ``mlp.gate.weight`` there; in a recipe ``mlp.gate`` names the same adapter.
+    """
+    layers = [path for path, names in targeted_parameters(model, parameters).items() if "weight" in names]
+    found = {}
+    for pattern, value in given.items():
+        found[pattern] = value
+        if any(_matches(pattern, path) for path in layers):
+            found[rf"({pattern})\.weight"] = value
+    return found
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As PEFT reads ``rank_pattern`` and ``alpha_pattern``."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _check_parameters(section: LoraSection, names: list[str]) -> None:
@@ -242,16 +258,25 @@ def _taken(model: nn.Module, modules: object, names: Iterable[str]) -> str:
     )
 
 
+def _check_patterns(section: LoraSection, tuner: Any) -> None:
+    """Each pattern acts on something that PEFT has adapted, by the names that PEFT matches; it ignores others."""
+    modules, parameters = tuner.targeted_module_names, tuner.targeted_parameter_names
+    names = [*modules, *parameters, *(name.removesuffix(".weight") for name in parameters)]
+    for field, patterns in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for name in names):
+                endings = [name.rpartition(".")[2] for name in modules]
+                endings += [".".join(name.split(".")[-2:]) for name in parameters]
+                adapted = ", ".join(dict.fromkeys(endings))
+                raise UserError(f"lora.{field}: {pattern!r} matches nothing that is adapted: {adapted}")
+
+
 def _check_names(model: nn.Module, section: LoraSection) -> None:
     names = [name for name, _ in model.named_modules() if name]
-    # the adapters of experts are their weights', by whose names patterns go
-    layouts = {name: experts_layout(module) for name, module in model.named_modules()}
-    adapted = [name for name in names if layouts[name] is None]
-    adapted += [f"{name}.{weight}" for name, found in layouts.items() if found for weight in (found.up, "down_proj")]
-    for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(section, field)
         if wanted is not None and wanted != "all-linear":
-            _each_matches(f"lora.{field}", wanted, adapted if field.endswith("_pattern") else names, model)
+            _each_matches(f"lora.{field}", wanted, names, model)
     if isinstance(section.target_parameters, tuple):
         weights = [name for name, _ in model.named_parameters()]
         for ending in section.target_parameters:
@@ -261,15 +286,10 @@ def _check_names(model: nn.Module, section: LoraSection) -> None:
     check_layer_numbers(section, int(hf_model.text_config(model).num_hidden_layers))
 
 
-def _each_matches(
-    field: str, wanted: str | tuple[str, ...] | dict[str, int], names: list[str], model: nn.Module
-) -> None:
-    """As PEFT reads them: one string is a regular expression over full names, a pattern one for the end of a name, and
-    of several names each is the end of one.
-    """
+def _each_matches(field: str, wanted: str | tuple[str, ...], names: list[str], model: nn.Module) -> None:
+    """As PEFT reads them: one string is a regular expression over full names, and of several each is the end of one."""
     for entry in (wanted,) if isinstance(wanted, str) else wanted:
-        ending = re.escape(entry) if isinstance(wanted, tuple) else entry
-        expression = entry if isinstance(wanted, str) else rf"(.*\.)?({ending})"
+        expression = entry if isinstance(wanted, str) else rf"(.*\.)?{re.escape(entry)}"
         try:
             found = any(re.fullmatch(expression, name) for name in names)
         except re.error as error:

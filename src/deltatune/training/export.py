@@ -27,7 +27,7 @@ from deltatune.training.beginning import MARKERS
 from deltatune.training.checkpoint import empty_model, load_checkpoint, load_config, load_tokenizer
 from deltatune.training.disk import writing
 from deltatune.training.equality import Compared, compare, difference, logits_of, probe_tokens
-from deltatune.training.expert_adapters import current_roles, expert_pairs, may_be_old
+from deltatune.training.expert_adapters import current_roles, may_be_old
 from deltatune.training.merge_record import MERGE_FILE, merge_record
 from deltatune.training.merging import Adapter, load_adapted, merge, refuse_lost_base
 from deltatune.training.provenance import now
@@ -212,11 +212,11 @@ def export_adapter(
         with phase("dividing the adapter"):
             model = empty_model(section)
             state = current_roles(state, config, model)
-            state, config = one_scale(state, config, expert_pairs(state, config, model))
+            state, config = one_scale(state, config, model)
             if layout == "per-expert":
                 state, config = per_expert(state, config, model)
     else:
-        state, config = one_scale(state, config, [])
+        state, config = one_scale(state, config, None)
     with staged(output) as folder, phase("writing the adapter"):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
         write_json(folder / MARKERS[0], config)

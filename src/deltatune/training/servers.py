@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.hf.experts import CheckpointNames, checkpoint_names
+from deltatune.hf.peft import targeted_parameters
 from deltatune.training.expert_adapters import ExpertPair, expert_pairs
 
 __all__ = ["LAYOUTS", "has_scales_of_its_own", "one_scale", "per_expert"]
@@ -42,6 +43,7 @@ LAYOUTS: Final = ("peft", "per-expert")
 
 _PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(r"\.lora_(embedding_)?[AB](\.weight|\.bias)?$")
+_FUSED: Final = r".*\.gate_up_proj"
 _UP_FACTOR: Final = re.compile(r"\.lora_(embedding_)?B(\.weight|\.bias)?$")
 
 
@@ -51,27 +53,34 @@ def has_scales_of_its_own(config: Mapping[str, Any]) -> bool:
 
 
 def one_scale(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], pairs: list[ExpertPair]
+    state: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and config with every scale in B and ``lora_alpha = r``; unchanged where it has one scale.
 
     Args:
         state: tensors by the names in PEFT's file.
         config: its ``adapter_config.json``.
-        pairs: those of experts, whose patterns name weights.
+        model: the base model, where the adapter has ``target_parameters``; no storage is needed.
     """
     ranks, alphas = (dict(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern"))
-    keys = {name: f"{pair.path}.{pair.weight}" for pair in pairs for name in (pair.a, pair.b)}
+    parameters = {} if model is None else targeted_parameters(model, config.get("target_parameters") or ())
     root = bool(config.get("use_rslora"))
     scales = {}
     for name in filter(_UP_FACTOR.search, state):
-        key = keys.get(name, _FACTOR.sub("", name).removeprefix(_PREFIX))
+        key = _key(name, parameters)
         rank = _matching(ranks, key, config.get("r"))
         scales[name] = _matching(alphas, key, config.get("lora_alpha")) / (rank**0.5 if root else rank)
     if not root and all(scale == config["lora_alpha"] / config["r"] for scale in scales.values()):
         return dict(state), dict(config)
     found = {name: tensor * scales[name] if name in scales else tensor for name, tensor in state.items()}
     return found, {**config, "lora_alpha": config["r"], "alpha_pattern": ranks, "use_rslora": False}
+
+
+def _key(name: str, parameters: Mapping[str, list[str]]) -> str:
+    """What PEFT holds patterns against for a tensor: the path of its module, or the name of its Parameter."""
+    path, *wrappers = _FACTOR.sub("", name).removeprefix(_PREFIX).split(".base_layer")
+    targeted = parameters.get(path)
+    return path if targeted is None else f"{path}.{targeted[-1 - len(wrappers)]}"
 
 
 def per_expert(
@@ -152,7 +161,7 @@ def _nothing(pair: ExpertPair, weight: str, state: Mapping[str, Tensor], names: 
 def _config(
     config: Mapping[str, Any], ranks: Mapping[tuple[str, str], int], adapted: set[str], names: CheckpointNames
 ) -> dict[str, Any]:
-    """Targets by the names of projections, and of each the rank and the alpha that its weight had."""
+    """Targets by the names of projections, and of each the rank and the alpha that its weight had, for PEFT."""
     weights = {weight for _, weight in ranks}
     modules = config.get("target_modules")
     if isinstance(modules, str):
@@ -164,7 +173,7 @@ def _config(
     changed["target_parameters"] = left or None
     own_names = {names.projections.get(p, p) for weight in weights for p in _projections(weight)}
     changed["target_modules"] = sorted({*(modules or ()), *own_names})
-    for field, default in (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha"))):
+    for field, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
         given = dict(config.get(field) or {})
         own: dict[str, Any] = {}
         for (path, weight), rank in ranks.items():
@@ -174,6 +183,10 @@ def _config(
                 if _matching(given, served, default) != value:
                     before, _, last = served.rpartition(".0.")
                     own[rf"{re.escape(before)}\.\d+\.{last}"] = value
+            # PEFT reads gate and up as one fused adapter of twice the rank and the alpha, and its own pattern is last
+            fused = f"{path}.gate_up_proj"
+            if weight == "gate_up_proj" and 2 * value != _matching({**given, _FUSED: 2 * default}, fused, None):
+                own[re.escape(fused)] = 2 * value
         # PEFT takes the first that matches
         changed[field] = own | given
     return changed

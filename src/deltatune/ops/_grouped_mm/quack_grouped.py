@@ -1,6 +1,7 @@
-"""Quack's grouped product of frozen experts: the one place that knows its calls.
+"""Quack's grouped product of experts without adapters: the one place that knows its calls.
 
-Adapters' narrow rows stay with the Triton kernel, which adds them in the same sum, and so do sums in fp32.
+Products with adapters stay with the Triton kernel, which adds the narrow rows in the same sum; so do narrow products
+themselves, and sums over rows.
 """
 
 # R rows, G groups, K input width, N output width, W width of the narrow rows
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from deltatune.ops._grouped_mm.torch_grouped import dense, gram
+from deltatune.ops._grouped_mm.torch_grouped import dense
 from deltatune.ops._nvidia import capability_of, constant, dotted, gpu_refusal, version_of
 
 __all__ = ["gram", "product", "refusal"]
@@ -23,6 +24,7 @@ __all__ = ["gram", "product", "refusal"]
 _OLDEST: Final = Version("0.6.5")
 _CAPABILITY: Final = (9, 0)  # what it was measured on
 _DTYPES: Final = (torch.bfloat16, torch.float16)
+_NARROW: Final = 64  # columns of a matrix, in or out, below which it is an adapter's
 
 
 def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) -> str | None:
@@ -50,8 +52,8 @@ def _not_installed() -> str | None:
 
 
 def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, up: Tensor | None) -> Tensor:
-    """``[R, N]``, accumulated in fp32; without narrow rows those past the last group stay unwritten."""
-    if narrow is not None:
+    """``[R, N]``, accumulated in fp32; rows past the last group stay unwritten, or are zero."""
+    if narrow is not None or min(weight.shape[1:]) < _NARROW:
         from deltatune.ops._grouped_mm import triton_grouped
 
         return triton_grouped.product(x, weight, offsets, narrow, up)
@@ -61,3 +63,10 @@ def product(x: Tensor, weight: Tensor, offsets: Tensor, narrow: Tensor | None, u
         # its tuner would build some twenty kernels for each shape before the first step
         library.gemm(x.contiguous(), dense(weight).mT, out=y, cu_seqlens_m=F.pad(offsets, (1, 0)), tuned=False)
     return y
+
+
+def gram(left: Tensor, right: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[G, P, Q]``, accumulated in fp32."""
+    from deltatune.ops._grouped_mm import triton_grouped
+
+    return triton_grouped.gram(left, right, offsets, dtype)
