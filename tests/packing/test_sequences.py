@@ -280,3 +280,13 @@ def test_boundaries_reach_a_device_without_waiting_for_it(
         use(sequences)
     assert found.seen == [(tensor.data_ptr(), True) for tensor in pinned]
     assert len(pinned) == copies
+
+
+def test_on_the_cpu_nobody_asks_for_accelerators(monkeypatch):
+    """As a process that loads data, forked from one that uses them, must not."""
+
+    def asked() -> bool:
+        raise AssertionError("asked for accelerators")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", asked)
+    assert Sequences.from_lengths([2, 3]).to("cpu", non_blocking=True).total == 5

@@ -230,10 +230,12 @@ class Sequences:
 
 def _moved(values: Tensor, device: torch.device | str | int, non_blocking: bool = True) -> Tensor:
     """A copy on a device; from memory that is not pinned one waits for the device, whatever ``non_blocking`` says."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    reached = accelerator is not None and torch.device(device).type == accelerator.type
-    if non_blocking and reached and values.device.type == "cpu":
-        values = values.pin_memory()
+    away = torch.device(device).type
+    # on the CPU nobody asks for accelerators, which a forked process must not
+    if non_blocking and values.device.type == "cpu" != away and torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == away:
+            values = values.pin_memory()
     return values.to(device, non_blocking=non_blocking)
 
 
