@@ -354,3 +354,30 @@ def test_a_signal_adds_no_evaluation_and_takes_none(
     ]
     counted = [found["stateful_callbacks"]["EarlyStopping"] for found in (state, expected)]
     assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("cut", [0, 1], ids=["whole epochs", "the second one cut short"])
+def test_the_checkpoint_of_an_epochs_last_step_knows_its_evaluation(
+    tmp_path: Path, checkpoint: Path, evaluations: Any, cut: int
+) -> None:
+    first = recipe(tmp_path, checkpoint, max_steps=1, eval_strategy="no", eval_steps=None)
+    train(first, console=QUIET)
+    state = json.loads((tmp_path / "output" / "checkpoint-1" / "trainer_state.json").read_text())
+    steps = round(1 / state["epoch"])  # of an epoch
+    assert steps > 2
+    by_epochs = {"eval_strategy": "epoch", "eval_steps": None, "metric_for_best_model": "eval_loss"}
+    evaluations([3.0, 2.0])
+    (tmp_path / "epochs").mkdir()
+    settings = recipe(tmp_path / "epochs", checkpoint, **by_epochs, max_steps=2 * steps - cut)
+    result = train(settings, console=QUIET)
+    output = tmp_path / "epochs" / "output"
+
+    def evaluated(step: int) -> dict[int, float]:
+        state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        return {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+
+    last = 2 * steps - cut
+    assert evaluated(steps - 1) == {}
+    assert evaluated(steps) == evaluated(last - 1) == {steps: 3.0}
+    assert evaluated(last) == {steps: 3.0, last: 2.0}
+    assert result.metrics["best_checkpoint"] == f"checkpoint-{last}"

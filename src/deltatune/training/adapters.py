@@ -106,7 +106,12 @@ def adapt(
     _check_patterns(section, cast("Any", adapted).base_model)
     if added := set(config.target_parameters or ()) - set(arguments["target_parameters"] or ()):
         raise UserError(_taken(model, section.target_modules, added))
-    if names := trained_beside_text(adapted):
+    names = trained_beside_text(adapted)
+    if section.bias == "all":  # those of towers too, which PEFT unfreezes
+        for name in [name for name in names if name.endswith(".bias") and ".modules_to_save." not in name]:
+            adapted.get_parameter(name).requires_grad_(False)
+            names.remove(name)
+    if names:
         raise UserError(
             f"lora: {names[0].removeprefix('base_model.model.')} would train, of a tower that text gives no gradient; "
             "leave it out of target_modules and modules_to_save, or name it in exclude_modules"

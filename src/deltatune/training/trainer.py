@@ -120,6 +120,7 @@ class PackedTrainer(SealedTrainer):
         self._batches: list[Batch] = []  # of this step, where they may have to be written
         self._packs: list[PackOrigins] = []  # of this step
         self._loss_before: Tensor | None = None  # the sum since the last log line, before this step
+        self._save_is_due = False  # once the evaluation of this step is made
         self._logged_step = 0  # the last step before those of the next log line
         self.skipped: list[Finding] = []
         self.on_skip: Callable[[Finding], None] = lambda _: None
@@ -154,6 +155,7 @@ class PackedTrainer(SealedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer, with a bar that goes whatever happens."""
+        self._save_is_due = False
         try:
             result = super().train(*args, **kwargs)
             return result._replace(training_loss=result.metrics.get("train_loss", float("nan")))
@@ -385,6 +387,7 @@ class PackedTrainer(SealedTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._logged_step = self._globalstep_last_logged
+        self._save_after_evaluation()
         # the Trainer logs the last step only where logging_steps divides it: a short run would never say its loss
         if self.control.should_training_stop and self.args.logging_strategy != "no":
             self.control.should_log = True
@@ -400,6 +403,19 @@ class PackedTrainer(SealedTrainer):
             f"{found}; nothing after the last checkpoint is saved; lower training.learning_rate, look at the rows, or "
             "set training.on_nonfinite to skip or dump"
         )
+
+    def _save_after_evaluation(self) -> None:
+        """Leaves the checkpoint of an epoch's last step to the epoch's end, where its evaluation comes before it.
+
+        So the checkpoint knows that evaluation, as do those that go on from it. What a signal asks for is saved first.
+        """
+        control, state = self.control, self.state
+        is_last = state.global_step >= state.max_steps
+        ends = is_last or (not control.should_training_stop and state.epoch is not None and state.epoch % 1 == 0)
+        if self._save_is_due:
+            control.should_save, self._save_is_due = True, False
+        elif control.should_save and not control.should_evaluate and ends and self.args.eval_strategy == "epoch":
+            control.should_save, self._save_is_due = False, True
 
     def _waits(self) -> bool:
         """Whether the Trainer is about to wait for the device, or what is kept unread grows too long."""
