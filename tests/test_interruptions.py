@@ -168,11 +168,30 @@ def test_a_signal_after_the_command_changes_nothing() -> None:
     code = """
 import atexit
 from deltatune import cli
-atexit.register(lambda: (kill(), time.sleep(20)))
+atexit.register(lambda: (kill(), time.sleep(0.1)))
+class Late:
+    def __del__(self): kill()  # as Python ends, which has taken handlers back by then
+sys.late = Late()
 cli._main = lambda _: print("done") or 2
 sys.exit(cli.main())
 """
     assert ended(code) == (2, "done\n", "")
+
+
+def test_a_command_needs_no_standard_output_and_no_main_thread() -> None:
+    code = """
+import threading
+from deltatune import cli
+cli._main = lambda _: 2
+sys.stdout = None
+found = []
+thread = threading.Thread(target=lambda: found.append(cli.main()))
+thread.start()
+thread.join()
+assert found == [2]
+sys.exit(cli.main())
+"""
+    assert ended(code) == (2, "", "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's end")
@@ -192,3 +211,25 @@ os.kill(os.getpid(), signal.SIGKILL)
     # what is printed ends with the last process that could print: the worker
     ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=30, check=False)
     assert ended.returncode == -9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells who sent a signal")
+def test_a_process_that_loads_data_ends_by_its_parent_alone() -> None:
+    code = """
+from deltatune.signals import leave_signals_to_parent
+read, write = os.pipe()
+if (worker := os.fork()) == 0:
+    leave_signals_to_parent(0)
+    os.write(write, b".")
+    time.sleep(20)
+    os._exit(1)
+os.read(read, 1)
+if os.fork() == 0:  # somebody else
+    os.kill(worker, signal.SIGTERM)
+    os._exit(0)
+time.sleep(0.3)
+assert os.waitpid(worker, os.WNOHANG) == (0, 0), "it lives"
+os.kill(worker, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+"""
+    assert ended(code) == (0, "143\n", "")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, is_missing, is_users, one_line
 from deltatune.phases import phase, shown_by
-from deltatune.signals import Interruption, done_with, interruptible, kept_by
+from deltatune.signals import Interruption, done_with_signals, interruptible, kept_by
 
 __all__ = ["main"]
 
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say_once(str(error))
             status = error.status
     if argv is None:
-        with suppress(OSError):  # Python says it as it ends
+        with suppress(OSError, AttributeError):  # Python says it as it ends; there may be no standard output
             sys.stdout.flush()
-        done_with(status)
+        done_with_signals()
     return status
 
 

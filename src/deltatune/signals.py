@@ -25,7 +25,7 @@ from typing import Any, Final
 
 __all__ = [
     "Interruption",
-    "done_with",
+    "done_with_signals",
     "interruptible",
     "kept_by",
     "leave_signals_to_parent",
@@ -106,20 +106,31 @@ def noted(note: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
-def done_with(status: int) -> None:
-    """From here on a signal ends the process with the status of the command that is over, as Python ends anyway."""
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(status))
+def done_with_signals() -> None:
+    """From here on signals change nothing: the command is over, and Python ends with its status.
+
+    They are ignored, since as Python ends it takes handlers back before libraries are gone.
+    """
+    if _in_main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def leave_signals_to_parent(_worker: int) -> None:
     """In a process that loads data, which ends with its parent: the step that waits for it comes to its end."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
+        # of SIGTERM the parent's own alone ends this process, by a thread that learns who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
         # where the parent is killed, torch's own watch leaves a worker that waits for someone to read what it loaded
         ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager

@@ -616,7 +616,8 @@ SHORT_RUN = {
     "save_strategy=no": "save_steps: 5, save_total_limit: 2, save_only_model: true",
     "eval_strategy=no": "eval_strategy: steps, eval_steps: 5, eval_delay: 2, metric_for_best_model: loss",
     "report_to=none": "report_to: trackio, run_name: mine, project: ours, trackio_space_id: me/space",
-    "push_to_hub=false": "push_to_hub: true, hub_model_id: me/mine, hub_private_repo: true",
+    "report_to=[]": "report_to: [trackio], run_name: mine",
+    "push_to_hub=false": "push_to_hub: true, hub_strategy: end, hub_model_id: me/mine, hub_private_repo: true",
     "dataloader_num_workers=0": "dataloader_num_workers: 2, dataloader_prefetch_factor: 3",
 }
 

@@ -374,7 +374,9 @@ def test_other_rows_need_a_word(
         train(recipe, resume=True, console=QUIET)
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
     train(recipe, resume=True, allow_change=True, console=console)
-    assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in console.export_text()
+    said = console.export_text(clear=False).replace("\n", "")
+    assert f"going on from {tmp_path / 'output' / 'checkpoint-2'}" in said
+    assert f"changed since checkpoint-2: rows of {rows}" in said
     leg = json.loads((tmp_path / "output" / "run.json").read_text())["legs"][1]
     assert leg["changes"][-1] == f'rows of {rows}: "{before[str(rows)]}" -> "{leg["data"][str(rows)]}"'
 

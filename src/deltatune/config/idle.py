@@ -176,7 +176,7 @@ def idle_settings(recipe: Recipe) -> Iterator[str]:
     if metric is not None and str(metric).removeprefix("eval_") not in ("loss", *logged):
         expected = ", ".join(f"eval_{name}" for name in ("loss", *logged))
         yield f"training.metric_for_best_model: {metric} is nothing that an evaluation logs; expected {expected}"
-    if extra.get("hub_strategy") == "end":
+    if extra.get("push_to_hub") and extra.get("hub_strategy") == "end":
         yield "training.hub_strategy: end cannot act here: what is pushed is checkpoints; use every_save or checkpoint"
 
 
@@ -187,4 +187,11 @@ def has_no_effect(finding: str) -> bool:
 
 def is_off_on_purpose(training: TrainingSection, switch: str | None) -> bool:
     """Whether a switch is given in the recipe, and off."""
-    return switch in training.model_fields_set and _value(training, str(switch)) in ("no", "none", 0, False, ("none",))
+    return switch in training.model_fields_set and _value(training, str(switch)) in (
+        "no",
+        "none",
+        0,
+        False,
+        (),
+        ("none",),
+    )

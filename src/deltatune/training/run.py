@@ -141,7 +141,10 @@ def _train(
         run = build(recipe, arguments, log, before_data)
         if checkpoint is not None and isinstance(run.data.train, PackStream):
             run.data.train.start = place_of(checkpoint, run.mesh)
-        changes += changed_data(run.data, checkpoint, allow=allow_change)
+        of_data = changed_data(run.data, checkpoint, allow=allow_change)
+        for line in change_lines(of_data, checkpoint):
+            log.out(line, highlight=False)
+        changes += of_data
         if checkpoint is not None:
             log.out(f"going on from {checkpoint}", highlight=False)
         records = report_of(run, _verify(run))
