@@ -123,14 +123,23 @@ def leave_signals_to_parent(_worker: int) -> None:
         # of SIGTERM the parent's own alone ends this process, by a thread that learns who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
-        # where the parent is killed, torch's own watch leaves a worker that waits for someone to read what it loaded
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        # where the parent is killed, torch's own watch leaves a worker that waits for someone to read what it loaded;
+        # one that a server has forked has that for its parent
+        if os.getppid() == _parent():
+            ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != _parent():
         pass
-    os._exit(128 + signal.SIGTERM)
+    os._exit(0)  # as torch's own handler: other statuses are errors to it
+
+
+def _parent() -> int:
+    """The process that reads what this one loads."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    process = multiprocessing.parent_process() if multiprocessing else None
+    return os.getppid() if process is None else int(process.pid)
 
 
 @contextmanager

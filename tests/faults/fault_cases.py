@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ def act_in_phase(name: str, action: Action) -> None:
 
     def act(entered: str) -> None:
         if entered.startswith(name):
-            os.killpg(0, _SIGNALS[action])
+            # by another process: one of its parent means something else to a process that loads data
+            subprocess.run(["kill", f"-{int(_SIGNALS[action])}", "--", f"-{os.getpgrp()}"], check=False)
 
     def phase(self: RunConsole, entered: str, total: int | None = None) -> Any:
         act(entered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,21 @@ def test_processes_that_tokenise_end_without_a_word(case: Any, tmp_path: Path, a
     process.join(60)
     assert process.exitcode == STATUS[action]
     assert ": what is tokenised is kept; " in said(tmp_path / "output", action)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert goes(process.pid), "some of its processes go on"
     assert ended(["preprocess", str(case.recipe), *with_set(words)], tmp_path / "output") == 0
     assert not list((tmp_path / "cache").rglob(".partial-*"))
+
+
+def goes(group: int) -> bool:
+    """Whether the last process of a group ends within seconds; init takes its time to reap those without a parent."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @pytest.mark.faults
