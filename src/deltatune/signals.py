@@ -263,10 +263,10 @@ class _Scope:
 
     def _take_unraisable(self, found: Any) -> None:
         """An Interruption that came in a destructor, where Python drops exceptions, comes again."""
-        if isinstance(found.exc_value, Interruption):
-            os.write(self._write, bytes([_LOST]))
-        else:
+        if not isinstance(found.exc_value, Interruption):
             self._hook(found)
+        elif not self._over:
+            os.write(self._write, bytes([_LOST]))
 
     def _watch(self) -> None:
         until: float | None = None
@@ -297,6 +297,8 @@ class _Scope:
     def leave_to_parent(self) -> None:
         """In a forked process: Ctrl-C is for the one that waits for it, and SIGTERM ends it without a word."""
         signal.set_wakeup_fd(-1)
+        self._over = True
+        sys.unraisablehook = self._hook
         self._close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -19,7 +19,7 @@ from training_cases import make_recipe, save_checkpoint
 from deltatune.commands.quiet import quiet_libraries
 from deltatune.config.schema import Recipe
 from deltatune.errors import RankFailedError
-from deltatune.training.heartbeat import Heartbeat
+from deltatune.training.heartbeat import BEAT, Heartbeat
 from deltatune.training.ranks import RankWatch
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
@@ -106,6 +106,7 @@ def kill_rank_1(rank: int) -> None:
 
 def kill_rank_0(rank: int) -> None:
     if rank == 0:
+        time.sleep(4 * BEAT)  # the others have heard where it runs
         os.kill(os.getpid(), signal.SIGKILL)
 
 
