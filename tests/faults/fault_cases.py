@@ -136,7 +136,7 @@ def act_in_phase(name: str, action: Action) -> None:
         act(entered)
         return nobody(entered, total)
 
-    RunConsole.phase, phases._nobody = phase, unseen  # type: ignore[method-assign]
+    RunConsole.phase, phases._nobody = phase, unseen
 
 
 def watch_writes(folder: Path, at: int | None, action: Action) -> None:

@@ -28,7 +28,7 @@ FILES = (".safetensors", ".pt", "train.jsonl")
 HEADS = {"_header", "check_first_rows"}  # functions that read the beginning of a file
 
 
-class Outside(TorchDispatchMode):  # type: ignore[misc]
+class Outside(TorchDispatchMode):
     """Notes where operations on large tensors, and reading of large files, happen outside of every phase."""
 
     def __init__(self) -> None:

@@ -68,8 +68,7 @@ class MemoryEstimate:
     Attributes:
         weights: parameters and buffers; exact.
         gradients: of trained parameters, in their own dtype; exact.
-        optimizer: its state; exact for AdamW, SGD, the others torch itself has, and
-            those of bitsandbytes and torchao.
+        optimizer: its state; exact for AdamW, SGD, the others torch itself has, and those of bitsandbytes and torchao.
         activations: what backward keeps and computes: eager and without fusion, an upper bound under ``compile``; or
             read off the compiled layers' graphs.
         logits: what the loss holds at once, and the gradients it has computed.
