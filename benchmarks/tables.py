@@ -171,6 +171,24 @@ def ops(records: Sequence[Record]) -> list[str]:
     return _markdown(header, rows)
 
 
+def products(records: Sequence[Record]) -> list[str]:
+    """A mixture's grouped products one by one, from the newest record that has quack's beside ours."""
+    names = ("default", "torch", "quack", "quack, not tuned")
+    for record in records:
+        if record.kind != "products" or record.device == "cpu":
+            continue
+        rows, tokens = [], set[int]()
+        for config in record.configs:
+            times = {r["impl"]: r["median_ms"] for r in config["results"] if r["status"] == "ok"}
+            if "quack" in times:
+                rows.append([config["config"]["product"], *(f"{times[n]:.3f}" if n in times else "-" for n in names)])
+                tokens.add(config["config"]["T"])
+        if rows:
+            header = ("product, ms", "ours", "torch", "quack, tile tuned", "quack, its default tile")
+            return [*_markdown(header, rows), "", _sources([record], tokens)]
+    return ["No record has quack's products yet."]
+
+
 def missed(records: Sequence[Record]) -> list[str]:
     """The targets that are not met."""
     outcomes = evaluate(records)
@@ -239,6 +257,7 @@ PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]
         "card": card,
         "bound": bound,
         "ops": ops,
+        "products": products,
         "missed": missed,
         "changes": changes,
     },

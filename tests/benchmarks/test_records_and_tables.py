@@ -131,6 +131,20 @@ def test_a_comparison_is_shown() -> None:
     assert ", packs of 8192 tokens; " in tables.changes([Record(Path("compare-2026-11-22.json"), data)])[-1]
 
 
+def test_products_are_shown_beside_quacks() -> None:
+    def record(*names: str) -> Record:
+        data = copy.deepcopy(dict(frontier().data)) | {"kind": "products", "device": "NVIDIA H200"}
+        results = [{"impl": name, "status": "ok", "median_ms": 1.0 + i} for i, name in enumerate(names)]
+        results.append({"impl": "quack, not tuned", "status": "unavailable"})
+        data["configs"] = [{"config": {"product": "up forward", "T": 8192}, "results": results}]
+        return Record(Path("products.json"), data)
+
+    shown = tables.products([record("default", "torch"), record("quack", "torch", "default")])
+    assert shown[2] == "| up forward | 3.000 | 2.000 | 1.000 | - |"
+    assert "packs of 8192 tokens; `products.json`" in shown[-1]
+    assert tables.products([record("default", "torch")]) == ["No record has quack's products yet."]
+
+
 def test_targets_of_the_committed_records() -> None:
     outcomes = targets.evaluate(COMMITTED)
     without = [o.target.name for o in outcomes if o.verdict == "no record"]

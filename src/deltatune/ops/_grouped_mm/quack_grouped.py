@@ -32,18 +32,18 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
     missing = gpu_refusal("quack", device)
     if missing is not None:
         return missing
-    capability = capability_of(device)
-    if capability is not None and capability != _CAPABILITY:
-        return f"quack's product needs compute capability {dotted(_CAPABILITY)}, this GPU has {dotted(capability)}"
     if dtype not in _DTYPES:
         return f"quack's product takes bfloat16 and float16, not {dtype}; cast"
     if shape is not None and (shape[1] % 8 or shape[2] % 8):
         return f"quack's product takes widths that are multiples of 8, got a weight {list(shape)}"
-    return _not_installed()
+    return _unfit(device)
 
 
 @constant
-def _not_installed() -> str | None:
+def _unfit(device: torch.device) -> str | None:
+    capability = capability_of(device)
+    if capability is not None and capability != _CAPABILITY:
+        return f"quack's product needs compute capability {dotted(_CAPABILITY)}, this GPU has {dotted(capability)}"
     version = version_of("quack-kernels")
     if version is not None and version >= _OLDEST:
         return None
