@@ -3,10 +3,21 @@ import pytest
 
 from deltatune.data.chat import Renderer
 from deltatune.data.messages import Layout
+from deltatune.data.notes import EMPTY_TARGET, Notes
 from deltatune.errors import DataError
 from deltatune.packing.sample import IGNORE_INDEX
 
 CHAT, PAIR, TEXT = Layout("chat"), Layout("prompt_completion"), Layout("text")
+PARTS = """
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{- message.content }}{%- else %}{{- message.content[0].text }}{%- endif %}
+{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+CALLS = """
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{- call.function | tojson }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 ANSWERS = ["Four, of course!\n<|im_end|>", "Paris<|im_end|>"]
 
 
@@ -251,6 +262,66 @@ def test_special_tokens_that_the_tokenizer_adds_are_kept(make_tokenizer):
 def test_rows_that_train_nothing_are_named(row, layout, message, tokenizer):
     with pytest.raises(DataError, match=f"rows.jsonl, line 1.*{message}"):
         render_one(Renderer(tokenizer), row, layout)
+
+
+def asked(*answers, **keys):
+    """A conversation in which each question has one of these answers."""
+    turns = [
+        ({"role": "user", "content": "hi"}, {"role": "assistant", "content": answer, **keys}) for answer in answers
+    ]
+    return {"messages": [turn for pair in turns for turn in pair]}
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "fox"}}}
+PREFERENCE, TOKENS = Layout("preference"), Layout("tokens")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "marked_tokenizer", "thinking_tokenizer"])
+@pytest.mark.parametrize(
+    ("row", "layout", "settings", "noted"),
+    [
+        (asked(""), CHAT, {}, True),
+        (asked(" \n"), CHAT, {}, True),
+        (asked("", "Paris"), CHAT, {}, True),
+        (asked("", "Paris"), CHAT, {"train_on": "last"}, False),
+        (asked("Paris", ""), CHAT, {"train_on": "all"}, True),
+        (asked([{"type": "text", "text": ""}]), CHAT, {"template_kwargs": {}}, True),
+        (asked("<think>\n</think>\n\n"), CHAT, {}, True),
+        (asked("<think>\nWhy?\n</think>\n\n"), CHAT, {}, False),
+        (asked("", reasoning_content="Why?"), CHAT, {}, False),
+        (asked("Paris"), CHAT, {}, False),
+        ({"messages": [*asked("Paris")["messages"], *asked("", train=False)["messages"]]}, CHAT, {}, False),
+        ({"prompt": "a", "completion": " "}, PAIR, {}, True),
+        ({"prompt": "a", "completion": " b"}, PAIR, {}, False),
+        ({"prompt": [{"role": "user", "content": "hi"}], "completion": ""}, PAIR, {}, True),
+        ({"text": " \n "}, TEXT, {}, True),
+        ({"text": " fox"}, TEXT, {}, False),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, PREFERENCE, {}, True),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, PREFERENCE, {}, False),
+    ],
+)  # fmt: skip
+def test_answers_that_say_nothing_train_and_are_noted(name, row, layout, settings, noted, request):
+    renderer, notes = Renderer(request.getfixturevalue(name), **settings), Notes()
+    if isinstance(row.get("messages", [{}])[-1].get("content"), list):
+        renderer = Renderer(renderer.tokenizer, chat_template=PARTS)
+    assert all(sample.num_trained for sample in renderer.render(row, layout, "line 1", notes))
+    assert (EMPTY_TARGET in notes.to_dict()) == noted
+
+
+def test_a_call_is_no_empty_answer(tokenizer):
+    notes = Notes()
+    Renderer(tokenizer, chat_template=CALLS).render(asked("", tool_calls=[CALL]), CHAT, "line 1", notes)
+    assert EMPTY_TARGET not in notes.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("answer", "noted"), [("<|im_end|>", True), (" \n<|im_end|>", True), ("Paris<|im_end|>", False)]
+)
+def test_tokens_that_say_nothing_are_noted(tokenizer, answer, noted):
+    prompt, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("hi", f"{answer}<|im_end|>"))
+    notes, row = Notes(), {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
+    assert Renderer(tokenizer).render(row, TOKENS, "line 1", notes)[0].num_trained == len(ids)
+    assert (EMPTY_TARGET in notes.to_dict()) == noted
 
 
 def test_a_template_that_marks_nothing_is_named(make_tokenizer, conversation):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltatune.data.contents import Completion, TrainOn, read_row, wanted_turns
+from deltatune.data.contents import Completion, TrainOn, plain_targets, read_row, wanted_turns
 from deltatune.data.conversation import RenderedConversation
 from deltatune.data.formats import Layout, Row, check_row
 from deltatune.data.message_forms import MessageForms
 from deltatune.data.messages import Conversation
-from deltatune.data.notes import Notes
+from deltatune.data.notes import EMPTY_TARGET, Notes
 from deltatune.data.pairs import TextPair
 from deltatune.data.probes import Probes
 from deltatune.data.template import ChatTemplate, Span, check_variables
@@ -81,8 +81,14 @@ class Renderer:
         """
         if layout.format == "tokens":
             check_row(row, layout, where)
-            return _checked([read_tokens(row, layout, len(self.tokenizer), where)], where)
+            (sample,) = _checked([read_tokens(row, layout, len(self.tokenizer), where)], where)
+            targets = sample.labels[sample.labels != IGNORE_INDEX]
+            if notes is not None and all(map(self._is_blank, targets)):
+                notes.add(EMPTY_TARGET, where)
+            return [sample]
         content = read_row(row, layout, where, notes)
+        if notes is not None and any(text.isspace() for text in plain_targets(content)):
+            notes.add(EMPTY_TARGET, where)
         if isinstance(content, str):
             ids = self._with_eos(self._ids(content, special=True))
             return _checked([Sample(ids, ids)], where)
@@ -205,6 +211,10 @@ class Renderer:
         """The tokenizer itself, without what a call of it builds around ids and offsets, for rows by the million."""
         self.tokenizer("", verbose=False)  # leaves it as calls do: no truncation, no padding
         return self.tokenizer.backend_tokenizer
+
+    def _is_blank(self, token: np.int64) -> bool:
+        """Whether a token is whitespace or a control token."""
+        return int(token) in self._control_tokens or self.tokenizer.decode([int(token)]).isspace()
 
     @cached_property
     def _control_tokens(self) -> frozenset[int]:

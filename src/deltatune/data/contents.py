@@ -12,7 +12,7 @@ from deltatune.data.notes import Notes
 from deltatune.data.pairs import TextPair, read_pair
 from deltatune.errors import DataError
 
-__all__ = ["Completion", "Content", "TrainOn", "read_row", "wanted_turns"]
+__all__ = ["Completion", "Content", "TrainOn", "plain_targets", "read_row", "wanted_turns"]
 
 # every assistant turn, the last one, all tokens, or every message of these roles
 TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
@@ -53,6 +53,15 @@ def read_row(row: Row, layout: Layout, where: str, notes: Notes | None = None) -
         prompt = read_text(row, layout.column("prompt"), where, allow_empty=True)
         return Completion(prompt, read_text(row, layout.column("completion"), where))
     return read_conversation(row, layout, where, notes)
+
+
+def plain_targets(content: Content) -> tuple[str, ...]:
+    """The plain texts that train, of which conversations have none."""
+    if isinstance(content, str):
+        return (content,)
+    if isinstance(content, Completion):
+        return (content.completion,)
+    return (content.chosen, content.rejected) if isinstance(content, TextPair) else ()
 
 
 def wanted_turns(conversation: Conversation, train_on: TrainOn, where: str) -> list[int]:

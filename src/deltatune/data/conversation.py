@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltatune.data.messages import Message
-from deltatune.data.notes import Notes
+from deltatune.data.notes import EMPTY_TARGET, Notes
 from deltatune.data.prefix import common_prefix
 from deltatune.data.probes import PROBE, as_parts
 from deltatune.data.template import RenderError, Span
 from deltatune.data.turn_ends import OPEN_REASONING, TurnEnds
-from deltatune.data.unrendered import REASONING_KEYS, check_calls, drops_answer, drops_reasoning
+from deltatune.data.turns import REASONING_KEYS, is_empty
+from deltatune.data.unrendered import check_calls, drops_answer, drops_reasoning
 from deltatune.errors import DataError
 
 __all__ = ["RenderedConversation", "TrainedText"]
@@ -88,6 +89,7 @@ class RenderedConversation:
         turn does is left to a shorter text, which ends with the latest turn still missing. Messages of other roles
         train in the whole conversation.
         """
+        self._note_empty(turns)
         answers = [turn for turn in turns if self._messages[turn]["role"] == "assistant"]
         texts = self._answers_as_asked(answers)
         full = self.text(len(self._messages))
@@ -125,7 +127,9 @@ class RenderedConversation:
     def whole(self, untrained: Sequence[int]) -> TrainedText:
         """The whole conversation, of which all trains but these messages."""
         text = self.text(len(self._messages))
-        for turn in self._answers(len(self._messages)):
+        answers = self._answers(len(self._messages))
+        self._note_empty([turn for turn in answers if turn not in untrained])
+        for turn in answers:
             self._check_calls(turn, text)
         spans, start = [], 0
         for first, last in sorted(self._held_or_content(turn) for turn in untrained):
@@ -133,6 +137,10 @@ class RenderedConversation:
             start = last
         spans = [span for span in (*spans, (start, len(text))) if span[0] < span[1]]
         return TrainedText(text, {0: spans})
+
+    def _note_empty(self, turns: Sequence[int]) -> None:
+        if any(is_empty(self._messages[turn]) for turn in turns):
+            self._notes.add(EMPTY_TARGET, self._where)
 
     def _check_calls(self, turn: int, text: str) -> None:
         if calls := self._messages[turn].get("tool_calls"):

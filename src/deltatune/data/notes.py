@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-__all__ = ["Notes"]
+__all__ = ["EMPTY_TARGET", "Notes"]
+
+EMPTY_TARGET = (
+    "an answer or text that trains is empty, or only whitespace, which teaches the model to end at once; remove it if "
+    "that is not meant"
+)
 
 
 class Notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ from deltatune.data.json_values import shown
 from deltatune.data.tools import calls_in_text, read_calls
 from deltatune.errors import DataError, nearest
 
-__all__ = ["Message", "read_turn"]
+__all__ = ["REASONING_KEYS", "Message", "is_empty", "read_turn"]
 
 Message = dict[str, Any]
 
 # the keys of the ShareGPT format: {"from": "human", "value": "..."}
 _SHAREGPT_FIELDS = {"role": "from", "content": "value"}
+
+_REASONING_TAG = re.compile(r"</?(\w*think\w*|reasoning)>")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 # speakers whose text is a call in JSON
 _CALLERS = ("function_call", "tool_call")
@@ -51,6 +55,14 @@ def read_turn(value: Any, layout: Layout, where: str) -> tuple[Message, bool | N
     else:
         message["content"] = None
     return message, trains
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a message has neither text other than whitespace, nor reasoning, nor calls."""
+    content = message.get("content")
+    parts = [part["text"] for part in content] if isinstance(content, list) else [content]
+    said = "".join(str(text or "") for text in [*parts, *(message.get(key) for key in REASONING_KEYS)])
+    return not message.get("tool_calls") and not _REASONING_TAG.sub("", said).strip()
 
 
 def _by_template_names(value: Mapping[str, Any], fields: Mapping[str, str], where: str) -> Message:

@@ -9,13 +9,13 @@ from typing import Any
 from deltatune.data.messages import Message
 from deltatune.data.notes import Notes
 from deltatune.data.template import ChatTemplate, RenderError
+from deltatune.data.turns import REASONING_KEYS
 from deltatune.errors import DataError
 
-__all__ = ["REASONING_KEYS", "UnreadKeys", "check_calls", "drops_answer", "drops_reasoning"]
+__all__ = ["UnreadKeys", "check_calls", "drops_answer", "drops_reasoning"]
 
 # tool_call_id says which call a result answers; few templates write it, and nothing is lost
 _NEVER_NOTED = ("role", "tool_call_id")
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class UnreadKeys:
