@@ -50,6 +50,16 @@ def test_bad_rows(fails, write_recipe, write_rows, tmp_path, case, command) -> N
     assert not any((tmp_path / "cache").glob("*")) or case == "too long"
 
 
+@pytest.mark.parametrize("command", ["plan", "preprocess", "train"])
+def test_several_bad_rows_are_one_line(fails, write_recipe, write_rows, command) -> None:
+    other = {"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}
+    message = fails(command, write_recipe(write_rows(GOOD, {"messages": []}, other, GOOD, "[1]", {"messages": []})))
+    assert "rows.jsonl: 4 of 6 rows cannot be trained on: line 2 (also line 6): messages is empty" in message
+    assert "line 3: messages[0] has the unknown role 'robot'" in message
+    assert "; line 5 " in message
+    assert message.endswith("; data.on_bad_row: drop leaves such rows out\n")
+
+
 @pytest.mark.parametrize(
     ("row", "source"),
     [

@@ -64,6 +64,36 @@ def test_the_first_bad_row_is_named_whoever_reads_it(tokenizer, write_jsonl, num
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ([300], r"rows\.jsonl, line 301: text is empty, .*; data\.on_bad_row: drop leaves such rows out"),
+        ([3, 5], r"\S*rows\.jsonl: 2 of the first 256 rows cannot be .* on: line 4 \(also line 6\): text is empty, .*"),
+        ([300, 590], r"\S*rows\.jsonl, line 301: text is empty, .*"),
+        ([590, 591], r"\S*rows\.jsonl: 2 of 600 rows cannot be trained on: line 591 \(also line 592\): .*"),
+        (
+            range(1, 20, 2),
+            r".*: 10 of the .*line 2 \(also line 4, line 6, line 8, line 10\): .*; and 5 more; data\.on_b.*",
+        ),
+    ],
+)
+def test_bad_rows_are_named_together(tokenizer, write_jsonl, tmp_path, bad, said, num_proc):
+    rows = [{"text": "" if index in bad else f"fox {index}"} for index in range(600)]
+    source = load_rows(str(write_jsonl(rows)))
+    for _ in range(2):  # what is kept of the first time hides no bad row
+        with pytest.raises(DataError) as caught:
+            tokenize(source, TEXT, Renderer(tokenizer), num_proc=num_proc, cache_dir=tmp_path / "cache")
+        assert re.search(said, str(caught.value))
+
+
+def test_different_faults_of_rows_are_named_with_their_places(tokenizer, write_jsonl):
+    source = load_rows(str(write_jsonl([{"text": "fox"}, {"text": ""}, {"text": 3}, {"text": ""}])))
+    expected = r"3 of 4 rows .* line 2 \(also line 4\): text is empty.*; line 3: text must be a string, got int 3; data"
+    with pytest.raises(DataError, match=expected):
+        tokenize(source, TEXT, Renderer(tokenizer))
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
 def test_bad_rows_can_be_dropped_and_are_named_and_counted(tokenizer, write_jsonl, tmp_path, num_proc):
     rows = [{"text": f"fox {i}"} for i in range(600)]
     bad = list(range(10, 600, 20))

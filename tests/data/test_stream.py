@@ -169,6 +169,16 @@ def test_bad_rows_are_dropped_and_told_once(stream, texts, write_jsonl):
     assert stream(rows, on_bad_row="drop")[6].news.remarks == told[0], "a pack that is asked for first tells it"
 
 
+def test_bad_rows_of_a_block_are_named_together(stream, texts, write_jsonl):
+    texts[3] = texts[5] = {"text": ""}
+    rows = Repeated(load_rows(str(write_jsonl(texts, "bad.jsonl"))))
+    expected = (
+        r"bad\.jsonl: 2 of a block of 64 rows cannot be trained on: line 4 \(also line 6\): text is empty.*on_bad_row"
+    )
+    with pytest.raises(DataError, match=expected):
+        stream(rows)[0]
+
+
 def test_lines_that_are_no_rows_are_bad_rows(stream, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{oops\n{"text": "two"}\n')
     rows = Repeated(load_rows(str(tmp_path / "broken.jsonl")))

@@ -213,8 +213,8 @@ class DataSection(Section):
     """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""
 
     on_bad_row: Literal["error", "drop"] = "error"
-    """What to do with a row that is broken, cannot be rendered or trains nothing: stop there, or leave it out, name and
-    count."""
+    """What to do with a row that is broken, cannot be rendered or trains nothing: stop, naming the first of them, or
+    leave it out, name and count."""
 
     cache_dir: Text | None = None
     """Where tokenised data is kept; the cache of the `datasets` package by default."""

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from deltatune.data.bad_rows import bad_rows, rows_read
 from deltatune.data.chat import Renderer
 from deltatune.data.formats import Layout, Row, unused_columns
 from deltatune.data.notes import Notes
@@ -87,7 +88,7 @@ class Documents:
         """How many rows could not be trained on, and the errors of the first 20."""
         remarks = [shard.remarks for shard in self.shards]
         count = sum(remark.get("num_dropped", 0) for remark in remarks)
-        return count, [error for remark in remarks for error in remark.get("dropped", [])][:NUM_NAMED]
+        return count, [error for remark in remarks for _, error in remark.get("dropped", [])][:NUM_NAMED]
 
     @property
     def largest_token(self) -> int:
@@ -150,7 +151,7 @@ def tokenize(
             ``drop`` it, and ``Documents.dropped`` tells of it.
 
     Raises:
-        DataError: the first such row, named; every row was dropped; or the cache cannot be written.
+        DataError: the first such rows, named; every row was dropped; or the cache cannot be written.
         UserError: a process that tokenised died.
     """
     folder = None if cache_dir is None else cache_dir / _key(rows, layout, renderer, on_bad_row)
@@ -162,6 +163,7 @@ def tokenize(
             shards.append(task.kept(number))
     missing = [number for number, shard in enumerate(shards) if shard is None]
     for number, shard in zip(missing, _made(task, missing, num_proc or num_cores()), strict=True):
+        task.check(number, shard)
         shards[number] = shard
     documents = Documents([shard for shard in shards if shard is not None], rows, layout)
     if not len(documents):
@@ -225,9 +227,21 @@ class _Task:
         """The shard of this number, if it is in the cache."""
         return None if self.folder is None else read_shard(self._file(number))
 
+    def is_refused(self, shard: Shard) -> bool:
+        """Whether a shard has bad rows, and they are errors; such a one is not written."""
+        return self.on_bad_row == "error" and "num_dropped" in shard.remarks
+
+    def check(self, number: int, shard: Shard) -> None:
+        """Refuses a shard for its bad rows; those before it had none."""
+        if self.is_refused(shard):
+            end = min(len(self.rows), (number + 1) * self._rows_per_shard)
+            found = [(self.rows.where(index), error) for index, error in shard.remarks["dropped"]]
+            read = rows_read(end, whole=end == len(self.rows))
+            raise bad_rows(self.rows.name, found, shard.remarks["num_dropped"], read)
+
     def __call__(self, number: int) -> Shard:
         shard = self._make(number)
-        if self.folder is None:
+        if self.folder is None or self.is_refused(shard):
             return shard
         write_shard(self._file(number), shard)
         return self.kept(number) or shard
@@ -246,11 +260,9 @@ class _Task:
                     raise row
                 samples = self.renderer.render(row, self.layout, self.rows.where(index), notes)
             except DataError as error:
-                if self.on_bad_row == "error":
-                    raise
                 num_dropped += 1
                 if num_dropped <= NUM_NAMED:
-                    dropped.append(str(error))
+                    dropped.append((index, str(error)))
                 continue
             content = _content(row, self.layout)
             parts += [(index, content, sample) for sample in samples]
@@ -319,4 +331,4 @@ def _work(number: int) -> Shard | None:
     """Makes a shard; one that is on disk is not sent."""
     task = _worker_task[0]
     shard = task(number)
-    return shard if task.folder is None else None
+    return shard if task.folder is None or task.is_refused(shard) else None

@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
+from deltatune.data.bad_rows import bad_rows
 from deltatune.data.chat import Renderer
 from deltatune.data.documents import NUM_NAMED, OnBadRow
 from deltatune.data.formats import Layout, Row
@@ -231,19 +232,24 @@ class PackStream:
         cut: Counter[str] = Counter()
         for source in self.sources:
             start = number * source.rows_per_block
+            bad: list[tuple[str, str]] = []  # of this source: the place, the error
             for _, found in read_on(source.rows.read, start, start + source.rows_per_block):
+                where = "" if isinstance(found, BadRowError) else found[0]
                 try:
                     if isinstance(found, BadRowError):
                         raise found
-                    where, row = found
-                    samples = self.renderer.render(row, source.layout, where, notes)
+                    samples = self.renderer.render(found[1], source.layout, where, notes)
                 except DataError as error:
-                    if self.on_bad_row == "error":
-                        raise
-                    dropped.append(str(error))
+                    bad.append((where, str(error)))
                     continue
                 for sample in samples:
                     documents += cut_sample(replace(sample, origin=where), limit, self.overlong, where, cut)
+            if bad and self.on_bad_row == "error":
+                # a source that begins again within a block brings its bad rows again
+                different = [*dict.fromkeys(bad)]
+                read = f"a block of {counted(source.rows_per_block, 'row')}"
+                raise bad_rows(source.rows.name, different, len(different), read)
+            dropped += [error for _, error in bad]
         if not documents:
             # a source begins again at its end, so this might go on for ever
             names = ", ".join(source.rows.name for source in self.sources)

@@ -6,11 +6,11 @@ What a chat template or a tokenizer makes of them, and all other rows, come late
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from deltatune.config.schema import Recipe
+from deltatune.data.bad_rows import bad_rows, rows_read
 from deltatune.data.contents import read_row, wanted_turns
 from deltatune.data.files import data_suffix
 from deltatune.data.formats import Layout, Row, check_row
@@ -19,7 +19,7 @@ from deltatune.data.messages import Conversation
 from deltatune.data.rows import BadRowError, Rows, read_on
 from deltatune.data.sources import load_rows
 from deltatune.data.tokens import read_tokens
-from deltatune.errors import DataError
+from deltatune.errors import DataError, UserError
 from deltatune.training.recipe_rows import check_kind, layout_of, reading_of
 from deltatune.training.tokenizer_files import beyond_embeddings, rows_of_files, vocabulary_of_files
 
@@ -40,8 +40,8 @@ def check_first_rows(recipe: Recipe) -> None:
     """The columns and the first rows of sources that are files of JSON.
 
     Raises:
-        DataError: columns that fit no format; the first row that is broken, unless such rows are dropped.
-        UserError: pairs without a section ``preference``, or other rows with one.
+        DataError: columns that fit no format; the rows that are broken, unless such rows are dropped.
+        UserError: pairs without a section ``preference``, or other rows with one; a token beyond the embedding.
     """
     known = vocabulary_of_files(recipe.model)
     tokens = None if known is None else len(known) + len(recipe.model.added_tokens or ())
@@ -56,8 +56,7 @@ def check_first_rows(recipe: Recipe) -> None:
         layout = layout_of(source, rows, recipe)
         check_kind(source, layout, recipe)
         if recipe.data.on_bad_row == "error":
-            for where, row in _numbered(rows):
-                _check(row, layout, recipe, where, sizes)
+            _check_rows(rows, layout, recipe, sizes, whole=len(rows) < ROWS_FOR_COLUMNS)
 
 
 def _is_quick(file: Path) -> bool:
@@ -67,11 +66,18 @@ def _is_quick(file: Path) -> bool:
     return file.is_file() and file.suffix.lower() in _LINES and data_suffix(file) is not None
 
 
-def _numbered(rows: Rows) -> Iterator[tuple[str, Row]]:
+def _check_rows(rows: Rows, layout: Layout, recipe: Recipe, sizes: _Sizes, *, whole: bool) -> None:
+    found = []
     for index, row in read_on(rows.read, 0, len(rows)):
-        if isinstance(row, BadRowError):
-            raise row
-        yield rows.where(index), row
+        where = rows.where(index)
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            _check(row, layout, recipe, where, sizes)
+        except DataError as error:
+            found.append((where, str(error)))
+    if found:
+        raise bad_rows(rows.name, found, len(found), rows_read(len(rows), whole=whole))
 
 
 def _check(row: Row, layout: Layout, recipe: Recipe, where: str, sizes: _Sizes) -> None:
@@ -79,7 +85,7 @@ def _check(row: Row, layout: Layout, recipe: Recipe, where: str, sizes: _Sizes) 
         check_row(row, layout, where)
         largest = int(read_tokens(row, layout, sizes.tokenizer or sys.maxsize, where).input_ids.max())
         if sizes.embedding is not None and largest >= sizes.embedding:
-            raise DataError(beyond_embeddings(f"{where} holds", largest, sizes.embedding))
+            raise UserError(beyond_embeddings(f"{where} holds", largest, sizes.embedding))
         return
     content = read_row(row, layout, where)
     if isinstance(content, Conversation) and recipe.data.train_on != "all":
