@@ -176,3 +176,14 @@ def test_a_stream_is_named_and_its_bad_rows_once(tmp_path):
     assert loaded.identities() == {str(rows): load_rows(str(rows)).identity}
     remarks = loaded.train.report.remarks
     assert len([line for line in remarks if "line 2: text is empty" in line]) == 1
+
+
+def test_held_out_rows_are_counted_apart(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(30)] + [{"text": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "val_size": 3, "on_bad_row": "drop"}
+    data["cache_dir"] = str(tmp_path / "cache")
+    lines = load_data(make_recipe(tmp_path, tmp_path, data=data), byte_tokenizer()).lines()
+    assert lines[0].startswith("train: 27 of 31 rows -> 27 documents, ")
+    assert "1 row dropped:" in lines[0]
+    assert lines[1].startswith("eval: 3 of 31 rows -> 3 documents, ")

@@ -136,8 +136,10 @@ def pack_documents(
         packs = epochs(0)
     tokens = int(all_lengths[packs.members].sum())
     targets = _of_members(np.concatenate([part.targets for part in parts]), per_member)
+    rows_read = sum(len(source.source) for source in documents)
     report = PackingReport(
-        rows=sum(len(source.source) for source in documents),
+        rows=rows_read if keep is None else sum(map(_num_rows, documents, keep)),
+        rows_read=None if keep is None else rows_read,
         documents=packs.members.size * per_member,
         tokens=tokens,
         trained_tokens=int(targets[packs.members].sum()),
@@ -154,6 +156,11 @@ def pack_documents(
     )
     starts, pieces = (np.concatenate([getattr(part, name) for part in parts]) for name in ("starts", "lengths"))
     return PackedDataset(documents, sources, starts, pieces, epochs, report, per_member)
+
+
+def _num_rows(source: Documents, keep: NDArray[np.bool_]) -> int:
+    """Rows that documents which are kept come from."""
+    return np.unique(source.rows[keep]).size
 
 
 def _of_members(values: NDArray[np.int32], per_member: int) -> NDArray[np.int32]:

@@ -25,7 +25,7 @@ _CUT = {
 class PackingReport:
     """What became of the rows, and what an epoch holds."""
 
-    rows: int  # read
+    rows: int  # read; of a part of the rows, those of its documents
     documents: int  # in the packs of an epoch, parts of split ones counted singly
     tokens: int  # of these documents
     trained_tokens: int  # those that are targets; a document's first token never is
@@ -47,6 +47,7 @@ class PackingReport:
     remarks: tuple[
         str, ...
     ] = ()  # what is no error and should be known: rows dropped, columns and keys that nothing reads
+    rows_read: int | None = None  # of all parts, where the rows are divided
     pairs: int | None = None  # of two documents each, where the rows are preferences; cuts are then counted by pair
 
     def __str__(self) -> str:
@@ -54,8 +55,9 @@ class PackingReport:
         between = f"{self.variance_between_packs:.1%} of the variance of length lies between packs"
         if self.one_source_packs is not None:
             between += f", {self.one_source_packs:.1%} of packs hold one source"
+        read = counted(self.rows, "row") if self.rows_read is None else f"{self.rows:,} of {self.rows_read:,} rows"
         lines = [
-            f"{counted(self.rows, 'row')} -> "
+            f"{read} -> "
             f"{counted(self.documents if self.pairs is None else self.pairs, unit)}, {counted(self.tokens, 'token')}, "
             f"{self.trained_tokens:,} of them trained; longest document {counted(self.longest, 'token')}",
             f"{counted(self.packs, 'pack')} of {self.tokens_per_batch:,} tokens, {self.fill:.2%} full; {between}",
