@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from run_cases import entry, leg, recipe, write_run
 
+from deltatune.config.schema import Recipe
 from deltatune.runs.card import model_card
 from deltatune.runs.folder import read_run
 
@@ -61,6 +63,30 @@ def test_the_recipe_is_shown_without_its_defaults(tmp_path: Path, given: dict[st
     shown = card(tmp_path, recipe=recipe(seed=42, **given)).text
     assert excerpt in shown
     assert "seed" not in shown, "42 is the default"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shown"),
+    [
+        ({"lora": {}}, "lora:\n  r: 16\n  lora_alpha: 32\n  target_modules: all-linear\n"),
+        ({"lora": {"r": 4, "use_rslora": True}},
+         "lora:\n  r: 4\n  lora_alpha: 32\n  target_modules: all-linear\n  use_rslora: true\n"),
+        ({"lora": {"name_or_path": "first"}}, "lora:\n  name_or_path: first\n"),
+        ({"lora": {}, "compile": {}}, "compile: true\n"),
+        ({"preference": {}}, "preference:\n  loss: dpo\n  beta: 0.1\n"),
+        ({"preference": {"loss": "simpo"}}, "preference:\n  loss: simpo\n  beta: 2.0\n"),
+    ],
+)  # fmt: skip
+def test_a_section_that_was_chosen_says_what_it_chose(tmp_path: Path, chosen: dict[str, Any], shown: str) -> None:
+    given = {**recipe(), **chosen}
+    # as a run writes it, with its defaults
+    text = card(tmp_path, recipe=Recipe.model_validate(given).model_dump(mode="json")).text
+    excerpt = text.partition("```yaml\n")[2].partition("```")[0]
+    assert shown in excerpt
+    assert "{}" not in excerpt
+    # what is shown is the recipe; beta is its default, in words
+    read = Recipe.model_validate(yaml.safe_load(excerpt))
+    assert (read.lora, read.compile) == (Recipe.model_validate(given).lora, Recipe.model_validate(given).compile)
 
 
 @pytest.mark.parametrize(

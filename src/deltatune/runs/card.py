@@ -68,7 +68,7 @@ def model_card(run: RunFolder, saved_step: int | None = None) -> str:
         "",
         *_table(("data", "digest of the rows"), mapping(_last_leg(run).get("data")).items()),
         "",
-        "The settings that are not the defaults, as `deltatune train` takes them:",
+        "The settings that are not the defaults or were chosen by their section, as `deltatune train` takes them:",
         "",
         "```yaml",
         dump_yaml(_excerpt(run.recipe)).rstrip(),
@@ -194,12 +194,22 @@ def _facts(run: RunFolder, saved_step: int | None) -> Iterator[tuple[str, object
 
 
 def _excerpt(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe that are not what they are by default; all of one that this version does not take."""
+    """The keys of a recipe that are not what they are by default; all of one that this version does not take.
+
+    A section that is there by choice, with its defaults, says what those are.
+    """
     try:
-        changed: dict[str, Any] = Recipe.model_validate(recipe).model_dump(mode="json", exclude_defaults=True)
+        read = Recipe.model_validate(recipe)
     except pydantic.ValidationError:
         return recipe
-    return changed
+    changed: dict[str, Any] = read.model_dump(mode="json", exclude_defaults=True)
+    # an adapter that a run goes on from has its own rank and targets
+    if read.lora is not None and read.lora.name_or_path is None:
+        chosen = read.lora.model_dump(mode="json", include={"r", "lora_alpha", "target_modules"})
+        changed["lora"] = chosen | changed["lora"]
+    if read.preference is not None:
+        changed["preference"] = {"loss": read.preference.loss, "beta": read.preference.scale} | changed["preference"]
+    return changed | ({"compile": True} if changed.get("compile") == {} else {})
 
 
 def _last_leg(run: RunFolder) -> dict[str, Any]:
