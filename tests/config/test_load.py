@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 
 import pytest
@@ -136,6 +137,15 @@ def test_a_fault_of_an_override_is_named_there(load, override, fault) -> None:
 def test_a_fault_of_the_file_keeps_its_line_beside_an_override(load) -> None:
     with pytest.raises(UserError, match=r"recipe\.yaml:6: training\.seed: expected a whole number"):
         load(MINIMAL + "training:\n  seed: x\n", "training.max_steps=3")
+
+
+@pytest.mark.parametrize(("off", "override"), [("compile: false", "compile.scope=model"), ("lora: null", "lora.r=4")])
+def test_a_key_of_a_section_that_is_off_says_how_to_switch_it_on(load, off, override) -> None:
+    section = off.partition(":")[0]
+    said = f"--set {override}: {off.replace(':', ' is')} in the recipe; pass --set {section}={{}} before it"
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(MINIMAL + off + "\n", override)
+    assert getattr(load(MINIMAL + off + "\n", f"{section}={{}}", override), section) is not None
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".parquet"])

@@ -316,7 +316,7 @@ ERRORS = {
     ),
     "length_of_training_is_said_once": (
         "training: {max_steps: 10, num_train_epochs: 2}",
-        "pass --set training.num_train_epochs=3.0, its default",
+        "training.max_steps: 10 makes training.num_train_epochs: 2 meaningless; leave one of them out",
         "training: {max_steps: 10, num_train_epochs: 3}",
     ),
     "max_steps_is_a_count": ("training: {max_steps: 0}", "at least 1", "training: {max_steps: -1}"),
@@ -526,8 +526,55 @@ def test_a_file_in_place_of_a_data_set_says_what_to_set(setting, plain, tmp_path
     with pytest.raises(UserError) as caught:
         load_recipe(path, [here])
     remedy = f"data.train.0.{plain}"
-    assert str(caught.value).endswith(f"or pass --set {remedy}")
+    assert f"leave it out; for this run alone: --set {remedy} ({path}:" in str(caught.value)
     assert load_recipe(path, [here, remedy]).recipe.data.train[0].path == "mine.jsonl"
+
+
+# what a file says and an override clashes with -> what is to be passed besides; VALUE where no default ends it
+CLASHES = {
+    "checkpointing: 0.5\ncompile: true": ("compile=false", ["checkpointing=none"]),
+    "compile: {scope: layer}\nactivation_offloading: true": ("compile.scope=model", ["activation_offloading=false"]),
+    "training: {max_steps: 10}": ("training.num_train_epochs=2", ["training.max_steps=-1"]),
+    "training: {save_strategy: epoch}": ("training.save_steps=50", ["training.save_strategy=steps"]),
+    "training: {bf16: true}": ("training.fp16=true", ["training.bf16=false"]),
+    "lora: {lora_dropout: 0.1}": ("lora.impl=fused", ["lora.lora_dropout=0.0"]),
+    "packing: {tokens_per_batch: 256}": ("parallel.sequence=3", ["packing.tokens_per_batch=VALUE"]),
+    "data: {train: [{path: a, weight: 2}], eval: [{path: b}]}\ntraining: {eval_strategy: steps}": (
+        "data.val_size=5",
+        ["data.eval=[]"],
+    ),
+    "training: {push_to_hub: true}": ("training.save_strategy=no", ["training.push_to_hub=VALUE"]),
+    "parallel: {shard: 2}": ("training.optim=muon", ["parallel.shard=auto"]),
+}
+
+
+@pytest.mark.parametrize(("file", "override", "remedies"), [(file, *rest) for file, rest in CLASHES.items()])
+def test_a_clash_with_an_override_says_what_else_to_set(file, override, remedies, tmp_path) -> None:
+    path = recipe_file(tmp_path, file)
+    load_recipe(path)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [override])
+    lines = path.read_text().split("\n")
+    offered = re.findall(r"--set (\S+) \((\S+):(\d+)\)", str(caught.value).partition("; for this run alone: ")[2])
+    assert [setting for setting, _, _ in offered] == remedies
+    for setting, name, line in offered:
+        key, _, value = setting.partition("=")
+        assert name == str(path)
+        assert lines[int(line) - 1].strip().startswith(f"{key.rpartition('.')[2]}:")
+        if value != "VALUE":
+            load_recipe(path, [override, setting])
+
+
+def test_a_clash_of_the_file_alone_names_no_override(tmp_path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file(tmp_path, "checkpointing: 0.5"))
+    assert "--set" not in str(caught.value)
+
+
+def test_overrides_that_clash_with_each_other_alone_are_left_to_their_error(tmp_path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file(tmp_path, "{}"), ["checkpointing=0.5", "compile=false"])
+    assert str(caught.value).endswith("set compile: true, or checkpointing to none, layer or auto")
 
 
 @pytest.mark.parametrize(("broken", "named", "mended"), WARNINGS.values(), ids=WARNINGS)

@@ -41,10 +41,7 @@ def _data_errors(recipe: Recipe) -> Iterator[str]:
             for name in ("split", "name", "revision"):
                 # a slice divides a file too
                 if differs(source, name) and "[" not in getattr(source, name):
-                    yield (
-                        f"{where}.{name} cannot act on a file ({source.path}); leave it out of the recipe, "
-                        f"or pass --set {where}.{name}=null"
-                    )
+                    yield f"{where}.{name} cannot act on a file ({source.path}); leave it out"
 
 
 def _preference_errors(recipe: Recipe) -> Iterator[str]:

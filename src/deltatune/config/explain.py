@@ -16,7 +16,7 @@ from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import KeyPath
 from deltatune.errors import nearest
 
-__all__ = ["dotted", "explain", "known_keys", "names_free_mapping", "place_of", "shown"]
+__all__ = ["default_at", "dotted", "explain", "known_keys", "names_free_mapping", "place_of", "shown"]
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -119,6 +119,21 @@ def dotted(parts: Sequence[str | int]) -> str:
 def known_keys(parts: Sequence[str | int]) -> list[str]:
     """The keys of the section at this path; none where there is no section."""
     return [key for kind in _kinds_at(parts) if _is_section(kind) for key in kind.model_fields]
+
+
+def default_at(parts: Sequence[str | int]) -> object:
+    """The default of the field at this path.
+
+    Raises:
+        KeyError: there is no such field, it must be given, or it is a section that is always there.
+    """
+    for kind in _kinds_at(parts[:-1]):
+        field = kind.model_fields.get(str(parts[-1])) if _is_section(kind) else None
+        if field is not None and not field.is_required():
+            default = field.get_default(call_default_factory=True, validated_data={})
+            if not isinstance(default, BaseModel):
+                return default
+    raise KeyError(dotted(parts))
 
 
 def names_free_mapping(parts: Sequence[str | int]) -> bool:

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from deltatune.config.defaults import differs
 from deltatune.config.explain import dotted, explain, known_keys, names_free_mapping, shown
-from deltatune.config.rules import check_recipe
+from deltatune.config.rules import check_recipe, recipe_errors
 from deltatune.config.schema import Recipe
+from deltatune.config.ways_out import ways_out
 from deltatune.config.yaml_text import KeyPath, dump_yaml, parse_document
 from deltatune.errors import UserError
 
@@ -64,7 +65,8 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> LoadedR
     try:
         return LoadedRecipe(recipe, check_recipe(recipe), places)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        way_out = ways_out(recipe_errors(recipe), data, places) if overrides else ""
+        raise UserError(f"{name}: {error}{way_out}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -153,4 +155,6 @@ def _check_step(parent: Any, parts: KeyPath, override: str) -> None:
         if not isinstance(part, int) or part > len(parent):
             raise UserError(f"{override}: {where} is a list of {len(parent)}; expected a position up to {len(parent)}")
     elif not isinstance(parent, dict):
-        raise UserError(f"{override}: {where} is {shown(parent)} in the recipe; set {where} itself first")
+        # an empty section takes its defaults
+        way_out = f"pass --set {where}={{}} before it" if known_keys(parts[:-1]) else f"set {where} itself"
+        raise UserError(f"{override}: {where} is {shown(parent)} in the recipe; {way_out}")

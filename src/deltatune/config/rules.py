@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from deltatune.config.data_rules import DATA_ERRORS
-from deltatune.config.defaults import default_of, differs
+from deltatune.config.defaults import differs
 from deltatune.config.idle import idle_settings, is_off_on_purpose
 from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.moments import moment_errors
@@ -23,6 +23,7 @@ __all__ = [
     "adapter_errors",
     "check_recipe",
     "check_training_names",
+    "recipe_errors",
     "sharding_errors",
     "start_errors",
 ]
@@ -107,8 +108,7 @@ def _schedule_errors(recipe: Recipe) -> Iterator[str]:
     if training.max_steps > 0 and differs(training, "num_train_epochs"):
         yield (
             f"training.max_steps: {training.max_steps} makes training.num_train_epochs: "
-            f"{training.num_train_epochs:g} meaningless; leave one of them out of the recipe, or pass "
-            f"--set training.num_train_epochs={default_of(training, 'num_train_epochs')}, its default"
+            f"{training.num_train_epochs:g} meaningless; leave one of them out"
         )
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"training.max_steps must be at least 1, or -1 to count epochs; got {training.max_steps}"
@@ -325,10 +325,15 @@ def check_recipe(recipe: Recipe) -> list[str]:
     Raises:
         UserError: all violated rules, in one line.
     """
-    errors = [message for rule in _ERRORS for message in rule(recipe)]
+    errors = recipe_errors(recipe)
     if errors:
         raise UserError("; also: ".join(errors))
     return list(_warnings(recipe))
+
+
+def recipe_errors(recipe: Recipe) -> list[str]:
+    """What rules a recipe violates, one line each."""
+    return [message for rule in _ERRORS for message in rule(recipe)]
 
 
 def check_training_names(training: TrainingSection, known: Iterable[str]) -> None:
