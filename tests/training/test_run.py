@@ -216,7 +216,7 @@ def test_a_finished_run_that_is_resumed_as_it_was_writes_nothing(tmp_path: Path,
     before = files_of(tmp_path / "output")
     console = Console(record=True, width=200, file=(tmp_path / "screen.txt").open("w"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedTrainer, "evaluate", None)  # which would be one evaluation more
+        patch.setattr(run_module, "load", None)  # no weight is read for it
         again = train(recipe, resume=True, console=console)
     assert files_of(tmp_path / "output") == before
     assert losses(again) == losses(first)
@@ -261,6 +261,67 @@ def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     folder = tmp_path_factory.mktemp("finished")
     train(unprobed(folder, checkpoint, training=FIVE_STEPS), console=QUIET)
     return folder / "output"
+
+
+class LoadedError(Exception):
+    """A model would have been loaded."""
+
+
+def loaded(_: Any) -> None:
+    raise LoadedError
+
+
+def more_rows(folder: Path) -> None:
+    with (folder.parent / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}) + "\n")
+
+
+def running(folder: Path) -> None:
+    record = folder / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "training", "asked"),
+    [
+        (None, {"max_steps": 6}, {}),
+        (None, {"learning_rate": 0.5}, {}),
+        (None, {"seed": 5}, {"allow_change": True}),
+        (more_rows, {}, {"allow_change": True}),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), {}, {}),
+        (lambda folder: cut_off(folder / "metrics.json"), {}, {}),
+        (running, {}, {}),
+    ],
+    ids=["more steps", "other rate", "other seed", "other rows", "lost weights", "broken figures", "killed"],
+)
+def test_a_run_that_lacks_something_is_no_finished_one(
+    finished: Path, tmp_path: Path, checkpoint: Path, spoil: Any, training: Any, asked: Any
+) -> None:
+    kept = shutil.copytree(finished.parent, tmp_path / "kept")
+    try:
+        recipe = unprobed(finished.parent, checkpoint, training=FIVE_STEPS | training)  # which writes its rows
+        if spoil is not None:
+            spoil(finished)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "load", loaded)
+            with pytest.raises(LoadedError):
+                train(recipe, resume=True, console=QUIET, **asked)
+    finally:
+        shutil.rmtree(finished.parent)
+        shutil.copytree(kept, finished.parent)
+
+
+def test_a_finished_run_whose_last_checkpoint_is_broken_says_so(
+    finished: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    kept = shutil.copytree(finished.parent, tmp_path / "kept")
+    try:
+        cut_off(finished / "checkpoint-5" / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="checkpoint-5"):
+            train(unprobed(finished.parent, checkpoint, training=FIVE_STEPS), resume=True, console=QUIET)
+    finally:
+        shutil.rmtree(finished.parent)
+        shutil.copytree(kept, finished.parent)
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["lost a file", "killed in the final save"])

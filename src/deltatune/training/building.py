@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune.config.schema import Recipe
 from deltatune.hf import model as hf_model
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
+from deltatune.parallel.sizes import Sizes
 from deltatune.phases import phase
 from deltatune.preparation import Prepared
 from deltatune.training.adapters import adapt_by_recipe
@@ -32,7 +33,27 @@ from deltatune.training.provenance import versions
 from deltatune.training.space import check_space
 from deltatune.verification import VerifyReport
 
-__all__ = ["Run", "build", "report_of"]
+__all__ = ["Described", "Run", "build", "describe", "load", "report_of"]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a run before any weight is read."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    console: RunConsole
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: RecipeData
+    mesh: Mesh
+    sizes: Sizes
+    of_samples: list[str]  # what is to be said of completions
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run is saved."""
+        return Path(self.recipe.training.output_dir).expanduser()
 
 
 @dataclass(frozen=True)
@@ -59,15 +80,20 @@ class Run:
         return Path(self.recipe.training.output_dir).expanduser()
 
 
-def build(
+def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:
+    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds."""
+    return load(describe(recipe, arguments, console))
+
+
+def describe(
     recipe: Recipe,
     arguments: TrainingArguments,
     console: RunConsole,
     before_data: Callable[[Mesh], None] = lambda _: None,
-) -> Run:
-    """Loads and prepares everything; cheap checks first, so that a mistake costs seconds.
+) -> Described:
+    """Checks names and shapes, divides the work, and reads and packs the rows.
 
-    ``before_data`` hears of the processes before rows and weights are read.
+    ``before_data`` hears of the processes before rows are read.
     """
     check_offloading(recipe, arguments.device)
     config = load_config(recipe.model)
@@ -88,8 +114,14 @@ def build(
     data.check_tokens(hf_model.base_model(empty).get_input_embeddings().weight.shape[0], tokenizer)
     for line in data.lines():
         console.out(line, highlight=False)
+    return Described(recipe, arguments, console, config, tokenizer, data, mesh, sizes, of_samples)
+
+
+def load(described: Described) -> Run:
+    """Loads and prepares the model of a run."""
+    recipe, arguments, console, mesh = described.recipe, described.arguments, described.console, described.mesh
     set_seed(arguments.seed)
-    loaded = load_by_recipe(recipe, config, mesh)
+    loaded = load_by_recipe(recipe, described.config, mesh)
     model = loaded.model
     if not mesh.holds_parts:
         with phase(f"moving the model to {arguments.device}"):
@@ -107,10 +139,10 @@ def build(
         )
     said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
-    said += [*sizes_lines(recipe, sizes), *loaded.said, *of_samples]
+    said += [*sizes_lines(recipe, described.sizes), *loaded.said, *described.of_samples]
     for line in [*said, *optimizer_lines(model, recipe.training)]:
         console.out(line, highlight=False)
-    return Run(recipe, arguments, console, tokenizer, data, loaded, prepared, mesh)
+    return Run(recipe, arguments, console, described.tokenizer, described.data, loaded, prepared, mesh)
 
 
 def report_of(run: Run, verified: VerifyReport | None) -> dict[str, Any]:

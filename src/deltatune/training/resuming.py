@@ -12,11 +12,13 @@ import torch.distributed as dist
 import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from deltatune.errors import UserError, one_line
 from deltatune.parallel.filling import from_rank_0
-from deltatune.parallel.mesh import Launched
+from deltatune.parallel.mesh import Launched, Mesh
+from deltatune.training.batches import PackOrder, count_steps
+from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import write_json
 from deltatune.training.sealed import damage_of, size_problem_of
 
@@ -25,6 +27,7 @@ __all__ = [
     "decided_by_rank_0",
     "found_by_rank_0",
     "make_valid_json",
+    "no_step_left",
     "restore_settings",
     "state_of",
     "step_of",
@@ -111,6 +114,26 @@ def _check_seen(checkpoint: Path | None, mesh: Launched) -> None:
                 f"rank {rank} does not see {checkpoint} as rank 0 does: {problem}; every process reads it, so put it "
                 "on a disk that they share"
             )
+
+
+def no_step_left(
+    checkpoint: Path, num_packs: int, mesh: Mesh, arguments: TrainingArguments, stopping: EarlyStopping | None
+) -> bool:
+    """Whether a run has no step after a checkpoint; every rank calls this.
+
+    Args:
+        checkpoint: whose state is asked.
+        num_packs: packs of an epoch.
+        mesh: the processes, which share them.
+        arguments: how far the run goes.
+        stopping: what ends it earlier.
+    """
+    state = state_of(checkpoint)
+    _, steps = count_steps(len(PackOrder(num_packs, mesh=mesh, drop_last=arguments.dataloader_drop_last)), arguments)
+    if stopping is not None:
+        stopping.restore(state)
+    ended = state.global_step >= steps or (stopping is not None and stopping.stops)
+    return decided_by_rank_0(lambda: ended, arguments)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -32,7 +32,7 @@ from deltatune.signals import noted
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
 from deltatune.training.beginning import begin
-from deltatune.training.building import Run, build, report_of
+from deltatune.training.building import Described, Run, build, describe, load, report_of
 from deltatune.training.changes import Change
 from deltatune.training.checkpoint import load_config
 from deltatune.training.console import RunConsole
@@ -53,7 +53,7 @@ from deltatune.training.process_group import own_process_group
 from deltatune.training.prompts import prompts_of
 from deltatune.training.ranks import RankWatch, explained, watched
 from deltatune.training.record import RunRecord
-from deltatune.training.resuming import decided_by_rank_0, found_by_rank_0, state_of, step_of
+from deltatune.training.resuming import decided_by_rank_0, found_by_rank_0, no_step_left, state_of, step_of
 from deltatune.training.samples import Samples
 from deltatune.training.sharded_files import save_weights
 from deltatune.training.signals import StopAfterStep, caught_signals
@@ -138,20 +138,25 @@ def _train(
         changes.extend(of_steps)
 
     with told_before_training(checkpoint), told_of_memory():
-        run = build(recipe, arguments, log, before_data)
-        if checkpoint is not None and isinstance(run.data.train, PackStream):
-            run.data.train.start = place_of(checkpoint, run.mesh)
-        of_data = changed_data(run.data, checkpoint, allow=allow_change)
+        described = describe(recipe, arguments, log, before_data)
+        if checkpoint is not None and isinstance(described.data.train, PackStream):
+            described.data.train.start = place_of(checkpoint, described.mesh)
+        of_data = changed_data(described.data, checkpoint, allow=allow_change)
         for line in change_lines(of_data, checkpoint):
             log.out(line, highlight=False)
         changes += of_data
+        done = None
         if checkpoint is not None:
             log.out(f"going on from {checkpoint}", highlight=False)
+            done = checkpoint if _is_done(described, checkpoint) else None
+        if done is not None and (recorded := _recorded(described, done, changes)) is not None:
+            return _untouched(described, done, recorded)
+        run = load(described)
         records = report_of(run, _verify(run))
         parts = shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
         during_training.enter_context(_cache_setting_kept(run.model))
-        return _fit(run, parts, records, checkpoint, changes, during_training, watch)
+        return _fit(run, parts, records, checkpoint, done, changes, during_training, watch)
 
 
 def _fit(
@@ -159,17 +164,15 @@ def _fit(
     parts: Parts,
     records: dict[str, Any],
     checkpoint: Path | None,
+    done: Path | None,
     changes: list[Change],
     during_training: ExitStack,
     watch: RankWatch | None,
 ) -> TrainResult:
-    """Trains, evaluates and saves, and keeps the record of it."""
+    """Trains, evaluates and saves, and keeps the record of it; no step is left after the checkpoint ``done``."""
     otherwise = evaluates_otherwise(changes)
     trainer, record = _trainer(run, parts, otherwise), None
     step = 0 if checkpoint is None else step_of(checkpoint)
-    done = checkpoint if checkpoint is not None and trainer.is_done(checkpoint) else None
-    if done is not None and (recorded := _recorded(run, done, changes)) is not None:
-        return _untouched(run, trainer, done, recorded)
     if run.arguments.should_save:
         run.console.keep_in(run.output_dir)
         write_text(run.output_dir / "config.yaml", dump_recipe(run.recipe))
@@ -222,31 +225,35 @@ def _is_interruption(failure: BaseException) -> bool:
     return of_rank or isinstance(failure, InterruptedRunError | KeyboardInterrupt)
 
 
-def _recorded(run: Run, done: Path, changes: list[Change]) -> dict[str, Any] | None:
+def _is_done(described: Described, checkpoint: Path) -> bool:
+    """Whether no step of a run is left after a checkpoint; on every rank."""
+    stopping = EarlyStopping.of(described.recipe.training)
+    return no_step_left(checkpoint, len(described.data.train), described.mesh, described.arguments, stopping)
+
+
+def _recorded(described: Described, done: Path, changes: list[Change]) -> dict[str, Any] | None:
     """The metrics of a run that finished at ``done`` and lacks nothing, so that it stays as it is; on every rank."""
 
     def find() -> dict[str, Any] | None:
-        if changes or done.resolve().parent != run.output_dir.resolve():
+        if changes or done.resolve().parent != described.output_dir.resolve():
             return None
-        text, adapter = dump_recipe(run.recipe), run.recipe.lora is not None
-        return final_metrics(run.output_dir, recipe=text, step=step_of(done), adapter=adapter)
+        text, adapter = dump_recipe(described.recipe), described.recipe.lora is not None
+        return final_metrics(described.output_dir, recipe=text, step=step_of(done), adapter=adapter)
 
-    return decided_by_rank_0(find, run.arguments)
+    return decided_by_rank_0(find, described.arguments)
 
 
-def _untouched(run: Run, trainer: PackedTrainer, done: Path, recorded: Mapping[str, Any]) -> TrainResult:
-    """What there is of a finished run; no file is written."""
-    trainer.state = state_of(done)
+def _untouched(described: Described, done: Path, recorded: Mapping[str, Any]) -> TrainResult:
+    """What there is of a finished run; no weight is read and no file is written."""
     figures = [f"{name} {recorded[name]:.4f}" for name in ("loss", "eval_loss") if type(recorded.get(name)) is float]
-    there = f"the weights of step {recorded.get('saved_step')} are in {run.output_dir}"
+    there = f"the weights of step {recorded.get('saved_step')} are in {described.output_dir}"
     for line in (
         "the run is finished and nothing was changed, so its files stay as they are",
         _NOTHING_LEFT,
         ", ".join([there, *figures]),
     ):
-        run.console.out(line, highlight=False)
-    leg = metrics_of(run, trainer, {})["leg"]
-    return TrainResult(run.output_dir, {**recorded, "leg": leg}, trainer.state.log_history)
+        described.console.out(line, highlight=False)
+    return TrainResult(described.output_dir, {**recorded, "leg": {"steps": 0}}, state_of(done).log_history)
 
 
 def _reason(failure: BaseException) -> str:

@@ -24,13 +24,13 @@ from deltatune.parallel.stepping import step_kinds_apart
 from deltatune.phases import phase
 from deltatune.training.adapter_parts import load_adapter_parts, saved_names
 from deltatune.training.arguments import autocast_dtype
-from deltatune.training.batches import count_steps, place_file
+from deltatune.training.batches import place_file
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.export import CARD_FILE, readable
 from deltatune.training.metrics import Meter
 from deltatune.training.optimizer_state import load_optimizer, save_parts
 from deltatune.training.reloading import reload_weights
-from deltatune.training.resuming import best_beside, decided_by_rank_0, make_valid_json, restore_settings, state_of
+from deltatune.training.resuming import best_beside, make_valid_json, restore_settings, state_of
 from deltatune.training.saving import trained_rows_alone
 from deltatune.training.sealed import CHECKPOINT, ORDER, commit, next_place, rotate, seal, staged_checkpoint
 from deltatune.training.sharded_files import save_weights
@@ -244,22 +244,14 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         if self._place is not None and self._mesh.sequence_rank == 0:
             self._place.save(place_file(Path(output_dir), self._mesh))
 
-    def is_done(self, checkpoint: Path) -> bool:
-        """Whether no step of the run is left after a checkpoint; every rank calls this."""
-        state = state_of(checkpoint)
-        _, steps = count_steps(len(self.get_train_dataloader()), self.args)
-        stopping = self.early_stopping
-        if stopping is not None:
-            stopping.restore(state)
-        ended = state.global_step >= steps or (stopping is not None and stopping.stops)
-        return decided_by_rank_0(lambda: ended, self.args)
-
     def take_up_finished(self, checkpoint: Path) -> None:
         """Takes up the weights and the state of a checkpoint after which no step of the run is left.
 
         The Trainer itself goes one step further where the last step lies within an epoch.
         """
         self.state = state = state_of(checkpoint)
+        if self.early_stopping is not None:
+            self.early_stopping.restore(state)
         self._find_best(checkpoint)
         if self.args.should_save:
             # what the run would have removed, had it not been killed before
