@@ -1,7 +1,8 @@
 """The command line: parses arguments, loads the one command that was asked for, and turns errors into one line.
 
 Exit status: 0 done; 1 a leak was found, or the program failed (with a traceback); 2 the user's input is at fault (one
-line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM (one line).
+line, a traceback only with ``--debug``); 130 and 143 interrupted, by Ctrl-C and SIGTERM (one line); 141 nobody read the
+output to its end (in silence).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeAlias
 
 from deltatune.errors import InterruptedRunError, RecipeKeyError, UserError, is_missing, is_users, one_line
 from deltatune.phases import phase, shown_by
+from deltatune.pipes import UNREAD, discard, is_unread
 from deltatune.signals import Interruption, done_with_signals, interruptible, kept_by
 
 __all__ = ["main"]
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; None for those of this process, which ends with the command.
     """
     status: int | None = None
+    read = True
     try:
         with interruptible():
             status = _main(argv)
@@ -46,11 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             _say_once(str(error))
             status = error.status
+    finally:
+        if argv is None:
+            read = _is_read()
     if argv is None:
-        with suppress(OSError, AttributeError):  # Python says it as it ends; there may be no standard output
-            sys.stdout.flush()
         done_with_signals()
-    return status
+    return status if read else status or UNREAD
+
+
+def _is_read() -> bool:
+    """Whether the standard output takes the last of what it was given; else Python would say so as it ends."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return False
+    except (OSError, AttributeError):  # Python says it as it ends; there may be no standard output
+        pass
+    return True
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -75,6 +91,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if not is_users(error):
             raise
+        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):
+            return UNREAD
         if debug:
             traceback.print_exception(error)
         missing = f"the package {getattr(error, 'name', '')} is missing: pip install 'deltatune[train]'"

@@ -295,7 +295,7 @@ def test_the_bar_goes_with_training_that_fails(tmp_path: Path, monkeypatch: pyte
         raise ZeroDivisionError
 
     screen = io.StringIO()
-    monkeypatch.setattr(trainer_module, "Console", lambda: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr(trainer_module, "Screen", lambda: Console(file=screen, force_terminal=True, width=80))
     monkeypatch.setattr(PackedTrainer, "compute_loss", failing)
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -9,12 +11,38 @@ from pathlib import Path
 from rich.console import Console
 
 from deltatune.phases import Advance
+from deltatune.pipes import discard, is_unread
 from deltatune.runs.command import command_line
 from deltatune.training.phase_lines import MovingLines, plain_lines
 
-__all__ = ["LOG_FILE", "RunConsole"]
+__all__ = ["LOG_FILE", "RunConsole", "Screen"]
 
 LOG_FILE = "train.log"
+
+_GONE = (
+    f"nobody reads the standard output any more; the run goes on, and what it says is in {LOG_FILE} of its folder "
+    "(Ctrl-C or SIGTERM ends it)"
+)
+
+
+class Screen(Console):
+    """A console that a run outlives: what is written to a pipe whose reader is gone goes nowhere from then on.
+
+    Attributes:
+        tell: what hears of it, once.
+    """
+
+    tell: Callable[[str], None] = staticmethod(lambda _: None)
+
+    def on_broken_pipe(self) -> None:
+        """Says so on the standard error; rich would end the process in silence."""
+        self.quiet = True
+        discard(self.file)
+        if is_unread(sys.stderr):
+            discard(sys.stderr)
+        else:
+            sys.stderr.write(f"{_GONE}\n")
+        self.tell(_GONE)
 
 
 class RunConsole:
@@ -30,6 +58,8 @@ class RunConsole:
         self._moving, self._lines = moving, MovingLines(screen)
         self._file: Path | None = None
         self._early: list[str] = []  # said before there was a file
+        if isinstance(screen, Screen):
+            screen.tell = self.keep
 
     @property
     def table_width(self) -> int | None:

@@ -35,7 +35,7 @@ from deltatune.training.beginning import begin
 from deltatune.training.building import Described, Run, build, describe, load, report_of
 from deltatune.training.changes import Change
 from deltatune.training.checkpoint import load_config
-from deltatune.training.console import RunConsole
+from deltatune.training.console import RunConsole, Screen
 from deltatune.training.continuing import adapter_record
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.ending import ending, ending_lines, evaluation_of_weights
@@ -108,7 +108,7 @@ def train(
     check_experts(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # a launcher's word, before they meet
     with told_before_training(), own_process_group():
         arguments = training_arguments(recipe.training)
-        screen = Console(quiet=True) if arguments.process_index else console or Console()
+        screen = Console(quiet=True) if arguments.process_index else console or Screen()
         log = RunConsole(screen, moving=not arguments.disable_tqdm)
         watching = watched(recipe, arguments.process_index, arguments.world_size)
         with shown_by(log.phase), watching as watch, told_before_training():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +35,7 @@ from deltatune.training.batches import (
     PackOrigins,
     pack_loader,
 )
-from deltatune.training.console import RunConsole
+from deltatune.training.console import RunConsole, Screen
 from deltatune.training.early_stopping import EarlyStopping
 from deltatune.training.metrics import Meter
 from deltatune.training.muon import MuonWithAdamW
@@ -114,7 +113,7 @@ class PackedTrainer(SealedTrainer):
         self._num_evaluated = self._evaluated_packs = 0
         self._optimizer_settings = optimizer
         self._offloading = offloading
-        self._console = console or RunConsole(Console(), moving=not args.disable_tqdm)
+        self._console = console or RunConsole(Screen(), moving=not args.disable_tqdm)
         self._on_nonfinite = on_nonfinite
         self._finite = FiniteWatch(mesh, train_dataset.where)
         self._batches: list[Batch] = []  # of this step, where they may have to be written
