@@ -107,6 +107,13 @@ def test_an_unknown_training_name_is_named_where_it_stands(fails, write_recipe, 
     assert f"{path}:{line}: training.lr: unknown (did you mean learning_rate?)" in fails(command, path)
 
 
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_ranks_of_a_pack_are_checked_before_rows_are_read(fails, write_recipe, write_rows, command) -> None:
+    rows = write_rows(*[GOOD] * 1000, {"messages": 3})  # after those that are looked at first
+    assert "rows.jsonl, line 1001" in fails(command, write_recipe(rows))
+    assert "set sequence to one of 1, 2" in fails(command, write_recipe(rows), "--set", "parallel.sequence=64")
+
+
 def test_no_recipe(fails, tmp_path) -> None:
     assert "no such recipe" in fails("train", tmp_path / "nothing.yaml")
     (tmp_path / "empty.yaml").write_text("")

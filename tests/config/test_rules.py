@@ -22,6 +22,11 @@ EVALUATED = "data: {train: [{path: a}], eval: [{path: b}]}"
 
 # rule -> (broken, what the message must name, mended)
 ERRORS = {
+    "an_op_has_implementations_by_name": (
+        "kernels: {gated_delta_rule: fast}",
+        "kernels.gated_delta_rule: unknown impl='fast'; expected 'auto' or one of 'flash_qla', 'fla', 'reference'",
+        "kernels: {gated_delta_rule: fla, causal_conv: auto}",
+    ),
     "a_prediction_is_made_without_offloading": (
         "{activation_offloading: true, checkpointing: auto}",
         "activation_offloading: true cannot act with checkpointing: auto",

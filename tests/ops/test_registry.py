@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+from typing import get_args
 
 import pytest
 import torch
 
 from deltatune import ops
+from deltatune.config.kernel_names import kernel_names
+from deltatune.config.schema import OpName
 from deltatune.ops import _nvidia, _registry
 from deltatune.ops._linear_cross_entropy import providers as loss_providers
 from deltatune.ops._numerics import most_demanding
@@ -52,6 +55,12 @@ def test_every_op_ends_with_a_reference_that_runs_on_a_cpu(spec):
         named = ops.choose(given, "reference")
         assert named.reason == "named by the caller"
         assert ops.choose(given).reason
+
+
+def test_names_of_implementations_are_known_without_torch():
+    declared = {spec.op: tuple(provider.name for provider in spec.providers) for spec in SPECS}
+    assert kernel_names() == declared
+    assert kernel_names().keys() == set(get_args(OpName))
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deltatune.config.schema import LoraSection, ModelSection
+from deltatune.config.schema import LoraSection, ModelSection, Recipe
 from deltatune.errors import UserError
 from deltatune.training.adapters import adapt
 from deltatune.training.checkpoint import empty_model
@@ -17,8 +17,13 @@ from tiny import tiny_model
 
 
 def check(folder: Path, *names: str, **settings: Any) -> None:
-    lora = LoraSection(r=4, target_modules=names)
-    check_layer_names(ModelSection(name_or_path=str(folder), **settings), lora)
+    check_sections(folder, model=settings, lora={"target_modules": names} if names else None)
+
+
+def check_sections(folder: Path, **sections: Any) -> None:
+    model = {"name_or_path": str(folder), **sections.pop("model", {})}
+    given = {"model": model, "data": {"train": [{"path": "rows.jsonl"}]}, **sections}
+    check_layer_names(Recipe.model_validate(given))
 
 
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_moe"])
@@ -43,9 +48,51 @@ def test_a_name_that_is_nowhere_is_refused_as_by_the_model(folder: Path) -> None
 
 
 def test_modules_to_save_are_looked_at_too(folder: Path) -> None:
-    lora = LoraSection(r=4, target_modules=("q_proj",), modules_to_save=("lm_haed",))
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}
     with pytest.raises(UserError, match=r"lora\.modules_to_save: 'lm_haed' matches no module"):
-        check_layer_names(ModelSection(name_or_path=str(folder)), lora)
+        check_sections(folder, lora=lora)
+
+
+def patterned(key: str, pattern: str) -> dict[str, Any]:
+    """Sections in which a key holds a pattern; other keys match everything."""
+    section, name = key.split(".")
+    value: Any = {"unfrozen_parameters": [pattern], "target_modules": pattern, "exclude_modules": pattern}.get(name)
+    return {section: {name: {pattern: 1} if value is None else value}}
+
+
+PATTERNS = {
+    "lora.target_modules": "module",
+    "lora.exclude_modules": "module",
+    "lora.rank_pattern": "layer",
+    "lora.alpha_pattern": "layer",
+    "training.unfrozen_parameters": "parameter",
+    "training.learning_rates": "parameter",
+}
+
+
+@pytest.mark.parametrize(("key", "what"), PATTERNS.items())
+@pytest.mark.parametrize("pattern", ["q_porj", r".*\.q_porj", r"^layers\.3.self_attn.q_porj$", "layers.1.+porj"])
+def test_a_pattern_of_words_that_are_nowhere_is_refused(folder: Path, key: str, what: str, pattern: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_sections(folder, **patterned(key, pattern))
+    assert str(caught.value).startswith(f"{key}: {pattern!r} matches no {what}; nearest: ")
+
+
+@pytest.mark.parametrize("key", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj", "proj", r".*\.q_proj", r"^model\.layers\.0\.", ".", "norm.weight$",
+        # what may match otherwise than by each of its words
+        "q_porj|q_proj", "(q_porj)?", "[q_porj]", "q_porj{0}", "(?i)Q_PROJ", r"\w+porj*",
+    ],
+)  # fmt: skip
+def test_other_patterns_are_left_to_the_model(folder: Path, key: str, pattern: str) -> None:
+    check_sections(folder, **patterned(key, pattern))
+
+
+def test_rates_of_parameters_that_adapters_bring_are_left_to_them(folder: Path) -> None:
+    check_sections(folder, lora={}, training={"learning_rates": {"lora_B": 1e-3}})
 
 
 def test_shards_are_read_by_their_index(tmp_path: Path) -> None:

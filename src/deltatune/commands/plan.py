@@ -24,7 +24,11 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Prints every swap, kernel, trainable module, the packs, the steps and the memory; loads no weights."""
     recipe: Recipe = args.recipe
-    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+    config = load_config(recipe.model)
+    if recipe.parallel.sequence not in (1, "auto"):
+        # by heads alone, and before the tokenizer and the rows
+        importlib.import_module("deltatune.training.pack_ranks").check_sequence(recipe, config)
+    tokenizer = load_tokenizer(recipe.model)
     checkpoint, said = begin(recipe, args.resume, clears=False)
     if checkpoint is not None:
         since = importlib.import_module("deltatune.training.since")

@@ -12,6 +12,7 @@ from deltatune.config.data_rules import DATA_ERRORS
 from deltatune.config.defaults import differs
 from deltatune.config.idle import idle_settings, is_off_on_purpose
 from deltatune.config.inductor import INDUCTOR_OPTIONS
+from deltatune.config.kernel_names import kernel_errors
 from deltatune.config.moments import moment_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.schema import LoraSection, Recipe, Source
@@ -313,6 +314,7 @@ _ERRORS = (
     _model_errors,
     _pattern_errors,
     *DATA_ERRORS,
+    kernel_errors,
     _shard_errors,
     _sequence_errors,
     _expert_errors,

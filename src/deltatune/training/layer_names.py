@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from deltatune.config.schema import LoraSection, ModelSection
+from deltatune.config.schema import LoraSection, ModelSection, Recipe
 from deltatune.errors import UserError
 from deltatune.hf.source import conversion_text, modeling_text
 
@@ -17,35 +17,73 @@ __all__ = ["NAMED_EXPERTS", "check_layer_names", "check_layer_numbers", "json_of
 
 #: Names of the projections of routed experts, which are no modules.
 NAMED_EXPERTS: Final = re.compile(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b")
+# each word of such a regular expression is a part of whatever it matches
+_WORDS_ALONE: Final = re.compile(r"\^?(\w|\\?\.|\.[*+])+\$?")
 _HEADER_BYTES: Final = 100 * 2**20  # the most that the format allows
 
 
-def check_layer_names(model: ModelSection, lora: LoraSection) -> None:
-    """Refuses a name in ``target_modules`` or ``modules_to_save`` that neither weights nor source of a model mention.
+def check_layer_names(recipe: Recipe) -> None:
+    """Refuses names and patterns of layers that neither weights nor source of a model mention.
 
-    Nor does it take a number in ``layers_to_transform`` of no layer.
-    What is mentioned may still match no module, as what a pattern matches is not known here: the model itself says so
-    once it is built. A model that is not on this disk, or brings its own code, is not looked at.
+    Those are names in ``lora``, and patterns there and in ``training``. Nor does it take a number in
+    ``layers_to_transform`` of no layer. What is mentioned may still match no module, as what a pattern matches is not
+    known here: the model itself says so once it is built. A model that is not on this disk, or brings its own code, is
+    not looked at.
 
     Raises:
-        UserError: such a name, with the nearest layers of the checkpoint; or such a number.
+        UserError: such a name or pattern, with the nearest layers of the checkpoint; or such a number.
     """
+    model, lora = recipe.model, recipe.lora
     folder = Path(model.name_or_path).expanduser()
-    given = [(f"lora.{field}", getattr(lora, field)) for field in ("target_modules", "modules_to_save")]
-    entries = [(field, entry) for field, names in given if isinstance(names, tuple) for entry in names]
-    source = None if model.trust_remote_code or not entries else _source(folder)
-    tensors = None if source is None else _tensors(folder)
     count = text_settings(model).get("num_hidden_layers")
-    if type(count) is int:
+    if lora is not None and type(count) is int:
         check_layer_numbers(lora, count)
+    wanted = list(_wanted(recipe))
+    source = None if model.trust_remote_code or not wanted else _source(folder)
+    tensors = None if source is None else _tensors(folder)
     if source is None or tensors is None:
         return
     known = set(re.findall(r"\w+", " ".join((source, *tensors))))
-    for field, entry in entries:
-        leaf = entry.rpartition(".")[2]
-        if leaf not in known and entry != "all-linear" and not NAMED_EXPERTS.search(entry):
+    for wish in wanted:
+        if not NAMED_EXPERTS.search(wish.text) and not wish.is_among(known):
             layers = [name.removesuffix(".weight") for name, rank in tensors.items() if rank == 2]
-            raise UserError(f"{field}: {entry!r} matches no module{nearest_layers(entry, layers)}")
+            raise UserError(f"{wish.key}: {wish.text!r} matches no {wish.what}{nearest_layers(wish.text, layers)}")
+
+
+class _Wanted(NamedTuple):
+    """A name, or a pattern, of modules or parameters in a recipe."""
+
+    key: str
+    text: str
+    what: str  # it names
+    is_pattern: bool = True
+
+    def is_among(self, known: Collection[str]) -> bool:
+        """Whether it may match a name that these words make; True for a pattern that says more than words."""
+        if not self.is_pattern:
+            return self.text.rpartition(".")[2] in known or self.text == "all-linear"
+        if _WORDS_ALONE.fullmatch(self.text) is None:
+            return True
+        return all(any(word in name for name in known) for word in re.findall(r"[^\W\d]\w*", self.text))
+
+
+def _wanted(recipe: Recipe) -> Iterator[_Wanted]:
+    training, lora = recipe.training, recipe.lora
+    for pattern in training.unfrozen_parameters or ():
+        yield _Wanted("training.unfrozen_parameters", pattern, "parameter")
+    if lora is None:  # adapters' parameters have names of PEFT's
+        for pattern in training.learning_rates:
+            yield _Wanted("training.learning_rates", pattern, "parameter")
+        return
+    for field in ("target_modules", "modules_to_save", "exclude_modules"):
+        names = getattr(lora, field)
+        if isinstance(names, str):
+            yield _Wanted(f"lora.{field}", names, "module", is_pattern=names != "all-linear")
+        for name in names if isinstance(names, tuple) else ():
+            yield _Wanted(f"lora.{field}", name, "module", is_pattern=False)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, field):
+            yield _Wanted(f"lora.{field}", pattern, "layer")
 
 
 def check_layer_numbers(lora: LoraSection, count: int) -> None:

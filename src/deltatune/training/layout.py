@@ -14,7 +14,7 @@ from deltatune.data.report import counted
 from deltatune.errors import UserError, one_line
 from deltatune.parallel.experts import check_expert_ranks, check_expert_size, divide_experts, expert_sizes
 from deltatune.parallel.filling import fill
-from deltatune.parallel.heads import check_sequence_size, sequence_sizes, stateless
+from deltatune.parallel.heads import sequence_sizes
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import Sizes, choose_sizes
@@ -23,9 +23,10 @@ from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.loading import LoadedModel
+from deltatune.training.pack_ranks import check_sequence
 from deltatune.training.planned import estimate_step, expert_split, prepare_by_recipe
 
-__all__ = ["check_experts", "check_sequence", "mesh_of", "shard_by_recipe", "sizes_lines", "sizes_of"]
+__all__ = ["check_experts", "mesh_of", "shard_by_recipe", "sizes_lines", "sizes_of"]
 
 #: What a step may take of a device, beside what is not estimated.
 _ROOM = 0.9
@@ -98,23 +99,6 @@ def check_experts(recipe: Recipe, processes: int, model: nn.Module | None = None
     except ValueError as error:
         start = "" if processes > 1 else "; start several with deltatune train RECIPE --nproc N"
         raise UserError(f"parallel.{error}{start if split.ranks in expert_sizes(model) else ''}") from error
-
-
-def check_sequence(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Checks ``parallel.sequence`` and ``parallel.recurrent`` against the model's layers, from its config alone.
-
-    Raises:
-        UserError: a size that the model cannot take, with those that it can; or states of a model that has none.
-    """
-    size, recurrent = recipe.parallel.sequence, recipe.parallel.recurrent
-    if size == "auto":
-        if recurrent == "state" and (why := stateless(config)) is not None:
-            raise UserError(f"parallel.recurrent: state cannot act: {why}; leave it out")
-        return
-    try:
-        check_sequence_size(config, size, recurrent)
-    except UserError as error:
-        raise UserError(f"parallel.{error}") from error
 
 
 def _sequences(recipe: Recipe, config: PreTrainedConfig) -> list[int]:

@@ -132,10 +132,10 @@ def _check_model(recipe: Recipe) -> None:
     check_tokenizer_path(section)
     if section.chat_template is not None:
         find_template(section.chat_template)
-    if lora is not None:
-        if lora.name_or_path is not None and (folder := Path(lora.name_or_path).expanduser()).is_dir():
-            start_settings(lora.name_or_path, folder)
-        check_layer_names(section, lora)
+    start = None if lora is None else lora.name_or_path
+    if start is not None and (folder := Path(start).expanduser()).is_dir():
+        start_settings(start, folder)
+    check_layer_names(recipe)
     known, rows = vocabulary_of_files(section), rows_of_files(recipe)
     if known is not None:
         check_new_tokens(section, known)

@@ -42,9 +42,10 @@ from deltatune.training.ending import ending, ending_lines, evaluation_of_weight
 from deltatune.training.export import save_trained, write_json, write_text
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE, TrainResult, check_finite, metrics_of
 from deltatune.training.interruption import told_before_training, told_of_memory, told_what_is_kept
-from deltatune.training.layout import check_experts, check_sequence, shard_by_recipe
+from deltatune.training.layout import check_experts, shard_by_recipe
 from deltatune.training.lock import locked
 from deltatune.training.optimizers import OptimizerSettings
+from deltatune.training.pack_ranks import check_sequence
 from deltatune.training.packs import padding_token
 from deltatune.training.preference_trainer import trainer_for
 from deltatune.training.preflight import preflight
