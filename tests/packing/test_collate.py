@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from deltatune.packing.by_rank import WholeDocuments
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import Sample
 
@@ -141,7 +142,26 @@ def test_collating_needs_no_optional_package():
 import sys
 for name in ("pydantic", "datasets", "transformers", "rich"):
     sys.modules[name] = None
+from deltatune.packing.by_rank import WholeDocuments
 from deltatune.packing.collate import PackedCollator
 PackedCollator(tokens_per_batch=4, pad_token_id=0)([{"input_ids": [1, 2]}])
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_documents_lie_whole_on_ranks_where_they_fit():
+    whole = WholeDocuments(2)
+    collator = PackedCollator(tokens_per_batch=16, pad_token_id=99, whole=whole)
+    batch = collator(samples([5, 2, 4, 4]))
+    assert batch["sequences"].lengths == [4, 4, 5, 2, 1]
+    assert batch["input_ids"].tolist() == [[*range(8, 16), *range(1, 8), 99]]
+    assert batch["labels"].tolist() == [[-100, 9, 10, 11, -100, 13, 14, 15, -100, 2, 3, 4, 5, -100, 7, -100]]
+    assert batch["position_ids"].tolist() == [[*range(4), *range(4), *range(5), 0, 1, 0]]
+    same = PackedCollator(tokens_per_batch=16, pad_token_id=99)
+    longer = samples([5, 9, 2])
+    assert torch.equal(collator(longer)["input_ids"], same(longer)["input_ids"])
+
+
+def test_ranks_that_do_not_divide_a_pack_are_refused():
+    with pytest.raises(ValueError, match="tokens_per_batch=16 is not a multiple of the 3 ranks"):
+        PackedCollator(tokens_per_batch=16, pad_token_id=99, whole=WholeDocuments(3))

@@ -20,6 +20,8 @@ from deltatune.parallel.slice import cut_batch
 from forked import free_port, run_ranks
 
 ROUTED = {"output_router_logits": True}
+#: in parts of 32 and of 64 tokens
+APART = [20, 12, 32, 5, 27, 32]
 WHOLE = CompileOptions(scope="model", backend="aot_eager")
 THREE_HEADS = {"linear_num_value_heads": 3, "linear_num_key_heads": 3}
 FEW = {"num_key_value_heads": 1, "linear_num_key_heads": 1}
@@ -58,6 +60,19 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
         (2,),
         Case((THREE,), family="qwen3", layers=1, lora=True, prepared=traced("layer"), exchanges=True),
     ),
+    # no document lies on two ranks in the first pack
+    "whole documents": ((2, 4), Case((APART, THREE, [13, 1, 2, 3, 109]), layers=1, prepared=traced(0.0))),
+    "whole documents, checkpointed": (
+        (2,),
+        Case((APART, THREE), labels=True, counted=False, lora=True, prepared={"checkpointing": "layer"}),
+    ),
+    "whole documents, experts": ((2, 4), Case((APART, THREE), family="qwen3_5_moe", call=ROUTED)),
+    "whole documents, graph of the model": (
+        (2,),
+        Case((APART, THREE), family="qwen3", layers=1, prepared={"compile": WHOLE}),
+    ),
+    "whole documents, windows and sinks": ((2,), Case((APART,), family="gpt_oss", call=ROUTED)),
+    "whole documents, states": ((2, 4), Case((APART, THREE), layers=1, prepared=traced("layer"), recurrent="state")),
     "states": (
         (2, 4),
         Case((THREE, ODD, [513, 511], [514, 510], [257, 255, 257, 255], [401], [7], [1, 1, 1]), recurrent="state"),
@@ -102,6 +117,8 @@ def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
         made |= {
             "documents, heads": documents_main(rank, "heads"),
             "documents, state": documents_main(rank, "state"),
+            "apart, heads": together(Case((APART,), exchanges=True), rank, 2)["exchanges"],
+            "apart, state": together(Case((APART,), exchanges=True, recurrent="state"), rank, 2)["exchanges"],
             "sharded": sharded_main(rank),
             "undone": undone_main(rank),
             "exchange": exchange_main(rank),
@@ -174,6 +191,11 @@ def test_no_document_reaches_another(recurrent: str, found: Any) -> None:
 def test_no_setting_exchanges_again_in_backward(setting: str, found: Any) -> None:
     twice = 2 * CASES[setting][1].layers
     assert found(2)[setting]["exchanges"] == [twice, twice]
+
+
+@pytest.mark.parametrize("recurrent", get_args(Recurrent))
+def test_ranks_that_hold_whole_documents_exchange_nothing(recurrent: Recurrent, found: Any) -> None:
+    assert found(2)[f"apart, {recurrent}"] == [0, 0]
 
 
 def exchange_main(rank: int) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from training_cases import TOKENS, Packs, make_trainer, weights
 
 from deltatune import prepare
 from deltatune.packing.collate import PackedCollator
+from deltatune.parallel.mesh import Mesh
 from deltatune.training import trainer as trainer_module
 from deltatune.training.batches import PACK_COUNTS, PACK_ORIGINS, CountingCollator
 from deltatune.training.trainer import PackedTrainer
@@ -288,6 +289,26 @@ def test_a_batch_equals_the_collators(tmp_path: Path) -> None:
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(batch[name], expected[name]), name
     assert batch["sequences"].lengths == expected["sequences"].lengths
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_trainer_lays_packs_out_for_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, in_order: bool
+) -> None:
+    monkeypatch.setattr(Mesh, "of", lambda *_: Mesh.at(2, 0, sequence=2))
+    monkeypatch.setattr(PackedTrainer, "in_order", in_order)
+    packs = Packs(12)
+    trainer = make_trainer(tmp_path / "run", model=small(), packs=packs)
+    plain = PackedCollator(tokens_per_batch=TOKENS, pad_token_id=0)
+    moved = 0
+    for number in range(12):
+        batch, expected = trainer.data_collator([packs[number]]), plain(packs[number])
+        assert batch[PACK_COUNTS].documents == len(packs[number])
+        assert torch.equal(batch["input_ids"].sort().values, expected["input_ids"].sort().values)
+        moved += (
+            TOKENS // 2 in batch["sequences"].cu_seqlens_cpu and TOKENS // 2 not in expected["sequences"].cu_seqlens_cpu
+        )
+    assert bool(moved) is not in_order
 
 
 def test_the_bar_goes_with_training_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ Forward = Callable[..., Any]
 EVALUATION = " (no grad)"
 INFERENCE = " (inference mode)"
 
-#: Ends the names of training's graphs for layers in front of everything that trains: they have no backward.
+#: In the names of training's graphs for layers in front of everything that trains: they have no backward.
 FROZEN = " (frozen)"
 
 
@@ -171,7 +171,7 @@ class Graphs:
             self._called.add(key)
 
     def _compile(self, name: str, forward: Forward) -> Forward:
-        checkpointed = self._checkpointed and not name.endswith(FROZEN)
+        checkpointed = self._checkpointed and FROZEN not in name
         function = fresh_code(_traced(forward, checkpointed=checkpointed), name)
         # the compiler keeps every backend for good, and with it whatever it holds
         backend = functools.partial(type(self)._backend, weakref.proxy(self), name, weakref.ref(function.__code__))
@@ -270,7 +270,7 @@ _kind: ContextVar[str] = ContextVar("deltatune_kind_of_graph", default="")
 
 def of_kind(kind: str) -> AbstractContextManager[object]:
     """Layers called inside have graphs of their own, so that no call of one kind recompiles another's."""
-    return bound(_kind, f" ({kind})")
+    return bound(_kind, f"{_kind.get()} ({kind})")
 
 
 #: Prepared models whose layers run eagerly in this thread (or task), by what their layers share.

@@ -18,7 +18,7 @@ from deltatune.layers.final_norm import eps_of
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
 from deltatune.ops._rms_norm_rope.reference import rotate
-from deltatune.packing.group import Recurrent, SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup, exchanging
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
@@ -66,7 +66,8 @@ class Attention(Swapped):
         q, gate = self.split_q(projected)
         k, v = (torch.unflatten(x, -1, (-1, self.head_dim)) for x in (k, v))
         q, k = self.norm_and_rotate(q, k, *position_embeddings)
-        group, sinks = self._deltatune.sequence, getattr(self, "sinks", None)
+        group = exchanging(self._deltatune.sequence, sequences, hidden_states.shape[1])
+        sinks = getattr(self, "sinks", None)
         if group is not None:
             q, k, v = self.exchange_tokens(q, k, v, group)
             sinks = None if sinks is None else own_heads(sinks, group)

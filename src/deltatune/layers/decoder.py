@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from deltatune.compile.auto import deciding, layer_label
-from deltatune.compile.graphs import FROZEN, compile_options, graphs_of
+from deltatune.compile.graphs import FROZEN, compile_options, graphs_of, of_kind
 from deltatune.cost import Cost
 from deltatune.hf import attention_interface
 from deltatune.hf.cached import check_boundaries, is_cached_call, packed_call, stock_path
@@ -133,7 +133,7 @@ class TextModel(Swapped):
             raise ValueError("output_attentions is not available on a prepared model: no T x T weights are ever built")
         replaced = self._replaced()
         resolved = resolved_call(given, self._deltatune.sequence)
-        sequences = resolved.sequences
+        sequences = resolved.of_layers
         call = {name: value for name, value in given.items() if name not in _NOT_FOR_LAYERS}
         call["attention_mask"] = self._no_mask(sequences.cu_seqlens.device)
         call["position_ids"] = resolved.position_ids
@@ -143,7 +143,8 @@ class TextModel(Swapped):
         if call.get("inputs_embeds") is None:
             call["inputs_embeds"] = self.get_input_embeddings()(call["input_ids"])
         call["input_ids"] = None
-        with deciding(self, resolved.tokens), packed_call(self._deltatune, sequences, replaced):
+        apart = of_kind("whole documents") if resolved.whole else nullcontext()
+        with deciding(self, resolved.tokens), packed_call(self._deltatune, sequences, replaced), apart:
             return self._run(call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from deltatune.layers.exchange import all_tokens, heads_of_rank, own_heads, own_
 from deltatune.layers.state_passing import delta_rule_over_ranks, with_tokens_before
 from deltatune.lora.linear import project
 from deltatune.ops import Spec
-from deltatune.packing.group import Recurrent, SequenceGroup
+from deltatune.packing.group import Recurrent, SequenceGroup, exchanging
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
@@ -114,7 +114,7 @@ class GatedDeltaNet(Swapped):
 
     def mix_tokens(self, mixed: Tensor, b: Tensor, a: Tensor, sequences: Sequences) -> Tensor:
         """Convolution and delta rule ``[B, T, G, V]`` of projections, with what a sequence group's ranks exchange."""
-        group = self._deltatune.sequence
+        group = exchanging(self._deltatune.sequence, sequences, mixed.shape[1])
         impl = self._deltatune.options.kernels["gated_delta_rule"]
         if group is None:
             rule = self.rule_inputs(self.convolve(mixed, sequences), b, a, self.A_log, self.dt_bias)

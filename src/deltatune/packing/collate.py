@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from deltatune.packing.by_rank import WholeDocuments
 from deltatune.packing.sample import IGNORE_INDEX, Sample, as_sample
 from deltatune.packing.sequences import Sequences
 
@@ -33,19 +34,25 @@ class PackedCollator:
     - ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 ``[documents + 1]`` and ``max_length_q``, ``max_length_k`` int, the
       names that stock attention reads
 
+    With ``whole`` the row is that of ranks which hold equal parts of it: where documents fit and it is worth it, each
+    lies on one rank, in any order, and padding ends every part as a document of its own. Losses and gradients are those
+    of the other order.
+
     Attributes:
         tokens_per_batch: tokens of every batch, >= 1.
         pad_token_id: the token after the last document; it never trains.
+        whole: how documents are laid out for the ranks of a sequence group; one after the other by default.
         allow_unlabelled: accept a sample whose labels are all ``IGNORE_INDEX`` (inference, perplexity by hand).
 
     Raises:
         ValueError: when called with no sample, more tokens than ``tokens_per_batch``, several packs, an empty sample,
-            labels of another length, or a sample that trains nothing.
+            labels of another length, or a sample that trains nothing; ranks that do not divide ``tokens_per_batch``.
     """
 
     tokens_per_batch: int
     pad_token_id: int
     allow_unlabelled: bool = False
+    whole: WholeDocuments | None = None
 
     def __post_init__(self) -> None:
         if self.tokens_per_batch < 1:
@@ -55,19 +62,20 @@ class PackedCollator:
                 f"pad_token_id must be a token id, got {self.pad_token_id!r}; a tokenizer without a padding token can "
                 "use its eos_token_id"
             )
+        if self.whole is not None and self.tokens_per_batch % self.whole.ranks:
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} is not a multiple of the {self.whole.ranks} ranks that hold "
+                "equal parts of a pack; choose one"
+            )
 
     def __call__(self, samples: Sequence[object]) -> dict[str, object]:
         """One batch from samples that fit together, or from one pack of them."""
         documents = [as_sample(value, f"sample {index}") for index, value in enumerate(_members(samples))]
         self._check(documents)
-        total = self.tokens_per_batch
-        sequences = Sequences.from_lengths([len(document) for document in documents], total=total)
-        used = sum(map(len, documents))
-
-        input_ids = np.full(total, self.pad_token_id, dtype=np.int64)
-        input_ids[:used] = np.concatenate([document.input_ids for document in documents])
-        labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
-        labels[:used] = np.concatenate([document.labels for document in documents])
+        row = self._laid_out(documents)
+        sequences = Sequences.from_lengths([len(document) for document in row], total=self.tokens_per_batch)
+        input_ids = np.concatenate([document.input_ids for document in row], dtype=np.int64)
+        labels = np.concatenate([document.labels for document in row], dtype=np.int64)
         labels[sequences.positions.numpy() == 0] = IGNORE_INDEX
 
         cu_seq_lens = sequences.cu_seqlens_cpu[: sequences.num_sequences + 1]
@@ -82,6 +90,20 @@ class PackedCollator:
             "max_length_q": sequences.max_length,
             "max_length_k": sequences.max_length,
         }
+
+    def _laid_out(self, documents: list[Sample]) -> list[Sample]:
+        """The documents in the order of the row, with padding between them and behind: its tokens exactly."""
+        parts, size = [list(range(len(documents)))], self.tokens_per_batch
+        if self.whole is not None:
+            part = size // self.whole.ranks
+            divided = self.whole.divide([len(document) for document in documents], part)
+            parts, size = (parts, size) if divided is None else (divided, part)
+        row = []
+        for members in parts:
+            row += [documents[number] for number in members]
+            if short := size - sum(len(documents[number]) for number in members):
+                row.append(Sample(np.full(short, self.pad_token_id), np.full(short, IGNORE_INDEX)))
+        return row
 
     def _check(self, documents: list[Sample]) -> None:
         if not documents:

@@ -37,6 +37,7 @@ class Resolved:
         padding_mask: bool ``[B, T]``, True for real tokens, where the call carried a two-dimensional mask.
         source: the metadata that decided, for messages and reports.
         tokens: that the call holds.
+        whole: whether every document lies on one rank of a sequence group, so that its layers need no other.
     """
 
     sequences: Sequences
@@ -44,6 +45,15 @@ class Resolved:
     padding_mask: Tensor | None
     source: str
     tokens: int
+    whole: bool = False
+
+    @property
+    def of_layers(self) -> Sequences:
+        """The boundaries that layers compute with: those of the rank's own tokens where no document lies on two."""
+        if not self.whole:
+            return self.sequences
+        assert self.sequences.part is not None
+        return self.sequences.part
 
 
 def resolve_metadata(
@@ -105,12 +115,13 @@ def _resolve_part(
             f"{group.size * tokens}; pass the boundaries of the whole pack and an equal part of it on every rank"
         )
     sequences = sequences.to(device, non_blocking=True)
-    if group.recurrent == "state":
+    whole = group.holds_whole(sequences)
+    if whole or group.recurrent == "state":
         sequences = replace(sequences, part=group.part(sequences))
     expected = group.cut(sequences.positions)[None].long()
     given = call.get("position_ids")
     if given is None:
-        return Resolved(sequences, expected, None, "sequences", tokens)
+        return Resolved(sequences, expected, None, "sequences", tokens, whole)
     given = as_tensor(given)
     if given.shape[-1] != tokens or given.numel() != tokens:
         raise ValueError(f"position_ids in {ranks} must be [1, {tokens}] like the tokens, got {tuple(given.shape)}")
@@ -123,7 +134,7 @@ def _resolve_part(
             f"{int(expected[0, column])} in its document by sequences, {int(given[0, column])} by position_ids; cut "
             "position_ids from those of the whole pack, or leave them out"
         )
-    return Resolved(sequences, given, None, "sequences", tokens)
+    return Resolved(sequences, given, None, "sequences", tokens, whole)
 
 
 class _Batch:

@@ -34,7 +34,8 @@ class Sequences:
         positions: int32 ``[N]``, the offset of each token inside its document; 0 marks a document's first token.
         max_length: an upper bound on a document's length, in tokens.
         num_sequences: documents before the repeated tail, a padding document included.
-        part: where ranks hold a pack together and pass states on, the documents as this one's tokens hold them.
+        part: where ranks hold a pack together, and pass states on or need no exchange, the documents as this one's
+            tokens hold them.
     """
 
     cu_seqlens: Tensor

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from deltatune.data.dataset import PackedDataset
 from deltatune.data.stream import PackStream, StreamedPack
+from deltatune.packing.by_rank import WholeDocuments
 from deltatune.packing.collate import PackedCollator
 from deltatune.packing.sample import IGNORE_INDEX, Sample
 from deltatune.parallel.mesh import ALONE, Mesh
@@ -138,11 +139,12 @@ class PackOrder(Sampler[list[Any]]):
 class CountingCollator:
     """Packs to a batch: ``PackedCollator`` on their samples, plus the ``PackCounts`` of what it holds.
 
-    No pack at all becomes a row of padding, which adds nothing to the loss of a rank that has run out of packs.
+    ``whole`` lays documents out for the ranks that share packs. No pack at all becomes a row of padding, which adds
+    nothing to the loss of a rank that has run out of packs.
     """
 
-    def __init__(self, *, tokens_per_batch: int, pad_token_id: int) -> None:
-        self._collate = PackedCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id)
+    def __init__(self, *, tokens_per_batch: int, pad_token_id: int, whole: WholeDocuments | None = None) -> None:
+        self._collate = PackedCollator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id, whole=whole)
         nothing = Sample(np.array([pad_token_id]), np.array([IGNORE_INDEX]))
         self._padding = dataclasses.replace(self._collate, allow_unlabelled=True)([nothing])
 

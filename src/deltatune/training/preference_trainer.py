@@ -69,6 +69,7 @@ class PreferenceTrainer(PackedTrainer):
     counted: ClassVar[str] = "pairs"
     figures: ClassVar[tuple[str, ...]] = ("loss", *REWARDS)
     collator: ClassVar[type[CountingCollator]] = PairCollator
+    in_order: ClassVar[bool] = True
 
     def __init__(self, *args: Any, settings: PreferenceSection, **others: Any) -> None:
         super().__init__(*args, **others)

@@ -23,6 +23,7 @@ from deltatune.hf.model import compute_dtype
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.slice import batch_of_rank
 from deltatune.parallel.state import SHARDS, Parts
+from deltatune.parallel.whole_documents import whole_documents
 from deltatune.phases import phase
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import (
@@ -86,6 +87,9 @@ class PackedTrainer(SealedTrainer):
 
     collator: ClassVar[type[CountingCollator]] = CountingCollator
 
+    in_order: ClassVar[bool] = False
+    """Whether the documents of a pack have an order that means something, such as answers of a pair."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -126,7 +130,11 @@ class PackedTrainer(SealedTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self.collator(tokens_per_batch=tokens_per_batch, pad_token_id=pad_token_id),
+            data_collator=self.collator(
+                tokens_per_batch=tokens_per_batch,
+                pad_token_id=pad_token_id,
+                whole=None if self.in_order else whole_documents(model, mesh),
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
