@@ -30,7 +30,7 @@ from deltatune.ops import LoraGatedSpec, choose
 from deltatune.options import CompileOptions, Options, validate_checkpointing
 from deltatune.packing.group import Recurrent
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
-from deltatune.state import AutoCheckpointing, CheckpointingChoice, Facts, State
+from deltatune.state import AutoCheckpointing, CheckpointingChoice, Facts, Precision, State
 from deltatune.subclass import is_covered, restore, stock_class, swap
 
 __all__ = ["Prepared", "prepare"]
@@ -98,6 +98,17 @@ class Prepared:
         )
         decide_for(hf_model.base_model(self.model), tokens, device)
         return self.auto_checkpointing
+
+    def computes_in(self, dtype: torch.dtype | None, *, gathered: bool = False) -> None:
+        """Tells the report what calls will compute in: autocast's dtype, or that in which FSDP2 gathers weights.
+
+        Nothing else reads it: a call goes by what it finds. ``parallelize(param_dtype=)`` tells it too.
+
+        Args:
+            dtype: None for the weights' own.
+            gathered: weights reach layers in it.
+        """
+        self._state.facts.precision = None if dtype is None else Precision(dtype, gathered)
 
     def revert(self) -> None:
         """The model as it was: classes and configs; adapters and weights stay as they are now.

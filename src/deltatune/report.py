@@ -20,7 +20,7 @@ from deltatune.layers.lora import lora_modes
 from deltatune.lora.parameters import is_parameter_lora
 from deltatune.models.family import SUPPORTED, Family
 from deltatune.options import CompileOptions
-from deltatune.state import State
+from deltatune.state import Precision, State
 from deltatune.subclass import Swapped
 
 __all__ = ["PrepareReport", "SwapRow", "kernel_rows", "report_of", "table"]
@@ -188,13 +188,13 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
     options, adapters = state.options, getattr(model, "peft_config", None)
     text_model = hf_model.text_model(model)
     layers = ((type(module), module) for module in model.modules() if isinstance(module, Swapped))
-    modes = lora_modes(model, text_model, options.lora, hf_model.device_of(model))
+    modes = lora_modes(model, text_model, options.lora, hf_model.device_of(model), state.facts)
     counts = Counter((mode.name, mode.reason) for _, mode in modes)
     return PrepareReport(
         family=family.name,
         features={"packing": SUPPORTED, "compile": SUPPORTED, **family.features},
         swaps=swaps,
-        kernels=kernel_rows(layers, options.kernels, model),
+        kernels=kernel_rows(layers, options.kernels, model, state.facts.precision),
         trainable=_trainable_rows(model),
         total_parameters=sum(p.numel() for p in model.parameters()),
         experts=_experts(model, text_model),
@@ -210,10 +210,14 @@ def report_of(model: nn.Module, family: Family, state: State, swaps: list[SwapRo
 
 
 def kernel_rows(
-    layers: Iterable[tuple[type[Swapped], nn.Module]], requests: Mapping[str, str], model: nn.Module
+    layers: Iterable[tuple[type[Swapped], nn.Module]],
+    requests: Mapping[str, str],
+    model: nn.Module,
+    precision: Precision | None = None,
 ) -> list[KernelRow]:
     """What the layers in front of these modules take: chosen as they do, by the same specs."""
-    device, dtype = hf_model.device_of(model), hf_model.compute_dtype(model)
+    device = hf_model.device_of(model)
+    dtype = hf_model.compute_dtype(model) if precision is None else precision.dtype
     specs = dict.fromkeys(spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
     choices = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
     rows = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in choices)

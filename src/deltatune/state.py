@@ -18,7 +18,7 @@ from deltatune.packing.group import Recurrent, SequenceGroup
 if TYPE_CHECKING:
     from deltatune.compile.graphs import Graphs
 
-__all__ = ["AutoCheckpointing", "CheckpointingChoice", "Facts", "State", "bound"]
+__all__ = ["AutoCheckpointing", "CheckpointingChoice", "Facts", "Precision", "State", "bound"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,13 @@ class AutoCheckpointing:
     choice: CheckpointingChoice | None = None  # None before the first training forward
 
 
+class Precision(NamedTuple):
+    """What layers compute in, where their weights are stored in another dtype."""
+
+    dtype: torch.dtype
+    gathered: bool  # float weights of any dtype reach layers in it; else autocast casts them where they are read
+
+
 @dataclass
 class Facts:
     """What only a call can tell; true for every later call, whichever thread makes it."""
@@ -64,6 +71,12 @@ class Facts:
     # and the loss takes the whole logits; "unknown" until the first loss of such a model
     head: str = "linear"
     auto: AutoCheckpointing | None = None  # None where the setting was given
+    precision: Precision | None = None  # None: in the dtype of the weights, as far as is known before a call
+
+    @property
+    def gathered_in(self) -> torch.dtype | None:
+        """The dtype in which weights reach layers; None for their own."""
+        return self.precision.dtype if self.precision is not None and self.precision.gathered else None
 
 
 @dataclass(eq=False)

@@ -103,6 +103,22 @@ def test_auto_fuses_16_bit_weights_on_a_gpu_alone() -> None:
     assert mode_of(wide, "auto", device=CUDA).name == STOCK
     assert "float32" in mode_of(wide, "auto", device=CUDA).reason
     assert mode_of(on_meta, "auto", device=CPU).name == STOCK
+    narrow = torch.bfloat16
+    assert mode_of(wide, "auto", device=CUDA, dtype=narrow, gathered_in=narrow).name == FUSED
+    assert mode_of(wide, "auto", device=CUDA, dtype=narrow).name == STOCK
+
+
+def test_a_report_says_what_calls_under_autocast_do() -> None:
+    model = with_mlp_adapters(tiny_model("qwen3"))
+    prepared = prepare(model, lora="fused")
+    assert {row.mode for row in prepared.report.lora_rows} == {FUSED}
+    prepared.computes_in(torch.bfloat16)
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    with torch.autocast("cpu", torch.bfloat16):
+        modes = {module.mode_of_call(torch.zeros(1, 4, module.base_layer.in_features)) for module in layers}
+    assert [row.mode for row in prepared.report.lora_rows] == [*modes] == [STOCK]
+    reason = prepared.report.lora_rows[0].reason
+    assert reason == "autocast to bfloat16 casts the base weights, float32, in every call"
 
 
 def reference_of(model: Any) -> Any:

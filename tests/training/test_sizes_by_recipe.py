@@ -10,9 +10,12 @@ import pytest
 import torch
 from training_cases import make_recipe, save_checkpoint
 
+from deltatune import ops, preparation, report
 from deltatune.compile.memory import estimate_memory
 from deltatune.errors import UserError
+from deltatune.hf import model as hf_model
 from deltatune.training import layout
+from deltatune.training.adapters import adapt_by_recipe
 from deltatune.training.arguments import autocast_dtype, training_arguments
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.planned import estimate_step, prepare_by_recipe
@@ -98,3 +101,33 @@ def test_shards_are_no_choice_where_they_cannot_act(
     else:
         found = layout.sizes_of(recipe, empty_model(recipe.model), arguments, 2)
         assert (found.shard, found.sequence) == expected
+
+
+@pytest.mark.parametrize(
+    ("shard", "bf16", "mode", "reason"),
+    [
+        (2, True, "fused", "one product for base and adapter"),
+        (2, False, "stock", "the base weights are float32"),
+        (1, True, "stock", "the base weights are float32"),
+    ],
+)
+def test_a_plan_says_how_adapters_run_in_the_dtype_of_shards(
+    tmp_path: Path, monkeypatch: Any, shard: int, bf16: bool, mode: str, reason: str
+) -> None:
+    """Of float32 weights, for a GPU."""
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", tiny_model("qwen3_5"))
+    recipe = make_recipe(tmp_path, checkpoint, training={"bf16": bf16})
+    monkeypatch.setattr(hf_model, "device_of", lambda _: torch.device("cuda"))
+    dtypes = set()
+
+    def choose(spec: Any, _: str) -> ops.Choice:
+        dtypes.add(spec.dtype)
+        return ops.Choice("known", "")
+
+    monkeypatch.setattr(report.ops, "choose", choose)
+    monkeypatch.setattr(preparation, "choose", choose)
+    model = adapt_by_recipe(empty_model(recipe.model), recipe)
+    prepared = prepare_by_recipe(recipe, model, device=torch.device("cuda"), shard=shard)
+    dtypes.clear()
+    assert {(row.mode, row.reason) for row in prepared.report.lora_rows} == {(mode, reason)}
+    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}

@@ -12,7 +12,7 @@ from deltatune.layers.mlp import GatedMLP, is_gated_mlp
 from deltatune.lora.linear import LoRALinear
 from deltatune.lora.mode import FUSED, STOCK, Mode, is_lora_linear, mode_of
 from deltatune.lora.parameters import LoRAParameters, is_parameter_lora, parameters_mode
-from deltatune.state import State
+from deltatune.state import Facts, State
 from deltatune.subclass import swap
 
 __all__ = ["check_all_fused", "install_lora", "lora_modes"]
@@ -53,8 +53,13 @@ def install_lora(text_model: Any, state: State) -> None:
                 swap(module, GatedMLP, state)
 
 
-def lora_modes(model: nn.Module, text_model: Any, setting: str, device: torch.device) -> list[tuple[str, Mode]]:
+def lora_modes(
+    model: nn.Module, text_model: Any, setting: str, device: torch.device, facts: Facts | None = None
+) -> list[tuple[str, Mode]]:
     """Every layer with adapters under ``model``, by path, and how it runs; without storage yet, on ``device``."""
+    precision = None if facts is None else facts.precision
+    dtype = None if precision is None else precision.dtype
+    gathered_in = None if facts is None else facts.gathered_in
     inside = {id(module) for layer in text_model.layers for module in layer.modules()}
     # of several wrappers around one module the outermost says how they run
     wrapped = {id(module.base_layer) for module in model.modules() if is_parameter_lora(module)}
@@ -73,6 +78,7 @@ def lora_modes(model: nn.Module, text_model: Any, setting: str, device: torch.de
         else:
             weight = getattr(module.base_layer, "weight", None)
             without_storage = weight is not None and weight.device.type == "meta"
-            mode = mode_of(module, setting, device=device if without_storage else None)
+            planned = device if without_storage else None
+            mode = mode_of(module, setting, dtype=dtype, gathered_in=gathered_in, device=planned)
         found.append((path, mode))
     return found

@@ -56,7 +56,9 @@ class GatedMLP(Swapped):
 def _runs_fused(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
     if not isinstance(layer, LoRALinear) or is_hooked(layer) or not without_bias(layer):
         return False
-    return mode_of(layer, layer._deltatune.options.lora, dtype=dtype, device=device).name == FUSED
+    state = layer._deltatune
+    mode = mode_of(layer, state.options.lora, dtype=dtype, gathered_in=state.facts.gathered_in, device=device)
+    return mode.name == FUSED
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

@@ -65,6 +65,7 @@ def mode_of(
     setting: str,
     *,
     dtype: torch.dtype | None = None,
+    gathered_in: torch.dtype | None = None,
     device: torch.device | None = None,
     called: bool = False,
 ) -> Mode:
@@ -74,6 +75,7 @@ def mode_of(
         layer: the layer, swapped or not.
         setting: ``prepare``'s ``lora``.
         dtype: what a call computes in; the base weight's own by default.
+        gathered_in: the dtype of the weights that a call will get, where that is not their own.
         device: where the layer will run, for a report ahead of time on one without storage.
         called: in a call, before which FSDP2 gathers the weights that it shards; else they are taken as gathered.
     """
@@ -91,11 +93,11 @@ def mode_of(
     reason = _unfused_reason(layer, names, linears, called=called)
     if reason is not None:
         return Mode(UNFUSED, reason)
-    weight = layer.base_layer.weight
-    if setting == "auto" and weight.dtype not in _NARROW:
-        return Mode(plain, f"the base weights are {_name(weight.dtype)}")
-    if dtype is not None and dtype != weight.dtype:
-        return Mode(plain, f"autocast to {_name(dtype)} casts the base weights, {_name(weight.dtype)}, in every call")
+    read = gathered_in or layer.base_layer.weight.dtype
+    if setting == "auto" and read not in _NARROW:
+        return Mode(plain, f"the base weights are {_name(read)}")
+    if dtype is not None and dtype != read:
+        return Mode(plain, f"autocast to {_name(dtype)} casts the base weights, {_name(read)}, in every call")
     return _ONE_PRODUCT
 
 

@@ -14,6 +14,7 @@ from deltatune.hf import model as hf_model
 from deltatune.hf.units import gathered_units, head_unit, trained_beside_text
 from deltatune.layers.causal_lm import CausalLM
 from deltatune.layers.head_loss import with_loss_of_its_own
+from deltatune.state import Precision
 from deltatune.subclass import Swapped
 
 __all__ = ["check_shardable", "full_precision_parameters", "shard_model"]
@@ -67,6 +68,8 @@ def shard_model(
         # backward begins with the head
         frees = unit is not head
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=frees)
+    known = None if param_dtype is None else Precision(param_dtype, gathered=True)
+    cast("Any", text)._deltatune.facts.precision = known
     if head is not None:
         with_loss_of_its_own(cast("FSDPModule", head))
 

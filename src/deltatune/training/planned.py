@@ -54,6 +54,7 @@ def prepare_by_recipe(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    prepared.computes_in(autocast_dtype(recipe.training), gathered=shard > 1)
     shard_sequence(prepared, group, recurrent=recipe.parallel.recurrent)
     with phase("choosing the activations to keep"):
         prepared.decide_checkpointing(
