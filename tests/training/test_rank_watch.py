@@ -115,6 +115,13 @@ def stop_rank_1(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def stop_rank_0(rank: int) -> None:
+    """With the store, which it hosts."""
+    if rank == 0:
+        time.sleep(4 * BEAT)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def be_slow_on_rank_1(rank: int) -> None:
     if rank == 1:
         time.sleep(TIMEOUT_S + 3)
@@ -161,18 +168,24 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, act: Callable[[int]
 
 @pytest.fixture(scope="module")
 def silent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[tuple[int, str]]]]:
-    """Ranks of which one says nothing for longer than others wait: two groups at a time, which do little but wait."""
-    acts = {"stopped": stop_rank_1, "slow": be_slow_on_rank_1}
+    """Ranks of which one says nothing for longer than others wait: three groups at a time, which do little but wait."""
+    acts = {"stopped 1": stop_rank_1, "stopped 0": stop_rank_0, "slow": be_slow_on_rank_1}
     folders = {name: tmp_path_factory.mktemp(name) for name in acts}
     groups = {name: started(folder, acts[name]) for name, folder in folders.items()}
     return {name: (folder, ended(folder, groups[name])) for name, folder in folders.items()}
 
 
-def test_a_stopped_rank_is_missed_and_ended(silent: Any) -> None:
-    folder, ((status, said), (stopped, _)) = silent["stopped"]
-    assert (status, stopped) == (1, -signal.SIGKILL)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_stopped_rank_is_missed_and_ended(silent: Any, lost: int) -> None:
+    folder, found = silent[f"stopped {lost}"]
+    status, said = found[1 - lost]
+    assert (status, found[lost][0]) == (1, -signal.SIGKILL)
+    assert said.startswith(f"error: rank {lost} on ")
     assert f"was lost: nothing was heard of it for {TIMEOUT_S} s" in said
     assert leg_of(folder)["status"] == "failed"
+    # from the checkpoint of the step before to what is written of the end
+    began = (folder / "output" / "checkpoint-1" / "trainer_state.json").stat().st_mtime
+    assert (folder / "output" / "train.log").stat().st_mtime - began < TIMEOUT_S + 4 * BEAT + 15
 
 
 def test_a_rank_that_works_for_long_is_waited_for(silent: Any) -> None:

@@ -321,9 +321,10 @@ class ParallelSection(Section):
     """How many times its even share of all visits of tokens to experts a process has room for, where `expert` is above
     1. A run that needs more stops with an error at the next log line or save; from `expert` on that cannot be."""
 
-    timeout_s: Annotated[int, Strict(), Field(ge=10)] = 60
-    """Seconds without a sign of life after which a process is lost and all others end. A process that trains, compiles,
-    tokenises or saves gives one every second; one that is stopped, or whose machine is gone, gives none."""
+    timeout_s: Annotated[int, Strict(), Field(ge=10)] = 45
+    """Seconds without a sign of life after which a process is lost; all others have ended within 15 s more. A process
+    that trains, compiles, tokenises or saves gives one every second; one that is stopped, or whose machine is gone,
+    gives none."""
 
 
 class SamplesSection(Section):

@@ -147,8 +147,9 @@ class Heartbeat(threading.Thread):
 
     def wait_for_turn(self, timeout: float) -> None:
         """Waits until what was asked of the store before is done, or the store is gone, but not for ever."""
+        end = time.monotonic() + timeout
         for _ in range(2):  # one may be under way
-            self._wait_for_another(timeout)
+            self._wait_for_another(max(0.0, end - time.monotonic()))
 
     def _wait_for_another(self, timeout: float) -> None:
         with self._turned:

@@ -139,7 +139,7 @@ class RankWatch:
             self._heart.report(self._own(error))
             if self._rank == 0 and isinstance(error, Interruption):
                 self._heart.tell(str(error))  # which is said as this rank ends
-            self._heart.wait_for_turn(_TELLING)
+            self._wait_for_store(_TELLING)
         self._failure = failure = self._failure or self._heart.failure
         # rank 0 speaks for itself, also where another met with the same before; a signal mostly comes to all
         same = failure is not None and (failure.rank == 0 or failure.summary == self._own(error).summary)
@@ -190,9 +190,14 @@ class RankWatch:
         if self._rank != 0 or self._watch_ends:
             self._write_down(text)
         self._heart.tell(text)
-        self._heart.wait_for_turn(_TELLING)
+        self._wait_for_store(_TELLING)
         if not launcher_hosts():
             time.sleep(2 * BEAT)  # others hear it before the store goes with this process
+
+    def _wait_for_store(self, seconds: float) -> None:
+        """Waits until the store has taken and told what there was; it has the time that a rank has, and no more."""
+        left = self._heart.answered + self._timeout_s - time.monotonic()
+        self._heart.wait_for_turn(min(seconds, max(0.0, left)))
 
     def linger(self) -> None:
         """Waits until a failure was shown: a launcher ends all ranks when the first one exits."""
@@ -220,12 +225,12 @@ class RankWatch:
         if found is None or self._left.is_set():
             return None
         # it may have said why before it went, or have ended well with all others
-        self._heart.wait_for_turn(self._timeout_s)
+        self._wait_for_store(self._timeout_s)
         if self._heart.all_ended.is_set() or self._heart.ended_with_store:
             return None
         if self._heart.failure is None:
             self._heart.report(found)
-            self._heart.wait_for_turn(2 * BEAT)
+            self._wait_for_store(2 * BEAT)
         return self._heart.failure or found
 
     def _missed(self) -> Failure | None:
