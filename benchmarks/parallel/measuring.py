@@ -212,8 +212,7 @@ def _compiler(trained: Trained) -> dict[str, Any]:
     compiled = trained.prepared.compile_report
     report = trained.prepared.report
     return {
-        # of the weights' dtype, which is not what sharded float32 ones are computed with
-        "kernels": None if trained.system.full else {row.op: row.impl for row in report.kernels},
+        "kernels": {row.op: row.impl for row in report.kernels},
         "lora_layers": report.to_dict().get("lora_layers"),
         "compile_seconds": compiled.seconds if compiled else None,
         "graphs": dict(compiled.graphs) if compiled else None,

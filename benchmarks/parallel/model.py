@@ -18,7 +18,8 @@ from benchmarks.shapes import Shape, adapters, build_model, shape_named, with_lo
 from benchmarks.systems import Batch, Packs, draw_lengths, moved
 from deltatune import CompileOptions, Prepared, prepare
 from deltatune.parallel.sharding import full_precision_parameters
-from deltatune.parallel.state import whole_tensor
+from deltatune.parallel.state import SHARDS, whole_tensor
+from deltatune.parallel.stepping import step_kinds_apart
 
 __all__ = ["Trained", "built", "num_targets", "packs_of", "shallow_shape", "through"]
 
@@ -88,6 +89,8 @@ class Trained:
         self.parts = divided.parts
         self.trained = adapters(self.prepared.model)
         self.optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=0.0, fused=True)
+        if self.parts is not SHARDS:  # experts beside shards
+            step_kinds_apart(self.optimizer)
 
     def batch(self, packs: Packs, number: int) -> Batch:
         """This rank's part of a step on the CPU: of pack ``number``, or pack ``number * size + rank``."""

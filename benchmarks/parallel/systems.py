@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.systems import Batch
 from deltatune import Prepared, parallelize
+from deltatune.parallel.parallelize import Parallel
 from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.slice import cut_batch
 from deltatune.parallel.state import SHARDS, Parts
@@ -96,7 +97,20 @@ def _by_states(prepared: Prepared, _: torch.dtype | None) -> Divided:
 
 
 def _by_experts(prepared: Prepared, _: torch.dtype | None) -> Divided:
-    parallel = parallelize(prepared, expert=dist.get_world_size())
+    return _with_experts(parallelize(prepared, expert=dist.get_world_size()))
+
+
+def _by_experts_in_shards(prepared: Prepared, param_dtype: torch.dtype | None) -> Divided:
+    size = dist.get_world_size()
+    return _with_experts(parallelize(prepared, shard=size, expert=size, param_dtype=param_dtype))
+
+
+def _by_experts_in_sequence(prepared: Prepared, _: torch.dtype | None) -> Divided:
+    size = dist.get_world_size()
+    return _with_experts(parallelize(prepared, sequence=size, expert=size))
+
+
+def _with_experts(parallel: Parallel) -> Divided:
     return Divided(parallel.model, parallel.experts or SHARDS)
 
 
@@ -145,6 +159,22 @@ SYSTEMS: Final[Mapping[str, System]] = {
             how=(
                 "a rank holds its part of the experts of each layer and tokens travel to them, all other weights "
                 "whole, adapters as of fsdp-experts, a pack for each rank; one GPU: the model as prepared"
+            ),
+        ),
+        System(
+            "expert-shard", _by_experts_in_shards, _one_shard, full=False, checkpointing="layer", shares_pack=False,
+            experts=True,
+            how=(
+                "as expert, and FSDP2 over the same ranks for all other weights, gathered in the activations' dtype, a "
+                f"pack for each rank; {_ONE_SHARD}"
+            ),
+        ),
+        System(
+            "sequence-expert", _by_experts_in_sequence, _whole, full=False, checkpointing="layer", shares_pack=True,
+            experts=True,
+            how=(
+                "as sequence, one document over all ranks, which hold the experts of each layer together as of expert; "
+                "one GPU: the same as of sequence, with adapters on experts"
             ),
         ),
     )

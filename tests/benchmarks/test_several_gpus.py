@@ -25,7 +25,7 @@ from forked import FORKED, settle
 
 CPU = torch.device("cpu")
 SYSTEMS = ("ddp-lora", "fsdp-full", "fsdp-lora", "sequence", "sequence-state")
-OF_EXPERTS = ("fsdp-experts", "expert")
+OF_EXPERTS = ("fsdp-experts", "expert", "expert-shard", "sequence-expert")
 
 
 class Forked:
@@ -139,15 +139,19 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
 
 
 def test_experts_in_shards_and_on_ranks_of_their_own(forked: type[Forked], tmp_path: Path) -> None:
-    sizes = ["--model", "tiny-moe", "--tokens", "64", "--check-tokens", "64"]
+    sizes = ["--model", "tiny-moe", "--tokens", "64", "--documents", "128"]
     assert several.main(small(tmp_path, *sizes, "--gpus", "1", "2", "--systems", *OF_EXPERTS)) == 0
     results = results_of(record_in(tmp_path))
-    told = {name: results[f"{name} 64 on 2"]["communication_ms_by_rank"][0].keys() for name in OF_EXPERTS}
+    on_two = {name: results[f"{name} {128 if name == 'sequence-expert' else 64} on 2"] for name in OF_EXPERTS}
+    told = {name: found["communication_ms_by_rank"][0].keys() for name, found in on_two.items()}
     assert "all-gather" in told["fsdp-experts"]
     assert "all-to-all" not in told["fsdp-experts"]
-    assert {"all-to-all", "all-reduce"} <= told["expert"]
-    assert results["fsdp-experts 64 on 2"]["expert_capacity_needed"] == 1.0
-    assert 1.0 < results["expert 64 on 2"]["expert_capacity_needed"] <= 1.5
+    assert {"all-to-all", "all-reduce"} <= told["expert"] & told["sequence-expert"]
+    assert {"all-to-all", "all-gather", "reduce-scatter"} <= told["expert-shard"]
+    assert not {"all-gather", "reduce-scatter"} & (told["expert"] | told["sequence-expert"])
+    assert on_two["fsdp-experts"]["expert_capacity_needed"] == 1.0
+    for name in OF_EXPERTS[1:]:
+        assert 1.0 < on_two[name]["expert_capacity_needed"] <= 1.5, name
     assert len({result["trainable_parameters"] for result in results.values()}) == 1
 
 
@@ -155,7 +159,7 @@ def test_systems_are_those_that_a_model_has_layers_for() -> None:
     assert several._systems_of("tiny") == list(SYSTEMS)
     assert several._systems_of("qwen3-8b") == [name for name in SYSTEMS if name != "sequence-state"]
     assert several._systems_of("tiny-moe") == [*SYSTEMS, *OF_EXPERTS]
-    assert several._systems_of("gpt-oss-20b")[-2:] == [*OF_EXPERTS]
+    assert several._systems_of("gpt-oss-20b")[-4:] == [*OF_EXPERTS]
 
 
 @pytest.mark.parametrize("checks", [True, False])
