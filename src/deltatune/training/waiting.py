@@ -2,7 +2,8 @@
 
 A step ends for all when its slowest rank is done. Forward and backward grow alike with a rank's packs, but the backward
 pass also waits for gradients of others, so the forward passes alone are timed: on a GPU by events, which nobody waits
-for before a log line. Where weights are sharded, a forward pass waits for those of other ranks as well.
+for before a log line. A forward pass with collectives in it (weights that are gathered, a pack that ranks exchange,
+experts on several ranks) counts waiting for the others as its own time, and the share is a lower bound.
 """
 
 # S steps, R ranks
