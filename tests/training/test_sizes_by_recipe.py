@@ -131,3 +131,15 @@ def test_a_plan_says_how_adapters_run_in_the_dtype_of_shards(
     dtypes.clear()
     assert {(row.mode, row.reason) for row in prepared.report.lora_rows} == {(mode, reason)}
     assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
+
+
+@pytest.mark.parametrize("expert", ["auto", 1])
+def test_a_plan_says_that_auto_divides_no_experts(tmp_path: Path, expert: Any) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", tiny_model("qwen3_moe"))
+    recipe = make_recipe(tmp_path, checkpoint, parallel={"expert": expert})
+    sizes = layout.sizes_of(recipe, empty_model(recipe.model), training_arguments(recipe.training), 2)
+    assert sizes.expert == 1
+    said = [
+        line for line in layout.sizes_lines(recipe, sizes) if line.startswith("parallel: expert 1 (auto divides none")
+    ]
+    assert len(said) == (expert == "auto")

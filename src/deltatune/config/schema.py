@@ -315,7 +315,8 @@ class ParallelSection(Section):
     expert: Literal["auto"] | Count = 1
     """Processes that hold the routed experts of every layer together, each as many; tokens travel to their experts, and
     all other weights go by `replicate` and `shard`. It divides the experts of a layer and the number of processes, and
-    goes with `sequence` too, over the same processes or others. `auto` is 1."""
+    goes with `sequence` too, over the same processes or others. `auto` is 1: shards hold a model that does not fit
+    without a room that a run may exceed, and which of both is faster was not timed."""
 
     expert_capacity: Annotated[float, Strict(), Field(ge=1)] = 1.5
     """How many times its even share of all visits of tokens to experts a process has room for, where `expert` is above

@@ -31,6 +31,9 @@ __all__ = ["check_experts", "mesh_of", "shard_by_recipe", "sizes_lines", "sizes_
 #: What a step may take of a device, beside what is not estimated.
 _ROOM = 0.9
 
+#: Why ``auto`` divides no experts.
+_NO_EXPERTS = "auto divides none: shards hold what does not fit, without a room for tokens that a run may exceed"
+
 
 def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, processes: int | None = None) -> Sizes:
     """Replicas, shards and ranks of a pack of a recipe on the processes that were started, or on so many.
@@ -127,6 +130,8 @@ def sizes_lines(recipe: Recipe, sizes: Sizes) -> list[str]:
     if sizes.expert > 1:
         room = f"room for {recipe.parallel.expert_capacity:g} times an even share of visits"
         lines.append(f"parallel: expert {sizes.expert}: a process holds 1/{sizes.expert} of the experts, with {room}")
+    elif recipe.parallel.expert == "auto":
+        lines.append(f"parallel: expert 1 ({_NO_EXPERTS})")
     return lines + idle
 
 
