@@ -73,8 +73,9 @@ def room_for_experts(trained: Trained) -> Check:
 
 def _lengths(spec: Spec, system: System, world: int) -> tuple[int, ...]:
     """Of each rank's pack; of the pack that all share: short documents, and one that lies on several ranks."""
-    if not system.shares_pack:
-        return tuple(draw_lengths(spec.check_tokens, seed=spec.seed))
+    if not system.shares_pack or system.short:
+        tokens = spec.check_tokens * (world if system.shares_pack else 1)
+        return tuple(system.lengths(tokens, world, spec.seed))
     short = spec.check_tokens // 2
     return (*draw_lengths(short, seed=spec.seed), world * spec.check_tokens - short)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.parallel.spec import Spec
 from benchmarks.parallel.systems import System
 from benchmarks.shapes import Shape, adapters, build_model, shape_named, with_lora
-from benchmarks.systems import Batch, Packs, draw_lengths, moved
+from benchmarks.systems import Batch, Packs, moved
 from deltatune import CompileOptions, Prepared, prepare
 from deltatune.parallel.sharding import full_precision_parameters
 from deltatune.parallel.state import SHARDS, whole_tensor
@@ -25,6 +25,8 @@ __all__ = ["Trained", "built", "num_targets", "packs_of", "shallow_shape", "thro
 
 _LEAST_LAYERS: Final = 4
 _FEW_TOKENS: Final = 4096
+#: Of a pack of whole documents, equal: up to so many ranks share it.
+_PARTS: Final = 8
 
 
 def shallow_shape(spec: Spec) -> Shape:
@@ -58,9 +60,8 @@ def through(prepared: Prepared, dtype: torch.dtype) -> None:
 
 
 def packs_of(spec: Spec, system: System, tokens: int, vocab_size: int) -> Packs:
-    """One document where ranks share a pack, else 64 to 2048 tokens each."""
-    lengths = [tokens] if system.shares_pack else draw_lengths(tokens, seed=spec.seed)
-    return Packs(tuple(lengths), vocab_size, spec.seed)
+    """One document where ranks share a pack, unless they share short ones; else 64 to 2048 tokens each."""
+    return Packs(tuple(system.lengths(tokens, _PARTS, spec.seed)), vocab_size, spec.seed)
 
 
 def num_targets(packs: Packs) -> int:

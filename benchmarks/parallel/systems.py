@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.systems import Batch
+from benchmarks.systems import Batch, draw_lengths
 from deltatune import Prepared, parallelize
 from deltatune.parallel.parallelize import Parallel
 from deltatune.parallel.sharding import shard_model
@@ -43,6 +43,7 @@ class System:
         full: all weights train, float32 ones that are computed with in the activations' dtype; else adapters alone.
         checkpointing: of both.
         shares_pack: ranks hold one document together; else each has a pack of its own.
+        short: the pack that ranks share has short documents; ``"cut"``: some lie on two ranks, ``"whole"``: none does.
         how: what the ranks do, and what the one GPU does, in words.
         states: ranks hand states of recurrent layers round, by all-gathers; a model needs such layers.
         experts: adapters on all routed experts as well; a model needs some.
@@ -57,6 +58,17 @@ class System:
     how: str
     states: bool = False
     experts: bool = False
+    short: Literal["cut", "whole"] | None = None
+
+    def lengths(self, tokens: int, parts: int, seed: int) -> list[int]:
+        """Of a pack's documents, which fill so many parts whole; where they are cut, half of the last comes first."""
+        if not self.shares_pack:
+            return draw_lengths(tokens, seed=seed)
+        if self.short is None:
+            return [tokens]
+        drawn = [n for part in range(parts) for n in draw_lengths(tokens // parts, seed=seed + part)]
+        half = drawn[-1] // 2
+        return drawn if self.short == "whole" else [half, *drawn[:-1], drawn[-1] - half]
 
     def part(self, batch: Batch, rank: int, size: int) -> Batch:
         """What a rank takes of a batch that it has whole."""
@@ -146,6 +158,17 @@ SYSTEMS: Final[Mapping[str, System]] = {
                 "as sequence, but Gated DeltaNet layers keep a rank's tokens and all heads and hand states round; "
                 "attention by heads (Ulysses); one GPU: the same as of sequence"
             ),
+        ),
+        System(
+            "sequence-cut", _in_sequence, _whole, full=False, checkpointing="layer", shares_pack=True, short="cut",
+            how=(
+                "as sequence, but a pack of documents of 64 to 2048 tokens, of which some lie on two ranks; one GPU: "
+                "the same pack, or as much of such as fits"
+            ),
+        ),
+        System(
+            "sequence-whole", _in_sequence, _whole, full=False, checkpointing="layer", shares_pack=True, short="whole",
+            how="as sequence-cut, with each document whole on one rank, so that layers exchange nothing",
         ),
         System(
             "fsdp-experts", _sharded, _one_shard, full=False, checkpointing="layer", shares_pack=False, experts=True,

@@ -24,7 +24,7 @@ from benchmarks.records import Record
 from forked import FORKED, settle
 
 CPU = torch.device("cpu")
-SYSTEMS = ("ddp-lora", "fsdp-full", "fsdp-lora", "sequence", "sequence-state")
+SYSTEMS = ("ddp-lora", "fsdp-full", "fsdp-lora", "sequence", "sequence-state", "sequence-cut", "sequence-whole")
 OF_EXPERTS = ("fsdp-experts", "expert", "expert-shard", "sequence-expert")
 
 
@@ -92,7 +92,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> type[Forked]:
 
 def small(output: Path, *more: str) -> list[str]:
     fixed = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--backend", "none", "--warmup", "1"]
-    sizes = ["--tokens", "128", "--documents", "256", "--check-tokens", "128", "--steps", "2"]
+    sizes = ["--tokens", "128", "--documents", "512", "--check-tokens", "128", "--steps", "2"]
     return [*fixed, *sizes, "--output", str(output), *more]
 
 
@@ -110,7 +110,7 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
     assert several.main(small(tmp_path, "--gpus", "1", "2")) == 0
     record = record_in(tmp_path)
     results = results_of(record)
-    sizes = {name: 256 if name.startswith("sequence") else 128 for name in SYSTEMS}
+    sizes = {name: 512 if name.startswith("sequence") else 128 for name in SYSTEMS}
     assert list(results) == [f"{name} {sizes[name]} on {gpus}" for name in SYSTEMS for gpus in (1, 2)]
     config = record["configs"][0]
     names = [check["name"] for check in config["checks"]]
@@ -124,18 +124,21 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
     assert "all-reduce" in told["ddp-lora"]
     assert "all-gather" not in told["ddp-lora"]
     assert {"all-gather", "reduce-scatter"} <= told["fsdp-full"] & told["fsdp-lora"]
-    assert {"all-to-all", "all-reduce"} <= told["sequence"] & told["sequence-state"]
+    assert {"all-to-all", "all-reduce"} <= told["sequence"] & told["sequence-state"] & told["sequence-cut"]
+    assert "all-to-all" not in told["sequence-whole"]
+    assert "all-reduce" in told["sequence-whole"]
     assert "all-gather" in told["sequence-state"]
     assert "all-gather" not in told["sequence"]
     # what moves a pack is the exchange, what gathers weights is not
-    moves = {"sequence": ("all-to-all",), "sequence-state": ("all-to-all", "all-gather")}
+    moves = dict.fromkeys(("sequence", "sequence-cut"), ("all-to-all",))
+    moves["sequence-state"] = ("all-to-all", "all-gather")
     for name in SYSTEMS:
         r = results[f"{name} {sizes[name]} on 2"]
         by_rank = [sum(ms[kind] for kind in moves.get(name, ())) for ms in r["communication_ms_by_rank"]]
         assert r["exchange_ms"] == sum(by_rank) / 2, name
-    assert results["sequence 256 on 2"]["tokens_per_step"] == 256
+    assert results["sequence 512 on 2"]["tokens_per_step"] == 512
     assert results["ddp-lora 128 on 2"]["tokens_per_step"] == 256
-    assert "sequence 256 on 2" in capsys.readouterr().out
+    assert "sequence 512 on 2" in capsys.readouterr().out
 
 
 def test_experts_in_shards_and_on_ranks_of_their_own(forked: type[Forked], tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_a_rank_that_fails_costs_its_setting_alone(
     results = results_of(record_in(tmp_path))
     status = {name: r["status"] for name, r in results.items()}
     assert status.pop("ddp-lora 128 on 2") == "failed"
-    assert status == {"sequence 256 on 2": "ok"}
+    assert status == {"sequence 512 on 2": "ok"}
     assert results["ddp-lora 128 on 2"]["reason"].startswith(reason)
     assert len(list(tmp_path.glob("failed-ddp-lora-128-on-2-rank-*.log"))) == 2
 
