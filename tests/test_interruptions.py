@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -108,6 +109,47 @@ try:
 except Interruption as error: print(error)
 """
     assert ended(code) == (0, "dropped\nSIGTERM: interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    "drops",
+    [
+        "try: kill()\nexcept BaseException: pass",
+        # C code that asks for an attribute, and takes every error for its absence
+        "from ctypes import pythonapi, py_object\nclass Odd:\n    def __getattr__(self, name): kill()\n"
+        "pythonapi.PyObject_HasAttrString(py_object(Odd()), b'name')",
+        "try:\n    try: kill()\n    except BaseException as error: raise ImportError from error\n"
+        "except ImportError: pass",
+    ],
+)
+def test_one_that_a_library_drops_comes_again(drops: str) -> None:
+    code = f"""
+def drop():
+{textwrap.indent(drops, "    ")}
+try:
+    with interruptible(), kept_by(lambda: "nothing"):
+        drop()
+        print("dropped", flush=True)
+        time.sleep(20)
+except Interruption as error: print(error)
+"""
+    assert ended(code) == (0, "dropped\nSIGTERM: interrupted: nothing\n", "")
+
+
+def test_one_that_is_answered_does_not() -> None:
+    code = """
+from deltatune import cli
+interrupt = signals._Scope.interrupt
+signals._Scope.interrupt = lambda *given: (print("came"), interrupt(*given))
+class Slow:
+    def __del__(self): time.sleep(0.3)  # as its frames go
+def run(_):
+    slow = Slow()
+    kill()
+cli._parser = lambda: type("Parser", (), {"parse_args": staticmethod(run)})
+print(cli.main([]))
+"""
+    assert ended(code) == (0, "came\n143\n", "SIGTERM: interrupted\n")
 
 
 def test_forked_processes_leave_ctrl_c_and_end_without_a_word() -> None:

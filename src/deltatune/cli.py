@@ -84,7 +84,10 @@ def _main(argv: Sequence[str] | None) -> int:
             status: int = _command(args).run(args)
     except KeyboardInterrupt as error:
         _say_once(str(error) or "interrupted")
-        return error.status if isinstance(error, Interruption) else 130
+        if not isinstance(error, Interruption):
+            return 130
+        error.answered = True
+        return error.status
     except InterruptedRunError as error:
         _say_once(str(error))
         return error.status

@@ -51,14 +51,26 @@ class Interruption(KeyboardInterrupt):
         after: where the command was, such as ``"after step 3"``; set by those who know.
         phase: the innermost phase that it came in.
         kept: what is on the disk and what goes on from it; set by those who know.
+        answered: whether somebody has ended the command by it.
+
+    Args:
+        number: as above.
+        drop: is called where it is gone without an answer, as where a library catches every error.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, drop: Callable[[], object] | None = None) -> None:
         super().__init__(number)
         self.number = number
         self.after: str | None = None
         self.phase: str | None = None
         self.kept: str | None = None
+        self.answered = False
+        self._drop = drop
+
+    def __del__(self) -> None:
+        """Nobody holds it any more."""
+        if self._drop is not None and not self.answered:
+            self._drop()
 
     @property
     def status(self) -> int:
@@ -223,7 +235,8 @@ class _Scope:
         if self._raised:
             _end_at_once(number)
         self._raised, self._number = True, number
-        raise Interruption(number)
+        # without a name here: its traceback would hold it
+        raise Interruption(number, self._drop)
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -261,12 +274,15 @@ class _Scope:
         for end in (self._read, self._write):
             os.close(end)
 
+    def _drop(self) -> None:
+        """An Interruption that Python or a library has dropped comes again."""
+        if not self._over:
+            os.write(self._write, bytes([_LOST]))
+
     def _take_unraisable(self, found: Any) -> None:
-        """An Interruption that came in a destructor, where Python drops exceptions, comes again."""
+        """One that came in a destructor, where Python drops exceptions, needs no traceback on the screen."""
         if not isinstance(found.exc_value, Interruption):
             self._hook(found)
-        elif not self._over:
-            os.write(self._write, bytes([_LOST]))
 
     def _watch(self) -> None:
         until: float | None = None
