@@ -147,6 +147,17 @@ def holds_nothing(output: Path) -> list[str]:
     return ["--resume"]
 
 
+def has_a_folder_for_a_file(output: Path) -> list[str]:
+    (output / "run.jsonl").mkdir(parents=True)
+    return []
+
+
+def has_a_lock_that_is_a_link(output: Path) -> list[str]:
+    output.mkdir()
+    (output / ".lock").symlink_to(output / "gone")
+    return []
+
+
 def is_elsewhere(output: Path) -> list[str]:
     return ["--resume", str(output.parent / "elsewhere")]
 
@@ -158,6 +169,8 @@ FOLDERS: dict[Callable[[Path], list[str]], str] = {
     is_in_use: "is in use by process",
     holds_half_a_checkpoint: "holds no whole checkpoint",
     holds_nothing: "holds no checkpoint to resume from",
+    has_a_folder_for_a_file: "run.jsonl is a folder, and the run writes a file of that name",
+    has_a_lock_that_is_a_link: ".lock is a link to nothing",
     is_elsewhere: "is no whole checkpoint: there is no such folder",
 }
 

@@ -15,7 +15,7 @@ import pytest
 
 from deltatune.errors import UserError
 from deltatune.training import lock
-from deltatune.training.lock import locked
+from deltatune.training.lock import check_free, locked
 from deltatune.training.processes import started
 
 
@@ -97,6 +97,18 @@ def test_a_lock_that_nobody_goes_on_writing_is_taken_over(tmp_path: Path, monkey
 def test_a_folder_that_takes_no_lock_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match=r"\.lock cannot be written: Is a directory; make room, or"), locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link to nothing"])
+def test_what_is_no_lock_is_named_and_not_waited_for(tmp_path: Path, what: str) -> None:
+    if what == "a folder":
+        (tmp_path / ".lock").mkdir()
+    else:
+        (tmp_path / ".lock").symlink_to(tmp_path / "gone" / "lock")
+    with pytest.raises(UserError, match=rf"\.lock is {what}, and a run's lock is a file; remove it, or choose another"):
+        check_free(tmp_path)
+    with pytest.raises(UserError, match=r"\.lock "), locked(tmp_path):
         pass
 
 

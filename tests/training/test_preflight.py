@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from deltatune.config.schema import Recipe
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import UserError
+from deltatune.training import beginning
 from deltatune.training import devices as devices_module
 from deltatune.training import preflight as module
 from deltatune.training.devices import surely_on_cpu
@@ -73,6 +74,15 @@ def filled(value: Any, folder: str) -> Any:
 def test_a_folder_without_permission_to_write(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "os", SimpleNamespace(access=lambda path, mode: path != tmp_path, W_OK=2, X_OK=1))
     with pytest.raises(UserError, match=r"training\.output_dir: .* cannot be written to; choose another folder"):
+        preflight(recipe())
+
+
+def test_a_record_without_permission_to_write(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "output").mkdir()
+    for name in ("config.yaml", "train.log"):  # the first is replaced
+        (tmp_path / "output" / name).touch()
+    monkeypatch.setattr(beginning, "os", SimpleNamespace(access=lambda path, mode: not path.is_file(), W_OK=2))
+    with pytest.raises(UserError, match=r"training\.output_dir: .*train\.log cannot be written to; change its perm"):
         preflight(recipe())
 
 

@@ -36,6 +36,7 @@ from deltatune.training import building, interruption, planned, probing
 from deltatune.training import packs as packs_module
 from deltatune.training import run as run_module
 from deltatune.training.batches import place_file
+from deltatune.training.beginning import begin
 from deltatune.training.console import RunConsole
 from deltatune.training.export import merge_adapter
 from deltatune.training.lock import locked
@@ -440,6 +441,26 @@ def test_other_rows_need_a_word(
     assert f"changed since checkpoint-2: rows of {rows}" in said
     leg = json.loads((tmp_path / "output" / "run.json").read_text())["legs"][1]
     assert leg["changes"][-1] == f'rows of {rows}: "{before[str(rows)]}" -> "{leg["data"][str(rows)]}"'
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_folder_in_the_place_of_any_file_of_a_run_is_found_before_it(
+    tmp_path: Path, checkpoint: Path, kind: str
+) -> None:
+    training = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    sections: dict[str, Any] = {} if kind == "adapter" else {"lora": None}
+    recipe = unprobed(tmp_path, checkpoint, training=training, **sections)
+    output_dir = train(recipe, console=QUIET).output_dir
+    files = [path for path in output_dir.iterdir() if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        path.rename(tmp_path / "kept")
+        path.mkdir()
+        with pytest.raises(UserError, match=rf"{path.name} is a folder, and the run writes a file of that name"):
+            begin(recipe, True, clears=False)
+        path.rmdir()
+        (tmp_path / "kept").rename(path)
+    begin(recipe, True, clears=False)
 
 
 def test_a_finished_model_is_not_replaced(tmp_path: Path, checkpoint: Path) -> None:

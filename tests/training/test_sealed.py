@@ -255,6 +255,16 @@ def test_links_to_checkpoints_elsewhere_go_and_their_places_stay(tmp_path: Path)
     assert problem_of(elsewhere) is None
 
 
+def test_a_link_to_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2").symlink_to(tmp_path / "gone")
+    assert problem_of(checkpoint(tmp_path, 2)) is None
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".replaced-checkpoint-2")
+    (tmp_path / "checkpoint-2").symlink_to(tmp_path / "gone")
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert problem_of(tmp_path / "checkpoint-2") is None
+
+
 def test_a_checkpoint_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed within, a run would otherwise leave a part of it under its name."""
     for step in (2, 4):

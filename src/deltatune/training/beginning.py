@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Final
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
@@ -16,6 +18,14 @@ Resume = str | Path | bool | None
 # Readers tell an adapter or a model by these files, so they are moved into place last.
 MARKERS = ("adapter_config.json", "config.json")
 
+# files that a run goes on writing, and those that it puts others in the place of
+_APPENDED: Final = ("run.jsonl", "samples.jsonl", "train.log")
+_REPLACED: Final = (
+    *("config.yaml", "metrics.json", "report.json", "run.json", "README.md", *MARKERS),
+    *("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"),
+    *("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+)
+
 
 def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None, list[str]]:
     """``resume_point`` of a recipe's folder, after what stands in the way of a run there.
@@ -27,7 +37,7 @@ def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None,
 
     Raises:
         UserError: another run that goes on, what a run of the other kind left, a model that no checkpoint goes on to,
-            or as ``resume_point``.
+            a file that cannot be written to, or as ``resume_point``.
     """
     output_dir = Path(recipe.training.output_dir).expanduser()
     # what another run is writing there looks like what a killed one left
@@ -35,6 +45,7 @@ def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None,
     if not clears and has_replaced(output_dir):
         return None, []  # what goes on is known once it is put back
     found = resume_point(output_dir, resume, clears=clears)
+    _check_files(output_dir)
     _check_kind(output_dir, adapter=recipe.lora is not None)
     if found[0] is None and holds_model(output_dir):
         raise UserError(
@@ -47,6 +58,18 @@ def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None,
 def holds_model(output_dir: Path) -> bool:
     """Whether a folder holds an adapter or a model."""
     return any((output_dir / name).is_file() for name in MARKERS)
+
+
+def _check_files(output_dir: Path) -> None:
+    """Refuses a folder in the place of a file that the run writes, and a record that it may not go on with."""
+    for path in (output_dir / name for name in (*_APPENDED, *_REPLACED)):
+        if path.is_dir():
+            raise UserError(
+                f"training.output_dir: {path} is a folder, and the run writes a file of that name; choose another "
+                "folder for the run, or remove it"
+            )
+        if path.name in _APPENDED and path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"training.output_dir: {path} cannot be written to; change its permissions")
 
 
 def _check_kind(output_dir: Path, *, adapter: bool) -> None:

@@ -51,9 +51,12 @@ def check_free(output_dir: Path, remedy: str = "choose another training.output_d
     A lock that holds nothing yet is waited for; one that a run left so when it was killed holds nothing later either.
 
     Raises:
-        UserError: a run that goes on holds the folder.
+        UserError: a run that goes on holds the folder, or something else has the name of the lock.
     """
     file = output_dir / LOCK
+    if file.is_dir() or (file.is_symlink() and not file.exists()):
+        what = "a folder" if file.is_dir() else "a link to nothing"
+        raise UserError(f"{file} is {what}, and a run's lock is a file; remove it, or {remedy}")
     holder, until = _read(file), time.monotonic() + _WRITING
     # the clock of the machine that wrote it may be ahead by days
     while holder is None and file.exists() and _age(file) < _WRITING and time.monotonic() < until:
@@ -97,6 +100,7 @@ def _take_over(file: Path, content: dict[str, Any], remedy: str) -> bool:
     try:
         stream = file.open("r+", encoding="utf-8")
     except FileNotFoundError:
+        check_free(file.parent, remedy)
         return False
     with stream:
         _wait_for(stream)

@@ -85,7 +85,7 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
 def commit(folder: Path, place: Path) -> None:
     """Moves a sealed folder to its place. Another folder there is removed only when the new one stands in it."""
     replaced = place.parent / f"{_REPLACED}{place.name}"
-    if place.exists():
+    if os.path.lexists(place):  # a link to nothing is in the way too
         _remove(replaced)
         place.rename(replaced)
     folder.rename(place)
@@ -100,6 +100,7 @@ def clear_leftovers(output_dir: Path) -> None:
         if place.exists():
             _remove(path)
         else:
+            place.unlink(missing_ok=True)  # a link to nothing
             path.rename(place)
     for name in (_STAGING, _REMOVED):
         for path in output_dir.glob(f"{name}*"):
