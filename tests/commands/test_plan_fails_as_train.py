@@ -23,6 +23,7 @@ ROOT = Path(deltatune.__file__).parent
 ERRORS = ("UserError", "DataError", "RecipeKeyError")
 #: What stops a run alone, since a plan reads no weights, writes nothing, computes nothing and is one process.
 OF_RUNS = {
+    "training/beginning.py:check_nothing_saved": "writes",
     "training/checkpoint.py:_loaded": "reads weights",
     "training/interruption.py:told_of_memory": "computes",
     "training/interruption.py:told_what_is_kept": "computes",

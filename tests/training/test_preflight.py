@@ -51,11 +51,17 @@ def test_what_is_there_passes(recipe: Any, tmp_path: Path) -> None:
         ({"data": {"cache_dir": "{folder}/train.jsonl/cache"}}, r"cache_dir: .*train\.jsonl is a file; it cannot"),
         ({"training": {"output_dir": "{folder}/train.jsonl"}}, r"output_dir: .* is a file; choose a folder"),
         ({"training": {"output_dir": "~nobody-at-all/x"}}, r"training\.output_dir: ~nobody-at-all/x names no folder"),
+        (
+            {"training": {"output_dir": "{folder}/purged"}},
+            r"output_dir: .*purged is a link to gone, which is not there",
+        ),
+        ({"data": {"cache_dir": "{folder}/purged/x"}}, r"cache_dir: .*purged is a link to gone, which is not there"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
         ({"training": {"report_to": ["comet_ml"]}}, r"comet_ml is not installed; pip install comet-ml, or set"),
     ],
 )
 def test_what_is_not_there_is_one_line(recipe: Any, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    (tmp_path / "purged").symlink_to("gone")
     found = recipe(**filled(sections, str(tmp_path)))
     with pytest.raises(UserError, match=message) as caught:
         preflight(found)

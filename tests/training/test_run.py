@@ -822,6 +822,26 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path, checkpoint: Path) -> Non
     assert [*(tmp_path / "output").iterdir()] == [saving], "what the other run is writing stays"
 
 
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("training", [{}, {"save_strategy": "steps", "save_steps": 1}])
+def test_a_run_that_another_one_was_faster_than_leaves_its_folder(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, resume: str | None, training: dict[str, Any]
+) -> None:
+    """Both have found the folder free."""
+    recipe = unprobed(tmp_path, checkpoint, training={"max_steps": 1, **training})
+    verify = run_module._verify
+
+    def overtaken(run: Any) -> Any:
+        monkeypatch.setattr(run_module, "_verify", verify)
+        train(recipe, resume=resume, console=QUIET)
+        return verify(run)
+
+    monkeypatch.setattr(run_module, "_verify", overtaken)
+    with pytest.raises(UserError, match=r"another run has saved in .*output since this one began; go on .* --resume"):
+        train(recipe, resume=resume, console=QUIET)
+    assert len(json.loads((tmp_path / "output" / "run.json").read_text())["legs"]) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_goes_on_in_its_middle_bit_for_bit(
     tmp_path: Path, checkpoint: Path, workers: int, monkeypatch: pytest.MonkeyPatch

@@ -9,9 +9,9 @@ from typing import Final
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training.lock import check_free
-from deltatune.training.sealed import has_replaced, resume_point
+from deltatune.training.sealed import has_replaced, next_place, resume_point
 
-__all__ = ["MARKERS", "Resume", "begin", "holds_model"]
+__all__ = ["MARKERS", "Resume", "begin", "check_nothing_saved", "holds_model", "saved_so_far"]
 
 Resume = str | Path | bool | None
 
@@ -53,6 +53,28 @@ def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None,
             "could go on from; choose another folder, or remove that model"
         )
     return found
+
+
+def saved_so_far(output_dir: Path) -> tuple[int, bool]:
+    """What tells whether a run saves in a folder: the place of its next checkpoint, and whether a model is there."""
+    return next_place(output_dir), holds_model(output_dir)
+
+
+def check_nothing_saved(output_dir: Path, before: tuple[int, bool]) -> None:
+    """Refuses a folder that another run has saved in since ``begin``, which this one now holds.
+
+    Args:
+        output_dir: the run's folder.
+        before: ``saved_so_far`` as it was then.
+
+    Raises:
+        UserError: another run has, while this one read its data and loaded its model.
+    """
+    if saved_so_far(output_dir) != before:
+        raise UserError(
+            f"training.output_dir: another run has saved in {output_dir} since this one began; go on from there with "
+            "--resume, or choose another folder"
+        )
 
 
 def holds_model(output_dir: Path) -> bool:

@@ -256,12 +256,18 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def _check_writable(key: str, folder: str) -> None:
+def _check_writable(key: str, name: str) -> None:
     try:
-        path = Path(folder).expanduser()
+        path = Path(name).expanduser()
     except RuntimeError as error:  # of a tilde before the name of no user
-        raise UserError(f"{key}: {folder} names no folder: {error}") from error
+        raise UserError(f"{key}: {name} names no folder: {error}") from error
     parent = existing_parent(path)
+    for folder in (path, *path.absolute().parents):
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(
+                f"{key}: {folder} is a link to {folder.readlink()}, which is not there; make that folder, or choose "
+                "another one"
+            )
     if not parent.is_dir():
         what = "choose a folder" if parent == path else f"it cannot hold the folder {path}"
         raise UserError(f"{key}: {parent} is a file; {what}")

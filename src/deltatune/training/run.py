@@ -31,7 +31,7 @@ from deltatune.runs.folder import read_run
 from deltatune.signals import noted
 from deltatune.training.arguments import training_arguments
 from deltatune.training.base_identity import base_identity
-from deltatune.training.beginning import begin
+from deltatune.training.beginning import begin, check_nothing_saved, saved_so_far
 from deltatune.training.building import Described, Run, build, describe, load, report_of
 from deltatune.training.changes import Change
 from deltatune.training.checkpoint import load_config
@@ -128,6 +128,7 @@ def _train(
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
     checkpoint, passed_over = found_by_rank_0(lambda: begin(recipe, resume, clears=True), arguments)
+    saved = saved_so_far(Path(recipe.training.output_dir).expanduser())
     changes = changed_settings(recipe, checkpoint, allow=allow_change)
     for line in [*passed_over, *change_lines(changes, checkpoint)]:
         log.out(line, highlight=False)
@@ -156,6 +157,8 @@ def _train(
         records = report_of(run, _verify(run))
         parts = shard_by_recipe(recipe, run.loaded, run.mesh, arguments)
     with locked(run.output_dir) if arguments.should_save else nullcontext(), ExitStack() as during_training:
+        if arguments.should_save:
+            check_nothing_saved(run.output_dir, saved)
         during_training.enter_context(_cache_setting_kept(run.model))
         return _fit(run, parts, records, checkpoint, done, changes, during_training, watch)
 
