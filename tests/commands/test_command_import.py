@@ -44,6 +44,19 @@ def test_a_file_is_never_overwritten(theirs, tmp_path, capsys):
     assert "expects a new file" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_named(theirs, tmp_path, capsys):
+    output = tmp_path / "none" / "ours.yaml"
+    assert main(["import", str(theirs), "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"error: --output {output}: there is no folder {output.parent}\n"
+
+
+def test_further_commands_of_a_script_are_not_supported(tmp_path, capsys):
+    (tmp_path / "run.sh").write_text("trl sft --model_name_or_path m --dataset_name d\ntrl dpo --model_name_or_path n")
+    assert main(["import", str(tmp_path / "run.sh")]) == 0
+    out, _ = capsys.readouterr()
+    assert "# left out: trl dpo (command 2): a recipe is one run" in out
+
+
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
     assert main(["import", str(tmp_path / "none.yml")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -53,6 +53,14 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys) -> None:
     assert errors[1].endswith("cannot be written: File name too long; choose another file with --output")
 
 
+def test_a_page_takes_the_place_of_a_page_alone(tmp_path, capsys) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "run.json")]) == 2
+    assert "run.json is there and no page; name a new file" in capsys.readouterr().err
+    assert (tmp_path / "run.json").read_text() == "{}"
+    assert [main(["report", str(tmp_path)]) for _ in range(2)] == [0, 0]
+
+
 def test_names_of_files_may_hold_any_bytes(tmp_path) -> None:
     (tmp_path / "run.json").write_text(r'{"legs": [{"command": "train caf\udce9.yaml"}]}')
     assert main(["report", str(tmp_path)]) == 0

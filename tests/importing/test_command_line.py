@@ -29,6 +29,10 @@ from deltatune.importing.values import NotLiteral
         ("trl sft $ARGUMENTS --a", {"$ARGUMENTS": NotLiteral("$ARGUMENTS"), "a": True}),
         ("accelerate launch -m trl.scripts.sft --a 1", {"a": 1}),
         ("python examples/dpo_vlm.py --a 1", {"loss_type": "sigmoid", "a": 1}),
+        (
+            "trl sft --a 1 && trl dpo --b 2\ntrl sft --c",
+            {"a": 1, "trl dpo (command 2)": NotLiteral("--b 2"), "trl sft (command 3)": NotLiteral("--c")},
+        ),
     ],
 )
 def test_flags(source, expected):

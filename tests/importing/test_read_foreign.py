@@ -41,13 +41,36 @@ def test_kind_is_told_by_the_file(tmp_path, name, text, kind):
         ("deep.json", "[" * 100_000, "broken JSON"),
         ("deep.yaml", "[" * 100_000, "deep.yaml"),
         ("broken.json", '{"a": 1,}', "broken JSON"),
+        ("twice.json", '{"stage": "sft", "a": {"b": 1, "b": 2}}', "twice.json: b is given twice"),
+        ("list.sh", "trl sft --config list.yaml", "list.yaml: expected a mapping of keys, got list"),
+        ("text.sh", "trl sft --config text.yaml", "text.yaml: expected a mapping of keys, got str"),
+        ("bytes.sh", "trl sft --config bytes.yaml", "bytes.yaml: expected a text file, got bytes"),
         ("broken.ipynb", "{}", "expected a notebook"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, text, message):
+    for config, content in (("list.yaml", b"- 1"), ("text.yaml", b"text"), ("bytes.yaml", b"\xff\xfe")):
+        (tmp_path / config).write_bytes(content)
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_foreign(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", '{"stage": "sft"}'), ("a.yaml", "stage: sft"), ("a.py", "FastModel.from_pretrained('m')")],
+)
+def test_mark_at_the_beginning_is_none_of_the_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    expected = read_foreign(tmp_path / name).settings
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_foreign(tmp_path / name).settings == expected
+
+
+def test_home_folder_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("stage: sft")
+    assert read_foreign("~/a.yaml").settings == {"stage": "sft"}
 
 
 def test_missing_file(tmp_path):

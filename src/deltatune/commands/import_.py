@@ -31,9 +31,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(head + imported.text)
         stream.write(table)
         return 0
-    output = Path(args.output)
+    output = Path(args.output).expanduser()
     if output.exists():
         raise UserError(f"{output} exists: --output expects a new file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
     with whole(output) as part:
         part.write_text(head + imported.text, encoding="utf-8")
     stream.write(f"{table}\nthe recipe is in {output}\n")

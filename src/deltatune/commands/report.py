@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     html = page(runs)
     try:
+        if not _may_be_replaced(output):
+            raise UserError(f"--output {output} is there and no page; name a new file, such as {output.parent / _PAGE}")
         with whole(output) as part:
             part.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of files may hold any bytes
     except IsADirectoryError as error:
@@ -34,3 +36,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.writelines(f"{found.path}: {problem}\n" for problem in found.problems)
     sys.stdout.write(f"the report is in {output}\n")
     return 0
+
+
+def _may_be_replaced(output: Path) -> bool:
+    """Whether there is nothing of this name, or a page."""
+    if not output.is_file():
+        return True
+    with output.open("rb") as stream:
+        return stream.read(64).lstrip().lower().startswith(b"<!doctype html")

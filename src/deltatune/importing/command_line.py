@@ -27,7 +27,8 @@ _MARKS = frozenset(";&|<>")
 def settings_of_command(path: Path, source: str) -> dict[str, Any]:
     """The flags of the first ``trl sft`` or ``trl dpo`` in a text: a value in YAML, a list where there are several.
 
-    A flag alone is true. A loss tells the two commands apart, so ``trl dpo`` has its default where no flag says one.
+    Further ones are kept under their names and numbers. A flag alone is true. A loss tells the two commands apart, so
+    ``trl dpo`` has its default where no flag says one.
     Variables that the text gives one literal stand for it. Another that follows a flag and its value may hold flags of
     its own: it is kept under its name.
 
@@ -36,12 +37,20 @@ def settings_of_command(path: Path, source: str) -> dict[str, Any]:
     """
     text = re.sub(r"\\\r?\n", " ", source)
     text = _substituted(re.sub(r"(?m)^\s*#.*$", "", text))
-    for line in text.splitlines():
-        words = _words(path, line)
-        for place, word in enumerate(words):
-            if (kind := _kind(word, words[:place])) is not None:
-                return {**({"loss_type": "sigmoid"} if kind == "dpo" else {}), **_flags(path, words[place + 1 :])}
-    raise UserError(f"{path}: expected a command line with trl sft or trl dpo --model_name_or_path ...; found none")
+    lines = [_words(path, line) for line in text.splitlines()]
+    found = [
+        (kind, words[place + 1 :])
+        for words in lines
+        for place, word in enumerate(words)
+        if (kind := _kind(word, words[:place])) is not None
+    ]
+    if not found:
+        raise UserError(f"{path}: expected a command line with trl sft or trl dpo --model_name_or_path ...; found none")
+    (kind, words), *others = found
+    further = {
+        f"trl {other} (command {number})": NotLiteral(" ".join(rest)) for number, (other, rest) in enumerate(others, 2)
+    }
+    return {**({"loss_type": "sigmoid"} if kind == "dpo" else {}), **_flags(path, words), **further}
 
 
 def _substituted(text: str) -> str:

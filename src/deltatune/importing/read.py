@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,13 +46,8 @@ def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
     Raises:
         UserError: no such file, one that is broken, or one of which the kind is not told.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file{near_files(path)}") from error
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a text file, got {'a folder' if path.is_dir() else 'bytes'}") from error
+    path = Path(path).expanduser()
+    text = _text(path)
     written = _SUFFIXES.get(path.suffix, ("trl",))
     if kind is not None and kind not in written:
         raise UserError(f"{path}: --from {kind} cannot be; a file {path.name} is read as {' or '.join(written)}")
@@ -59,15 +56,38 @@ def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
     if written == ("trl",):
         settings = settings_of_command(path, text)
         return Foreign(path, TRL, _with_config(path, settings))
-    settings = _json(path, text) if path.suffix == ".json" else parse_document(text, str(path))[0]
+    settings = _mapping(path, _json(path, text) if path.suffix == ".json" else parse_document(text, str(path))[0])
+    return Foreign(path, KINDS[kind or _kind(path, settings)], settings)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file{near_files(path)}") from error
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a text file, got {'a folder' if path.is_dir() else 'bytes'}") from error
+
+
+def _mapping(path: Path, settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {type(settings).__name__}")
-    return Foreign(path, KINDS[kind or _kind(path, settings)], settings)
+    return settings
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise UserError(f"{path}: {twice} is given twice")
+    return found
 
 
 def _json(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=partial(_once, path))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON: {one_line(error)}") from error
 
@@ -76,8 +96,11 @@ def _with_config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The keys of ``--config FILE`` under those of the command line, which win."""
     for config in (Path(str(settings.get("config", ""))), path.parent / str(settings.get("config", ""))):
         if config.suffix in (".yaml", ".yml") and config.is_file():
-            inner, _ = parse_document(config.read_text(encoding="utf-8"), str(config))
-            return {**(inner or {}), **{key: value for key, value in settings.items() if key != "config"}}
+            inner, _ = parse_document(_text(config), str(config))
+            return {
+                **_mapping(config, inner or {}),
+                **{key: value for key, value in settings.items() if key != "config"},
+            }
     return settings
 
 

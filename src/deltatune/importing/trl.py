@@ -190,6 +190,9 @@ TRL = Table(
         )
     ),
     patterns={
+        r"trl \w+ \(command .*": refused(
+            "a recipe is one run: the first such command is taken, give others a file each"
+        ),
         r"\$.*": refused("flags that the script computes: add them to the recipe"),
         "wandb_.*": refused("set it in the environment: WANDB_NAME, WANDB_RUN_GROUP and so on"),
     },
