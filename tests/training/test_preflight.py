@@ -56,6 +56,8 @@ def test_what_is_there_passes(recipe: Any, tmp_path: Path) -> None:
             r"output_dir: .*purged is a link to gone, which is not there",
         ),
         ({"data": {"cache_dir": "{folder}/purged/x"}}, r"cache_dir: .*purged is a link to gone, which is not there"),
+        ({"training": {"output_dir": "a\0b"}}, r"training\.output_dir: 'a\\x00b' names no folder"),
+        ({"data": {"cache_dir": "a\0b"}}, r"data\.cache_dir: 'a\\x00b' names no folder"),
         ({"training": {"report_to": "wandb"}}, r"report_to: the package of wandb is not installed; pip install wandb"),
         ({"training": {"report_to": ["comet_ml"]}}, r"comet_ml is not installed; pip install comet-ml, or set"),
     ],

@@ -802,16 +802,42 @@ def test_out_of_memory_says_what_to_change_and_what_is_kept(
     assert str(told.value).endswith(f"; {kept.format(output=tmp_path / 'output')}")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        torch.AcceleratorError("CUDA error: out of memory\nmore", 2),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 4 bytes"
+        ),
+        MemoryError("Unable to allocate 1 PiB for an array"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["_verify", "_trainer"])
 def test_out_of_memory_before_the_first_step_says_what_to_change(
-    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
 ) -> None:
     def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        raise error
 
-    monkeypatch.setattr(run_module, "_verify", full)
-    said = r"out of memory before the first step: .* 2\.00 GiB\.; see with deltatune plan .*parallel\.shard$"
+    monkeypatch.setattr(run_module, where, full)
+    said = rf"out of memory before the first step: {re.escape(str(error).splitlines()[0])}; see .*parallel\.shard$"
     with pytest.raises(UserError, match=said):
         train(unprobed(tmp_path, checkpoint), console=QUIET)
+
+
+def test_other_errors_of_libraries_are_not_of_memory(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name in ("_verify", "_run_steps"):
+        monkeypatch.setattr(run_module, name, broken)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            train(unprobed(tmp_path, checkpoint), console=QUIET)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, checkpoint: Path) -> None:

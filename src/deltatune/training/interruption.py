@@ -25,6 +25,9 @@ _SMALLER: Final = (
     "estimates them)"
 )
 
+# what allocators say beside torch's own of a GPU: of the host, of a driver, and of cuBLAS for its workspace
+_FULL: Final = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 @contextmanager
 def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path | None) -> Iterator[None]:
@@ -38,7 +41,7 @@ def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path
     Raises:
         Interruption: again, with the last whole checkpoint of this run and the command that goes on from it; also in
             the place of a KeyboardInterrupt.
-        UserError: a device's memory was full; with the same, and what to change.
+        UserError: a device's memory, or the host's, was full; with the same, and what to change.
     """
     first_own = next_place(output_dir)
 
@@ -58,7 +61,9 @@ def told_what_is_kept(trainer: PackedTrainer, output_dir: Path, began_from: Path
         interruption = error if isinstance(error, Interruption) else Interruption(signal.SIGINT)
         interruption.after, interruption.kept = f"after step {trainer.state.global_step}", interruption.kept or kept()
         raise interruption from error.__cause__
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
         where = f"out of memory at step {trainer.state.global_step + 1}: {first_line(error)}"
         raise UserError(f"{where}; {_SMALLER}; {kept()}") from error
 
@@ -77,15 +82,22 @@ def told_of_memory() -> Iterator[None]:
     """Says what to change where a model, or its probe, does not fit before the first step.
 
     Raises:
-        UserError: a device's memory was full.
+        UserError: a device's memory, or the host's, was full.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
         raise UserError(
             f"out of memory before the first step: {first_line(error)}; see with deltatune plan what the weights take, "
             "set model.dtype: bfloat16 where they are wider, or divide them among more GPUs with parallel.shard"
         ) from error
+
+
+def _is_of_memory(error: RuntimeError | MemoryError) -> bool:
+    of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return of_memory or any(said in str(error) for said in _FULL)
 
 
 def _nothing_trained(checkpoint: Path | None = None) -> str:

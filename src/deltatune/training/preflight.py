@@ -261,6 +261,8 @@ def _check_writable(key: str, name: str) -> None:
         path = Path(name).expanduser()
     except RuntimeError as error:  # of a tilde before the name of no user
         raise UserError(f"{key}: {name} names no folder: {error}") from error
+    if "\0" in name:
+        raise UserError(f"{key}: {name!r} names no folder: no name holds a null character")
     parent = existing_parent(path)
     for folder in (path, *path.absolute().parents):
         if folder.is_symlink() and not folder.exists():

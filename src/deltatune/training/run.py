@@ -175,7 +175,8 @@ def _fit(
 ) -> TrainResult:
     """Trains, evaluates and saves, and keeps the record of it; no step is left after the checkpoint ``done``."""
     otherwise = evaluates_otherwise(changes)
-    trainer, record = _trainer(run, parts, otherwise), None
+    with told_of_memory():
+        trainer, record = _trainer(run, parts, otherwise), None
     step = 0 if checkpoint is None else step_of(checkpoint)
     if run.arguments.should_save:
         run.console.keep_in(run.output_dir)
