@@ -97,6 +97,30 @@ def test_work_that_notes_the_first_signal_has_time() -> None:
     assert ended(code) == (0, "15\n", "")
 
 
+def test_what_the_scope_took_is_given_back() -> None:
+    code = """
+hook = sys.unraisablehook = lambda found: None
+read, write = os.pipe()
+os.set_blocking(write, False)
+signal.set_wakeup_fd(write)
+with interruptible(): pass
+assert sys.unraisablehook is hook
+assert signal.set_wakeup_fd(-1) == write
+"""
+    assert ended(code) == (0, "", "")
+
+
+def test_what_counts_no_signals_is_over_at_its_end() -> None:
+    code = f"""{STUCK}
+signals._WAITING = 0.3
+with interruptible():
+    with signals.unwatched(): pass
+    later(0.3)
+    wait()
+"""
+    assert ended(code) == (143, "", "SIGTERM: ended at once\n")
+
+
 def test_one_that_python_drops_in_a_destructor_comes_again() -> None:
     code = """
 class Dies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -121,6 +122,26 @@ def test_an_empty_lock_of_a_clock_that_is_ahead_is_not_waited_for(
     began = time.monotonic()
     with locked(tmp_path):
         assert time.monotonic() - began < 10
+
+
+def test_a_lock_that_another_process_looks_at_is_waited_for(tmp_path: Path) -> None:
+    """Two that find a lock stale would otherwise both take it over."""
+    gone = {"pid": 2**31 - 2, "host": socket.gethostname(), "started": 1}
+    (tmp_path / ".lock").write_text(json.dumps(gone))
+    holding, held = threading.Event(), []
+
+    def hold() -> None:
+        with locked(tmp_path):
+            holding.set()
+
+    with (tmp_path / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.append(holding.wait(0.5))
+    held.append(holding.wait(10))
+    thread.join()
+    assert held == [False, True]
 
 
 def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_a_name_is_on_the_disk_before_what_it_replaces_goes(tmp_path: Path, monk
     assert seen[-1] == (place.parent, True)
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest after the files that it tells of, and then the folder, which holds their names."""
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(sealed, "_sync", lambda path: seen.append((path.name, path.stat().st_size)))
+    folder = checkpoint(tmp_path, 3)
+    files = sorted(FILES)
+    assert [name for name, _ in seen] == [*files, "manifest.json", "checkpoint-3", tmp_path.name]
+    assert seen[: len(files) + 1] == [(name, (folder / name).stat().st_size) for name in (*files, "manifest.json")]
+
+
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", ["removed", "cut", "other bytes"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path, name: str, damage: str) -> None:
