@@ -245,6 +245,10 @@ def test_a_finished_run_that_is_resumed_as_it_was_keeps_its_figures(tmp_path: Pa
     figures = (tmp_path / "output" / "metrics.json").read_text()
     train(recipe(tmp_path, checkpoint, **once), resume=True, console=QUIET)
     assert (tmp_path / "output" / "metrics.json").read_text() == figures
+    (tmp_path / "output" / "adapter_model.safetensors").unlink()  # which is saved again
+    train(recipe(tmp_path, checkpoint, **once), resume=True, console=QUIET)
+    assert (tmp_path / "output" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "output" / "metrics.json").read_text())["leg"] == json.loads(figures)["leg"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
@@ -343,6 +347,8 @@ def test_a_signal_adds_no_evaluation_and_takes_none(
         with pytest.raises(InterruptedRunError):
             train(settings, console=QUIET)
     assert steps_evaluated(stopped) == ([] if before else ends[:1])
+    left = json.loads((stopped / f"checkpoint-{ends[0] - before}" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in left if "eval_loss" in entry] == ([] if before else ends[:1])
     train(settings, resume=True, console=QUIET)
     assert steps_evaluated(stopped) == ends
     assert same(whole, stopped)
