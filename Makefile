@@ -29,13 +29,13 @@ test: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --numprocesses 0
 
-# what steps with the libraries of state in 8 and 4 bits, which run on a CPU too. They are not in the tests' own
-# environment: PEFT imports both where they are there, some seconds in every process
+# what goes with the libraries of state and weights in 8 and 4 bits, which run on a CPU too. They are not in the tests'
+# own environment: PEFT imports both where they are there, some seconds in every process
 OPTIMIZERS := $(VENV)/optimizers
 test-optimizers: $(STAMP)
 	$(BIN)/python -m pip install -q --constraint constraints/cpu.txt --no-deps --upgrade --target $(OPTIMIZERS) bitsandbytes torchao
 	PYTHONPATH=$(OPTIMIZERS) $(BIN)/python -m pytest tests/training/test_optimizers.py tests/compile/test_memory.py \
-	  tests/training/test_preflight.py
+	  tests/training/test_preflight.py tests/ops/test_dequantize_bitsandbytes.py
 
 # the same tests with the oldest versions that the package allows, but for torch, whose oldest has no CPU build on PyPI
 test-lowest:

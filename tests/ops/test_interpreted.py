@@ -13,8 +13,9 @@ import pytest
 
 # two processes, of about the same time
 TESTS = {
-    "convolution, delta rule and gated norm": (
+    "convolution, delta rule, gated norm and decodes": (
         "test_causal_conv_interpreted.py",
+        "test_dequantize_kernel.py",
         "test_gated_rms_norm_kernel.py",
         "test_gated_delta_rule_libraries.py::test_interpreted_normalisation",
     ),

@@ -19,6 +19,7 @@ from deltatune.packing.sequences import Sequences
 
 SPECS = [
     ops.CausalConvSpec,
+    ops.DequantizeSpec,
     ops.GatedDeltaRuleSpec,
     ops.GatedRmsNormSpec,
     ops.GroupedMmSpec,

@@ -26,6 +26,7 @@ __all__ = [
 
 OpName = Literal[
     "causal_conv",
+    "dequantize",
     "gated_delta_rule",
     "gated_rms_norm",
     "grouped_mm",

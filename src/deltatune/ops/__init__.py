@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from deltatune.ops._causal_conv.api import causal_conv
 from deltatune.ops._causal_conv.providers import CausalConvSpec
+from deltatune.ops._dequantize.api import dequantize
+from deltatune.ops._dequantize.providers import DequantizeSpec
+from deltatune.ops._dequantize.quantize import quantize
+from deltatune.ops._dequantize.weight import QuantizedWeight
 from deltatune.ops._gated_delta_rule.api import gated_delta_rule
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
 from deltatune.ops._gated_rms_norm.api import gated_rms_norm
@@ -32,6 +36,7 @@ __all__ = [
     "Adapter",
     "CausalConvSpec",
     "Choice",
+    "DequantizeSpec",
     "ExpertLinear",
     "GatedDeltaRuleSpec",
     "GatedRmsNormSpec",
@@ -39,18 +44,21 @@ __all__ = [
     "LinearCrossEntropySpec",
     "LoraGatedSpec",
     "Provider",
+    "QuantizedWeight",
     "RmsNormRopeSpec",
     "Spec",
     "Support",
     "VarlenAttentionSpec",
     "causal_conv",
     "choose",
+    "dequantize",
     "gated_delta_rule",
     "gated_rms_norm",
     "grouped_linear",
     "linear_cross_entropy",
     "lora_gated",
     "moe_experts",
+    "quantize",
     "rms_norm_rope",
     "rms_norm_rope_pair",
     "varlen_attention",
