@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import gated_cases, moe_cases
+from benchmarks import decode_cases, gated_cases, moe_cases
 from benchmarks.shapes import Shape
 from benchmarks.systems import draw_lengths
 from deltatune import Sequences, ops
@@ -92,7 +92,7 @@ class Case:
         config: of the record: shape letters.
         draw: seed -> inputs on the device.
         outputs: names of the results.
-        trained: inputs whose gradients are timed, as in a step that trains adapters.
+        trained: inputs whose gradients are timed, as in a step that trains adapters; without any, forward alone.
         variants: by name; ``"reference"`` is the specification.
         forward_bytes: each input that grows with the tokens read once, each output written once.
         backward_bytes: on top of that: inputs and the output's gradient read again, the inputs' gradients written.
@@ -609,7 +609,46 @@ def gated_activation_lora(shape: Shape, tokens: int, run: Run, *, rank: int = ga
     )
 
 
+def dequantize(shape: Shape, tokens: int, run: Run, *, format: str) -> Case:
+    """The frozen matrices of a layer's MLP, of a mixture all experts, each of which has rows of the tokens."""
+    sizes = decode_cases.matrices(shape)
+    experts = {"experts": sizes["up"][0]} if len(sizes["up"]) == 3 else {}
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator(run.device).manual_seed(seed)
+        found = {"like": run.draw(seed)(1)}
+        for name, size in sizes.items():
+            parts = decode_cases.draw_parts(generator, format, size)
+            found |= {f"{name}.{part}": x for part, x in parts.items()}
+        for number in experts.values():
+            ends = torch.arange(1, number + 1, device=run.device) * max(tokens, number) // number
+            found["offsets"] = ends.int()
+        return found
+
+    def make(impl: str) -> Function:
+        ops.choose(ops.DequantizeSpec(run.device, run.dtype), impl)  # or why it cannot run
+        return decode_cases.ours(format, sizes, impl)
+
+    stored = sum(x.nbytes for x in draw(0).values())
+    values = sum(math.prod(size) for size in sizes.values())
+    return Case(
+        op="dequantize",
+        config={"format": format, "hidden": sizes["down"][-2], "inner": sizes["down"][-1], **experts},
+        draw=draw,
+        outputs=tuple(sizes),
+        trained=(),
+        variants={
+            **_ours(make, "triton", compile_reference=False),
+            "torch.compile(reference)": Variant("compile", lambda: _compiled(decode_cases.plain(format, sizes))),
+            **{name: Variant(by, build) for name, by, build in decode_cases.baselines(format, sizes)},
+        },
+        forward_bytes=stored + values * run.dtype.itemsize,
+        backward_bytes=0,
+    )
+
+
 _MOE: Final = functools.partial(Entry, shapes=("qwen3.5-35b-a3b", "gpt-oss-20b"), tokens=(8192, 16384))
+_DECODED: Final = ("qwen3.5-35b-a3b", "gpt-oss-20b", "qwen3.5-9b")
 CASES: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry(gated_delta_rule, hybrid=True),
     "causal_conv": Entry(causal_conv, hybrid=True),
@@ -624,5 +663,9 @@ CASES: Final[Mapping[str, Entry]] = {
     "moe_experts_skewed": _MOE(functools.partial(moe_experts, busiest=moe_cases.SKEWED)),
     "moe_experts_lora": _MOE(functools.partial(moe_experts, rank=moe_cases.RANK)),
     "moe_experts_lora_skewed": _MOE(functools.partial(moe_experts, rank=moe_cases.RANK, busiest=moe_cases.SKEWED)),
+    **{
+        f"dequantize_{format}": Entry(functools.partial(dequantize, format=format), shapes=_DECODED)
+        for format in decode_cases.FORMATS
+    },
 }
 """Op, or an op in the form that a layer calls, -> how to measure it."""

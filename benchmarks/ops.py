@@ -36,7 +36,8 @@ __all__ = ["main", "measure_case"]
 
 _METHOD: Final = (
     "device time between CUDA events (the wall clock on a CPU), the queue kept full by a wait on the device before "
-    "each turn; forward without autograd; forward+backward with the gradients of activations, weights frozen; "
+    "each turn; forward without autograd; forward+backward with the gradients of activations, weights frozen, where "
+    "there are activations; "
     "variants interleaved, input sets in turn and together larger than the cache; errors are relative L2 against the "
     "reference in float64, of outputs and of all gradients; the check is twice error_budget; bound_ms is the longer "
     "of bound_bytes (each input read once, each output written once) at the rate of a copy of that size and "
@@ -121,7 +122,8 @@ def measure_case(case: Case, run: Run, *, seconds: float) -> dict[str, Any]:
     if case.gemm is not None:
         side = case.gemm if run.device.type == "cuda" else (64, 64, 64)
         rates |= {"gemm_flops_per_second": gemm_rate(run.device, *side, run.dtype), "gemm": list(side)}
-    results = [result for what in _DIRECTIONS for result in _timed(case, rows, what, sets, run, rates, seconds)]
+    directions = _DIRECTIONS if case.trained else _DIRECTIONS[:1]
+    results = [result for what in directions for result in _timed(case, rows, what, sets, run, rates, seconds)]
     errors = {name: {k: e if math.isfinite(e) else None for k, e in row.errors.items()} for name, row in rows.items()}
     spec = next(spec for spec in ops.Spec.__subclasses__() if spec.op == case.op)
     return {
@@ -166,7 +168,8 @@ def _results(function: Function, inputs: Tensors, outputs: Sequence[str], wanted
     """The outputs by name, and the gradients of a weighted sum of them as ``d<input>``."""
     given = _leaves(inputs, wanted)
     found = _tuple(function(given))
-    grads = torch.autograd.grad(found, [given[name] for name in wanted], _gradient_weights(found))
+    leaves = [given[name] for name in wanted]
+    grads = torch.autograd.grad(found, leaves, _gradient_weights(found)) if leaves else ()
     named = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return {name: x.detach() for name, x in zip(outputs, found, strict=True)} | named
 

@@ -156,12 +156,14 @@ def ops(records: Sequence[Record]) -> list[str]:
     rows = []
     for op in CASES:
         for case in newest_ops([r for r in records if DEVICE in r.device], op):
-            auto = case.auto(_DIRECTIONS[1])
+            # of what has no backward forward alone
+            what = next((what for what in reversed(_DIRECTIONS) if case.results(what)), _DIRECTIONS[0])
+            auto = case.auto(what)
             if auto is None or case.config["T"] != 16384:
                 continue
             sizes = " ".join(f"{k} {v}" for k, v in case.config.items() if k in _SIZES)
             cells = [_pair(case.results, "impl", auto["impl"]), _pair(case.results, "by", "compile")]
-            others = [r for r in case.results(_DIRECTIONS[1]) if r.get("by") in ("stock", "library")]
+            others = [r for r in case.results(what) if r.get("by") in ("stock", "library")]
             exact = [r for r in others if r["status"] == "ok" and r["impl"] != "reference"]
             best = min(exact, key=lambda r: r["median_ms"], default=None)
             name = "-" if best is None else best["impl"]

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, compare, op_cases, ops, session, tables, timing, train, tune_grouped, worker
+from benchmarks import (
+    checks,
+    compare,
+    decode_cases,
+    op_cases,
+    ops,
+    session,
+    tables,
+    timing,
+    train,
+    tune_grouped,
+    worker,
+)
 from benchmarks.checks import Seen
 from benchmarks.shapes import SHAPES, adapters, build_model
 from benchmarks.systems import Packs, Setting, System, draw_lengths
@@ -397,3 +409,30 @@ def test_the_gate_of_an_mlp_with_adapters_is_measured_beside_pefts(traced) -> No
     assert set(status.values()) == {"ok"}, found["results"]
     assert {"PEFT's layers, compiled", "separate products, compiled", "torch.compile(reference)"} < set(status)
     assert found["auto"] == "reference"
+
+
+def test_decodes_are_of_the_matrices_of_an_mlp() -> None:
+    entry = op_cases.CASES["dequantize_nf4"]
+    assert {name: decode_cases.matrices(SHAPES[name]) for name in entry.shapes} == {
+        "qwen3.5-35b-a3b": {"up": (256, 1024, 2048), "down": (256, 2048, 512)},
+        "gpt-oss-20b": {"up": (32, 5760, 2880), "down": (32, 2880, 2880)},
+        "qwen3.5-9b": {"up": (24576, 4096), "down": (4096, 12288)},
+    }
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("format", ["nf4", "fp8", "mxfp4", "nvfp4"])
+def test_decodes_are_measured_without_a_backward(format, name, traced) -> None:
+    torch.compiler.reset()
+    case = op_cases.dequantize(SHAPES[name], 50, RUN, format=format)
+    found = ops.measure_case(case, RUN, seconds=0.01)
+    status = {r["impl"]: r["status"] for r in found["results"]}
+    assert status.pop("triton") == "unavailable"
+    assert status.pop("bitsandbytes", "unavailable") == "unavailable"
+    assert status == {"reference": "ok", "torch.compile(reference)": "ok"}, found["results"]
+    assert {r["what"] for r in found["results"]} == {"forward"}
+    values = 3 * 64 * 96 if name == "tiny" else 8 * 3 * 64 * 32
+    read = sum(x.nbytes for x in case.draw(1).values())
+    assert values * (1 if format == "fp8" else 0.5) < read
+    assert {r["bound_bytes"] for r in found["results"] if "median_ms" in r} == {read + 2 * values}
+    assert (found["error_budget"]["up"] == 0) == (format == "mxfp4")  # exact in bf16

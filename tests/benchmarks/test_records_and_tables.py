@@ -283,3 +283,28 @@ def test_targets_of_experts_are_the_worst_of_their_cases(model, experts, lengths
     found = [o for o in targets.evaluate(load_records(tmp_path)) if f"experts of {model}" in o.target.name]
     assert [round(o.figure[0], 4) for o in found] == [round(figure, 4) for figure in figures]
     assert {o.verdict for o in found} == {"met"}
+
+
+def test_an_op_without_a_backward_is_in_the_table(tmp_path) -> None:
+    def result(impl: str, by: str, ms: float, **more: float) -> dict[str, object]:
+        return {"impl": impl, "by": by, "what": "forward", "median_ms": ms, "status": "ok", **more}
+
+    results = [
+        result("triton", "deltatune", 0.5, bound_ms=0.4, of_bound=0.8),
+        result("torch.compile(reference)", "compile", 0.7),
+        result("bitsandbytes", "library", 0.6),
+    ]
+    config = {"config": {"T": 16384, "hidden": 8, "inner": 16}, "auto": "triton", "results": results}
+    made = head("ops/dequantize_nf4", "dequantize_nf4", "how", device="NVIDIA H200", source={"commit": "a"})
+    write_record(made | {"configs": [config]}, tmp_path)
+    *_, row = tables.ops(load_records(tmp_path))
+    wanted = [
+        "`dequantize_nf4`",
+        "hidden 8 inner 16",
+        "`triton`",
+        "0.50 / -",
+        "0.70 / -",
+        "0.60 / - (bitsandbytes)",
+        "80%",
+    ]
+    assert row == f"| {' | '.join(wanted)} |"
