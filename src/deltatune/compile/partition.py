@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from deltatune.ops._opaque import is_kept, kernel_of, rebuilt_places
+from deltatune.ops._opaque import is_kept, is_never_kept, kernel_of, rebuilt_places
 
 __all__ = ["Partitioner", "kept_results", "recompute_functions"]
 
@@ -53,6 +53,7 @@ class Partitioner(CustomPartitionerFn):
         for node in saved:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         _rebuild(gm)
+        _compute_again(gm)
         budget = max(self._budget, _SMALLEST) if saved else self._budget
         with functorch_config.patch(activation_memory_budget=budget):
             divided: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
@@ -97,6 +98,17 @@ def _rebuild(gm: fx.GraphModule) -> None:
                             twin.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                     # what rows are gathered from is kept
                     waiting += [] if one.target is torch.ops.aten.index.Tensor else one.all_input_nodes
+
+
+def _compute_again(gm: fx.GraphModule) -> None:
+    """Marks what no backward keeps, and its views, which would keep it."""
+    for node in gm.graph.nodes:
+        if is_never_kept(node.target) or (_is_view(node) and "recompute" in node.args[0].meta):
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "is_view", False)
 
 
 def _is_cheap(node: fx.Node) -> bool:

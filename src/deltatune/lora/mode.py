@@ -9,6 +9,7 @@ from torch import nn
 
 from deltatune.hf.hooks import is_hooked
 from deltatune.hf.model import is_sharded
+from deltatune.quantization.tensor import QuantizedTensor
 
 __all__ = ["FUSED", "STOCK", "UNFUSED", "Mode", "active_adapters", "is_lora_linear", "is_read_whole", "mode_of"]
 
@@ -18,6 +19,8 @@ STOCK = "stock"
 
 _NARROW = (torch.bfloat16, torch.float16)
 _DTYPES = (*_NARROW, torch.float32, torch.float64)
+#: Weights that a product reads as they are; those in few bits are decoded for it.
+_WHOLE = (nn.Parameter, QuantizedTensor)
 #: Bases whose LoRA layers compute something else than a base's output and a low-rank product of the same input.
 _OTHER_BASES = (nn.Embedding, nn.MultiheadAttention, nn.modules.conv._ConvNd)
 
@@ -156,7 +159,7 @@ def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any], *, c
         return "hooks on the base layer (offload, or a tool's own)"
     weight = base.weight
     if not is_read_whole(base, called=called):
-        shards = is_sharded(weight) or type(weight) is nn.Parameter
+        shards = is_sharded(weight) or type(weight) in _WHOLE
         return "the base weight is sharded" if shards else f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in _DTYPES:
         return f"the base weight is {_name(weight.dtype)}"
@@ -168,11 +171,11 @@ def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any], *, c
 
 
 def is_read_whole(linear: Any, *, called: bool) -> bool:
-    """Whether a call reads a plain Parameter. Outside of calls FSDP2's may be a DTensor, FSDP1's a part of a flat one.
+    """Whether a call reads a Parameter that is no shard. Outside of calls FSDP2's may be a DTensor, FSDP1's a part of a flat one.
 
     FSDP1's part has one dimension.
     """
-    plain = type(linear.weight) is nn.Parameter
+    plain = type(linear.weight) in _WHOLE
     if called or not getattr(linear, "_is_fsdp_managed_module", False):
         return plain
     return linear.weight.ndim > 1 if plain else is_sharded(linear.weight)

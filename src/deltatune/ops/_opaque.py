@@ -27,7 +27,16 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["first_order", "first_order_backward", "is_kept", "kernel_of", "opaque", "rebuilt_places", "workspace_bytes"]
+__all__ = [
+    "first_order",
+    "first_order_backward",
+    "is_kept",
+    "is_never_kept",
+    "kernel_of",
+    "opaque",
+    "rebuilt_places",
+    "workspace_bytes",
+]
 
 _library: Any = torch.library.Library
 _LIBRARY = _library("deltatune", "FRAGMENT")
@@ -37,6 +46,7 @@ _workspaces: dict[object, Callable[..., int]] = {}
 _rebuilt: dict[object, tuple[int, ...]] = {}
 _kernels: dict[Any, Any] = {}
 _kept: set[object] = set()
+_never_kept: set[object] = set()
 _KERNEL: Final = "_kernel"
 
 
@@ -48,6 +58,7 @@ def opaque(
     workspace: Callable[..., int] | None = None,
     rebuilt: tuple[int, ...] = (),
     kept: bool = False,
+    never_kept: bool = False,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     gradient_of: str | None = None,
@@ -62,6 +73,7 @@ def opaque(
         workspace: bytes the kernel holds for a while besides its arguments and results, from the arguments.
         rebuilt: places of arguments that a compiled backward builds again where that is cheap, and does not keep.
         kept: no activation checkpointing computes the result again, such as one that other processes take part in.
+        never_kept: a compiled backward computes the result again, and keeps none: it is much larger than its arguments.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)`` to a gradient for every input, of which none is a list; grads are one tuple for an
             op that gives a list.
@@ -95,6 +107,8 @@ def opaque(
             _rebuilt[op] = rebuilt
         if kept:
             _kept.update(made)
+        if never_kept:
+            _never_kept.update(made)
         call: Callable[..., _R] = op
         return call
 
@@ -114,6 +128,11 @@ def kernel_of(op: object) -> Any:
 def is_kept(op: object) -> bool:
     """Whether the result of an op of a graph stays for backward under every activation checkpointing."""
     return op in _kept
+
+
+def is_never_kept(op: object) -> bool:
+    """Whether a compiled backward computes the result of an op of a graph again rather than keep it."""
+    return op in _never_kept
 
 
 def rebuilt_places(op: object) -> tuple[int, ...]:

@@ -1,0 +1,203 @@
+"""A frozen weight in few bits that takes part in products as the matrix it stands for."""
+
+# N output width, K input width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from deltatune import ops
+from deltatune.ops import QuantizedWeight
+
+__all__ = ["QuantizedTensor", "stored_bytes"]
+
+_aten: Final = torch.ops.aten
+_INNER: Final = ("codes", "scales", "extra")
+
+
+class QuantizedTensor(Tensor):
+    """Matrices ``[..., N, K]`` of a ``QuantizedWeight``, or their transposes, with the shape and dtype of the values.
+
+    Copies, moves, transposes and the matrices of a stack stay in few bits. Whatever else reads it reads its values:
+    they are decoded for that call and are not kept, so what autograd saves of a product is the codes, and backward
+    decodes them again, in a compiled graph too. Nothing may write to it.
+
+    Args:
+        weight: the codes and their scales.
+        dtype: of the values.
+        transposed: whether it stands for ``[..., K, N]``.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    extra: Tensor | None
+
+    @staticmethod
+    def __new__(cls, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False) -> QuantizedTensor:
+        upright = torch.empty(weight.shape, device="meta")
+        seen = upright.mT if transposed else upright
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made: QuantizedTensor = make(
+            cls, seen.shape, strides=seen.stride(), dtype=dtype, device=weight.codes.device, requires_grad=False
+        )
+        return made
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False) -> None:
+        self.format, self.codes, self.scales, self.extra, self.divides = weight
+        self.transposed = transposed
+
+    @property
+    def stored(self) -> QuantizedWeight:
+        """What it is made of, upright."""
+        return QuantizedWeight(self.format, self.codes, self.scales, self.extra, self.divides)
+
+    def decoded(self, offsets: Tensor | None = None) -> Tensor:
+        """The values; with ``offsets`` those of matrices that have rows (see ``ops.dequantize``)."""
+        values = ops.dequantize(self.stored, self.dtype, offsets=offsets)
+        return values.mT if self.transposed else values
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = [name for name in _INNER if getattr(self, name) is not None]
+        return names, (self.format, self.divides, self.dtype, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], about: tuple[Any, ...], size: object, stride: object
+    ) -> QuantizedTensor:
+        format, divides, dtype, transposed = about
+        weight = QuantizedWeight(format, *(inner.get(name) for name in _INNER), divides)  # type: ignore[arg-type]
+        return QuantizedTensor(weight, dtype, transposed=transposed)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        about = f"format={self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}'"
+        return f"QuantizedTensor({about})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            found = handler(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        _refuse_writes(func, args, kwargs)
+        args, kwargs = tree_map_only(QuantizedTensor, QuantizedTensor.decoded, (args, dict(kwargs)))
+        return func(*args, **kwargs)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """What a tensor takes of memory."""
+    if isinstance(tensor, QuantizedTensor):
+        return sum(part.nbytes for part in tensor.stored if isinstance(part, Tensor))
+    return tensor.nbytes
+
+
+def _with(tensor: QuantizedTensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The same with each part changed, as ``torch.nn.Module.to`` and a copy change them."""
+    codes, scales, extra = (part if part is None else change(part) for part in (tensor.codes, tensor.scales, tensor.extra))
+    assert codes is not None and scales is not None
+    weight = QuantizedWeight(tensor.format, codes, scales, extra, tensor.divides)
+    return QuantizedTensor(weight, dtype or tensor.dtype, transposed=tensor.transposed)
+
+
+def _same(x: QuantizedTensor, *_: object, **__: object) -> Tensor:
+    return _with(x, lambda part: part)
+
+
+def _clone(x: QuantizedTensor, *, memory_format: object = None) -> Tensor:
+    return _with(x, torch.clone)
+
+
+def _to_copy(x: QuantizedTensor, *, dtype: torch.dtype | None = None, **where: Any) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    where.pop("memory_format", None)
+    return _with(x, lambda part: _aten._to_copy.default(part, **where), dtype)
+
+
+def _view(x: QuantizedTensor, size: Sequence[int]) -> Any:
+    return _same(x) if list(size) == list(x.shape) else NotImplemented
+
+
+def _transpose(x: QuantizedTensor, first: int, second: int) -> Any:
+    if {first % x.ndim, second % x.ndim} != {x.ndim - 1, x.ndim - 2}:
+        return NotImplemented
+    return QuantizedTensor(x.stored, x.dtype, transposed=not x.transposed)
+
+
+def _select(x: QuantizedTensor, dim: int, index: int) -> Any:
+    return _part(x, dim, lambda part: part.select(0, index))
+
+
+def _slice(
+    x: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    return _part(x, dim, lambda part: part[start:end:step])
+
+
+def _part(x: QuantizedTensor, dim: int, take: Callable[[Tensor], Tensor]) -> Any:
+    """Of a stack of matrices."""
+    return _with(x, take) if x.ndim > 2 and dim % x.ndim == 0 else NotImplemented
+
+
+def _copy_into(x: Any, source: Any, non_blocking: bool = False) -> Any:
+    """As ``load_state_dict`` writes; only what has the same parts."""
+    if not (isinstance(x, QuantizedTensor) and isinstance(source, QuantizedTensor)):
+        return NotImplemented
+    names, about = x.__tensor_flatten__()
+    if (names, about) != source.__tensor_flatten__() or x.shape != source.shape:
+        return NotImplemented
+    for name in names:
+        getattr(x, name).copy_(getattr(source, name), non_blocking)
+    return x
+
+
+def _grouped_mm(
+    x: Tensor, weight: Any, offsets: Tensor, narrow: Tensor | None, up: Tensor | None, impl: str
+) -> Any:
+    """Matrices without rows stay as they are."""
+    if not isinstance(weight, QuantizedTensor):
+        return NotImplemented
+    return torch.ops.deltatune.grouped_mm.default(x, weight.decoded(offsets), offsets, narrow, up, impl)
+
+
+def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        written = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, QuantizedTensor) for one in written):
+            raise RuntimeError(
+                f"{func} would write to a weight in {_format_of(written)}, which is frozen: train adapters beside it, "
+                "and merge them into weights of 16 bits"
+            )
+
+
+def _format_of(tensors: Sequence[Any]) -> str:
+    return next(str(one.format) for one in tensors if isinstance(one, QuantizedTensor))
+
+
+_HANDLERS: Final[Mapping[Any, Callable[..., Any]]] = {
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+    _aten.view.default: _view,
+    _aten._unsafe_view.default: _view,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to_copy,
+    _aten.t.default: lambda x: _transpose(x, 0, 1) if x.ndim == 2 else NotImplemented,
+    _aten.transpose.int: _transpose,
+    _aten.select.int: _select,
+    _aten.slice.Tensor: _slice,
+    _aten.copy_.default: _copy_into,
+    torch.ops.deltatune.grouped_mm.default: _grouped_mm,
+}
