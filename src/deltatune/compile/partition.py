@@ -102,9 +102,11 @@ def _rebuild(gm: fx.GraphModule) -> None:
 
 def _compute_again(gm: fx.GraphModule) -> None:
     """Marks what no backward keeps, and its views, which would keep it."""
+    found: set[object] = set()
     for node in gm.graph.nodes:
-        if is_never_kept(node.target) or (_is_view(node) and "recompute" in node.args[0].meta):
+        if is_never_kept(node.target) or (_is_view(node) and node.args[0] in found):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            found.add(node)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -171,9 +171,9 @@ def _unfused_reason(layer: Any, names: tuple[str, ...], linears: list[Any], *, c
 
 
 def is_read_whole(linear: Any, *, called: bool) -> bool:
-    """Whether a call reads a Parameter that is no shard. Outside of calls FSDP2's may be a DTensor, FSDP1's a part of a flat one.
+    """Whether a call reads a Parameter that is no shard.
 
-    FSDP1's part has one dimension.
+    Outside of calls FSDP2's may be a DTensor, FSDP1's a part of a flat one, which has one dimension.
     """
     plain = type(linear.weight) in _WHOLE
     if called or not getattr(linear, "_is_fsdp_managed_module", False):

@@ -36,20 +36,21 @@ class QuantizedTensor(Tensor):
     codes: Tensor
     scales: Tensor
     extra: Tensor | None
+    format: str
+    divides: bool
+    transposed: bool
 
-    @staticmethod
     def __new__(cls, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False) -> QuantizedTensor:
+        """See the class."""
         upright = torch.empty(weight.shape, device="meta")
         seen = upright.mT if transposed else upright
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: QuantizedTensor = make(
             cls, seen.shape, strides=seen.stride(), dtype=dtype, device=weight.codes.device, requires_grad=False
         )
+        made.format, made.codes, made.scales, made.extra, made.divides = weight
+        made.transposed = transposed
         return made
-
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False) -> None:
-        self.format, self.codes, self.scales, self.extra, self.divides = weight
-        self.transposed = transposed
 
     @property
     def stored(self) -> QuantizedWeight:
@@ -70,19 +71,19 @@ class QuantizedTensor(Tensor):
         inner: Mapping[str, Tensor], about: tuple[Any, ...], size: object, stride: object
     ) -> QuantizedTensor:
         format, divides, dtype, transposed = about
-        weight = QuantizedWeight(format, *(inner.get(name) for name in _INNER), divides)  # type: ignore[arg-type]
+        weight = QuantizedWeight(format, inner["codes"], inner["scales"], inner.get("extra"), divides)
         return QuantizedTensor(weight, dtype, transposed=transposed)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def _described(self, **_: object) -> str:
         about = f"format={self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}'"
         return f"QuantizedTensor({about})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __repr__: Any = _described
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def _dispatch(cls, func: Any, _types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None:
@@ -92,6 +93,8 @@ class QuantizedTensor(Tensor):
         _refuse_writes(func, args, kwargs)
         args, kwargs = tree_map_only(QuantizedTensor, QuantizedTensor.decoded, (args, dict(kwargs)))
         return func(*args, **kwargs)
+
+    __torch_dispatch__: Any = _dispatch
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -103,9 +106,8 @@ def stored_bytes(tensor: Tensor) -> int:
 
 def _with(tensor: QuantizedTensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The same with each part changed, as ``torch.nn.Module.to`` and a copy change them."""
-    codes, scales, extra = (part if part is None else change(part) for part in (tensor.codes, tensor.scales, tensor.extra))
-    assert codes is not None and scales is not None
-    weight = QuantizedWeight(tensor.format, codes, scales, extra, tensor.divides)
+    extra = None if tensor.extra is None else change(tensor.extra)
+    weight = QuantizedWeight(tensor.format, change(tensor.codes), change(tensor.scales), extra, tensor.divides)
     return QuantizedTensor(weight, dtype or tensor.dtype, transposed=tensor.transposed)
 
 
@@ -113,7 +115,7 @@ def _same(x: QuantizedTensor, *_: object, **__: object) -> Tensor:
     return _with(x, lambda part: part)
 
 
-def _clone(x: QuantizedTensor, *, memory_format: object = None) -> Tensor:
+def _clone(x: QuantizedTensor, **_: object) -> Tensor:
     return _with(x, torch.clone)
 
 
@@ -138,9 +140,7 @@ def _select(x: QuantizedTensor, dim: int, index: int) -> Any:
     return _part(x, dim, lambda part: part.select(0, index))
 
 
-def _slice(
-    x: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Any:
+def _slice(x: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
     return _part(x, dim, lambda part: part[start:end:step])
 
 
@@ -161,9 +161,7 @@ def _copy_into(x: Any, source: Any, non_blocking: bool = False) -> Any:
     return x
 
 
-def _grouped_mm(
-    x: Tensor, weight: Any, offsets: Tensor, narrow: Tensor | None, up: Tensor | None, impl: str
-) -> Any:
+def _grouped_mm(x: Tensor, weight: Any, offsets: Tensor, narrow: Tensor | None, up: Tensor | None, impl: str) -> Any:
     """Matrices without rows stay as they are."""
     if not isinstance(weight, QuantizedTensor):
         return NotImplemented

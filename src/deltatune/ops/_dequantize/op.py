@@ -25,7 +25,7 @@ def _fake(
     return codes.new_empty(shape_of(codes, format), dtype=dtype)
 
 
-@opaque(fake=_fake, remedy="freeze the weight")
+@opaque(fake=_fake, never_kept=True, remedy="freeze the weight")
 def dequantize(
     codes: Tensor,
     scales: Tensor,
