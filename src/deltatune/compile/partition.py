@@ -68,7 +68,7 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """What cached graphs depend on."""
-        return f"deltatune: random and kept results saved, rows rebuilt, budget {self._budget}"
+        return f"deltatune: random and kept results saved, rows and decoded weights rebuilt, budget {self._budget}"
 
 
 def kept_results(graph: fx.Graph) -> list[fx.Node]:

@@ -21,9 +21,10 @@ __all__ = ["LoRALinear", "gated", "project", "without_bias"]
 class LoRALinear(Merging):
     """``y = x W^T + s (x A^T) B^T``, as PEFT's LoRA layers; what it computes with is read from the layer at the call.
 
-    Fused, base and adapters are one sum of products; unfused, the base layer is called and the adapters' product is
-    added in the dtype of the input (dropout; a quantised or trained base; shards that FSDP2 does not gather for the
-    call); PEFT's own forward computes all else: merged or disabled adapters, variants, per-row adapters, cached calls.
+    Fused, base and adapters are one sum of products, for which a base in few bits is decoded; unfused, the base layer
+    is called and the adapters' product is added in the dtype of the input (dropout; a base of another class, or that
+    trains; shards that FSDP2 does not gather for the call); PEFT's own forward computes all else: merged or disabled
+    adapters, variants, per-row adapters, cached calls.
     """
 
     base_layer: Any
@@ -52,10 +53,8 @@ class LoRALinear(Merging):
             for name in active_adapters(self)
         ]
 
-    def _merged_weights(self) -> Iterator[Tensor]:
-        weight = getattr(self.base_layer, "weight", None)
-        if isinstance(weight, Tensor):
-            yield weight
+    def _merged_into(self) -> Iterator[tuple[Any, str]]:
+        yield self.base_layer, "weight"
 
     def _unfused(self, x: Tensor) -> Tensor:
         peft: Any = self

@@ -72,10 +72,11 @@ class LoRAParameters(Merging):
         with _changing:  # hooks and forwards of others know the module itself
             return functional_call(inside, _sums(wrappers), (x, *args), kwargs)
 
-    def _merged_weights(self) -> Iterator[Tensor]:
-        # the last weight of a layer: every gradient of what is in front of it goes through it
-        wrapper: Any = self
-        yield wrapper.get_param()
+    def _merged_into(self) -> Iterator[tuple[Any, str]]:
+        # wrappers inside are PEFT's own, and merge after this one
+        *wrappers, inside = _chain(self)
+        for wrapper in wrappers:
+            yield inside, wrapper.parameter_name
 
     @property
     def active_share(self) -> float:

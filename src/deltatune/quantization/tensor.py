@@ -80,6 +80,16 @@ class QuantizedTensor(Tensor):
 
     __repr__: Any = _described
 
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled graphs depend on: the parts' metadata and the format, never a value."""
+        names, about = self.__tensor_flatten__()
+        parts = [
+            (name, part.shape, part.stride(), part.dtype, part.device)
+            for name in names
+            for part in [getattr(self, name)]
+        ]
+        return repr((type(self).__qualname__, names, parts, about))
+
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
