@@ -15,6 +15,8 @@ from torch._inductor import config as inductor_config
 from torch.autograd.graph import saved_tensors_hooks
 
 from deltatune import CompileOptions, ops, prepare
+from deltatune.compile.memory import estimate_memory
+from deltatune.compile.offloading import offload_activations
 from deltatune.compile.partition import Partitioner
 from deltatune.ops import grouped_linear
 from deltatune.quantization.tensor import QuantizedTensor, stored_bytes
@@ -193,6 +195,32 @@ def test_compiled(family: str, checkpointing: str) -> None:
     for model in (found, plain):
         model(**packed_call()).loss.backward()
     assert_gradients_close(found, plain)
+
+
+def test_compiled_layers_keep_no_values_and_offload_no_codes() -> None:
+    found, plain = both("qwen3_5", "fp8")
+    moved = []
+    for model in (found, plain):
+        prepare(model, lora="fused", compile=CompileOptions())
+        with offload_activations(model, device=torch.device("cpu"), least_bytes=1) as offloading:
+            loss = model(**packed_call()).loss
+        loss.backward()
+        moved.append(offloading.moved_bytes)
+    # factors of adapters may be kept scaled or not
+    codes = sum(weight.codes.nbytes for weight in found.parameters() if isinstance(weight, QuantizedTensor))
+    assert 0 < moved[1] <= moved[0] < moved[1] + codes // 2
+
+
+def test_memory_is_that_of_codes_and_one_decoded_weight() -> None:
+    found, plain = (model.base_model.model for model in both("qwen3_5_moe"))
+    quantized_weights = [weight for weight in found.parameters() if isinstance(weight, QuantizedTensor)]
+    less = sum(weight.numel() * 4 - stored_bytes(weight) for weight in quantized_weights)
+    estimates = []
+    for model in (found, plain):
+        prepare(model)
+        estimates.append(estimate_memory(model, tokens_per_batch=64))
+    assert estimates[1].weights - estimates[0].weights == less
+    assert estimates[0].activations - estimates[1].activations == max(w.numel() * 4 for w in quantized_weights)
 
 
 def test_packed_equals_alone() -> None:

@@ -22,6 +22,7 @@ from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
 from deltatune.packing.group import Recurrent
+from deltatune.quantization.tensor import QuantizedTensor, stored_bytes
 from deltatune.state import CheckpointingChoice
 from deltatune.subclass import Swapped
 
@@ -117,6 +118,8 @@ def estimate_memory(
       activated gate of the MLP
     - what attention, the gated delta rule and routed experts keep in addition, as their layers' ``cost`` says
     - an adapter: its ``r`` columns, and its input once more where it is kept in a wider dtype than activations
+
+    To that comes the largest weight in few bits, which is decoded for the products that read it.
 
     ``checkpointing="layer"`` keeps ``E b`` a layer and token, and one layer in full while it is recomputed; a share
     ``s`` keeps that share of the difference in every layer. Where activations are offloaded, what the largest layer
@@ -288,7 +291,10 @@ def _activation_bytes(
         held = min(held, tokens * max(kept, default=0) + in_flight)
     # embedding output, and the final norm's input and output
     ends = 3 * hf_model.text_config(model).hidden_size * width_bytes
-    return int(held + tokens * (max(recomputed, default=0) + ends))
+    # one weight in few bits is decoded at a time
+    quantized = [weight for weight in model.parameters() if isinstance(weight, QuantizedTensor)]
+    decoded = max((weight.numel() * weight.dtype.itemsize for weight in quantized), default=0)
+    return int(held + tokens * (max(recomputed, default=0) + ends) + decoded)
 
 
 def _kept_and_recomputed(
@@ -401,7 +407,9 @@ def _share(tensor: torch.Tensor, shard: int) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """What lies on this device: a sharded tensor's own share."""
+    """What lies on this device: a sharded tensor's own share; of a weight in few bits, its codes and scales."""
+    if isinstance(tensor, QuantizedTensor):
+        return stored_bytes(tensor)
     local = getattr(tensor, "_local_tensor", tensor)
     return int(local.numel() * tensor.dtype.itemsize)
 

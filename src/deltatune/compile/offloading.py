@@ -99,9 +99,7 @@ class Offloading:
         self.moved_bytes = self.moved = 0
         self._transfers, self._least, self._in_flight = transfers, least_bytes, in_flight_bytes
         weights: list[Any] = [*model.parameters(), *model.buffers()]
-        self._weights = {
-            weight.untyped_storage()._cdata for weight in weights if not is_traceable_wrapper_subclass(weight)
-        }
+        self._weights = {part.untyped_storage()._cdata for weight in weights for part in _parts(weight)}
         self._order: list[weakref.ref[_Storage]] = []
         self._known = weakref.WeakValueDictionary[tuple[int, int], _Storage]()  # by identity and version
         self._leaving: deque[weakref.ref[_Storage]] = deque()
@@ -254,3 +252,12 @@ def _check_version(counter: Tensor, version: int, saved: Tensor | _Moved) -> Non
             f"a tensor that backward needs was changed in place after forward had saved it ({saved.dtype}, shape "
             f"{list(saved.shape)}, version {counter._version}, saved at {version}); change a copy of it"
         )
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """A tensor, or what one of another class is made of: what compiled graphs save."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
