@@ -20,6 +20,7 @@ from deltatune.packing.sequences import Sequences
 SPECS = [
     ops.CausalConvSpec,
     ops.DequantizeSpec,
+    ops.Fp8MmSpec,
     ops.GatedDeltaRuleSpec,
     ops.GatedRmsNormSpec,
     ops.GroupedMmSpec,

@@ -27,6 +27,7 @@ __all__ = [
 OpName = Literal[
     "causal_conv",
     "dequantize",
+    "fp8_mm",
     "gated_delta_rule",
     "gated_rms_norm",
     "grouped_mm",

@@ -14,6 +14,7 @@ from deltatune.hf.hooks import is_hooked
 from deltatune.lora.linear import LoRALinear, gated, project, without_bias
 from deltatune.lora.mode import FUSED, mode_of
 from deltatune.ops import Spec
+from deltatune.quantization.tensor import computes_in_fp8
 from deltatune.subclass import Swapped
 
 __all__ = ["GatedMLP", "is_gated_mlp"]
@@ -55,6 +56,8 @@ class GatedMLP(Swapped):
 
 def _runs_fused(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
     if not isinstance(layer, LoRALinear) or is_hooked(layer) or not without_bias(layer):
+        return False
+    if computes_in_fp8(layer.base_layer.weight):
         return False
     state = layer._deltatune
     mode = mode_of(layer, state.options.lora, dtype=dtype, gathered_in=state.facts.gathered_in, device=device)

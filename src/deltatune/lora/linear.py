@@ -14,6 +14,7 @@ from deltatune.lora.merging import Merging
 from deltatune.lora.mode import FUSED, STOCK, UNFUSED, active_adapters, mode_of
 from deltatune.ops import Adapter, lora_gated
 from deltatune.ops._lora_linear.api import linear_with_lora, low_rank
+from deltatune.quantization.tensor import computes_in_fp8
 
 __all__ = ["LoRALinear", "gated", "project", "without_bias"]
 
@@ -79,7 +80,7 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module, activation: str, *, impl: str) -> Tensor | None:
-    """``act(gate(x)) * up(x)`` as one op; None where they are not both fused, or one has a bias.
+    """``act(gate(x)) * up(x)`` as one op; None where they are not both fused, or one has a bias or computes in fp8.
 
     Args:
         x: ``[..., K]``.
@@ -92,6 +93,8 @@ def gated(x: Tensor, gate: nn.Module, up: nn.Module, activation: str, *, impl: s
     if not (_is_fused(gate, x) and _is_fused(up, x) and without_bias(*layers)):
         return None
     weights, adapters = [layer.base_layer.weight for layer in layers], [layer.adapters() for layer in layers]
+    if any(map(computes_in_fp8, weights)):
+        return None
     return lora_gated(_cast(x), weights, adapters, activation=activation, impl=impl)
 
 

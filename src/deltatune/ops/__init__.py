@@ -14,6 +14,8 @@ from deltatune.ops._dequantize.api import dequantize
 from deltatune.ops._dequantize.providers import DequantizeSpec
 from deltatune.ops._dequantize.quantize import quantize
 from deltatune.ops._dequantize.weight import QuantizedWeight
+from deltatune.ops._fp8_mm.api import fp8_mm
+from deltatune.ops._fp8_mm.providers import Fp8MmSpec
 from deltatune.ops._gated_delta_rule.api import gated_delta_rule
 from deltatune.ops._gated_delta_rule.providers import GatedDeltaRuleSpec
 from deltatune.ops._gated_rms_norm.api import gated_rms_norm
@@ -38,6 +40,7 @@ __all__ = [
     "Choice",
     "DequantizeSpec",
     "ExpertLinear",
+    "Fp8MmSpec",
     "GatedDeltaRuleSpec",
     "GatedRmsNormSpec",
     "GroupedMmSpec",
@@ -52,6 +55,7 @@ __all__ = [
     "causal_conv",
     "choose",
     "dequantize",
+    "fp8_mm",
     "gated_delta_rule",
     "gated_rms_norm",
     "grouped_linear",

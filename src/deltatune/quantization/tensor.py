@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 from deltatune import ops
 from deltatune.ops import QuantizedWeight
 
-__all__ = ["QuantizedTensor", "stored_bytes"]
+__all__ = ["QuantizedTensor", "computes_in_fp8", "in_fp8", "stored_bytes"]
 
 _aten: Final = torch.ops.aten
-_INNER: Final = ("codes", "scales", "extra")
+_INNER: Final = ("codes", "scales", "extra", "turned")
 
 
 class QuantizedTensor(Tensor):
@@ -27,20 +27,28 @@ class QuantizedTensor(Tensor):
     they are decoded for that call and are not kept, so what autograd saves of a product is the codes, and backward
     decodes them again, in a compiled graph too. Nothing may write to it.
 
+    One that computes in fp8 (``in_fp8``) takes part with its codes, by ``ops.fp8_mm``, in a product of its own or one
+    with adapters beside it; whatever else reads it reads its values.
+
     Args:
         weight: the codes and their scales.
         dtype: of the values.
         transposed: whether it stands for ``[..., K, N]``.
+        turned: of one that computes in fp8, the codes ``[K, N]`` once more, as the gradient of what it multiplies reads
+            them.
     """
 
     codes: Tensor
     scales: Tensor
     extra: Tensor | None
+    turned: Tensor | None
     format: str
     divides: bool
     transposed: bool
 
-    def __new__(cls, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False) -> QuantizedTensor:
+    def __new__(
+        cls, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False, turned: Tensor | None = None
+    ) -> QuantizedTensor:
         """See the class."""
         upright = torch.empty(weight.shape, device="meta")
         seen = upright.mT if transposed else upright
@@ -49,7 +57,7 @@ class QuantizedTensor(Tensor):
             cls, seen.shape, strides=seen.stride(), dtype=dtype, device=weight.codes.device, requires_grad=False
         )
         made.format, made.codes, made.scales, made.extra, made.divides = weight
-        made.transposed = transposed
+        made.transposed, made.turned = transposed, turned
         return made
 
     @property
@@ -72,7 +80,7 @@ class QuantizedTensor(Tensor):
     ) -> QuantizedTensor:
         format, divides, dtype, transposed = about
         weight = QuantizedWeight(format, inner["codes"], inner["scales"], inner.get("extra"), divides)
-        return QuantizedTensor(weight, dtype, transposed=transposed)
+        return QuantizedTensor(weight, dtype, transposed=transposed, turned=inner.get("turned"))
 
     def _described(self, **_: object) -> str:
         about = f"format={self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}'"
@@ -107,18 +115,40 @@ class QuantizedTensor(Tensor):
     __torch_dispatch__: Any = _dispatch
 
 
+def in_fp8(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same weight, whose products are computed in fp8; it takes twice the memory, that of 16 bits.
+
+    Raises:
+        ValueError: not one matrix in fp8 with a scale for each output channel.
+    """
+    weight = tensor.stored
+    if weight.format != "fp8" or weight.codes.ndim != 2 or weight.scales.shape != (weight.shape[0], 1):
+        raise ValueError(
+            "products in fp8 take a matrix in fp8 with a scale for each output channel, got "
+            f"{weight.format} {list(weight.shape)} with scales {list(weight.scales.shape)}"
+        )
+    scales = weight.scales.to(torch.float32)
+    turned = weight.codes.view(torch.uint8).mT.contiguous().view(weight.codes.dtype)
+    return QuantizedTensor(weight._replace(scales=scales), tensor.dtype, transposed=tensor.transposed, turned=turned)
+
+
+def computes_in_fp8(weight: object) -> bool:
+    """Whether products with it are."""
+    return isinstance(weight, QuantizedTensor) and weight.turned is not None
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """What a tensor takes of memory."""
     if isinstance(tensor, QuantizedTensor):
-        return sum(part.nbytes for part in tensor.stored if isinstance(part, Tensor))
+        return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes
 
 
 def _with(tensor: QuantizedTensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The same with each part changed, as ``torch.nn.Module.to`` and a copy change them."""
-    extra = None if tensor.extra is None else change(tensor.extra)
+    extra, turned = (None if part is None else change(part) for part in (tensor.extra, tensor.turned))
     weight = QuantizedWeight(tensor.format, change(tensor.codes), change(tensor.scales), extra, tensor.divides)
-    return QuantizedTensor(weight, dtype or tensor.dtype, transposed=tensor.transposed)
+    return QuantizedTensor(weight, dtype or tensor.dtype, transposed=tensor.transposed, turned=turned)
 
 
 def _same(x: QuantizedTensor, *_: object, **__: object) -> Tensor:
@@ -143,7 +173,7 @@ def _view(x: QuantizedTensor, size: Sequence[int]) -> Any:
 def _transpose(x: QuantizedTensor, first: int, second: int) -> Any:
     if {first % x.ndim, second % x.ndim} != {x.ndim - 1, x.ndim - 2}:
         return NotImplemented
-    return QuantizedTensor(x.stored, x.dtype, transposed=not x.transposed)
+    return QuantizedTensor(x.stored, x.dtype, transposed=not x.transposed, turned=x.turned)
 
 
 def _select(x: QuantizedTensor, dim: int, index: int) -> Any:
@@ -178,6 +208,25 @@ def _grouped_mm(x: Tensor, weight: Any, offsets: Tensor, narrow: Tensor | None, 
     return torch.ops.deltatune.grouped_mm.default(x, weight.decoded(offsets), offsets, narrow, up, impl)
 
 
+def _mm(x: Tensor, weight: Any) -> Any:
+    if not computes_in_fp8(weight):
+        return NotImplemented
+    if weight.transposed:
+        return ops.fp8_mm(x, weight.codes, weight.scales)
+    return ops.fp8_mm(x, weight.turned, of_x=weight.scales)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return bias + _mm(x, weight) if computes_in_fp8(weight) and beta == alpha == 1 else NotImplemented
+
+
+def _lora_accumulate(narrow: Tensor, up: Tensor, inputs: Sequence[Tensor], weights: Sequence[Any]) -> Any:
+    if not all(map(computes_in_fp8, weights)):
+        return NotImplemented
+    products: Tensor = sum(_mm(x, weight) for x, weight in zip(inputs, weights, strict=True))
+    return torch.addmm(products, narrow, up) if weights else NotImplemented
+
+
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -207,5 +256,8 @@ _HANDLERS: Final[Mapping[Any, Callable[..., Any]]] = {
     _aten.select.int: _select,
     _aten.slice.Tensor: _slice,
     _aten.copy_.default: _copy_into,
+    _aten.mm.default: _mm,
+    _aten.addmm.default: _addmm,
     torch.ops.deltatune.grouped_mm.default: _grouped_mm,
+    torch.ops.deltatune.lora_accumulate.default: _lora_accumulate,
 }

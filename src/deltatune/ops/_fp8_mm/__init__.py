@@ -1,0 +1,1 @@
+"""Products of activations with frozen matrices, both in fp8."""
