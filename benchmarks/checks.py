@@ -21,6 +21,7 @@ __all__ = [
     "against_truth",
     "host_sync",
     "leak_check",
+    "near_stock",
     "observe",
     "relative",
     "sample_documents",
@@ -32,6 +33,9 @@ __all__ = [
 ALLOWED: Final = 2.0
 #: Two paths that are each within their bounds of the truth, 1 and ``ALLOWED``, are this far apart at most.
 APART: Final = 1.0 + ALLOWED
+#: What products in fp8 may cost: of a loss, and of the direction of gradients.
+NEAR_LOSS: Final = 5e-3
+NEAR_COSINE: Final = 1e-3
 #: How far the stock path itself may be from float32 before nothing can be said: it is broken then, not rounded.
 PLAUSIBLE: Final = 0.25
 #: The rounding of the float32 truth itself: no limit is below it.
@@ -165,6 +169,27 @@ def against_stock(subject: str, ours: Seen, stock: Seen, true: Seen) -> Check:
     limit = max(APART * max(relative(stock.gradients[d], true.gradients[d]) for d in true.gradients), _LEAST)
     found = relative(ours.whole, stock.whole)
     return Check("adapter gradients of the pack against stock", subject, found <= limit, found, limit)
+
+
+def near_stock(subject: str, ours: Seen, stock: Seen) -> list[Check]:
+    """Of products in fp8: losses within ``NEAR_LOSS`` of the stock path's, gradients in its direction."""
+    losses = max(abs(ours.losses[d] / loss - 1) for d, loss in stock.losses.items())
+    apart = 1 - _cosine(ours.whole, stock.whole)
+    return [
+        Check("document losses against 16 bits", subject, losses <= NEAR_LOSS, losses, NEAR_LOSS),
+        Check("1 - cosine of the pack's gradients to 16 bits", subject, apart <= NEAR_COSINE, apart, NEAR_COSINE),
+    ]
+
+
+def _cosine(found: Gradients, expected: Gradients) -> float:
+    """Of all tensors as one vector, in float64; NaN where names differ."""
+    if found.keys() != expected.keys():
+        return math.nan
+    pairs = [(found[name].double().flatten(), value.double().flatten()) for name, value in expected.items()]
+    product, left, right = (
+        sum(float(a @ b) for a, b in each) for each in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
+    )
+    return product / math.sqrt(left * right) if left and right else math.nan
 
 
 def leak_check(system: System) -> Check:

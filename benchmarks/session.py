@@ -92,13 +92,15 @@ class Session:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """All jobs, those of several rounds in turns; the reference and the stock path before them."""
-        targets = dict.fromkeys(setting.targets for job in jobs if job.checked for setting in job.settings)
+        checked = [setting for job in jobs if job.checked for setting in job.settings]
         rounds = max((job.rounds for job in jobs), default=0)
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         try:
-            for name in targets if self._with_checks else ():
+            for one in {setting.truth: setting for setting in checked}.values() if self._with_checks else ():
                 for system in ("reference", "stock"):
-                    untimed = Job((Setting(system, "none" if system == "reference" else "layer", name),), timed=False)
+                    how = "none" if system == "reference" else "layer"
+                    values = Setting(system, how, one.targets, base=one.base.partition("-")[0])
+                    untimed = Job((values,), timed=False)
                     for line in self._process(untimed, checked=True):
                         self._keep_checks(line)
                         if line["status"] != "ok":
@@ -280,6 +282,8 @@ def _say(what: str) -> None:
     sys.stderr.flush()
 
 
-def ours(checkpointing: Sequence[str | float], targets: Sequence[str], lora: str = "auto") -> tuple[Setting, ...]:
+def ours(
+    checkpointing: Sequence[str | float], targets: Sequence[str], lora: str = "auto", bases: Sequence[str] = ("",)
+) -> tuple[Setting, ...]:
     """Settings of ours."""
-    return tuple(Setting(OURS, how, which, lora) for which in targets for how in checkpointing)
+    return tuple(Setting(OURS, how, which, lora, base) for which in targets for how in checkpointing for base in bases)

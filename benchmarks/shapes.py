@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-__all__ = ["SHAPES", "Shape", "adapters", "build_model", "shape_named", "with_lora"]
+__all__ = ["BASES", "SHAPES", "Shape", "adapters", "build_model", "shape_named", "with_base", "with_lora"]
 
 #: Per-token decay ``exp(-A softplus(dt))`` with A around this: a state lives through hundreds of tokens, so that a leak
 #: between documents changes every figure that the gates compare.
@@ -24,6 +24,11 @@ TARGETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "all": {"target_modules": "all-linear"},
     "experts": {"target_modules": _QKVO, "target_parameters": _EXPERTS},
 }
+#: Formats of weights in few bits, made of those in 16; in the last, linear layers compute in fp8 too.
+BASES: Final = ("nf4", "fp8", "fp8-products")
+_FUSED_EXPERTS: Final = ("gate_up_proj", "down_proj")
+#: Linear layers that stay as they are.
+_IN_16_BITS: Final = ("in_proj_a", "in_proj_b", "shared_expert_gate")
 #: Every fourth layer attends, the others run the delta rule.
 _PERIOD: Final = 4
 #: Matrices whose product is added to the residual stream.
@@ -219,6 +224,32 @@ def build_model(
         torch.set_default_dtype(before)
     _randomise(model)
     return model.train()
+
+
+def with_base(model: Any, base: str, *, values: bool) -> None:
+    """Puts the linear layers and experts of the decoder layers in few bits, one of ``BASES``, as plainly as can be.
+
+    What stays as it is: routers and their kind, and the projections of decay and beta. With ``values`` a weight becomes
+    the values of what it would be.
+    """
+    from deltatune import ops
+    from deltatune.quantization.tensor import QuantizedTensor, in_fp8
+
+    format, _, products = base.partition("-")
+    transposed = model.config.model_type == "gpt_oss"
+    for path, module in model.get_decoder().layers.named_modules():
+        kept = path.rpartition(".")[2] in _IN_16_BITS
+        for name, weight in list(module._parameters.items()):
+            of_experts = name in _FUSED_EXPERTS
+            if weight is None or kept or not (of_experts or (isinstance(module, nn.Linear) and name == "weight")):
+                continue
+            turned = of_experts and transposed
+            upright = weight.detach().mT if turned else weight.detach()
+            found = QuantizedTensor(ops.quantize(upright, format), weight.dtype, transposed=turned)
+            if products and not of_experts:
+                found = in_fp8(found)
+            made = found.decoded().contiguous() if values else found
+            module._parameters[name] = nn.Parameter(made, requires_grad=False)
 
 
 def with_lora(model: Any, targets: str, *, rank: int, alpha: int, seed: int = 0) -> Any:

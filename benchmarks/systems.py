@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.baselines import fused_loss, leak_free, liger_patched, reference, shipped
 from benchmarks.records import OURS
-from benchmarks.shapes import adapters, with_lora
+from benchmarks.shapes import adapters, with_base, with_lora
 from benchmarks.timing import synchronize
 from deltatune import CompileOptions, PackedCollator, Prepared, Sequences, prepare
 
@@ -118,22 +118,36 @@ class Setting:
         checkpointing: ``"none"``, ``"layer"``; ours also a share or ``"auto"``.
         targets: which projections have adapters: ``"qkvo"``, ``"all"`` or ``"experts"``.
         lora: ours: as ``prepare`` takes it; baselines have PEFT's own layers.
+        base: ours: the weights of the layers in few bits, one of ``BASES``; baselines and the reference have the
+            16-bit values of these. Empty for weights as they are.
     """
 
     system: str
     checkpointing: str | float = "none"
     targets: str = "qkvo"
     lora: str = "stock"
+    base: str = ""
 
     @property
     def name(self) -> str:
         """Unique among the results of a configuration."""
-        parts = [self.system, str(self.checkpointing), self.targets]
+        parts = [self._on_base, str(self.checkpointing), self.targets]
         return " ".join(parts + ([self.lora] if self.system == OURS else []))
+
+    @property
+    def _on_base(self) -> str:
+        return f"{self.system} {self.base}".rstrip()
+
+    @property
+    def truth(self) -> str:
+        """What a reference and a stock path have to share with it: adapters, and the values of the weights."""
+        values = self.base.partition("-")[0]
+        return f"{self.targets} {values}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a record's result."""
-        return {"name": self.name, **asdict(self), "leak_free": self.system != "stock as shipped"}
+        leak_free = self.system != "stock as shipped"
+        return {"name": self.name, **asdict(self), "system": self._on_base, "leak_free": leak_free}
 
 
 class System:
@@ -160,6 +174,8 @@ class System:
             _STOCK[setting.system](model)
             if setting.checkpointing == "layer":
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if setting.base:
+            with_base(model, setting.base, values=setting.system != OURS)
         self.model = with_lora(model, setting.targets, rank=rank, alpha=alpha, seed=seed)
         self.device: torch.device = model.device
         self._base: Any = model

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.records import RECORDS
 from benchmarks.session import Job, Session, ours
-from benchmarks.shapes import SHAPES, TARGETS, shape_named
+from benchmarks.shapes import BASES, SHAPES, TARGETS, shape_named
 from benchmarks.systems import BASELINES, Setting, draw_lengths
 from benchmarks.worker import Spec
 
@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--baseline-checkpointing", nargs="+", default=["layer"], choices=["none", "layer"])
     add("--frontier", action="store_true", help=f"ours with checkpointing {' '.join(map(str, FRONTIER))}")
     add("--lora", default="auto", choices=["auto", "stock", "fused"], help="as prepare takes it; auto by default")
+    add(
+        "--base",
+        nargs="+",
+        default=["16-bit"],
+        choices=["16-bit", *BASES],
+        help="the weights of our layers: as they are, or in few bits; in the last, linear layers compute in fp8 too",
+    )
     add("--rounds", type=int, default=1, metavar="N", help="turns of every system; 1 by default")
     add("--cold-start", action="store_true", help="ours at its first setting, with the compiler's cache empty and full")
     args = parser.parse_args(argv)
@@ -132,6 +139,7 @@ def _specs_of(name: str, args: argparse.Namespace) -> list[Spec]:
 
 
 def _jobs(args: argparse.Namespace, cache: str) -> list[Job]:
+    bases = ["" if base == "16-bit" else base for base in args.base]
     jobs = [
         Job(
             tuple(Setting(system, how, args.targets[0]) for how in args.baseline_checkpointing),
@@ -142,13 +150,13 @@ def _jobs(args: argparse.Namespace, cache: str) -> list[Job]:
         for system in args.baselines
     ]
     if args.frontier:
-        jobs.append(Job(ours(FRONTIER, args.targets[:1], args.lora), rounds=args.rounds))
-        rest = ours(args.checkpointing, args.targets[1:], args.lora)
+        jobs.append(Job(ours(FRONTIER, args.targets[:1], args.lora, bases), rounds=args.rounds))
+        rest = ours(args.checkpointing, args.targets[1:], args.lora, bases)
     else:
-        rest = ours(args.checkpointing, args.targets, args.lora)
+        rest = ours(args.checkpointing, args.targets, args.lora, bases)
     jobs += [Job(rest, rounds=args.rounds)] if rest else []
     if args.cold_start:
-        first = ours(args.checkpointing[:1], args.targets[:1], args.lora)
+        first = ours(args.checkpointing[:1], args.targets[:1], args.lora, bases[:1])
         where = {"TORCHINDUCTOR_CACHE_DIR": cache}
         jobs += [Job(first, label=f"caches {state}", environment=where) for state in ("cold", "warm")]
     return jobs

@@ -31,6 +31,7 @@ from benchmarks.checks import Seen
 from benchmarks.shapes import SHAPES, adapters, build_model
 from benchmarks.systems import Packs, Setting, System, draw_lengths
 from benchmarks.worker import Spec, outcome_of
+from deltatune.quantization.tensor import QuantizedTensor
 from forked import FORKED
 
 CPU = torch.device("cpu")
@@ -131,6 +132,37 @@ def test_a_spec_survives_its_file() -> None:
 def test_settings_are_named_as_in_records() -> None:
     assert Setting("deltatune", "none", "qkvo", "auto").name == "deltatune none qkvo auto"
     assert Setting("stock as shipped", "layer").name == "stock as shipped layer qkvo"
+
+
+def test_a_base_in_few_bits_is_another_system_of_the_same_truth() -> None:
+    setting = Setting("deltatune", "none", "all", "auto", "fp8-products")
+    assert setting.name == "deltatune fp8-products none all auto"
+    assert setting.to_dict()["system"] == "deltatune fp8-products"
+    assert setting.truth == Setting("stock", "layer", "all", base="fp8").truth != Setting("stock", targets="all").truth
+
+
+@pytest.mark.parametrize(("shape", "base"), [("tiny", "nf4"), ("tiny-moe", "fp8"), ("tiny", "fp8-products")])
+def test_bases_in_few_bits_are_held_to_their_values(shape: str, base: str) -> None:
+    packs, found = Packs((40, 20), 96), []
+    for setting in (Setting("deltatune", "none", "all", "auto", base), Setting("stock", "none", "all", base=base)):
+        model = build_model(SHAPES[shape], CPU, dtype=torch.float32)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        system = System(setting, model, backend="none")
+        weights = {name.replace(".base_layer", ""): w for name, w in system.model.named_parameters()}
+        narrow = {n for n, w in weights.items() if isinstance(w, QuantizedTensor)}
+        changed = {n for n, w in before.items() if not torch.equal(w, weights[f"base_model.model.{n}"])}
+        found.append((checks.observe(system, packs), narrow, changed))
+    (ours, narrow, changed), (stock, none, same) = found
+    assert changed == same == {name.removeprefix("base_model.model.") for name in narrow}
+    assert not none
+    assert any("experts.down_proj" in name for name in narrow) == (shape == "tiny-moe")
+    assert not any(
+        "in_proj_a" in name or "embed" in name or "conv" in name or name.endswith("gate.weight") for name in narrow
+    )
+    held = {check.name: check for check in checks.near_stock("x", ours, stock)}
+    apart = held["1 - cosine of the pack's gradients to 16 bits"]
+    assert held["document losses against 16 bits"].ok
+    assert 1e-4 < apart.figure < 1e-2 if base == "fp8-products" else apart.ok and apart.figure < 1e-6
 
 
 def test_every_model_has_a_config() -> None:
