@@ -340,7 +340,7 @@ CHANGES: dict[str, Change] = {
     "training.trackio_static_space_id": acts("training.trackio_static_space_id=other", base=TRACKED),
     "training.save_on_each_node": acts("training.save_on_each_node=true", shows=same),
     "training.skip_memory_metrics": acts("training.skip_memory_metrics=false", shows=same),
-    "training.tf32": acts("training.tf32=true", refused="training: "),  # as transformers says it
+    "training.tf32": acts("training.tf32=true", refused="training.tf32 needs a GPU"),
     "training.torch_empty_cache_steps": acts("training.torch_empty_cache_steps=1", shows=same),
     "training.train_sampling_strategy": asks("training.train_sampling_strategy=sequential"),
 }  # fmt: skip
