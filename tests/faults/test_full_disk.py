@@ -12,7 +12,7 @@ import pytest
 from fault_cases import KINDS, check_same, run, screen
 
 EVERY = {kind: 7 if kind == "lora" else 21 for kind in KINDS}
-MOST = 330
+MOST = 360
 MOMENTS = [(kind, number) for kind in KINDS for number in range(2, MOST, EVERY[kind])]
 
 

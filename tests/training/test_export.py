@@ -209,7 +209,7 @@ def test_what_readers_look_for_comes_last(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_staged_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(
-        staging, "_sync", lambda folder: synced.append(((folder / "file").exists(), (tmp_path / "out").exists()))
+        staging, "sync_tree", lambda folder: synced.append(((folder / "file").exists(), (tmp_path / "out").exists()))
     )
     with staged(tmp_path / "out") as folder:
         (folder / "file").write_text("")

@@ -52,7 +52,7 @@ def test_a_name_is_on_the_disk_before_what_it_replaces_goes(tmp_path: Path, monk
     """A machine that loses its power keeps what was synced."""
     place, seen = checkpoint(tmp_path, 3), []
     monkeypatch.setattr(
-        sealed, "_sync", lambda path: seen.append((path, (tmp_path / ".replaced-checkpoint-3").exists()))
+        sealed, "sync", lambda path: seen.append((path, (tmp_path / ".replaced-checkpoint-3").exists()))
     )
     checkpoint(tmp_path, 3, b"anew")
     assert seen[-1] == (place.parent, True)
@@ -63,7 +63,7 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
 ) -> None:
     """The manifest after the files that it tells of, and then the folder, which holds their names."""
     seen: list[tuple[str, int]] = []
-    monkeypatch.setattr(sealed, "_sync", lambda path: seen.append((path.name, path.stat().st_size)))
+    monkeypatch.setattr(sealed, "sync", lambda path: seen.append((path.name, path.stat().st_size)))
     folder = checkpoint(tmp_path, 3)
     files = sorted(FILES)
     assert [name for name, _ in seen] == [*files, "manifest.json", "checkpoint-3", tmp_path.name]
@@ -149,7 +149,7 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (Path, "write_text"),
         (Path, "rename"),
         (Path, "rmdir"),
-        (sealed, "_sync"),
+        (sealed, "sync"),
     ):
         monkeypatch.setattr(owner, name, killing(getattr(owner, name)))
     monkeypatch.setattr(sealed, "shutil", SimpleNamespace(rmtree=killing(shutil.rmtree), disk_usage=shutil.disk_usage))

@@ -18,6 +18,7 @@ from typing import IO, Any
 from huggingface_hub.constants import HF_HOME
 
 from deltatune.errors import DataError, one_line
+from deltatune.whole import sync_tree
 
 __all__ = ["default_cache", "file_digest", "made_once", "open_data", "unpacked"]
 
@@ -72,6 +73,7 @@ def made_once(cache_dir: Path, name: str, write: Callable[[IO[bytes]], None]) ->
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
                 with (Path(partial) / "rows").open("wb") as target:
                     write(target)
+                sync_tree(Path(partial))
                 Path(partial).rename(folder)
         except OSError as error:
             # another process may have made the same meanwhile, and reads it

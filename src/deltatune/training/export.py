@@ -35,7 +35,7 @@ from deltatune.training.saving import Origin, write_merged, write_trained
 from deltatune.training.servers import has_scales_of_its_own, one_scale, per_expert
 from deltatune.training.staging import staged
 from deltatune.training.starts import begins_in_base
-from deltatune.whole import whole
+from deltatune.whole import sync, sync_tree, whole
 
 __all__ = ["CARD_FILE", "Origin", "export_adapter", "finite", "merge_adapter", "readable", "save_trained", "write_json"]
 
@@ -53,8 +53,8 @@ def save_trained(
 ) -> list[str]:
     """Saves the adapter of a PEFT model, or the whole model, with its tokenizer and its card, into ``output_dir``.
 
-    Files are written to a folder next to them and moved in when all are there; a resumed run replaces its own model,
-    checkpoints and records stay. An adapter is one of the stock base, whatever it began from. With it go the
+    Files are written to a folder next to them and moved in when all are on the disk; a resumed run replaces its own
+    model, checkpoints and records stay. An adapter is one of the stock base, whatever it began from. With it go the
     files beside the base's weights, and with a whole model the tensors that its class does not load. ``state``
     holds the tensors of a model that is sharded, or ``weights`` writes them into a folder.
 
@@ -70,11 +70,13 @@ def save_trained(
         if card is not None:
             (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         readable(Path(folder))
+        sync_tree(Path(folder))
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name in MARKERS):
             target = output_dir / path.name
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
+        sync(output_dir)
     return said
 
 
@@ -260,9 +262,9 @@ def _tokenizer_of(adapter: Adapter, section: ModelSection) -> PreTrainedTokenize
     return load_tokenizer(section.model_copy(update=own))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, synced: bool = False) -> None:
     """JSON, whole or not at all, with numbers that it does not know (NaN, infinities) as text."""
-    write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n", synced=synced)
 
 
 def finite(value: Any) -> Any:
@@ -274,7 +276,7 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Text, whole or not at all."""
-    with whole(path) as part:
+def write_text(path: Path, text: str, *, synced: bool = False) -> None:
+    """Text, whole or not at all; ``synced``: and on the disk."""
+    with whole(path, synced=synced) as part:
         part.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
 from deltatune.training.provenance import now, process_identity
+from deltatune.whole import sync
 
 __all__ = ["RUN_FILE", "RunRecord", "is_finished", "mark_ended"]
 
@@ -105,10 +106,14 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._write()
 
     def end(self, status: str, step: int, reason: str | None = None, ending: Mapping[str, Any] | None = None) -> None:
-        """Closes the leg, with what ``ending`` says of it."""
+        """Closes the leg, with what ``ending`` says of it, once all other files of the run are on the disk."""
         self._legs[-1].update(status=status, ended=now(), to_step=step, **(ending or {}))
         self._legs[-1].update({"reason": reason} if reason else {})
-        self._write()
+        for path in self._output_dir.iterdir():
+            if path.is_file():
+                sync(path)
+        sync(self._output_dir)
+        self._write(synced=True)
 
     def _note(self, step: int, logs: Mapping[str, Any]) -> None:
         leg = self._legs[-1]
@@ -122,9 +127,9 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         leg["eval_loss"] = logs.get("eval_loss", leg["eval_loss"])
         self._write()
 
-    def _write(self) -> None:
-        status = self._legs[-1]["status"]
-        write_json(self._output_dir / RUN_FILE, {"status": status, "model": self._model, "legs": self._legs})
+    def _write(self, *, synced: bool = False) -> None:
+        record = {"status": self._legs[-1]["status"], "model": self._model, "legs": self._legs}
+        write_json(self._output_dir / RUN_FILE, record, synced=synced)
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -140,7 +145,7 @@ def mark_ended(output_dir: Path, status: str, reason: str, since: str) -> None:
     if not legs or legs[-1].get("status") != "running" or str(legs[-1].get("started")) < since:
         return
     legs[-1].update(status=status, ended=now(), reason=reason)
-    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "status": status, "legs": legs})
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "status": status, "legs": legs}, synced=True)
 
 
 def _legs(file: Path) -> list[dict[str, Any]]:

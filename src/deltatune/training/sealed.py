@@ -14,6 +14,7 @@ from typing import Any
 from deltatune.errors import UserError
 from deltatune.phases import phase
 from deltatune.training.disk import writing
+from deltatune.whole import sync
 
 __all__ = [
     "CHECKPOINT",
@@ -75,11 +76,11 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        _sync(path)
+        sync(path)
     target = folder / MANIFEST
     target.write_text(json.dumps({**about, "files": found}, indent=2) + "\n", encoding="utf-8")
-    _sync(target)
-    _sync(folder)
+    sync(target)
+    sync(folder)
 
 
 def commit(folder: Path, place: Path) -> None:
@@ -89,7 +90,7 @@ def commit(folder: Path, place: Path) -> None:
         _remove(replaced)
         place.rename(replaced)
     folder.rename(place)
-    _sync(place.parent)
+    sync(place.parent)
     _remove(replaced)
 
 
@@ -291,11 +292,3 @@ def _crc32(path: Path) -> int:
         while block := stream.read(_BLOCK):
             value = zlib.crc32(block, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

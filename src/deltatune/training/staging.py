@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from deltatune.phases import phase
 from deltatune.training.disk import writing
 from deltatune.training.lock import locked
+from deltatune.whole import sync, sync_tree
 
 __all__ = ["staged"]
 
@@ -19,7 +19,8 @@ __all__ = ["staged"]
 def staged(path: Path) -> Iterator[Path]:
     """A folder next to ``path`` that becomes ``path`` when the block succeeds, and disappears when it does not.
 
-    What a process that was killed left of it is cleared by the next that writes the same path.
+    All of it is on the disk before it has its name. What a process that was killed left of it is cleared by the next
+    that writes the same path.
 
     Raises:
         UserError: another process is writing that path, or the disk does not take the files.
@@ -34,20 +35,13 @@ def staged(path: Path) -> Iterator[Path]:
                 with writing(path, "written", "nothing is left of it"):
                     yield folder
                 with phase(f"writing {path.name} to the disk"):
-                    _sync(folder)
+                    sync_tree(folder)
                 if path.is_dir():
                     path.rmdir()
                 folder.replace(path)
+                sync(path.parent)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         with suppress(OSError):  # another process may hold it
             around.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    """Sees to it that the files are on the disk before their folder has its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
