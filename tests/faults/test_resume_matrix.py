@@ -25,6 +25,7 @@ from deltatune.errors import UserError
 from deltatune.training.arguments import training_arguments
 from deltatune.training.changes import Verdict, find_changes
 
+ACT = ("acts", "local")
 Check = Callable[[Path, Any], bool]  # the folder of the second leg, and the case
 
 
@@ -96,6 +97,10 @@ def acts(*words: str, **more: Any) -> Change:
     return Change("acts", words, **more)
 
 
+def local(*words: str, **more: Any) -> Change:
+    return Change("local", words, **more)
+
+
 def asks(*words: str, **more: Any) -> Change:
     return Change("asks", words, **more)
 
@@ -160,8 +165,8 @@ CHANGES: dict[str, Change] = {
     "data.streaming": asks("data.streaming=true"),
     "data.max_length": asks("data.max_length=100"),
     "data.on_bad_row": asks("data.on_bad_row=drop"),
-    "data.cache_dir": acts("data.cache_dir={folder}/other cache", shows=same),
-    "data.num_proc": acts("data.num_proc=2", shows=same),
+    "data.cache_dir": local("data.cache_dir={folder}/other cache", shows=same),
+    "data.num_proc": local("data.num_proc=2", shows=same),
     "data.chat_template_kwargs": asks("data.chat_template_kwargs={x: 1}"),
     "packing.tokens_per_batch": asks("packing.tokens_per_batch=256"),
     "lora.r": cannot("lora.r=4"),
@@ -227,7 +232,7 @@ CHANGES: dict[str, Change] = {
     "training.logging_first_step": acts("training.logging_first_step=true", shows=same),  # that step is done
     "training.report_to": acts("training.report_to=tensorboard", shows=lambda output, _: any(output.rglob("events.*"))),
     "training.run_name": acts("training.run_name=other", "training.report_to=none", shows=same),
-    "training.disable_tqdm": acts("training.disable_tqdm=false", shows=says("step 5/6")),
+    "training.disable_tqdm": local("training.disable_tqdm=false", shows=says("step 5/6")),
     "training.eval_strategy": acts(*EVALUATES, shows=lambda output, _: steps(output, "eval_loss") == [5, 6]),
     "training.eval_steps": acts(*EVALUATES, shows=lambda output, _: steps(output, "eval_loss") == [5, 6]),
     "training.save_strategy": acts("training.save_strategy=no", "training.save_steps=500", shows=checkpoints(2, 4)),
@@ -241,8 +246,8 @@ CHANGES: dict[str, Change] = {
         *EVALUATES, "training.load_best_model_at_end=true",
         shows=lambda output, _: state(output)["best_model_checkpoint"] is not None,
     ),
-    "training.dataloader_num_workers": acts("training.dataloader_num_workers=1", shows=same),
-    "training.dataloader_pin_memory": acts("training.dataloader_pin_memory=false", shows=same),
+    "training.dataloader_num_workers": local("training.dataloader_num_workers=1", shows=same),
+    "training.dataloader_pin_memory": local("training.dataloader_pin_memory=false", shows=same),
     "training.on_nonfinite": acts("training.on_nonfinite=skip", shows=same),
     "model.added_tokens": cannot("model.added_tokens=[<x>]"),
     "model.special_tokens": cannot("model.special_tokens={unk_token: <|endoftext|>}"),
@@ -288,7 +293,7 @@ CHANGES: dict[str, Change] = {
     "parallel.expert_capacity": acts(
         "parallel.expert=2", "parallel.expert_capacity=2.0", refused="parallel.expert=2: it has no experts"
     ),
-    "parallel.timeout_s": acts("parallel.timeout_s=90", shows=same),
+    "parallel.timeout_s": local("parallel.timeout_s=90", shows=same),
     "verify.enabled": acts("verify.enabled=true", shows=says("OK: every document")),
     "verify.lengths": acts("verify.enabled=true", "verify.lengths=[5, 1, 9]", shows=says("OK: every document")),
     "verify.tolerance": acts("verify.enabled=true", "verify.tolerance=0.5", shows=says("OK: every document")),
@@ -297,17 +302,17 @@ CHANGES: dict[str, Change] = {
         "training.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: true}}", shows=same
     ),
     "training.dataloader_drop_last": asks("training.dataloader_drop_last=true"),
-    "training.dataloader_persistent_workers": acts(
+    "training.dataloader_persistent_workers": local(
         "training.dataloader_persistent_workers=true", base=WORKER, shows=same
     ),
-    "training.dataloader_prefetch_factor": acts("training.dataloader_prefetch_factor=3", base=WORKER, shows=same),
+    "training.dataloader_prefetch_factor": local("training.dataloader_prefetch_factor=3", base=WORKER, shows=same),
     # of several processes
     "training.ddp_backend": acts("training.ddp_backend=gloo", shows=same),
     "training.ddp_broadcast_buffers": acts("training.ddp_broadcast_buffers=true", shows=same),
     "training.ddp_bucket_cap_mb": acts("training.ddp_bucket_cap_mb=13", shows=same),
     "training.ddp_find_unused_parameters": acts("training.ddp_find_unused_parameters=true", shows=same),
     "training.ddp_static_graph": acts("training.ddp_static_graph=true", shows=same),
-    "training.ddp_timeout": acts("training.ddp_timeout=99", shows=same),
+    "training.ddp_timeout": local("training.ddp_timeout=99", shows=same),
     "training.eval_delay": acts("training.eval_delay=6", base=EVALUATES, shows=evaluated(6)),
     "training.eval_on_start": acts("training.eval_on_start=true", base=EVALUATES, shows=evaluated(4, 5, 6)),
     "training.full_determinism": acts("training.full_determinism=true", shows=same),  # as a CPU is anyway
@@ -322,9 +327,9 @@ CHANGES: dict[str, Change] = {
         "training.include_num_input_tokens_seen=all",
         shows=lambda output, _: all(line["num_input_tokens_seen"] > 0 for line in entries(output) if "loss" in line),
     ),
-    "training.log_level": acts("training.log_level=error", shows=same),
-    "training.log_level_replica": acts("training.log_level_replica=error", shows=same),
-    "training.log_on_each_node": acts("training.log_on_each_node=false", shows=same),
+    "training.log_level": local("training.log_level=error", shows=same),
+    "training.log_level_replica": local("training.log_level_replica=error", shows=same),
+    "training.log_on_each_node": local("training.log_on_each_node=false", shows=same),
     "training.logging_strategy": acts(
         "training.logging_strategy=epoch", "training.logging_steps=10",
         shows=lambda output, _: steps(output, "loss") == [6]
@@ -359,7 +364,7 @@ NOT_HERE = {f"data.{part}.{name}" for part in ("train", "eval") for name in ("na
 NOT_HERE |= {"training.optim_target_modules"}
 # by transformers; of one process, or of what a CPU cannot have, not by this run
 HANDED_ON = {f"training.{name}" for name in PASSED_TRAINING_NAMES if f"training.{name}" in CHANGES}
-HANDED_ON -= {key for key, change in CHANGES.items() if change.refused or change.verdict != "acts"}
+HANDED_ON -= {key for key, change in CHANGES.items() if change.refused or change.verdict not in ACT}
 HANDED_ON -= {"training.ddp_backend"}  # without a launcher left out
 REFUSED_ELSEWHERE = {"data.chat_template_kwargs", "data.streaming"}
 
@@ -389,7 +394,7 @@ def test_what_no_recipe_may_say_is_no_change(recipes: Any, key: str) -> None:
 
 
 def test_what_shows_a_key_is_said_of_each_that_acts() -> None:
-    acting = {key: change for key, change in CHANGES.items() if change.verdict == "acts"}
+    acting = {key: change for key, change in CHANGES.items() if change.verdict in ACT}
     assert {key for key, change in acting.items() if not (change.shows or change.refused)} <= HANDED_ON
 
 

@@ -58,7 +58,8 @@ def changes(**sections: Any) -> Any:
         ({"model": {"dtype": "bfloat16"}}, [("model.dtype", "cannot")]),
         ({"data": {"train": [{"path": "b.jsonl"}]}}, [("data.train.0.path", "asks")]),
         ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}}, [("data.train", "asks")]),
-        ({"data": {"num_proc": 3, "eval": [{"path": "c.jsonl"}]}}, [("data.eval", "acts"), ("data.num_proc", "acts")]),
+        ({"data": {"num_proc": 3, "eval": [{"path": "c.jsonl"}]}}, [("data.eval", "acts"), ("data.num_proc", "local")]),
+        ({"training": {"output_dir": "other"}}, [("training.output_dir", "local")]),
         ({"packing": {"tokens_per_batch": 64}}, [("packing.tokens_per_batch", "asks")]),
     ],
 )

@@ -25,6 +25,7 @@ from training_cases import make_recipe, save_checkpoint, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import deltatune
+from deltatune.config.load import load_recipe
 from deltatune.data.stream import Place
 from deltatune.errors import DataError, InterruptedRunError, UserError
 from deltatune.packing import shuffled
@@ -201,7 +202,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 FIVE_STEPS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
-FINISHED = "the run is finished and nothing was changed, so its files stay as they are"
+FINISHED = "the run is finished under these settings, so its files stay as they are"
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -249,9 +250,10 @@ def cut_off(file: Path) -> None:
 )
 def test_only_whole_final_files_stay_as_they_are(tmp_path: Path, finished: Path, name: str, spoil: Any) -> None:
     shutil.copytree(finished, tmp_path / "output")
-    given = {"recipe": (finished / "config.yaml").read_text(), "step": 5, "adapter": True}
+    recipe = load_recipe(finished / "config.yaml").recipe
+    given: dict[str, Any] = {"recipe": recipe, "step": 5}
     assert final_metrics(tmp_path / "output", **given) == json.loads((finished / "metrics.json").read_text())
-    for other in ({"recipe": "seed: 1\n"}, {"step": 4}, {"adapter": False}):
+    for other in ({"recipe": recipe.model_copy(update={"lora": None})}, {"step": 4}):
         assert final_metrics(tmp_path / "output", **{**given, **other}) is None
     spoil(tmp_path / "output" / name)
     assert final_metrics(tmp_path / "output", **given) is None
@@ -310,6 +312,34 @@ def test_a_run_that_lacks_something_is_no_finished_one(
     finally:
         shutil.rmtree(finished.parent)
         shutil.copytree(kept, finished.parent)
+
+
+@pytest.mark.parametrize(
+    ("data", "training"),
+    [({}, {}), ({"num_proc": 2}, {"dataloader_num_workers": 1}), ({"cache_dir": "cache"}, {"disable_tqdm": False})],
+    ids=["moved", "other processes", "other cache"],
+)
+def test_a_finished_run_in_another_place_is_the_same_run(
+    finished: Path, tmp_path: Path, checkpoint: Path, data: dict[str, Any], training: dict[str, Any]
+) -> None:
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    if "cache_dir" in data:
+        data = {"cache_dir": str(tmp_path / data["cache_dir"])}
+    settings = {**FIVE_STEPS, **training, "output_dir": str(moved)}
+    recipe, before = unprobed(finished.parent, checkpoint, training=settings, data=data), files_of(moved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "load", loaded)
+        assert train(recipe, resume=True, console=QUIET).metrics["leg"] == {"steps": 0}
+    assert files_of(moved) == before
+
+
+def test_a_finished_run_has_one_leg_for_a_change(finished: Path, tmp_path: Path, checkpoint: Path) -> None:
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    settings = {**FIVE_STEPS, "learning_rate": 0.5, "output_dir": str(moved)}
+    recipe = unprobed(finished.parent, checkpoint, training=settings)
+    for _ in range(2):
+        train(recipe, resume=True, console=QUIET)
+        assert len(json.loads((moved / "run.json").read_text())["legs"]) == 2
 
 
 def test_a_finished_run_whose_last_checkpoint_is_broken_says_so(

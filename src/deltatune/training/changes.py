@@ -1,4 +1,8 @@
-"""What a recipe says otherwise than the one that a checkpoint was saved under: what acts, and what cannot."""
+"""What a recipe says otherwise than the one that a checkpoint was saved under: what acts, and what cannot.
+
+A setting is ``local`` where it says by which folders and processes of a machine a run works: neither weights nor
+figures depend on it, and a run in a folder that has moved is the same run.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,13 @@ from deltatune.errors import UserError
 
 __all__ = ["Change", "check_changes", "find_changes", "find_other_data"]
 
-Verdict = Literal["acts", "asks", "cannot"]
+Verdict = Literal["acts", "local", "asks", "cannot"]
 
+# of ``training``
+_LOCAL = (
+    *("output_dir", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "ddp_timeout"),
+    *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")),
+)
 # by the longest key that a setting begins with
 _VERDICTS: dict[str, Verdict] = {
     "model": "cannot",
@@ -24,8 +33,8 @@ _VERDICTS: dict[str, Verdict] = {
     "lora.impl": "acts",
     "data": "asks",
     "data.eval": "acts",
-    "data.cache_dir": "acts",
-    "data.num_proc": "acts",
+    "data.cache_dir": "local",
+    "data.num_proc": "local",
     "packing": "asks",
     "preference": "asks",
     **dict.fromkeys((f"preference.{name}" for name in ("loss", "beta", "gamma", "label_smoothing")), "acts"),
@@ -34,9 +43,11 @@ _VERDICTS: dict[str, Verdict] = {
     "checkpointing": "acts",
     "activation_offloading": "acts",
     "parallel": "acts",
+    "parallel.timeout_s": "local",
     "verify": "acts",
     "samples": "acts",
     "training": "acts",
+    **dict.fromkeys((f"training.{name}" for name in _LOCAL), "local"),
     "training.optim": "cannot",
     "training.optim_args": "cannot",
     "training.optim_target_modules": "cannot",

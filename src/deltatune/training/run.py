@@ -129,15 +129,15 @@ def _train(
         log.out(f"warning: {warning}", highlight=False)
     checkpoint, passed_over = found_by_rank_0(lambda: begin(recipe, resume, clears=True), arguments)
     saved = saved_so_far(Path(recipe.training.output_dir).expanduser())
-    changes = changed_settings(recipe, checkpoint, allow=allow_change)
-    for line in [*passed_over, *change_lines(changes, checkpoint)]:
+    settings, others = changed_settings(recipe, checkpoint, allow=allow_change), list[Change]()
+    for line in [*passed_over, *change_lines(settings, checkpoint)]:
         log.out(line, highlight=False)
 
     def before_data(mesh: Mesh) -> None:
         of_steps = changed_steps(recipe, checkpoint, mesh, allow=allow_change)
         for line in change_lines(of_steps, checkpoint):
             log.out(line, highlight=False)
-        changes.extend(of_steps)
+        others.extend(of_steps)
 
     with told_before_training(checkpoint), told_of_memory():
         described = describe(recipe, arguments, log, before_data)
@@ -146,12 +146,12 @@ def _train(
         of_data = changed_data(described.data, checkpoint, allow=allow_change)
         for line in change_lines(of_data, checkpoint):
             log.out(line, highlight=False)
-        changes += of_data
+        others += of_data
         done = None
         if checkpoint is not None:
             log.out(f"going on from {checkpoint}", highlight=False)
             done = checkpoint if _is_done(described, checkpoint) else None
-        if done is not None and (recorded := _recorded(described, done, changes)) is not None:
+        if done is not None and (recorded := _recorded(described, done, others)) is not None:
             return _untouched(described, done, recorded)
         run = load(described)
         records = report_of(run, _verify(run))
@@ -160,7 +160,7 @@ def _train(
         if arguments.should_save:
             check_nothing_saved(run.output_dir, saved)
         during_training.enter_context(_cache_setting_kept(run.model))
-        return _fit(run, parts, records, checkpoint, done, changes, during_training, watch)
+        return _fit(run, parts, records, checkpoint, done, settings + others, during_training, watch)
 
 
 def _fit(
@@ -236,14 +236,16 @@ def _is_done(described: Described, checkpoint: Path) -> bool:
     return no_step_left(checkpoint, len(described.data.train), described.mesh, described.arguments, stopping)
 
 
-def _recorded(described: Described, done: Path, changes: list[Change]) -> dict[str, Any] | None:
-    """The metrics of a run that finished at ``done`` and lacks nothing, so that it stays as it is; on every rank."""
+def _recorded(described: Described, done: Path, others: list[Change]) -> dict[str, Any] | None:
+    """The metrics of a run that finished at ``done`` and lacks nothing, so that it stays as it is; on every rank.
+
+    ``others``: what no recipe says, and was changed since.
+    """
 
     def find() -> dict[str, Any] | None:
-        if changes or done.resolve().parent != described.output_dir.resolve():
+        if others or done.resolve().parent != described.output_dir.resolve():
             return None
-        text, adapter = dump_recipe(described.recipe), described.recipe.lora is not None
-        return final_metrics(described.output_dir, recipe=text, step=step_of(done), adapter=adapter)
+        return final_metrics(described.output_dir, recipe=described.recipe, step=step_of(done))
 
     return decided_by_rank_0(find, described.arguments)
 
@@ -253,7 +255,7 @@ def _untouched(described: Described, done: Path, recorded: Mapping[str, Any]) ->
     figures = [f"{name} {recorded[name]:.4f}" for name in ("loss", "eval_loss") if type(recorded.get(name)) is float]
     there = f"the weights of step {recorded.get('saved_step')} are in {described.output_dir}"
     for line in (
-        "the run is finished and nothing was changed, so its files stay as they are",
+        "the run is finished under these settings, so its files stay as they are",
         _NOTHING_LEFT,
         ", ".join([there, *figures]),
     ):

@@ -32,7 +32,6 @@ PACKS_PER_STEP = "packs_per_step"
 
 _ACCUMULATION = "training.gradient_accumulation_steps"
 _EVALUATED = ("data", "model", "packing", "preference")
-_READ_ALIKE = ("data.cache_dir", "data.num_proc", *STARTS)
 
 
 def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) -> list[Change]:
@@ -105,10 +104,8 @@ def changed_data(data: RecipeData, checkpoint: Path | None, *, allow: bool) -> l
 
 def evaluates_otherwise(changes: Iterable[Change]) -> bool:
     """Whether evaluations that were made before are of other held-out data than those from here on."""
-    keys = [change.key for change in changes]
-    return any(
-        key.startswith("rows of ") or (key.split(".")[0] in _EVALUATED and key not in _READ_ALIKE) for key in keys
-    )
+    keys = [change.key for change in changes if change.verdict != "local"]
+    return any(key.startswith("rows of ") or (key.split(".")[0] in _EVALUATED and key not in STARTS) for key in keys)
 
 
 def place_of(checkpoint: Path, mesh: Mesh) -> Place:

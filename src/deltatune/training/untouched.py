@@ -9,7 +9,11 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
+from deltatune.config.load import parse_recipe
+from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
 from deltatune.training.beginning import MARKERS
+from deltatune.training.changes import find_changes
 from deltatune.training.export import CARD_FILE
 from deltatune.training.finishing import METRICS_FILE, REPORT_FILE
 from deltatune.training.record import is_finished
@@ -19,24 +23,24 @@ __all__ = ["final_metrics", "read_metrics"]
 _FILES: Final = (REPORT_FILE, CARD_FILE, "tokenizer_config.json")
 
 
-def final_metrics(output_dir: Path, *, recipe: str, step: int, adapter: bool) -> dict[str, Any] | None:
+def final_metrics(output_dir: Path, *, recipe: Recipe, step: int) -> dict[str, Any] | None:
     """``metrics.json`` of a run that finished, if its files are there and have all of their bytes; else None.
 
     Args:
         output_dir: the run's folder.
-        recipe: as ``config.yaml`` holds it.
+        recipe: what ``config.yaml`` holds, up to settings that are local.
         step: the last one of the run.
-        adapter: whether the run saves an adapter, or a whole model.
     """
     metrics = read_metrics(output_dir)
+    adapter = recipe.lora is not None
     names = (*_FILES, MARKERS[0] if adapter else MARKERS[1])
     try:
-        there = (output_dir / "config.yaml").read_text(encoding="utf-8") == recipe
+        there = _is_under(recipe, output_dir / "config.yaml")
         there = there and all((output_dir / name).is_file() for name in names)
         for file in _weights(output_dir, adapter=adapter) if there else ():
             with safe_open(file, "pt"):  # which holds its size against its header
                 pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None
     return metrics if there and metrics.get("global_step") == step and is_finished(output_dir) else None
 
@@ -48,6 +52,13 @@ def read_metrics(output_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _is_under(recipe: Recipe, file: Path) -> bool:
+    """Whether the last leg, whose recipe a file holds, was the same run."""
+    before = parse_recipe(file.read_text(encoding="utf-8"), str(file)).recipe
+    found = find_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    return all(change.verdict == "local" for change in found)
 
 
 def _weights(output_dir: Path, *, adapter: bool) -> Iterator[Path]:
