@@ -1,7 +1,10 @@
 """Whatever is wrong with the input: exit status 2, one line, no traceback, nothing written."""
 
 import json
+import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +74,27 @@ def test_several_bad_rows_are_one_line(fails, write_recipe, write_rows, command)
 def test_samples_without_labels_and_missing_columns(fails, write_recipe, write_rows, row, source) -> None:
     path = write_rows(row)
     assert "rows.jsonl" in fails("train", write_recipe(data={"train": [{"path": str(path), **source}]}))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora.r=100000000", r"the first save needs .* [GT]iB, and .*, or lower the ranks of adapters \(lora\.r, "),
+        ("lora={r: 1000000000, init_lora_weights: mica}", "the first save needs "),
+        ("lora={r: 1000000000, use_dora: true}", "the first save needs "),
+        ("packing.tokens_per_batch=100000000000000", "tokens_per_batch: expected a number below 2147483648"),
+        ("data.train.0.repeat=1000000000", "an epoch would take 3,000,000,000 documents"),
+        ("parallel.shard=100000000", "parallel.shard: expected 'auto' or a number of at most 1048576"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_numbers_beyond_sense(fails, write_recipe, write_rows, monkeypatch, command, word, message) -> None:
+    usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=2**36))
+    monkeypatch.setattr("deltatune.training.space.shutil", usage)
+    begin = time.perf_counter()
+    said = fails(command, write_recipe(write_rows(GOOD, GOOD, GOOD)), "--set", word)
+    assert re.search(message, said), said
+    assert time.perf_counter() - begin < 20
 
 
 def test_no_such_data(fails, write_recipe, tmp_path) -> None:

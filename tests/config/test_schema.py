@@ -1,6 +1,8 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -47,6 +49,22 @@ def test_every_field_is_documented(section) -> None:
 def test_sections_never_change(section) -> None:
     assert section.model_config["frozen"]
     assert section.model_config["extra"] == ("allow" if section is TrainingSection else "forbid")
+
+
+def whole_numbers(schema: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a JSON schema that are whole numbers."""
+    parts = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    if isinstance(schema, dict) and schema.get("type") == "integer":
+        yield schema
+    for part in parts:
+        yield from whole_numbers(part)
+
+
+def test_every_whole_number_has_an_end() -> None:
+    """Tensors, counters and loops take none of a hundred digits."""
+    found = list(whole_numbers(Recipe.model_json_schema()))
+    assert len(found) > 30
+    assert [each for each in found if not each.keys() & {"maximum", "exclusiveMaximum", "const", "enum"}] == []
 
 
 def test_a_field_cannot_be_assigned() -> None:

@@ -103,3 +103,7 @@ def test_ranks_of_a_pack_lie_inside_the_other_axes() -> None:
     assert [(mesh.replicate_rank, mesh.shard_rank) for mesh in ranks] == [(r // 4, r % 4) for r in range(8)]
     assert [mesh.rank for mesh in ranks] == [*range(8)]
     assert {(mesh.data_size, mesh.size, mesh.replicate_size) for mesh in ranks} == {(4, 8, 2)}
+
+
+def test_sizes_of_very_many_processes_take_no_time() -> None:
+    assert choose_sizes(2**40, replicate=2**20, shard=2**20).shard == 2**20

@@ -80,6 +80,14 @@ def test_adapters_are_kept_in_the_dtype_asked_for(adapter_dtype: Any, expected: 
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("values", [{}, {"use_dora": True}, {"init_lora_weights": "mica"}])
+def test_adapters_of_an_empty_model_take_no_memory(values: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = tiny_model("qwen3")
+    model = adapt(model, LoraSection(r=10**9, **values))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 
 

@@ -6,12 +6,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-__all__ = ["Count", "Flag", "Integer", "Section", "Seed", "Share", "Steps", "Text"]
+__all__ = ["BEYOND", "Count", "Flag", "Integer", "Ranks", "Section", "Seed", "Share", "Steps", "Text"]
+
+BEYOND = 2**31
+"""More than anything here counts: places in a pack are 32-bit integers."""
 
 # YAML already gives types, so nothing is guessed: "true" in quotes is no flag, 1.0 no count, true no number
 Flag = Annotated[bool, Strict()]
-Integer = Annotated[int, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1)]
+Integer = Annotated[int, Strict(), Field(ge=-BEYOND, lt=BEYOND)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=BEYOND)]
+Ranks = Annotated[int, Strict(), Field(ge=1, le=2**20)]  # processes of a run
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]  # what numpy's generators take
 Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 # transformers' own convention: a whole number of steps, or below 1 a share of them

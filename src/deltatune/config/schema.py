@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from deltatune.config.fields import Count, Flag, Integer, Section, Share, Text
+from deltatune.config.fields import BEYOND, Count, Flag, Integer, Ranks, Section, Share, Text
 from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
 from deltatune.config.training_section import TrainingSection
 
@@ -211,7 +211,7 @@ class DataSection(Section):
     yet. Rows are shuffled and packed in blocks of 8,192; several sources are mixed in equal parts, or by `weight` with
     `weight_by: documents`. Needs `training.max_steps`, and `eval` in place of `val_size`."""
 
-    max_length: Annotated[int, Strict(), Field(ge=2)] | None = None
+    max_length: Annotated[int, Strict(), Field(ge=2, lt=BEYOND)] | None = None
     """The most tokens of a document; `packing.tokens_per_batch`, which it cannot exceed, by default."""
 
     on_bad_row: Literal["error", "drop"] = "error"
@@ -231,7 +231,7 @@ class DataSection(Section):
 class PackingSection(Section):
     """How documents are packed. A batch is one pack: a row of whole documents without padding between them."""
 
-    tokens_per_batch: Annotated[int, Strict(), Field(ge=2)] = 4096
+    tokens_per_batch: Annotated[int, Strict(), Field(ge=2, lt=BEYOND)] = 4096
     """Tokens of a pack, and so of a batch on one device. Multiples of 64 suit the kernels."""
 
 
@@ -297,14 +297,14 @@ class VerifySection(Section):
 class ParallelSection(Section):
     """How the processes of a run (`--nproc`, `torchrun`) divide the work."""
 
-    replicate: Literal["auto"] | Count = "auto"
+    replicate: Literal["auto"] | Ranks = "auto"
     """Copies of the weights; `replicate * shard` is the number of processes."""
 
-    shard: Literal["auto"] | Count = "auto"
+    shard: Literal["auto"] | Ranks = "auto"
     """Processes that hold one copy of the weights among them (FSDP2). `auto` takes the fewest with which a step is
     estimated to fit the device: 1, which is plain replicas, wherever the whole model fits."""
 
-    sequence: Literal["auto"] | Count = "auto"
+    sequence: Literal["auto"] | Ranks = "auto"
     """Processes that hold a pack of `packing.tokens_per_batch` tokens together, each an equal part of it; all others
     read packs of their own. It is the innermost axis: `{shard: 4, sequence: 2}` on 4 processes are 2 data ranks. `auto`
     is 1, unless a step is estimated to fit the device with no number of shards."""
@@ -314,7 +314,7 @@ class ParallelSection(Section):
     heads, as in attention; `state`, the state of the document that goes on, so that each computes all heads of its own
     tokens. It acts where `sequence` is above 1."""
 
-    expert: Literal["auto"] | Count = 1
+    expert: Literal["auto"] | Ranks = 1
     """Processes that hold the routed experts of every layer together, each as many; tokens travel to their experts, and
     all other weights go by `replicate` and `shard`. It divides the experts of a layer and the number of processes, and
     goes with `sequence` too, over the same processes or others. `auto` is 1: shards hold a model that does not fit
@@ -324,7 +324,7 @@ class ParallelSection(Section):
     """How many times its even share of all visits of tokens to experts a process has room for, where `expert` is above
     1. A run that needs more stops with an error at the next log line or save; from `expert` on that cannot be."""
 
-    timeout_s: Annotated[int, Strict(), Field(ge=10)] = 45
+    timeout_s: Annotated[int, Strict(), Field(ge=10, lt=BEYOND)] = 45
     """Seconds without a sign of life after which a process is lost; all others have ended within 15 s more. A process
     that trains, compiles, tokenises or saves gives one every second; one that is stopped, or whose machine is gone,
     gives none."""
@@ -340,7 +340,7 @@ class SamplesSection(Section):
     chat: bool = True
     """Whether `prompts` go through the chat template; `false` begins with them as they are, as rows of text begin."""
 
-    held_out: Annotated[int, Strict(), Field(ge=0)] = 0
+    held_out: Annotated[int, Strict(), Field(ge=0, lt=BEYOND)] = 0
     """How many of the held-out documents are begun, each up to its first answer."""
 
     max_new_tokens: Count = 64

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
-from deltatune.config.fields import Count, Flag, Integer, Section, Seed, Steps, Text
+from deltatune.config.fields import BEYOND, Count, Flag, Integer, Section, Seed, Steps, Text
 
 __all__ = ["OWN_TRAINING_NAMES", "TrainingSection"]
 
@@ -150,7 +150,7 @@ class TrainingSection(Section):
     early_stopping_threshold: Annotated[float, Strict(), Field(ge=0)] = 0.0
     """By how much a loss must be below the best one to count as better."""
 
-    dataloader_num_workers: Annotated[int, Strict(), Field(ge=0)] = 0
+    dataloader_num_workers: Annotated[int, Strict(), Field(ge=0, lt=BEYOND)] = 0
     """Processes that collate batches."""
 
     dataloader_pin_memory: Flag = True

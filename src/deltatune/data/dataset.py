@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from deltatune.packing.sample import Sample
 from deltatune.phases import phase
 
 __all__ = ["PackedDataset", "ReferencedPack", "pack_documents"]
+
+_MOST: Final = 2**31
 
 
 class ReferencedPack(list[Sample]):
@@ -106,7 +109,7 @@ def pack_documents(
 
     Raises:
         DataError: an over-long document under ``error``, named; preferences beside other rows; or nothing left to train
-            on, of all sources or of one that has a weight.
+            on, of all sources or of one that has a weight; or an epoch of 2^31 documents.
     """
     limit = Limit(tokens_per_batch, max_length)
     per_member = _pieces_per_member(documents)
@@ -132,6 +135,11 @@ def pack_documents(
     all_lengths = np.concatenate(lengths)
     with phase("packing"):
         mixture = Mixture.of(lengths, shares, seed=seed or 0)
+        if (count := sum(mixture.quotas)) >= _MOST:
+            raise DataError(
+                f"an epoch would take {count:,} documents, repeated ones counted, and can hold {_MOST - 1:,}; lower "
+                "repeat of data.train, and train more epochs in its place"
+            )
         epochs = Epochs(all_lengths, tokens_per_batch, mixture, seed=seed)
         packs = epochs(0)
     tokens = int(all_lengths[packs.members].sum())

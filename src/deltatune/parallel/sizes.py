@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def choose_sizes(
     Raises:
         ValueError: sizes that these processes cannot make.
     """
-    divisors = [size for size in range(1, processes + 1) if processes % size == 0]
+    small = [size for size in range(1, math.isqrt(processes) + 1) if processes % size == 0]
+    divisors = sorted({*small, *(processes // size for size in small)})
     for name, size in (("replicate", replicate), ("shard", shard), ("sequence", sequence)):
         if size is not None and size not in divisors:
             known = ", ".join(map(str, divisors))

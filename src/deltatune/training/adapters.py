@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from deltatune.config.rules import adapter_errors, start_errors
@@ -93,12 +95,13 @@ def adapt(
         arguments["init_lora_weights"] = True
     try:
         config = peft.LoraConfig(revision=revision, **_base(model), **arguments)
-        adapted: nn.Module = peft.get_peft_model(
-            model,
-            config,
-            autocast_adapter_dtype=section.adapter_dtype == "float32",
-            low_cpu_mem_usage=empty and variant,
-        )
+        with torch.device("meta") if empty else nullcontext():  # adapters of any rank cost nothing there
+            adapted: nn.Module = peft.get_peft_model(
+                model,
+                config,
+                autocast_adapter_dtype=section.adapter_dtype == "float32",
+                low_cpu_mem_usage=empty and variant,
+            )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error
     if begins_in_base(section.init_lora_weights):

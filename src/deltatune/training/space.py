@@ -81,9 +81,10 @@ def check_space(model: nn.Module, recipe: Recipe) -> Room:
     room = Room.of(model, recipe)
     needed = max(room.model_bytes, room.checkpoint_bytes)
     if needed > room.free_bytes:
+        smaller = "" if recipe.lora is None else ", or lower the ranks of adapters (lora.r, lora.rank_pattern)"
         raise UserError(
             f"training.output_dir: the first save needs {_size(needed)}, and {room.folder} has "
-            f"{_size(room.free_bytes)} free; make room, or choose a folder on another disk"
+            f"{_size(room.free_bytes)} free; make room, choose a folder on another disk{smaller}"
         )
     return room
 
