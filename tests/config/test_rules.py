@@ -478,6 +478,11 @@ ERRORS = {
     ),
 }
 WARNINGS = {
+    "a_revision_is_of_the_hub": (
+        f"model: {{name_or_path: {Path(__file__).parent}, revision: main}}",
+        "model.revision: main does nothing beside",
+        "model: {name_or_path: owner/model, revision: main}",
+    ),
     "cudagraphs_copy_boundaries": (
         "compile: {options: {triton.cudagraphs: true}}",
         "boundaries",

@@ -289,6 +289,11 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     several, search = "coordinate_descent_check_all_directions", "coordinate_descent_tuning"
     if options.get(several) and not options.get(search):
         yield f"compile.options.{several} changes nothing without {search}"
+    if recipe.model.revision is not None and Path(recipe.model.name_or_path).expanduser().is_dir():
+        yield (
+            f"model.revision: {recipe.model.revision} does nothing beside {recipe.model.name_or_path}, a folder; it is "
+            "of models on the Hub"
+        )
     tokens = recipe.packing.tokens_per_batch
     if tokens % _CHUNK:
         yield f"packing.tokens_per_batch: {tokens} is no multiple of {_CHUNK}, so kernels run a partial last chunk"

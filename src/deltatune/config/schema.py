@@ -48,7 +48,7 @@ class ModelSection(Section):
     """The dtype the weights are loaded in; `auto` takes the checkpoint's own."""
 
     revision: Text | None = None
-    """Branch, tag or commit of a model on the Hub."""
+    """Branch, tag or commit of a model on the Hub; beside a folder it does nothing, and a warning says so."""
 
     trust_remote_code: Flag = False
     """Run model code that comes with the checkpoint."""
