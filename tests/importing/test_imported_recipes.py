@@ -327,3 +327,10 @@ def test_adapter_of_peft_has_pefts_defaults(imported):
 
 def test_adapter_of_trl_has_pefts_targets(imported):
     assert yaml.safe_load(imported("t.sh", "trl sft --use_peft").text)["lora"]["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_a_value_that_another_key_reads_is_blamed_on_its_own(imported):
+    text = "base_model: m/m\ndatasets: [{path: a.jsonl, type: chat_template}]\nsequence_len: 1e400\n"
+    rows = {row.key: row.outcome for row in imported("a.yml", f"{text}micro_batch_size: 1e26\n").rows}
+    assert rows["micro_batch_size"].why == "sequence_len: expected a number, got Infinity"
+    assert rows["sequence_len"].why == "expected a number, got Infinity"

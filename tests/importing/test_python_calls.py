@@ -99,3 +99,17 @@ def test_what_becomes_of_the_model_is_told(tmp_path, call, verdict, why):
     assert [outcome.verdict for outcome in told] == [verdict]
     assert why in told[0].why
     assert not any(key.endswith("(line 2)") for key in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("SFTTrainer", "a recipe is one run: the first such call is taken"),
+        ("DPOTrainer", "a recipe is one run: the first such call is taken"),
+        ("GRPOTrainer", "supervised fine-tuning, DPO and ORPO alone"),
+    ],
+)
+def test_why_a_further_trainer_is_left_out(tmp_path, name, why):
+    (tmp_path / "s.py").write_text(f"FastModel.from_pretrained('m')\nSFTTrainer(packing=True)\n{name}(args=a)")
+    rows = {row.key: row.outcome for row in convert(read_foreign(tmp_path / "s.py")).rows}
+    assert rows[f"{name} (line 3)"].why == why

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltatune.importing.rules import Outcome, Rule, Settings
+from deltatune.importing.rules import Outcome, Rule, Settings, other
 from deltatune.importing.values import count, flag, is_off, number, text, whole
 
 __all__ = ["every", "patience", "per_epoch", "samples", "strategy"]
@@ -25,7 +25,7 @@ def per_epoch(kind: str) -> Rule:
         if is_off(value):
             return Outcome("carried", {f"training.{kind}_strategy": "no"} if value is not None else {})
         times, limited = count(value), not is_off(settings.get("max_steps"))
-        strategy, share = f"training.{kind}_strategy", 1 / (times * number(settings.get("num_epochs") or 1))
+        strategy, share = f"training.{kind}_strategy", 1 / (times * (other(settings, "num_epochs", number, 1) or 1))
         if times == 1 and not limited:
             return Outcome("carried", {strategy: "epoch"}, "once an epoch")
         if share >= 1:
@@ -84,7 +84,7 @@ def samples(value: Any, settings: Settings) -> Outcome:
         return nothing or Outcome("no effect here", why="off there too")
     flag(value)
     writes = {
-        "samples.held_out": count(settings.get("num_generation_samples") or 3),
-        "samples.max_new_tokens": count(settings.get("generation_max_new_tokens") or 50),
+        "samples.held_out": other(settings, "num_generation_samples", lambda value: count(value or 3)),
+        "samples.max_new_tokens": other(settings, "generation_max_new_tokens", lambda value: count(value or 50)),
     }
     return Outcome("changed", writes, "greedy, at each evaluation, into samples.jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltatune.importing.rules import Outcome, Rule, Settings
+from deltatune.importing.rules import Outcome, Rule, Settings, other
 from deltatune.importing.values import count, is_off
 
 __all__ = ["accumulated", "batch_of", "length_of"]
@@ -24,7 +24,7 @@ def batch_of(*length_keys: str, packed: Any, paired: Any) -> Rule:
         if is_off(value) or length_key is None:
             why = f"without {length_keys[0]} nothing bounds a batch: set packing.tokens_per_batch"
             return Outcome("not supported", why=why)
-        rows, tokens, answers = count(value), count(settings[length_key]), 2 if paired(settings) else 1
+        rows, tokens, answers = count(value), other(settings, length_key, count), 2 if paired(settings) else 1
         why = f"{rows} x {'2 x ' if answers == 2 else ''}{tokens} tokens ({length_key}) a pack"
         if not packed(settings):
             why += "; rows were padded there: a pack holds more documents, so an epoch has fewer, larger steps"
@@ -39,7 +39,7 @@ def accumulated(value: Any, settings: Settings) -> Outcome:
         return Outcome("no effect here", why="not set")
     if not is_off(settings.get("gradient_accumulation_steps")):
         return Outcome("no effect here", why="gradient_accumulation_steps is given, which wins")
-    rows = count(settings.get("micro_batch_size", 1))
+    rows = other(settings, "micro_batch_size", count, 1)
     writes = {"training.gradient_accumulation_steps": max(1, count(value) // rows)}
     return Outcome("changed", writes, f"{value} rows in a step, {rows} in a batch")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from deltatune.importing.rules import Outcome, Rule, Settings, alone
+from deltatune.importing.rules import Outcome, Rule, Settings, alone, other
 from deltatune.importing.values import is_off, mapping, number, text, texts
 
 __all__ = ["EMBEDDINGS", "embedding_rate", "learning_rate_groups", "lora_plus", "muon", "unfrozen"]
@@ -35,7 +35,7 @@ def embedding_rate(pattern: str, trains: Any, *, scale: bool = False) -> Rule:
             return Outcome("no effect here", why="not set")
         if not trains(settings):
             return Outcome("no effect here", why="embeddings and head do not train")
-        rate = number(value) * number(settings.get("learning_rate")) if scale else number(value)
+        rate = number(value) * other(settings, "learning_rate", number) if scale else number(value)
         return Outcome("changed", {f"{_RATES}.{pattern}": rate}, "their weight decay is that of others")
 
     return rule

@@ -10,7 +10,7 @@ from deltatune.importing.groups import lora_plus, muon
 from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
 from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of, only_with
 from deltatune.importing.registry import find_registry, named_sources
-from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, refused
+from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, other, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import added_tokens
 from deltatune.importing.training_arguments import AXES, PACKED, SHARDING, TRAINING_ARGUMENTS, offloading
@@ -63,14 +63,14 @@ def _finetuning_type(value: Any) -> Outcome:
 
 
 def _alpha(value: Any, settings: Settings) -> Outcome:
-    ours = 2 * count(settings.get("lora_rank", 8)) if value is None else whole(value)
+    ours = 2 * other(settings, "lora_rank", count, 8) if value is None else whole(value)
     return Outcome("carried", {"lora.lora_alpha": ours})
 
 
 def _pissa(value: Any, settings: Settings) -> Outcome:
     if is_off(value):
         return Outcome("no effect here", why="off there too")
-    rounds = whole(settings.get("pissa_iter", 16))
+    rounds = other(settings, "pissa_iter", whole, 16)
     return Outcome("carried", {"lora.init_lora_weights": "pissa" if rounds == -1 else f"pissa_niter_{rounds}"})
 
 
@@ -165,7 +165,7 @@ def _max_samples(value: Any) -> Outcome:
 def _data(part: str) -> Any:
     def rows(value: Any, settings: Settings, here: Path) -> list[Row]:
         folder = str(settings.get("dataset_dir") or "data")
-        limit = None if is_off(settings.get("max_samples")) else count(settings["max_samples"])
+        limit = None if is_off(settings.get("max_samples")) else other(settings, "max_samples", count)
         return named_sources(part, value, find_registry(folder, here), folder, limit)
 
     return rows

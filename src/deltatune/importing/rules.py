@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
+from deltatune.errors import UserError
 from deltatune.importing.values import is_off
 
-__all__ = ["Outcome", "Row", "Rule", "Settings", "Table", "Verdict", "alone", "carried", "changed", "idle", "refused"]
+__all__ = [
+    "Outcome",
+    "Row",
+    "Rule",
+    "Settings",
+    "Table",
+    "Verdict",
+    "alone",
+    "carried",
+    "changed",
+    "idle",
+    "other",
+    "refused",
+]
 
 Verdict = Literal["carried", "changed", "not supported", "no effect here", "unknown"]
 Settings: TypeAlias = Mapping[str, Any]
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,19 @@ def idle(why: str) -> Rule:
         return _unset(value) or Outcome("no effect here", why=why)
 
     return rule
+
+
+def other(settings: Settings, key: str, read: Callable[[Any], _Read], default: Any = None) -> _Read:
+    """What a rule reads of another key.
+
+    Raises:
+        UserError: a value that is not of that key's kind; it names the key.
+    """
+    given = settings.get(key)
+    try:
+        return read(default if given is None else given)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _unset(value: Any) -> Outcome | None:

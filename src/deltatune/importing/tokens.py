@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltatune.importing.rules import Outcome, Rule, Settings, alone
+from deltatune.importing.rules import Outcome, Rule, Settings, alone, other
 from deltatune.importing.values import is_off, mapping, text, texts
 
 __all__ = ["added_tokens", "role_of", "roles", "tokens"]
@@ -49,7 +49,7 @@ def added_tokens(*keys: str) -> Rule:
         if is_off(value):
             return Outcome("no effect here", why="not set")
         texts(value)
-        given = [token for key in keys if not is_off(settings.get(key)) for token in texts(settings[key])]
+        given = [token for key in keys if not is_off(settings.get(key)) for token in other(settings, key, texts)]
         return Outcome(
             "carried", {"model.added_tokens": list(dict.fromkeys(given))}, "beside adapters their rows train"
         )

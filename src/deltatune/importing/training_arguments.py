@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.groups import muon
-from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, changed, idle, refused
+from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, changed, idle, other, refused
 from deltatune.importing.values import count, flag, is_off, mapping, number, steps, text, texts, whole
 
 __all__ = [
@@ -110,7 +110,7 @@ def epochs(value: Any, settings: Settings) -> Outcome:
     """Passes over the data, unless max_steps ends the run."""
     if value is None:
         return Outcome("no effect here", why="not set")
-    if not is_off(settings.get("max_steps")) and number(settings["max_steps"]) > 0:
+    if not is_off(settings.get("max_steps")) and other(settings, "max_steps", number) > 0:
         return Outcome("no effect here", why="max_steps is given, which wins")
     return Outcome("carried", {"training.num_train_epochs": number(value)})
 

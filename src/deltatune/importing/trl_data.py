@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.importing.paths import READERS, is_data_file, path_of
-from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, refused
+from deltatune.importing.rules import Outcome, Row, Rule, Settings, alone, carried, idle, other, refused
 from deltatune.importing.values import flag, is_off, mapping, number, text, texts, whole
 
 __all__ = ["DATA", "SECTIONS", "evaluates"]
@@ -24,9 +24,9 @@ def _test_split(value: Any, settings: Settings) -> Outcome:
         return Outcome("no effect here", why="nothing is evaluated")
     if is_data_file(settings["dataset_name"]):
         return Outcome("not supported", why="a file is one split, train: set data.val_size, or data.eval")
-    writes = {"data.eval.0.path": text(settings["dataset_name"]), "data.eval.0.split": text(value)}
+    writes = {"data.eval.0.path": other(settings, "dataset_name", text), "data.eval.0.split": text(value)}
     if not is_off(settings.get("dataset_config")):
-        writes["data.eval.0.name"] = text(settings["dataset_config"])
+        writes["data.eval.0.name"] = other(settings, "dataset_config", text)
     return Outcome("carried", writes)
 
 

@@ -45,6 +45,7 @@ _ALIASES = {
     "TrainingArguments": "SFTConfig",
     "UnslothTrainingArguments": "SFTConfig",
 }
+_TRAINERS = ("SFTTrainer", *(name for name, kind in _ALIASES.items() if kind == "SFTTrainer"))
 # a call that is a row by itself
 _SPEAKS = ("from_pretrained", "get_peft_model", "LoraConfig", "train_on_responses_only", "DPOTrainer", "ORPOTrainer")
 # what becomes of the model after the run
@@ -336,7 +337,8 @@ UNSLOTH = Table(
     _defaults,
     patterns={
         **_SAVES,
-        r".*Trainer \(line .*": refused(f"supervised fine-tuning, DPO and ORPO alone, and {_FIRST}"),
+        rf"({'|'.join(_TRAINERS)}) \(line .*": refused(_FIRST),
+        r".*Trainer \(line .*": refused("supervised fine-tuning, DPO and ORPO alone"),
         r".*, argument \d+": refused("name the argument"),
         r"load_dataset \(line .*": refused("a further source is an entry of data.train"),
         r"(from_pretrained|get_chat_template|train_on_responses_only|get_peft_model) \(line .*": idle(_FIRST),
