@@ -97,6 +97,14 @@ def test_numbers_beyond_sense(fails, write_recipe, write_rows, monkeypatch, comm
     assert time.perf_counter() - begin < 20
 
 
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_adapters_that_no_device_holds(fails, write_recipe, write_rows, monkeypatch, command) -> None:
+    monkeypatch.setattr("deltatune.training.planned.device_memory", lambda _: 2**20)
+    said = fails(command, write_recipe(write_rows(GOOD, GOOD, GOOD)), "--set", "lora.r=4000")
+    assert "lora: adapters and what trains beside them take " in said
+    assert "lower lora.r" in said
+
+
 def test_no_such_data(fails, write_recipe, tmp_path) -> None:
     assert "nothing.jsonl" in fails("train", write_recipe(data={"train": [{"path": str(tmp_path / "nothing.jsonl")}]}))
 

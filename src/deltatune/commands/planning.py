@@ -34,7 +34,13 @@ from deltatune.training.layout import sizes_lines, sizes_of
 from deltatune.training.loading import host_lines
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData
-from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
+from deltatune.training.planned import (
+    check_adapters,
+    check_offloading,
+    estimate_step,
+    offloading_lines,
+    prepare_by_recipe,
+)
 from deltatune.training.prompts import samples_lines
 from deltatune.training.since import change_lines, changed_data, changed_steps, place_of
 from deltatune.training.space import check_space
@@ -86,8 +92,10 @@ def show(
     warnings = [*warnings, *_missing_here(recipe, arguments.device)]
     model = adapt_by_recipe(empty_model(recipe.model, config), recipe)
     load_adapter(model, recipe.lora)
-    room = check_space(model, recipe)
-    sizes = sizes_of(recipe, model, arguments, nproc or _processes(recipe, arguments))
+    room, processes = check_space(model, recipe), nproc or _processes(recipe, arguments)
+    if not _is_elsewhere(recipe, arguments.device):
+        check_adapters(recipe, model, arguments.device, processes)
+    sizes = sizes_of(recipe, model, arguments, processes)
     prepared, unavailable = _prepared(recipe, model, arguments.device, sizes)
     data.check_tokens(hf_model.base_model(model).get_input_embeddings().weight.shape[0], tokenizer)
     report = prepared.report

@@ -27,7 +27,13 @@ from deltatune.training.layout import mesh_of, sizes_lines, sizes_of
 from deltatune.training.loading import LoadedModel, load_by_recipe
 from deltatune.training.optimizers import optimizer_lines
 from deltatune.training.packs import RecipeData, load_data
-from deltatune.training.planned import check_offloading, estimate_step, offloading_lines, prepare_by_recipe
+from deltatune.training.planned import (
+    check_adapters,
+    check_offloading,
+    estimate_step,
+    offloading_lines,
+    prepare_by_recipe,
+)
 from deltatune.training.prompts import samples_lines
 from deltatune.training.provenance import versions
 from deltatune.training.space import check_space
@@ -103,6 +109,7 @@ def describe(
     with phase("describing the model"):  # which imports its code
         empty = adapt_by_recipe(empty_model(recipe.model), recipe)
         check_space(empty, recipe)
+        check_adapters(recipe, empty, arguments.device, arguments.world_size)
         sizes = sizes_of(recipe, empty, arguments)
     if arguments.world_size > 1:  # whose devices may differ
         sizes = from_rank_0(sizes)

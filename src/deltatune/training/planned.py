@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from deltatune.compile.memory import MemoryEstimate, estimate_memory, offloaded_bytes
+from deltatune.compile.memory import MemoryEstimate, device_memory, estimate_memory, offloaded_bytes
 from deltatune.compile.offloading import IN_FLIGHT_BYTES
 from deltatune.config.schema import Recipe
 from deltatune.cost import ExpertSplit
@@ -18,6 +18,7 @@ from deltatune.preparation import Prepared, prepare
 from deltatune.training.arguments import autocast_dtype
 
 __all__ = [
+    "check_adapters",
     "check_offloading",
     "compile_options",
     "estimate_step",
@@ -98,6 +99,27 @@ def estimate_step(
         recurrent=recipe.parallel.recurrent,
         experts=expert_split(recipe),
     )
+
+
+def check_adapters(recipe: Recipe, model: nn.Module, device: torch.device, processes: int) -> None:
+    """Refuses adapters that no division among the devices of a run makes fit, before they are made.
+
+    Args:
+        recipe: the run.
+        model: with its adapters, on the meta device.
+        device: of each process, all alike.
+        processes: of the run.
+
+    Raises:
+        UserError: what trains beside a frozen base, with its gradients, is more than the devices have.
+    """
+    needed = 2 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    available = processes * device_memory(device)
+    if recipe.lora is not None and needed > available:
+        raise UserError(
+            f"lora: adapters and what trains beside them take {needed / 2**30:,.0f} GiB with their gradients, and "
+            f"{device} has {available / 2**30:,.0f} GiB; lower lora.r and lora.rank_pattern, or leave modules out"
+        )
 
 
 def check_offloading(recipe: Recipe, device: torch.device) -> None:
