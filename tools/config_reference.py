@@ -16,6 +16,7 @@ from deltatune.config.refused import REFUSED_TRAINING_NAMES
 from deltatune.config.schema import (
     CompileSection,
     DataSection,
+    Fp8Quantization,
     LoraSection,
     ModelSection,
     PackingSection,
@@ -32,6 +33,7 @@ __all__ = ["reference_page"]
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("model", ModelSection),
+    ("model.quantization of type fp8", Fp8Quantization),
     ("data", DataSection),
     ("data.train[], data.eval[]", Source),
     ("packing", PackingSection),

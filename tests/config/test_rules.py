@@ -148,6 +148,31 @@ ERRORS = {
         "parallel.expert_capacity cannot act with parallel.expert: 1",
         "parallel: {expert: 2, expert_capacity: 2}",
     ),
+    "weights_in_few_bits_are_frozen": (
+        "model: {name_or_path: m, quantization: {type: nf4}}",
+        "model.quantization: weights in few bits are frozen, and the recipe has no adapters; add a section lora",
+        "{model: {name_or_path: m, quantization: {type: nf4}}, lora: {}}",
+    ),
+    "dora_reads_wide_weights": (
+        "{model: {name_or_path: m, quantization: {type: fp8}}, lora: {use_dora: true}}",
+        "lora.use_dora takes the norms of its weights at every step, and the base is in few bits; set it to false",
+        "{model: {name_or_path: m, quantization: {type: fp8}}, lora: {use_dora: false}}",
+    ),
+    "adapters_begin_beside_weights_in_few_bits": (
+        "{model: {name_or_path: m, quantization: {}}, lora: {init_lora_weights: pissa_niter_4}}",
+        "lora.init_lora_weights: pissa_niter_4 is made of the base weights' numbers, and the base is in few bits",
+        "{model: {name_or_path: m, quantization: {}}, lora: {init_lora_weights: gaussian}}",
+    ),
+    "weights_in_few_bits_are_in_no_shards": (
+        "{model: {name_or_path: m, quantization: {}}, lora: {}, parallel: {shard: 2}}",
+        "parallel.shard: 2: model.quantization: weights in few bits are not divided among processes yet",
+        "{model: {name_or_path: m, quantization: {}}, lora: {}, parallel: {replicate: 2}}",
+    ),
+    "experts_in_few_bits_are_not_divided": (
+        "{model: {name_or_path: m, quantization: {}}, lora: {}, parallel: {expert: 2}}",
+        "parallel.expert: 2: model.quantization: weights in few bits are not divided among processes yet",
+        "{model: {name_or_path: m, quantization: {}}, lora: {}, parallel: {replicate: 2}}",
+    ),
     "experts_are_stepped_element_by_element": (
         "{parallel: {expert: 2}, training: {optim: muon}}",
         "parallel.expert: 2: training.optim: muon needs whole matrices",

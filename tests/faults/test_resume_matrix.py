@@ -142,6 +142,8 @@ TRACKED = ("training.report_to=trackio",)
 CHANGES: dict[str, Change] = {
     "model.name_or_path": cannot("model.name_or_path={folder}/other"),
     "model.dtype": cannot("model.dtype=bfloat16"),
+    "model.quantization.type": cannot("model.quantization.type=nf4"),
+    "model.quantization.blocks": cannot("model.quantization={type: fp8, blocks: true}"),
     "model.revision": cannot("model.revision=main"),
     "model.trust_remote_code": cannot("model.trust_remote_code=true"),
     "model.tokenizer": asks("model.tokenizer={folder}/base"),

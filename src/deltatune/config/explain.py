@@ -24,6 +24,7 @@ _EXPECTED = {
     "float_type": "a number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "model_attributes_type": "a section (a mapping of keys)",
     "model_type": "a section (a mapping of keys)",
     "string_type": "text",
     "tuple_type": "a list",
@@ -34,6 +35,7 @@ _EXPECTED = {
     "less_than": "a number below {lt}",
     "less_than_equal": "a number of at most {le}",
     "finite_number": "a finite number",
+    "union_tag_invalid": "a section whose {discriminator} is one of {expected_tags}",
 }
 
 
@@ -76,7 +78,7 @@ def _finding(path: KeyPath, findings: list[ErrorDetails]) -> str:
     if first["type"] == "missing":
         return f"{dotted(path)} is missing"
     if first["type"] == "extra_forbidden":
-        keys = known_keys(path[:-1])
+        keys = [key for key in known_keys(path[:-1]) if key != path[-1]]  # one of another alternative may go by it
         close = nearest(str(path[-1]), keys) or _in_a_section(path)
         return f"{dotted(path)}: unknown key{close}; expected one of {', '.join(keys)}"
     keys_at_fault = [finding for finding in findings if finding["loc"][-1:] == ("[key]",)]
@@ -118,7 +120,7 @@ def dotted(parts: Sequence[str | int]) -> str:
 
 def known_keys(parts: Sequence[str | int]) -> list[str]:
     """The keys of the section at this path; none where there is no section."""
-    return [key for kind in _kinds_at(parts) if _is_section(kind) for key in kind.model_fields]
+    return list(dict.fromkeys(key for kind in _kinds_at(parts) if _is_section(kind) for key in kind.model_fields))
 
 
 def default_at(parts: Sequence[str | int]) -> object:

@@ -24,6 +24,7 @@ __all__ = [
     "adapter_errors",
     "check_recipe",
     "check_training_names",
+    "quantization_errors",
     "recipe_errors",
     "sharding_errors",
     "start_errors",
@@ -32,13 +33,14 @@ __all__ = [
 _CHUNK = 64  # tokens that the delta rule works on at once
 
 _NAMED_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora")
+_OF_BASE = re.compile(r"(?i:mica|olora)|pissa.*")
 _STARTS = re.compile(r"(?i:gaussian|mica|olora)|orthogonal|pissa(_niter_\d+)?")
 # PEFT's others, which it would ignore, or fail at, without what they begin from
 _STARTS_FROM_DATA = {
     "eva": "begins from activations on data, which no recipe gives it",
     "corda": "begins from covariances of activations, which no recipe gives it",
     "lora_ga": "begins from gradients on data, which no recipe gives it",
-    "loftq": "begins from what quantisation loses, and no recipe quantises the base",
+    "loftq": "begins from what quantisation by bitsandbytes loses",
 }
 
 
@@ -227,9 +229,39 @@ def start_errors(lora: LoraSection) -> Iterator[str]:
         yield f"lora.init_lora_weights: {start} {why}; choose true, false or one of {', '.join(_NAMED_STARTS)}"
 
 
-def sharding_errors(recipe: Recipe) -> Iterator[str]:
-    """What a recipe asks for that cannot act on weights of which each rank holds a part, one line each."""
+def quantization_errors(recipe: Recipe) -> Iterator[str]:
+    """What a recipe asks for that cannot act on base weights in few bits, one line each."""
+    lora = recipe.lora
+    if lora is None:
+        yield (
+            "model.quantization: weights in few bits are frozen, and the recipe has no adapters; add a section lora, "
+            "or train weights of 16 or 32 bits"
+        )
+        return
+    if lora.use_dora:
+        yield "lora.use_dora takes the norms of its weights at every step, and the base is in few bits; set it to false"
+    start = lora.init_lora_weights
+    if isinstance(start, str) and _OF_BASE.fullmatch(start):
+        yield (
+            f"lora.init_lora_weights: {start} is made of the base weights' numbers, and the base is in few bits; "
+            "choose true, false, gaussian or orthogonal"
+        )
+
+
+def _quantization_errors(recipe: Recipe) -> Iterator[str]:
+    # what is quantised without this section, the checkpoint says
+    if recipe.model.quantization is not None:
+        yield from quantization_errors(recipe)
+
+
+def sharding_errors(recipe: Recipe, *, few_bits: bool = False) -> Iterator[str]:
+    """What a recipe asks for that cannot act on weights of which each rank holds a part, one line each.
+
+    ``few_bits``: the checkpoint's are in few bits.
+    """
     training = recipe.training
+    if few_bits or recipe.model.quantization is not None:
+        yield "model.quantization: weights in few bits are not divided among processes yet; use replicas alone"
     if training.optim not in SHARDED_OPTIMIZERS:
         yield (
             f"training.optim: {training.optim} needs whole matrices, or kernels that know no shards; choose one of "
@@ -317,6 +349,7 @@ _ERRORS = (
     moment_errors,
     _optimizer_errors,
     _model_errors,
+    _quantization_errors,
     _pattern_errors,
     *DATA_ERRORS,
     kernel_errors,

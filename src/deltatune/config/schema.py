@@ -11,10 +11,15 @@ from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
 from deltatune.config.training_section import TrainingSection
 
 __all__ = [
+    "AutoQuantization",
     "CompileSection",
     "DataSection",
+    "Fp8Quantization",
     "LoraSection",
     "ModelSection",
+    "Mxfp4Quantization",
+    "Nf4Quantization",
+    "Nvfp4Quantization",
     "PackingSection",
     "ParallelSection",
     "PreferenceSection",
@@ -38,6 +43,50 @@ OpName = Literal[
 ]
 
 
+class AutoQuantization(Section):
+    """Weights in few bits as the checkpoint holds them."""
+
+    type: Literal["auto"] = "auto"
+    """What the checkpoint's config.json names."""
+
+
+class Nf4Quantization(Section):
+    """4 bits with double quantisation, as QLoRA has them, made from 16 or 32 bits as these are read."""
+
+    type: Literal["nf4"]
+    """4.13 bits a weight."""
+
+
+class Fp8Quantization(Section):
+    """8 bits: what an FP8 checkpoint holds, or made from 16 or 32 bits as these are read."""
+
+    type: Literal["fp8"]
+    """8 bits a weight, and scales."""
+
+    blocks: Flag = False
+    """Where weights are made from 16 or 32 bits, one scale for each 128x128 of them; by default one for each output
+    channel."""
+
+
+class Mxfp4Quantization(Section):
+    """4 bits as gpt-oss and compressed-tensors hold them."""
+
+    type: Literal["mxfp4"]
+    """4.25 bits a weight."""
+
+
+class Nvfp4Quantization(Section):
+    """4 bits as ModelOpt and compressed-tensors hold them."""
+
+    type: Literal["nvfp4"]
+    """4.5 bits a weight."""
+
+
+def _typed(value: Any) -> Any:
+    """``{}`` is ``{type: auto}``."""
+    return {"type": "auto", **value} if isinstance(value, dict) else value
+
+
 class ModelSection(Section):
     """The checkpoint to start from."""
 
@@ -46,6 +95,20 @@ class ModelSection(Section):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype the weights are loaded in; `auto` takes the checkpoint's own."""
+
+    quantization: (
+        Annotated[
+            Annotated[
+                AutoQuantization | Nf4Quantization | Fp8Quantization | Mxfp4Quantization | Nvfp4Quantization,
+                Field(discriminator="type"),
+            ],
+            BeforeValidator(_typed),
+        ]
+        | None
+    ) = None
+    """A frozen base in few bits, under adapters. Its `type` is `nf4` or `fp8`, made from 16 or 32 bits as these are
+    read; or what the checkpoint holds: `fp8`, `mxfp4`, `nvfp4`, or `auto` for any (`{}` is that too). Left out, a
+    checkpoint is taken as it is, in few bits or not."""
 
     revision: Text | None = None
     """Branch, tag or commit of a model on the Hub; beside a folder it does nothing, and a warning says so."""

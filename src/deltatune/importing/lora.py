@@ -9,7 +9,7 @@ from deltatune.importing.values import is_off, texts
 
 __all__ = ["PEFT_TARGETS", "QUANTISED", "new_adapter", "targets", "with_lora"]
 
-QUANTISED = "quantised base weights are not supported: the base is loaded in 16 bits, which takes more memory"
+QUANTISED = "the base is loaded in 16 bits, which takes more memory; set model.quantization: {type: nf4} or {type: fp8}"
 #: What PEFT adapts in most families where no target is given.
 PEFT_TARGETS = ["q_proj", "v_proj"]
 _WHOLE_MODULES = ("embed_tokens", "lm_head")

@@ -70,6 +70,12 @@ class QuantizedTensor(Tensor):
         values = ops.dequantize(self.stored, self.dtype, offsets=offsets)
         return values.mT if self.transposed else values
 
+    def mapped(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:
+        """The same with each of its tensors changed, such as moved or copied; ``dtype`` is that of the values."""
+        extra, turned = (None if part is None else change(part) for part in (self.extra, self.turned))
+        weight = QuantizedWeight(self.format, change(self.codes), change(self.scales), extra, self.divides)
+        return QuantizedTensor(weight, dtype or self.dtype, transposed=self.transposed, turned=turned)
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         names = [name for name in _INNER if getattr(self, name) is not None]
         return names, (self.format, self.divides, self.dtype, self.transposed)
@@ -144,26 +150,19 @@ def stored_bytes(tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-def _with(tensor: QuantizedTensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """The same with each part changed, as ``torch.nn.Module.to`` and a copy change them."""
-    extra, turned = (None if part is None else change(part) for part in (tensor.extra, tensor.turned))
-    weight = QuantizedWeight(tensor.format, change(tensor.codes), change(tensor.scales), extra, tensor.divides)
-    return QuantizedTensor(weight, dtype or tensor.dtype, transposed=tensor.transposed, turned=turned)
-
-
 def _same(x: QuantizedTensor, *_: object, **__: object) -> Tensor:
-    return _with(x, lambda part: part)
+    return x.mapped(lambda part: part)
 
 
 def _clone(x: QuantizedTensor, **_: object) -> Tensor:
-    return _with(x, torch.clone)
+    return x.mapped(torch.clone)
 
 
 def _to_copy(x: QuantizedTensor, *, dtype: torch.dtype | None = None, **where: Any) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     where.pop("memory_format", None)
-    return _with(x, lambda part: _aten._to_copy.default(part, **where), dtype)
+    return x.mapped(lambda part: _aten._to_copy.default(part, **where), dtype)
 
 
 def _view(x: QuantizedTensor, size: Sequence[int]) -> Any:
@@ -186,7 +185,7 @@ def _slice(x: QuantizedTensor, dim: int = 0, start: int | None = None, end: int 
 
 def _part(x: QuantizedTensor, dim: int, take: Callable[[Tensor], Tensor]) -> Any:
     """Of a stack of matrices."""
-    return _with(x, take) if x.ndim > 2 and dim % x.ndim == 0 else NotImplemented
+    return x.mapped(take) if x.ndim > 2 and dim % x.ndim == 0 else NotImplemented
 
 
 def _copy_into(x: Any, source: Any, non_blocking: bool = False) -> Any:

@@ -21,6 +21,7 @@ from deltatune.subclass import stock_class
 from deltatune.training.checkpoint import load_tokenizer
 from deltatune.training.continuing import continued
 from deltatune.training.layer_names import NAMED_EXPERTS, check_layer_numbers, nearest_layers
+from deltatune.training.quantized_weights import check_frozen
 from deltatune.training.starts import begins_in_base, is_variant, refuse_tied
 from deltatune.training.tokenizer_files import grows
 from deltatune.training.tokens import check_new_rows_train, resize_embeddings, token_rows
@@ -36,7 +37,9 @@ def adapt_by_recipe(model: nn.Module, recipe: Recipe, *, revision: str | None = 
         tokenizer = load_tokenizer(recipe.model)
         resize_embeddings(model, tokenizer)
         new_tokens = tokenizer.convert_tokens_to_ids(list(recipe.model.added_tokens or ()))
-    return adapt(model, recipe.lora, recipe.training.unfrozen_parameters, new_tokens, revision=revision)
+    adapted = adapt(model, recipe.lora, recipe.training.unfrozen_parameters, new_tokens, revision=revision)
+    check_frozen(adapted)
+    return adapted
 
 
 def adapt(

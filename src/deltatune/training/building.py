@@ -36,6 +36,7 @@ from deltatune.training.planned import (
 )
 from deltatune.training.prompts import samples_lines
 from deltatune.training.provenance import versions
+from deltatune.training.quantized_weights import quantized_lines
 from deltatune.training.space import check_space
 from deltatune.verification import VerifyReport
 
@@ -128,7 +129,7 @@ def load(described: Described) -> Run:
     """Loads and prepares the model of a run."""
     recipe, arguments, console, mesh = described.recipe, described.arguments, described.console, described.mesh
     set_seed(arguments.seed)
-    loaded = load_by_recipe(recipe, described.config, mesh)
+    loaded = load_by_recipe(recipe, described.config, mesh, arguments.device)
     model = loaded.model
     if not mesh.holds_parts:
         with phase(f"moving the model to {arguments.device}"):
@@ -144,7 +145,7 @@ def load(described: Described) -> Run:
             sequence=mesh.sequence_size,
             group=mesh.sequence_group(arguments.device.type),
         )
-    said = [prepared.report.text(console.table_width), *start_lines(recipe.lora)]
+    said = [prepared.report.text(console.table_width), *quantized_lines(model), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
     said += [*sizes_lines(recipe, described.sizes), *loaded.said, *described.of_samples]
     for line in [*said, *optimizer_lines(model, recipe.training)]:

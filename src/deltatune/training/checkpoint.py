@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -21,11 +22,15 @@ from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.hf.generation import keep_settings
-from deltatune.hf.reading import Pieces, load_described
 from deltatune.phases import phase
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path, check_model_type, check_tokenizer_path
+from deltatune.training.quantized_base import QuantizedBase, quantized_base
 from deltatune.training.tokens import add_tokens
+
+if TYPE_CHECKING:  # they import every op
+    from deltatune.hf.reading import Pieces
+    from deltatune.quantization.tensor import QuantizedTensor
 
 __all__ = [
     "Loaded",
@@ -97,19 +102,41 @@ def load_model(section: ModelSection, config: PreTrainedConfig | None = None) ->
     return load_checkpoint(section, config).model
 
 
-def load_checkpoint(section: ModelSection, config: PreTrainedConfig | None = None, *, loader: Any = None) -> Loaded:
+def load_checkpoint(
+    section: ModelSection,
+    config: PreTrainedConfig | None = None,
+    *,
+    loader: Any = None,
+    device: torch.device | None = None,
+    in_few_bits: bool = True,
+) -> Loaded:
     """The model with its weights, in ``section.dtype``, on the CPU and in evaluation mode.
 
-    ``loader``: the class, where it is another than the one the checkpoint was saved from.
+    Weights in few bits are frozen, and of that dtype too to whatever reads them. They are read, and made of wider ones,
+    a module at a time.
+
+    Args:
+        section: what is loaded.
+        config: the checkpoint's.
+        loader: the class, where it is another than the one the checkpoint was saved from.
+        device: where weights in few bits are made; the CPU by default.
+        in_few_bits: whether weights that the checkpoint holds in few bits stay so, or their values are taken.
 
     Raises:
         UserError: no checkpoint, unreadable weights, or weights that the checkpoint lacks.
     """
+    config = load_config(section) if config is None else config
+    if (base := quantized_base(section, config)) is None:
+        return _loaded(section, config, loader, _from_pretrained)
+    # which import every op
+    from deltatune.training.quantized_weights import load_quantized
 
-    def whole(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
-        return cast("tuple[Any, dict[str, Any]]", loader.from_pretrained(output_loading_info=True, **call))
+    load = partial(load_quantized, base=base, device=device or torch.device("cpu"), in_few_bits=in_few_bits)
+    return _loaded(section, config, loader, load, base)
 
-    return _loaded(section, config, loader, whole)
+
+def _from_pretrained(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
+    return cast("tuple[Any, dict[str, Any]]", loader.from_pretrained(output_loading_info=True, **call))
 
 
 def describe_checkpoint(
@@ -125,6 +152,11 @@ def describe_checkpoint(
         UserError: as by ``load_checkpoint``.
         NotInPiecesError: a checkpoint that can be read whole alone.
     """
+    from deltatune.hf.reading import NotInPiecesError, load_described
+
+    config = load_config(section) if config is None else config
+    if quantized_base(section, config) is not None:
+        raise NotInPiecesError("it is quantised")
     pieces: list[Pieces] = []
 
     def described(loader: Any, **call: Any) -> tuple[Any, dict[str, Any]]:
@@ -136,11 +168,17 @@ def describe_checkpoint(
 
 
 def _loaded(
-    section: ModelSection, config: PreTrainedConfig | None, loader: Any, load: Callable[..., tuple[Any, dict[str, Any]]]
+    section: ModelSection,
+    config: PreTrainedConfig,
+    loader: Any,
+    load: Callable[..., tuple[Any, dict[str, Any]]],
+    base: QuantizedBase | None = None,
 ) -> Loaded:
-    config = load_config(section) if config is None else config
     loader = model_class(config) if loader is None else loader
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
+    if base is not None:
+        config = base.without_settings(config)
+        dtype = dtype if base.method is None else _dtype(section, config)
     origin = origin_of(section, section.name_or_path)
     # a download has bars of its own
     loading = phase("loading the model") if _is_here(section, section.name_or_path, *_WEIGHTS) else nullcontext()
@@ -162,18 +200,52 @@ def _loaded(
 
 
 def empty_model(section: ModelSection, config: PreTrainedConfig | None = None, *, loader: Any = None) -> nn.Module:
-    """The model on the meta device: every module and shape, no weights; what ``deltatune plan`` looks at."""
+    """The model on the meta device: every module and shape, no weights; what ``deltatune plan`` looks at.
+
+    Which weights a checkpoint holds in few bits its files say; where they are not here, all of them are of 16.
+    """
     with torch.device("meta"):
         return new_model(section, load_config(section) if config is None else config, loader=loader)
 
 
 def new_model(section: ModelSection, config: PreTrainedConfig, *, loader: Any = None) -> nn.Module:
-    """A model of this config in ``section.dtype``, its weights drawn at random on the current default device."""
+    """A model of this config in ``section.dtype``, its weights drawn at random on the current default device.
+
+    Those in few bits are zero.
+    """
     loader = model_class(config) if loader is None else loader
     dtype = (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
     make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
-    model: nn.Module = make(config, dtype=dtype)
+    base = quantized_base(section, config)
+    model: nn.Module = make(config if base is None else base.without_settings(config), dtype=dtype)
+    if base is not None:
+        from deltatune.hf.quantizable import set_blank
+
+        known = {name for name, _ in model.named_parameters()}  # of a config with fewer layers
+        weights = _few_bits(section, base, model, loader)
+        set_blank(model, {name: weight for name, weight in weights.items() if name in known})
     return model
+
+
+def _few_bits(section: ModelSection, base: QuantizedBase, model: nn.Module, loader: Any) -> dict[str, QuantizedTensor]:
+    """The weights of a model in few bits, on the meta device; none where only files say so that are not here."""
+    from deltatune.training.quantized_weights import weights_in_few_bits
+
+    if base.method is not None and not _is_here(section, section.name_or_path, *_WEIGHTS):
+        return {}
+    config = base.without_settings(load_config(section))
+    try:
+        with torch.device("cpu"):
+            call = {"config": config, "dtype": _dtype(section, config), **origin_of(section, section.name_or_path)}
+            return weights_in_few_bits(loader, base, model, **call)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = _why(error, section.name_or_path)
+        raise UserError(f"cannot load model {section.name_or_path}: {why}") from error
+
+
+def _dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
+    """Of values whose checkpoint is in few bits: the first of its weights may be of 8."""
+    return (config.dtype or torch.bfloat16) if section.dtype == "auto" else getattr(torch, section.dtype)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:

@@ -20,6 +20,7 @@ from deltatune.parallel.sharding import shard_model
 from deltatune.parallel.sizes import Sizes, choose_sizes
 from deltatune.parallel.state import SHARDS, Parts
 from deltatune.phases import phase
+from deltatune.quantization.tensor import QuantizedTensor
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.checkpoint import empty_model
 from deltatune.training.loading import LoadedModel
@@ -55,7 +56,10 @@ def sizes_of(recipe: Recipe, model: nn.Module, arguments: TrainingArguments, pro
     available = device_memory(arguments.device) * _ROOM
     checkpointing = "layer" if recipe.checkpointing == "auto" else recipe.checkpointing
     prepared: list[object] = []
-    errors = list(sharding_errors(recipe))
+    few_bits = any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
+    errors = list(sharding_errors(recipe, few_bits=few_bits))
+    if errors and split.ranks > 1:
+        raise UserError(f"parallel.expert: {split.ranks}: {'; also: '.join(errors)}")
 
     def fits(shard: int, sequence: int) -> bool:
         if shard > 1 and errors:

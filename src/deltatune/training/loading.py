@@ -50,14 +50,22 @@ class _Source:
     said: tuple[str, ...] = ()
 
 
-def load_by_recipe(recipe: Recipe, config: PreTrainedConfig, mesh: Mesh) -> LoadedModel:
+def load_by_recipe(
+    recipe: Recipe, config: PreTrainedConfig, mesh: Mesh, device: torch.device | None = None
+) -> LoadedModel:
     """Loads and adapts the model; where it will be divided, rank 0 finds its weights, and the others learn what it is.
+
+    Args:
+        recipe: the run.
+        config: the checkpoint's.
+        mesh: the processes.
+        device: where weights of 16 bits are made into few; the CPU by default.
 
     Raises:
         UserError: weights that cannot be read or adapted; on every rank.
     """
     if not mesh.holds_parts:
-        return _whole(recipe, config)
+        return _whole(recipe, config, device)
     source: _Source | None = None
     about: Any = None
     if dist.get_rank() == 0:
@@ -151,8 +159,8 @@ def _vocabulary(model: Any) -> set[str]:
     return {name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in weights}
 
 
-def _whole(recipe: Recipe, config: PreTrainedConfig) -> LoadedModel:
-    loaded = load_checkpoint(recipe.model, config)
+def _whole(recipe: Recipe, config: PreTrainedConfig, device: torch.device | None = None) -> LoadedModel:
+    loaded = load_checkpoint(recipe.model, config, device=device)
     with phase("adapting the model"):
         model = adapt_by_recipe(loaded.model, recipe, revision=commit_of(recipe.model))
         load_adapter(model, recipe.lora)

@@ -83,7 +83,7 @@ def load_adapted(section: ModelSection, config: PreTrainedConfig, adapter: Adapt
         raise UserError(f"{adapter.folder} holds virtual tokens ({given.peft_type.value}), which no weight takes up")
     state = adapter_weights(adapter.folder)
     loader = _loader(section, config, adapter, state)
-    loaded = load_checkpoint(section, config, loader=loader)
+    loaded = load_checkpoint(section, config, loader=loader, in_few_bits=False)
     refuse_old_roles(state, adapter.config, loaded.model, adapter.folder)
     _resize(loaded.model, state, given)
     try:

@@ -14,11 +14,13 @@ from typing import Final
 
 import huggingface_hub
 
-from deltatune.config.schema import LoraSection, ModelSection, Recipe
+from deltatune.config.rules import quantization_errors, sharding_errors
+from deltatune.config.schema import Fp8Quantization, LoraSection, ModelSection, Recipe
 from deltatune.data.sources import check_source
 from deltatune.data.well_known import find_template
 from deltatune.errors import DataError, UserError, near_files, nearest
 from deltatune.hf.source import model_types
+from deltatune.quantization.released import disagreement, released, settings_of
 from deltatune.training.adapter_settings import start_settings
 from deltatune.training.beginning import Resume, begin
 from deltatune.training.devices import check_precision, surely_on_cpu
@@ -83,7 +85,8 @@ def preflight(recipe: Recipe, resume: Resume = None) -> None:
     """What of a run can be found wrong without torch, by ``plan`` and ``train`` alike.
 
     Names and values in ``training``, packages of trackers and the optimizer, the device, paths (model, adapter, data,
-    folders that are written to), what an earlier run left, the type of model, names of layers, tokens, first rows.
+    folders that are written to), what an earlier run left, the type of model, what its weights are in, names of
+    layers, tokens, first rows.
 
     Raises:
         UserError: what is unknown, is not there, is not what it should be, or cannot be written to; or a launcher's
@@ -129,6 +132,7 @@ def _check_model(recipe: Recipe) -> None:
     except UserError as error:
         raise UserError(f"{error}{_goes_on(recipe)}") from error
     check_model_type(section)
+    _check_quantization(recipe)
     check_tokenizer_path(section)
     if section.chat_template is not None:
         find_template(section.chat_template)
@@ -141,6 +145,31 @@ def _check_model(recipe: Recipe) -> None:
         check_new_tokens(section, known)
         if rows is not None:
             check_padding(section, known, rows)
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    """What a checkpoint folder is in, where it says so, against what the recipe makes of it."""
+    section = recipe.model
+    config = json_of(Path(section.name_or_path).expanduser() / "config.json")
+    if not isinstance(config, dict):
+        return
+    try:
+        found = released(settings_of(config))
+    except ValueError as error:
+        raise UserError(f"model {section.name_or_path}: {error}") from error
+    given = section.quantization
+    if given is not None:
+        blocks = isinstance(given, Fp8Quantization) and given.blocks
+        if why := disagreement(given.type, found, blocks=blocks):
+            raise UserError(why)
+    elif found is not None and found.is_read_here:
+        errors = list(quantization_errors(recipe))
+        sizes = {"shard": recipe.parallel.shard, "expert": recipe.parallel.expert}
+        for name, size in sizes.items():
+            if size not in (1, "auto"):
+                errors += [f"parallel.{name}: {size}: {error}" for error in sharding_errors(recipe, few_bits=True)]
+        if errors:
+            raise UserError(f"model {section.name_or_path} is in {found.formats[0]}: {'; also: '.join(errors)}")
 
 
 def _check_push() -> None:

@@ -89,8 +89,25 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
             vars(model)["_is_accelerate_prepared"] = True
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self._in_parts:  # parts lie where they train
+        if not self._in_parts and not _lies_on(model, device):  # parts lie where they train
             super()._move_model_to_device(model, device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, whose accelerator does not move a model either that lies where it trains.
+
+        A move there and no further still makes other tensors of weights in few bits, which compiled graphs know.
+        """
+        super().create_accelerator_and_postprocess()
+        prepare, device = self.accelerator.prepare_model, self.accelerator.device
+
+        def prepare_model(
+            model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+        ) -> nn.Module:
+            moves = False if _lies_on(model, device) else device_placement
+            found: nn.Module = prepare(model, device_placement=moves, evaluation_mode=evaluation_mode)
+            return found
+
+        self.accelerator.prepare_model = prepare_model
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Around a model that accelerate leaves alone its autocast; none around shards, which are gathered narrow."""
@@ -304,3 +321,7 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         with phase(f"restoring {best.name}, the best"):
             if not self._reload(self.model, best):
                 super()._load_best_model()
+
+
+def _lies_on(model: nn.Module, device: torch.device) -> bool:
+    return all(tensor.device == device for tensor in (*model.parameters(), *model.buffers()))

@@ -1,0 +1,137 @@
+"""Whole runs over a base in few bits: adapters train, resume, are verified, planned and merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import byte_tokenizer, make_recipe, save_checkpoint
+
+from deltatune.cli import main
+from deltatune.config.load import dump_recipe
+from deltatune.config.schema import Recipe
+from deltatune.training.run import train
+from released_checkpoints import STYLES, make, model_of
+from tiny import tiny_model
+
+SIZES = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64}
+
+
+def base(folder: Path, family: str = "qwen3_5_moe") -> Path:
+    model = tiny_model(family, vocab_size=len(byte_tokenizer()), dtype=torch.bfloat16, **SIZES)
+    return save_checkpoint(folder / "base", model)
+
+
+def recipe_of(folder: Path, checkpoint: Path, quantization: dict[str, Any] | None, **sections: Any) -> Recipe:
+    lora = {"r": 4, "target_modules": "all-linear", "target_parameters": "all-experts"}
+    folder.mkdir(exist_ok=True)
+    model = {"name_or_path": str(checkpoint)} | ({} if quantization is None else {"quantization": quantization})
+    return make_recipe(folder, checkpoint, **{"model": model, "lora": lora, **sections})
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "run.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("compile", [None, {"scope": "layer"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("quantization", [{"type": "nf4"}, {"type": "fp8"}], ids=["nf4", "fp8"])
+def test_a_base_made_of_16_bits_trains_an_adapter(quantization: dict[str, Any], compile: Any, tmp_path: Path) -> None:
+    checkpoint = base(tmp_path)
+    train(recipe_of(tmp_path / "few", checkpoint, quantization, compile=compile))
+    train(recipe_of(tmp_path / "wide", checkpoint, None, compile=compile))
+    few, wide = losses(tmp_path / "few" / "output"), losses(tmp_path / "wide" / "output")
+    assert few[-1] < 0.8 * few[0]
+    assert few != wide
+    assert few == pytest.approx(wide, rel=0.1)
+    adapters = [load_file(tmp_path / name / "output" / "adapter_model.safetensors") for name in ("few", "wide")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert not list((tmp_path / "few" / "output").glob("model*.safetensors"))
+
+
+def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    checkpoint = base(tmp_path)
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    whole_run = recipe_of(tmp_path / "whole", checkpoint, {"type": "nf4"}, training=saves)
+    train(whole_run)
+    half = recipe_of(tmp_path / "half", checkpoint, {"type": "nf4"}, training=saves)
+    shutil.copytree(tmp_path / "whole" / "output" / "checkpoint-2", tmp_path / "half" / "output" / "checkpoint-2")
+    data = half.data.model_copy(update={"train": whole_run.data.train})
+    train(half.model_copy(update={"data": data}), resume=True)
+    whole, half = (load_file(tmp_path / n / "output" / "adapter_model.safetensors") for n in ("whole", "half"))
+    assert all(torch.equal(tensor, half[name]) for name, tensor in whole.items())
+
+
+def test_plan_says_what_is_in_few_bits_and_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path / "run", base(tmp_path), {"type": "nf4"})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert main(["plan", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (few,) = [line for line in lines if line.startswith("base weights in nf4: ")]
+    # five of the delta rule and four of attention, less two narrow ones; two of experts and three beside in each layer
+    assert few.startswith("base weights in nf4: 17 tensors, ")
+    kept = [line for line in lines if line.startswith("  as they are: ")]
+    for name in (
+        "embed_tokens",
+        "conv1d",
+        "in_proj_a",
+        "in_proj_b",
+        "mlp.gate.",
+        "shared_expert_gate",
+        "lm_head",
+        "norms",
+    ):
+        assert any(name in line for line in kept), name
+    (weights,) = [line for line in lines if line.startswith("weights ")]
+    assert "KiB" in weights
+
+
+def test_a_plan_counts_the_bytes_that_weights_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, found = base(tmp_path), []
+    for quantization in (None, {"type": "fp8"}, {"type": "nf4"}):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(dump_recipe(recipe_of(tmp_path / "run", checkpoint, quantization)))
+        assert main(["plan", str(file)]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights ")]
+        found.append(float(line.split()[1]))
+    assert found[0] > found[1] > found[2]
+
+
+@pytest.mark.parametrize("style", ["fp8", "gpt-oss", "nvfp4", "modelopt, mixed"])
+def test_a_released_checkpoint_trains_without_a_word_of_it(
+    style: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, _ = make(tmp_path, STYLES[style], model_of(STYLES[style], vocab_size=len(byte_tokenizer())))
+    byte_tokenizer().save_pretrained(few)
+    train(recipe_of(tmp_path / "run", few, None))
+    found = losses(tmp_path / "run" / "output")
+    assert found[-1] < found[0]
+    said = capsys.readouterr().out
+    assert all(f"base weights in {format}: " in said for format in STYLES[style].formats)
+    assert "PASSED" in said or "independent" in said
+
+
+def test_verify_probes_a_released_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, _ = make(tmp_path, STYLES["fp8"])
+    assert main(["verify", str(few), "--lengths", "5,1,9"]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("quantization", [{"type": "nf4"}, None], ids=["made of 16 bits", "released"])
+def test_an_adapter_is_merged_into_16_bits(quantization: Any, tmp_path: Path) -> None:
+    checkpoint = base(tmp_path)
+    if quantization is None:
+        style = STYLES["fp8"]
+        checkpoint, _ = make(tmp_path, style, model_of(style, vocab_size=len(byte_tokenizer())))
+        byte_tokenizer().save_pretrained(checkpoint)
+    train(recipe_of(tmp_path / "run", checkpoint, quantization))
+    assert main(["merge", str(tmp_path / "run" / "output"), "--output", str(tmp_path / "merged")]) == 0
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
