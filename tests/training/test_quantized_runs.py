@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from safetensors.torch import load_file
 from training_cases import byte_tokenizer, make_recipe, save_checkpoint
 
 from deltatune.cli import main
+from deltatune.commands.prebuild import build
 from deltatune.config.load import dump_recipe
 from deltatune.config.schema import Recipe
+from deltatune.errors import UserError
 from deltatune.training.run import train
+from forked import free_port, run_ranks
 from released_checkpoints import STYLES, make, model_of
 from tiny import tiny_model
 
@@ -135,3 +139,50 @@ def test_an_adapter_is_merged_into_16_bits(quantization: Any, tmp_path: Path) ->
     assert "quantization_config" not in config
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_replicas_train_what_one_process_does(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "base", tiny_model("qwen3", vocab_size=len(byte_tokenizer()), **SIZES))
+    run_ranks(rank_main, str(tmp_path), str(checkpoint), free_port(), count=2)
+    accumulated = {"gradient_accumulation_steps": 2, "max_steps": 3}
+    alone = recipe_of(tmp_path / "alone", checkpoint, {"type": "nf4"}, training=accumulated, **DENSE)
+    train(alone)
+    found, expected = (losses(tmp_path / name / "output") for name in ("ranks", "alone"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+DENSE: dict[str, Any] = {"lora": {"r": 4, "target_modules": "all-linear", "target_parameters": None}}
+
+
+def rank_main(rank: int, folder: str, checkpoint: str, port: int) -> None:
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    parent = Path(folder) / "ranks"
+    parent.mkdir(exist_ok=True)
+    training = {"max_steps": 3}
+    train(recipe_of(parent, Path(checkpoint), {"type": "nf4"}, training=training, parallel={"replicate": 2}, **DENSE))
+
+
+#: what would train, and how that is said
+TRAINED: dict[str, tuple[dict[str, Any], str]] = {
+    "a pattern": ({"training": {"unfrozen_parameters": ["q_proj"]}}, "self_attn.q_proj"),
+    "a module": ({"lora": {"target_modules": ["k_proj"], "modules_to_save": ["o_proj"]}}, "self_attn.o_proj"),
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_weights_in_few_bits_do_not_train(what: str, tmp_path: Path) -> None:
+    sections, said = TRAINED[what]
+    lora = {"target_modules": ["k_proj"], "target_parameters": None, **sections.get("lora", {})}
+    recipe = recipe_of(tmp_path / "run", base(tmp_path, "qwen3"), {"type": "nf4"}, **{**sections, "lora": lora})
+    with pytest.raises(UserError, match=rf"{said}.*weight is in nf4 and cannot train"):
+        train(recipe)
+
+
+def test_prebuild_compiles_layers_over_weights_in_few_bits(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "run", base(tmp_path), {"type": "nf4"}, compile={"scope": "layer"})
+    assert [name for name, _ in build(recipe, torch.device("cpu"))] == ["a step, 1 document"]
+    style = STYLES["modelopt, mixed"]
+    few, _ = make(tmp_path, style, model_of(style, vocab_size=len(byte_tokenizer())))
+    recipe = recipe_of(tmp_path / "other", few, None, compile=None)
+    assert [name for name, _ in build(recipe, torch.device("cpu"))] == ["a step, 1 document"]

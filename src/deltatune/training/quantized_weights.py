@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,16 +91,17 @@ def _everything(model: Any) -> set[str]:
     return set(model.state_dict())
 
 
-def check_frozen(model: nn.Module) -> None:
-    """Refuses weights in few bits that would train.
+def check_frozen(model: nn.Module, trained: Iterable[str] | None = None) -> None:
+    """Refuses weights in few bits that train, or would: those of these names.
 
     Raises:
         UserError: one, by its name.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, QuantizedTensor) and parameter.requires_grad:
+    wanted = None if trained is None else {*trained}
+    for name, weight in model.named_parameters():
+        if isinstance(weight, QuantizedTensor) and (weight.requires_grad if wanted is None else name in wanted):
             raise UserError(
-                f"{name.removeprefix('base_model.model.')} is in {parameter.format} and cannot train; leave it out of "
+                f"{name.removeprefix('base_model.model.')} is in {weight.format} and cannot train; leave it out of "
                 "training.unfrozen_parameters and lora.modules_to_save, or train in 16 bits without model.quantization"
             )
 

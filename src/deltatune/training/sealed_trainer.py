@@ -22,6 +22,7 @@ from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.state import SHARDS, Parts, gathered_state, reshard
 from deltatune.parallel.stepping import step_kinds_apart
 from deltatune.phases import phase
+from deltatune.quantization.tensor import QuantizedTensor
 from deltatune.training.adapter_parts import load_adapter_parts, saved_names
 from deltatune.training.arguments import autocast_dtype
 from deltatune.training.batches import place_file
@@ -83,8 +84,11 @@ class SealedTrainer(Trainer):  # type: ignore[misc]
         self.early_stopping = early_stopping
         callbacks = None if early_stopping is None else [early_stopping]
         super().__init__(model=model, args=args, callbacks=callbacks, **others)
+        beside: set[nn.Parameter] = set() if experts is None else {*experts.parameters}
+        # which are whole and alike on all ranks, and of which DDP would send values
+        beside |= {weight for weight in model.parameters() if isinstance(weight, QuantizedTensor)}
         # accelerate is to wrap it in nothing, neither DDP nor autocast
-        self._unwrapped = self._sharded or (experts is not None and not replicate_beside(model, experts.parameters))
+        self._unwrapped = self._sharded or (bool(beside) and not replicate_beside(model, beside))
         if self._unwrapped:
             vars(model)["_is_accelerate_prepared"] = True
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from deltatune.errors import UserError
 from deltatune.hf import model as hf_model
+from deltatune.training.quantized_weights import check_frozen
 
 __all__ = ["freeze_others", "whole_modules"]
 
@@ -19,7 +20,7 @@ def freeze_others(model: nn.Module, patterns: Sequence[str]) -> None:
     """Only parameters in whose names a pattern is found train.
 
     Raises:
-        UserError: a pattern that matches nothing, or a tower that text never reaches.
+        UserError: a pattern that matches nothing, a weight in few bits, or a tower that text never reaches.
     """
     names = _matching(model, patterns)
     for name, parameter in model.named_parameters():
@@ -64,6 +65,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
             raise UserError(f"{_KEY}: {pattern!r} is no regular expression: {error}") from error
         if not matching:
             raise UserError(f"{_KEY}: {pattern!r} matches no parameter; their names are such as {names[-1]}")
+        check_frozen(model, matching)
         if towers := [name for name in matching if name in frozen]:
             raise UserError(f"{_KEY}: {pattern!r} matches {towers[0]}, of a tower that text gives no gradient")
         found.update(matching)
