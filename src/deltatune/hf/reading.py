@@ -111,16 +111,20 @@ class Pieces:
         }
         self._groups: list[_Group] = []
 
-    def divide(self, described: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+    def divide(self, described: Mapping[str, Tensor], whole: Mapping[str, Tensor], *, at_once: bool = False) -> None:
         """Settles what is read at a time, by the headers.
 
         Args:
             described: the tensors of the checkpoint, on the meta device, as of 16 bits.
             whole: what they become in the model.
+            at_once: all of them, which is settled sooner.
 
         Raises:
             ValueError: weights that are converted across layers, or in a way that takes few bits apart.
         """
+        if at_once:
+            self._groups = [self._group([*described], {*whole}, described)]
+            return
         groups = groups_of(described, whole, lambda names: self._loaded({n: described[n] for n in names}, "meta"))
         self._groups = [self._group(names, found, described) for names, found in groups if found]
 
@@ -251,7 +255,7 @@ def _are_joined_by_rows(before: list[torch.Size], after: list[torch.Size], encod
 
 def load_described(
     loader: Any,
-    keep: Callable[[Any], set[str]],
+    keep: Callable[[Any], set[str]] | None,
     *,
     few_bits: str | None = None,
     become: Callable[[Any], _Become] | None = None,
@@ -263,7 +267,7 @@ def load_described(
 
     Args:
         loader: a model class of transformers.
-        keep: given the model, the names of weights to have at once.
+        keep: given the model, the names of weights to have at once; None where none will be read.
         few_bits: how the checkpoint holds weights in few bits, ``quant_method`` of its config; None where it holds
             none. The config that ``from_pretrained`` gets names none.
         become: given the model, what puts another tensor in the place of one that is read.
@@ -312,13 +316,14 @@ def load_described(
             if few_bits is not None and (left := _left_over(model, result[0].unexpected_keys, parts)):
                 raise ValueError(f"the model has no place for {len(left)} of its tensors, such as {min(left)}")
             whole = {name: t for name, t in model.state_dict().items() if name not in result[0].missing_keys}
-            pieces.divide(described, whole)
+            pieces.divide(described, whole, at_once=keep is None)
         except (RuntimeError, TypeError, ValueError) as error:
             raise NotInPiecesError(first_line(error)) from error
         twice = {name for pair in model.all_tied_weights_keys.items() for name in pair if {*pair} <= whole.keys()}
         _put(model, ((name, _stand_in(tensor)) for name, tensor in whole.items()))
         change = _as_it_is if become is None else become(model)
-        _put(model, ((name, change(name, tensor)) for name, tensor in pieces.take(keep(model) | twice)))
+        if keep is not None:
+            _put(model, ((name, change(name, tensor)) for name, tensor in pieces.take(keep(model) | twice)))
         caught.append(pieces)
         return result
 

@@ -57,7 +57,7 @@ def weights_in_few_bits(loader: Any, base: QuantizedBase, model: nn.Module, **ca
     if (encoding := _encoding(base)) is not None:
         return quantizable(model, encoding)
     try:
-        return load_described(loader, lambda _: set(), few_bits=base.method, **call).pieces.quantized
+        return load_described(loader, None, few_bits=base.method, **call).pieces.quantized
     except NotInPiecesError as error:
         raise ValueError(str(error)) from error
 
