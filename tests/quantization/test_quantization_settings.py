@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
-from deltatune.config.schema import Recipe
+from deltatune.config.schema import ModelSection, Recipe
 from deltatune.errors import UserError
 from deltatune.quantization.released import released, settings_of
 from deltatune.training.preflight import preflight
+from deltatune.training.quantized_base import quantized_base
 from released_checkpoints import FP8, MIXED, MODELOPT, MXFP4, NVFP4
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -65,6 +67,12 @@ def check(folder: Path, settings: dict[str, Any] | None, **sections: Any) -> Non
     }
     given["model"] = {"name_or_path": str(model), **given.get("model", {})}
     preflight(Recipe.model_validate({name: value for name, value in given.items() if value is not None}))
+
+
+def test_checkpoints_of_bitsandbytes_stay_with_transformers() -> None:
+    for quantization in (None, {}):
+        section = ModelSection.model_validate({"name_or_path": "m", "quantization": quantization})
+        assert quantized_base(section, Qwen3Config(quantization_config=BITSANDBYTES)) is None
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

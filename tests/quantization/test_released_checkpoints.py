@@ -174,6 +174,15 @@ def test_one_block_a_matrix_is_joined(tmp_path: Path) -> None:
         assert same(values(weight.detach()).contiguous(), expected[key]), key
 
 
+@pytest.mark.parametrize("name", ["fp8, dense", "modelopt, mixed", "gpt-oss", "nvfp4, dense"])
+def test_few_bits_of_which_the_config_says_nothing_are_no_weights(name: str, tmp_path: Path) -> None:
+    few, wide = make(tmp_path, STYLES[name])
+    (few / "config.json").write_text((wide / "config.json").read_text())
+    with pytest.raises(UserError) as error:
+        load_checkpoint(section(few))
+    assert "\n" not in str(error.value)
+
+
 def test_a_global_scale_for_each_row_is_refused(tmp_path: Path) -> None:
     few, _ = make(tmp_path, STYLES["nvfp4, dense"])
     name = "model.layers.1.self_attn.q_proj.weight_global_scale"

@@ -42,6 +42,7 @@ from deltatune.training.planned import (
     prepare_by_recipe,
 )
 from deltatune.training.prompts import samples_lines
+from deltatune.training.quantized_base import quantized_base
 from deltatune.training.quantized_weights import quantized_lines
 from deltatune.training.since import change_lines, changed_data, changed_steps, place_of
 from deltatune.training.space import check_space
@@ -102,7 +103,8 @@ def show(
     report = prepared.report
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
-    lines += [*quantized_lines(model), *start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
+    lines += quantized_lines(model, quantized_base(recipe.model, config))
+    lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
     lines += [*sizes_lines(recipe, sizes), *(host_lines(recipe, model) if max(sizes.shard, sizes.expert) > 1 else [])]
     mesh = Mesh.at(sizes.processes, arguments.process_index, shard=sizes.shard, sequence=sizes.sequence)
     lines += [

@@ -32,17 +32,15 @@ from torch import Tensor
 from deltatune.ops import QuantizedWeight
 from deltatune.ops._dequantize.weight import shape_of
 from deltatune.quantization.blank import Encoding
+from deltatune.quantization.released import is_component
 from deltatune.quantization.tensor import QuantizedTensor
 
-__all__ = ["Source", "assembled", "is_component", "split"]
+__all__ = ["Source", "assembled", "split"]
 
 _BYTES: Final = (torch.uint8, torch.int8)
 _FLOATS: Final = torch.float8_e4m3fn
 #: Scales of activations and of key-value caches.
 _IDLE: Final = re.compile(r"[._](input_scale|input_global_scale|activation_scale|[kv]_scale|output_scale)$")
-_COMPONENT: Final = re.compile(
-    r"(weight|_proj|experts\.\w+)_(scale_inv|blocks|scales|packed|scale|scale_2|global_scale|shape|zero_point)$"
-)
 _EXPERT: Final = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
 
 
@@ -143,11 +141,6 @@ def split(
             raise ValueError(f"{key} is {kind} {list(tensor.shape)}, which is no weight in few bits that is known here")
     _check_experts({*sources, *rest})
     return sources, rest
-
-
-def is_component(name: str) -> bool:
-    """Whether a name is one of a part of a weight in few bits."""
-    return _COMPONENT.search(name) is not None
 
 
 def assembled(target: QuantizedTensor, parts: Mapping[str, Tensor]) -> QuantizedTensor:

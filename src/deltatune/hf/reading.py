@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from deltatune.errors import first_line, one_line
-from deltatune.hf.components import Source, assembled, is_component, split
+from deltatune.hf.components import Source, assembled, split
 from deltatune.hf.pieces import groups_of
 from deltatune.hf.quantizable import has_transposed_experts, is_interleaved
 from deltatune.hf.tensor_file import described_in
 from deltatune.ops._dequantize.weight import BLOCK
 from deltatune.quantization.blank import Encoding, blank_weight
+from deltatune.quantization.released import is_component
 from deltatune.quantization.tensor import QuantizedTensor
 
 __all__ = ["Described", "NotInPiecesError", "Pieces", "load_described"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["BY_TRANSFORMERS", "Released", "disagreement", "released", "settings_of"]
+__all__ = ["BY_TRANSFORMERS", "Released", "disagreement", "is_component", "released", "settings_of"]
 
 #: What transformers loads itself, into layers that take adapters.
 BY_TRANSFORMERS: Final = "bitsandbytes"
+_COMPONENT: Final = re.compile(
+    r"(weight|_proj|experts\.\w+)_(scale_inv|blocks|scales|packed|scale|scale_2|global_scale|shape|zero_point)$"
+)
 _PACKED: Final = {
     "nvfp4-pack-quantized": "nvfp4",
     "mxfp4-pack-quantized": "mxfp4",
@@ -36,6 +40,11 @@ class Released:
     def is_read_here(self) -> bool:
         """Whether its weights are read by our own code, and are ours in the model."""
         return self.method != BY_TRANSFORMERS
+
+
+def is_component(name: str) -> bool:
+    """Whether a tensor's name is one of a part of a weight in few bits."""
+    return _COMPONENT.search(name) is not None
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -23,6 +23,7 @@ from deltatune.data.well_known import read_template
 from deltatune.errors import UserError, first_line, near_files
 from deltatune.hf.generation import keep_settings
 from deltatune.phases import phase
+from deltatune.quantization.released import is_component
 from deltatune.training.hub import silence
 from deltatune.training.preflight import check_model_path, check_model_type, check_tokenizer_path
 from deltatune.training.quantized_base import QuantizedBase, quantized_base
@@ -193,6 +194,12 @@ def _loaded(
         raise UserError(
             f"model {section.name_or_path} lacks {len(missing)} of the weights of {type(model).__name__}, "
             f"such as {missing[0]}; they would start at random"
+        )
+    parts = sorted(filter(is_component, info["unexpected_keys"]))
+    if parts and getattr(config, "quantization_config", None) is None and base is None:
+        raise UserError(
+            f"model {section.name_or_path} holds {parts[0]}, a part of a weight in few bits, and its config.json says "
+            "nothing of it (quantization_config); take a checkpoint whose config.json does, or one in 16 bits"
         )
     assert isinstance(model, nn.Module)
     keep_settings(model)

@@ -106,8 +106,11 @@ def check_frozen(model: nn.Module, trained: Iterable[str] | None = None) -> None
             )
 
 
-def quantized_lines(model: nn.Module) -> list[str]:
-    """Which weights are in few bits, and which stay as they are; nothing where none is in few bits."""
+def quantized_lines(model: nn.Module, base: QuantizedBase | None = None) -> list[str]:
+    """Which weights are in few bits, and which stay as they are; nothing where none is in few bits.
+
+    ``base``: how they come to be, of a model that is planned.
+    """
     few: dict[str, list[Tensor]] = {}
     rest: dict[str, list[Tensor]] = {}
     for name, weight in _base_weights(model):
@@ -116,7 +119,8 @@ def quantized_lines(model: nn.Module) -> list[str]:
         else:
             rest.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(weight)
     if not few:
-        return []
+        unknown = "the checkpoint is in few bits; which weights, and how many bytes, is known once its files are here"
+        return [] if base is None else [unknown]
     lines = [f"base weights in {format}: {_amount(weights)}" for format, weights in few.items()]
     matrices = {name: weights for name, weights in rest.items() if weights[0].ndim > 1}
     lines += [f"  as they are: {name}, {_amount(weights)}" for name, weights in matrices.items()]
