@@ -73,6 +73,18 @@ def test_full_training_freezes_what_text_never_reaches() -> None:
     assert all(trains for name, trains in trained.items() if "visual" not in name)
 
 
+@pytest.mark.parametrize("adapter_dtype", ["float32", "model"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "gpt_oss"])
+def test_adapters_of_an_empty_model_are_those_of_a_whole_one(family: str, adapter_dtype: Any) -> None:
+    section = LoraSection(adapter_dtype=adapter_dtype, target_parameters="all-experts")
+    whole = tiny_model(family, dtype=torch.bfloat16)
+    found = []
+    for model in (copy.deepcopy(whole).to("meta"), whole):
+        adapted = adapt(model, section).named_parameters()
+        found.append({name: (weight.shape, weight.dtype, weight.requires_grad) for name, weight in adapted})
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(("adapter_dtype", "expected"), [("float32", torch.float32), ("model", torch.bfloat16)])
 def test_adapters_are_kept_in_the_dtype_asked_for(adapter_dtype: Any, expected: torch.dtype) -> None:
     model = adapt(tiny_model("qwen3", dtype=torch.bfloat16), LoraSection(adapter_dtype=adapter_dtype))

@@ -107,6 +107,8 @@ def adapt(
             )
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from error
+    if empty and section.adapter_dtype == "model":
+        _cast_to_base(adapted)
     if begins_in_base(section.init_lora_weights):
         refuse_tied(adapted)
     _check_patterns(section, cast("Any", adapted).base_model)
@@ -267,6 +269,19 @@ def _taken(model: nn.Module, modules: object, names: Iterable[str]) -> str:
         "drops linear layers of these names; for the experts write target_parameters: all-experts, for others their "
         "weights, as in target_parameters: [shared_expert.gate_proj.weight]"
     )
+
+
+def _cast_to_base(model: nn.Module) -> None:
+    """Gives adapters the dtypes of what they adapt: PEFT does so where adapters have storage."""
+    for module in model.modules():
+        if not (hasattr(module, "adapter_layer_names") and hasattr(module, "get_base_layer")):
+            continue
+        layer: Any = module
+        wraps = hasattr(module, "parameter_name")
+        weight: Any = layer.get_param() if wraps else getattr(layer.get_base_layer(), "weight", None)
+        if weight is not None and weight.is_floating_point():
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).to(weight.dtype)
 
 
 def _check_patterns(section: LoraSection, tuner: Any) -> None:
