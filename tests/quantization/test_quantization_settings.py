@@ -24,6 +24,10 @@ KNOWN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "compressed nvfp4": (NVFP4, ("nvfp4",)),
     "compressed mxfp4": (MXFP4, ("mxfp4",)),
     "modelopt": (MODELOPT, ("nvfp4",)),
+    "modelopt, in a section of its own": (
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}},
+        ("nvfp4",),
+    ),
     "modelopt, mixed": (MIXED, ("nvfp4", "fp8")),
     "bitsandbytes": (BITSANDBYTES, ()),
 }
@@ -32,6 +36,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised by gptq, which is not read here; take its checkpoint in"),
     "awq": ({"quant_method": "awq", "bits": 4}, "quantised by awq, which is not read here; take its checkpoint in"),
     "other blocks": ({"quant_method": "fp8", "weight_block_size": [1, 32]}, "blocks of [1, 32], and those of 128x128"),
+    "blocks of a number": ({"quant_method": "fp8", "weight_block_size": 128}, "blocks of 128, and those of 128x128"),
     "no blocks": ({"quant_method": "fp8", "weight_block_size": None}, "blocks of None, and those of 128x128"),
     "int8": ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "format int-quantized"),
     "int4": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format pack-quantized"),

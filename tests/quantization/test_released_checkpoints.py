@@ -118,6 +118,11 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
         lambda t: [t.update({n.replace("q_proj", "r_proj"): t[n]}) for n in list(t) if "self_attn.q_proj" in n],
         "model.layers.1.self_attn.r_proj.weight",
     ),
+    "experts numbered behind their projections": (
+        "modelopt",
+        lambda t: [t.update({re.sub(r"experts\.(\d)\.(\w+)", r"experts.\2.\1", n): t.pop(n)}) for n in list(t)],
+        "experts.down_proj.0.weight",
+    ),
     "an expert's tensor that nobody knows": (
         "fp8", lambda t: t.update({"model.layers.0.mlp.experts.other": torch.ones(2)}), "mlp.experts.other",
     ),

@@ -72,13 +72,14 @@ def released(settings: Mapping[str, Any] | None) -> Released | None:
         return Released(method, ("mxfp4",))
     if method == "fp8":
         blocks = settings.get("weight_block_size", [128, 128])
-        if list(blocks or ()) != [128, 128]:
+        if not isinstance(blocks, list | tuple) or [*blocks] != [128, 128]:
             raise ValueError(f"its FP8 weights have scales for blocks of {blocks}, and those of 128x128 are read here")
         return Released(method, ("fp8",))
     if method == "compressed-tensors":
         return Released(method, tuple(dict.fromkeys(_of_compressed_tensors(settings))))
     if method == "modelopt":
-        algorithm = settings.get("quant_algo")
+        inner = settings.get("quantization")
+        algorithm = (inner if isinstance(inner, Mapping) else settings).get("quant_algo")
         if algorithm not in _ALGORITHMS:
             raise ValueError(
                 f"its ModelOpt weights are in {algorithm}, and {', '.join(_ALGORITHMS)} are read here; take a "
