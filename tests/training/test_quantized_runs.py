@@ -18,6 +18,8 @@ from deltatune.commands.prebuild import build
 from deltatune.config.load import dump_recipe
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
+from deltatune.training.quantized_base import QuantizedBase
+from deltatune.training.quantized_weights import quantized_lines
 from deltatune.training.run import train
 from forked import free_port, run_ranks
 from released_checkpoints import STYLES, make, model_of
@@ -105,6 +107,27 @@ def test_a_plan_counts_the_bytes_that_weights_take(tmp_path: Path, capsys: pytes
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights ")]
         found.append(float(line.split()[1]))
     assert found[0] > found[1] > found[2]
+
+
+@pytest.mark.parametrize("style", ["fp8", "gpt-oss", "modelopt, mixed"])
+def test_a_plan_of_a_released_checkpoint_reads_headers(
+    style: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, _ = make(tmp_path, STYLES[style], model_of(STYLES[style], vocab_size=len(byte_tokenizer())))
+    byte_tokenizer().save_pretrained(few)
+    settings = {"compile": {"scope": "layer"}, "checkpointing": "auto"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe_of(tmp_path / "run", few, {}, **settings)))
+    assert main(["plan", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"base weights in {format}: " in said for format in STYLES[style].formats)
+
+
+def test_what_only_files_say_that_are_not_here_is_said_to_be_unknown() -> None:
+    model = tiny_model("qwen3")
+    (line,) = quantized_lines(model, QuantizedBase(method="fp8"))
+    assert line.startswith("the checkpoint is in few bits; which weights, and how many bytes, is known once")
+    assert quantized_lines(model) == []
 
 
 @pytest.mark.parametrize("style", ["fp8", "gpt-oss", "nvfp4", "modelopt, mixed"])
