@@ -16,11 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deltatune import ops
 from deltatune.config.schema import ModelSection
+from deltatune.errors import UserError
 from deltatune.hf.quantizable import quantizable
 from deltatune.quantization.blank import Encoding
 from deltatune.quantization.tensor import QuantizedTensor
 from deltatune.training.checkpoint import empty_model, load_checkpoint
 from quantized_cases import same
+from released_checkpoints import edit
 from tiny import tiny_model
 
 FAMILIES = ("qwen3_5_moe", "gpt_oss", "qwen3_moe", "qwen3_5")
@@ -106,3 +108,11 @@ def test_the_model_of_16_bits_is_never_whole_in_memory(fused: bool, tmp_path: Pa
     # experts are stacked of what was read, so their module is there twice
     assert live.most <= stays + 2.1 * module < whole / 2
     assert sum(isinstance(weight, QuantizedTensor) for weight in found.parameters()) == len(chosen)
+
+
+def test_an_expert_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Of another number there are as many, which a stack of them does not show."""
+    tiny_model("qwen3_moe", dtype=torch.bfloat16, **SIZES).save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: [t.update({n.replace("experts.2.", "experts.4."): t.pop(n)}) for n in list(t)])
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts\.2\.down_proj\.weight is missing, of 5 experts"):
+        load_checkpoint(section(tmp_path, {"type": "nf4"}))

@@ -35,7 +35,7 @@ from deltatune.quantization.blank import Encoding
 from deltatune.quantization.released import is_component
 from deltatune.quantization.tensor import QuantizedTensor
 
-__all__ = ["Source", "assembled", "split"]
+__all__ = ["Source", "assembled", "check_experts", "split"]
 
 _BYTES: Final = (torch.uint8, torch.int8)
 _FLOATS: Final = torch.float8_e4m3fn
@@ -139,7 +139,7 @@ def split(
         if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{key} is {kind} {list(tensor.shape)}, which is no weight in few bits that is known here")
-    _check_experts({*sources, *rest})
+    check_experts({*sources, *rest})
     return sources, rest
 
 
@@ -214,8 +214,12 @@ def _source(
     return Source(encoding, shape, keys, transposed_experts and len(shape) == 3)
 
 
-def _check_experts(names: set[str]) -> None:
-    """Experts by number are 0, 1, ... of every projection: conversions stack what is there."""
+def check_experts(names: set[str]) -> None:
+    """Experts by number are 0, 1, ... of every projection: conversions stack what is there.
+
+    Raises:
+        ValueError: a number that is not there.
+    """
     numbers: dict[str, dict[str, set[int]]] = {}
     for name in names:
         if found := _EXPERT.fullmatch(name):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from deltatune.errors import first_line, one_line
-from deltatune.hf.components import Source, assembled, split
+from deltatune.hf.components import Source, assembled, check_experts, split
 from deltatune.hf.pieces import groups_of
 from deltatune.hf.quantizable import has_transposed_experts, is_interleaved
 from deltatune.hf.tensor_file import described_in
@@ -305,6 +305,8 @@ def load_described(
                 described |= {name: source.as_values(load_config.dtype) for name, source in sources.items()}
                 alone = load(copy.deepcopy(model), {name: described[name] for name in sources}, "meta")
                 parts = alone[0].unexpected_keys
+            elif become is not None:
+                check_experts({*described})
             pieces = Pieces(copy.deepcopy(model), files, load, sources)
             result = load(model, described, "meta")
             if failed := result[0].conversion_errors:  # such as of one that looks at numbers
