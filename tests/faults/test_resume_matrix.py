@@ -379,7 +379,9 @@ def all_keys() -> Iterator[str]:
         for key in inner:
             if (section, key) in (("data", "train"), ("data", "eval")):
                 yield from (f"data.{key}.{name}" for name in Source.model_fields)
-            if (section, key) != ("data", "train"):
+            if (section, key) == ("model", "quantization"):
+                yield from (f"model.{key}.{name}" for name in known_keys((section, key)))
+            elif (section, key) != ("data", "train"):
                 yield f"{section}.{key}"
     yield from (f"training.{name}" for name in PASSED_TRAINING_NAMES)
 

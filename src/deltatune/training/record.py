@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deltatune.phases import phase
 from deltatune.training.export import finite, write_json
 from deltatune.training.metrics import Meter
 from deltatune.training.provenance import now, process_identity
@@ -109,10 +110,11 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         """Closes the leg, with what ``ending`` says of it, once all other files of the run are on the disk."""
         self._legs[-1].update(status=status, ended=now(), to_step=step, **(ending or {}))
         self._legs[-1].update({"reason": reason} if reason else {})
-        for path in self._output_dir.iterdir():
-            if path.is_file():
-                sync(path)
-        sync(self._output_dir)
+        with phase("waiting for the disk"):
+            for path in self._output_dir.iterdir():
+                if path.is_file():
+                    sync(path)
+            sync(self._output_dir)
         self._write(synced=True)
 
     def _note(self, step: int, logs: Mapping[str, Any]) -> None:
