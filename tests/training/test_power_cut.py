@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,8 +65,13 @@ def test_all_of_a_finished_run_is_on_the_disk(tmp_path: Path, disk: Disk, adapte
     assert disk.lost(output) == []
     assert disk.order[-2:] == [".run.json.part", "output"], "what says that it is finished comes last"
     if adapter:
-        for folder, write in ((tmp_path / "merged", merge_adapter), (tmp_path / "exported", export_adapter)):
-            write(output, folder, **({"layout": "peft"} if write is export_adapter else {}))  # type: ignore[operator]
+        writers: list[tuple[str, Any]] = [
+            ("merged", merge_adapter),
+            ("exported", functools.partial(export_adapter, layout="peft")),
+        ]
+        for name, write in writers:
+            folder = tmp_path / name
+            write(output, folder)
             assert disk.lost(folder) == []
             assert disk.names[tmp_path.stat().st_ino][folder.name] == folder.stat().st_ino
 

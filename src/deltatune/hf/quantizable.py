@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.hf.experts import experts_layout
 from deltatune.hf.model import text_model
@@ -57,7 +57,7 @@ def set_blank(model: nn.Module, weights: Mapping[str, QuantizedTensor]) -> None:
     for name, like in weights.items():
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)
-        place: Tensor = module._parameters[key]  # type: ignore[assignment]
+        place: Any = module._parameters[key]
         assert place.shape == like.shape, name
         blank = like.mapped(partial(torch.zeros_like, device=place.device), place.dtype)
         module._parameters[key] = nn.Parameter(blank, requires_grad=False)
