@@ -26,9 +26,6 @@ TARGETS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 #: Formats of weights in few bits, made of those in 16; in the last, linear layers compute in fp8 too.
 BASES: Final = ("nf4", "fp8", "fp8-products")
-_FUSED_EXPERTS: Final = ("gate_up_proj", "down_proj")
-#: Linear layers that stay as they are.
-_IN_16_BITS: Final = ("in_proj_a", "in_proj_b", "shared_expert_gate")
 #: Every fourth layer attends, the others run the delta rule.
 _PERIOD: Final = 4
 #: Matrices whose product is added to the residual stream.
@@ -227,29 +224,25 @@ def build_model(
 
 
 def with_base(model: Any, base: str, *, values: bool) -> None:
-    """Puts the linear layers and experts of the decoder layers in few bits, one of ``BASES``, as plainly as can be.
+    """Puts the weights that a recipe's ``model.quantization`` would in few bits, one of ``BASES``.
 
-    What stays as it is: routers and their kind, and the projections of decay and beta. With ``values`` a weight becomes
-    the values of what it would be.
+    With ``values`` each becomes the values of what it would be.
     """
     from deltatune import ops
+    from deltatune.hf.quantizable import quantizable
+    from deltatune.quantization.blank import Encoding
     from deltatune.quantization.tensor import QuantizedTensor, in_fp8
 
     format, _, products = base.partition("-")
-    transposed = model.config.model_type == "gpt_oss"
-    for path, module in model.get_decoder().layers.named_modules():
-        kept = path.rpartition(".")[2] in _IN_16_BITS
-        for name, weight in list(module._parameters.items()):
-            of_experts = name in _FUSED_EXPERTS
-            if weight is None or kept or not (of_experts or (isinstance(module, nn.Linear) and name == "weight")):
-                continue
-            turned = of_experts and transposed
-            upright = weight.detach().mT if turned else weight.detach()
-            found = QuantizedTensor(ops.quantize(upright, format), weight.dtype, transposed=turned)
-            if products and not of_experts:
-                found = in_fp8(found)
-            made = found.decoded().contiguous() if values else found
-            module._parameters[name] = nn.Parameter(made, requires_grad=False)
+    for name, like in quantizable(model, Encoding(format)).items():
+        path, _, key = name.rpartition(".")
+        weight = model.get_parameter(name).detach()
+        upright = weight.mT if like.transposed else weight
+        found = QuantizedTensor(ops.quantize(upright, format), weight.dtype, transposed=like.transposed)
+        if products and weight.ndim == 2:
+            found = in_fp8(found)
+        made = found.decoded().contiguous() if values else found
+        model.get_submodule(path)._parameters[key] = nn.Parameter(made, requires_grad=False)
 
 
 def with_lora(model: Any, targets: str, *, rank: int, alpha: int, seed: int = 0) -> Any:
