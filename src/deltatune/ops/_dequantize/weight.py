@@ -139,7 +139,7 @@ def _check_dtype(op: str, format: str, name: str, tensor: Tensor, *dtypes: torch
 
 
 def _check_shape(op: str, weight: QuantizedWeight, name: str, tensor: Tensor, *shapes: list[int]) -> None:
-    if list(tensor.shape) not in shapes:
+    if not any(list(tensor.shape) == shape for shape in shapes):  # torch 2.11 traces `in` as if none were equal
         expected = " or ".join(map(str, shapes))
         raise ValueError(
             f"{op}: {name} of {weight.format} for a weight {list(weight.shape)} must be {expected}, "
