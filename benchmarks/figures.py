@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from benchmarks.records import OURS, Record
+from benchmarks.records import OURS, UNCHECKED, Record
 from benchmarks.roofline import Part, Step, roofline
 from benchmarks.shapes import SHAPES
 
@@ -45,8 +45,21 @@ class Steps:
             if r["system"] == system
             and (checkpointing is None or r["checkpointing"] == checkpointing)
             and (targets is None or r["targets"] == targets)
-            and (system != OURS or r["lora"] == "auto")
+            and (not system.startswith(OURS) or r["lora"] == "auto")
             and not _is_cold_start(r)
+        ]
+
+    @property
+    def checked(self) -> bool:
+        """Whether its systems were held to float32 or to the stock path, in the same run, before they were timed."""
+        return UNCHECKED not in str(self.record.data.get("method"))
+
+    def over_16_bits(self, base: str, targets: str = "all") -> list[tuple[Mapping[str, Any], float]]:
+        """Results of ours on a base in few bits, and the ms of each over those of ours on 16 bits beside it."""
+        return [
+            (r, r["median_ms"] / plain["median_ms"])
+            for r in self.find(f"{OURS} {base}", targets=targets)
+            for plain in self.find(OURS, r["checkpointing"], targets)
         ]
 
     def cold_starts(self, state: str) -> list[Mapping[str, Any]]:

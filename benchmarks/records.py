@@ -22,11 +22,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["OURS", "RECORDS", "Record", "head", "load_records", "source_of", "write_record"]
+__all__ = ["OURS", "RECORDS", "UNCHECKED", "Record", "head", "load_records", "source_of", "write_record"]
 
 RECORDS: Final = Path(__file__).parent / "records"
 #: The system of ours, as results name it.
 OURS: Final = "deltatune"
+#: What the method of a record of steps says that were timed without a check of their values.
+UNCHECKED: Final = "; not held to float32 or to the stock path in this run"
 _DISTRIBUTIONS: Final = (
     "triton", "transformers", "peft", "fla-core", "flash-qla", "tilelang", "liger-kernel", "cut-cross-entropy",
     "quack-kernels",

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import deltatune
 from benchmarks.baselines import LEAK_FREE
-from benchmarks.records import OURS, head, source_of, write_record
+from benchmarks.records import OURS, UNCHECKED, head, source_of, write_record
 from benchmarks.roofline import Step, roofline
 from benchmarks.shapes import shape_named
 from benchmarks.systems import Setting
@@ -38,7 +38,6 @@ CHECKED: Final = (
     "; timed after its checks: token losses, document losses and adapter gradients against float32 document by "
     "document, gradients of the pack against the leak-free stock path, verify"
 )
-UNCHECKED: Final = "; not held to float32 or to the stock path in this run"
 _ROOT: Final = Path(__file__).parents[1]
 _POLL_SECONDS: Final = 0.2
 #: What a record says of the model's shapes: what the roofline reads.

@@ -20,6 +20,7 @@ from benchmarks.figures import GIB, Steps, newest_full, newest_ops, of_bound, ro
 from benchmarks.op_cases import CASES
 from benchmarks.parallel.figures import scalings
 from benchmarks.records import OURS, RECORDS, Record, load_records
+from benchmarks.shapes import BASES
 from benchmarks.targets import DEVICE, evaluate
 
 __all__ = ["MODELS", "PAGES", "main", "rendered", "with_table"]
@@ -83,7 +84,8 @@ def adapters(records: Sequence[Record]) -> list[str]:
     """Adapters on all linears against those on q, k, v and o, in one record."""
     rows, files = [], []
     for model in MODELS:
-        steps = next((s for s in newest_full(records, model, DEVICE) if s.find(OURS, targets="all")), None)
+        both = (s for s in newest_full(records, model, DEVICE) if s.find(OURS, targets="all") and s.find(OURS))
+        steps = next(both, None)
         for every in steps.find(OURS, targets="all") if steps else ():
             for few in steps.find(OURS, every["checkpointing"]) if steps else ():
                 ratio = f"{every['median_ms'] / few['median_ms']:.3f}x"
@@ -92,6 +94,23 @@ def adapters(records: Sequence[Record]) -> list[str]:
         files += [steps.record] if steps else []
     header = ("model", "`checkpointing`", "q, k, v, o", "all linears", "step")
     return [*_markdown(header, rows), "", _sources(files)]
+
+
+def bases(records: Sequence[Record]) -> list[str]:
+    """Ours on weights in few bits, and on 16 bits beside them: the newest record of each model and base."""
+    rows, files = dict[tuple[str, ...], list[str]](), list[Record]()
+    for steps in steps_of(records):
+        for base in BASES if steps.full and DEVICE in steps.record.device and steps.config["tokens"] == 16384 else ():
+            for r, ratio in steps.over_16_bits(base):
+                size = (steps.record.subject, base, str(r["checkpointing"]))
+                if size in rows:
+                    continue
+                files += [steps.record] if steps.record not in files else []
+                (plain,) = (_of([one]) for one in steps.find(OURS, r["checkpointing"], "all"))
+                about = "yes" if steps.checked else "timed alone"
+                rows[size] = [size[0], f"`{base}`", f"`{size[2]}`", plain, _of([r]), f"{1 / ratio:.2f}x", about]
+    header = ("model", "base", "checkpointing", "16 bits", "few bits", "speed", "values checked in the same run")
+    return [*_markdown(header, [rows[size] for size in sorted(rows)]), "", _sources(files)]
 
 
 def shapes(records: Sequence[Record]) -> list[str]:
@@ -254,6 +273,7 @@ PAGES: Final[Mapping[str, Mapping[str, Callable[[Sequence[Record]], list[str]]]]
         "speed": speed,
         "memory": memory,
         "adapters": adapters,
+        "bases": bases,
         "shapes": shapes,
         "experts": experts,
         "card": card,

@@ -208,6 +208,25 @@ def _over_stock_experts(steps: Steps) -> Iterator[Figure]:
         yield from ((stock["median_ms"] / r["median_ms"], r["name"]) for r in steps.find(OURS, "none", "experts"))
 
 
+def _on_base(base: str, *, speed: bool) -> Values:
+    """The time on 16 bits over that on a base, or the other way round; adapters on all linears."""
+
+    def values(steps: Steps) -> Iterator[Figure]:
+        for r, ratio in steps.over_16_bits(base):
+            yield 1 / ratio if speed else ratio, r["name"] + ("" if steps.checked else ", timed alone")
+
+    return values
+
+
+def _bases() -> Iterator[Target]:
+    for model, limit in (("qwen3.5-2b", 1.2), ("qwen3.5-9b", 1.35)):
+        figure = _of_steps(model, _on_base("fp8-products", speed=True), max)
+        yield Target(f"{model}: products in fp8 against 16 bits, LoRA on all linears", figure, limit, form="{:.3f}x")
+    figure = _of_steps("qwen3.5-9b", _on_base("nf4", speed=False), min)
+    name = "qwen3.5-9b: a step on nf4 over one on 16 bits, LoRA on all linears"
+    yield Target(name, figure, 1.15, at_least=False, form="{:.3f}x")
+
+
 def _layers_of_experts() -> Iterator[Target]:
     model = "qwen3.5-35b-a3b-layers"
     speed = _of_steps(model, _over_stock_experts, max)
@@ -429,6 +448,7 @@ TARGETS: Final[tuple[Target, ...]] = (
     *_ops(),
     *_experts(),
     *_layers_of_experts(),
+    *_bases(),
     *_several_gpus(),
 )
 

@@ -148,12 +148,17 @@ def test_products_are_shown_beside_quacks() -> None:
 def test_targets_of_the_committed_records() -> None:
     outcomes = targets.evaluate(COMMITTED)
     without = [o.target.name for o in outcomes if o.verdict == "no record"]
-    assert all("GPUs" in name for name in without)
+    unmeasured = "qwen3.5-2b: products in fp8 against 16 bits, LoRA on all linears"
+    assert [name for name in without if "GPUs" not in name] == [unmeasured]
     ratio = outcome("qwen3.5-2b: against the same, memory free", *COMMITTED)
     assert ratio.figure[0] == pytest.approx(543.1816 / 232.5928, rel=1e-5)
     assert ratio.record.path == FRONTIER
     missed = [o.target.name for o in outcomes if o.verdict == "missed"]
-    assert missed == [f"{model}: LoRA on all linears against q/k/v/o, same checkpointing" for model in tables.MODELS]
+    slow = "qwen3.5-9b: products in fp8 against 16 bits, LoRA on all linears"
+    assert missed == [
+        *(f"{model}: LoRA on all linears against q/k/v/o, same checkpointing" for model in tables.MODELS),
+        slow,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -187,9 +192,41 @@ def test_more_memory_than_stock_is_missed() -> None:
 
 def test_targets_exit_with_one_while_one_is_missed(capsys, tmp_path) -> None:
     assert targets.main([]) == 1
-    assert "2 missed, 9 no record" in capsys.readouterr().out
+    assert "3 missed, 10 no record" in capsys.readouterr().out
     assert targets.main(["--records", str(tmp_path)]) == 1
     assert "0 met, 0 missed" in capsys.readouterr().out
+
+
+BASES_9B = RECORDS / "train-qwen3.5-9b-h200-2026-12-01.json"
+
+
+def bases_of_9b(**changes) -> Record:
+    """The record of bases in few bits with other values."""
+    data = json.loads(BASES_9B.read_text(encoding="utf-8"))
+    return Record(Path("made-up-2026-12-02.json"), {**data, **changes})
+
+
+def test_a_base_in_few_bits_stands_beside_16_bits() -> None:
+    found = next(figures.steps_of([bases_of_9b()]))
+    plain, eight, four = (found.find(f"deltatune{base}", targets="all")[0] for base in ("", " fp8-products", " nf4"))
+    speed, over = plain["median_ms"] / eight["median_ms"], four["median_ms"] / plain["median_ms"]
+    shown = tables.bases([bases_of_9b()])
+    assert f"| {speed:.2f}x | timed alone |" in shown[2]
+    assert f"| {1 / over:.2f}x | timed alone |" in shown[3]
+    checked = bases_of_9b(method="timed after its checks")
+    assert shown[2].replace("timed alone", "yes") == tables.bases([checked])[2]
+    names = (
+        "qwen3.5-9b: products in fp8 against 16 bits, LoRA on all linears",
+        "qwen3.5-9b: a step on nf4 over one on 16 bits, LoRA on all linears",
+    )
+    for record, note in ((bases_of_9b(), ", timed alone"), (checked, "")):
+        for name, value, result in zip(names, (speed, over), (eight, four), strict=True):
+            assert outcome(name, record).figure == (pytest.approx(value), result["name"] + note)
+
+
+def test_what_all_linears_add_is_read_where_both_were_measured() -> None:
+    assert tables.adapters([bases_of_9b(), *COMMITTED]) == tables.adapters(COMMITTED)
+    assert any("qwen3.5-9b" in row for row in tables.adapters(COMMITTED))
 
 
 def step(**changes) -> roofline.Step:
@@ -249,7 +286,7 @@ def test_the_modules_run_as_commands() -> None:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert "2 missed" in done.stdout
+    assert "3 missed" in done.stdout
 
 
 @pytest.mark.parametrize(
