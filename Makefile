@@ -35,7 +35,8 @@ OPTIMIZERS := $(VENV)/optimizers
 test-optimizers: $(STAMP)
 	$(BIN)/python -m pip install -q --constraint constraints/cpu.txt --no-deps --upgrade --target $(OPTIMIZERS) bitsandbytes torchao
 	PYTHONPATH=$(OPTIMIZERS) $(BIN)/python -m pytest tests/training/test_optimizers.py tests/compile/test_memory.py \
-	  tests/training/test_preflight.py tests/ops/test_dequantize_bitsandbytes.py
+	  tests/training/test_preflight.py tests/ops/test_dequantize_bitsandbytes.py \
+	  tests/quantization/test_loaded_by_bitsandbytes.py
 
 # the same tests with the oldest versions that the package allows, but for torch, whose oldest has no CPU build on PyPI
 test-lowest:
