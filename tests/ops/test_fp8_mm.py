@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from deltatune import ops
 from deltatune.ops import _nvidia
@@ -183,9 +184,24 @@ def test_opcheck_and_one_graph(groups: bool) -> None:
     x, codes, scales, offsets = grouped() if groups else (*operands(), None)
     rows, of_rows = quantize_rows(x)
     eights = rows.view(torch.uint8), of_rows, codes.view(torch.uint8), scales
-    torch.library.opcheck(fp8_product, (*eights, offsets, torch.bfloat16, "reference"))
-    found = torch.compile(ops.fp8_mm, fullgraph=True)(x, codes, scales, offsets=offsets)
-    assert relative(found, ops.fp8_mm(x, codes, scales, offsets=offsets)) < 1e-2
+    adapters = (None, None) if groups else (torch.randn(5, 4).bfloat16(), torch.randn(4, 16).bfloat16())
+    torch.library.opcheck(fp8_product, (*eights, offsets, *adapters, torch.bfloat16, "reference"))
+    more = {"offsets": offsets, "beside": None if groups else adapters}
+    found = torch.compile(ops.fp8_mm, fullgraph=True)(x, codes, scales, **more)
+    assert relative(found, ops.fp8_mm(x, codes, scales, **more)) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_narrow_product_is_added(device: str, dtype: torch.dtype) -> None:
+    x, codes, scales = operands(device=device, dtype=dtype)
+    u, up = torch.randn(5, 4, device=device).to(dtype), torch.randn(4, 16, device=device).mul(50).to(dtype)
+    found = ops.fp8_mm(x, codes, scales, beside=(u, up))
+    expected = by_hand(x, codes, scales, torch.ones(32, 1, device=device)) + u.double() @ up.double()
+    assert relative(found, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-5)
+    with FlopCounterMode(display=False) as counter:
+        ops.fp8_mm(x, codes, scales, beside=(u, up))
+    assert counter.get_total_flops() == 2 * 5 * 16 * (32 + 4)
 
 
 _GROUPS = {"codes": torch.zeros(2, 16, 32).to(EIGHT), "offsets": torch.tensor([2, 5], dtype=torch.int32)}
@@ -205,6 +221,9 @@ _GROUPS = {"codes": torch.zeros(2, 16, 32).to(EIGHT), "offsets": torch.tensor([2
         ({"offsets": torch.tensor([5], dtype=torch.int32)}, "codes must have 3 dims"),
         ({**_GROUPS, "offsets": torch.tensor([2, 5])}, "offsets must be int32, got torch.int64"),
         ({**_GROUPS, "offsets": torch.tensor([5], dtype=torch.int32)}, "G=1 where 2 is expected"),
+        ({"beside": (torch.ones(5, 4), torch.ones(3, 16))}, "W"),
+        ({"beside": (torch.ones(5, 4), torch.ones(4, 16))}, "u must have the dtype of x, torch.bfloat16, got torch.fl"),
+        ({**_GROUPS, "beside": (torch.ones(5, 4), torch.ones(4, 16))}, "beside goes without offsets"),
         (_GROUPS, r"scales must be float32 \[2, 16, 1\], got torch.float32 \[16, 1\]"),
     ],
 )

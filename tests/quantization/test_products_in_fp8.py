@@ -126,7 +126,8 @@ def with_noise(x: Tensor, codes: Tensor, scales: Tensor | None = None, **given: 
     values = values * (1 + ROUNDING * 3**0.5 * (2 * torch.rand_like(values) - 1))
     weight = codes.float() if scales is None else codes.float() * scales
     y = values @ weight.mT if offsets is None else reference.product(values, weight, offsets, None, None)
-    return y.to(x.dtype)
+    beside = given.get("beside")
+    return y.to(x.dtype) if beside is None else torch.addmm(y.to(x.dtype), *beside)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

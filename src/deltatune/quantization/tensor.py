@@ -245,7 +245,7 @@ def _grouped_mm(x: Tensor, weight: Any, offsets: Tensor, narrow: Tensor | None, 
     if not computes_in_fp8(weight):
         return multiply(x, weight.decoded(offsets), offsets, narrow, up, impl)
     # [G, N, K] of a grouped product is what [K, N] is of a plain one
-    y = _in_fp8(x, weight.turned_over(), offsets)
+    y = _in_fp8(x, weight.turned_over(), offsets=offsets)
     return y if narrow is None else y + multiply(narrow, up, offsets, None, None, impl)
 
 
@@ -253,13 +253,13 @@ def _mm(x: Tensor, weight: Any) -> Any:
     return _in_fp8(x, weight) if computes_in_fp8(weight) else NotImplemented
 
 
-def _in_fp8(x: Tensor, weight: QuantizedTensor, offsets: Tensor | None = None) -> Tensor:
-    """``x weight``, or of every group of rows with its matrix."""
+def _in_fp8(x: Tensor, weight: QuantizedTensor, **more: Any) -> Tensor:
+    """``x weight``, or of every group of rows with its matrix; ``more`` as ``ops.fp8_mm`` takes it."""
     impl = weight.impls.fp8_mm
     if weight.transposed:
-        return ops.fp8_mm(x, weight.codes, weight.scales, offsets=offsets, impl=impl)
+        return ops.fp8_mm(x, weight.codes, weight.scales, impl=impl, **more)
     assert weight.turned is not None
-    return ops.fp8_mm(x, weight.turned, of_x=weight.scales, offsets=offsets, impl=impl)
+    return ops.fp8_mm(x, weight.turned, of_x=weight.scales, impl=impl, **more)
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -268,14 +268,15 @@ def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: floa
 
 def _lora_accumulate(narrow: Tensor, up: Tensor, inputs: Sequence[Tensor], weights: Sequence[Any]) -> Any:
     pairs = list(zip(inputs, weights, strict=True))
-    products = [_in_fp8(x, weight) for x, weight in pairs if computes_in_fp8(weight)]
-    if not products:
+    eight = [pair for pair in pairs if computes_in_fp8(pair[1])]
+    rest = [pair for pair in pairs if not computes_in_fp8(pair[1])]
+    if not eight:
         return NotImplemented
-    summed = torch.addmm(sum(products[1:], products[0]), narrow, up)
-    for x, weight in pairs:
-        if not computes_in_fp8(weight):
-            summed = torch.addmm(summed, x, weight)
-    return summed
+    if not rest:
+        (x, weight), *others = eight
+        return sum((_in_fp8(*pair) for pair in others), _in_fp8(x, weight, beside=(narrow, up)))
+    beside = torch.ops.deltatune.lora_accumulate.default(narrow, up, *map(list, zip(*rest, strict=True)))
+    return sum((_in_fp8(*pair) for pair in eight), beside)
 
 
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
