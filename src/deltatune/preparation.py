@@ -29,6 +29,7 @@ from deltatune.models.registry import family_of
 from deltatune.ops import LoraGatedSpec, choose
 from deltatune.options import CompileOptions, Options, validate_checkpointing
 from deltatune.packing.group import Recurrent
+from deltatune.quantization.products import op_specs, set_impls
 from deltatune.report import PrepareReport, SwapRow, kernel_rows, report_of
 from deltatune.state import AutoCheckpointing, CheckpointingChoice, Facts, Precision, State
 from deltatune.subclass import is_covered, restore, stock_class, swap
@@ -162,7 +163,7 @@ def prepare(
     family = family_of(text_model)
     _refuse(base, text_model, family, compile)
     plan = plan_swaps(base, text_model, family)
-    requests = _kernel_requests(family, plan, kernels)
+    requests = _kernel_requests(family, plan, base, kernels)
     check_reached(base, plan)
     # raises for a kernel that cannot run
     kernel_rows(((planned.layer, module) for planned in plan for module in planned.modules), requests, model)
@@ -191,6 +192,7 @@ def prepare(
         for module in planned.modules:
             swap(module, planned.layer, state)
     install_lora(text_model, state)
+    set_impls(base, requests)
     swaps = [SwapRow(p.stock, p.layer.__name__, p.expected, len(p.modules)) for p in plan]
     return Prepared(model, family, state, swaps)
 
@@ -251,6 +253,7 @@ def _revert(base: nn.Module) -> None:
                 f"{path}: {type(module).__name__} was put over its class after prepare, as "
                 "torch.nn.utils.parametrize does; take it off first"
             )
+    set_impls(base, {})
     if state.options.interface:
         attention_interface.uninstall(text_model)
     capture.forget_capture_hooks(text_model)
@@ -265,9 +268,12 @@ def _refuse_sharded(model: nn.Module, what_comes: str) -> None:
         raise ValueError(f"{what_comes} before fully_shard(model): its layers are sharded already")
 
 
-def _kernel_requests(family: Family, plan: list[Planned], kernels: str | Mapping[str, str]) -> dict[str, str]:
+def _kernel_requests(
+    family: Family, plan: list[Planned], base: nn.Module, kernels: str | Mapping[str, str]
+) -> dict[str, str]:
     layers = [op for planned in plan for op in planned.layer.ops]
-    requests = dict.fromkeys([*family.ops, *layers, *GatedMLP.ops], "auto")
+    weights = [spec.op for spec in op_specs(base, hf_model.device_of(base), hf_model.compute_dtype(base))]
+    requests = dict.fromkeys([*family.ops, *layers, *GatedMLP.ops, *weights], "auto")
     if isinstance(kernels, str):
         if kernels != "auto":
             raise ValueError(f"kernels must be 'auto' or a mapping of op names, got {kernels!r}")

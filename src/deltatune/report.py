@@ -20,6 +20,7 @@ from deltatune.layers.lora import lora_modes
 from deltatune.lora.parameters import is_parameter_lora
 from deltatune.models.family import SUPPORTED, Family
 from deltatune.options import CompileOptions
+from deltatune.quantization.products import op_specs
 from deltatune.state import Precision, State
 from deltatune.subclass import Swapped
 
@@ -215,10 +216,11 @@ def kernel_rows(
     model: nn.Module,
     precision: Precision | None = None,
 ) -> list[KernelRow]:
-    """What the layers in front of these modules take: chosen as they do, by the same specs."""
+    """What the layers in front of these modules and weights in few bits take, chosen as they do, by the same specs."""
     device = hf_model.device_of(model)
     dtype = hf_model.compute_dtype(model) if precision is None else precision.dtype
-    specs = dict.fromkeys(spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
+    of_layers = (spec for layer, module in layers for spec in layer.op_specs(module, device, dtype))
+    specs = dict.fromkeys([*of_layers, *op_specs(model, device, dtype)])
     choices = [(spec.op, ops.choose(spec, requests[spec.op])) for spec in specs]
     rows = dict.fromkeys(KernelRow(op, choice.impl, choice.reason) for op, choice in choices)
     return sorted(rows, key=lambda row: list(requests).index(row.op))

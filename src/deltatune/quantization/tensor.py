@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,17 @@ from torch.utils._pytree import tree_map_only
 from deltatune import ops
 from deltatune.ops import QuantizedWeight
 
-__all__ = ["QuantizedTensor", "computes_in_fp8", "in_fp8", "stored_bytes"]
+__all__ = ["Impls", "QuantizedTensor", "computes_in_fp8", "in_fp8", "stored_bytes"]
 
 _aten: Final = torch.ops.aten
 _INNER: Final = ("codes", "scales", "extra", "turned")
+
+
+class Impls(NamedTuple):
+    """The implementations of the ops that a weight in few bits calls, by the names of the ops."""
+
+    dequantize: str = "auto"
+    fp8_mm: str = "auto"
 
 
 class QuantizedTensor(Tensor):
@@ -27,15 +34,19 @@ class QuantizedTensor(Tensor):
     they are decoded for that call and are not kept, so what autograd saves of a product is the codes, and backward
     decodes them again, in a compiled graph too. Nothing may write to it.
 
-    One that computes in fp8 (``in_fp8``) takes part with its codes, by ``ops.fp8_mm``, in a product of its own or one
-    with adapters beside it; whatever else reads it reads its values.
+    One that computes in fp8 (``in_fp8``) takes part with its codes, by ``ops.fp8_mm``, in a product of its own, a
+    grouped one, or one with adapters beside it; whatever else reads it reads its values.
 
     Args:
         weight: the codes and their scales.
         dtype: of the values.
         transposed: whether it stands for ``[..., K, N]``.
-        turned: of one that computes in fp8, the codes ``[K, N]`` once more, as the gradient of what it multiplies reads
-            them.
+        turned: of one that computes in fp8, the codes ``[..., K, N]`` once more, as the gradient of what it multiplies
+            reads them.
+        rounded: whether ``in_fp8`` rounded its values once more.
+
+    Attributes:
+        impls: what decodes and multiplies it; what is made of it has the same.
     """
 
     codes: Tensor
@@ -45,9 +56,17 @@ class QuantizedTensor(Tensor):
     format: str
     divides: bool
     transposed: bool
+    rounded: bool
+    impls: Impls
 
     def __new__(
-        cls, weight: QuantizedWeight, dtype: torch.dtype, *, transposed: bool = False, turned: Tensor | None = None
+        cls,
+        weight: QuantizedWeight,
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+        turned: Tensor | None = None,
+        rounded: bool = False,
     ) -> QuantizedTensor:
         """See the class."""
         upright = torch.empty(weight.shape, device="meta")
@@ -57,7 +76,7 @@ class QuantizedTensor(Tensor):
             cls, seen.shape, strides=seen.stride(), dtype=dtype, device=weight.codes.device, requires_grad=False
         )
         made.format, made.codes, made.scales, made.extra, made.divides = weight
-        made.transposed, made.turned = transposed, turned
+        made.transposed, made.turned, made.rounded, made.impls = transposed, turned, rounded, Impls()
         return made
 
     @property
@@ -67,26 +86,38 @@ class QuantizedTensor(Tensor):
 
     def decoded(self, offsets: Tensor | None = None) -> Tensor:
         """The values; with ``offsets`` those of matrices that have rows (see ``ops.dequantize``)."""
-        values = ops.dequantize(self.stored, self.dtype, offsets=offsets)
+        values = ops.dequantize(self.stored, self.dtype, offsets=offsets, impl=self.impls.dequantize)
         return values.mT if self.transposed else values
 
     def mapped(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:
         """The same with each of its tensors changed, such as moved or copied; ``dtype`` is that of the values."""
         extra, turned = (None if part is None else change(part) for part in (self.extra, self.turned))
         weight = QuantizedWeight(self.format, change(self.codes), change(self.scales), extra, self.divides)
-        return QuantizedTensor(weight, dtype or self.dtype, transposed=self.transposed, turned=turned)
+        return self._made(weight, dtype or self.dtype, transposed=self.transposed, turned=turned)
+
+    def turned_over(self) -> QuantizedTensor:
+        """The transposes of its matrices."""
+        return self._made(self.stored, self.dtype, transposed=not self.transposed, turned=self.turned)
+
+    def _made(self, weight: QuantizedWeight, dtype: torch.dtype, **parts: Any) -> QuantizedTensor:
+        made = QuantizedTensor(weight, dtype, rounded=self.rounded, **parts)
+        made.impls = self.impls
+        return made
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         names = [name for name in _INNER if getattr(self, name) is not None]
-        return names, (self.format, self.divides, self.dtype, self.transposed)
+        return names, (self.format, self.divides, self.dtype, self.transposed, self.rounded, self.impls)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor], about: tuple[Any, ...], size: object, stride: object
     ) -> QuantizedTensor:
-        format, divides, dtype, transposed = about
+        format, divides, dtype, transposed, rounded, impls = about
         weight = QuantizedWeight(format, inner["codes"], inner["scales"], inner.get("extra"), divides)
-        return QuantizedTensor(weight, dtype, transposed=transposed, turned=inner.get("turned"))
+        turned = inner.get("turned")
+        made = QuantizedTensor(weight, dtype, transposed=transposed, turned=turned, rounded=rounded)
+        made.impls = impls
+        return made
 
     def _described(self, **_: object) -> str:
         about = f"format={self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}'"
@@ -121,21 +152,27 @@ class QuantizedTensor(Tensor):
     __torch_dispatch__: Any = _dispatch
 
 
+@torch.no_grad()
 def in_fp8(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same weight, whose products are computed in fp8; it takes twice the memory, that of 16 bits.
 
+    Where blocks of it share a scale, its values are rounded once more, to codes that share one with their output
+    channel.
+
     Raises:
-        ValueError: not one matrix in fp8 with a scale for each output channel.
+        ValueError: it is not in fp8.
     """
     weight = tensor.stored
-    if weight.format != "fp8" or weight.codes.ndim != 2 or weight.scales.shape != (weight.shape[0], 1):
-        raise ValueError(
-            "products in fp8 take a matrix in fp8 with a scale for each output channel, got "
-            f"{weight.format} {list(weight.shape)} with scales {list(weight.scales.shape)}"
-        )
-    scales = weight.scales.to(torch.float32)
+    if weight.format != "fp8":
+        raise ValueError(f"products in fp8 take a weight in fp8, got {weight.format} {list(weight.shape)}")
+    rounded = weight.scales.shape[-2:] != (weight.shape[-2], 1)
+    if rounded:
+        weight = ops.quantize(ops.dequantize(weight, torch.float32, impl=tensor.impls.dequantize), "fp8")
+    weight = weight._replace(scales=weight.scales.to(torch.float32))
     turned = weight.codes.view(torch.uint8).mT.contiguous().view(weight.codes.dtype)
-    return QuantizedTensor(weight._replace(scales=scales), tensor.dtype, transposed=tensor.transposed, turned=turned)
+    made = QuantizedTensor(weight, tensor.dtype, transposed=tensor.transposed, turned=turned, rounded=rounded)
+    made.impls = tensor.impls
+    return made
 
 
 def computes_in_fp8(weight: object) -> bool:
@@ -172,7 +209,7 @@ def _view(x: QuantizedTensor, size: Sequence[int]) -> Any:
 def _transpose(x: QuantizedTensor, first: int, second: int) -> Any:
     if {first % x.ndim, second % x.ndim} != {x.ndim - 1, x.ndim - 2}:
         return NotImplemented
-    return QuantizedTensor(x.stored, x.dtype, transposed=not x.transposed, turned=x.turned)
+    return x.turned_over()
 
 
 def _select(x: QuantizedTensor, dim: int, index: int) -> Any:
@@ -192,8 +229,8 @@ def _copy_into(x: Any, source: Any, non_blocking: bool = False) -> Any:
     """As ``load_state_dict`` writes; only what has the same parts."""
     if not (isinstance(x, QuantizedTensor) and isinstance(source, QuantizedTensor)):
         return NotImplemented
-    names, about = x.__tensor_flatten__()
-    if (names, about) != source.__tensor_flatten__() or x.shape != source.shape:
+    (names, (*about, _)), (theirs, (*about_theirs, _)) = x.__tensor_flatten__(), source.__tensor_flatten__()
+    if (names, about) != (theirs, about_theirs) or x.shape != source.shape:
         return NotImplemented
     for name in names:
         getattr(x, name).copy_(getattr(source, name), non_blocking)
@@ -204,15 +241,25 @@ def _grouped_mm(x: Tensor, weight: Any, offsets: Tensor, narrow: Tensor | None, 
     """Matrices without rows stay as they are."""
     if not isinstance(weight, QuantizedTensor):
         return NotImplemented
-    return torch.ops.deltatune.grouped_mm.default(x, weight.decoded(offsets), offsets, narrow, up, impl)
+    multiply = torch.ops.deltatune.grouped_mm.default
+    if not computes_in_fp8(weight):
+        return multiply(x, weight.decoded(offsets), offsets, narrow, up, impl)
+    # [G, N, K] of a grouped product is what [K, N] is of a plain one
+    y = _in_fp8(x, weight.turned_over(), offsets=offsets)
+    return y if narrow is None else y + multiply(narrow, up, offsets, None, None, impl)
 
 
 def _mm(x: Tensor, weight: Any) -> Any:
-    if not computes_in_fp8(weight):
-        return NotImplemented
+    return _in_fp8(x, weight) if computes_in_fp8(weight) else NotImplemented
+
+
+def _in_fp8(x: Tensor, weight: QuantizedTensor, **more: Any) -> Tensor:
+    """``x weight``, or of every group of rows with its matrix; ``more`` as ``ops.fp8_mm`` takes it."""
+    impl = weight.impls.fp8_mm
     if weight.transposed:
-        return ops.fp8_mm(x, weight.codes, weight.scales)
-    return ops.fp8_mm(x, weight.turned, of_x=weight.scales)
+        return ops.fp8_mm(x, weight.codes, weight.scales, impl=impl, **more)
+    assert weight.turned is not None
+    return ops.fp8_mm(x, weight.turned, of_x=weight.scales, impl=impl, **more)
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -220,10 +267,16 @@ def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: floa
 
 
 def _lora_accumulate(narrow: Tensor, up: Tensor, inputs: Sequence[Tensor], weights: Sequence[Any]) -> Any:
-    if not all(map(computes_in_fp8, weights)):
+    pairs = list(zip(inputs, weights, strict=True))
+    eight = [pair for pair in pairs if computes_in_fp8(pair[1])]
+    rest = [pair for pair in pairs if not computes_in_fp8(pair[1])]
+    if not eight:
         return NotImplemented
-    products: Tensor = sum(_mm(x, weight) for x, weight in zip(inputs, weights, strict=True))
-    return torch.addmm(products, narrow, up) if weights else NotImplemented
+    if not rest:
+        (x, weight), *others = eight
+        return sum((_in_fp8(*pair) for pair in others), _in_fp8(x, weight, beside=(narrow, up)))
+    beside = torch.ops.deltatune.lora_accumulate.default(narrow, up, *map(list, zip(*rest, strict=True)))
+    return sum((_in_fp8(*pair) for pair in eight), beside)
 
 
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Products of activations with frozen matrices, both in fp8."""
+"""Products of activations with frozen matrices, or with one of several for each row, both in fp8."""

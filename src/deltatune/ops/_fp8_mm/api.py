@@ -1,6 +1,6 @@
 """A product in fp8: documentation, validation and choice."""
 
-# M rows, K input width, N output width
+# M rows, G groups, K input width, N output width
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltatune.ops._fp8_mm.op import fp8_product
 from deltatune.ops._fp8_mm.providers import Fp8MmSpec
+from deltatune.ops._grouped_mm.linear import columns_of, live_rows
 from deltatune.ops._registry import choose
 from deltatune.ops._validation import bind_shapes, check_floating, check_same_device
 
@@ -20,20 +21,35 @@ _LARGEST: Final = 448.0  # of e4m3
 
 
 def fp8_mm(
-    x: Tensor, codes: Tensor, scales: Tensor | None = None, *, of_x: Tensor | None = None, impl: str = "auto"
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None = None,
+    *,
+    of_x: Tensor | None = None,
+    offsets: Tensor | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """``y_mn = a_m s_n sum_k q_mk c_nk``, with ``a_m = max_k |x_mk| / 448`` and ``q_mk = x_mk / a_m`` rounded to e4m3.
 
     The rows of x are quantised in plain torch, which a compiler fuses into what makes them; products that share x share
-    its codes.
+    its codes. A row has a scale of its own, so it knows nothing of other rows.
+
+    With ``offsets`` there is a matrix for each group of rows, as in ``grouped_linear``: ``c``, ``s`` and ``of_x`` are
+    those of the group that row m belongs to.
 
     Args:
         x: ``[M, K]``, floating point.
-        codes: ``c [N, K]``, contiguous, float8_e4m3fn.
-        scales: ``s [N, 1]`` fp32; 1 by default.
-        of_x: ``[K, 1]`` fp32, what the columns of x are multiplied with before they are quantised; 1 by default.
+        codes: ``c [N, K]``, or ``[G, N, K]`` with ``offsets``; contiguous, float8_e4m3fn.
+        scales: ``s [N, 1]`` or ``[G, N, 1]`` fp32; 1 by default.
+        of_x: ``[K, 1]`` or ``[G, K, 1]`` fp32, what the columns of x are multiplied with before they are quantised; 1
+            by default.
+        offsets: int32 ``[G]``, where each group ends. Rows past the last one are absent: zero out, whatever they hold.
+        beside: ``(u [M, W], B [W, N])`` in the dtype of x, as adapters have them: ``u B`` is added to y, which was
+            rounded, in the epilogue of its own product. Not with ``offsets``.
         impl: ``"torch"``: ``torch._scaled_mm``, bfloat16 on NVIDIA GPUs from compute capability 8.9, N and K multiples
-            of 16. ``"reference"``: the sum in fp32, anywhere. ``"auto"``: the first that can run.
+            of 16; with ``offsets`` ``torch._scaled_grouped_mm``, on compute capability 9.0. ``"reference"``: the sum in
+            fp32, anywhere, with ``offsets`` as that of ``grouped_linear``. ``"auto"``: the first that can run.
 
     Returns:
         ``[M, N]`` in the dtype of x: sums in fp32, rounded once. A row with a value that is not finite is not finite.
@@ -43,17 +59,35 @@ def fp8_mm(
         ValueError: shapes, dtypes or devices that do not fit each other, or an ``impl`` that cannot run here.
     """
     op = "fp8_mm"
-    sizes = bind_shapes(op, x=(x, "M K"), codes=(codes, "N K"))
+    if offsets is None:
+        narrow = {} if beside is None else {"u": (beside[0], "M W"), "B": (beside[1], "W N")}
+        sizes = bind_shapes(op, x=(x, "M K"), codes=(codes, "N K"), **narrow)
+    else:
+        sizes = bind_shapes(op, x=(x, "M K"), codes=(codes, "G N K"), offsets=(offsets, "G"))
+        check_same_device(op, x=x, offsets=offsets)
+        if offsets.dtype != torch.int32:
+            raise ValueError(f"{op}: offsets must be int32, got {offsets.dtype}")
+        if beside is not None:
+            raise ValueError(f"{op}: beside goes without offsets; add the product of groups to the result")
     check_floating(op, x=x)
     if codes.dtype != torch.float8_e4m3fn or not codes.is_contiguous():
         raise ValueError(f"{op}: codes must be contiguous float8_e4m3fn, got {codes.dtype}, strides {codes.stride()}")
     check_same_device(op, x=x, codes=codes)
-    for name, given, size in (("scales", scales, sizes["N"]), ("of_x", of_x, sizes["K"])):
-        if given is not None and (given.dtype != torch.float32 or given.shape != (size, 1)):
-            raise ValueError(f"{op}: {name} must be float32 {[size, 1]}, got {given.dtype} {list(given.shape)}")
+    u, up = (None, None) if beside is None else beside
+    for name, part in (("u", u), ("B", up)):
+        if part is not None and part.dtype != x.dtype:
+            raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {part.dtype}")
+    for name, factors, width in (("scales", scales, "N"), ("of_x", of_x, "K")):
+        expected = [*codes.shape[:-2], sizes[width], 1]
+        if factors is not None and (factors.dtype != torch.float32 or list(factors.shape) != expected):
+            raise ValueError(f"{op}: {name} must be float32 {expected}, got {factors.dtype} {list(factors.shape)}")
     chosen = choose(Fp8MmSpec(x.device, x.dtype, codes.shape), impl).impl
-    rows, of_rows = quantize_rows(x if of_x is None else x.float() * of_x.mT)
-    return fp8_product(rows.view(torch.uint8), of_rows, codes.view(torch.uint8), scales, x.dtype, chosen)
+    values = x if of_x is None else x.float() * columns_of(of_x, offsets, x.shape[0])
+    rows, of_rows = quantize_rows(values)
+    eight = (rows.view(torch.uint8), of_rows, codes.view(torch.uint8), scales)
+    y = fp8_product(*eight, offsets, u, up, x.dtype, chosen)
+    # a select: what an implementation leaves there may be NaN
+    return y if offsets is None else torch.where(live_rows(offsets, y.shape[0]), y, 0)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

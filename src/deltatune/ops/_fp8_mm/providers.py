@@ -7,12 +7,14 @@ from typing import Final
 
 import torch
 
-from deltatune.ops._nvidia import gpu_refusal
+from deltatune.ops._grouped_mm.torch_grouped import MAX_GROUPS
+from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
 from deltatune.ops._registry import Provider, Spec, Support, otherwise, support
 
 __all__ = ["Fp8MmSpec"]
 
 _OLDEST: Final = (8, 9)
+_GROUPED: Final = 9  # the one generation whose grouped product takes a scale for each row
 _MULTIPLE: Final = 16
 
 
@@ -26,14 +28,26 @@ def _refusal(spec: Fp8MmSpec) -> str | None:
         return missing
     if spec.dtype != torch.bfloat16:
         return f"torch._scaled_mm gives rows with a scale each as bfloat16, not {spec.dtype}; cast"
-    if spec.shape is not None and any(size % _MULTIPLE for size in spec.shape):
+    if spec.shape is None:
+        return None
+    if any(size % _MULTIPLE for size in spec.shape[-2:]):
         return f"torch._scaled_mm takes widths that are multiples of {_MULTIPLE}, got a weight {list(spec.shape)}"
+    return _grouped_refusal(spec.device, spec.shape[0]) if len(spec.shape) > 2 else None
+
+
+def _grouped_refusal(device: torch.device, groups: int) -> str | None:
+    capability = capability_of(device)
+    if capability is not None and capability[0] != _GROUPED:
+        needed, found = dotted((_GROUPED, 0)), dotted(capability)
+        return f"torch._scaled_grouped_mm needs compute capability {needed}, this GPU has {found}"
+    if groups > MAX_GROUPS:
+        return f"torch._scaled_grouped_mm takes up to {MAX_GROUPS} groups, got {groups}"
     return None
 
 
 @dataclass(frozen=True)
 class Fp8MmSpec(Spec):
-    """What the choice for ``fp8_mm`` goes by; ``shape`` is ``[N, K]``."""
+    """What the choice for ``fp8_mm`` goes by; ``shape`` is ``[N, K]``, or ``[G, N, K]`` of groups."""
 
     op = "fp8_mm"
     providers = (

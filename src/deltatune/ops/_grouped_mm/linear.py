@@ -21,7 +21,7 @@ from deltatune.ops._lora_linear.operands import scaled
 from deltatune.ops._numerics import accumulation_dtype
 from deltatune.ops._opaque import first_order_backward
 
-__all__ = ["Copies", "apply_grouped_linear", "live_rows"]
+__all__ = ["Copies", "apply_grouped_linear", "columns_of", "live_rows"]
 
 #: What tensor cores multiply at once.
 _MULTIPLE: Final = 16
@@ -51,6 +51,18 @@ def apply_grouped_linear(
 def live_rows(offsets: Tensor, rows: int) -> Tensor:
     """Whether a row belongs to a group ``[R, 1]``."""
     return (torch.arange(rows, device=offsets.device) < offsets[-1:]).unsqueeze(1)
+
+
+def columns_of(factors: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
+    """What a matrix has for each column, for rows: ``[1, N]`` of ``[N, 1]``; with offsets ``[R, N]`` of ``[G, N, 1]``.
+
+    Absent rows have those of the last group.
+    """
+    if offsets is None:
+        return factors.mT
+    places = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    groups = torch.searchsorted(offsets, places, right=True).clamp(max=factors.shape[0] - 1)
+    return factors.squeeze(-1)[groups]
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from deltatune.ops._nvidia import capability_of, dotted, gpu_refusal
 
-__all__ = ["dense", "gram", "product", "refusal"]
+__all__ = ["MAX_GROUPS", "dense", "gram", "product", "refusal"]
 
 #: Elsewhere it copies the offsets to the host and launches one product a group.
 _FUSED = (9, 10)
-_MAX_GROUPS = 1023
+MAX_GROUPS = 1023
 
 
 def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) -> str | None:
@@ -27,9 +27,9 @@ def refusal(device: torch.device, dtype: torch.dtype, shape: torch.Size | None) 
         return f"F.grouped_mm waits for the host on compute capability {dotted(capability)}"
     if dtype != torch.bfloat16:
         return f"F.grouped_mm takes bfloat16, not {dtype}; cast"
-    if shape is not None and (shape[0] > _MAX_GROUPS or shape[1] % 8 or shape[2] % 8):
+    if shape is not None and (shape[0] > MAX_GROUPS or shape[1] % 8 or shape[2] % 8):
         return (
-            f"F.grouped_mm takes up to {_MAX_GROUPS} groups and widths that are multiples of 8, "
+            f"F.grouped_mm takes up to {MAX_GROUPS} groups and widths that are multiples of 8, "
             f"got a weight {list(shape)}"
         )
     return None

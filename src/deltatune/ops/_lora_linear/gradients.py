@@ -16,11 +16,11 @@ from torch import Tensor
 from deltatune.ops._lora_linear.op import lora_accumulate, lora_sum_products, lora_up_backward
 from deltatune.ops._lora_linear.operands import copied, laid_out, parts, scaled
 
-__all__ = ["gradients"]
+__all__ = ["FEW", "gradients"]
 
 #: Outputs of a layer whose input gradient is computed with the adapters' of all, such as Gated DeltaNet's gates: alone,
 #: 16 columns of 2048 cost 82 us to add (H200, M = 16384, bf16), most of it passing over the result.
-_FEW: Final = 64
+FEW: Final = 64
 
 
 def gradients(
@@ -76,7 +76,7 @@ def _input_gradient(rows: Tensor, weights: Sequence[Tensor], grads: Sequence[Ten
     few: tuple[list[Tensor], list[Tensor]] = [t], [rows]
     rest: tuple[list[Tensor], list[Tensor]] = [], []
     for dy, weight in zip(grads, weights, strict=True):
-        left, right = few if weight.shape[0] <= _FEW else rest
+        left, right = few if weight.shape[0] <= FEW else rest
         left.append(dy)
         right.append(weight)
     first, to_it = (t, rows) if len(few[0]) == 1 else (torch.cat(few[0], dim=1), torch.cat(few[1]))
