@@ -1,8 +1,9 @@
 """Records: immutable JSON files of what was measured, on what, of which source. Written once, read for ever.
 
 A record is ``{schema, kind, subject, device, versions, commit, date, argv, method, ok, configs}``. ``kind`` is
-``train``, ``frontier``, ``compare``, ``parallel``, ``products`` or ``ops/<op>``; a config has ``config`` (what was
-asked), ``results`` and, but for single products, ``checks`` and, but for several GPUs, ``ceilings``.
+``train``, ``frontier``, ``compare``, ``parallel``, ``products``, ``learning`` or ``ops/<op>``; a config has ``config``
+(what was asked), ``results`` and, but for single products and learning, ``checks`` and, but for several GPUs,
+``ceilings``.
 Records of schema 1 call checks gates, and one of the first lacks a few keys.
 """
 
@@ -46,7 +47,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """``"train"``, ``"frontier"``, ``"compare"``, ``"parallel"``, ``"products"`` or ``"ops/<op>"``."""
+        """``"train"``, ``"ops/<op>"`` and others; see the module."""
         return str(self.data["kind"])
 
     @property

@@ -25,6 +25,7 @@ __all__ = ["TARGETS", "Outcome", "Target", "evaluate", "main"]
 
 DEVICE: Final = "H200"
 _BOTH: Final = ("forward", "forward+backward")
+_LEARNING_STEPS: Final = 300
 Figure = tuple[float, str]
 """A figure, and what in the record it is of."""
 
@@ -225,6 +226,29 @@ def _bases() -> Iterator[Target]:
     figure = _of_steps("qwen3.5-9b", _on_base("nf4", speed=False), min)
     name = "qwen3.5-9b: a step on nf4 over one on 16 bits, LoRA on all linears"
     yield Target(name, figure, 1.15, at_least=False, form="{:.3f}x")
+
+
+def _learning(base: str, read: Callable[[Mapping[str, Any]], float]) -> Any:
+    """A figure of learning on a base: the newest record of 300 steps."""
+
+    def figure(records: Sequence[Record]) -> Iterator[tuple[Record, Figure]]:
+        for record in records:
+            for config in record.configs if record.kind == "learning" else ():
+                for r in config["results"]:
+                    if r["name"] == base and config["config"]["steps"] >= _LEARNING_STEPS:
+                        yield record, (read(r), record.subject)
+
+    return figure
+
+
+def _learnt() -> Iterator[Target]:
+    name, base = "learning with products in fp8 beside 16 bits", "fp8-products"
+    apart = _learning(base, lambda r: r["apart"])
+    yield Target(
+        f"{name}: loss of every tenth of 300 steps on text, apart", apart, 0.005, at_least=False, form="{:.2%}"
+    )
+    cosine = _learning(base, lambda r: min(r["cosines"]))
+    yield Target(f"{name}: cosine of the adapters' gradients", cosine, 0.999, form="{:.4f}")
 
 
 def _layers_of_experts() -> Iterator[Target]:
@@ -449,6 +473,7 @@ TARGETS: Final[tuple[Target, ...]] = (
     *_experts(),
     *_layers_of_experts(),
     *_bases(),
+    *_learnt(),
     *_several_gpus(),
 )
 

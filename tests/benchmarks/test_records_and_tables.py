@@ -148,8 +148,11 @@ def test_products_are_shown_beside_quacks() -> None:
 def test_targets_of_the_committed_records() -> None:
     outcomes = targets.evaluate(COMMITTED)
     without = [o.target.name for o in outcomes if o.verdict == "no record"]
-    unmeasured = "qwen3.5-2b: products in fp8 against 16 bits, LoRA on all linears"
-    assert [name for name in without if "GPUs" not in name] == [unmeasured]
+    assert [name for name in without if "GPUs" not in name] == [
+        "qwen3.5-2b: products in fp8 against 16 bits, LoRA on all linears",
+        "learning with products in fp8 beside 16 bits: loss of every tenth of 300 steps on text, apart",
+        "learning with products in fp8 beside 16 bits: cosine of the adapters' gradients",
+    ]
     ratio = outcome("qwen3.5-2b: against the same, memory free", *COMMITTED)
     assert ratio.figure[0] == pytest.approx(543.1816 / 232.5928, rel=1e-5)
     assert ratio.record.path == FRONTIER
@@ -188,7 +191,7 @@ def test_more_memory_than_stock_is_missed() -> None:
 
 def test_targets_exit_with_one_while_one_is_missed(capsys, tmp_path) -> None:
     assert targets.main([]) == 1
-    assert "2 missed, 10 no record" in capsys.readouterr().out
+    assert "2 missed, 12 no record" in capsys.readouterr().out
     assert targets.main(["--records", str(tmp_path)]) == 1
     assert "0 met, 0 missed" in capsys.readouterr().out
 
@@ -223,6 +226,26 @@ def test_a_base_in_few_bits_stands_beside_16_bits() -> None:
 def test_what_all_linears_add_is_read_where_both_were_measured() -> None:
     assert tables.adapters([bases_of_9b(), *COMMITTED]) == tables.adapters(COMMITTED)
     assert any("qwen3.5-9b" in row for row in tables.adapters(COMMITTED))
+
+
+def learnt(steps: int, apart: float, cosines: list[float]) -> Record:
+    results = [{"name": "16-bit", "apart": 0.0, "cosines": [1.0, 1.0]}]
+    results.append({"name": "fp8-products", "apart": apart, "cosines": cosines})
+    data = {"kind": "learning", "subject": "qwen3.5-0.8b", "device": "NVIDIA H200", "date": "2026-12-02"}
+    return Record(Path("learning.json"), {**data, "configs": [{"config": {"steps": steps}, "results": results}]})
+
+
+@pytest.mark.parametrize(
+    ("record", "verdicts"),
+    [
+        (learnt(300, 0.004, [0.9995, 0.9991]), ["met", "met"]),
+        (learnt(300, 0.006, [0.9995, 0.998]), ["missed", "missed"]),
+        (learnt(20, 0.004, [0.9995, 0.9991]), ["no record", "no record"]),
+    ],
+)
+def test_learning_is_held_at_its_worst(record: Record, verdicts: list[str]) -> None:
+    found = [o.verdict for o in targets.evaluate([record]) if o.target.name.startswith("learning")]
+    assert found == verdicts
 
 
 def step(**changes) -> roofline.Step:
