@@ -4,7 +4,8 @@
 
 A model with random weights first learns the text in full, so that its weights are no noise. From there adapters on all
 linears train on each base, from the same values, on the same packs. A record holds every loss, and of each base its
-largest distance from that on 16 bits at every tenth step and the cosines of the adapters' gradients on one pack.
+largest distance from that on 16 bits at every tenth step and the cosines of the adapters' gradients on one pack; of
+products in fp8 both beside products of the same weights in 16 bits too.
 """
 
 # T tokens of a pack
@@ -35,10 +36,11 @@ __all__ = ["Course", "Text", "main", "trained_on"]
 METHOD: Final = (
     "tokens are the text's bytes; the base learns every weight first (AdamW on float32 copies), then adapters on "
     "all linears train on it in each of the bases, from the same values, by torch.optim.AdamW, on the same packs; "
-    "apart: the largest |loss / loss on 16 bits - 1| of every tenth step; cosines: of the adapters' gradients on one "
-    "pack to those on 16 bits, at the adapters' first values and at those that 16 bits end with"
+    "apart: the largest |loss / other loss - 1| of every tenth step, by the name of the other base; cosines: of the "
+    "adapters' gradients on one pack to the other's, at the adapters' first values and at those that 16 bits end with"
 )
 _EVERY: Final = 10
+_PLAIN: Final = "16-bit"
 
 
 @dataclass(frozen=True)
@@ -129,33 +131,36 @@ def learnt_base(course: Course, text: Text) -> tuple[dict[str, Tensor], list[flo
 def trained_on(course: Course, text: Text, weights: Mapping[str, Tensor], bases: Sequence[str]) -> list[dict[str, Any]]:
     """A result for 16 bits and for each of ``bases``, as records hold them."""
     found: list[dict[str, Any]] = []
+    losses: dict[str, list[float]] = {}
+    gradients: dict[str, list[Tensor]] = {}
     ends: dict[str, Tensor] = {}
-    references: list[Tensor] = []
     for base in ("", *bases):
+        name = base or _PLAIN
         model = course.blank()
         model.load_state_dict(weights)
         if base:
             with_base(model, base, values=False)
         model = course.prepared(with_lora(model, "all", rank=course.rank, alpha=2 * course.rank, seed=course.seed))
         trained = adapters(model)
-        first, losses = _gradients(model, text), []
+        first, on_the_way = _gradients(model, text), []
         optimizer = course.optimizer([p for _, p in trained], 1)
         for number in range(course.steps):
-            losses.append(_backward(model, text.batch(course.pretraining + number)))
+            on_the_way.append(_backward(model, text.batch(course.pretraining + number)))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not base:
-            ends = {name: p.detach().clone() for name, p in trained}
+        ends = ends or {path: p.detach().clone() for path, p in trained}
         with torch.no_grad():
-            for name, p in trained:
-                p.copy_(ends[name])
-        seen = [first, _gradients(model, text)]
-        references = references or seen
-        found.append({"name": base or "16-bit", "losses": _floats(losses), "cosines": _cosines(seen, references)})
+            for path, p in trained:
+                p.copy_(ends[path])
+        losses[name], gradients[name] = _floats(on_the_way), [first, _gradients(model, text)]
+        others = [_PLAIN, *(values for values in [base.partition("-")[0]] if values in losses and values != name)]
+        found.append({
+            "name": name,
+            "losses": losses[name],
+            "apart": {other: _apart(losses[name], losses[other]) for other in others},
+            "cosines": {other: _cosines(gradients[name], gradients[other]) for other in others},
+        })  # fmt: skip
         del model, trained, optimizer
-    expected = found[0]["losses"]
-    for result in found:
-        result["apart"] = _apart(result["losses"], expected)
     return found
 
 
@@ -186,7 +191,8 @@ def _apart(losses: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def _floats(losses: Sequence[Tensor]) -> list[float]:
-    return torch.stack(list(losses)).tolist() if losses else []
+    found: list[float] = torch.stack(list(losses)).tolist()
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--commit", metavar="HASH", help="of the source, where it lies without its history")
     add("--output", type=Path, default=RECORDS, metavar="DIR", help="where records go; benchmarks/records by default")
     args = parser.parse_args(argv)
+    if min(args.pretraining, args.steps) < 1:
+        raise SystemExit("--pretraining and --steps must be at least 1")
     name, _, layers = args.model.partition(":")
     course = Course(
         name, int(layers) if layers else None, args.pretraining, args.steps, args.rank,
@@ -238,11 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pretraining_losses": before,
     }
     path = write_record({**record, "ok": finite, "configs": [{"config": about, "results": results}]}, args.output)
-    rows = [f"{'base':16}{'first loss':>12}{'last loss':>12}{'apart':>10}{'cosine, first and last':>26}"]
+    rows = [f"{'base':16}{'first loss':>12}{'last loss':>12}{'beside':>10}{'apart':>10}{'cosine, first and last':>26}"]
     for r in results:
-        ends = (r["losses"][0], r["losses"][-1]) if r["losses"] else (float("nan"),) * 2
-        cosines = " ".join(f"{cosine:.5f}" for cosine in r["cosines"])
-        rows.append(f"{r['name']:16}{ends[0]:12.4f}{ends[1]:12.4f}{r['apart']:10.4%}{cosines:>26}")
+        for other, apart in r["apart"].items():
+            cosines = " ".join(f"{cosine:.5f}" for cosine in r["cosines"][other])
+            ends = "".join(f"{loss:12.4f}" for loss in (r["losses"][0], r["losses"][-1]))
+            rows.append(f"{r['name']:16}{ends}{other:>10}{apart:10.4%}{cosines:>26}")
     sys.stdout.write("\n".join([*rows, str(path), ""]))
     return 0 if finite else 1
 

@@ -228,26 +228,24 @@ def _bases() -> Iterator[Target]:
     yield Target(name, figure, 1.15, at_least=False, form="{:.3f}x")
 
 
-def _learning(base: str, read: Callable[[Mapping[str, Any]], float]) -> Any:
-    """A figure of learning on a base: the newest record of 300 steps."""
+def _learning(base: str, other: str, key: str, choose: Callable[[Any], float]) -> Any:
+    """A figure of learning on a base beside another: the newest record of 300 steps."""
 
     def figure(records: Sequence[Record]) -> Iterator[tuple[Record, Figure]]:
         for record in records:
             for config in record.configs if record.kind == "learning" else ():
                 for r in config["results"]:
-                    if r["name"] == base and config["config"]["steps"] >= _LEARNING_STEPS:
-                        yield record, (read(r), record.subject)
+                    if r["name"] == base and other in r[key] and config["config"]["steps"] >= _LEARNING_STEPS:
+                        yield record, (choose(r[key][other]), record.subject)
 
     return figure
 
 
 def _learnt() -> Iterator[Target]:
-    name, base = "learning with products in fp8 beside 16 bits", "fp8-products"
-    apart = _learning(base, lambda r: r["apart"])
-    yield Target(
-        f"{name}: loss of every tenth of 300 steps on text, apart", apart, 0.005, at_least=False, form="{:.2%}"
-    )
-    cosine = _learning(base, lambda r: min(r["cosines"]))
+    name, pair = "learning with products in fp8 beside 16 bits, weights in fp8", ("fp8-products", "fp8")
+    apart, loss = _learning(*pair, "apart", float), "loss of every tenth of 300 steps on text, apart"
+    yield Target(f"{name}: {loss}", apart, 0.005, at_least=False, form="{:.2%}")
+    cosine = _learning(*pair, "cosines", min)
     yield Target(f"{name}: cosine of the adapters' gradients", cosine, 0.999, form="{:.4f}")
 
 

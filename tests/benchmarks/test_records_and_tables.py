@@ -150,8 +150,8 @@ def test_targets_of_the_committed_records() -> None:
     without = [o.target.name for o in outcomes if o.verdict == "no record"]
     assert [name for name in without if "GPUs" not in name] == [
         "qwen3.5-2b: products in fp8 against 16 bits, LoRA on all linears",
-        "learning with products in fp8 beside 16 bits: loss of every tenth of 300 steps on text, apart",
-        "learning with products in fp8 beside 16 bits: cosine of the adapters' gradients",
+        "learning with products in fp8 beside 16 bits, weights in fp8: loss of every tenth of 300 steps on text, apart",
+        "learning with products in fp8 beside 16 bits, weights in fp8: cosine of the adapters' gradients",
     ]
     ratio = outcome("qwen3.5-2b: against the same, memory free", *COMMITTED)
     assert ratio.figure[0] == pytest.approx(543.1816 / 232.5928, rel=1e-5)
@@ -229,8 +229,9 @@ def test_what_all_linears_add_is_read_where_both_were_measured() -> None:
 
 
 def learnt(steps: int, apart: float, cosines: list[float]) -> Record:
-    results = [{"name": "16-bit", "apart": 0.0, "cosines": [1.0, 1.0]}]
-    results.append({"name": "fp8-products", "apart": apart, "cosines": cosines})
+    results = [{"name": "fp8", "apart": {"16-bit": 0.1}, "cosines": {"16-bit": [0.9, 0.9]}}]
+    beside = {"apart": {"16-bit": 0.1, "fp8": apart}, "cosines": {"16-bit": [0.9, 0.9], "fp8": cosines}}
+    results.append({"name": "fp8-products", **beside})
     data = {"kind": "learning", "subject": "qwen3.5-0.8b", "device": "NVIDIA H200", "date": "2026-12-02"}
     return Record(Path("learning.json"), {**data, "configs": [{"config": {"steps": steps}, "results": results}]})
 
