@@ -63,6 +63,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list
     return of
 
 
+def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = CompileOptions(backend="aot_eager")
+    monkeypatch.setattr(planned, "compile_options", lambda recipe: recipe.compile and traced)
+
+
 @pytest.mark.parametrize(
     ("format", "family", "backend"),
     [
@@ -76,7 +81,7 @@ def test_a_base_made_of_16_bits_trains_an_adapter(
     format: str, family: str, backend: Any, wide: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend == "aot_eager":
-        monkeypatch.setattr(planned, "compile_options", lambda _: CompileOptions(backend=backend))
+        without_generated_code(monkeypatch)
     compile = backend and {"scope": "layer"}
     train(recipe_of(tmp_path / "few", base(tmp_path, family), {"type": format}, compile=compile))
     few, (expected, saved) = losses(tmp_path / "few" / "output"), wide(family)
@@ -229,7 +234,8 @@ def test_weights_in_few_bits_do_not_train(what: str, tmp_path: Path) -> None:
         train(recipe)
 
 
-def test_prebuild_compiles_layers_over_weights_in_few_bits(tmp_path: Path) -> None:
+def test_prebuild_compiles_layers_over_weights_in_few_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_generated_code(monkeypatch)
     checkpoint = base(tmp_path, "qwen3_moe")
     recipe = recipe_of(tmp_path / "run", checkpoint, {"type": "nf4"}, compile={"scope": "layer"})
     assert [name for name, _ in build(recipe, torch.device("cpu"))] == ["a step, 1 document"]
