@@ -11,6 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # processes that tests start as well: where several share the cores, threads that wait for each other spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor would compile and load a file for each set of vector instructions, to see whether it can: some seconds of the
+# first compilation, and one of each other process that compiles
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 # a compiler makes hundreds of thousands of objects that live on: a tenth of its time went into looking for dead ones
 gc.set_threshold(100_000, 20, 100)

@@ -90,14 +90,14 @@ def test_killed_at_many_writes(cases: Any, tmp_path: Path, kind: str, number: in
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_at_random(case: Any, tmp_path: Path, seed: int) -> None:
+def test_killed_at_random(case: Any, seconds: float, tmp_path: Path, seed: int) -> None:
     """Fourteen at any time, three within the first save and three within the last; each of them twice in a row."""
     draw, output = random.Random(seed), tmp_path / "output"
     arguments = ["train", str(case.recipe), "--set", f"training.output_dir={output}", "--resume", "auto"]
     for _ in range(2):
         if seed < 14:
             process = start(arguments, output)
-            time.sleep(draw.uniform(0, case.seconds))
+            time.sleep(draw.uniform(0, seconds))
             process.kill()  # nothing, where the run has ended
             process.join()
         else:

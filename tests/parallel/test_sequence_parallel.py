@@ -49,30 +49,26 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     "experts": ((2, 4), Case((THREE,), family="qwen3_5_moe", call=ROUTED)),
     # padding counts in the router's loss, so it is there on one process too
     "interleaved": ((2, 4), Case((ODD,), family="qwen3_next", total=92, call=ROUTED)),
-    # the other boundaries in a pack of as many tokens take the same graphs
-    "traced": ((2,), Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared=traced(0.0), exchanges=True)),
+    # the other boundaries in a pack of as many tokens take the same graphs; no document of APART lies on two ranks
+    "traced": ((2,), Case((THREE, APART, [13, 1, 2, 3, 109], [128]), layers=1, prepared=traced(0.0), exchanges=True)),
     "traced, routed": (
         (2,),
         Case((THREE,), family="qwen3_moe", layers=1, call=ROUTED, prepared=traced(0.5), exchanges=True),
     ),
-    "traced, whole": ((2,), Case((THREE,), family="qwen3", layers=1, prepared={"compile": WHOLE})),
+    "traced, whole": ((2,), Case((APART, THREE), family="qwen3", layers=1, prepared={"compile": WHOLE})),
     "traced, adapters": (
         (2,),
         Case((THREE,), family="qwen3", layers=1, lora=True, prepared=traced("layer"), exchanges=True),
     ),
     # no document lies on two ranks in the first pack
-    "whole documents": ((2, 4), Case((APART, THREE, [13, 1, 2, 3, 109]), layers=1, prepared=traced(0.0))),
+    "whole documents": ((2, 4), Case((APART, THREE, [13, 1, 2, 3, 109]))),
     "whole documents, checkpointed": (
         (2,),
         Case((APART, THREE), labels=True, counted=False, lora=True, prepared={"checkpointing": "layer"}),
     ),
     "whole documents, experts": ((2, 4), Case((APART, THREE), family="qwen3_5_moe", call=ROUTED)),
-    "whole documents, graph of the model": (
-        (2,),
-        Case((APART, THREE), family="qwen3", layers=1, prepared={"compile": WHOLE}),
-    ),
     "whole documents, windows and sinks": ((2,), Case((APART,), family="gpt_oss", call=ROUTED)),
-    "whole documents, states": ((2, 4), Case((APART, THREE), layers=1, prepared=traced("layer"), recurrent="state")),
+    "whole documents, states": ((2, 4), Case((APART, THREE), prepared={"checkpointing": "layer"}, recurrent="state")),
     "states": (
         (2, 4),
         Case((THREE, ODD, [513, 511], [514, 510], [257, 255, 257, 255], [401], [7], [1, 1, 1]), recurrent="state"),
@@ -88,9 +84,11 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     ),
     "states, traced": (
         (2,),
-        Case((THREE, [13, 1, 2, 3, 109], [128]), layers=1, prepared=traced(0.0), recurrent="state", exchanges=True),
+        Case(
+            (THREE, APART, [13, 1, 2, 3, 109], [128]), layers=1, prepared=traced(0.0), recurrent="state", exchanges=True
+        ),
     ),
-    "compiled": ((2,), Case((THREE,), layers=1, prepared={"compile": CompileOptions(), "checkpointing": "layer"})),
+    "compiled": ((2,), Case((THREE,), family="qwen3", layers=1, prepared={"compile": CompileOptions()})),
 }
 BY_RANKS = [(name, ranks) for name, (sizes, _) in CASES.items() for ranks in sizes]
 

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied": True},
     "adapters": {"lora": EVERY, "tied": True, "impl": "fused"},
-    "compiled_adapters": {"lora": EVERY, "impl": "fused", "compile": TRACED, "checkpointing": "layer"},
+    "compiled_adapters": {"layers": 1, "lora": EVERY, "impl": "fused", "compile": TRACED, "checkpointing": "layer"},
     "adapters_and_head": {"lora": {**EVERY, "modules_to_save": ["lm_head"]}},
     "adapters_and_tied_embedding": {"lora": {**EVERY, "modules_to_save": ["embed_tokens"]}, "tied": True},
     "wide_adapters": {"lora": EVERY, "dtype": torch.bfloat16},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from training_cases import make_recipe, save_checkpoint, write_conversations, write_pairs
+from training_cases import byte_tokenizer, make_recipe, save_checkpoint, write_conversations, write_pairs
 from transformers import TrainerCallback
 
 from deltatune.config.schema import Recipe
@@ -20,6 +20,7 @@ from deltatune.errors import InterruptedRunError, UserError
 from deltatune.training import run as run_module
 from deltatune.training.run import train
 from deltatune.training.trainer import PackedTrainer
+from tiny import tiny_model
 
 QUIET = Console(quiet=True)
 
@@ -27,7 +28,8 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    return save_checkpoint(tmp_path_factory.mktemp("model") / "base")
+    model = tiny_model("qwen3", layers=1, vocab_size=len(byte_tokenizer()))
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "base", model)
 
 
 @pytest.fixture

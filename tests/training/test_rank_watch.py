@@ -41,11 +41,6 @@ def recipe(folder: Path, **training: Any) -> Recipe:
     )
 
 
-def ranks_of(folder: Path, at_step_2: Callable[[int], None]) -> list[tuple[int, str]]:
-    """Exit codes and error outputs of two ranks of three steps; either may do something before its second."""
-    return ended(folder, started(folder, at_step_2))
-
-
 def started(folder: Path, at_step_2: Callable[[int], None]) -> list[Any]:
     (folder / "recipe.json").write_text(recipe(folder, max_steps=3).model_dump_json(exclude_unset=True))
     port = free_port()
@@ -55,12 +50,14 @@ def started(folder: Path, at_step_2: Callable[[int], None]) -> list[Any]:
     return ranks
 
 
-def ended(folder: Path, ranks: list[Any]) -> list[tuple[int, str]]:
-    end = time.monotonic() + 60
+def ended(folder: Path, ranks: list[Any]) -> list[tuple[int | None, str]]:
+    """Exit codes and error outputs; no code of one that hangs."""
+    end, codes = time.monotonic() + 60, []
     for process in ranks:
         process.join(max(0.0, end - time.monotonic()))
-    assert all(process.exitcode is not None for process in ranks)
-    return [(process.exitcode, (folder / f"stderr{rank}").read_text()) for rank, process in enumerate(ranks)]
+        codes.append(process.exitcode)
+        process.kill()
+    return [(code, (folder / f"stderr{rank}").read_text()) for rank, code in enumerate(codes)]
 
 
 def rank_main(rank: int, folder: str, port: int, at_step_2: Callable[[int], None]) -> None:
@@ -127,8 +124,29 @@ def be_slow_on_rank_1(rank: int) -> None:
         time.sleep(TIMEOUT_S + 3)
 
 
-def test_the_traceback_of_the_rank_that_failed_is_told_once(tmp_path: Path) -> None:
-    (status, said), (_, said_there) = ranks_of(tmp_path, break_rank_1)
+#: what either of two ranks does before its second step; one of the first says nothing for longer than others wait
+SILENT = {"stopped 1": stop_rank_1, "stopped 0": stop_rank_0, "slow": be_slow_on_rank_1}
+FAILING = {
+    "broken": break_rank_1,
+    "missing file": miss_a_file_on_rank_1,
+    "killed 1": kill_rank_1,
+    "killed 0": kill_rank_0,
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[tuple[int | None, str]]]]:
+    """The folder of each two ranks, and how they ended. The others run while the silent ones wait."""
+    acts = {**SILENT, **FAILING}
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in acts}
+    groups = {name: started(folders[name], acts[name]) for name in SILENT}
+    ends = {name: ended(folders[name], started(folders[name], acts[name])) for name in FAILING}
+    ends |= {name: ended(folders[name], groups[name]) for name in SILENT}
+    return {name: (folders[name], ends[name]) for name in acts}
+
+
+def test_the_traceback_of_the_rank_that_failed_is_told_once(found: Any) -> None:
+    folder, ((status, said), (_, said_there)) = found["broken"]
     assert status == 1
     first, _, trace = said.partition("\n")
     assert first.startswith("error: rank 1 on ")
@@ -137,13 +155,13 @@ def test_the_traceback_of_the_rank_that_failed_is_told_once(tmp_path: Path) -> N
     assert trace.endswith("\nRuntimeError: the heart of it\n")
     assert "Connection closed" not in trace
     assert said_there == ""
-    assert (tmp_path / "output" / "train.log").read_text().endswith(f"failed: {said.removeprefix('error: ')}")
-    leg = leg_of(tmp_path)
+    assert (folder / "output" / "train.log").read_text().endswith(f"failed: {said.removeprefix('error: ')}")
+    leg = leg_of(folder)
     assert (leg["status"], f"error: {leg['reason']}") == ("failed", first)
 
 
-def test_a_users_error_on_one_rank_is_one_line(tmp_path: Path) -> None:
-    (status, said), _ = ranks_of(tmp_path, miss_a_file_on_rank_1)
+def test_a_users_error_on_one_rank_is_one_line(found: Any) -> None:
+    _, ((status, said), _) = found["missing file"]
     assert status == 2
     assert said.count("\n") == 1, said
     line = said.rstrip("\n")
@@ -151,35 +169,26 @@ def test_a_users_error_on_one_rank_is_one_line(tmp_path: Path) -> None:
     assert line.endswith("No such file or directory: '/there/is/none'")
 
 
-@pytest.mark.parametrize(("act", "lost"), [(kill_rank_1, 1), (kill_rank_0, 0)])
-def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, act: Callable[[int], None], lost: int) -> None:
-    found = ranks_of(tmp_path, act)
-    assert found[lost][0] == -signal.SIGKILL
-    status, said = found[1 - lost]
+@pytest.mark.parametrize("lost", [1, 0])
+def test_a_killed_rank_is_named_by_the_other(found: Any, lost: int) -> None:
+    folder, ends = found[f"killed {lost}"]
+    assert ends[lost][0] == -signal.SIGKILL
+    status, said = ends[1 - lost]
     assert status == 1
     assert said.count("\n") == 1, said
     line = said.rstrip("\n")
     assert line.startswith(f"error: rank {lost} on ")
     assert line.endswith("its process is gone; go on from checkpoint-1 with --resume, in 2 processes")
-    leg = leg_of(tmp_path)
+    leg = leg_of(folder)
     assert (leg["status"], f"error: {leg['reason']}") == ("failed", line)
-    assert line.removeprefix("error: ") in (tmp_path / "output" / "train.log").read_text()
-
-
-@pytest.fixture(scope="module")
-def silent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[tuple[int, str]]]]:
-    """Ranks of which one says nothing for longer than others wait: three groups at a time, which do little but wait."""
-    acts = {"stopped 1": stop_rank_1, "stopped 0": stop_rank_0, "slow": be_slow_on_rank_1}
-    folders = {name: tmp_path_factory.mktemp(name) for name in acts}
-    groups = {name: started(folder, acts[name]) for name, folder in folders.items()}
-    return {name: (folder, ended(folder, groups[name])) for name, folder in folders.items()}
+    assert line.removeprefix("error: ") in (folder / "output" / "train.log").read_text()
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_stopped_rank_is_missed_and_ended(silent: Any, lost: int) -> None:
-    folder, found = silent[f"stopped {lost}"]
-    status, said = found[1 - lost]
-    assert (status, found[lost][0]) == (1, -signal.SIGKILL)
+def test_a_stopped_rank_is_missed_and_ended(found: Any, lost: int) -> None:
+    folder, ends = found[f"stopped {lost}"]
+    status, said = ends[1 - lost]
+    assert (status, ends[lost][0]) == (1, -signal.SIGKILL)
     assert said.startswith(f"error: rank {lost} on ")
     assert f"was lost: nothing was heard of it for {TIMEOUT_S} s" in said
     assert leg_of(folder)["status"] == "failed"
@@ -188,9 +197,9 @@ def test_a_stopped_rank_is_missed_and_ended(silent: Any, lost: int) -> None:
     assert (folder / "output" / "train.log").stat().st_mtime - began < TIMEOUT_S + 4 * BEAT + 15
 
 
-def test_a_rank_that_works_for_long_is_waited_for(silent: Any) -> None:
-    folder, found = silent["slow"]
-    assert found == [(0, ""), (0, "")]
+def test_a_rank_that_works_for_long_is_waited_for(found: Any) -> None:
+    folder, ends = found["slow"]
+    assert ends == [(0, ""), (0, "")]
     assert leg_of(folder)["status"] == "finished"
 
 

@@ -80,7 +80,7 @@ def recipe_of(case: str, folder: Path, shared: Path, *, ranks: int) -> Any:
     return make_recipe(
         scratch, shared / "untied", model=model, data={**data, **sections.pop("data", {})}, training=training,
         verify={"enabled": True} if case == PROBED else {"enabled": False, "lengths": None},
-        parallel={"shard": ranks}, **sections,
+        packing={"tokens_per_batch": 128}, parallel={"shard": ranks}, **sections,
     )  # fmt: skip
 
 
