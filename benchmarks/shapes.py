@@ -24,7 +24,7 @@ TARGETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "all": {"target_modules": "all-linear"},
     "experts": {"target_modules": _QKVO, "target_parameters": _EXPERTS},
 }
-#: Formats of weights in few bits, made of those in 16; in the last, linear layers compute in fp8 too.
+#: Formats of weights in few bits, made of those in 16; in the last, products compute in fp8 too, as a recipe has it.
 BASES: Final = ("nf4", "fp8", "fp8-products")
 #: Every fourth layer attends, the others run the delta rule.
 _PERIOD: Final = 4
@@ -231,7 +231,8 @@ def with_base(model: Any, base: str, *, values: bool) -> None:
     from deltatune import ops
     from deltatune.hf.quantizable import quantizable
     from deltatune.quantization.blank import Encoding
-    from deltatune.quantization.tensor import QuantizedTensor, in_fp8
+    from deltatune.quantization.products import compute_in_fp8
+    from deltatune.quantization.tensor import QuantizedTensor
 
     format, _, products = base.partition("-")
     for name, like in quantizable(model, Encoding(format)).items():
@@ -239,10 +240,10 @@ def with_base(model: Any, base: str, *, values: bool) -> None:
         weight = model.get_parameter(name).detach()
         upright = weight.mT if like.transposed else weight
         found = QuantizedTensor(ops.quantize(upright, format), weight.dtype, transposed=like.transposed)
-        if products and weight.ndim == 2:
-            found = in_fp8(found)
         made = found.decoded().contiguous() if values else found
         model.get_submodule(path)._parameters[key] = nn.Parameter(made, requires_grad=False)
+    if products and not values:
+        compute_in_fp8(model, model.device, model.dtype)
 
 
 def with_lora(model: Any, targets: str, *, rank: int, alpha: int, seed: int = 0) -> Any:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=["16-bit"],
         choices=["16-bit", *BASES],
-        help="the weights of our layers: as they are, or in few bits; in the last, linear layers compute in fp8 too",
+        help="the weights of our layers: as they are, or in few bits; in the last, products are in fp8 too",
     )
     add("--rounds", type=int, default=1, metavar="N", help="turns of every system; 1 by default")
     add("--cold-start", action="store_true", help="ours at its first setting, with the compiler's cache empty and full")

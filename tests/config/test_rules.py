@@ -163,6 +163,21 @@ ERRORS = {
         "lora.init_lora_weights: pissa_niter_4 is made of the base weights' numbers, and the base is in few bits",
         "{model: {name_or_path: m, quantization: {}}, lora: {init_lora_weights: gaussian}}",
     ),
+    "products_in_fp8_are_of_weights_in_fp8": (
+        "{model: {name_or_path: m, quantization: {type: nf4, compute: fp8}}, lora: {}}",
+        "model.quantization.compute: fp8 multiplies the codes of weights in fp8, and these are in nf4",
+        "{model: {name_or_path: m, quantization: {type: nf4, compute: bf16}}, lora: {}}",
+    ),
+    "products_in_fp8_have_a_scale_for_each_channel": (
+        "{model: {name_or_path: m, quantization: {type: fp8, compute: fp8, blocks: true}}, lora: {}}",
+        "model.quantization.blocks: true makes a scale for each 128x128 weights, and products in fp8 take one for each",
+        "{model: {name_or_path: m, quantization: {type: fp8, compute: fp8}}, lora: {}}",
+    ),
+    "adapters_of_experts_are_beside_products_in_fp8": (
+        "{model: {name_or_path: m, quantization: {compute: fp8}}, lora: {target_parameters: all-experts, impl: stock}}",
+        "lora.impl: stock adds adapters of experts to the values of their weights in every call",
+        "{model: {name_or_path: m, quantization: {compute: fp8}}, lora: {target_parameters: all-experts, impl: fused}}",
+    ),
     "weights_in_few_bits_are_in_no_shards": (
         "{model: {name_or_path: m, quantization: {}}, lora: {}, parallel: {shard: 2}}",
         "parallel.shard: 2: model.quantization: weights in few bits are not divided among processes yet",

@@ -143,6 +143,11 @@ CHANGES: dict[str, Change] = {
     "model.name_or_path": cannot("model.name_or_path={folder}/other"),
     "model.dtype": cannot("model.dtype=bfloat16"),
     "model.quantization.type": cannot("model.quantization.type=nf4"),
+    "model.quantization.compute": acts(
+        "model.quantization.compute=fp8",
+        refused="model.quantization.compute: fp8: no weight can compute in fp8: no more than 64 outputs",
+        base=("model.quantization={type: fp8}",),
+    ),
     "model.quantization.blocks": cannot("model.quantization={type: fp8, blocks: true}"),
     "model.revision": cannot("model.revision=main"),
     "model.trust_remote_code": cannot("model.trust_remote_code=true"),

@@ -104,6 +104,14 @@ def test_blocks_are_rounded_once_more(shape: tuple[int, ...]) -> None:
     assert 0.8 * ROUNDING < relative(again, values) < 1.1 * ROUNDING
 
 
+def test_blocks_as_wide_as_a_channel_keep_their_values() -> None:
+    weight = QuantizedTensor(ops.quantize(torch.randn(2, 200, 112), "fp8", blocks=True), torch.float32)
+    assert weight.scales.shape == (2, 2, 1)
+    found = in_fp8(weight)
+    assert not found.rounded
+    assert torch.equal(found.decoded(), weight.decoded())
+
+
 def pair(family: str = "qwen3_5", *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Computing in fp8, and with the values of the same weights; the same adapters."""
     model = tiny_model(family, dtype=dtype, **FAMILIES[family])
@@ -289,8 +297,8 @@ def test_which_weights_compute_in_fp8() -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_model_without_weights_is_planned(blocks: bool) -> None:
-    weight = QuantizedTensor(ops.quantize(torch.randn(192, 128), "fp8", blocks=blocks), torch.float32)
-    model = nn.Linear(128, 192, bias=False)
+    weight = QuantizedTensor(ops.quantize(torch.randn(192, 160), "fp8", blocks=blocks), torch.float32)
+    model = nn.Linear(160, 192, bias=False)
     model.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
     compute_in_fp8(model, CPU, torch.float32)
     assert computes_in_fp8(model.weight)

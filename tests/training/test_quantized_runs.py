@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from few_bits_cases import DENSE, SIZES, base, losses, recipe_of
 from safetensors.torch import load_file
-from training_cases import byte_tokenizer, make_recipe, save_checkpoint
+from training_cases import byte_tokenizer, save_checkpoint
 
 from deltatune import CompileOptions
 from deltatune.cli import main
 from deltatune.commands.prebuild import build
 from deltatune.config.load import dump_recipe
-from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.training import planned
 from deltatune.training.quantized_base import QuantizedBase
@@ -28,25 +28,6 @@ from deltatune.training.run import train
 from forked import free_port, run_ranks
 from released_checkpoints import STYLES, make, model_of
 from tiny import tiny_model
-
-SIZES = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64}
-
-
-def base(folder: Path, family: str = "qwen3_5_moe") -> Path:
-    model = tiny_model(family, vocab_size=len(byte_tokenizer()), dtype=torch.bfloat16, **SIZES)
-    return save_checkpoint(folder / "base", model)
-
-
-def recipe_of(folder: Path, checkpoint: Path, quantization: dict[str, Any] | None, **sections: Any) -> Recipe:
-    lora = {"r": 4, "target_modules": "all-linear", "target_parameters": "all-experts"}
-    folder.mkdir(exist_ok=True)
-    model = {"name_or_path": str(checkpoint)} | ({} if quantization is None else {"quantization": quantization})
-    return make_recipe(folder, checkpoint, **{"model": model, "lora": lora, **sections})
-
-
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "run.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +185,6 @@ def test_replicas_train_what_one_process_does(tmp_path: Path) -> None:
     train(alone)
     found, expected = (losses(tmp_path / name / "output") for name in ("ranks", "alone"))
     assert found == pytest.approx(expected, rel=1e-5)
-
-
-DENSE: dict[str, Any] = {"lora": {"r": 4, "target_modules": "all-linear", "target_parameters": None}}
 
 
 def rank_main(rank: int, folder: str, checkpoint: str, port: int) -> None:

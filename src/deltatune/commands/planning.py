@@ -41,6 +41,7 @@ from deltatune.training.planned import (
     offloading_lines,
     prepare_by_recipe,
 )
+from deltatune.training.products import check_products, product_lines
 from deltatune.training.prompts import samples_lines
 from deltatune.training.quantized_base import quantized_base
 from deltatune.training.quantized_weights import quantized_lines
@@ -97,6 +98,7 @@ def show(
     room, processes = check_space(model, recipe), nproc or _processes(recipe, arguments)
     if not _is_elsewhere(recipe, arguments.device):
         check_adapters(recipe, model, arguments.device, processes)
+        check_products(recipe, model, arguments.device)
     sizes = sizes_of(recipe, model, arguments, processes)
     prepared, unavailable = _prepared(recipe, model, arguments.device, sizes)
     data.check_tokens(hf_model.base_model(model).get_input_embeddings().weight.shape[0], tokenizer)
@@ -104,6 +106,7 @@ def show(
     sys.stdout.writelines(f"warning: {warning}\n" for warning in [*warnings, *unavailable, *room.warnings()])
     lines = [f"model {recipe.model.name_or_path} on {arguments.device}", "", report.text(_terminal_width())]
     lines += quantized_lines(model, quantized_base(recipe.model, config))
+    lines += product_lines(recipe, model, arguments.device)
     lines += [*start_lines(recipe.lora), *optimizer_lines(model, recipe.training)]
     lines += [*sizes_lines(recipe, sizes), *(host_lines(recipe, model) if max(sizes.shard, sizes.expert) > 1 else [])]
     mesh = Mesh.at(sizes.processes, arguments.process_index, shard=sizes.shard, sequence=sizes.sequence)

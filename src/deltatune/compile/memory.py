@@ -16,13 +16,13 @@ from torch import nn
 from deltatune.compile.trace import LayerMemory
 from deltatune.cost import WHOLE, Cost, ExpertSplit
 from deltatune.hf import model as hf_model
-from deltatune.hf.experts import routed_parameters
+from deltatune.hf.experts import experts_per_token, routed_parameters
 from deltatune.hf.units import gathered_units
 from deltatune.ops import LinearCrossEntropySpec, choose
 from deltatune.ops._linear_cross_entropy.blocks import workspace_bytes
 from deltatune.ops._linear_cross_entropy.reference import chunk_tokens
 from deltatune.packing.group import Recurrent
-from deltatune.quantization.tensor import QuantizedTensor, stored_bytes
+from deltatune.quantization.tensor import QuantizedTensor, computes_in_fp8, stored_bytes
 from deltatune.state import CheckpointingChoice
 from deltatune.subclass import Swapped
 
@@ -56,6 +56,8 @@ _BITSANDBYTES: Final = {
 _TORCHAO: Final = {"adamw_torch_8bit": 8, "adamw_torch_4bit": 4}
 _NARROW_SMALLEST: Final = 4096
 _BLOCK: Final = 256
+# A value that is rounded to fp8: in float32, over its row's scale, and its code.
+_ROUNDED_BYTES: Final = 4 + 4 + 1
 
 # What allocator and kernels' workspaces take beyond the tensors counted here.
 _HEADROOM: Final = 0.9
@@ -291,10 +293,19 @@ def _activation_bytes(
         held = min(held, tokens * max(kept, default=0) + in_flight)
     # embedding output, and the final norm's input and output
     ends = 3 * hf_model.text_config(model).hidden_size * width_bytes
-    # one weight in few bits is decoded at a time
-    quantized = [weight for weight in model.parameters() if isinstance(weight, QuantizedTensor)]
-    decoded = max((weight.numel() * weight.dtype.itemsize for weight in quantized), default=0)
-    return int(held + tokens * (max(recomputed, default=0) + ends) + decoded)
+    return int(held + tokens * (max(recomputed, default=0) + ends) + _of_products(model, tokens))
+
+
+def _of_products(model: nn.Module, tokens: int) -> int:
+    """What one product with a weight in few bits holds for its length: its values, or rows as they become codes."""
+    config, sizes = hf_model.text_config(model), [0]
+    for weight in model.parameters():
+        if computes_in_fp8(weight):
+            visits = experts_per_token(config, weight.shape[0]) if weight.ndim > 2 else 1
+            sizes.append(tokens * visits * max(weight.shape[-2:]) * _ROUNDED_BYTES)
+        elif isinstance(weight, QuantizedTensor):
+            sizes.append(weight.numel() * weight.dtype.itemsize)
+    return max(sizes)
 
 
 def _kept_and_recomputed(

@@ -15,7 +15,7 @@ from deltatune.config.inductor import INDUCTOR_OPTIONS
 from deltatune.config.kernel_names import kernel_errors
 from deltatune.config.moments import moment_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
-from deltatune.config.schema import LoraSection, Recipe, Source
+from deltatune.config.schema import Fp8Quantization, LoraSection, Recipe, Source
 from deltatune.config.training_section import TrainingSection
 from deltatune.errors import RecipeKeyError, UserError, nearest
 
@@ -250,8 +250,27 @@ def quantization_errors(recipe: Recipe) -> Iterator[str]:
 
 def _quantization_errors(recipe: Recipe) -> Iterator[str]:
     # what is quantised without this section, the checkpoint says
-    if recipe.model.quantization is not None:
-        yield from quantization_errors(recipe)
+    given = recipe.model.quantization
+    if given is None:
+        return
+    yield from quantization_errors(recipe)
+    if given.compute == "fp8" and given.type not in ("fp8", "auto"):
+        yield (
+            f"model.quantization.compute: fp8 multiplies the codes of weights in fp8, and these are in {given.type}, "
+            "of which only the values can be multiplied; leave compute out, or take a checkpoint in 16 bits with "
+            "model.quantization: {type: fp8, compute: fp8}"
+        )
+    lora = recipe.lora
+    if given.compute == "fp8" and lora is not None and lora.impl == "stock" and lora.target_parameters:
+        yield (
+            "lora.impl: stock adds adapters of experts to the values of their weights in every call, and no product of "
+            "values is in fp8; set it to auto, or leave model.quantization.compute out"
+        )
+    if given.compute == "fp8" and isinstance(given, Fp8Quantization) and given.blocks:
+        yield (
+            "model.quantization.blocks: true makes a scale for each 128x128 weights, and products in fp8 take one for "
+            "each output channel; leave blocks or compute out"
+        )
 
 
 def sharding_errors(recipe: Recipe, *, few_bits: bool = False) -> Iterator[str]:

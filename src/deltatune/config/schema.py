@@ -43,21 +43,30 @@ OpName = Literal[
 ]
 
 
-class AutoQuantization(Section):
+class _Quantization(Section):
+    type: str
+
+    compute: Literal["bf16", "fp8"] = "bf16"
+    """What products with the base are computed in: `bf16` decodes weights to the dtype of the activations. `fp8`
+    multiplies the codes, forward and backward, with activations and gradients rounded to fp8 row by row; of weights in
+    fp8 alone, on GPUs from compute capability 8.9 (and on a CPU, where it only serves to try)."""
+
+
+class AutoQuantization(_Quantization):
     """Weights in few bits as the checkpoint holds them."""
 
     type: Literal["auto"] = "auto"
     """What the checkpoint's config.json names."""
 
 
-class Nf4Quantization(Section):
+class Nf4Quantization(_Quantization):
     """4 bits with double quantisation, as QLoRA has them, made from 16 or 32 bits as these are read."""
 
     type: Literal["nf4"]
     """4.13 bits a weight."""
 
 
-class Fp8Quantization(Section):
+class Fp8Quantization(_Quantization):
     """8 bits: what an FP8 checkpoint holds, or made from 16 or 32 bits as these are read."""
 
     type: Literal["fp8"]
@@ -68,14 +77,14 @@ class Fp8Quantization(Section):
     channel."""
 
 
-class Mxfp4Quantization(Section):
+class Mxfp4Quantization(_Quantization):
     """4 bits as gpt-oss and compressed-tensors hold them."""
 
     type: Literal["mxfp4"]
     """4.25 bits a weight."""
 
 
-class Nvfp4Quantization(Section):
+class Nvfp4Quantization(_Quantization):
     """4 bits as ModelOpt and compressed-tensors hold them."""
 
     type: Literal["nvfp4"]
@@ -108,7 +117,7 @@ class ModelSection(Section):
     ) = None
     """A frozen base in few bits, under adapters. Its `type` is `nf4` or `fp8`, made from 16 or 32 bits as these are
     read; or what the checkpoint holds: `fp8`, `mxfp4`, `nvfp4`, or `auto` for any (`{}` is that too). Left out, a
-    checkpoint is taken as it is, in few bits or not."""
+    checkpoint is taken as it is, in few bits or not. Beside `type`, `compute: fp8` has products computed in fp8."""
 
     revision: Text | None = None
     """Branch, tag or commit of a model on the Hub; beside a folder it does nothing, and a warning says so."""

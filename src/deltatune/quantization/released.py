@@ -92,13 +92,14 @@ def released(settings: Mapping[str, Any] | None) -> Released | None:
     )
 
 
-def disagreement(kind: str, found: Released | None, *, blocks: bool = False) -> str | None:
+def disagreement(kind: str, found: Released | None, *, blocks: bool = False, compute: str = "bf16") -> str | None:
     """Why a recipe cannot have its base in a format, one line; None where it can.
 
     Args:
         kind: ``model.quantization.type``.
         found: what the checkpoint is in.
         blocks: ``model.quantization.blocks``.
+        compute: ``model.quantization.compute``.
     """
     key = f"model.quantization.type: {kind}"
     if found is None:
@@ -112,6 +113,12 @@ def disagreement(kind: str, found: Released | None, *, blocks: bool = False) -> 
         return (
             f"{key}: the checkpoint is in {formats} already, by {found.method}; set auto, or take its checkpoint in 16 "
             "bits"
+        )
+    if compute == "fp8" and found.formats != ("fp8",):
+        return (
+            f"model.quantization.compute: fp8 multiplies the codes of weights in fp8, and the checkpoint is in "
+            f"{formats}, by {found.method}; leave compute out, or take its checkpoint in 16 bits with "
+            "model.quantization: {type: fp8, compute: fp8}"
         )
     if blocks:
         return "model.quantization.blocks cannot act: the checkpoint is in fp8 already; leave it out"

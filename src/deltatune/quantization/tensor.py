@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from deltatune import ops
 from deltatune.ops import QuantizedWeight
+from deltatune.ops._dequantize.weight import BLOCK
 
 __all__ = ["Impls", "QuantizedTensor", "computes_in_fp8", "in_fp8", "stored_bytes"]
 
@@ -156,8 +157,8 @@ class QuantizedTensor(Tensor):
 def in_fp8(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same weight, whose products are computed in fp8; it takes twice the memory, that of 16 bits.
 
-    Where blocks of it share a scale, its values are rounded once more, to codes that share one with their output
-    channel.
+    Where several blocks of an output channel have a scale each, its values are rounded once more, to codes that share
+    one.
 
     Raises:
         ValueError: it is not in fp8.
@@ -165,9 +166,11 @@ def in_fp8(tensor: QuantizedTensor) -> QuantizedTensor:
     weight = tensor.stored
     if weight.format != "fp8":
         raise ValueError(f"products in fp8 take a weight in fp8, got {weight.format} {list(weight.shape)}")
-    rounded = weight.scales.shape[-2:] != (weight.shape[-2], 1)
-    if rounded:
+    rows, (blocks, across) = weight.shape[-2], weight.scales.shape[-2:]
+    if rounded := across > 1:
         weight = ops.quantize(ops.dequantize(weight, torch.float32, impl=tensor.impls.dequantize), "fp8")
+    elif blocks != rows:
+        weight = weight._replace(scales=weight.scales.repeat_interleave(BLOCK, -2)[..., :rows, :].contiguous())
     weight = weight._replace(scales=weight.scales.to(torch.float32))
     turned = weight.codes.view(torch.uint8).mT.contiguous().view(weight.codes.dtype)
     made = QuantizedTensor(weight, tensor.dtype, transposed=tensor.transposed, turned=turned, rounded=rounded)

@@ -34,6 +34,7 @@ from deltatune.training.planned import (
     offloading_lines,
     prepare_by_recipe,
 )
+from deltatune.training.products import check_products, product_lines
 from deltatune.training.prompts import samples_lines
 from deltatune.training.provenance import versions
 from deltatune.training.quantized_weights import quantized_lines
@@ -111,6 +112,7 @@ def describe(
         empty = adapt_by_recipe(empty_model(recipe.model), recipe)
         check_space(empty, recipe)
         check_adapters(recipe, empty, arguments.device, arguments.world_size)
+        check_products(recipe, empty, arguments.device)
         sizes = sizes_of(recipe, empty, arguments)
     if arguments.world_size > 1:  # whose devices may differ
         sizes = from_rank_0(sizes)
@@ -145,7 +147,8 @@ def load(described: Described) -> Run:
             sequence=mesh.sequence_size,
             group=mesh.sequence_group(arguments.device.type),
         )
-    said = [prepared.report.text(console.table_width), *quantized_lines(model), *start_lines(recipe.lora)]
+    said = [prepared.report.text(console.table_width), *quantized_lines(model)]
+    said += [*product_lines(recipe, model, arguments.device), *start_lines(recipe.lora)]
     said += offloading_lines(recipe, model, prepared.report.checkpointing, sequence=mesh.sequence_size)
     said += [*sizes_lines(recipe, described.sizes), *loaded.said, *described.of_samples]
     for line in [*said, *optimizer_lines(model, recipe.training)]:

@@ -26,6 +26,7 @@ _LOCAL = (
 # by the longest key that a setting begins with
 _VERDICTS: dict[str, Verdict] = {
     "model": "cannot",
+    "model.quantization.compute": "acts",
     "model.tokenizer": "asks",
     "model.chat_template": "asks",
     "lora": "cannot",

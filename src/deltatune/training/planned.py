@@ -11,11 +11,13 @@ from deltatune.compile.offloading import IN_FLIGHT_BYTES
 from deltatune.config.schema import Recipe
 from deltatune.cost import ExpertSplit
 from deltatune.errors import UserError
+from deltatune.hf import model as hf_model
 from deltatune.options import CompileOptions
 from deltatune.parallel.sequence import shard_sequence
 from deltatune.phases import phase
 from deltatune.preparation import Prepared, prepare
 from deltatune.training.arguments import autocast_dtype
+from deltatune.training.products import compute_by_recipe
 
 __all__ = [
     "check_adapters",
@@ -39,12 +41,15 @@ def prepare_by_recipe(
 ) -> Prepared:
     """``prepare`` with the recipe's kernels, compile, checkpointing and lora settings, ``auto`` decided.
 
+    The products of frozen weights are from here on in the precision that the recipe names.
+
     ``device`` is where a model that is not there yet, or will be sharded among ``shard`` ranks, will train; its shapes
     decide then. ``sequence`` ranks will hold a pack together, those of ``group`` where they have met.
 
     Raises:
-        UserError: what ``prepare`` refuses.
+        UserError: what ``prepare`` refuses, and products that cannot be in the recipe's precision.
     """
+    compute_by_recipe(recipe, model, hf_model.device_of(model) if device is None else device)
     try:
         prepared = prepare(
             model,

@@ -160,7 +160,7 @@ def _check_quantization(recipe: Recipe) -> None:
     given = section.quantization
     if given is not None:
         blocks = isinstance(given, Fp8Quantization) and given.blocks
-        if why := disagreement(given.type, found, blocks=blocks):
+        if why := disagreement(given.type, found, blocks=blocks, compute=given.compute):
             raise UserError(why)
     elif found is not None and found.is_read_here:
         errors = list(quantization_errors(recipe))

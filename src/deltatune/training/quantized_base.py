@@ -55,7 +55,7 @@ def quantized_base(section: ModelSection, config: PreTrainedConfig) -> Quantized
             raise UserError(f"model {section.name_or_path}: {one_line(error)}") from error
     if given is not None:
         blocks = isinstance(given, Fp8Quantization) and given.blocks
-        if why := disagreement(given.type, found, blocks=blocks):
+        if why := disagreement(given.type, found, blocks=blocks, compute=given.compute):
             raise UserError(why)
         if found is None:
             return QuantizedBase(format=given.type, blocks=blocks)
