@@ -13,6 +13,7 @@ from deltatune import CompileOptions, Sequences, ops, prepare, verify
 from deltatune.ops._fp8_mm import api
 from deltatune.ops._grouped_mm import reference
 from deltatune.ops._grouped_mm.linear import columns_of
+from deltatune.ops._lora_linear.api import linear_with_lora
 from deltatune.quantization.products import compute_in_fp8, op_specs, quantized_weights, why_decoded
 from deltatune.quantization.tensor import QuantizedTensor, computes_in_fp8, in_fp8, stored_bytes
 from lora_cases import assert_gradients_close, fused_layers, packed_call, relative
@@ -185,6 +186,22 @@ def test_what_computes_in_fp8_is_never_decoded(family: str, how: str, monkeypatc
     monkeypatch.setattr(ops, "dequantize", decode)
     step(model)
     assert seen == {weight.codes.data_ptr() for weight in weights} - multiplied
+
+
+def test_layers_that_share_an_input_each_compute_in_their_own_precision() -> None:
+    """The gradient of the input is a sum of both."""
+    torch.manual_seed(0)
+    eight: Any = in_fp8(quantized(torch.randn(96, 64), "fp8").data)
+    others: list[Any] = [quantized(torch.randn(72, 64), "fp8").data, torch.randn(80, 64)]
+    adapters = [[ops.Adapter(torch.randn(4, 64), torch.randn(n, 4), 0.5)] for n in (96, 72, 80)]
+    x = torch.randn(9, 64, requires_grad=True)
+    outputs = linear_with_lora(x, [eight, *others], adapters)
+    grads = [torch.randn_like(y) for y in outputs]
+    (dx,) = torch.autograd.grad(outputs, x, grads)
+    expected = ops.fp8_mm(grads[0], eight.turned, of_x=eight.scales)
+    expected = expected + sum(dy @ w for dy, w in zip(grads[1:], [others[0].decoded(), others[1]], strict=True))
+    expected = expected + sum(dy @ b @ a * scale for dy, [(a, b, scale)] in zip(grads, adapters, strict=True))
+    assert relative(dx, expected) < 1e-6
 
 
 @pytest.mark.parametrize("how", ["auto", "stock"])
