@@ -6,7 +6,7 @@ import pytest
 from deltatune.cli import main
 from deltatune.config.load import load_recipe
 
-TEXT = "base_model: owner/model\nlearning_rate: 1e-4\nadapter: lora\nload_in_4bit: true\ndatasets:\n  - path: d.jsonl\n"
+TEXT = "base_model: owner/model\nlearning_rate: 1e-4\nadapter: lora\nload_in_8bit: true\ndatasets:\n  - path: d.jsonl\n"
 
 
 @pytest.fixture
@@ -27,14 +27,14 @@ def test_recipe_on_the_output_and_table_on_the_error_output(theirs, tmp_path, ca
 def test_recipe_names_what_is_left_out(theirs, capsys):
     main(["import", str(theirs)])
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# left out: ")]
-    assert [line.split(": ")[1] for line in left_out] == ["load_in_4bit"]
+    assert [line.split(": ")[1] for line in left_out] == ["load_in_8bit"]
 
 
 def test_recipe_in_a_new_file_and_table_on_the_output(theirs, tmp_path, capsys):
     assert main(["import", str(theirs), "--output", str(tmp_path / "ours.yaml")]) == 0
     out, err = capsys.readouterr()
     assert load_recipe(tmp_path / "ours.yaml").recipe.training.learning_rate == 1e-4
-    assert ("load_in_4bit" in out, err) == (True, "")
+    assert ("load_in_8bit" in out, err) == (True, "")
 
 
 def test_a_file_is_never_overwritten(theirs, tmp_path, capsys):

@@ -14,6 +14,7 @@ from deltatune.errors import UserError
 from deltatune.importing import training_arguments
 from deltatune.importing.axolotl import AXOLOTL
 from deltatune.importing.llama_factory import LLAMA_FACTORY
+from deltatune.importing.lora import NF4
 from deltatune.importing.rules import Outcome
 from deltatune.importing.trl import TRL
 from deltatune.importing.unsloth import UNSLOTH
@@ -59,7 +60,18 @@ def outcome(table, key, value, **others) -> Outcome:
         (AXOLOTL, "warmup_steps", 5, {}, {"training.warmup_steps": 5}),
         (AXOLOTL, "num_epochs", 3, {"max_steps": 10}, {}),
         (AXOLOTL, "learning_rate", "2e-4", {}, {"training.learning_rate": 0.0002}),
-        (AXOLOTL, "adapter", "qlora", {}, {"lora": {}}),
+        (AXOLOTL, "adapter", "qlora", {}, {"lora": {}, **NF4}),
+        (AXOLOTL, "load_in_4bit", True, {"adapter": "qlora"}, NF4),
+        (AXOLOTL, "load_in_4bit", True, {}, {}),
+        (AXOLOTL, "load_in_8bit", True, {"adapter": "lora"}, {}),
+        (LLAMA_FACTORY, "quantization_bit", 4, {}, NF4),
+        (LLAMA_FACTORY, "quantization_bit", 4, {"quantization_method": "bnb"}, NF4),
+        (LLAMA_FACTORY, "quantization_bit", 4, {"quantization_method": "hqq"}, {}),
+        (LLAMA_FACTORY, "quantization_bit", 4, {"finetuning_type": "full"}, {}),
+        (LLAMA_FACTORY, "quantization_bit", 8, {}, {}),
+        (TRL, "load_in_4bit", True, {"use_peft": True}, NF4),
+        (TRL, "load_in_4bit", True, {}, {}),
+        (UNSLOTH, "load_in_4bit", True, {"get_peft_model": True}, NF4),
         (AXOLOTL, "lora_r", 8, {"adapter": None}, {}),
         (AXOLOTL, "lora_target_linear", True, {"adapter": "lora"}, {"lora.target_modules": "all-linear"}),
         (AXOLOTL, "train_on_inputs", True, {}, {"data.train_on": "all"}),
@@ -179,6 +191,13 @@ def outcome(table, key, value, **others) -> Outcome:
         (UNSLOTH, "model_name", "unsloth/M-bnb-4bit", {}, {"model.name_or_path": "unsloth/M"}),
         (
             UNSLOTH,
+            "model_name",
+            "unsloth/M-bnb-4bit",
+            {"get_peft_model": True},
+            {"model.name_or_path": "unsloth/M", **NF4},
+        ),
+        (
+            UNSLOTH,
             "use_gradient_checkpointing",
             "unsloth",
             {},
@@ -239,6 +258,28 @@ def test_no_refusal_is_without_a_reason(table):
             with contextlib.suppress(UserError):
                 found = rule(value, {**others, key: value})
                 assert found.why or found.verdict != "not supported", key
+
+
+def test_four_bits_that_a_script_computes_are_not_guessed():
+    with pytest.raises(UserError, match="expected true or false, got wanted"):
+        outcome(UNSLOTH, "load_in_4bit", NotLiteral("wanted"), get_peft_model=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "said"),
+    [
+        (AXOLOTL, "load_in_8bit", True, "8 bits are not made here: the base is loaded in 16"),
+        (AXOLOTL, "load_in_4bit", True, "weights in 4 bits are frozen, and no adapter is trained"),
+        (LLAMA_FACTORY, "quantization_bit", 8, "set model.quantization: {type: fp8} or {type: nf4}"),
+        (LLAMA_FACTORY, "quantization_type", "fp4", "fp4: 4 bits are made as nf4 here"),
+        (TRL, "bnb_4bit_quant_type", "fp4", "fp4: 4 bits are made as nf4 here"),
+        (UNSLOTH, "load_in_8bit", True, "8 bits are not made here"),
+    ],
+)
+def test_what_is_lost_of_few_bits_is_said(table, key, value, said):
+    found = outcome(table, key, value)
+    assert found.verdict == "not supported"
+    assert said in found.why
 
 
 @pytest.mark.parametrize(("key", "value"), [("eot_tokens", ["<|im_end|>"]), ("cls_model_config", "Gemma3TextConfig")])

@@ -180,7 +180,7 @@ if False:
     FastLanguageModel.from_pretrained(model_name="trained")
 """
 OF_UNSLOTH = """
-model: {name_or_path: unsloth/Qwen3-0.6B, dtype: bfloat16, chat_template: qwen3}
+model: {name_or_path: unsloth/Qwen3-0.6B, dtype: bfloat16, chat_template: qwen3, quantization: {type: nf4}}
 data:
   train: [{path: owner/talks, split: "train[:1000]"}]
   train_on: assistant
@@ -238,11 +238,25 @@ def test_recipe_loads(imported, tmp_path, name, text):
 
 @pytest.mark.parametrize(
     ("name", "text", "keys"),
-    [("a.yml", AXOLOTL, set()), ("l.yaml", LLAMA_FACTORY, set()), ("u.py", UNSLOTH, {"load_in_4bit", "output_dir"})],
+    [("a.yml", AXOLOTL, set()), ("l.yaml", LLAMA_FACTORY, set()), ("u.py", UNSLOTH, {"output_dir"})],
 )
 def test_what_is_not_supported(imported, name, text, keys):
     rows = imported(name, text).rows
     assert {row.key for row in rows if row.outcome.verdict == "not supported"} == keys
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", {"type": "nf4"}),
+        (", load_in_4bit=False", None),
+        (", load_in_8bit=True", None),
+        (", load_in_16bit=True", None),
+    ],
+)
+def test_what_a_script_of_unsloth_says_nothing_of_is_in_4_bits(imported, given, found):
+    text = UNSLOTH.replace(", load_in_4bit=True", given).replace("-unsloth-bnb-4bit", "")
+    assert yaml.safe_load(imported("u.py", text).text)["model"].get("quantization") == found
 
 
 def test_what_another_key_leaves_without_effect_is_taken_out(imported):

@@ -10,7 +10,7 @@ from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_
 from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
 from deltatune.importing.batches import accumulated, batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, unfrozen
-from deltatune.importing.lora import QUANTISED
+from deltatune.importing.lora import EIGHT_BITS, QUANTISED, four_bits
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of, roles, tokens
@@ -180,10 +180,13 @@ _RULES: dict[str, Rule] = {
     "wandb_name": carried("training.run_name", text),
     **_each("wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode", refused(_WANDB)),
     "use_tensorboard": _tensorboard,
+    "load_in_4bit": four_bits(has_lora),
+    "load_in_8bit": refused(EIGHT_BITS),
+    "bnb_config_kwargs": refused("4 bits are made as nf4 here, their scales in 8 bits, and decoded to model.dtype"),
+    "quantize_moe_experts": idle("model.quantization is of experts too"),
     **_each(
-        "load_in_4bit load_in_8bit gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama bnb_config_kwargs "
-        "quantize_moe_experts model_quantization_config model_quantization_config_kwargs nvfp4_merge_aware "
-        "dsv4_fp4_grouped_mode loftq_config loftq_bits peft",
+        "gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config "
+        "model_quantization_config_kwargs nvfp4_merge_aware dsv4_fp4_grouped_mode loftq_config loftq_bits peft",
         refused(QUANTISED),
     ),
     **_each(

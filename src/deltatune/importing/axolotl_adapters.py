@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.groups import EMBEDDINGS, lora_plus
-from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
+from deltatune.importing.lora import NF4, new_adapter, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, alone, carried, idle
 from deltatune.importing.values import count, flag, is_off, mapping, number, text, texts, whole
 
@@ -22,7 +22,7 @@ def _adapter(value: Any) -> Outcome:
     if is_off(value):
         return Outcome("no effect here", why="every weight trains")
     if value == "qlora":
-        return Outcome("changed", {"lora": {}}, f"lora; {QUANTISED}")
+        return Outcome("carried", {"lora": {}, **NF4}, "lora over a base in 4 bits")
     if value != "lora":
         return Outcome("not supported", why="lora is the one adapter of recipes")
     return Outcome("carried", {"lora": {}})

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import lora_plus, muon
-from deltatune.importing.lora import QUANTISED, new_adapter, targets, with_lora
+from deltatune.importing.lora import bits_of_bitsandbytes, kind_of_four_bits, new_adapter, targets, with_lora
 from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of, only_with
 from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, other, refused
@@ -256,10 +256,11 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("add_tokens", "add_special_tokens"), added_tokens("add_tokens", "add_special_tokens")),
     "resize_vocab": idle("embeddings grow where tokens need it"),
     "use_muon": muon,
-    **_each(
-        "quantization_bit quantization_method quantization_type double_quantization quantization_device_map",
-        refused(QUANTISED),
-    ),
+    "quantization_bit": bits_of_bitsandbytes(_has_lora, "quantization_method"),
+    "quantization_method": idle("quantization_bit says it"),
+    "quantization_type": kind_of_four_bits,
+    "double_quantization": idle("scales of 4 bits are in 8"),
+    "quantization_device_map": idle("the device is the run's"),
     **_each(
         "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", refused("training in fewer than 16 bits is not supported")
     ),

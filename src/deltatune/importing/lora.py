@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from deltatune.importing.rules import Outcome, Rule, Settings, alone
-from deltatune.importing.values import is_off, texts
+from deltatune.importing.rules import Outcome, Rule, Settings, alone, refused
+from deltatune.importing.values import flag, is_off, texts
 
-__all__ = ["PEFT_TARGETS", "QUANTISED", "new_adapter", "targets", "with_lora"]
+__all__ = [
+    "EIGHT_BITS",
+    "NF4",
+    "PEFT_TARGETS",
+    "QUANTISED",
+    "bits_of_bitsandbytes",
+    "four_bits",
+    "kind_of_four_bits",
+    "new_adapter",
+    "targets",
+    "with_lora",
+]
 
 QUANTISED = "the base is loaded in 16 bits, which takes more memory; set model.quantization: {type: nf4} or {type: fp8}"
+EIGHT_BITS = (
+    "bitsandbytes' 8 bits are not made here: the base is loaded in 16, which takes more memory; set "
+    "model.quantization: {type: fp8} or {type: nf4}"
+)
+#: What the base is made into as it is read.
+NF4: Mapping[str, Any] = {"model.quantization.type": "nf4"}
+_NESTED = "made as it is read, its scales in 8 bits, as double quantisation has them"
 #: What PEFT adapts in most families where no target is given.
 PEFT_TARGETS = ["q_proj", "v_proj"]
 _WHOLE_MODULES = ("embed_tokens", "lm_head")
@@ -28,6 +47,49 @@ def with_lora(rule: Rule, has_lora: Any) -> Rule:
         return rule(value, settings) if has_lora(settings) else Outcome("no effect here", why="no adapter is trained")
 
     return outcome
+
+
+def four_bits(has_lora: Callable[[Settings], bool]) -> Rule:
+    """A rule of a flag that has bitsandbytes hold the base in 4 bits.
+
+    Args:
+        has_lora: of all settings, whether they ask for an adapter.
+    """
+
+    def outcome(value: Any, settings: Settings) -> Outcome:
+        if is_off(value) or not flag(value):
+            return Outcome("no effect here", why="not set" if value is None else "off there too")
+        if not has_lora(settings):
+            return Outcome("not supported", why="weights in 4 bits are frozen, and no adapter is trained")
+        return Outcome("carried", NF4, _NESTED)
+
+    return outcome
+
+
+def bits_of_bitsandbytes(has_lora: Callable[[Settings], bool], method: str) -> Rule:
+    """A rule of the number of bits that the base is held in.
+
+    Args:
+        has_lora: of all settings, whether they ask for an adapter.
+        method: the key of who makes them, bitsandbytes by default.
+    """
+    four = four_bits(has_lora)
+
+    def outcome(value: Any, settings: Settings) -> Outcome:
+        by_it = str(settings.get(method, "bnb")).lower() in ("bnb", "bitsandbytes")
+        if str(value) == "4" and by_it:
+            return four(True, settings)
+        return refused(EIGHT_BITS if str(value) == "8" and by_it else QUANTISED)(value, settings)
+
+    return outcome
+
+
+@alone
+def kind_of_four_bits(value: Any) -> Outcome:
+    """Which of bitsandbytes' two formats of 4 bits."""
+    if is_off(value) or value == "nf4":
+        return Outcome("no effect here", why="not set" if is_off(value) else "what 4 bits are here")
+    return Outcome("not supported", why=f"{value}: 4 bits are made as nf4 here")
 
 
 def new_adapter(source: str, key: str, rule: Rule) -> Rule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltatune.importing.batches import batch_of, length_of
-from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets, with_lora
+from deltatune.importing.lora import EIGHT_BITS, PEFT_TARGETS, four_bits, kind_of_four_bits, targets, with_lora
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of
@@ -167,9 +167,11 @@ _RULES: dict[str, Rule] = {
     "chat_template": alone(named_template),
     "ignore_bias_buffers": idle("for data-parallel training of old models"),
     "gradient_accumulation": refused("did you mean gradient_accumulation_steps?"),
-    **_each(
-        "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage", refused(QUANTISED)
-    ),
+    "load_in_4bit": four_bits(_has_lora),
+    "load_in_8bit": refused(EIGHT_BITS),
+    "bnb_4bit_quant_type": kind_of_four_bits,
+    "use_bnb_nested_quant": idle("scales of 4 bits are in 8"),
+    "bnb_4bit_quant_storage": idle("for shards, which no base in few bits is divided into"),
     "log_with": changed("training.report_to", text, _OLD),
     "env": refused("set environment variables in the shell"),
     "config": refused("the file could not be read: import it by itself"),

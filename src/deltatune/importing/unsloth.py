@@ -9,7 +9,7 @@ from typing import Any
 from deltatune.errors import UserError
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate
-from deltatune.importing.lora import PEFT_TARGETS, QUANTISED, targets
+from deltatune.importing.lora import EIGHT_BITS, NF4, PEFT_TARGETS, QUANTISED, four_bits, targets
 from deltatune.importing.preferences import REFERENCE
 from deltatune.importing.python_calls import Call, calls_in
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, idle, refused
@@ -71,6 +71,8 @@ _OWN_TRAINING = {
     "optim": "adamw_8bit",
     "logging_steps": 1,
 }
+# with none of which it loads in 4 bits
+_OTHER_BITS = ("load_in_8bit", "load_in_16bit", "load_in_fp8", "full_finetuning")
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -154,13 +156,15 @@ def _length(value: Any, settings: Settings) -> Outcome:
     return length_of(overlong)(value, settings)
 
 
-@alone
-def _model(value: Any) -> Outcome:
+def _model(value: Any, settings: Settings) -> Outcome:
     name = text(value)
     for end in ("-unsloth-bnb-4bit", "-bnb-4bit"):
         if name.endswith(end):
             ours = name.removesuffix(end)
-            return Outcome("changed", {"model.name_or_path": ours}, f"{ours}, its form in 16 bits; {QUANTISED}")
+            made = NF4 if _has_lora(settings) else {}
+            return Outcome(
+                "changed", {"model.name_or_path": ours, **made}, f"{ours}, its form in 16 bits, of which 4 are made"
+            )
     return Outcome("carried", {"model.name_or_path": name})
 
 
@@ -217,6 +221,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     if own and "get_peft_model" in settings:
         parts = any(key.startswith("finetune_") for key in settings)
         found |= {"r": 16, "lora_alpha": 16, "target_modules": "all-linear" if parts else _TARGETS}
+        found["load_in_4bit"] = all(is_off(settings.get(key)) for key in _OTHER_BITS)
         found["use_gradient_checkpointing"] = "unsloth"
     return found
 
@@ -252,10 +257,9 @@ _RULES: dict[str, Rule] = {
     "fp16": _autocast("fp16"),
     "full_finetuning": _full,
     "attn_implementation": idle("attention over packs is built in"),
-    **dict.fromkeys(
-        ("quantization_config", "load_in_4bit", "load_in_8bit", "load_in_fp8", "loftq_config", "qat_scheme"),
-        refused(QUANTISED),
-    ),
+    **dict.fromkeys(("quantization_config", "load_in_fp8", "loftq_config", "qat_scheme"), refused(QUANTISED)),
+    "load_in_4bit": four_bits(_has_lora),
+    "load_in_8bit": refused(EIGHT_BITS),
     **dict.fromkeys(
         (
             "fast_inference",
