@@ -112,7 +112,7 @@ def preflight(recipe: Recipe, resume: Resume = None) -> None:
             try:
                 check_source(source.path, source.name)
             except DataError as error:
-                raise DataError(f"data.{part}.{index}: {error}") from error
+                raise DataError(f"data.{part}.{index}: {error}{_goes_on(recipe)}") from error
     _check_writable("training.output_dir", training.output_dir)
     if recipe.data.cache_dir is not None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
@@ -249,12 +249,12 @@ def _check_adapter_path(section: LoraSection | None) -> None:
 
 
 def _goes_on(recipe: Recipe) -> str:
-    """How a run goes on whose start is no longer where it was, to follow the words that it is missing."""
+    """How a run goes on whose start or data is no longer where it was, to follow the words that it is missing."""
     if not steps_of(Path(recipe.training.output_dir).expanduser()):
         return ""
     return (
-        f"; the run in {recipe.training.output_dir} goes on with --resume where the key names the new place of a "
-        "folder that has moved"
+        f"; the run in {recipe.training.output_dir} goes on with --resume where the key names the new place of what "
+        "has moved"
     )
 
 

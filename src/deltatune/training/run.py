@@ -143,7 +143,7 @@ def _train(
         described = describe(recipe, arguments, log, before_data)
         if checkpoint is not None and isinstance(described.data.train, PackStream):
             described.data.train.start = place_of(checkpoint, described.mesh)
-        of_data = changed_data(described.data, checkpoint, allow=allow_change)
+        of_data = changed_data(recipe, described.data, checkpoint, allow=allow_change)
         for line in change_lines(of_data, checkpoint):
             log.out(line, highlight=False)
         others += of_data
@@ -341,7 +341,7 @@ def _trainer(run: Run, parts: Parts = SHARDS, forgets_best: bool = False) -> Pac
         console=run.console,
         about={
             "recipe": run.recipe.model_dump(mode="json"),
-            "data": run.data.identities(),
+            "data": run.data.digests(run.recipe.data),
             "digests": digests_of(run.recipe),
             PACKS_PER_STEP: run.mesh.data_size * run.arguments.gradient_accumulation_steps,
             "deltatune": __version__,
