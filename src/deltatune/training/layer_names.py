@@ -19,6 +19,9 @@ __all__ = ["NAMED_EXPERTS", "check_layer_names", "check_layer_numbers", "json_of
 NAMED_EXPERTS: Final = re.compile(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b")
 # each word of such a regular expression is a part of whatever it matches
 _WORDS_ALONE: Final = re.compile(r"\^?(\w|\\?\.|\.[*+])+\$?")
+# a group of them, once
+_GROUP: Final = re.compile(r"(?<!\\)\((?:\?:)?([^()\[\]?{}]*)\)(?![*+?{])")
+_MOST_ALTERNATIVES: Final = 256
 _HEADER_BYTES: Final = 100 * 2**20  # the most that the format allows
 
 
@@ -62,9 +65,28 @@ class _Wanted(NamedTuple):
         """Whether it may match a name that these words make; True for a pattern that says more than words."""
         if not self.is_pattern:
             return self.text.rpartition(".")[2] in known or self.text == "all-linear"
-        if _WORDS_ALONE.fullmatch(self.text) is None:
-            return True
-        return all(any(word in name for name in known) for word in re.findall(r"[^\W\d]\w*", self.text))
+        return any(_may_match(pattern, known) for pattern in _alternatives(self.text))
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """A regular expression as several without groups, one of which matches what it does; groups that repeat stay."""
+    found, done = [pattern], list[str]()
+    while found and len(found) + len(done) <= _MOST_ALTERNATIVES:
+        text = found.pop()
+        group = _GROUP.search(text)
+        if group is None:
+            # of what is left of groups a bar may be a part
+            done += text.split("|") if "(" not in text and "[" not in text else [text]
+            continue
+        found += [f"{text[: group.start()]}{each}{text[group.end() :]}" for each in group[1].split("|")]
+    return [*done, *found]
+
+
+def _may_match(pattern: str, known: Collection[str]) -> bool:
+    """Whether a pattern without groups may match a name made of these words; True where it says more than words."""
+    if _WORDS_ALONE.fullmatch(pattern) is None:
+        return True
+    return all(any(word in name for name in known) for word in re.findall(r"[^\W\d]\w*", pattern))
 
 
 def _wanted(recipe: Recipe) -> Iterator[_Wanted]:

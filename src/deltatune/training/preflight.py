@@ -23,6 +23,7 @@ from deltatune.hf.source import model_types
 from deltatune.quantization.released import disagreement, released, settings_of
 from deltatune.training.adapter_settings import start_settings
 from deltatune.training.beginning import Resume, begin
+from deltatune.training.config_file import check_ranks
 from deltatune.training.devices import check_precision, surely_on_cpu
 from deltatune.training.first_rows import check_first_rows
 from deltatune.training.hub import silence
@@ -133,6 +134,7 @@ def _check_model(recipe: Recipe) -> None:
         raise UserError(f"{error}{_goes_on(recipe)}") from error
     check_model_type(section)
     _check_quantization(recipe)
+    check_ranks(recipe)
     check_tokenizer_path(section)
     if section.chat_template is not None:
         find_template(section.chat_template)
