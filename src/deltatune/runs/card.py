@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml
+from deltatune.errors import user_path
 from deltatune.runs.folder import RunFolder, mapping, number
 
 __all__ = ["merged_card", "model_card"]
@@ -153,7 +154,7 @@ def _is_local(name: str) -> bool:
 def _license(base: str, commit: Any) -> str | None:
     """What the base model's card says, where that is on this machine."""
     if _is_local(base):
-        card: Any = Path(base).expanduser() / "README.md"
+        card: Any = user_path(base) / "README.md"
     else:
         card = try_to_load_from_cache(base, "README.md", revision=commit)
     if not isinstance(card, str | Path) or not Path(card).is_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from deltatune.config.schema import Recipe
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.training.lock import check_free, clear_stale
 from deltatune.training.sealed import has_replaced, next_place, resume_point
 
@@ -39,7 +39,7 @@ def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None,
         UserError: another run that goes on, what a run of the other kind left, a model that no checkpoint goes on to,
             a file that cannot be written to, or as ``resume_point``.
     """
-    output_dir = Path(recipe.training.output_dir).expanduser()
+    output_dir = user_path(recipe.training.output_dir)
     # what another run is writing there looks like what a killed one left
     check_free(output_dir)
     if clears:

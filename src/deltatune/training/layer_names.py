@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from deltatune.config.schema import LoraSection, ModelSection, Recipe
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.hf.source import conversion_text, modeling_text
 
 __all__ = ["NAMED_EXPERTS", "check_layer_names", "check_layer_numbers", "json_of", "nearest_layers", "text_settings"]
@@ -37,7 +37,7 @@ def check_layer_names(recipe: Recipe) -> None:
         UserError: such a name or pattern, with the nearest layers of the checkpoint; or such a number.
     """
     model, lora = recipe.model, recipe.lora
-    folder = Path(model.name_or_path).expanduser()
+    folder = user_path(model.name_or_path)
     count = text_settings(model).get("num_hidden_layers")
     if lora is not None and type(count) is int:
         check_layer_numbers(lora, count)
@@ -121,7 +121,7 @@ def check_layer_numbers(lora: LoraSection, count: int) -> None:
 
 def text_settings(model: ModelSection) -> dict[str, Any]:
     """What a checkpoint's config.json says of its text model; nothing where it is not here, or has code of its own."""
-    config = json_of(Path(model.name_or_path).expanduser() / "config.json")
+    config = json_of(user_path(model.name_or_path) / "config.json")
     if not isinstance(config, dict) or model.trust_remote_code or "auto_map" in config:
         return {}
     text = config.get("text_config", config)

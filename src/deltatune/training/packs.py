@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from deltatune.data.report import counted
 from deltatune.data.row_streams import open_stream
 from deltatune.data.sources import load_rows
 from deltatune.data.stream import BLOCK_ROWS, PackStream, StreamSource
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.phases import phase
 from deltatune.training.recipe_rows import cache_folder, check_kind, layout_of, reading_of
@@ -120,7 +119,7 @@ def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedT
     documents = []
     for source in sources:
         # a download has bars of its own
-        reading = phase(f"reading {source.path}") if Path(source.path).expanduser().exists() else nullcontext()
+        reading = phase(f"reading {source.path}") if user_path(source.path).exists() else nullcontext()
         with reading:
             rows = load_rows(source.path, **reading_of(source, recipe))
         layout = layout_of(source, rows, recipe)
