@@ -19,6 +19,7 @@ __all__ = [
     "near_files",
     "nearest",
     "one_line",
+    "user_path",
 ]
 
 _PACKAGE = Path(__file__).parent
@@ -90,6 +91,20 @@ def is_users(error: BaseException) -> bool:
 def is_missing(error: BaseException) -> bool:
     """Whether a package that training needs is not installed."""
     return isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_PACKAGES
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user writes it: ``~`` and ``~NAME`` stand for home directories.
+
+    Raises:
+        UserError: no user has that name.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        user = Path(name).parts[0].removeprefix("~")
+        why = f"there is no user {user}" if user else "this user has no home directory"
+        raise UserError(f"{name} names no file or folder: {why}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -53,6 +53,48 @@ def test_bad_rows(fails, write_recipe, write_rows, tmp_path, case, command) -> N
     assert not any((tmp_path / "cache").glob("*")) or case == "too long"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            f"plan RECIPE --set {key}=~nobody-at-all/x"
+            for key in (
+                *("model.name_or_path", "model.tokenizer", "model.chat_template", "lora.name_or_path"),
+                *("data.train.0.path", "data.cache_dir", "training.output_dir"),
+            )
+        ),
+        "plan ~nobody-at-all/x", "train ~nobody-at-all/x", "preprocess ~nobody-at-all/x",
+        "train RECIPE --resume ~nobody-at-all/x", "plan RECIPE --resume ~nobody-at-all/x",
+        "preprocess RECIPE --set data.train.0.path=~nobody-at-all/x", "verify ~nobody-at-all/x",
+        "merge ~nobody-at-all/x --output m", "merge RUN --output ~nobody-at-all/x",
+        "export ~nobody-at-all/x --output m --layout per-expert",
+        "report ~nobody-at-all/x", "report RUN --output ~nobody-at-all/x.html",
+        "import ~nobody-at-all/x.yaml", "import FOREIGN --output ~nobody-at-all/x",
+    ],
+)  # fmt: skip
+def test_the_home_of_nobody_is_one_line_in_every_path(fails, write_recipe, tmp_path, words) -> None:
+    run, foreign = tmp_path / "run", tmp_path / "axolotl.yaml"
+    run.mkdir()
+    (run / "run.json").write_text('{"legs": []}')
+    (run / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "no/base"}')
+    foreign.write_text("base_model: a/b\nmicro_batch_size: 1\nsequence_len: 8\ndatasets: [{path: a.jsonl}]\n")
+    places = {"RECIPE": write_recipe(), "RUN": run, "FOREIGN": foreign}
+    said = fails(*(places.get(word, word) for word in words.split()))
+    assert "~nobody-at-all/x" in said
+    assert "there is no user nobody-at-all" in said
+    if "--set" in words:
+        assert f"{words.split()[-1].partition('=')[0]}: expected a path" in said
+
+
+def test_a_model_without_a_name_is_one_line(fails) -> None:
+    assert "MODEL: name_or_path: expected text that is not empty" in fails("verify", "")
+
+
+def test_the_path_of_a_recipe_may_begin_at_home(fails, write_recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(write_recipe().parent))
+    assert "adamw_torhc is unknown" in fails("plan", "~/recipe.yaml", "--set", "training.optim=adamw_torhc")
+
+
 @pytest.mark.parametrize("command", ["plan", "preprocess", "train"])
 def test_several_bad_rows_are_one_line(fails, write_recipe, write_rows, command) -> None:
     other = {"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}

@@ -112,6 +112,10 @@ def plans_with_tokenizers() -> Iterator[Plans]:
         ("training.fp16=true", "fp16 needs a GPU"),
         ("lora.target_modules=[q_porj]", "'q_porj' matches no module; nearest: q_proj"),
         ("lora.target_modules=.*q_porj", "'.*q_porj' matches no module; nearest: q_proj"),
+        ("lora.target_modules=.*\\.(q|k)_porj", "(q|k)_porj' matches no module; nearest: "),
+        ("lora.rank_pattern={'.*self_attn.(q_porj|(k|v)_porj)': 4}", "matches no layer; nearest: "),
+        ("parallel.sequence=3 packing.tokens_per_batch=192", "parallel.sequence=3 does not divide "),
+        ("parallel.expert=2", "parallel.expert=2: it has no experts; leave expert out"),
         ("lora.rank_pattern={q_porj: 4}", "'q_porj' matches no layer; nearest: q_proj"),
         ("training.unfrozen_parameters=[q_porj]", "'q_porj' matches no parameter; nearest: q_proj"),
         ("kernels={gated_delta_rule: fast}", "unknown impl='fast'; expected 'auto' or one of 'flash_qla', 'fla'"),
@@ -145,6 +149,25 @@ def plans_with_tokenizers() -> Iterator[Plans]:
 def test_names_and_paths_are_checked_without_torch(plans: Plans, write_recipe: Any, setting: str, message: str) -> None:
     settings = re.split(r" (?=\w+\.\w+=)", setting)
     status, modules, seconds, said = plans.run(write_recipe(), *settings)
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert message in said
+    assert modules.isdisjoint(HEAVY)
+    assert seconds < BOUND
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("parallel.expert=3", "parallel.expert=3 does not divide 4 experts; set expert to one of 1, 2, 4"),
+        ("parallel.sequence=3 packing.tokens_per_batch=192", "parallel.sequence=3 does not divide 4 heads"),
+    ],
+)
+def test_ranks_are_held_against_experts_and_heads_without_torch(
+    plans: Plans, write_recipe: Any, mixture: Path, setting: str, message: str
+) -> None:
+    status, modules, seconds, said = plans.run(
+        write_recipe(), f"model.name_or_path={mixture}", *re.split(r" (?=\w+\.\w+=)", setting)
+    )
     assert (status, len(said.splitlines())) == (2, 1)
     assert message in said
     assert modules.isdisjoint(HEAVY)

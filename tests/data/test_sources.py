@@ -219,7 +219,7 @@ def test_splits_without_train_are_listed(tmp_path, write_jsonl):
     [
         ("{}/row.jsonl", "row.jsonl does not exist; did you mean rows.jsonl"),
         ("{}/none/rows.jsonl", "there is no folder"),
-        ("~nobody-of-this-name/rows.jsonl", "~nobody-of-this-name/rows.jsonl does not exist: "),
+        ("~nobody-of-this-name/rows.jsonl", "~nobody-of-this-name/rows.jsonl names no file or folder: "),
         ("{}/r**.jsonl", "is no pattern: Invalid pattern"),
         ("/dev/null", "/dev/null is neither a file nor a folder"),
         ("https://huggingface.co/datasets/a/b", "is a URL; expected a local path, or the name of a data set"),

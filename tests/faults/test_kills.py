@@ -29,8 +29,9 @@ def killed_and_resumed(case: Any, output: Path, number: int) -> None:
         ("half of", ".saving-2/checkpoint-2/optimizer.pt"),
         ("os.rename", ".saving-2/checkpoint-2"),
         ("os.rename", "adapter_config.json"),
+        ("os.remove", ".lock"),
     ],
-    ids=["within the first save", "before it is in its place", "within the last save"],
+    ids=["within the first save", "before it is in its place", "within the last save", "as it ends"],
 )
 def test_killed_within_a_save(case: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
     killed_and_resumed(case, tmp_path / "output", case.first(*words))

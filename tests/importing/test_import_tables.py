@@ -28,6 +28,7 @@ def outcome(table, key, value, **others) -> Outcome:
 @pytest.mark.parametrize(
     ("table", "key", "value", "others", "writes"),
     [
+        (LLAMA_FACTORY, "new_special_tokens", "<x>,<y>", {}, {"model.added_tokens": ["<x>", "<y>"]}),
         (AXOLOTL, "micro_batch_size", 2, {"sequence_len": 4096}, {"packing.tokens_per_batch": 8192}),
         (AXOLOTL, "sequence_len", 512, {}, {"data.max_length": 512, "data.overlong": "drop"}),
         (
@@ -308,6 +309,12 @@ def test_wrong_values_are_errors():
 def test_names_are_transformers_own():
     assert set(training_arguments._OPTIMIZERS) <= {name.value for name in OptimizerNames}
     assert set(training_arguments._SCHEDULES) <= {name.value for name in SchedulerType}
+
+
+@pytest.mark.parametrize("table", [LLAMA_FACTORY, TRL], ids=lambda table: table.name)
+def test_every_argument_of_training_is_known(table):
+    """Both formats take all that TrainingArguments does."""
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} - set(table.rules) == set()
 
 
 def test_names_that_are_carried_exist_and_act():

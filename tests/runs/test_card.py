@@ -33,6 +33,7 @@ def test_an_adapter_of_a_model_on_the_hub(tmp_path: Path) -> None:
     }
     assert 'Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3.5-2B", revision="abc123")' in found.text
     assert "| rows.jsonl | fbd4 |" in found.text
+    assert f"One model of both: `deltatune merge {tmp_path / 'mine'} --output MERGED`" in found.text
 
 
 def test_a_model_whose_base_is_a_folder_names_no_base_that_the_hub_cannot_find(tmp_path: Path) -> None:
@@ -45,6 +46,7 @@ def test_a_model_whose_base_is_a_folder_names_no_base_that_the_hub_cannot_find(t
     assert data["license"] == "apache-2.0"
     assert data["library_name"] == "transformers"
     assert data["tags"] == ["deltatune"]
+    assert "deltatune merge" not in found.text
     assert f"| base model | {base}, Qwen3ForCausalLM |" in found.text
 
 
@@ -56,6 +58,16 @@ def test_steps_tokens_and_losses_are_of_all_legs(tmp_path: Path) -> None:
     assert "| tokens | 12,000, 3,000 of them trained, in 200 s |" in text
     assert "| loss | 4.0000 at first, 2.2500 at last |" in text
     assert "| held-out loss | 3.5000 at step 2 |" in text
+
+
+def test_settings_that_were_changed_on_the_way_are_told(tmp_path: Path) -> None:
+    changes = ["training.learning_rate: 0.0002 -> 0.001", 'data.train.0.path: "a|b" -> "c"']
+    text = card(tmp_path, leg("interrupted", to_step=4), leg("running", from_step=4, changes=changes)).text
+    assert f"| changed after step 4 | {changes[0]}; {changes[1]} |".replace("a|b", r"a\|b") in text
+    assert "The settings of the last leg that are not the defaults" in text
+    alone = card(tmp_path / "alone").text
+    assert "changed after" not in alone
+    assert "last leg" not in alone
 
 
 @pytest.mark.parametrize(("given", "excerpt"), [({"learning_rate": 0.5}, "learning_rate: 0.5"), ({}, "output_dir")])

@@ -113,7 +113,10 @@ def test_no_section_is_without_one(section: str) -> None:
 
 
 def test_rows_that_were_changed_are_told_by_their_digest() -> None:
-    (found,) = find_other_data({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "4", "new": "5"})
+    before = {"data.train.0": "1", "data.train.1": "2", "data.eval.0": "3", "data.eval.1": "3"}
+    now = {"data.train.0": "1", "data.train.1": "4", "data.eval.0": "5", "data.train.2": "6"}
+    paths = {"data.train.0": "a", "data.train.1": "b", "data.eval.1": "gone", "data.train.2": "new"}
+    (found,) = find_other_data(before, now, paths)
     assert str(found) == 'rows of b: "2" -> "4"'
     with pytest.raises(UserError, match=r"rows of b: .* --allow-change"):
         check_changes([found], allow=False)

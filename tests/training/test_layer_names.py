@@ -71,7 +71,13 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize(("key", "what"), PATTERNS.items())
-@pytest.mark.parametrize("pattern", ["q_porj", r".*\.q_porj", r"^layers\.3.self_attn.q_porj$", "layers.1.+porj"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_porj", r".*\.q_porj", r"^layers\.3.self_attn.q_porj$", "layers.1.+porj",
+        r".*\.(q|k)_porj", r"layers\.(?:0|1)\.((self|cross)_atn|lniear).*", "q_porj|(k|v)_porj",
+    ],
+)  # fmt: skip
 def test_a_pattern_of_words_that_are_nowhere_is_refused(folder: Path, key: str, what: str, pattern: str) -> None:
     with pytest.raises(UserError) as caught:
         check_sections(folder, **patterned(key, pattern))
@@ -84,7 +90,8 @@ def test_a_pattern_of_words_that_are_nowhere_is_refused(folder: Path, key: str, 
     [
         "q_proj", "proj", r".*\.q_proj", r"^model\.layers\.0\.", ".", "norm.weight$",
         # what may match otherwise than by each of its words
-        "q_porj|q_proj", "(q_porj)?", "[q_porj]", "q_porj{0}", "(?i)Q_PROJ", r"\w+porj*",
+        "q_porj|q_proj", "(q_porj)?", "(q_porj)*", r"(q_porj|norm)(\.weight)?", "(?=q_porj).*",
+        r".*\.(q|k)_(porj|proj)", "(a|b)" * 30, "[q_porj]", "q_porj{0}", "(?i)Q_PROJ", r"\w+porj*",
     ],
 )  # fmt: skip
 def test_other_patterns_are_left_to_the_model(folder: Path, key: str, pattern: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from deltatune.errors import UserError
 from deltatune.training import lock
-from deltatune.training.lock import check_free, locked
+from deltatune.training.lock import check_free, clear_stale, locked
 from deltatune.training.processes import started
 
 
@@ -76,6 +76,18 @@ def test_a_stale_lock_is_taken_over(tmp_path: Path, holder: str) -> None:
     os.utime(tmp_path / ".lock", (1, 1))
     with locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_stale_lock_is_cleared_and_one_that_is_held_stays(tmp_path: Path) -> None:
+    clear_stale(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / ".lock").write_text(json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": "1"}))
+    clear_stale(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path):
+        with pytest.raises(UserError, match="is in use"):
+            clear_stale(tmp_path)
+        assert (tmp_path / ".lock").exists()
 
 
 def test_a_lock_that_is_being_written_holds(tmp_path: Path) -> None:

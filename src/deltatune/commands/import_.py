@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from pathlib import Path
 
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.importing.read import read_foreign
 from deltatune.importing.recipe import convert
 from deltatune.importing.table import table_lines
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(head + imported.text)
         stream.write(table)
         return 0
-    output = Path(args.output).expanduser()
+    output = user_path(args.output)
     if output.exists():
         raise UserError(f"{output} exists: --output expects a new file")
     if not output.parent.is_dir():

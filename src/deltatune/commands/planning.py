@@ -70,7 +70,7 @@ class GoingOn:
             UserError: other ones, and that has to be allowed; or a stream that was left by other ranks.
         """
         changes = changed_steps(recipe, self.checkpoint, mesh, allow=self.allow_change)
-        changes += changed_data(data, self.checkpoint, allow=self.allow_change)
+        changes += changed_data(recipe, data, self.checkpoint, allow=self.allow_change)
         if self.checkpoint is not None and isinstance(data.train, PackStream):
             place_of(self.checkpoint, mesh)
         return [*self.said, *change_lines(changes, self.checkpoint)]

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.runs.folder import read_run
 from deltatune.runs.page import page
 from deltatune.whole import whole
@@ -18,8 +18,8 @@ _PAGE = "report.html"
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page, by default into the folder of the first run."""
-    runs = [read_run(Path(folder).expanduser()) for folder in args.runs]
-    output = runs[0].path / _PAGE if args.output is None else Path(args.output).expanduser()
+    runs = [read_run(user_path(folder)) for folder in args.runs]
+    output = runs[0].path / _PAGE if args.output is None else user_path(args.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     html = page(runs)

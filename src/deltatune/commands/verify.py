@@ -6,9 +6,11 @@ import argparse
 import sys
 from typing import Any
 
+import pydantic
 import torch
 
 from deltatune.commands.quiet import quiet_libraries
+from deltatune.config.explain import explain
 from deltatune.config.schema import ModelSection
 from deltatune.errors import UserError, first_line
 from deltatune.phases import phase
@@ -23,10 +25,7 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 when a document saw another, 0 when none did."""
     device = _usable_device(args.device)
-    section = ModelSection.model_validate(
-        {"name_or_path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    )
-    model = load_model(section).to(device)
+    model = load_model(_section(args)).to(device)
     if not args.stock:
         prepare(model)
     given: dict[str, Any] = {"lengths": args.lengths, "tolerance": args.tolerance}
@@ -34,6 +33,14 @@ def run(args: argparse.Namespace) -> int:
         report = verify(model, **{name: value for name, value in given.items() if value is not None})
     sys.stdout.write(f"{report}\n")
     return 0 if report.ok else 1
+
+
+def _section(args: argparse.Namespace) -> ModelSection:
+    given = {"name_or_path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    try:
+        return ModelSection.model_validate(given)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, given, {(): "MODEL"})) from error
 
 
 def _usable_device(name: str) -> torch.device:

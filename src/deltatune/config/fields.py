@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
 
-__all__ = ["BEYOND", "Count", "Flag", "Integer", "Ranks", "Section", "Seed", "Share", "Steps", "Text"]
+from deltatune.errors import UserError, user_path
+
+__all__ = ["BEYOND", "Count", "Flag", "Integer", "PathText", "Ranks", "Section", "Seed", "Share", "Steps", "Text"]
 
 BEYOND = 2**31
 """More than anything here counts: places in a pack are 32-bit integers."""
@@ -21,6 +24,18 @@ Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 # transformers' own convention: a whole number of steps, or below 1 a share of them
 Steps = Count | Annotated[float, Strict(), Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _has_home(path: str) -> str:
+    try:
+        user_path(path)
+    except UserError as error:
+        why = str(error).rpartition(": ")[2]
+        raise PydanticCustomError("no_home", "a path ({why})", {"why": why}) from error
+    return path
+
+
+PathText = Annotated[Text, AfterValidator(_has_home)]  # or a name on the Hub; ``~`` stands for a home directory
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from deltatune.config.rules import check_recipe, recipe_errors
 from deltatune.config.schema import Recipe
 from deltatune.config.ways_out import ways_out
 from deltatune.config.yaml_text import KeyPath, dump_yaml, parse_document
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "parse_recipe"]
 
@@ -43,7 +43,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         UserError: no such file, broken YAML, an unknown key, a wrong type, or a violated rule.
     """
-    return parse_recipe(_read(Path(path)), str(path), overrides)
+    return parse_recipe(_read(user_path(path)), str(path), overrides)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

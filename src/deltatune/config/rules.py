@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from deltatune.config.data_rules import DATA_ERRORS
 from deltatune.config.defaults import differs
@@ -17,7 +16,7 @@ from deltatune.config.moments import moment_errors
 from deltatune.config.refused import PASSED_TRAINING_NAMES, REFUSED_TRAINING_NAMES, refusal
 from deltatune.config.schema import Fp8Quantization, LoraSection, Recipe, Source
 from deltatune.config.training_section import TrainingSection
-from deltatune.errors import RecipeKeyError, UserError, nearest
+from deltatune.errors import RecipeKeyError, UserError, nearest, user_path
 
 __all__ = [
     "SHARDED_OPTIMIZERS",
@@ -170,7 +169,7 @@ def _model_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.lora is not None:
         yield from adapter_errors(recipe.lora)
         start = recipe.lora.name_or_path
-        if start is not None and Path(start).expanduser() == Path(recipe.training.output_dir).expanduser():
+        if start is not None and user_path(start) == user_path(recipe.training.output_dir):
             yield f"lora.name_or_path: {start} is training.output_dir as well; save this run in another folder"
     given = [name for name in ("lengths", "tolerance") if differs(recipe.verify, name)]
     if not recipe.verify.enabled and given:
@@ -340,7 +339,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     several, search = "coordinate_descent_check_all_directions", "coordinate_descent_tuning"
     if options.get(several) and not options.get(search):
         yield f"compile.options.{several} changes nothing without {search}"
-    if recipe.model.revision is not None and Path(recipe.model.name_or_path).expanduser().is_dir():
+    if recipe.model.revision is not None and user_path(recipe.model.name_or_path).is_dir():
         yield (
             f"model.revision: {recipe.model.revision} does nothing beside {recipe.model.name_or_path}, a folder; it is "
             "of models on the Hub"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from deltatune.config.fields import BEYOND, Count, Flag, Integer, Ranks, Section, Share, Text
+from deltatune.config.fields import BEYOND, Count, Flag, Integer, PathText, Ranks, Section, Share, Text
 from deltatune.config.row_formats import ColumnRole, Format, MessageField, Role
 from deltatune.config.training_section import TrainingSection
 
@@ -99,7 +99,7 @@ def _typed(value: Any) -> Any:
 class ModelSection(Section):
     """The checkpoint to start from."""
 
-    name_or_path: Text
+    name_or_path: PathText
     """A folder with a checkpoint, as seen from the current folder, or a name on the Hugging Face Hub."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -125,10 +125,10 @@ class ModelSection(Section):
     trust_remote_code: Flag = False
     """Run model code that comes with the checkpoint."""
 
-    tokenizer: Text | None = None
+    tokenizer: PathText | None = None
     """Another folder or Hub name for the tokenizer; the checkpoint's own by default."""
 
-    chat_template: Text | None = None
+    chat_template: PathText | None = None
     """What replaces the tokenizer's chat template: a known format (`chatml`, `gemma`, `llama2`, `llama3`, `mistral`,
     `phi`, `phi4` or `qwen3`), a Jinja file, or Jinja text. A file of such a name is meant by `./chatml`."""
 
@@ -143,7 +143,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """Low-rank adapters, in PEFT's own names. Leave the section out to train every weight."""
 
-    name_or_path: Text | None = None
+    name_or_path: PathText | None = None
     """An adapter to go on from: a folder, or a name on the Hub. Its ranks, targets and scales are its own; of this
     section `lora_dropout`, `adapter_dtype` and `impl` act, and any other setting must agree with it."""
 
@@ -209,7 +209,7 @@ class LoraSection(Section):
 class Source(Section):
     """One data set: a file, a folder of files, or a name on the Hugging Face Hub."""
 
-    path: Text
+    path: PathText
     """A file (JSONL, JSON, Parquet, Arrow, CSV, TSV or text; all but tables also compressed), a folder or a pattern of
     such files, a folder that `save_to_disk` wrote, as seen from the current folder; or the name of a data set on the
     Hub."""
@@ -290,7 +290,7 @@ class DataSection(Section):
     """What to do with a row that is broken, cannot be rendered or trains nothing: stop, naming the first of them, or
     leave it out, name and count."""
 
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Where tokenised data is kept; the cache of the `datasets` package by default."""
 
     num_proc: Count | None = None

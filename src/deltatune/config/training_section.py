@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
-from deltatune.config.fields import BEYOND, Count, Flag, Integer, Section, Seed, Steps, Text
+from deltatune.config.fields import BEYOND, Count, Flag, Integer, PathText, Section, Seed, Steps, Text
 
 __all__ = ["OWN_TRAINING_NAMES", "TrainingSection"]
 
@@ -35,7 +35,7 @@ class TrainingSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    output_dir: Text = "outputs"
+    output_dir: PathText = "outputs"
     """Where checkpoints, the resolved recipe and the trained model go."""
 
     num_train_epochs: Annotated[float, Strict(), Field(gt=0)] = 3.0

@@ -14,7 +14,7 @@ from deltatune.data.rows import BadRowError, Part, Rows, RowsOf, read_on
 from deltatune.data.splits import Splits, folder_splits, saved_splits
 from deltatune.data.table_rows import arrow_rows, hub_rows, import_datasets, parquet_rows, saved_rows
 from deltatune.data.unpacked import default_cache, open_data, unpacked
-from deltatune.errors import DataError, near_files, nearest, one_line
+from deltatune.errors import DataError, UserError, near_files, nearest, one_line, user_path
 
 __all__ = ["Rows", "check_source", "is_local", "load_rows"]
 
@@ -96,14 +96,15 @@ def _local_splits(path: str, name: str | None) -> Splits | None:
         return _found_splits(path, name)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
-    except RuntimeError as error:  # of a tilde before the name of no user
-        raise DataError(f"{path} does not exist: {one_line(error)}") from error
 
 
 def _found_splits(path: str, name: str | None) -> Splits | None:
     if "://" in path:
         raise DataError(f"{path} is a URL; expected a local path, or the name of a data set on the Hub (owner/name)")
-    local = Path(path).expanduser()
+    try:
+        local = user_path(path)
+    except UserError as error:
+        raise DataError(str(error)) from error
     if local.is_dir():
         return saved_splits(local, name) or folder_splits(local, name)
     if local.is_file():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltatune.errors import UserError, near_files, nearest
+from deltatune.errors import UserError, near_files, nearest, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +43,7 @@ def find_template(setting: str) -> WellKnown:
         return WellKnown(setting)
     if setting in WELL_KNOWN:
         return WELL_KNOWN[setting]
-    path = Path(setting).expanduser()
+    path = user_path(setting)
     if not path.exists() and path.name == setting and not path.suffix:
         names = ", ".join(WELL_KNOWN)
         raise UserError(

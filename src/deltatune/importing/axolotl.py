@@ -222,6 +222,7 @@ _RULES: dict[str, Rule] = {
     "tokens": tokens,
     **{role: role_of(role) for role in ("bos_token", "eos_token", "pad_token")},
     "mean_resizing_embeddings": idle("new rows are drawn around the mean of the others"),
+    "embeddings_skip_upcast": idle("embeddings are in model.dtype, as other weights"),
     "eot_tokens": idle("the token that ends a turn is found in what the template renders, and trains"),
     **_each(
         "added_tokens_overrides additional_special_tokens resize_token_embeddings_to_32x shrink_embeddings "

@@ -22,6 +22,7 @@ _BUILT_IN = "built in: norms, MLPs, the loss and adapters run fused"
 _LOSS = "the loss is cross entropy"
 _ONE_OF_TWO = "an adapter or every weight trains"
 _NO_OPTIMIZER = "no optimizer of transformers that is known to work here"
+_NEW_TOKENS = ("add_tokens", "new_special_tokens", "add_special_tokens")  # the second is an earlier name of the third
 _TOKENS = "model.added_tokens and model.special_tokens are what a recipe says of tokens"
 
 
@@ -253,7 +254,7 @@ _RULES: dict[str, Rule] = {
     "disable_gradient_checkpointing": _no_checkpointing,
     **_each("flash_attn attn", idle("attention over packs is built in")),
     "early_stopping_steps": _patience,
-    **dict.fromkeys(("add_tokens", "add_special_tokens"), added_tokens("add_tokens", "add_special_tokens")),
+    **dict.fromkeys(_NEW_TOKENS, added_tokens(*_NEW_TOKENS)),
     "resize_vocab": idle("embeddings grow where tokens need it"),
     "use_muon": muon,
     "quantization_bit": bits_of_bitsandbytes(_has_lora, "quantization_method"),

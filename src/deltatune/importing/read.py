@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltatune.config.yaml_text import parse_document
-from deltatune.errors import UserError, near_files, one_line
+from deltatune.errors import UserError, near_files, one_line, user_path
 from deltatune.importing.axolotl import AXOLOTL
 from deltatune.importing.command_line import settings_of_command
 from deltatune.importing.llama_factory import LLAMA_FACTORY
@@ -46,7 +46,7 @@ def read_foreign(path: str | Path, kind: Kind | None = None) -> Foreign:
     Raises:
         UserError: no such file, one that is broken, or one of which the kind is not told.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     text = _text(path)
     written = _SUFFIXES.get(path.suffix, ("trl",))
     if kind is not None and kind not in written:

@@ -187,14 +187,15 @@ _FLAGS = (
     "logging_first_step disable_tqdm save_only_model load_best_model_at_end dataloader_pin_memory "
     "push_to_hub hub_private_repo hub_always_push full_determinism use_cpu ddp_find_unused_parameters "
     "ddp_broadcast_buffers log_on_each_node save_on_each_node eval_on_start dataloader_drop_last "
-    "dataloader_persistent_workers skip_memory_metrics fp16"
+    "dataloader_persistent_workers skip_memory_metrics fp16 ddp_static_graph"
 )
 _NUMBERS = "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm learning_rate eval_delay"
 _COUNTS = "gradient_accumulation_steps save_total_limit ddp_timeout ddp_bucket_cap_mb dataloader_prefetch_factor"
 _STEPS = "logging_steps save_steps eval_steps"
 _TEXTS = (
     "output_dir run_name hub_model_id hub_strategy hub_revision ddp_backend log_level "
-    "log_level_replica logging_strategy eval_strategy save_strategy project trackio_space_id"
+    "log_level_replica logging_strategy eval_strategy save_strategy project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id train_sampling_strategy"
 )
 _WHOLE = "seed data_seed dataloader_num_workers torch_empty_cache_steps"
 
@@ -226,8 +227,12 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "evaluation_strategy": changed("training.eval_strategy", text, "today's name"),
     "report_to": _report_to,
     "tf32": carried("training.tf32", flag, "an error on devices without it"),
-    "gradient_checkpointing": checkpointing,
-    "gradient_checkpointing_kwargs": idle("layers are recomputed without reentrant autograd"),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), checkpointing),
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        idle("layers are recomputed without reentrant autograd"),
+    ),
+    "include_num_input_tokens_seen": carried("training.include_num_input_tokens_seen"),
     "torch_compile": _compiled,
     "torch_compile_backend": idle("layers are compiled by Inductor"),
     "torch_compile_mode": refused("use compile.options"),
@@ -235,7 +240,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "liger_kernel_config": idle("fused norms, MLPs and a loss without whole logits are built in"),
     "packing": idle(PACKED),
     "padding_free": idle(PACKED),
-    "group_by_length": idle("packs are all of one length"),
+    **dict.fromkeys(("group_by_length", "length_column_name"), idle("packs are all of one length")),
     "per_device_eval_batch_size": idle("evaluation packs as training does"),
     "auto_find_batch_size": refused("a batch is one pack of packing.tokens_per_batch tokens"),
     "remove_unused_columns": idle("packs hold what the model takes"),
@@ -255,8 +260,15 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "do_predict": refused("training alone; generate with the trained model"),
     "local_rank": idle("the launcher sets it"),
     "save_safetensors": idle("files are always safetensors"),
-    "eval_accumulation_steps": idle("evaluation keeps no logits"),
-    "eval_use_gather_object": idle("evaluation keeps no logits"),
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "eval_use_gather_object", "eval_do_concat_batches", "batch_eval_metrics"),
+        idle("evaluation keeps no logits"),
+    ),
+    "include_for_metrics": idle("an evaluation has no metrics but its losses"),
+    **dict.fromkeys(
+        ("dataloader_in_order", "dataloader_multiprocessing_context"), idle("packs come in the order of the epoch")
+    ),
+    "logging_nan_inf_filter": refused("use training.on_nonfinite"),
     "bf16_full_eval": refused("it would round the weights that are saved"),
     "fp16_full_eval": refused("it would round the weights that are saved"),
     "enable_jit_checkpoint": idle("SIGTERM always saves a checkpoint"),

@@ -21,7 +21,7 @@ _OF_REFERENCE = ("precompute_ref_log_probs", "precompute_ref_batch_size", "ref_m
 _LENGTHS = ("max_prompt_length", "max_completion_length")
 _TERMS = (
     *("rpo_alpha", "ld_alpha", "loss_weights", "use_weighting"),
-    *("sync_ref_model", "reference_free", "force_use_ref_model"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "reference_free", "force_use_ref_model"),
 )
 
 
@@ -62,6 +62,7 @@ def of_pairs(asked: Callable[[Settings], str | None]) -> dict[str, Rule]:
     return {
         "beta": beta,
         "label_smoothing": idle("losses robust and exo_pair alone read it"),
+        "generate_during_eval": refused("use the section samples"),
         "disable_dropout": idle("the reference runs without dropout; set lora.lora_dropout"),
         **dict.fromkeys(_OF_REFERENCE, idle(REFERENCE)),
         **dict.fromkeys(_LENGTHS, refused("data.max_length bounds prompt and answer together")),

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from deltatune.hf.cached import boundaries
+from deltatune.layers.rope_types import depends_on_length
 from deltatune.packing.sequences import Sequences
 from deltatune.subclass import Swapped, stock_class
 
-__all__ = ["DocumentRotary", "depends_on_length", "forget_lengths", "length_dependent_rotary"]
+__all__ = ["DocumentRotary", "forget_lengths", "length_dependent_rotary"]
 
 
 class DocumentRotary(Swapped):
@@ -58,11 +59,6 @@ def _rope_types(module: nn.Module) -> list[str]:
     given = getattr(module, "rope_type", None)
     kinds = given.values() if isinstance(given, dict) else (given,)
     return [kind for kind in kinds if isinstance(kind, str)]
-
-
-def depends_on_length(rope_type: str) -> bool:
-    """Whether frequencies of this type are those of a document's length."""
-    return "dynamic" in rope_type or rope_type == "longrope"
 
 
 def _by_document(rotary: Any, sequences: Sequences, x: Tensor, position_ids: Tensor, named: dict[str, str]) -> Any:

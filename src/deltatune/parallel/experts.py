@@ -25,6 +25,7 @@ from deltatune.hf.experts import PART, experts_layout, other_experts
 from deltatune.layers.dispatch import CAPACITY_STEPS, ExpertPart
 from deltatune.layers.experts import Experts
 from deltatune.lora.parameters import is_parameter_lora
+from deltatune.parallel.expert_counts import common_sizes, no_experts, not_divided
 from deltatune.parallel.mesh import REPLICATE, Mesh
 from deltatune.parallel.state import Parts, give_storage, whole_tensor
 
@@ -185,8 +186,7 @@ class DividedExperts(Parts):
 
 def expert_sizes(model: nn.Module) -> tuple[int, ...]:
     """The numbers of ranks P that can hold a model's experts together, ascending, 1 among them."""
-    counts = {_count(module) for module in _fused(model)}
-    return tuple(size for size in range(1, min(counts, default=1) + 1) if not any(count % size for count in counts))
+    return common_sizes(_counts(model))
 
 
 def check_expert_size(model: nn.Module, size: int, capacity: float) -> None:
@@ -200,13 +200,11 @@ def check_expert_size(model: nn.Module, size: int, capacity: float) -> None:
         raise ValueError("the model is sharded already; divide experts in the same call")
     others = other_experts(hf_model.text_model(model))
     if others or not any(True for _ in _fused(model)):
-        why = f"its experts are in a layout that is not known ({', '.join(others)})" if others else "it has no experts"
-        raise ValueError(f"expert={size}: {why}; leave expert out")
-    sizes = expert_sizes(model)
-    if size not in sizes:
-        counts = " and ".join(sorted({str(_count(module)) for module in _fused(model)}))
-        choices = ", ".join(map(str, sizes))
-        raise ValueError(f"expert={size} does not divide {counts} experts; set expert to one of {choices}")
+        names = ", ".join(others)
+        unknown = f"expert={size}: its experts are in a layout that is not known ({names}); leave expert out"
+        raise ValueError(unknown if others else no_experts(size))
+    if size not in expert_sizes(model):
+        raise ValueError(not_divided(size, _counts(model)))
     if capacity < 1:
         raise ValueError(f"expert_capacity={capacity:g}: a rank's even share is 1; set it between 1 and {size}")
 
@@ -314,6 +312,11 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _fused(model: nn.Module) -> Iterator[Any]:
     """Experts of known layouts, which ``prepare`` makes ``Experts``."""
     return (module for module in model.modules() if experts_layout(module) is not None)
+
+
+def _counts(model: nn.Module) -> set[int]:
+    """The numbers of experts of its layers."""
+    return {_count(module) for module in _fused(model)}
 
 
 def _wrappers(model: nn.Module) -> Iterator[Any]:

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltatune.errors import UserError
-from deltatune.layers.rotary import depends_on_length
-from deltatune.models.registry import FAMILIES
-from deltatune.packing.group import Recurrent
+from deltatune.layers.rope_types import depends_on_length
+from deltatune.models.names import FAMILY_NAMES
+
+if TYPE_CHECKING:
+    from deltatune.packing.group import Recurrent
 
 __all__ = ["check_sequence_size", "sequence_sizes", "stateless"]
 
@@ -78,8 +80,8 @@ def _is_recurrent(text: Any) -> bool:
 
 def _refusal(text: Any, recurrent: Recurrent) -> str | None:
     """Why a model's packs cannot be spread over ranks, with the remedy."""
-    if text.model_type not in {family.model_type for family in FAMILIES}:
-        known = ", ".join(family.name for family in FAMILIES)
+    if text.model_type not in FAMILY_NAMES:
+        known = ", ".join(FAMILY_NAMES.values())
         return (
             f"{text.model_type} runs on attention of its own, which sees the tokens of one rank alone (families that "
             f"can: {known}); set sequence to 1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
 from deltatune.config.schema import Recipe
 from deltatune.config.yaml_text import dump_yaml
+from deltatune.errors import user_path
 from deltatune.runs.folder import RunFolder, mapping, number
 
 __all__ = ["merged_card", "model_card"]
@@ -25,7 +27,9 @@ from transformers import AutoTokenizer, {name}
 base = {name}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, {folder})
 tokenizer = AutoTokenizer.from_pretrained({folder})
-```"""
+```
+
+One model of both: `{merge}`"""
 
 _LOAD_MODEL = """\
 ```python
@@ -68,7 +72,8 @@ def model_card(run: RunFolder, saved_step: int | None = None) -> str:
         "",
         *_table(("data", "digest of the rows"), mapping(_last_leg(run).get("data")).items()),
         "",
-        "The settings that are not the defaults or were chosen by their section, as `deltatune train` takes them:",
+        f"The settings{' of the last leg' if len(run.legs) > 1 else ''} that are not the defaults or were chosen by "
+        "their section, as `deltatune train` takes them:",
         "",
         "```yaml",
         dump_yaml(_excerpt(run.recipe)).rstrip(),
@@ -149,7 +154,7 @@ def _is_local(name: str) -> bool:
 def _license(base: str, commit: Any) -> str | None:
     """What the base model's card says, where that is on this machine."""
     if _is_local(base):
-        card: Any = Path(base).expanduser() / "README.md"
+        card: Any = user_path(base) / "README.md"
     else:
         card = try_to_load_from_cache(base, "README.md", revision=commit)
     if not isinstance(card, str | Path) or not Path(card).is_file():
@@ -169,7 +174,8 @@ def _loading(run: RunFolder, base: str, adapter: bool) -> str:
     revision = model.get("commit") or model.get("revision")
     named = json.dumps(base) + (f", revision={json.dumps(revision)}" if revision else "")
     template = _LOAD_ADAPTER if adapter else _LOAD_MODEL
-    return template.format(name=name, base=named + trusted, folder=json.dumps(str(run.path)))
+    merge = shlex.join(["deltatune", "merge", str(run.path), "--output", "MERGED"])
+    return template.format(name=name, base=named + trusted, folder=json.dumps(str(run.path)), merge=merge)
 
 
 def _facts(run: RunFolder, saved_step: int | None) -> Iterator[tuple[str, object]]:
@@ -179,6 +185,9 @@ def _facts(run: RunFolder, saved_step: int | None) -> Iterator[tuple[str, object
     earlier = saved_step is not None and saved_step != last.get("to_step")
     legs = f" in {len(run.legs)} legs" if len(run.legs) > 1 else ""
     yield "steps", f"{last.get('to_step')}{legs}{f'; the weights are those of step {saved_step}' if earlier else ''}"
+    for leg in run.legs:
+        if changes := leg.get("changes"):
+            yield f"changed after step {leg.get('from_step')}", "; ".join(map(str, changes))
     counts = [sum(number(leg.get(name)) or 0 for leg in run.legs) for name in ("tokens", "trained_tokens", "seconds")]
     yield "tokens", f"{counts[0]:,.0f}, {counts[1]:,.0f} of them trained, in {counts[2]:,.0f} s"
     losses = [value for _, value in run.series("loss")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.hf.model import base_model
 from deltatune.runs.folder import mapping, read_run
 from deltatune.subclass import stock_class
@@ -65,7 +65,7 @@ def check_base(folder: Path, section: ModelSection, *, trained_on: str | None, a
 
 
 def _place(name: str) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name)
     return str(path.resolve()) if path.exists() else name
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from deltatune.config.schema import Recipe
-from deltatune.errors import UserError
-from deltatune.training.lock import check_free
+from deltatune.errors import UserError, user_path
+from deltatune.training.lock import check_free, clear_stale
 from deltatune.training.sealed import has_replaced, next_place, resume_point
 
 __all__ = ["MARKERS", "Resume", "begin", "check_nothing_saved", "holds_model", "saved_so_far"]
@@ -39,9 +39,11 @@ def begin(recipe: Recipe, resume: Resume, *, clears: bool) -> tuple[Path | None,
         UserError: another run that goes on, what a run of the other kind left, a model that no checkpoint goes on to,
             a file that cannot be written to, or as ``resume_point``.
     """
-    output_dir = Path(recipe.training.output_dir).expanduser()
+    output_dir = user_path(recipe.training.output_dir)
     # what another run is writing there looks like what a killed one left
     check_free(output_dir)
+    if clears:
+        clear_stale(output_dir)
     if not clears and has_replaced(output_dir):
         return None, []  # what goes on is known once it is put back
     found = resume_point(output_dir, resume, clears=clears)

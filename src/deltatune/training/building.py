@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deltatune.config.schema import Recipe
+from deltatune.errors import user_path
 from deltatune.hf import model as hf_model
 from deltatune.parallel.filling import from_rank_0
 from deltatune.parallel.mesh import Mesh
@@ -61,7 +62,7 @@ class Described:
     @property
     def output_dir(self) -> Path:
         """Where the run is saved."""
-        return Path(self.recipe.training.output_dir).expanduser()
+        return user_path(self.recipe.training.output_dir)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Run:
     @property
     def output_dir(self) -> Path:
         """Where the run is saved."""
-        return Path(self.recipe.training.output_dir).expanduser()
+        return user_path(self.recipe.training.output_dir)
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: RunConsole) -> Run:

@@ -1,7 +1,8 @@
 """What a recipe says otherwise than the one that a checkpoint was saved under: what acts, and what cannot.
 
 A setting is ``local`` where it says by which folders and processes of a machine a run works: neither weights nor
-figures depend on it, and a run in a folder that has moved is the same run.
+figures depend on it, and a run in a folder that has moved is the same run. It is ``moved`` where it names the same
+weights or rows by another path, which no table of settings tells.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deltatune.errors import UserError
 
 __all__ = ["Change", "check_changes", "find_changes", "find_other_data"]
 
-Verdict = Literal["acts", "local", "asks", "cannot"]
+Verdict = Literal["acts", "local", "moved", "asks", "cannot"]
 
 # of ``training``
 _LOCAL = (
@@ -86,12 +87,18 @@ class Change:
         return f"{self.key}: {before} -> {now}"
 
 
-def find_other_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """The sources whose rows are others than the ones that a checkpoint was trained on, by their digests."""
+def find_other_data(before: Mapping[str, str], now: Mapping[str, str], paths: Mapping[str, str]) -> list[Change]:
+    """The sources whose rows are others than the ones that a checkpoint was trained on.
+
+    Args:
+        before: the digests of rows, by ``data.train.0`` and the like.
+        now: the same.
+        paths: of the sources that go by the path that they had.
+    """
     return [
-        Change(f"rows of {name}", before[name], now[name], "asks")
-        for name in before
-        if name in now and before[name] != now[name]
+        Change(f"rows of {path}", before[place], now[place], "asks")
+        for place, path in paths.items()
+        if place in before and place in now and before[place] != now[place]
     ]
 
 

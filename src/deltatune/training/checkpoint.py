@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from deltatune.config.schema import ModelSection
 from deltatune.data.well_known import read_template
-from deltatune.errors import UserError, first_line, near_files
+from deltatune.errors import UserError, first_line, near_files, user_path
 from deltatune.hf.generation import keep_settings
 from deltatune.phases import phase
 from deltatune.quantization.released import is_component
@@ -63,7 +63,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     """
     check_model_path(section)
     check_model_type(section)
-    path = Path(section.name_or_path).expanduser()
+    path = user_path(section.name_or_path)
     try:
         return AutoConfig.from_pretrained(**origin_of(section, section.name_or_path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -284,7 +284,7 @@ def folder_of(section: ModelSection, name: str, patterns: tuple[str, ...]) -> Pa
     Raises:
         OSError: there is no such folder, or the Hub does not give them.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -296,7 +296,7 @@ def folder_of(section: ModelSection, name: str, patterns: tuple[str, ...]) -> Pa
 
 def commit_of(section: ModelSection) -> str | None:
     """The commit that a model on the Hub is loaded from, since branches move; None for a folder."""
-    if Path(section.name_or_path).expanduser().exists():
+    if user_path(section.name_or_path).exists():
         return None
     try:
         folder = folder_of(section, section.name_or_path, ("config.json",))
@@ -307,7 +307,7 @@ def commit_of(section: ModelSection) -> str | None:
 
 def origin_of(section: ModelSection, name: str) -> dict[str, Any]:
     """Where ``from_pretrained`` finds what goes by this name."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     # absolute, because an adapter records where its base model is
     place = str(path.resolve()) if path.exists() else name
     origin: dict[str, Any] = {"pretrained_model_name_or_path": place, "trust_remote_code": section.trust_remote_code}
@@ -320,7 +320,7 @@ def origin_of(section: ModelSection, name: str) -> dict[str, Any]:
 
 def _is_here(section: ModelSection, name: str, *files: str) -> bool:
     """Whether a folder, or one of the files of a model on the Hub, is on this machine."""
-    if Path(name).expanduser().exists():
+    if user_path(name).exists():
         return True
     revision = section.revision if name == section.name_or_path else None
     return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
@@ -328,7 +328,7 @@ def _is_here(section: ModelSection, name: str, *files: str) -> bool:
 
 def _silence_about(name: str) -> str | None:
     """Why nothing can be downloaded of what is not here; None for what is, and where something can."""
-    return None if Path(name).expanduser().exists() else silence()
+    return None if user_path(name).exists() else silence()
 
 
 def _no_folder(path: Path) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from deltatune.config.defaults import differs
 from deltatune.config.schema import LoraSection
-from deltatune.errors import UserError, first_line, near_files, one_line
+from deltatune.errors import UserError, first_line, near_files, one_line, user_path
 from deltatune.training.adapter_files import adapter_digest, adapter_weights
 from deltatune.training.adapter_settings import adapter_settings, start_settings
 from deltatune.training.expert_adapters import refuse_old_roles
@@ -125,7 +125,7 @@ def adapter_record(section: LoraSection | None) -> dict[str, str]:
 
 def _folder(name: str) -> Path:
     """The folder of an adapter; one on the Hub is downloaded, or found among what was."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
@@ -171,7 +171,7 @@ def _check_base(name: str, config: peft.LoraConfig, model: nn.Module) -> None:
     trained_on, here = config.base_model_name_or_path, getattr(model.config, "_name_or_path", "")
     if not trained_on or not here:
         return
-    first, second = Path(trained_on).expanduser(), Path(here).expanduser()
+    first, second = user_path(trained_on), user_path(here)
     if first.exists() != second.exists() or first.is_absolute() != second.is_absolute():
         return
     same = first.resolve() == second.resolve() if first.exists() else trained_on == here

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deltatune.config.schema import ModelSection
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.hf import model as hf_model
 from deltatune.phases import phase
 from deltatune.runs.card import merged_card
@@ -231,7 +231,7 @@ def export_adapter(
 
 def _adapter_and_output(adapter_dir: str | Path, output_dir: str | Path) -> tuple[Adapter, Path]:
     # a link, or ".", cannot be replaced by a folder; what it stands for can
-    folder, output = Path(adapter_dir).expanduser(), Path(output_dir).expanduser().resolve()
+    folder, output = user_path(adapter_dir), user_path(output_dir).resolve()
     adapter = Adapter(folder, adapter_settings(folder))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another output folder")
@@ -246,7 +246,7 @@ def _base_of(
     if not name:
         raise UserError(f"{adapter.folder} names no base model; pass it with --base")
     # what was trained on is one revision of the model of this name
-    revision = adapter.revision if name == adapter.base and not Path(name).expanduser().exists() else None
+    revision = adapter.revision if name == adapter.base and not user_path(name).exists() else None
     section = ModelSection.model_validate(
         {"name_or_path": name, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     )

@@ -19,7 +19,7 @@ from deltatune.data.messages import Conversation
 from deltatune.data.rows import BadRowError, Rows, read_on
 from deltatune.data.sources import load_rows
 from deltatune.data.tokens import read_tokens
-from deltatune.errors import DataError, UserError
+from deltatune.errors import DataError, UserError, user_path
 from deltatune.training.recipe_rows import check_kind, layout_of, reading_of
 from deltatune.training.tokenizer_files import beyond_embeddings, rows_of_files, vocabulary_of_files
 
@@ -47,7 +47,7 @@ def check_first_rows(recipe: Recipe) -> None:
     tokens = None if known is None else len(known) + len(recipe.model.added_tokens or ())
     sizes = _Sizes(tokens, rows_of_files(recipe))
     for source in (*recipe.data.train, *recipe.data.eval):
-        if source.split is not None or not _is_quick(Path(source.path).expanduser()):
+        if source.split is not None or not _is_quick(user_path(source.path)):
             continue
         limit = min(source.limit or ROWS_FOR_COLUMNS, ROWS_FOR_COLUMNS)
         rows = load_rows(source.path, **reading_of(source, recipe) | {"limit": limit})

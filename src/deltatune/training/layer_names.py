@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from deltatune.config.schema import LoraSection, ModelSection, Recipe
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.hf.source import conversion_text, modeling_text
 
 __all__ = ["NAMED_EXPERTS", "check_layer_names", "check_layer_numbers", "json_of", "nearest_layers", "text_settings"]
@@ -19,6 +19,9 @@ __all__ = ["NAMED_EXPERTS", "check_layer_names", "check_layer_numbers", "json_of
 NAMED_EXPERTS: Final = re.compile(r"(gate|up|down|gate_up)_proj|experts|\bw[123]\b")
 # each word of such a regular expression is a part of whatever it matches
 _WORDS_ALONE: Final = re.compile(r"\^?(\w|\\?\.|\.[*+])+\$?")
+# a group of them, once
+_GROUP: Final = re.compile(r"(?<!\\)\((?:\?:)?([^()\[\]?{}]*)\)(?![*+?{])")
+_MOST_ALTERNATIVES: Final = 256
 _HEADER_BYTES: Final = 100 * 2**20  # the most that the format allows
 
 
@@ -34,7 +37,7 @@ def check_layer_names(recipe: Recipe) -> None:
         UserError: such a name or pattern, with the nearest layers of the checkpoint; or such a number.
     """
     model, lora = recipe.model, recipe.lora
-    folder = Path(model.name_or_path).expanduser()
+    folder = user_path(model.name_or_path)
     count = text_settings(model).get("num_hidden_layers")
     if lora is not None and type(count) is int:
         check_layer_numbers(lora, count)
@@ -62,9 +65,28 @@ class _Wanted(NamedTuple):
         """Whether it may match a name that these words make; True for a pattern that says more than words."""
         if not self.is_pattern:
             return self.text.rpartition(".")[2] in known or self.text == "all-linear"
-        if _WORDS_ALONE.fullmatch(self.text) is None:
-            return True
-        return all(any(word in name for name in known) for word in re.findall(r"[^\W\d]\w*", self.text))
+        return any(_may_match(pattern, known) for pattern in _alternatives(self.text))
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """A regular expression as several without groups, one of which matches what it does; groups that repeat stay."""
+    found, done = [pattern], list[str]()
+    while found and len(found) + len(done) <= _MOST_ALTERNATIVES:
+        text = found.pop()
+        group = _GROUP.search(text)
+        if group is None:
+            # of what is left of groups a bar may be a part
+            done += text.split("|") if "(" not in text and "[" not in text else [text]
+            continue
+        found += [f"{text[: group.start()]}{each}{text[group.end() :]}" for each in group[1].split("|")]
+    return [*done, *found]
+
+
+def _may_match(pattern: str, known: Collection[str]) -> bool:
+    """Whether a pattern without groups may match a name made of these words; True where it says more than words."""
+    if _WORDS_ALONE.fullmatch(pattern) is None:
+        return True
+    return all(any(word in name for name in known) for word in re.findall(r"[^\W\d]\w*", pattern))
 
 
 def _wanted(recipe: Recipe) -> Iterator[_Wanted]:
@@ -99,7 +121,7 @@ def check_layer_numbers(lora: LoraSection, count: int) -> None:
 
 def text_settings(model: ModelSection) -> dict[str, Any]:
     """What a checkpoint's config.json says of its text model; nothing where it is not here, or has code of its own."""
-    config = json_of(Path(model.name_or_path).expanduser() / "config.json")
+    config = json_of(user_path(model.name_or_path) / "config.json")
     if not isinstance(config, dict) or model.trust_remote_code or "auto_map" in config:
         return {}
     text = config.get("text_config", config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from deltatune.config.schema import Recipe
-from deltatune.errors import UserError, first_line
+from deltatune.errors import UserError, first_line, user_path
 from deltatune.hf import model as hf_model
 from deltatune.hf.reading import NotInPiecesError
 from deltatune.parallel.filling import Piece, from_rank_0, tensors_of
@@ -109,7 +108,7 @@ def _whole_line(model: nn.Module, why: str) -> str:
 
 def _why_whole(recipe: Recipe, config: PreTrainedConfig) -> str | None:
     """Why weights must all be there before the model is adapted; None where they need not, or nobody knows yet."""
-    lora, folder = recipe.lora, Path(recipe.model.name_or_path).expanduser()
+    lora, folder = recipe.lora, user_path(recipe.model.name_or_path)
     if lora is not None and reads_base(lora.init_lora_weights):
         return f"lora.init_lora_weights: {lora.init_lora_weights} takes its weights apart"
     if lora is not None and lora.use_dora:

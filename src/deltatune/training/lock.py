@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from deltatune.errors import UserError
 from deltatune.training.processes import started
 
-__all__ = ["check_free", "locked"]
+__all__ = ["check_free", "clear_stale", "locked"]
 
 LOCK = ".lock"
 _WRITING = 10.0  # seconds in which a lock that holds nothing may be one that is being written
@@ -67,6 +67,17 @@ def check_free(output_dir: Path, remedy: str = "choose another training.output_d
             f"{output_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, "
             f"{remedy}, or remove {file} if that run is gone"
         )
+
+
+def clear_stale(output_dir: Path) -> None:
+    """Removes the lock of a run that is gone, which a finished run would keep: nothing takes it over.
+
+    Raises:
+        UserError: another run has taken the folder.
+    """
+    if (output_dir / LOCK).exists():
+        with locked(output_dir):
+            pass
 
 
 def _age(file: Path) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from deltatune.config.schema import Recipe
 from deltatune.errors import UserError
 from deltatune.parallel.heads import check_sequence_size, stateless
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["check_sequence"]
 

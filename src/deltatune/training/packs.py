@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from deltatune.config.schema import Recipe, Source
+from deltatune.config.schema import DataSection, Recipe, Source
 from deltatune.data.chat import Renderer
 from deltatune.data.dataset import PackedDataset, pack_documents
 from deltatune.data.documents import Documents, tokenize
@@ -22,13 +21,13 @@ from deltatune.data.report import counted
 from deltatune.data.row_streams import open_stream
 from deltatune.data.sources import load_rows
 from deltatune.data.stream import BLOCK_ROWS, PackStream, StreamSource
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.parallel.mesh import ALONE, Mesh
 from deltatune.phases import phase
 from deltatune.training.recipe_rows import cache_folder, check_kind, layout_of, reading_of
 from deltatune.training.tokenizer_files import beyond_embeddings
 
-__all__ = ["RecipeData", "load_data", "padding_token"]
+__all__ = ["RecipeData", "load_data", "padding_token", "rows_digest"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,16 @@ class RecipeData:
         for name, digest in read:
             found.setdefault(name, {})[digest] = None
         return {name: ", ".join(digests) for name, digests in found.items()}
+
+    def digests(self, section: DataSection) -> dict[str, str]:
+        """The same digests by the place of a source in the recipe, such as ``data.train.0``."""
+        if isinstance(self.train, PackStream):
+            parts = {"train": [source.rows.identity for source in self.train.sources]}
+        else:
+            parts = {"train": [documents.source.identity for documents in self.train.documents]}
+        if self.eval is not None and section.eval:
+            parts["eval"] = [documents.source.identity for documents in self.eval.documents]
+        return {f"data.{part}.{number}": each for part, read in parts.items() for number, each in enumerate(read)}
 
     def check_tokens(self, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuses tokens that an embedding of so many rows lacks: of the data, or of a stream the tokenizer's; padding.
@@ -95,12 +104,22 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh = A
     )
 
 
+def rows_digest(source: Source, recipe: Recipe, *, streams: bool) -> str:
+    """The digest of a source's rows, or the commit that they are of, as ``RecipeData.digests`` has it.
+
+    Raises:
+        DataError: rows that cannot be read.
+    """
+    with phase(f"reading {source.path}"):
+        return (open_stream if streams else load_rows)(source.path, **reading_of(source, recipe)).identity
+
+
 def _documents(sources: Sequence[Source], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Documents]:
     renderer = _renderer(recipe, tokenizer)
     documents = []
     for source in sources:
         # a download has bars of its own
-        reading = phase(f"reading {source.path}") if Path(source.path).expanduser().exists() else nullcontext()
+        reading = phase(f"reading {source.path}") if user_path(source.path).exists() else nullcontext()
         with reading:
             rows = load_rows(source.path, **reading_of(source, recipe))
         layout = layout_of(source, rows, recipe)

@@ -18,11 +18,12 @@ from deltatune.config.rules import quantization_errors, sharding_errors
 from deltatune.config.schema import Fp8Quantization, LoraSection, ModelSection, Recipe
 from deltatune.data.sources import check_source
 from deltatune.data.well_known import find_template
-from deltatune.errors import DataError, UserError, near_files, nearest
+from deltatune.errors import DataError, UserError, near_files, nearest, user_path
 from deltatune.hf.source import model_types
 from deltatune.quantization.released import disagreement, released, settings_of
 from deltatune.training.adapter_settings import start_settings
 from deltatune.training.beginning import Resume, begin
+from deltatune.training.config_file import check_ranks
 from deltatune.training.devices import check_precision, surely_on_cpu
 from deltatune.training.first_rows import check_first_rows
 from deltatune.training.hub import silence
@@ -112,7 +113,7 @@ def preflight(recipe: Recipe, resume: Resume = None) -> None:
             try:
                 check_source(source.path, source.name)
             except DataError as error:
-                raise DataError(f"data.{part}.{index}: {error}") from error
+                raise DataError(f"data.{part}.{index}: {error}{_goes_on(recipe)}") from error
     _check_writable("training.output_dir", training.output_dir)
     if recipe.data.cache_dir is not None:
         _check_writable("data.cache_dir", recipe.data.cache_dir)
@@ -133,11 +134,12 @@ def _check_model(recipe: Recipe) -> None:
         raise UserError(f"{error}{_goes_on(recipe)}") from error
     check_model_type(section)
     _check_quantization(recipe)
+    check_ranks(recipe)
     check_tokenizer_path(section)
     if section.chat_template is not None:
         find_template(section.chat_template)
     start = None if lora is None else lora.name_or_path
-    if start is not None and (folder := Path(start).expanduser()).is_dir():
+    if start is not None and (folder := user_path(start)).is_dir():
         start_settings(start, folder)
     check_layer_names(recipe)
     known, rows = vocabulary_of_files(section), rows_of_files(recipe)
@@ -150,7 +152,7 @@ def _check_model(recipe: Recipe) -> None:
 def _check_quantization(recipe: Recipe) -> None:
     """What a checkpoint folder is in, where it says so, against what the recipe makes of it."""
     section = recipe.model
-    config = json_of(Path(section.name_or_path).expanduser() / "config.json")
+    config = json_of(user_path(section.name_or_path) / "config.json")
     if not isinstance(config, dict):
         return
     try:
@@ -186,7 +188,7 @@ def check_model_path(section: ModelSection) -> None:
     Raises:
         UserError: neither.
     """
-    path = Path(section.name_or_path).expanduser()
+    path = user_path(section.name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         what = "is no checkpoint: it holds no config.json; expected config.json and weights"
         if (path / "adapter_config.json").is_file():
@@ -208,7 +210,7 @@ def check_model_type(section: ModelSection) -> None:
     Raises:
         UserError: one that it does not know.
     """
-    folder = Path(section.name_or_path).expanduser()
+    folder = user_path(section.name_or_path)
     config = json_of(folder / "config.json")
     if not isinstance(config, dict) or section.trust_remote_code or "auto_map" in config:
         return  # what cannot be read, transformers says
@@ -231,7 +233,7 @@ def check_tokenizer_path(section: ModelSection) -> None:
     """
     name = section.tokenizer or section.name_or_path
     key = "name_or_path" if section.tokenizer is None else "tokenizer"
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"model.{key}: {name} is no folder; expected a checkpoint folder{near_files(path)}")
     if path.is_dir() and not any(_OF_TOKENIZERS.search(file.name) for file in path.iterdir()):
@@ -241,20 +243,18 @@ def check_tokenizer_path(section: ModelSection) -> None:
 def _check_adapter_path(section: LoraSection | None) -> None:
     """The folder of an adapter that a run begins with, where its name can be nothing else."""
     name = None if section is None else section.name_or_path
-    if name is None or Path(name).expanduser().is_dir() or not name.startswith((".", "/", "~")):
+    if name is None or user_path(name).is_dir() or not name.startswith((".", "/", "~")):
         return
-    raise UserError(
-        f"lora.name_or_path: {name} is no folder; expected an adapter's{near_files(Path(name).expanduser())}"
-    )
+    raise UserError(f"lora.name_or_path: {name} is no folder; expected an adapter's{near_files(user_path(name))}")
 
 
 def _goes_on(recipe: Recipe) -> str:
-    """How a run goes on whose start is no longer where it was, to follow the words that it is missing."""
-    if not steps_of(Path(recipe.training.output_dir).expanduser()):
+    """How a run goes on whose start or data is no longer where it was, to follow the words that it is missing."""
+    if not steps_of(user_path(recipe.training.output_dir)):
         return ""
     return (
-        f"; the run in {recipe.training.output_dir} goes on with --resume where the key names the new place of a "
-        "folder that has moved"
+        f"; the run in {recipe.training.output_dir} goes on with --resume where the key names the new place of what "
+        "has moved"
     )
 
 
@@ -286,10 +286,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def _check_writable(key: str, name: str) -> None:
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:  # of a tilde before the name of no user
-        raise UserError(f"{key}: {name} names no folder: {error}") from error
+    path = user_path(name)
     if "\0" in name:
         raise UserError(f"{key}: {name!r} names no folder: no name holds a null character")
     parent = existing_parent(path)

@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from deltatune.config.schema import Recipe
-from deltatune.errors import InterruptedRunError, RankFailedError, is_users, one_line
+from deltatune.errors import InterruptedRunError, RankFailedError, is_users, one_line, user_path
 from deltatune.signals import Interruption
 from deltatune.training.console import LOG_FILE
 from deltatune.training.heartbeat import BEAT, Failure, Heartbeat, connect, launcher_hosts
@@ -46,7 +46,7 @@ def watched(recipe: Recipe, rank: int, size: int) -> AbstractContextManager[Rank
         return nullcontext()
     timeout_s = recipe.parallel.timeout_s
     heart = Heartbeat(connect(timeout_s), rank, size)
-    return _running(RankWatch(heart, rank, size, timeout_s, Path(recipe.training.output_dir).expanduser()))
+    return _running(RankWatch(heart, rank, size, timeout_s, user_path(recipe.training.output_dir)))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from deltatune.config.schema import Recipe, Source
 from deltatune.data.formats import Layout, resolve_format
 from deltatune.data.rows import Rows
 from deltatune.data.unpacked import default_cache
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 
 if TYPE_CHECKING:
     from deltatune.data.stream import RowStream
@@ -67,5 +67,5 @@ def check_kind(source: Source, layout: Layout, recipe: Recipe) -> None:
 def cache_folder(recipe: Recipe) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``, or a folder in the cache of the ``datasets`` package."""
     if recipe.data.cache_dir is not None:
-        return Path(recipe.data.cache_dir).expanduser()
+        return user_path(recipe.data.cache_dir)
     return default_cache()

@@ -21,7 +21,7 @@ from deltatune.config.load import dump_recipe
 from deltatune.config.rules import check_recipe
 from deltatune.config.schema import Recipe
 from deltatune.data.stream import PackStream
-from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line
+from deltatune.errors import InterruptedRunError, RankFailedError, UserError, first_line, one_line, user_path
 from deltatune.parallel.mesh import Mesh
 from deltatune.parallel.sequence import apart
 from deltatune.parallel.state import SHARDS, Parts
@@ -128,7 +128,7 @@ def _train(
     for warning in warnings:
         log.out(f"warning: {warning}", highlight=False)
     checkpoint, passed_over = found_by_rank_0(lambda: begin(recipe, resume, clears=True), arguments)
-    saved = saved_so_far(Path(recipe.training.output_dir).expanduser())
+    saved = saved_so_far(user_path(recipe.training.output_dir))
     settings, others = changed_settings(recipe, checkpoint, allow=allow_change), list[Change]()
     for line in [*passed_over, *change_lines(settings, checkpoint)]:
         log.out(line, highlight=False)
@@ -143,7 +143,7 @@ def _train(
         described = describe(recipe, arguments, log, before_data)
         if checkpoint is not None and isinstance(described.data.train, PackStream):
             described.data.train.start = place_of(checkpoint, described.mesh)
-        of_data = changed_data(described.data, checkpoint, allow=allow_change)
+        of_data = changed_data(recipe, described.data, checkpoint, allow=allow_change)
         for line in change_lines(of_data, checkpoint):
             log.out(line, highlight=False)
         others += of_data
@@ -341,7 +341,7 @@ def _trainer(run: Run, parts: Parts = SHARDS, forgets_best: bool = False) -> Pac
         console=run.console,
         about={
             "recipe": run.recipe.model_dump(mode="json"),
-            "data": run.data.identities(),
+            "data": run.data.digests(run.recipe.data),
             "digests": digests_of(run.recipe),
             PACKS_PER_STEP: run.mesh.data_size * run.arguments.gradient_accumulation_steps,
             "deltatune": __version__,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.phases import phase
 from deltatune.training.disk import writing
 from deltatune.whole import sync
@@ -139,7 +139,7 @@ def resume_point(
             )
         return None, []
     if resume is not True and resume != "auto":
-        folder = Path(resume).expanduser().resolve()  # a link's place says what lies beside it
+        folder = user_path(resume).resolve()  # a link's place says what lies beside it
         if problem := problem_of(folder, reads=clears):
             raise UserError(f"{folder} is no whole checkpoint: {problem}; take another one")
         return folder, []

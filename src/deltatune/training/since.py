@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from deltatune.config.schema import Recipe
+from deltatune.config.schema import Recipe, Source
 from deltatune.data.stream import Place
 from deltatune.errors import UserError
 from deltatune.parallel.mesh import Mesh
 from deltatune.training.batches import place_file
 from deltatune.training.changes import Change, check_changes, find_changes, find_other_data
-from deltatune.training.packs import RecipeData
+from deltatune.training.packs import RecipeData, rows_digest
 from deltatune.training.resuming import state_of
 from deltatune.training.sealed import manifest
 from deltatune.training.weights_digest import STARTS, digest_of
@@ -45,7 +45,7 @@ def changed_settings(recipe: Recipe, checkpoint: Path | None, *, allow: bool) ->
     kept = manifest(checkpoint)
     state_of(checkpoint)  # what cannot be read is said before a model is loaded
     changes = [
-        _settled(change, kept.get("digests", {}).get(change.key))
+        _settled_rows(_settled_start(change, kept.get("digests", {}).get(change.key)), recipe, kept.get("data", {}))
         for change in find_changes(kept.get("recipe", {}), recipe.model_dump(mode="json"))
     ]
     if kept.get(PACKS_PER_STEP) is not None:
@@ -73,7 +73,7 @@ def changed_steps(recipe: Recipe, checkpoint: Path | None, mesh: Mesh, *, allow:
     return changes
 
 
-def _settled(change: Change, digest: str | None) -> Change:
+def _settled_start(change: Change, digest: str | None) -> Change:
     """A folder under another name is the same start where the weights in it are.
 
     Raises:
@@ -82,30 +82,53 @@ def _settled(change: Change, digest: str | None) -> Change:
     if change.key not in STARTS or digest is None or (now := digest_of(change.now)) is None:
         return change
     if now == digest:
-        return replace(change, verdict="acts")
+        return replace(change, verdict="moved")
     raise UserError(
         f"{change} cannot act on a run that goes on: the weights there are others than those it was trained on; name "
         "the folder that holds these, or start another run in another training.output_dir"
     )
 
 
-def changed_data(data: RecipeData, checkpoint: Path | None, *, allow: bool) -> list[Change]:
-    """The sources that hold other rows.
+def _settled_rows(change: Change, recipe: Recipe, digests: Mapping[str, str]) -> Change:
+    """Rows under another path or revision are the same data where their digest, or commit, is."""
+    place, _, name = change.key.rpartition(".")
+    if place not in digests or name not in ("path", "revision"):
+        return change
+    streams = recipe.data.streaming and place.startswith("data.train.")
+    now = rows_digest(_sources(recipe)[place], recipe, streams=streams)
+    return replace(change, verdict="moved") if now == digests[place] else change
+
+
+def changed_data(recipe: Recipe, data: RecipeData, checkpoint: Path | None, *, allow: bool) -> list[Change]:
+    """The sources that hold other rows than they did under the same path.
 
     Raises:
         UserError: there are some, and that has to be allowed.
     """
     if checkpoint is None:
         return []
-    changes = find_other_data(manifest(checkpoint).get("data", {}), data.identities())
+    kept = manifest(checkpoint)
+    changed = {change.key for change in find_changes(kept.get("recipe", {}), recipe.model_dump(mode="json"))}
+    paths = {
+        place: source.path
+        for place, source in _sources(recipe).items()
+        if changed.isdisjoint((f"{place}.path", place.rpartition(".")[0]))
+    }
+    changes = find_other_data(kept.get("data", {}), data.digests(recipe.data), paths)
     check_changes(changes, allow=allow)
     return changes
 
 
+def _sources(recipe: Recipe) -> dict[str, Source]:
+    """By ``data.train.0`` and the like."""
+    parts = {"train": recipe.data.train, "eval": recipe.data.eval}
+    return {f"data.{part}.{number}": source for part, group in parts.items() for number, source in enumerate(group)}
+
+
 def evaluates_otherwise(changes: Iterable[Change]) -> bool:
     """Whether evaluations that were made before are of other held-out data than those from here on."""
-    keys = [change.key for change in changes if change.verdict != "local"]
-    return any(key.startswith("rows of ") or (key.split(".")[0] in _EVALUATED and key not in STARTS) for key in keys)
+    keys = [change.key for change in changes if change.verdict not in ("local", "moved")]
+    return any(key.startswith("rows of ") or key.split(".")[0] in _EVALUATED for key in keys)
 
 
 def place_of(checkpoint: Path, mesh: Mesh) -> Place:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltatune.compile.memory import optimizer_bytes
 from deltatune.config.schema import Recipe
-from deltatune.errors import UserError
+from deltatune.errors import UserError, user_path
 from deltatune.training.preflight import existing_parent
 
 __all__ = ["Room", "check_space"]
@@ -43,7 +43,7 @@ class Room:
         saved = sum(map(_bytes, model.parameters() if recipe.lora is None else trained))
         state = 0 if training.save_only_model else sum(optimizer_bytes(weight, training.optim) for weight in trained)
         limit = training.save_total_limit
-        folder = existing_parent(Path(training.output_dir).expanduser())
+        folder = existing_parent(user_path(training.output_dir))
         return cls(
             model_bytes=saved,
             checkpoint_bytes=0 if training.save_strategy == "no" else saved + state,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from deltatune.config.schema import ModelSection, Recipe
-from deltatune.errors import UserError, nearest
+from deltatune.errors import UserError, nearest, user_path
 from deltatune.training.layer_names import json_of, text_settings
 
 __all__ = ["beyond_embeddings", "check_new_tokens", "check_padding", "grows", "rows_of_files", "vocabulary_of_files"]
@@ -29,7 +28,7 @@ def vocabulary_of_files(section: ModelSection) -> Mapping[str, int] | None:
 
     That is one with code of its own, without ``tokenizer.json``, or whose settings name a token that is not in it.
     """
-    folder = Path(section.tokenizer or section.name_or_path).expanduser()
+    folder = user_path(section.tokenizer or section.name_or_path)
     saved, settings = json_of(folder / "tokenizer.json"), json_of(folder / "tokenizer_config.json")
     model = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(model, dict) or not isinstance(settings, dict) or section.trust_remote_code:
@@ -69,7 +68,7 @@ def check_padding(section: ModelSection, known: Mapping[str, int], rows: int) ->
     Raises:
         UserError: the embedding has no row for it.
     """
-    folder = Path(section.tokenizer or section.name_or_path).expanduser()
+    folder = user_path(section.tokenizer or section.name_or_path)
     given = _roles(json_of(folder / "tokenizer_config.json")) | dict(section.special_tokens or {})
     token = given.get("pad_token", given.get("eos_token", ""))
     if known.get(token, 0) >= rows:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 from deltatune.config.schema import Recipe
+from deltatune.errors import user_path
 from deltatune.phases import phase
 
 __all__ = ["STARTS", "digest_of", "digests_of"]
@@ -33,7 +33,7 @@ def digest_of(name: str | None) -> str | None:
     Files up to 16 MiB count whole. Other weights differ in every block; a change of a few bytes of a large file may go
     unseen. None for a name that is no folder.
     """
-    folder = None if name is None else Path(name).expanduser()
+    folder = None if name is None else user_path(name)
     if folder is None or not folder.is_dir():
         return None
     found = hashlib.sha256()
