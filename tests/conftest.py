@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # processes that tests start as well: where several share the cores, threads that wait for each other spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Dynamo would look for dead objects behind every graph
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 # Inductor would compile and load a file for each set of vector instructions, to see whether it can: some seconds of the
 # first compilation, and one of each other process that compiles
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from deltatune import ops
+from deltatune.compile.partition import Partitioner
 from deltatune.quantization.tensor import QuantizedTensor
 from mixtures import mixture
 
@@ -56,9 +59,22 @@ def adapted(model: Any, **changes: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**{**values, **changes})).train()
 
 
-def both(family: str, format: str = "nf4", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
+def both(
+    family: str, format: str = "nf4", dtype: torch.dtype = torch.float32, layers: int = 2, **changes: Any
+) -> tuple[Any, Any]:
     """With weights in few bits and with their values, the same adapters on both."""
-    model = mixture(family, dtype)
+    model = mixture(family, dtype, layers)
     assert quantize_layers(model, format)
     plain = decoded(model)
     return adapted(model, **changes), adapted(plain, **changes)
+
+
+def compiled(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """As decoder layers are, by our partitioner."""
+    graph = torch.compile(layer, fullgraph=True)
+
+    def run(x: Tensor) -> Tensor:
+        with inductor_config.patch(custom_partitioner_fn=Partitioner(1.0)):
+            return graph(x)
+
+    return run

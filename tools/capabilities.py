@@ -41,6 +41,7 @@ __all__ = ["AXES", "NEEDS", "Axis", "Need", "capabilities", "cell"]
 
 _SIZE: Final = 2  # of an axis
 _TOKENS: Final = 1024
+_CALLED: Final = 64  # tokens of a call that is made
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,8 @@ def _check_images(model: nn.Module) -> None:
     """Checks that a rank sends the same with images as without."""
     config = base_model(model).config
     group, tower = sequence_group_of(model), config.vision_config
-    tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
-    text = {"input_ids": tokens, "sequences": Sequences.from_lengths([_TOKENS * (1 if group is None else group.size)])}
+    tokens = torch.zeros(1, _CALLED, dtype=torch.long)
+    text = {"input_ids": tokens, "sequences": Sequences.from_lengths([_CALLED * (1 if group is None else group.size)])}
     shown = tokens.clone()
     shown[0, :4] = config.image_token_id
     image = {

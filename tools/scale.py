@@ -158,6 +158,7 @@ def plan_of(name: str, trains: str) -> Plan:
     model = adapt_by_recipe(empty_model(recipe.model, shape.config()), recipe)
     prepare_by_recipe(recipe, model, device=torch.device("cpu"))
 
+    @cache
     def gib(checkpointing: str, shard: int) -> float:
         return estimate_step(recipe, model, checkpointing, shard=shard).total / 2**30
 

@@ -171,13 +171,7 @@ def _communication(trained: Trained, packs: Packs, gathered: Any) -> dict[str, A
         waits = _waits(lambda: trained.step(batch, targets), device)
         end = mark(device)
         synchronize(device)
-    rows = {
-        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-        for event in profiler.key_averages()
-        # a collective's annotation lasts as long as its kernel
-        if not cuda or "Kernel" in event.key
-    }
-    by_rank = gathered(kinds_of(rows))
+    by_rank = gathered(kinds_of(_kernels(profiler) if cuda else _collectives(profiler)))
     exchanges = (EXCHANGE, STATES) if trained.system.states else (EXCHANGE,)
     exchange = [sum(kinds.get(kind, 0.0) for kind in exchanges) for kinds in by_rank]
     longest = max(gathered(between_ms(begin, end)))
@@ -189,6 +183,21 @@ def _communication(trained: Trained, packs: Packs, gathered: Any) -> dict[str, A
         "host_syncs": max(len(each) for each in waited) if cuda else None,
         "host_waits": sorted({one for each in waited for one in each})[:5],
     }
+
+
+def _kernels(profiler: Any) -> dict[str, float]:
+    """Ms of each kernel by name; a collective's annotation lasts as long as its kernel."""
+    events = profiler.key_averages()
+    return {event.key: event.self_device_time_total / 1e3 for event in events if "Kernel" in event.key}
+
+
+def _collectives(profiler: Any) -> dict[str, float]:
+    """Ms of each collective on a CPU by name; averages of all ops there take longer to make than the step took."""
+    rows: dict[str, float] = {}
+    for event in profiler.profiler.kineto_results.events():
+        if event.name().startswith(("c10d::", "gloo:")):
+            rows[event.name()] = rows.get(event.name(), 0.0) + event.duration_ns() / 1e6
+    return rows
 
 
 def _waits(call: Callable[[], None], device: torch.device) -> list[str]:

@@ -78,28 +78,32 @@ def test_what_is_hung_on_a_read_module_acts_as_on_the_stock_model(read: str, way
     assert torch.equal(model(doc[None]).logits, stock(doc[None]).logits)
 
 
+INNER = READ | {"mlp": lambda m: m.model.layers[0].mlp, "act": lambda m: m.model.layers[0].mlp.act_fn}
+
+
 @pytest.mark.parametrize(
-    ("read", "compile"),
+    ("family", "compile", "reads"),
     [
-        *((read, None) for read in (*READ, "mlp", "act")),
-        # those in a layer, the two norms of attention alike
-        *((read, COMPILED) for read in ("q_norm", "gated norm", "mlp", "act")),
+        *(("qwen3_5", None, (read,)) for read in INNER),
+        # those in a layer, of which there is one to trace; the two norms of attention are alike
+        ("qwen3", COMPILED, ("q_norm", "mlp", "act")),
+        ("qwen3_5", COMPILED, ("gated norm",)),
     ],
 )
-def test_a_hook_acts_from_when_it_comes_until_it_goes(read: str, compile: CompileOptions | None) -> None:
-    pick = (READ | {"mlp": lambda m: m.model.layers[0].mlp, "act": lambda m: m.model.layers[0].mlp.act_fn})[read]
-    stock = tiny_model("qwen3_5").train()
-    if compile is not None:  # one layer to trace
-        stock = tiny_model("qwen3_5" if read == "gated norm" else "qwen3", layers=1).train()
+def test_a_hook_acts_from_when_it_comes_until_it_goes(
+    family: str, compile: CompileOptions | None, reads: tuple[str, ...]
+) -> None:
+    stock = tiny_model(family, layers=2 if compile is None else 1).train()
     model = copy.deepcopy(stock)
     prepare(model, compile=compile)
     without = packed(model)
-    hooks = [pick(each).register_forward_hook(_half) for each in (stock, model)]
-    assert packed(model) == pytest.approx(alone(stock), rel=1e-5)
-    assert packed(model) != pytest.approx(without, rel=1e-4)
-    for hook in hooks:
-        hook.remove()
-    assert packed(model) == without
+    for read in reads:
+        hooks = [INNER[read](each).register_forward_hook(_half) for each in (stock, model)]
+        assert packed(model) == pytest.approx(alone(stock), rel=1e-5), read
+        assert packed(model) != pytest.approx(without, rel=1e-4), read
+        for hook in hooks:
+            hook.remove()
+        assert packed(model) == without, read
 
 
 def test_hooks_that_differ_from_layer_to_layer_each_act_in_their_own() -> None:

@@ -51,7 +51,7 @@ def wrappers(model: Any) -> list[Any]:
     [
         *((family, None) for family in (*FAMILIES, *OTHERS)),
         ("qwen3_next", "aot_eager"),
-        ("gpt_oss", "inductor"),
+        ("gpt_oss", "aot_eager"),
         ("deepseek_v3", "aot_eager"),
         ("gemma4_text", "aot_eager"),
     ],

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor import config as inductor_config
 from torch.autograd.graph import saved_tensors_hooks
 
 from deltatune import CompileOptions, ops, prepare
 from deltatune.compile.memory import estimate_memory
 from deltatune.compile.offloading import offload_activations
-from deltatune.compile.partition import Partitioner
 from deltatune.ops import grouped_linear
 from deltatune.quantization.tensor import QuantizedTensor, stored_bytes
-from lora_cases import assert_gradients_close, assert_same, fused_layers, packed_call
+from lora_cases import FEW, assert_gradients_close, assert_same, fused_layers, packed_call
 from packed_cases import alone, packed
-from quantized_models import adapted, both, decoded, quantize_layers, quantized
+from quantized_models import adapted, both, compiled, decoded, quantize_layers, quantized
 from tiny import tiny_model
 
 FORMATS = ["nf4", "fp8"]
@@ -45,17 +42,6 @@ def kept_by(call) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         return call(), kept
-
-
-def compiled(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """As decoder layers are, by our partitioner."""
-    graph = torch.compile(layer, fullgraph=True)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        with inductor_config.patch(custom_partitioner_fn=Partitioner(1.0)):
-            return graph(x)
-
-    return run
 
 
 @pytest.mark.parametrize("called", [lambda layer: layer, compiled], ids=["eager", "compiled"])
@@ -187,10 +173,13 @@ def test_a_prepared_model_trains_as_one_of_the_values(family: str, format: str, 
     assert_same(found, plain)
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), [("qwen3_5", "none"), ("qwen3_5_moe", "layer")])
-def test_compiled(family: str, checkpointing: str) -> None:
-    found, plain = both(family, target_modules=["q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "down_proj"])
-    prepare(found, lora="fused", compile=CompileOptions(), checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("family", "layers", "checkpointing", "backend"),
+    [("qwen3_5", 1, "none", "inductor"), ("gpt_oss", 1, "layer", "inductor"), ("qwen3_5_moe", 2, "layer", "aot_eager")],
+)
+def test_compiled(family: str, layers: int, checkpointing: str, backend: Any) -> None:
+    found, plain = both(family, layers=layers, target_modules=FEW)
+    prepare(found, lora="fused", compile=CompileOptions(backend=backend), checkpointing=checkpointing)
     prepare(plain, lora="fused")
     for model in (found, plain):
         model(**packed_call()).loss.backward()
@@ -198,10 +187,10 @@ def test_compiled(family: str, checkpointing: str) -> None:
 
 
 def test_compiled_layers_keep_no_values_and_offload_no_codes() -> None:
-    found, plain = both("qwen3_5", "fp8")
+    found, plain = both("qwen3_5", "fp8", target_modules=FEW)
     moved = []
     for model in (found, plain):
-        prepare(model, lora="fused", compile=CompileOptions())
+        prepare(model, lora="fused", compile=CompileOptions(backend="aot_eager"))
         with offload_activations(model, device=torch.device("cpu"), least_bytes=1) as offloading:
             loss = model(**packed_call()).loss
         loss.backward()
