@@ -8,7 +8,7 @@ RUN ?= $(BIN)/python
 # processes that share the tests; each grows to about 2 GB
 WORKERS ?= 2
 
-.PHONY: demo test test-faults test-lowest test-optimizers lint format docs bench-ops bench-train bench-parallel targets clean setup
+.PHONY: demo test test-slow test-faults test-lowest test-optimizers lint format docs bench-ops bench-train bench-parallel targets clean setup
 
 setup: $(STAMP)
 
@@ -22,8 +22,15 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 demo: $(STAMP)
 	$(BIN)/python -m deltatune.demo
 
+# a file goes whole to a process, so that what its tests share is made once
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# whole runs on several ranks, and code generated for more layers
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 # every fault at every moment, in one process: most of an hour
 test-faults: $(STAMP)
@@ -43,7 +50,7 @@ test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q --constraint constraints/lowest.txt torch
 	.venv-lowest/bin/python -m pip install -q --constraint constraints/lowest.txt --editable '.[train,test]'
-	.venv-lowest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	.venv-lowest/bin/python -m pytest -m 'not faults' $(PARALLEL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

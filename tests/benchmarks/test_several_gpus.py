@@ -106,6 +106,7 @@ def results_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {" ".join(filter(None, (r["name"], r.get("label")))): r for r in record["configs"][0]["results"]}
 
 
+@pytest.mark.slow
 def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path: Path, capsys: Any) -> None:
     assert several.main(small(tmp_path, "--gpus", "1", "2")) == 0
     record = record_in(tmp_path)
@@ -141,6 +142,7 @@ def test_every_system_on_two_ranks_makes_a_record(forked: type[Forked], tmp_path
     assert "sequence 512 on 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_experts_in_shards_and_on_ranks_of_their_own(forked: type[Forked], tmp_path: Path) -> None:
     sizes = ["--model", "tiny-moe", "--tokens", "64", "--documents", "128"]
     assert several.main(small(tmp_path, *sizes, "--gpus", "1", "2", "--systems", *OF_EXPERTS)) == 0

@@ -89,7 +89,13 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     # fewer places than tokens on the way
     "four ranks, one expert a token": ((4,), Case(model=ONE, sizes={"expert": 4, "expert_capacity": 3.5})),
 }
-BY_RANKS = [(name, ranks) for name, (sizes, _) in CASES.items() for ranks in sizes]
+#: what generates code has processes of its own
+GENERATED = "compiled"
+BY_RANKS = [
+    pytest.param(name, ranks, marks=pytest.mark.slow if name == GENERATED else ())
+    for name, (sizes, _) in CASES.items()
+    for ranks in sizes
+]
 
 
 def build(case: Case) -> Any:
@@ -184,13 +190,13 @@ def alone(case: Case, ranks: int) -> dict[str, Any]:
     return {"loss": loss.detach(), **found, "norm": norm, "clipped": clipped}
 
 
-def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
+def rank_main(rank: int, ranks: int, generated: bool, port: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     made: dict[str, Any] = {}
     for name, (sizes, case) in CASES.items():
-        if ranks in sizes:
+        if ranks in sizes and (name == GENERATED) == generated:
             made[name] = together(case, rank, ranks)
-    extra = EXTRA[ranks]
+    extra = {} if generated else EXTRA[ranks]
     made |= {name: run() for name, run in extra.items()}
     torch.save(made, Path(path) / f"rank{rank}.pt")
 
@@ -330,14 +336,15 @@ EXTRA: dict[int, dict[str, Callable[[], Any]]] = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[int, Any] = {}
+    made: dict[tuple[int, bool], Any] = {}
 
-    def of(ranks: int) -> Any:
-        if ranks not in made:
+    def of(ranks: int, generated: bool = False) -> Any:
+        if (ranks, generated) not in made:
             path = tmp_path_factory.mktemp(f"ranks{ranks}")
-            run_ranks(rank_main, ranks, free_port(), str(path), count=ranks)
-            made[ranks] = [torch.load(path / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
-        return made[ranks]
+            run_ranks(rank_main, ranks, generated, free_port(), str(path), count=ranks)
+            every = [torch.load(path / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+            made[ranks, generated] = every
+        return made[ranks, generated]
 
     return of
 
@@ -346,7 +353,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_losses_gradients_and_norms_are_those_of_one_process(name: str, ranks: int, found: Any) -> None:
     case = CASES[name][1]
     expected = alone(case, ranks)
-    for rank in found(ranks):
+    for rank in found(ranks, name == GENERATED):
         ours = dict(rank[name])
         report, clipped = ours.pop("report"), ours.pop("clipped")
         del ours["needed"], ours["exchanges"]

@@ -90,28 +90,35 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     ),
     "compiled": ((2,), Case((THREE,), family="qwen3", layers=1, prepared={"compile": CompileOptions()})),
 }
-BY_RANKS = [(name, ranks) for name, (sizes, _) in CASES.items() for ranks in sizes]
+#: what generates code has processes of its own
+GENERATED = "compiled"
+BY_RANKS = [
+    pytest.param(name, ranks, marks=pytest.mark.slow if name == GENERATED else ())
+    for name, (sizes, _) in CASES.items()
+    for ranks in sizes
+]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What ranks made of every case, by the number of them; they are started once for all cases."""
-    made: dict[int, Any] = {}
+    made: dict[tuple[int, bool], Any] = {}
 
-    def of(ranks: int) -> Any:
-        if ranks not in made:
+    def of(ranks: int, generated: bool = False) -> Any:
+        if (ranks, generated) not in made:
             path = tmp_path_factory.mktemp(f"ranks{ranks}")
-            run_ranks(rank_main, ranks, free_port(), str(path), count=ranks)
-            made[ranks] = torch.load(path / "found.pt", weights_only=True)
-        return made[ranks]
+            run_ranks(rank_main, ranks, generated, free_port(), str(path), count=ranks)
+            made[ranks, generated] = torch.load(path / "found.pt", weights_only=True)
+        return made[ranks, generated]
 
     return of
 
 
-def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
+def rank_main(rank: int, ranks: int, generated: bool, port: int, path: str) -> None:
     join(port, rank, ranks)
-    made = {name: together(case, rank, ranks) for name, (sizes, case) in CASES.items() if ranks in sizes}
-    if ranks == 2:
+    cases = {name: case for name, (sizes, case) in CASES.items() if ranks in sizes and (name == GENERATED) == generated}
+    made = {name: together(case, rank, ranks) for name, case in cases.items()}
+    if ranks == 2 and not generated:
         made |= {
             "documents, heads": documents_main(rank, "heads"),
             "documents, state": documents_main(rank, "state"),
@@ -127,7 +134,7 @@ def rank_main(rank: int, ranks: int, port: int, path: str) -> None:
 
 @pytest.mark.parametrize(("name", "ranks"), BY_RANKS)
 def test_losses_and_gradients_are_those_of_one_process(name: str, ranks: int, found: Any) -> None:
-    made = found(ranks)[name]
+    made = found(ranks, name == GENERATED)[name]
     report = made["report"]
     for ours, theirs in zip(made["steps"], alone(CASES[name][1]), strict=True):
         assert ours.keys() == theirs.keys()

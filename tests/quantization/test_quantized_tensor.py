@@ -175,7 +175,11 @@ def test_a_prepared_model_trains_as_one_of_the_values(family: str, format: str, 
 
 @pytest.mark.parametrize(
     ("family", "layers", "checkpointing", "backend"),
-    [("qwen3_5", 1, "none", "inductor"), ("gpt_oss", 1, "layer", "inductor"), ("qwen3_5_moe", 2, "layer", "aot_eager")],
+    [
+        pytest.param("qwen3_5", 1, "none", "inductor", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", 1, "layer", "inductor", marks=pytest.mark.slow),
+        ("qwen3_5_moe", 2, "layer", "aot_eager"),
+    ],
 )
 def test_compiled(family: str, layers: int, checkpointing: str, backend: Any) -> None:
     found, plain = both(family, layers=layers, target_modules=FEW)

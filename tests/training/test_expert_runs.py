@@ -24,6 +24,8 @@ from deltatune.training.run import train
 from forked import free_port, run_ranks
 from tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 QUIET = Console(quiet=True)
 SAVES = {"save_strategy": "steps", "save_steps": 2}

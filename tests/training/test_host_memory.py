@@ -24,6 +24,8 @@ from deltatune.training.sharded_files import save_weights
 from forked import free_port, run_ranks
 from tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 RANKS, LAYERS, HIDDEN, WIDE = 2, 28, 512, 2048
 FILES = "60MB"
 MLP = 3 * HIDDEN * WIDE * 4

@@ -55,7 +55,7 @@ def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nf4", "qwen3_5_moe", None),
         ("fp8", "qwen3_5_moe", None),
         ("fp8", "qwen3_5_moe", "aot_eager"),
-        ("nf4", "qwen3_moe", "inductor"),
+        pytest.param("nf4", "qwen3_moe", "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_a_base_made_of_16_bits_trains_an_adapter(

@@ -19,6 +19,8 @@ from deltatune.training.run import train
 from forked import free_port, run_ranks
 from tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 #: what each adds to a small recipe

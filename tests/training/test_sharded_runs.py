@@ -22,6 +22,8 @@ from deltatune.training.run import train
 from forked import free_port, run_ranks
 from tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 QUIET = Console(quiet=True)
 #: what each adds to a small recipe; of a model with or without a tied head, whose vocabulary is odd
