@@ -275,6 +275,8 @@ def test_four_bits_that_a_script_computes_are_not_guessed():
         (LLAMA_FACTORY, "quantization_type", "fp4", "fp4: 4 bits are made as nf4 here"),
         (TRL, "bnb_4bit_quant_type", "fp4", "fp4: 4 bits are made as nf4 here"),
         (UNSLOTH, "load_in_8bit", True, "8 bits are not made here"),
+        (AXOLOTL, "fp8", True, "by model.quantization: {type: fp8, compute: fp8}"),
+        (LLAMA_FACTORY, "fp8", True, "by model.quantization: {type: fp8, compute: fp8}"),
     ],
 )
 def test_what_is_lost_of_few_bits_is_said(table, key, value, said):

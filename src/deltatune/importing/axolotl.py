@@ -10,7 +10,7 @@ from deltatune.importing.axolotl_preferences import PREFERENCES, RL, preference_
 from deltatune.importing.axolotl_schedule import every, patience, per_epoch, samples, strategy
 from deltatune.importing.batches import accumulated, batch_of, length_of
 from deltatune.importing.groups import EMBEDDINGS, embedding_rate, learning_rate_groups, unfrozen
-from deltatune.importing.lora import EIGHT_BITS, QUANTISED, four_bits
+from deltatune.importing.lora import EIGHT_BITS, PRODUCTS_IN_FP8, QUANTISED, four_bits
 from deltatune.importing.rules import Outcome, Rule, Settings, Table, alone, carried, changed, idle, refused
 from deltatune.importing.templates import named_template
 from deltatune.importing.tokens import role_of, roles, tokens
@@ -189,9 +189,9 @@ _RULES: dict[str, Rule] = {
         "model_quantization_config_kwargs nvfp4_merge_aware dsv4_fp4_grouped_mode loftq_config loftq_bits peft",
         refused(QUANTISED),
     ),
+    **_each("fp8 fp8_config fp8_enable_fsdp_float8_all_gather", refused(PRODUCTS_IN_FP8)),
     **_each(
-        "qat fp8 fp8_config fp8_enable_fsdp_float8_all_gather quantization llmcompressor use_onebitllms",
-        refused("training in fewer than 16 bits is not supported"),
+        "qat quantization llmcompressor use_onebitllms", refused("training in fewer than 16 bits is not supported")
     ),
     **_each(
         "attn_implementation flash_attention sdp_attention xformers_attention flex_attention sage_attention "

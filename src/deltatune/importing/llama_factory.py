@@ -7,7 +7,14 @@ from typing import Any
 
 from deltatune.importing.batches import batch_of, length_of
 from deltatune.importing.groups import lora_plus, muon
-from deltatune.importing.lora import bits_of_bitsandbytes, kind_of_four_bits, new_adapter, targets, with_lora
+from deltatune.importing.lora import (
+    PRODUCTS_IN_FP8,
+    bits_of_bitsandbytes,
+    kind_of_four_bits,
+    new_adapter,
+    targets,
+    with_lora,
+)
 from deltatune.importing.preferences import REFERENCE, belongs_to, loss_of, only_with
 from deltatune.importing.registry import find_registry, named_sources
 from deltatune.importing.rules import Outcome, Row, Rule, Settings, Table, alone, carried, idle, other, refused
@@ -262,9 +269,7 @@ _RULES: dict[str, Rule] = {
     "quantization_type": kind_of_four_bits,
     "double_quantization": idle("scales of 4 bits are in 8"),
     "quantization_device_map": idle("the device is the run's"),
-    **_each(
-        "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", refused("training in fewer than 16 bits is not supported")
-    ),
+    **_each("fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", refused(PRODUCTS_IN_FP8)),
     **_each("enable_liger_kernel use_v1_kernels use_unsloth", idle(_BUILT_IN)),
     "use_unsloth_gc": _unsloth_checkpointing,
     **_each(

@@ -12,6 +12,7 @@ __all__ = [
     "EIGHT_BITS",
     "NF4",
     "PEFT_TARGETS",
+    "PRODUCTS_IN_FP8",
     "QUANTISED",
     "bits_of_bitsandbytes",
     "four_bits",
@@ -25,6 +26,10 @@ QUANTISED = "the base is loaded in 16 bits, which takes more memory; set model.q
 EIGHT_BITS = (
     "bitsandbytes' 8 bits are not made here: the base is loaded in 16, which takes more memory; set "
     "model.quantization: {type: fp8} or {type: nf4}"
+)
+PRODUCTS_IN_FP8 = (
+    "weights that train are in 16 bits or more; products with a frozen base are computed in fp8 by "
+    "model.quantization: {type: fp8, compute: fp8}"
 )
 #: What the base is made into as it is read.
 NF4: Mapping[str, Any] = {"model.quantization.type": "nf4"}
