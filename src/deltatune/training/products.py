@@ -82,8 +82,8 @@ def product_lines(recipe: Recipe, model: nn.Module, device: torch.device) -> lis
     ]
     if rounded := [pair for pair in multiplied if pair[1].rounded]:
         lines.append(
-            f"  rounded once more, from 128x128 blocks to a scale for each output channel, each value by 1/16 of it at "
-            f"most, by 2.6% in the root mean square: {_kinds(rounded)}"
+            "  rounded once more, from 128x128 blocks to a scale for each output channel, by 2.6% in the root mean "
+            f"square: {_kinds(rounded)}"
         )
     lines += [f"  in {wide}, {why}: {_kinds(pairs)}" for why, pairs in weights.items() if why]
     return [*lines, f"  in {wide}: adapters, routers, embeddings, the head, and all that is in no few bits"]
