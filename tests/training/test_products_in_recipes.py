@@ -25,9 +25,10 @@ from deltatune.ops._fp8_mm import providers
 from deltatune.quantization.products import quantized_weights
 from deltatune.quantization.tensor import computes_in_fp8
 from deltatune.training import building
-from deltatune.training.products import check_products, product_lines
+from deltatune.training.products import check_products, compute_by_recipe, product_lines
 from deltatune.training.run import train
 from lora_cases import relative
+from quantized_models import quantize_layers
 from released_checkpoints import STYLES, make, model_of
 from tiny import tiny_model
 
@@ -158,7 +159,7 @@ CARDS: dict[str, tuple[tuple[int, int], dict[str, Any], str | None]] = {
     "Ada": ((8, 9), {"training": {"bf16": True}}, None),
     "float32": ((9, 0), {}, r"in bfloat16, and these are in float32; set training\.bf16: true, or compute: bf16"),
     "the reference, by name": ((8, 0), {"kernels": {"fp8_mm": "reference"}}, None),
-    "the library, by name": ((8, 0), {"kernels": {"fp8_mm": "torch"}}, r"fp8_mm: impl='torch' cannot run here"),
+    "the library, by name": ((8, 0), {"kernels": {"fp8_mm": "torch"}}, r"^fp8_mm: impl='torch' cannot run.* recipe\)$"),
 }  # fmt: skip
 
 
@@ -170,10 +171,13 @@ def test_a_device_without_products_in_fp8_is_refused(
     monkeypatch.setattr(_nvidia, "capability_of", lambda _: capability)
     monkeypatch.setattr(providers, "capability_of", lambda _: capability)
     recipe = recipe_of(tmp_path / "run", tmp_path, FP8, **sections)
-    model = tiny_model("qwen3")
-    if said is None:
-        check_products(recipe, model, torch.device("cuda"))
-        return
-    with pytest.raises(UserError, match=said) as error:
-        check_products(recipe, model, torch.device("cuda"))
-    assert "\n" not in str(error.value)
+    model = tiny_model("qwen3", hidden_size=128)
+    assert quantize_layers(model, "fp8")
+    for call in (check_products, compute_by_recipe):
+        if said is None:
+            call(recipe, model, torch.device("cuda"))
+            continue
+        with pytest.raises(UserError, match=said) as error:
+            call(recipe, model, torch.device("cuda"))
+        assert "\n" not in str(error.value)
+    assert any(computes_in_fp8(weight) for _, _, weight in quantized_weights(model)) == (said is None)

@@ -59,6 +59,7 @@ def compute_by_recipe(recipe: Recipe, model: nn.Module, device: torch.device) ->
     """
     if not _in_fp8(recipe):
         return
+    check_products(recipe, model, device)
     try:
         compute_in_fp8(model, device, _activations_in(recipe, model), _impl(recipe))
     except ValueError as error:
