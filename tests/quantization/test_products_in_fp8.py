@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import CompileOptions, Sequences, ops, prepare, verify
+from deltatune.compile.memory import estimate_memory
 from deltatune.ops._fp8_mm import api
 from deltatune.ops._grouped_mm import reference
 from deltatune.ops._grouped_mm.linear import columns_of
@@ -322,6 +323,15 @@ def test_a_model_without_weights_is_planned(blocks: bool) -> None:
     assert model.weight.device.type == "meta"
     assert stored_bytes(model.weight) == stored_bytes(in_fp8(weight))
     assert model.weight.rounded == blocks
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_moe"])
+def test_the_memory_estimate_counts_rows_that_become_codes(family: str) -> None:
+    """Of the widest product: 128 values of a row, once for each expert of a token, in float32 twice and fp8."""
+    found, plain = pair(family)
+    visits = getattr(found.config, "num_experts_per_tok", None) or 1
+    estimates = [estimate_memory(model, tokens_per_batch=4096).activations for model in (found, plain)]
+    assert estimates[0] - estimates[1] == 4096 * visits * 128 * (4 + 4 + 1)
 
 
 def test_the_implementations_of_weights_are_named_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
