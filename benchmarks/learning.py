@@ -187,7 +187,7 @@ def _cosines(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]
 def _apart(losses: Sequence[float], expected: Sequence[float]) -> float:
     """At every tenth step."""
     pairs = list(zip(losses, expected, strict=True))[_EVERY - 1 :: _EVERY]
-    return max((abs(loss / other - 1) for loss, other in pairs), default=0.0)
+    return max(abs(loss / other - 1) for loss, other in pairs)
 
 
 def _floats(losses: Sequence[Tensor]) -> list[float]:
@@ -212,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--commit", metavar="HASH", help="of the source, where it lies without its history")
     add("--output", type=Path, default=RECORDS, metavar="DIR", help="where records go; benchmarks/records by default")
     args = parser.parse_args(argv)
-    if min(args.pretraining, args.steps) < 1:
-        raise SystemExit("--pretraining and --steps must be at least 1")
+    if args.pretraining < 1 or args.steps < _EVERY:
+        raise SystemExit(f"--pretraining must be at least 1, and --steps at least {_EVERY}: every tenth is compared")
     name, _, layers = args.model.partition(":")
     course = Course(
         name, int(layers) if layers else None, args.pretraining, args.steps, args.rank,

@@ -50,6 +50,13 @@ def test_each_base_is_held_to_16_bits_and_products_to_the_same_weights(record: d
         assert all(0.9 < cosine < 1 - 1e-6 for cosine in one["cosines"][other])
 
 
+@pytest.mark.parametrize("given", [["--steps", "9"], ["--pretraining", "0"]])
+def test_steps_of_which_none_is_compared_are_refused(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 20, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"at least 1, and --steps at least 10: every tenth is compared"):
+        learning.main(["--model", "tiny", "--text", str(tmp_path / "text.txt"), "--device", "cpu", *given])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("short", "5 bytes are fewer than a document of"), (bytes(range(100)) * 9, "100 different bytes")],
