@@ -19,6 +19,7 @@ from deltatune.errors import UserError
 from deltatune.training import weights_digest
 from deltatune.training.export import merge_adapter
 from deltatune.training.run import train
+from deltatune.training.since import changed_settings, evaluates_otherwise
 from deltatune.training.weights_digest import digest_of
 
 QUIET = Console(quiet=True)
@@ -51,7 +52,9 @@ def test_a_moved_base_is_the_same_start_and_another_is_not(tmp_path: Path) -> No
     with pytest.raises(UserError, match=message):
         train(recipe(tmp_path, other, 4), resume=True, console=QUIET)
 
-    result = train(recipe(tmp_path, tmp_path / "elsewhere", 4), resume=True, console=QUIET)
+    now = recipe(tmp_path, tmp_path / "elsewhere", 4)
+    assert not evaluates_otherwise(changed_settings(now, tmp_path / "output" / "checkpoint-2", allow=False))
+    result = train(now, resume=True, console=QUIET)
     assert result.metrics["leg"]["steps"] == 2
     legs = json.loads((tmp_path / "output" / "run.json").read_text())["legs"]
     assert legs[-1]["changes"][0].startswith("model.name_or_path: ")
