@@ -189,6 +189,18 @@ def test_what_computes_in_fp8_is_never_decoded(family: str, how: str, monkeypatc
     assert seen == {weight.codes.data_ptr() for weight in weights} - multiplied
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_mode_computes_in_fp8_too(family: str) -> None:
+    model, plain = pair(family)
+    prepare(model)
+    with torch.no_grad():
+        expected = model(**packed_call()).loss
+        other = plain(**packed_call()).loss
+    with torch.inference_mode():
+        assert torch.equal(model(**packed_call()).loss, expected)
+    assert not torch.equal(expected, other)
+
+
 def test_layers_that_share_an_input_each_compute_in_their_own_precision() -> None:
     """The gradient of the input is a sum of both."""
     torch.manual_seed(0)

@@ -141,6 +141,10 @@ class QuantizedTensor(Tensor):
     @classmethod
     def _dispatch(cls, func: Any, _types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and not func._schema.is_mutable:
+            # it takes no composite op apart, and what it makes can be no view of a tensor from outside
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:
             found = handler(*args, **kwargs)
