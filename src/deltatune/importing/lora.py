@@ -21,10 +21,13 @@ __all__ = [
     "with_lora",
 ]
 
-QUANTISED = "the base is loaded in 16 bits, which takes more memory; set model.quantization: {type: nf4} or {type: fp8}"
+QUANTISED = (
+    "not made here: without model.quantization, {type: nf4} or {type: fp8}, the base is loaded in 16 bits, which takes "
+    "more memory"
+)
 EIGHT_BITS = (
-    "bitsandbytes' 8 bits are not made here: the base is loaded in 16, which takes more memory; set "
-    "model.quantization: {type: fp8} or {type: nf4}"
+    "bitsandbytes' 8 bits are not made here: without model.quantization, {type: fp8} or {type: nf4}, the base is "
+    "loaded in 16, which takes more memory"
 )
 #: What the base is made into as it is read.
 NF4: Mapping[str, Any] = {"model.quantization.type": "nf4"}
