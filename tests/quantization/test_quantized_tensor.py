@@ -103,6 +103,19 @@ def test_transposes_and_the_matrices_of_a_stack_stay_in_few_bits(mode: Any) -> N
         assert torch.equal(torch.bmm(x.expand(3, 5, 32), stack.mT), torch.bmm(x.expand(3, 5, 32), values.mT))
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+def test_what_has_other_scales_is_refused_before_a_part_is_written(blocks: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (
+        QuantizedTensor(ops.quantize(torch.randn(192, 160), "fp8", blocks=each), torch.float32)
+        for each in (blocks, not blocks)
+    )
+    values = ours.decoded()
+    with pytest.raises(RuntimeError, match="would write to a weight in fp8"):
+        ours.copy_(theirs)
+    assert torch.equal(ours.decoded(), values)
+
+
 def test_it_moves_and_casts_in_inference_mode() -> None:
     layer = linear("fp8")
     with torch.inference_mode():

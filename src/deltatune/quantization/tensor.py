@@ -237,10 +237,13 @@ def _copy_into(x: Any, source: Any, non_blocking: bool = False) -> Any:
     if not (isinstance(x, QuantizedTensor) and isinstance(source, QuantizedTensor)):
         return NotImplemented
     (names, (*about, _)), (theirs, (*about_theirs, _)) = x.__tensor_flatten__(), source.__tensor_flatten__()
-    if (names, about) != (theirs, about_theirs) or x.shape != source.shape:
+    if (names, about) != (theirs, about_theirs):
         return NotImplemented
-    for name in names:
-        getattr(x, name).copy_(getattr(source, name), non_blocking)
+    parts = [(getattr(x, name), getattr(source, name)) for name in names]
+    if any(ours.shape != other.shape for ours, other in parts):
+        return NotImplemented
+    for ours, other in parts:
+        ours.copy_(other, non_blocking)
     return x
 
 
