@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -34,6 +34,8 @@ from benchmarks.systems import Packs, Setting, System, pinned
 from benchmarks.timing import between_ms, mark, summary, synchronize
 
 __all__ = ["Spec", "failures", "main", "outcome_of"]
+
+_ROOT: Final = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -236,11 +238,12 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def outcome_of(error: Exception) -> tuple[str, str]:
-    """``(status, reason)`` of a record's result."""
+    """``(status, reason)`` of a record's result, in which no file has a path of the machine."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out_of_memory", str(error).splitlines()[0]
     status = "unavailable" if isinstance(error, ValueError | ImportError) else "failed"
-    return status, " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    message = f"{type(error).__name__}: {error}".replace(f"{_ROOT}/", "")
+    return status, " ".join(message.split())[:500]
 
 
 if __name__ == "__main__":

@@ -122,6 +122,10 @@ def test_a_failure_says_what_kind_it_is() -> None:
     assert outcome_of(torch.OutOfMemoryError("no\nroom")) == ("out_of_memory", "no")
     assert outcome_of(ImportError("fla")) == ("unavailable", "ImportError: fla")
     assert outcome_of(RuntimeError("a\n b")) == ("failed", "RuntimeError: a b")
+    assert outcome_of(RuntimeError(f'File "{worker.__file__}"')) == (
+        "failed",
+        'RuntimeError: File "benchmarks/worker.py"',
+    )
 
 
 def test_a_spec_survives_its_file() -> None:

@@ -269,9 +269,9 @@ def test_four_bits_that_a_script_computes_are_not_guessed():
 @pytest.mark.parametrize(
     ("table", "key", "value", "said"),
     [
-        (AXOLOTL, "load_in_8bit", True, "8 bits are not made here: the base is loaded in 16"),
+        (AXOLOTL, "load_in_8bit", True, "8 bits are not made here: without model.quantization, "),
         (AXOLOTL, "load_in_4bit", True, "weights in 4 bits are frozen, and no adapter is trained"),
-        (LLAMA_FACTORY, "quantization_bit", 8, "set model.quantization: {type: fp8} or {type: nf4}"),
+        (LLAMA_FACTORY, "quantization_bit", 8, "{type: fp8} or {type: nf4}, the base is loaded in 16, "),
         (LLAMA_FACTORY, "quantization_type", "fp4", "fp4: 4 bits are made as nf4 here"),
         (TRL, "bnb_4bit_quant_type", "fp4", "fp4: 4 bits are made as nf4 here"),
         (UNSLOTH, "load_in_8bit", True, "8 bits are not made here"),

@@ -259,6 +259,27 @@ def test_what_a_script_of_unsloth_says_nothing_of_is_in_4_bits(imported, given, 
     assert yaml.safe_load(imported("u.py", text).text)["model"].get("quantization") == found
 
 
+@pytest.mark.parametrize(
+    ("given", "found"), [("", {"type": "nf4"}), (", load_in_4bit=False", None), (", load_in_16bit=True", None)]
+)
+def test_bits_of_unsloth_are_load_in_4bit_s_and_not_the_name_s(imported, given, found):
+    text = UNSLOTH.replace(", load_in_4bit=True", given)
+    assert yaml.safe_load(imported("u.py", text).text)["model"].get("quantization") == found
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("FastLanguageModel.from_pretrained('o/m')", {"type": "nf4"}),
+        ("FastLanguageModel.from_pretrained('o/m', quantization_config=BitsAndBytesConfig(load_in_8bit=True))", None),
+        ("AutoModelForCausalLM.from_pretrained('o/m')", None),
+    ],
+)
+def test_what_a_trainer_adapts_is_in_4_bits_where_unsloth_loads_it(imported, given, found):
+    text = f"import unsloth\nmodel = {given}\nconfig = LoraConfig(r=8)\n"
+    assert yaml.safe_load(imported("u.py", text).text)["model"].get("quantization") == found
+
+
 def test_what_another_key_leaves_without_effect_is_taken_out(imported):
     settings = {"optimizer": "adafactor", "adam_beta2": 0.95, "lr_scheduler": "constant", "warmup_steps": 10}
     changed = yaml.safe_dump(yaml.safe_load(AXOLOTL) | settings)

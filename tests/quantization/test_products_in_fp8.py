@@ -31,8 +31,8 @@ FAMILIES: dict[str, dict[str, int]] = {
     "qwen3_5_moe": {**EXPERTS, "linear_value_head_dim": 32},
     "gpt_oss": {"hidden_size": 128, "intermediate_size": 48},
 }
-#: The mean square of what rounding to three bits does to a value is this share of it, whatever its exponent: errors
-#: are even over a step, 2^-3 of the lowest value of a binade, and values even over the binade.
+#: Rounding to three bits moves a value by this share of it in the root mean square, whatever its exponent: errors are
+#: even over a step, 2^-3 of the lowest value of a binade, and values even over the binade.
 ROUNDING = 0.026
 
 
@@ -188,6 +188,18 @@ def test_what_computes_in_fp8_is_never_decoded(family: str, how: str, monkeypatc
     monkeypatch.setattr(ops, "dequantize", decode)
     step(model)
     assert seen == {weight.codes.data_ptr() for weight in weights} - multiplied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_mode_computes_in_fp8_too(family: str) -> None:
+    model, plain = pair(family)
+    prepare(model)
+    with torch.no_grad():
+        expected = model(**packed_call()).loss
+        other = plain(**packed_call()).loss
+    with torch.inference_mode():
+        assert torch.equal(model(**packed_call()).loss, expected)
+    assert not torch.equal(expected, other)
 
 
 def test_layers_that_share_an_input_each_compute_in_their_own_precision() -> None:

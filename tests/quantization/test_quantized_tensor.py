@@ -73,32 +73,58 @@ def test_it_is_a_parameter_of_the_values_shape_and_dtype() -> None:
     assert torch.zeros_like(weight).shape == (64, 32)
 
 
-def test_transposes_and_the_matrices_of_a_stack_stay_in_few_bits() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_transposes_and_the_matrices_of_a_stack_stay_in_few_bits(mode: Any) -> None:
     stack = quantized(torch.randn(3, 16, 32))
-    values = stack.decoded()
-    for taken, wanted in [
-        (stack.mT, values.mT),
-        (stack.transpose(-1, -2), values.mT),
-        (stack[1], values[1]),
-        (stack[1].t(), values[1].t()),
-        (stack[1:], values[1:]),
-        (stack.detach(), values),
-        (stack.clone(), values),
-        (stack.mT.mT, values),
-    ]:
-        assert isinstance(taken, QuantizedTensor)
-        assert (taken.shape, taken.stride()) == (wanted.shape, wanted.stride())
-        assert torch.equal(taken.decoded(), wanted)
-    for taken, wanted in [
-        (stack[:, 1], values[:, 1]),
-        (stack.reshape(48, 32), values.reshape(48, 32)),
-        (stack + 1, values + 1),
-    ]:
-        assert type(taken) is torch.Tensor
-        assert torch.equal(taken, wanted)
-    x = torch.randn(5, 32)
-    assert torch.equal(F.linear(x, stack[2]), F.linear(x, values[2]))
-    assert torch.equal(torch.bmm(x.expand(3, 5, 32), stack.mT), torch.bmm(x.expand(3, 5, 32), values.mT))
+    with mode():
+        values = stack.decoded()
+        for taken, wanted in [
+            (stack.mT, values.mT),
+            (stack.transpose(-1, -2), values.mT),
+            (stack[1], values[1]),
+            (stack[1].t(), values[1].t()),
+            (stack[1:], values[1:]),
+            (stack.detach(), values),
+            (stack.clone(), values),
+            (stack.mT.mT, values),
+        ]:
+            assert isinstance(taken, QuantizedTensor)
+            assert (taken.shape, taken.stride()) == (wanted.shape, wanted.stride())
+            assert torch.equal(taken.decoded(), wanted)
+        for taken, wanted in [
+            (stack[:, 1], values[:, 1]),
+            (stack.reshape(48, 32), values.reshape(48, 32)),
+            (stack + 1, values + 1),
+        ]:
+            assert type(taken) is torch.Tensor
+            assert torch.equal(taken, wanted)
+        x = torch.randn(5, 32)
+        assert torch.equal(F.linear(x, stack[2]), F.linear(x, values[2]))
+        assert torch.equal(torch.bmm(x.expand(3, 5, 32), stack.mT), torch.bmm(x.expand(3, 5, 32), values.mT))
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_what_has_other_scales_is_refused_before_a_part_is_written(blocks: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (
+        QuantizedTensor(ops.quantize(torch.randn(192, 160), "fp8", blocks=each), torch.float32)
+        for each in (blocks, not blocks)
+    )
+    values = ours.decoded()
+    with pytest.raises(RuntimeError, match="would write to a weight in fp8"):
+        ours.copy_(theirs)
+    assert torch.equal(ours.decoded(), values)
+
+
+def test_it_moves_and_casts_in_inference_mode() -> None:
+    layer = linear("fp8")
+    with torch.inference_mode():
+        moved = [layer.weight.to(torch.bfloat16), layer.weight.to("meta"), layer.weight.contiguous()]
+    assert all(isinstance(weight, QuantizedTensor) for weight in moved)
+    values = torch.zeros(64, 32)
+    with torch.inference_mode():
+        assert torch.equal(values.copy_(layer.weight), layer.weight.decoded())
+        assert torch.equal(torch.zeros(64, 32).copy_(layer.weight), values)
 
 
 def test_it_moves_casts_copies_saves_and_loads() -> None:

@@ -22,10 +22,13 @@ __all__ = [
     "with_lora",
 ]
 
-QUANTISED = "the base is loaded in 16 bits, which takes more memory; set model.quantization: {type: nf4} or {type: fp8}"
+QUANTISED = (
+    "not made here: without model.quantization, {type: nf4} or {type: fp8}, the base is loaded in 16 bits, which takes "
+    "more memory"
+)
 EIGHT_BITS = (
-    "bitsandbytes' 8 bits are not made here: the base is loaded in 16, which takes more memory; set "
-    "model.quantization: {type: fp8} or {type: nf4}"
+    "bitsandbytes' 8 bits are not made here: without model.quantization, {type: fp8} or {type: nf4}, the base is "
+    "loaded in 16, which takes more memory"
 )
 PRODUCTS_IN_FP8 = (
     "weights that train are in 16 bits or more; products with a frozen base are computed in fp8 by "

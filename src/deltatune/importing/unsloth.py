@@ -72,7 +72,7 @@ _OWN_TRAINING = {
     "logging_steps": 1,
 }
 # with none of which it loads in 4 bits
-_OTHER_BITS = ("load_in_8bit", "load_in_16bit", "load_in_fp8", "full_finetuning")
+_OTHER_BITS = ("load_in_8bit", "load_in_16bit", "load_in_fp8", "full_finetuning", "quantization_config")
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -161,10 +161,9 @@ def _model(value: Any, settings: Settings) -> Outcome:
     for end in ("-unsloth-bnb-4bit", "-bnb-4bit"):
         if name.endswith(end):
             ours = name.removesuffix(end)
-            made = NF4 if _has_lora(settings) else {}
-            return Outcome(
-                "changed", {"model.name_or_path": ours, **made}, f"{ours}, its form in 16 bits, of which 4 are made"
-            )
+            # Unsloth's own loader takes that form too, and goes by load_in_4bit
+            made = NF4 if _has_lora(settings) and not _is_own(settings) else {}
+            return Outcome("changed", {"model.name_or_path": ours, **made}, f"{ours}, its form in 16 bits")
     return Outcome("carried", {"model.name_or_path": name})
 
 
@@ -218,10 +217,11 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         found |= _OWN_TRAINING if own else {"per_device_train_batch_size": 8}
     if "LoraConfig" in settings:
         found |= {"r": 8, "lora_alpha": 8, "target_modules": PEFT_TARGETS}
+    if own and _has_lora(settings):
+        found["load_in_4bit"] = all(is_off(settings.get(key)) for key in _OTHER_BITS)
     if own and "get_peft_model" in settings:
         parts = any(key.startswith("finetune_") for key in settings)
         found |= {"r": 16, "lora_alpha": 16, "target_modules": "all-linear" if parts else _TARGETS}
-        found["load_in_4bit"] = all(is_off(settings.get(key)) for key in _OTHER_BITS)
         found["use_gradient_checkpointing"] = "unsloth"
     return found
 

@@ -141,6 +141,10 @@ class QuantizedTensor(Tensor):
     @classmethod
     def _dispatch(cls, func: Any, _types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and not func._schema.is_mutable:
+            # it takes no composite op apart, and what it makes can be no view of a tensor from outside
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:
             found = handler(*args, **kwargs)
@@ -233,10 +237,13 @@ def _copy_into(x: Any, source: Any, non_blocking: bool = False) -> Any:
     if not (isinstance(x, QuantizedTensor) and isinstance(source, QuantizedTensor)):
         return NotImplemented
     (names, (*about, _)), (theirs, (*about_theirs, _)) = x.__tensor_flatten__(), source.__tensor_flatten__()
-    if (names, about) != (theirs, about_theirs) or x.shape != source.shape:
+    if (names, about) != (theirs, about_theirs):
         return NotImplemented
-    for name in names:
-        getattr(x, name).copy_(getattr(source, name), non_blocking)
+    parts = [(getattr(x, name), getattr(source, name)) for name in names]
+    if any(ours.shape != other.shape for ours, other in parts):
+        return NotImplemented
+    for ours, other in parts:
+        ours.copy_(other, non_blocking)
     return x
 
 
