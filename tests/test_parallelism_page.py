@@ -25,6 +25,7 @@ COLUMNS = {axis.name: axis for axis in AXES}
 MIB = 2**20
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_code_says() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert rendered(page) == page, "make docs makes it"

@@ -268,6 +268,7 @@ def forked(monkeypatch) -> None:
     monkeypatch.setattr(session.Session, "_ceilings", lambda self: timing.ceilings(CPU, torch.float32))
 
 
+@pytest.mark.slow
 def test_training_steps_make_a_record(forked, tmp_path, capsys) -> None:
     options = ["--baselines", "stock", "stock liger", "--checkpointing", "layer", "0.5"]
     # Liger is missing or has nothing to run on, and a share needs compile: both say so, and the rest is timed
@@ -295,6 +296,7 @@ def test_when_time_is_up_what_was_measured_is_kept(forked, tmp_path) -> None:
     assert {(r["status"], r["reason"]) for r in results} == {("not run", "time was up")}
 
 
+@pytest.mark.slow
 def test_two_trees_take_turns(tmp_path, capsys, monkeypatch) -> None:
     """The first worker and what measures rates are started as they are."""
     src = str(compare.Path(compare.__file__).parents[1] / "src")

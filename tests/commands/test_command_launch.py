@@ -168,6 +168,7 @@ def test_a_second_signal_gives_seconds(capfd, monkeypatch) -> None:
     assert capfd.readouterr().out == "ready\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_sigterm_ends_goes_on_and_equals_one_process(write_recipe, tmp_path) -> None:
     training = {"max_steps": 10_000, "lr_scheduler_type": "constant", "logging_steps": 1, "use_cpu": True}
     training |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "disable_tqdm": True}

@@ -70,7 +70,7 @@ def piped(words: list[str], *, both: bool = False) -> tuple[int, str]:
         return process.wait(timeout=120), said
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_goes_on_and_ends_well(write_recipe: Callable[[], Path], tmp_path: Path, both: bool) -> None:
     status, said = piped(["train", str(write_recipe())], both=both)
     assert status == 0

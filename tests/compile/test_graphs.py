@@ -183,7 +183,8 @@ def test_hidden_states_with_compiled_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [("qwen3_moe", "none"), ("gpt_oss", "layer"), ("qwen3_5_moe", 0.5)]
+    ("family", "checkpointing"),
+    [("qwen3_moe", "none"), ("gpt_oss", "layer"), pytest.param("qwen3_5_moe", 0.5, marks=pytest.mark.slow)],
 )
 def test_router_logits_leave_the_compiled_layers(family: str, checkpointing: str | float) -> None:
     # layers of one type: windows are another test's

@@ -80,6 +80,7 @@ def test_losses_and_gradients_are_equal_bit_for_bit(
     assert_equal(step(model, offloaded(model)), expected)
 
 
+@pytest.mark.slow
 def test_layers_compiled_by_inductor_are_no_other_graphs() -> None:
     model = tiny_model("qwen3", layers=2).train()
     done = prepare(model, compile=CompileOptions(), checkpointing="layer")

@@ -69,7 +69,10 @@ def model_of(family: str, checkpointing: str | float) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("family", "settings"), [("qwen3_5", (0.5, "layer")), ("qwen3_moe", ("none", 0.5))])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [pytest.param("qwen3_5", (0.5, "layer"), marks=pytest.mark.slow), ("qwen3_moe", ("none", 0.5))],
+)
 def test_what_layers_keep_is_predicted_to_the_byte(family: str, settings: tuple[str | float, ...]) -> None:
     predicted = traced(family)
     beyond = set()

@@ -89,13 +89,15 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     # fewer places than tokens on the way
     "four ranks, one expert a token": ((4,), Case(model=ONE, sizes={"expert": 4, "expert_capacity": 3.5})),
 }
-#: what generates code has processes of its own
-GENERATED = "compiled"
-BY_RANKS = [
-    pytest.param(name, ranks, marks=pytest.mark.slow if name == GENERATED else ())
-    for name, (sizes, _) in CASES.items()
-    for ranks in sizes
-]
+#: what is compiled has processes of its own, but for one
+SLOW = ("compiled", "compiled, nothing may stay", "shared packs, compiled")
+
+
+def marks(name: str) -> Any:
+    return pytest.mark.slow if name in SLOW else ()
+
+
+BY_RANKS = [pytest.param(name, ranks, marks=marks(name)) for name, (sizes, _) in CASES.items() for ranks in sizes]
 
 
 def build(case: Case) -> Any:
@@ -190,13 +192,13 @@ def alone(case: Case, ranks: int) -> dict[str, Any]:
     return {"loss": loss.detach(), **found, "norm": norm, "clipped": clipped}
 
 
-def rank_main(rank: int, ranks: int, generated: bool, port: int, path: str) -> None:
+def rank_main(rank: int, ranks: int, slow: bool, port: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     made: dict[str, Any] = {}
     for name, (sizes, case) in CASES.items():
-        if ranks in sizes and (name == GENERATED) == generated:
+        if ranks in sizes and (name in SLOW) == slow:
             made[name] = together(case, rank, ranks)
-    extra = {} if generated else EXTRA[ranks]
+    extra = {} if slow else EXTRA[ranks]
     made |= {name: run() for name, run in extra.items()}
     torch.save(made, Path(path) / f"rank{rank}.pt")
 
@@ -338,13 +340,13 @@ EXTRA: dict[int, dict[str, Callable[[], Any]]] = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[tuple[int, bool], Any] = {}
 
-    def of(ranks: int, generated: bool = False) -> Any:
-        if (ranks, generated) not in made:
+    def of(ranks: int, slow: bool = False) -> Any:
+        if (ranks, slow) not in made:
             path = tmp_path_factory.mktemp(f"ranks{ranks}")
-            run_ranks(rank_main, ranks, generated, free_port(), str(path), count=ranks)
+            run_ranks(rank_main, ranks, slow, free_port(), str(path), count=ranks)
             every = [torch.load(path / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
-            made[ranks, generated] = every
-        return made[ranks, generated]
+            made[ranks, slow] = every
+        return made[ranks, slow]
 
     return of
 
@@ -353,7 +355,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_losses_gradients_and_norms_are_those_of_one_process(name: str, ranks: int, found: Any) -> None:
     case = CASES[name][1]
     expected = alone(case, ranks)
-    for rank in found(ranks, name == GENERATED):
+    for rank in found(ranks, name in SLOW):
         ours = dict(rank[name])
         report, clipped = ours.pop("report"), ours.pop("clipped")
         del ours["needed"], ours["exchanges"]
@@ -405,9 +407,11 @@ def test_a_norm_of_nothing_is_made_on_the_device() -> None:
         assert not {name for name in names.seen if "copy" in name}
 
 
-@pytest.mark.parametrize("setting", [name for name, (_, case) in CASES.items() if case.counted])
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=marks(name)) for name, (_, case) in CASES.items() if case.counted]
+)
 def test_no_setting_sends_tokens_again_in_backward(setting: str, found: Any) -> None:
-    assert found(2)[0][setting]["exchanges"] == [3, 3]
+    assert found(2, setting in SLOW)[0][setting]["exchanges"] == [3, 3]
 
 
 @pytest.mark.parametrize(

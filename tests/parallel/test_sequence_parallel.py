@@ -90,13 +90,15 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
     ),
     "compiled": ((2,), Case((THREE,), family="qwen3", layers=1, prepared={"compile": CompileOptions()})),
 }
-#: what generates code has processes of its own
-GENERATED = "compiled"
-BY_RANKS = [
-    pytest.param(name, ranks, marks=pytest.mark.slow if name == GENERATED else ())
-    for name, (sizes, _) in CASES.items()
-    for ranks in sizes
-]
+#: what is compiled has processes of its own, but for one
+SLOW = ("traced", "traced, routed", "traced, whole", "states, traced", "compiled")
+
+
+def marks(name: str) -> Any:
+    return pytest.mark.slow if name in SLOW else ()
+
+
+BY_RANKS = [pytest.param(name, ranks, marks=marks(name)) for name, (sizes, _) in CASES.items() for ranks in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +106,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What ranks made of every case, by the number of them; they are started once for all cases."""
     made: dict[tuple[int, bool], Any] = {}
 
-    def of(ranks: int, generated: bool = False) -> Any:
-        if (ranks, generated) not in made:
+    def of(ranks: int, slow: bool = False) -> Any:
+        if (ranks, slow) not in made:
             path = tmp_path_factory.mktemp(f"ranks{ranks}")
-            run_ranks(rank_main, ranks, generated, free_port(), str(path), count=ranks)
-            made[ranks, generated] = torch.load(path / "found.pt", weights_only=True)
-        return made[ranks, generated]
+            run_ranks(rank_main, ranks, slow, free_port(), str(path), count=ranks)
+            made[ranks, slow] = torch.load(path / "found.pt", weights_only=True)
+        return made[ranks, slow]
 
     return of
 
 
-def rank_main(rank: int, ranks: int, generated: bool, port: int, path: str) -> None:
+def rank_main(rank: int, ranks: int, slow: bool, port: int, path: str) -> None:
     join(port, rank, ranks)
-    cases = {name: case for name, (sizes, case) in CASES.items() if ranks in sizes and (name == GENERATED) == generated}
+    cases = {name: case for name, (sizes, case) in CASES.items() if ranks in sizes and (name in SLOW) == slow}
     made = {name: together(case, rank, ranks) for name, case in cases.items()}
-    if ranks == 2 and not generated:
+    if ranks == 2 and not slow:
         made |= {
             "documents, heads": documents_main(rank, "heads"),
             "documents, state": documents_main(rank, "state"),
@@ -134,7 +136,7 @@ def rank_main(rank: int, ranks: int, generated: bool, port: int, path: str) -> N
 
 @pytest.mark.parametrize(("name", "ranks"), BY_RANKS)
 def test_losses_and_gradients_are_those_of_one_process(name: str, ranks: int, found: Any) -> None:
-    made = found(ranks, name == GENERATED)[name]
+    made = found(ranks, name in SLOW)[name]
     report = made["report"]
     for ours, theirs in zip(made["steps"], alone(CASES[name][1]), strict=True):
         assert ours.keys() == theirs.keys()
@@ -192,10 +194,12 @@ def test_no_document_reaches_another(recurrent: str, found: Any) -> None:
     assert (gradient[37:87] > 0).all(), "the document lies on both ranks"
 
 
-@pytest.mark.parametrize("setting", [name for name, (_, case) in CASES.items() if case.exchanges])
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=marks(name)) for name, (_, case) in CASES.items() if case.exchanges]
+)
 def test_no_setting_exchanges_again_in_backward(setting: str, found: Any) -> None:
     twice = 2 * CASES[setting][1].layers
-    assert found(2)[setting]["exchanges"] == [twice, twice]
+    assert found(2, setting in SLOW)[setting]["exchanges"] == [twice, twice]
 
 
 @pytest.mark.parametrize("recurrent", get_args(Recurrent))

@@ -260,6 +260,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]) -> None:
     model = build(**CASES[case])

@@ -88,7 +88,9 @@ class Live(TorchDispatchMode):
         return sum(storages.values())
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["an expert at a time", "fused"])
+@pytest.mark.parametrize(
+    "fused", [pytest.param(False, marks=pytest.mark.slow), True], ids=["an expert at a time", "fused"]
+)
 def test_the_model_of_16_bits_is_never_whole_in_memory(fused: bool, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads are seen by no dispatch mode
     wide = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 16}

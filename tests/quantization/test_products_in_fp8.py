@@ -236,7 +236,7 @@ def test_every_way_of_adapters_computes_the_same(how: str) -> None:
     [
         ("qwen3_5", 2, "none", "aot_eager"),
         pytest.param("gpt_oss", 1, "layer", "inductor", marks=pytest.mark.slow),
-        ("qwen3_5_moe", 2, "layer", "aot_eager"),
+        pytest.param("qwen3_5_moe", 2, "layer", "aot_eager", marks=pytest.mark.slow),
     ],
 )
 def test_compiled(family: str, layers: int, checkpointing: str, backend: Any) -> None:

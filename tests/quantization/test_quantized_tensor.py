@@ -216,6 +216,7 @@ def test_compiled(family: str, layers: int, checkpointing: str, backend: Any) ->
     assert_gradients_close(found, plain)
 
 
+@pytest.mark.slow
 def test_compiled_layers_keep_no_values_and_offload_no_codes() -> None:
     found, plain = both("qwen3_5", "fp8", target_modules=FEW)
     moved = []

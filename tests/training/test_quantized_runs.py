@@ -54,7 +54,7 @@ def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("nf4", "qwen3_5_moe", None),
         ("fp8", "qwen3_5_moe", None),
-        ("fp8", "qwen3_5_moe", "aot_eager"),
+        pytest.param("fp8", "qwen3_5_moe", "aot_eager", marks=pytest.mark.slow),
         pytest.param("nf4", "qwen3_moe", "inductor", marks=pytest.mark.slow),
     ],
 )

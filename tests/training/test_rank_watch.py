@@ -145,6 +145,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
     return {name: (folders[name], ends[name]) for name in acts}
 
 
+@pytest.mark.slow
 def test_the_traceback_of_the_rank_that_failed_is_told_once(found: Any) -> None:
     folder, ((status, said), (_, said_there)) = found["broken"]
     assert status == 1
@@ -160,6 +161,7 @@ def test_the_traceback_of_the_rank_that_failed_is_told_once(found: Any) -> None:
     assert (leg["status"], f"error: {leg['reason']}") == ("failed", first)
 
 
+@pytest.mark.slow
 def test_a_users_error_on_one_rank_is_one_line(found: Any) -> None:
     _, ((status, said), _) = found["missing file"]
     assert status == 2
@@ -169,6 +171,7 @@ def test_a_users_error_on_one_rank_is_one_line(found: Any) -> None:
     assert line.endswith("No such file or directory: '/there/is/none'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_killed_rank_is_named_by_the_other(found: Any, lost: int) -> None:
     folder, ends = found[f"killed {lost}"]
@@ -184,6 +187,7 @@ def test_a_killed_rank_is_named_by_the_other(found: Any, lost: int) -> None:
     assert line.removeprefix("error: ") in (folder / "output" / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_stopped_rank_is_missed_and_ended(found: Any, lost: int) -> None:
     folder, ends = found[f"stopped {lost}"]
@@ -197,6 +201,7 @@ def test_a_stopped_rank_is_missed_and_ended(found: Any, lost: int) -> None:
     assert (folder / "output" / "train.log").stat().st_mtime - began < TIMEOUT_S + 4 * BEAT + 15
 
 
+@pytest.mark.slow
 def test_a_rank_that_works_for_long_is_waited_for(found: Any) -> None:
     folder, ends = found["slow"]
     assert ends == [(0, ""), (0, "")]
