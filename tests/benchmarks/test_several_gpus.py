@@ -167,7 +167,8 @@ def test_systems_are_those_that_a_model_has_layers_for() -> None:
     assert several._systems_of("gpt-oss-20b")[-4:] == [*OF_EXPERTS]
 
 
-@pytest.mark.parametrize("checks", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("checks", [True, False])
 def test_visits_to_experts_without_room_are_what_is_named(
     forked: type[Forked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: bool
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_recipe_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
     assert "none.yaml" in captured.err
 
 
+@pytest.mark.slow
 def test_building_compiles_the_graphs_of_the_run(monkeypatch, write_recipe, tmp_path) -> None:
     """Of layers in front of the first adapter and behind it, which have graphs of their own."""
     tiny_model("qwen3", layers=4).save_pretrained(tmp_path / "deep")

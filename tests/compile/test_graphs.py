@@ -151,6 +151,7 @@ def test_the_whole_text_model_is_one_graph(family: str, checkpointing: str) -> N
     assert prepared.compile_report.graphs == {"text_model": 1}
 
 
+@pytest.mark.slow
 def test_inductor_with_scoped_options() -> None:
     from torch._inductor import config as inductor_config
 

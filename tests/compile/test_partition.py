@@ -104,7 +104,10 @@ def generated(share: float) -> Any:
 
 @pytest.mark.parametrize(
     ("module", "backend", "budget"),
-    [*((Noisy, traced_alone, share) for share in (0.0, 0.2, 0.5, 0.9)), (Dropped, generated, 0.2)],
+    [
+        *((Noisy, traced_alone, share) for share in (0.0, 0.2, 0.5, 0.9)),
+        pytest.param(Dropped, generated, 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_drawn_is_saved_at_any_budget(module: Any, backend: Any, budget: float) -> None:
     x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(32, 48, requires_grad=True)

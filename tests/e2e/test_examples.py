@@ -57,6 +57,7 @@ def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, SHARDED}
 
 
+@pytest.mark.slow
 def test_the_sharded_loop_runs_on_two_processes(checkpoint: Path, tmp_path: Path) -> None:
     """Each with packs of its own, both with parts of each pack, both with some of the experts."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -111,6 +111,7 @@ def test_what_hangs_on_any_part_acts_whenever_it_came(kind: str, place: str, ran
     assert_gradients_close(fused, stock)
 
 
+@pytest.mark.slow
 def test_in_one_compiled_layer_of_several_too() -> None:
     fused, stock = pair("qwen3", target_modules=FEW)
     prepared = prepare(fused, lora="fused", compile=TRACED)

@@ -94,11 +94,13 @@ CASES: dict[str, tuple[tuple[int, ...], Case]] = {
 SLOW = ("traced", "traced, routed", "traced, whole", "states, traced", "compiled")
 
 
-def marks(name: str) -> Any:
-    return pytest.mark.slow if name in SLOW else ()
+def marks(name: str, ranks: int = 2) -> Any:
+    return pytest.mark.slow if name in SLOW or ranks > 2 else ()
 
 
-BY_RANKS = [pytest.param(name, ranks, marks=marks(name)) for name, (sizes, _) in CASES.items() for ranks in sizes]
+BY_RANKS = [
+    pytest.param(name, ranks, marks=marks(name, ranks)) for name, (sizes, _) in CASES.items() for ranks in sizes
+]
 
 
 @pytest.fixture(scope="module")

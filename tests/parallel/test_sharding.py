@@ -26,6 +26,8 @@ from forked import free_port, run_ranks
 from tiny import documents, tiny_conditional, tiny_model
 from tools.processes import as_rank
 
+pytestmark = pytest.mark.slow
+
 RANKS, STEPS, RATE = 2, 3, 0.02
 TRACED = CompileOptions(backend="aot_eager")
 EVERY = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
@@ -260,7 +262,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shards_train_as_whole_weights_do(case: str, ranks: list[dict[str, Any]]) -> None:
     model = build(**CASES[case])
